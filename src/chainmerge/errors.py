@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error hierarchy.
+
+::
+
+    ChainmergeError
+    ├── Failed          exit 1    something was attempted and did not work
+    ├── Misuse          exit 2    the request itself makes no sense
+    ├── Refused         exit 3    nothing was changed
+    ├── OutcomeUnknown  exit 4    we cannot tell what the disk holds
+    └── Interrupted     exit 130  stopped on request; a rerun finishes the job
+
+A concrete error is a dataclass whose fields are its facts. It names a stable
+``code``, a ``template`` for its sentence (formatted with the facts), a ``hint``
+that says what to do (formatted too), and an ``explanation``, the long form that
+``chainmerge explain CODE`` prints. Each package defines the errors it raises in
+its own ``errors`` module; the classes find each other through ``__subclasses__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, ClassVar
+
+
+class ExitCode(IntEnum):
+    """What the process exit status means; part of the stable interface."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    REFUSED = 3
+    UNKNOWN = 4
+    INTERRUPTED = 130
+
+
+@dataclass(eq=False)
+class ChainmergeError(Exception):
+    """Base of everything that chainmerge raises on purpose."""
+
+    code: ClassVar[str] = ""
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+    template: ClassVar[str] = ""
+    hint: ClassVar[str] = ""
+    explanation: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        # Exception.args is what pickle and copy rebuild the exception from.
+        self.args = tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The error's facts by name, as they go into JSON reports."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong, with which image."""
+        return self.template.format(**self.facts)
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.hint.format(**self.facts)
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(eq=False)
+class Failed(ChainmergeError):
+    """An operation was attempted and did not work; the sentence says what the disk holds."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+
+
+@dataclass(eq=False)
+class Misuse(ChainmergeError):
+    """The request itself makes no sense."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.USAGE
+
+
+@dataclass(eq=False)
+class Refused(ChainmergeError):
+    """The request was refused before anything was changed."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.REFUSED
+
+
+@dataclass(eq=False)
+class OutcomeUnknown(ChainmergeError):
+    """It cannot be told whether the operation took effect."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.UNKNOWN
+
+
+@dataclass(eq=False)
+class Interrupted(ChainmergeError):
+    """Stopped on request, at a point from which the same command goes on."""
+
+    code: ClassVar[str] = "interrupted"
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERRUPTED
+    template: ClassVar[str] = "interrupted; {state}"
+    hint: ClassVar[str] = "run the same command again to finish the job"
+    explanation: ClassVar[str] = (
+        "The operation was stopped by a signal or by the caller. Images are left in a state "
+        "that the same command finishes: the overlay is untouched and still gives the right "
+        "content, and saved bitmaps wait beside base."
+    )
+    state: str
+
+
+def all_errors(root: type[ChainmergeError] = ChainmergeError) -> Iterator[type[ChainmergeError]]:
+    """Every concrete error class (one that has a code), in order of definition."""
+    for subclass in root.__subclasses__():
+        if subclass.code:
+            yield subclass
+        yield from all_errors(subclass)
