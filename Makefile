@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs first; see scripts/setup.
+
+SHELL := /bin/bash
+# Debian keeps mkfs.xfs, losetup and others off the PATH of ordinary users.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+BIN := .venv/bin
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test soak bench lint format schema clean
+
+help:
+	@echo 'make demo    what chainmerge saves you from, on real images'
+	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
+	@echo 'make soak    the test suite with its long runs'
+	@echo 'make bench   measurements against QEMU'\''s own tools'
+	@echo 'make lint    style, types, layers'
+	@echo 'make format  rewrite the sources in the project'\''s style'
+	@echo 'make schema  rewrite docs/schema from the types'
+	@echo 'make clean   remove what the targets made'
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@$(BIN)/python -m demo $(DEMO_ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+soak: setup
+	@CHAINMERGE_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --timeout=0 $(PYTEST_ARGS)
+
+bench: setup
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+schema: setup
+	@$(BIN)/python -m chainmerge.report.schema docs/schema
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

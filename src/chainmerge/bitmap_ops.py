@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bitmaps of images that nobody has open: list, add, remove, clear, merge, prune.
+
+Every change is one atomic switch of the image's whole set of bitmaps
+(:mod:`chainmerge.engines.metadata`), however many bitmaps it concerns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives
+from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, chain_test
+from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
+from chainmerge.inspection import (
+    OpenChain,
+    OpenImage,
+    bitmaps_of,
+    find_target,
+    gather_bitmaps,
+    load_saved,
+    open_chain,
+    policy_of,
+    storable_granularity,
+)
+from chainmerge.ops_errors import (
+    BitmapExists,
+    BitmapMissing,
+    BitmapsImpossible,
+    BitmapWorthless,
+    BrokenBitmapsInTheWay,
+    GranularityInvalid,
+    RemovalUnsafe,
+    SizesDiffer,
+)
+from chainmerge.options import Access
+from chainmerge.qcow2.bitmaps import BitmapFlag
+from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.results import bitmap_results
+from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.types import (
+    REPORT_VERSION,
+    BitmapChange,
+    BitmapListing,
+    BitmapRow,
+    BitmapVerdict,
+    PrunedBitmap,
+    PruneReport,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListing:
+    """Every bitmap of a chain, and what each name is worth to a backup read from *image*.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    access = access or Access()
+    chain = discover(Path(access.active or image), policy_of(access))
+    with open_chain(chain) as opened:
+        leaf_first = tuple(reversed(opened.images))
+        rows = tuple(row for one in leaf_first for row in _rows(one))
+        layers = tuple(bitmaps_of(one) for one in leaf_first)
+    return BitmapListing(REPORT_VERSION, str(image), rows, tuple(_verdicts(layers)))
+
+
+def _rows(opened: OpenImage) -> Iterator[BitmapRow]:
+    if opened.image is None:
+        return
+    for found in bitmap_results(opened.image):
+        yield BitmapRow(
+            image=str(opened.info.path),
+            name=found.name,
+            state=found.state,
+            granularity=found.granularity,
+            dirty_bytes=found.dirty_bytes,
+            tombstone=found.tombstone,
+        )
+
+
+def _verdicts(leaf_first: Sequence[LayerBitmaps]) -> Iterator[BitmapVerdict]:
+    for name in sorted({name for layer in leaf_first for name in layer.occurrences}):
+        verdict = chain_test([layer.state(name) for layer in leaf_first])
+        yield BitmapVerdict(name, verdict.passes, verdict.reason)
+
+
+def bitmaps_add(
+    image: str | Path,
+    name: str,
+    granularity: int = 65536,
+    *,
+    enabled: bool = True,
+    access: Access | None = None,
+) -> BitmapChange:
+    """Add an empty bitmap.
+
+    Args:
+        image: the image that gets it.
+        name: 1 to 1023 bytes, not yet in the image.
+        granularity: guest bytes a bit, a power of two from 512 to 2 GiB.
+        enabled: whether guest writes are recorded in it.
+        access: how images may be found and reached.
+
+    Raises:
+        Refused: nothing was changed.
+    """
+    with _editable(image, access or Access()) as edit:
+        size = edit.info.virtual_size
+        if any(entry.name == name for entry in edit.info.bitmaps):
+            raise BitmapExists(str(image), name)
+        if granularity & (granularity - 1) or granularity != storable_granularity(
+            size, granularity
+        ):
+            raise GranularityInvalid(str(image), granularity)
+        flags = BitmapFlag.AUTO if enabled else BitmapFlag(0)
+        added = StoredBitmap(name, BitSet.empty(size, granularity), flags)
+        return edit.replace_by((*edit.stored(), added), "add", (name,))
+
+
+def bitmaps_remove(
+    image: str | Path,
+    names: Sequence[str],
+    access: Access | None = None,
+    *,
+    force: bool = False,
+) -> BitmapChange:
+    """Remove bitmaps by name.
+
+    Args:
+        image: the image that loses them.
+        names: all must be there.
+        access: how images may be found and reached.
+        force: remove them even where an image above has the name and would pass for a whole
+            checkpoint.
+
+    Raises:
+        Refused: nothing was changed.
+    """
+    with _editable(image, access or Access()) as edit:
+        present = {entry.name for entry in edit.info.bitmaps}
+        for name in names:
+            if name not in present:
+                raise BitmapMissing(str(image), name)
+        if not force:
+            edit.require_safe_removal(names)
+        return edit.replace_by(edit.stored_but(names), "remove", tuple(names))
+
+
+def bitmaps_clear(
+    image: str | Path, access: Access | None = None, *, force: bool = False
+) -> BitmapChange:
+    """Remove all bitmaps, readable or not.
+
+    Raises:
+        Refused: nothing was changed.
+    """
+    with _editable(image, access or Access()) as edit:
+        names = tuple(entry.name for entry in edit.info.bitmaps)
+        if not force:
+            edit.require_safe_removal(names)
+        return edit.replace_by((), "clear", names)
+
+
+def bitmaps_merge(
+    image: str | Path,
+    target: str,
+    sources: Sequence[str],
+    source_image: str | Path | None = None,
+    access: Access | None = None,
+) -> BitmapChange:
+    """Add the bits of *sources* to the bitmap *target* of an image.
+
+    Args:
+        image: holds the target.
+        target: an existing bitmap of it; keeps its granularity.
+        sources: names of bitmaps in the source image.
+        source_image: the image that holds them; *image* itself if None.
+        access: how images may be found and reached.
+
+    Raises:
+        Refused: nothing was changed.
+    """
+    access = access or Access()
+    with contextlib.ExitStack() as stack:
+        edit = stack.enter_context(_editable(image, access))
+        held = {bitmap.name: bitmap for bitmap in edit.stored()}
+        if target not in held:
+            raise BitmapMissing(str(image), target)
+        source = (
+            edit.opened
+            if source_image is None
+            else stack.enter_context(_locked_reader(source_image, access))
+        )
+        size = edit.info.virtual_size
+        if source.info.virtual_size > size:
+            raise SizesDiffer(str(image), str(source.info.path), size, source.info.virtual_size)
+        old = held[target]
+        bits = [old.bits, *(_usable_bits(source, name) for name in sources)]
+        held[target] = StoredBitmap(target, union_all(bits, size, old.bits.granularity), old.flags)
+        return edit.replace_by(tuple(held.values()), "merge", (target,))
+
+
+def prune(
+    top: str | Path, base: str | Path | None = None, access: Access | None = None
+) -> PruneReport:
+    """Remove bitmaps that no chain can use.
+
+    Of *base* those that are stale: not valid in *top*, so nothing that reads top can use
+    them. With ``access.active`` also the names that are broken anywhere in the chain of the
+    active image: they are removed from every image of it, the active one first, so that no
+    part of them passes for a whole checkpoint in between.
+
+    Raises:
+        Refused: nothing was changed.
+    """
+    access = access or Access()
+    if access.active is not None:
+        return _prune_chain(Path(access.active), Path(base) if base else None, access)
+    return _prune_base(Path(top), Path(base) if base else None, access)
+
+
+def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
+    target = find_target(top, base, access)
+    _require_support(target.base)
+    with lock_image(target.base.path, LockMode.WRITER, access.lock_wait):
+        target = find_target(top, base, access)
+        with open_chain(target.chain) as opened:
+            decisions = gather_bitmaps(target, opened, load_saved(target), top_stays=True).decisions
+            edit = _Edit(opened.images[target.base_index], target.relatives)
+            stale = {d.name: d for d in decisions if d.fate is Fate.PRUNE}
+            tombstones = {name for name, d in stale.items() if d.tombstone}
+            before = {row.name: row for row in _rows(edit.opened)}
+            removed = tuple(
+                PrunedBitmap(
+                    str(target.base.path),
+                    name,
+                    before[name].state,
+                    tombstone=name in tombstones,
+                    reason=decision.reason,
+                )
+                for name, decision in stale.items()
+                if not (before[name].tombstone and name in tombstones)
+            )
+            if removed:
+                edit.replace_by(
+                    (*edit.stored_but(list(stale)), *edit.tombstones(sorted(tombstones))),
+                    "prune",
+                    tuple(stale),
+                )
+    return PruneReport(
+        version=REPORT_VERSION,
+        base=str(target.base.path),
+        top=str(target.chain.top.path),
+        removed=removed,
+        kept=tuple(sorted(before.keys() - stale.keys())),
+        tombstones=tuple(sorted(tombstones)),
+    )
+
+
+def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport:
+    policy = policy_of(access)
+    chain = discover(active, policy)
+    lowest = 0 if base is None else chain.index_of(base)
+    relatives = find_relatives(chain, 0, tuple(map(Path, access.search)), policy=policy)
+    first = max(lowest, _above_branches(chain, relatives))
+    removed: list[PrunedBitmap] = []
+    with contextlib.ExitStack() as stack:
+        for image in chain.images[first:]:
+            stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
+        opened = stack.enter_context(open_chain(discover(active, policy)))
+        layers = [bitmaps_of(one) for one in opened.images]
+        broken = _broken_names(layers)
+        for index in range(len(opened.images) - 1, first - 1, -1):
+            here = [name for name in broken if name in layers[index].occurrences]
+            if not here:
+                continue
+            edit = _Edit(opened.images[index], relatives)
+            edit.replace_by(edit.stored_but(here), "prune", tuple(here))
+            removed += [
+                PrunedBitmap(
+                    str(edit.info.path),
+                    name,
+                    layers[index].state(name),
+                    tombstone=False,
+                    reason=broken[name],
+                )
+                for name in here
+            ]
+    names = {name for layer in layers for name in layer.occurrences}
+    return PruneReport(
+        version=REPORT_VERSION,
+        base=str(chain.images[first].path),
+        top=str(active),
+        removed=tuple(removed),
+        kept=tuple(sorted(names - broken.keys())),
+        tombstones=(),
+    )
+
+
+def _broken_names(layers: Sequence[LayerBitmaps]) -> dict[str, str]:
+    """Names that fail the chain test from the uppermost layer, and why."""
+    names = sorted({name for layer in layers for name in layer.occurrences})
+    verdicts = {
+        name: chain_test([layer.state(name) for layer in reversed(layers)]) for name in names
+    }
+    return {name: verdict.reason for name, verdict in verdicts.items() if not verdict.passes}
+
+
+def _above_branches(chain: Chain, relatives: Relatives) -> int:
+    """The first image of the chain that no image outside of it reads.
+
+    A name that is broken for this chain may be whole for another one that shares the images
+    below.
+    """
+    identities = {image.identity: index for index, image in enumerate(chain.images)}
+    first = 0
+    for outsider in (*relatives.siblings, *relatives.middle_children, *relatives.children):
+        if outsider.backing is None:
+            continue
+        shared = discover(outsider.path, policy_of(Access())) if outsider.backing else None
+        if shared is None:
+            continue
+        for image in shared.images:
+            if image.identity in identities:
+                first = max(first, identities[image.identity] + 1)
+    return first
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """An image that is locked and open, whose bitmaps can be replaced."""
+
+    opened: OpenImage
+    relatives: Relatives
+
+    @property
+    def info(self) -> ImageInfo:
+        return self.opened.info
+
+    def stored(self) -> tuple[StoredBitmap, ...]:
+        """The set as it is, to be stored again."""
+        return self.stored_but(())
+
+    def stored_but(self, without: Sequence[str]) -> tuple[StoredBitmap, ...]:
+        """The set without some names.
+
+        Raises BrokenBitmapsInTheWay if one that has to stay is broken.
+        """
+        layer = bitmaps_of(self.opened)
+        staying = [entry for entry in self.info.bitmaps if entry.name not in without]
+        broken = [e.name for e in staying if layer.state(e.name) is BitmapState.IN_USE]
+        if broken:
+            raise BrokenBitmapsInTheWay(str(self.info.path), ", ".join(map(repr, broken)))
+        return tuple(
+            StoredBitmap(entry.name, self.opened.bits(entry.name), entry.flags) for entry in staying
+        )
+
+    def tombstones(self, names: Sequence[str]) -> tuple[StoredBitmap, ...]:
+        """Disabled bitmaps without bits, in place of those that the image has."""
+        size = self.info.virtual_size
+        entries = {entry.name: entry for entry in self.info.bitmaps}
+        return tuple(
+            StoredBitmap(
+                name,
+                BitSet.empty(size, storable_granularity(size, entries[name].granularity)),
+                BitmapFlag(0),
+            )
+            for name in names
+        )
+
+    def require_safe_removal(self, names: Sequence[str]) -> None:
+        """Refuse to take evidence from under an image that would then pass the chain test."""
+        for above in self.relatives.above:
+            shared = sorted(set(names) & {entry.name for entry in above.image.bitmaps})
+            if shared:
+                raise RemovalUnsafe(
+                    str(self.info.path), ", ".join(map(repr, shared)), str(above.image.path)
+                )
+
+    def replace_by(
+        self, bitmaps: Sequence[StoredBitmap], action: str, names: tuple[str, ...]
+    ) -> BitmapChange:
+        """Store a set, and read it back."""
+        with WritablePort(self.info.real_path) as port:
+            replace_bitmaps(port, bitmaps)
+        with FileReadable(self.info.real_path) as readable:
+            results = bitmap_results(Qcow2Image(readable))
+        return BitmapChange(REPORT_VERSION, str(self.info.path), action, names, results)
+
+
+@contextlib.contextmanager
+def _editable(image: str | Path, access: Access) -> Iterator[_Edit]:
+    policy = policy_of(access)
+    with lock_image(image, LockMode.WRITER, access.lock_wait):
+        chain = discover(Path(image), policy)
+        _require_support(chain.top)
+        relatives = find_relatives(
+            chain,
+            len(chain.images) - 1,
+            tuple(map(Path, access.search)),
+            Path(access.active) if access.active else None,
+            policy=policy,
+        )
+        with _open_top(chain) as opened:
+            yield _Edit(opened, relatives)
+
+
+@contextlib.contextmanager
+def _locked_reader(image: str | Path, access: Access) -> Iterator[OpenImage]:
+    with (
+        lock_image(image, LockMode.READER, access.lock_wait),
+        _open_top(discover(Path(image), policy_of(access))) as opened,
+    ):
+        yield opened
+
+
+@contextlib.contextmanager
+def _open_top(chain: Chain) -> Iterator[OpenImage]:
+    with open_chain(Chain(chain.images[-1:])) as opened:
+        yield _only(opened)
+
+
+def _only(opened: OpenChain) -> OpenImage:
+    (image,) = opened.images
+    return image
+
+
+def _usable_bits(source: OpenImage, name: str) -> BitSet:
+    layer = bitmaps_of(source)
+    state = layer.state(name)
+    if state is BitmapState.ABSENT:
+        raise BitmapMissing(str(source.info.path), name)
+    if state is BitmapState.IN_USE:
+        raise BitmapWorthless(str(source.info.path), name)
+    return source.bits(name)
+
+
+def _require_support(image: ImageInfo) -> None:
+    if not image.supports_bitmaps:
+        kind = "a version 2 image" if image.header is not None else image.format
+        raise BitmapsImpossible(str(image.path), kind)

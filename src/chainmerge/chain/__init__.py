@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ordered chain of images: what an image stands on, and who else uses its parts."""
+
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
+from chainmerge.chain.reading import open_image
+from chainmerge.chain.relatives import ImageAbove, Relatives, find_relatives
+
+__all__ = [
+    "Chain",
+    "ChainPolicy",
+    "Identity",
+    "ImageAbove",
+    "ImageFormat",
+    "ImageInfo",
+    "Relatives",
+    "discover",
+    "find_relatives",
+    "identity_of",
+    "open_image",
+]

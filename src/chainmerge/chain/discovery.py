@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an image down to the root of its chain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from chainmerge.chain.errors import (
+    BackingCycle,
+    BackingFileMissing,
+    BackingFileOutside,
+    ChainTooLong,
+    FormatContradiction,
+    FormatMissing,
+    ImageReplaced,
+    TopFormatUnknown,
+)
+from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo
+from chainmerge.chain.names import backing_path, printable
+from chainmerge.chain.reading import (
+    DeclaredFormat,
+    allowed_data_file,
+    begins_as_qcow2,
+    describe,
+    identity_at,
+    identity_of_opened,
+)
+from chainmerge.chain.territory import Territory, reached, settled, territory_of
+from chainmerge.errors import Refused
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_THE_USER = "the format given for it"
+
+
+def discover(top: Path, policy: ChainPolicy) -> Chain:
+    """Follow the backing names from *top* down to the root.
+
+    Every image is opened once, read, and closed again; nothing is locked.
+
+    Raises:
+        Refused: one of :mod:`chainmerge.chain.errors`, or of the format layer where an
+            image is damaged.
+    """
+    path = top.absolute()
+    images = list(walk_down(path, policy, territory_of([path], policy.allow_backing)))
+    noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
+    return Chain((images[-1], *reversed(noted)))
+
+
+def walk_down(top: Path, policy: ChainPolicy, territory: Territory) -> Iterator[ImageInfo]:
+    """Yield *top* and then each image's backing file; see :func:`discover` for what it raises.
+
+    Args:
+        top: absolute path.
+        policy: what the user allows and declares.
+        territory: where backing files may lie.
+    """
+    walk = _Walk(policy, _by_real_path(policy.formats), territory)
+    image = walk.read_top(top)
+    seen = {image.identity: image}
+    yield image
+    while image.backing is not None:
+        if len(seen) == policy.max_images:
+            raise ChainTooLong(str(top), policy.max_images)
+        image = walk.read_backing(image, image.backing, seen)
+        seen[image.identity] = image
+        yield image
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """What is the same for all images of one discovery."""
+
+    policy: ChainPolicy
+    formats: Mapping[str, str]
+    territory: Territory
+
+    def read_top(self, path: Path) -> ImageInfo:
+        with FileReadable(path) as readable:
+            given = self._given_format(path)
+            if given is None and not begins_as_qcow2(readable):
+                raise TopFormatUnknown(str(path))
+            declared_by = None if given is None else _THE_USER
+            return self._read(
+                path, readable, DeclaredFormat(given or ImageFormat.QCOW2, declared_by)
+            )
+
+    def read_backing(
+        self, child: ImageInfo, path: Path, seen: Mapping[Identity, ImageInfo]
+    ) -> ImageInfo:
+        name = child.backing_name or ""
+        try:
+            readable = FileReadable(path)
+        except Refused as error:
+            raise BackingFileMissing(str(child.path), name, printable(error.sentence)) from error
+        with readable:
+            # Nothing is read before it is known that it may be.
+            self._check_place(child, name, path, readable)
+            twin = seen.get(identity_of_opened(readable))
+            if twin is not None:
+                raise BackingCycle(str(child.path), name, str(twin.path))
+            image = self._read(path, readable, self._format_of(child, path, readable))
+        if not image.format_declared:
+            note = "the image above does not declare its format; it begins as qcow2 does"
+            return replace(image, notes=(*image.notes, note))
+        return image
+
+    def _read(self, path: Path, readable: FileReadable, declared: DeclaredFormat) -> ImageInfo:
+        image = describe(path, readable, declared)
+        header = image.header
+        if header is None:
+            return image
+        # QEMU does not open such an image either. Untrusted bitmaps it passes over.
+        if image.bitmaps_problem is not None and image.bitmaps_trusted:
+            raise image.bitmaps_problem
+        name = header.backing_name
+        return replace(
+            image,
+            backing=None if name is None else backing_path(image.path, name),
+            data_file=allowed_data_file(image, header, self.policy.allow_data_files),
+        )
+
+    def _given_format(self, path: Path) -> str | None:
+        return self.formats.get(os.path.realpath(path))
+
+    def _format_of(self, child: ImageInfo, path: Path, readable: FileReadable) -> DeclaredFormat:
+        declared = None if child.header is None else child.header.backing_format
+        given = self._given_format(path)
+        if declared is not None:
+            if given not in {None, declared}:
+                raise FormatContradiction(str(path), str(child.path), declared, str(given))
+            return DeclaredFormat(declared, str(child.path))
+        if given is not None:
+            return DeclaredFormat(given, _THE_USER)
+        if begins_as_qcow2(readable):
+            return DeclaredFormat(ImageFormat.QCOW2, None)
+        raise FormatMissing(str(child.path), child.backing_name or "", str(path))
+
+    def _check_place(self, child: ImageInfo, name: str, path: Path, readable: FileReadable) -> None:
+        named, actual = reached(path), settled(path)
+        if not self.territory.holds(named):
+            outside, how = named, f"is {str(named)!r}"
+        elif not self.territory.holds(actual):
+            outside, how = actual, f"is a symbolic link that leads to {str(actual)!r}"
+        elif identity_at(actual) != identity_of_opened(readable):
+            # A link was changed after the file was opened.
+            raise ImageReplaced(str(path))
+        else:
+            return
+        directories = ", ".join(sorted(map(str, self.territory.directories)))
+        raise BackingFileOutside(str(child.path), name, how, directories, str(outside.parent))
+
+
+def _by_real_path(formats: Mapping[Path, str]) -> dict[str, str]:
+    return {os.path.realpath(path): name for path, name in formats.items()}
+
+
+def _with_size_note(child: ImageInfo, backing: ImageInfo) -> ImageInfo:
+    if child.guest_size is None or backing.guest_size is None:
+        return child
+    growth = child.guest_size - backing.guest_size
+    if growth == 0:
+        return child
+    if growth > 0:
+        note = f"its disk is {growth} bytes larger than that of its backing file"
+    else:
+        note = f"its disk is {-growth} bytes smaller than that of its backing file"
+    return replace(child, notes=(*child.notes, note))

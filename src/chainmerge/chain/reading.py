@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image file: reached without harm, and read into an :class:`ImageInfo`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.chain.errors import DataFileRefused, ImageReplaced, WrongFormat
+from chainmerge.chain.model import Identity, ImageFormat, ImageInfo, identity_of
+from chainmerge.chain.names import path_from_header, working_directory
+from chainmerge.qcow2.bitmaps import BitmapEntry, read_directory
+from chainmerge.qcow2.errors import FormatError
+from chainmerge.qcow2.header import MAGIC, CryptMethod, Header, Incompatible
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredFormat:
+    """The format of an image, and who says so (None: its first bytes)."""
+
+    name: str
+    declared_by: str | None
+
+
+def open_image(image: ImageInfo) -> FileReadable:
+    """Open an image of a chain for reading, making sure that it is still the same file.
+
+    Raises:
+        Refused: it cannot be opened, by an error of the storage layer.
+        ImageReplaced: it is not there any more, but something else is.
+    """
+    readable = FileReadable(image.path)
+    if identity_of_opened(readable) != image.identity:
+        readable.close()
+        raise ImageReplaced(str(image.path))
+    return readable
+
+
+def identity_of_opened(readable: FileReadable) -> Identity:
+    """The identity of an open file or block device."""
+    return identity_of(os.fstat(readable.fd))
+
+
+def identity_at(path: Path) -> Identity | None:
+    """The identity of what *path* leads to, None if that is nothing."""
+    try:
+        return identity_of(path.stat())
+    except (OSError, ValueError):
+        return None
+
+
+def begins_as_qcow2(readable: FileReadable) -> bool:
+    """Whether the file has the magic of a qcow2 image."""
+    return readable.read(0, len(MAGIC)) == MAGIC
+
+
+def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> ImageInfo:
+    """Read an image opened as *path* by its format; ``backing`` and ``data_file`` stay None.
+
+    A bitmap directory that cannot be read is kept as ``bitmaps_problem``.
+
+    Raises:
+        WrongFormat: it was declared as qcow2 and is not.
+        FormatError: a qcow2 header that QEMU would not open either.
+    """
+    header: Header | None = None
+    bitmaps: tuple[BitmapEntry, ...] = ()
+    problem: FormatError | None = None
+    notes: list[str] = []
+    guest_size: int | None = None
+    if declared.name == ImageFormat.QCOW2:
+        if not begins_as_qcow2(readable):
+            raise WrongFormat(str(path), declared.declared_by or "the file itself")
+        image = Qcow2Image(readable)
+        header = image.header
+        guest_size = header.virtual_size
+        try:
+            bitmaps = read_directory(image)
+        except FormatError as error:
+            problem = error
+        notes += _header_notes(header, problem)
+    elif declared.name == ImageFormat.RAW:
+        guest_size = -(-readable.size // _SECTOR) * _SECTOR
+        if begins_as_qcow2(readable):
+            notes.append("its content begins as a qcow2 image does, but it is declared as raw")
+    else:
+        notes.append(f"its format, {declared.name!r}, is known to QEMU only")
+    return ImageInfo(
+        path=path,
+        real_path=Path(os.path.realpath(path)),
+        identity=identity_of_opened(readable),
+        is_block_device=readable.is_block_device,
+        format=_format_named(declared.name),
+        format_declared=declared.declared_by is not None,
+        header=header,
+        file_size=readable.size,
+        guest_size=guest_size,
+        backing_name=None if header is None else header.backing_name,
+        bitmaps=bitmaps,
+        bitmaps_problem=problem,
+        notes=tuple(notes),
+    )
+
+
+def _format_named(name: str) -> str:
+    return ImageFormat(name) if name in set(ImageFormat) else name
+
+
+def _header_notes(header: Header, problem: FormatError | None) -> list[str]:
+    notes = []
+    if header.crypt_method is not CryptMethod.NONE:
+        notes.append(f"its guest data is encrypted ({header.crypt_method.name})")
+    if header.incompatible & Incompatible.DIRTY:
+        notes.append("it was not closed properly (dirty bit)")
+    if header.incompatible & Incompatible.CORRUPT:
+        notes.append("QEMU has marked it corrupt")
+    if problem is not None:
+        notes.append(f"its bitmaps cannot be read: {problem.sentence}")
+    if header.bitmaps is not None and not header.bitmaps_trusted:
+        notes.append(
+            f"it was written by a program that does not know bitmaps, or that died: the "
+            f"{header.bitmaps.count} bitmaps in it are broken"
+        )
+    return notes
+
+
+def allowed_data_file(image: ImageInfo, header: Header, allowed: Iterable[Path]) -> Path | None:
+    """The external data file of an image, which must be one of those *allowed*.
+
+    QEMU resolves a relative name against the current directory (7.2), people mean
+    the directory of the image; since the file must be named anyway, either will do.
+
+    Returns:
+        The file's path as the user gave it, None if the image holds its data itself.
+
+    Raises:
+        DataFileRefused
+    """
+    if not header.incompatible & Incompatible.DATA_FILE:
+        return None
+    name = header.data_file_name or ""
+    stored = path_from_header(name)
+    candidates = {
+        identity
+        for directory in (image.path.parent, *working_directory())
+        if stored and (identity := identity_at(directory / stored)) is not None
+    }
+    for path in allowed:
+        if identity_at(path) in candidates:
+            return path.absolute()
+    raise DataFileRefused(str(image.path), name)

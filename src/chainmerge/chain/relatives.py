@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who else uses the images of a chain: siblings, children, and what stands on those.
+
+An image does not know its users, so the headers of all qcow2 files around it are read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import defaultdict, deque
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.chain.discovery import walk_down
+from chainmerge.chain.errors import ActiveElsewhere, SearchPathUnusable, TooManyFiles
+from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
+from chainmerge.chain.names import possible_backing_paths
+from chainmerge.chain.reading import (
+    DeclaredFormat,
+    begins_as_qcow2,
+    describe,
+    identity_at,
+)
+from chainmerge.chain.territory import reached, settled, territory_of
+from chainmerge.errors import ChainmergeError
+from chainmerge.qcow2.header import parse_header
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+MAX_FILES = 100_000
+"""Directory entries that are looked at."""
+
+# Floppy and CD-ROM drives: nothing of a chain is there, and they are slow to say so.
+_REMOVABLE = {2, 11}
+_NOTHING_THERE = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOMEDIUM, errno.ENODEV}
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """The first step of the way from an image down to top, and the rest of it.
+
+    The ways share their ends: as tuples, those of n images on a line would take n*n/2 paths.
+    """
+
+    path: Path
+    rest: Descent | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAbove:
+    """An image that stands on top."""
+
+    image: ImageInfo
+    way: Descent | None
+    """None for a child of top."""
+
+    @property
+    def between(self) -> tuple[Path, ...]:
+        """The images between it and top, upper first; empty for a child of top."""
+        paths = []
+        step = self.way
+        while step is not None:
+            paths.append(step.path)
+            step = step.rest
+        return tuple(paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Relatives:
+    """The images outside the chain that use images of the chain, in order of their paths."""
+
+    siblings: tuple[ImageInfo, ...]
+    """Their backing file is base."""
+    middle_children: tuple[ImageInfo, ...]
+    """Their backing file is an image between base and top."""
+    children: tuple[ImageInfo, ...]
+    """Their backing file is top."""
+    above: tuple[ImageAbove, ...]
+    """Everything that stands on top, over any number of steps: the children, then what
+    stands on those, and so on."""
+    unreadable: tuple[tuple[Path, str], ...]
+    """Files that may be qcow2 images but cannot be read, and why: they could be relatives."""
+
+
+def find_relatives(
+    chain: Chain,
+    base_index: int,
+    search: Sequence[Path] = (),
+    active: Path | None = None,
+    *,
+    policy: ChainPolicy | None = None,
+    max_files: int = MAX_FILES,
+) -> Relatives:
+    """Find the users of the images from base to top that are not in the chain themselves.
+
+    The headers of all qcow2 images in the directories of the chain's images are read, and
+    in *search*; directories below those are not entered. Images are compared by device
+    and inode. A file that can be reached by several names counts once, by the first name
+    (in order) by which it is a relative.
+
+    Args:
+        chain: the chain of top.
+        base_index: where base is in it.
+        search: further directories, or single files and block devices.
+        active: the upper end of the chain that the guest writes to. Its backing files
+            are found wherever they lie.
+        policy: what is allowed and declared for the chain of *active*.
+        max_files: how many directory entries may be looked at.
+
+    Raises:
+        ActiveElsewhere: top is not below *active*.
+        SearchPathUnusable, TooManyFiles
+        Refused: what :func:`chainmerge.chain.discovery.discover` raises, for *active*.
+    """
+    survey = _Survey(frozenset(image.identity for image in chain.images))
+    if active is not None:
+        survey.add_line(_line_to_top(chain, active, policy or ChainPolicy()))
+    for path in _files([*_directories(chain), *search], max_files):
+        survey.look_at(path)
+    return _judge(chain, base_index, survey)
+
+
+def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageInfo]:
+    """The images from *active* down to top, both included."""
+    path = active.absolute()
+    places = [path, *(image.path for image in chain.images)]
+    line = []
+    for image in walk_down(path, policy, territory_of(places, policy.allow_backing)):
+        line.append(image)
+        if image.identity == chain.top.identity:
+            return line
+    raise ActiveElsewhere(str(active), str(chain.top.path))
+
+
+def _directories(chain: Chain) -> list[Path]:
+    places = {
+        place.parent
+        for image in chain.images
+        for place in (reached(image.path), settled(image.path))
+    }
+    return sorted(places)
+
+
+def _files(places: Iterable[Path], limit: int) -> Iterator[Path]:
+    """The entries of those *places* that are directories, and the others as they are."""
+    count = 0
+    for place in places:
+        try:
+            is_directory = stat.S_ISDIR(place.stat().st_mode)
+            paths = _entries(place, limit - count) if is_directory else [place.absolute()]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SearchPathUnusable(str(place), reason) from error
+        count += len(paths)
+        if count > limit:
+            raise TooManyFiles(str(place), limit)
+        yield from paths
+
+
+def _entries(directory: Path, limit: int) -> list[Path]:
+    """The directory's entries in order, no more than one above *limit* of them."""
+    with os.scandir(directory.absolute()) as entries:
+        return sorted(Path(entry.path) for entry in islice(entries, limit + 1))
+
+
+class _Survey:
+    """What has been found out so far: who uses which image."""
+
+    def __init__(self, chain: frozenset[Identity]) -> None:
+        self._chain = chain
+        self._backing_names: dict[Identity, str | None] = {}
+        self._users: dict[Identity, dict[Identity, Path]] = defaultdict(dict)
+        self._known: dict[Identity, ImageInfo] = {}
+        self.unreadable: dict[Path, str] = {}
+
+    def add_line(self, images: Sequence[ImageInfo]) -> None:
+        """Add images that are known already, each followed by its backing file."""
+        for image, backing in pairwise(images):
+            self._known[image.identity] = image
+            self._users[backing.identity][image.identity] = image.path
+
+    def look_at(self, path: Path) -> None:
+        """Read a file's header if it is a qcow2 image outside the chain, and note what it uses."""
+        try:
+            status = path.stat()
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                return
+            identity = identity_of(status)
+            if identity in self._chain:
+                return
+            if identity not in self._backing_names:
+                self._backing_names[identity] = _backing_name(path, status)
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                self.unreadable[path] = error.strerror or str(error)
+            return
+        except ChainmergeError as error:
+            cause = error.__cause__
+            if not (isinstance(cause, OSError) and cause.errno in _NOTHING_THERE):
+                self.unreadable[path] = error.sentence
+            return
+        name = self._backing_names[identity]
+        for backing in possible_backing_paths(path, name or ""):
+            used = identity_at(backing)
+            if used is not None:
+                self._users[used].setdefault(identity, path)
+
+    def users_of(self, identity: Identity) -> list[tuple[Identity, Path]]:
+        """The images outside the chain whose backing file this is, in order of their paths."""
+        users = self._users.get(identity, {})
+        outside = [(user, path) for user, path in users.items() if user not in self._chain]
+        return sorted(outside, key=itemgetter(1))
+
+    def describe_users_of(self, identity: Identity) -> tuple[ImageInfo, ...]:
+        """The same, read in full; one that fails that goes to ``unreadable``."""
+        described = (self.describe(user, path, identity) for user, path in self.users_of(identity))
+        return tuple(image for image in described if image is not None)
+
+    def describe(self, identity: Identity, path: Path, backing: Identity) -> ImageInfo | None:
+        """Read an image in full, as one that uses *backing*."""
+        if identity in self._known:
+            return self._known[identity]
+        try:
+            with FileReadable(path) as readable:
+                image = describe(path, readable, DeclaredFormat(ImageFormat.QCOW2, None))
+        except ChainmergeError as error:
+            self.unreadable[path] = error.sentence
+            return None
+        leads_to = (
+            candidate
+            for candidate in possible_backing_paths(path, image.backing_name or "")
+            if identity_at(candidate) == backing
+        )
+        return replace(image, backing=next(leads_to, None))
+
+
+def _backing_name(path: Path, status: os.stat_result) -> str | None:
+    """The backing name in a file's header; None if there is none or this is no qcow2 image.
+
+    Raises:
+        OSError: the device cannot be read now.
+        ChainmergeError: the file cannot be read, or begins as qcow2 but is damaged.
+    """
+    if stat.S_ISBLK(status.st_mode):
+        if os.major(status.st_rdev) in _REMOVABLE:
+            return None
+        if _is_suspended(status.st_rdev):
+            raise OSError(errno.EBUSY, "the device is suspended")
+    with FileReadable(path) as readable:
+        return parse_header(readable).backing_name if begins_as_qcow2(readable) else None
+
+
+def _is_suspended(device: int) -> bool:
+    """Whether a device-mapper device is suspended: reading it would block until it is resumed."""
+    state = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm/suspended")
+    try:
+        return state.read_text(encoding="ascii").strip() == "1"
+    except OSError:
+        return False
+
+
+def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
+    siblings = survey.describe_users_of(chain.images[base_index].identity)
+    middle = [
+        user
+        for image in chain.middle(base_index)
+        for user in survey.describe_users_of(image.identity)
+    ]
+    above = _above(chain.top.identity, survey)
+    return Relatives(
+        siblings=siblings,
+        middle_children=tuple(middle),
+        children=tuple(found.image for found in above if found.way is None),
+        above=tuple(above),
+        unreadable=tuple(sorted(survey.unreadable.items())),
+    )
+
+
+def _above(top: Identity, survey: _Survey) -> list[ImageAbove]:
+    """Everything that stands on top, nearest first."""
+    found: list[ImageAbove] = []
+    seen = {top}
+    pending: deque[tuple[Identity, Descent | None]] = deque([(top, None)])
+    while pending:
+        below, way = pending.popleft()
+        for user, path in survey.users_of(below):
+            if user in seen:
+                continue
+            seen.add(user)
+            image = survey.describe(user, path, below)
+            if image is not None:
+                found.append(ImageAbove(image, way))
+            pending.append((user, Descent(path, way)))
+    return found

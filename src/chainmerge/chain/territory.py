@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the images of a chain may lie."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_DEVICES = Path("/dev")
+
+# The kernel follows at most 40 links (path_resolution(7)).
+_MAX_LINKS = 40
+
+
+def reached(path: Path) -> Path:
+    """The file that *path* names, with the links of its directories resolved, but not its own."""
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def settled(path: Path) -> Path:
+    """The file that *path* leads to, all symbolic links resolved.
+
+    Where this is a device node behind a link under /dev, that link. All logical volumes
+    of a machine are nodes in /dev itself; only the links in /dev/VG and /dev/mapper,
+    which udev makes, tell them apart.
+    """
+    current = reached(path)
+    for _ in range(_MAX_LINKS):
+        try:
+            target = current.readlink()
+        except OSError:
+            return current
+        following = reached(current.parent / target)
+        if current.is_relative_to(_DEVICES) and _is_device_node(following):
+            return current
+        current = following
+    return current
+
+
+def _is_device_node(path: Path) -> bool:
+    try:
+        return stat.S_ISBLK(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Territory:
+    """The places where backing files are accepted.
+
+    ``directories`` count alone, ``trees`` with everything below (or are single files).
+    All absolute and without symbolic links.
+    """
+
+    directories: frozenset[Path]
+    trees: frozenset[Path]
+
+    def holds(self, place: Path) -> bool:
+        """Whether the file at *place* (from :func:`reached` or :func:`settled`) is inside."""
+        return place.parent in self.directories or any(
+            place.is_relative_to(tree) for tree in self.trees
+        )
+
+
+def territory_of(images: Iterable[Path], allowed: Iterable[Path]) -> Territory:
+    """The directories of *images*, by name and by where they lead, and the *allowed* paths."""
+    homes = {place.parent for image in images for place in (reached(image), settled(image))}
+    trees = {
+        place
+        for path in allowed
+        for place in (reached(path), settled(path), Path(os.path.realpath(path)))
+    }
+    return Territory(frozenset(homes), frozenset(trees))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that are imported when they are called, and the one place that ends them.
+
+Every error of the API ends in :meth:`Command.invoke`: it becomes a sentence, a hint and
+an exit status there. Nothing else in the command line catches errors of the API.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from typing import TYPE_CHECKING, Any, Final
+
+import rich_click as click
+from click.exceptions import Exit
+
+from chainmerge.cli.errors import InternalError
+from chainmerge.cli.output import Output, TextOutput
+from chainmerge.cli.streams import write_message
+from chainmerge.errors import ChainmergeError, ExitCode
+from chainmerge.report.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# What click raises to end a command, in an orderly way.
+_CLICK_ENDINGS: Final = (click.ClickException, Exit, click.Abort)
+
+
+class Command(click.RichCommand):
+    """A command whose errors become a sentence, a hint and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        output: Output = ctx.params.get("output") or TextOutput()
+        try:
+            return super().invoke(ctx)
+        except _CLICK_ENDINGS:
+            raise
+        except ChainmergeError as error:
+            return _end(ctx, output, error)
+        except Exception as error:  # noqa: BLE001 (the last place that knows how to answer)
+            return _end(ctx, output, bug_report(error))
+
+
+def bug_report(error: Exception) -> InternalError:
+    """Return an exception that nobody meant to raise as an error for the user."""
+    bug = InternalError(type(error).__name__, str(error))
+    bug.__cause__ = error
+    return bug
+
+
+def _end(ctx: click.Context, output: Output, error: ChainmergeError) -> ExitCode:
+    if ctx.find_root().params.get("debug"):
+        write_message(traceback_of(error))
+    try:
+        output.error(error)
+    except ChainmergeError as undelivered:
+        # Standard output is no use, so this goes to standard error.
+        TextOutput().error(error)
+        TextOutput().error(undelivered)
+    return error.exit_code
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return where an exception came from, fit to be printed."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return "".join(f"{printable(line)}\n" for line in lines)
+
+
+class LazyGroup(click.RichGroup):
+    """A group of commands, each imported when it is needed.
+
+    ``commands_in`` names, for each command, the module and the function that it is.
+    """
+
+    def __init__(
+        self, *args: Any, commands_in: Mapping[str, tuple[str, str]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._commands_in = commands_in
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self._commands_in)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in self._commands_in:
+            return None
+        module, function = self._commands_in[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), function)
+        return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            # What click does of itself here differs between its versions.
+            click.echo(ctx.get_help(), err=True, color=ctx.color)
+            ctx.exit(ExitCode.USAGE)
+        return super().parse_args(ctx, args)

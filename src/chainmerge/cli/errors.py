@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong between the user and the API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed, Misuse
+
+
+@dataclass(eq=False)
+class InternalError(Failed):
+    """A bug: an exception that nobody meant to raise."""
+
+    code: ClassVar[str] = "internal-error"
+    template: ClassVar[str] = "internal error: {kind}: {detail}"
+    hint: ClassVar[str] = (
+        "please report this, with the output of the same command and --debug; images are in a "
+        "state that the same command finishes"
+    )
+    explanation: ClassVar[str] = (
+        "chainmerge met a situation that it does not know. That is a bug in chainmerge and "
+        "not a mistake of yours. Its changes to images become visible in single atomic steps, so "
+        "that an image holds the state before or after such a step. `chainmerge check` and "
+        "`chainmerge bitmaps list` tell which."
+    )
+    kind: str
+    detail: str
+
+
+@dataclass(eq=False)
+class ReportNotDelivered(Failed):
+    """The work is done but standard output does not take the report."""
+
+    code: ClassVar[str] = "report-not-delivered"
+    template: ClassVar[str] = "standard output does not take the report: {reason}"
+    hint: ClassVar[str] = (
+        "make room where standard output goes and run the same command again: "
+        "what is done already is found to be done"
+    )
+    explanation: ClassVar[str] = (
+        "The command did its work, but its report could not be written, for example "
+        "because standard output is a file on a full file system. Without its report "
+        "a success is of little use to a program, so the exit status is that of a failure."
+    )
+    reason: str
+
+
+@dataclass(eq=False)
+class ConsentMissing(Misuse):
+    """Something would be thrown away and nobody is there to be asked."""
+
+    code: ClassVar[str] = "consent-missing"
+    template: ClassVar[str] = "nobody is there to be asked whether to go on with {image}"
+    hint: ClassVar[str] = "look at the findings with --dry-run, then say --yes"
+    explanation: ClassVar[str] = (
+        "`chainmerge repair` shows what it found and asks before it changes the image. "
+        "Where standard input is no terminal, or the report is JSON, it takes --yes for the answer."
+    )
+    image: str

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``chainmerge explain``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.console import Group, RenderableType
+
+from chainmerge import catalogue
+from chainmerge.cli.commands import Command
+from chainmerge.cli.options import json_option
+from chainmerge.report import layout
+from chainmerge.report.layout import words
+
+if TYPE_CHECKING:
+    from chainmerge.cli.output import Output
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The long form of one error."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorSummary:
+    """One error in the list of all."""
+
+    code: str
+    exit_status: int
+    sentence: str
+
+
+@click.command(cls=Command)
+@click.argument("code", required=False)
+@json_option
+def explain(*, code: str | None, output: Output) -> None:
+    """Explain the error CODE; without a CODE, list all of them."""
+    if code is not None:
+        output.document(Explanation(code, catalogue.explain(code)), _paragraphs)
+        return
+    summaries = tuple(
+        ErrorSummary(known, int(error.exit_code), catalogue.with_placeholders(error.template))
+        for known, error in catalogue.known_errors().items()
+    )
+    output.document(summaries, _list)
+
+
+def _paragraphs(explanation: Explanation) -> RenderableType:
+    title, *paragraphs = explanation.text.split("\n\n")
+    spaced = (part for paragraph in paragraphs for part in (words(""), words(paragraph)))
+    return Group(words(title, layout.TITLE), *spaced)
+
+
+def _list(summaries: tuple[ErrorSummary, ...]) -> RenderableType:
+    table = layout.listing("code", "exit", "sentence", right=("exit",))
+    for summary in summaries:
+        table.add_row(words(summary.code), str(summary.exit_status), words(summary.sentence))
+    return table

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``chainmerge``: its sub-commands, and how it starts and ends."""
+
+from __future__ import annotations
+
+import sys
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import rich_click as click
+
+from chainmerge.__about__ import __version__
+from chainmerge.cli.commands import LazyGroup, bug_report, traceback_of
+from chainmerge.cli.output import TextOutput
+from chainmerge.cli.signals import interrupted_by_signals
+from chainmerge.cli.streams import prepare_streams, write_message
+from chainmerge.errors import ExitCode
+from chainmerge.report.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COMMANDS: Final = MappingProxyType(
+    {
+        "plan": ("chainmerge.cli.plan", "plan"),
+        "merge": ("chainmerge.cli.merge", "merge"),
+        "bitmaps": ("chainmerge.cli.bitmaps", "bitmaps"),
+        "repair": ("chainmerge.cli.repair", "repair"),
+        "info": ("chainmerge.cli.info", "info"),
+        "check": ("chainmerge.cli.check", "check"),
+        "measure": ("chainmerge.cli.measure", "measure"),
+        "explain": ("chainmerge.cli.explain", "explain"),
+        "version": ("chainmerge.cli.version", "version"),
+    }
+)
+
+
+@click.group(
+    cls=LazyGroup,
+    commands_in=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Exit status: 0 done and verified, 1 failed, 2 wrong usage, 3 refused and nothing "
+        "changed, 4 outcome unknown, 130 interrupted."
+    ),
+)
+@click.version_option(__version__, "--version", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show where in the program an error came from.")
+def cli(debug: bool) -> None:  # noqa: FBT001 (read from the context where errors end)
+    """Merge snapshots of virtual disks, with their dirty bitmaps, without losing anything."""
+
+
+def main() -> NoReturn:
+    """Run the command that the process was started with, and end the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command to its end and return its exit status."""
+    prepare_streams()
+    try:
+        with interrupted_by_signals():
+            status = cli.main(list(arguments), prog_name="chainmerge", standalone_mode=False)
+    except click.ClickException as error:
+        write_message(_usage_message(error))
+        return ExitCode.USAGE
+    except (click.Abort, KeyboardInterrupt):
+        write_message("chainmerge: interrupted\n")
+        return ExitCode.INTERRUPTED
+    except Exception as error:  # noqa: BLE001 (commands have their own; this is for their loading)
+        TextOutput().error(bug_report(error))
+        if "--debug" in arguments:
+            write_message(traceback_of(error))
+        return ExitCode.FAILED
+    return int(status or ExitCode.DONE)
+
+
+def _usage_message(error: click.ClickException) -> str:
+    # Not as click shows it: the message quotes arguments, such as the names of files that
+    # a shell's asterisk found.
+    lines = [f"chainmerge: {printable(error.format_message())}"]
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        lines.append(f"  what to do: look at {context.command_path} --help")
+    return "".join(f"{line}\n" for line in lines)

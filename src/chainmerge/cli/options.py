@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that commands share, each group given to a command as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Final, ParamSpec, TypeVar, get_args
+
+import rich_click as click
+
+from chainmerge.cli.output import JsonOutput, Output, TextOutput
+from chainmerge.cli.params import IMAGE, PATH_FORMAT, SIZE
+from chainmerge.options import Access, EngineChoice, MergeOptions, VerifyLevel, VolumeChoice
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Function = Callable[..., R]
+
+_ACCESS_FIELDS: Final = (
+    "formats",
+    "allow_backing",
+    "allow_data_file",
+    "search",
+    "active",
+    "lock_wait",
+)
+# Headings of the help.
+_REACHING: Final = "Reaching images"
+_MERGING: Final = "How to merge"
+_MERGE_FIELDS: Final = tuple(MergeOptions.__dataclass_fields__)
+
+
+def _choose_output(_ctx: click.Context, _param: click.Parameter, value: bool) -> Output:  # noqa: FBT001 (click's signature)
+    return JsonOutput() if value else TextOutput()
+
+
+json_option = click.option(
+    "--json",
+    "output",
+    is_flag=True,
+    callback=_choose_output,
+    help="Print JSON instead of tables; errors too.",
+)
+
+top_argument = click.argument("top", type=IMAGE)
+image_argument = click.argument("image", type=IMAGE)
+base_option = click.option(
+    "--base",
+    type=IMAGE,
+    help="The image to merge into: any image below TOP.  [default: TOP's backing file]",
+)
+
+
+def access_options(function: Function[R]) -> Function[R]:
+    """Add the options that say how images may be reached; the command gets ``access``."""
+
+    @click.option(
+        "--format",
+        "formats",
+        type=PATH_FORMAT,
+        multiple=True,
+        metavar="PATH=FORMAT",
+        help="The format of an image, where no image above it says so.",
+        panel=_REACHING,
+    )
+    @click.option(
+        "--allow-backing",
+        type=click.Path(),
+        multiple=True,
+        metavar="DIR",
+        help="A directory that backing files may lie in, besides those of the chain.",
+        panel=_REACHING,
+    )
+    @click.option(
+        "--allow-data-file",
+        type=click.Path(),
+        multiple=True,
+        metavar="FILE",
+        help="An external data file that may be used.",
+        panel=_REACHING,
+    )
+    @click.option(
+        "--search",
+        type=click.Path(),
+        multiple=True,
+        metavar="DIR",
+        help="Another directory to look for images in that use the same ones.",
+        panel=_REACHING,
+    )
+    @click.option(
+        "--active", type=IMAGE, metavar="LEAF", help="The chain's top end.", panel=_REACHING
+    )
+    @click.option(
+        "--lock-wait",
+        type=click.FloatRange(min=0, max=86400),
+        metavar="SECONDS",
+        default=Access().lock_wait,
+        show_default=True,
+        help="How long to wait for images that others have locked.",
+        panel=_REACHING,
+    )
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> R:
+        chosen = {name: kwargs.pop(name) for name in _ACCESS_FIELDS}
+        chosen["formats"] = dict(chosen["formats"])
+        return function(*args, access=Access(**chosen), **kwargs)
+
+    return command
+
+
+def merge_options(function: Function[R]) -> Function[R]:
+    """Add the options that say how to merge; the command gets ``options``."""
+    defaults = MergeOptions()
+
+    @click.option(
+        "--verify",
+        type=click.Choice(get_args(VerifyLevel)),
+        default=defaults.verify,
+        show_default=True,
+        help="Compare base's content with top's as well (full), or bitmaps and metadata only.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--delete",
+        is_flag=True,
+        help="Delete the merged images once all is verified.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--keep-name",
+        is_flag=True,
+        help="Give base the name of TOP afterwards (files only).",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--drop-bitmaps",
+        is_flag=True,
+        help="Go on where base cannot hold bitmaps: the next backup will be a full one.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--engine",
+        type=click.Choice(get_args(EngineChoice)),
+        default=defaults.engine,
+        show_default=True,
+        help="Who writes the data.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--bandwidth",
+        type=SIZE,
+        metavar="RATE",
+        help="Bytes per second to copy at most, as 100M.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--size-limit",
+        type=SIZE,
+        metavar="SIZE",
+        help="Treat base's file as a volume that cannot grow past SIZE.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--volume",
+        type=click.Choice(get_args(VolumeChoice)),
+        default=defaults.volume,
+        show_default=True,
+        help="What base lies on.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--shrink",
+        is_flag=True,
+        help="Reduce the logical volume to the optimal size afterwards.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--discard", is_flag=True, help="Discard what was freed on the volume.", panel=_MERGING
+    )
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> R:
+        chosen = {name: kwargs.pop(name) for name in _MERGE_FIELDS}
+        return function(*args, options=MergeOptions(**chosen), **kwargs)
+
+    return command

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values on the command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import click
+
+_SIZE: Final = re.compile(r"(\d+)([kmgtpe]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
+_SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_LARGEST: Final = 2**63 - 1
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, as QEMU's tools write it: ``65536``, ``64K``, ``100M``, ``2G``."""
+
+    name = "size"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value)
+        if match is None:
+            self.fail(
+                f"{value!r} is no size: write a whole number, or one like 64K or 2G", param, ctx
+            )
+        # More digits than that are no size, and slow to convert.
+        number, unit = match.groups()
+        size = int(number[:20]) << _SHIFTS[unit.lower()]
+        if len(number) > 19 or size > _LARGEST:
+            self.fail(f"{value!r} is larger than any image can be", param, ctx)
+        return size
+
+
+class PathFormat(click.ParamType[tuple[str, str]]):
+    """An image and its format: ``disk.img=raw``."""
+
+    name = "path=format"
+
+    def convert(
+        self,
+        value: str | tuple[str, str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        # A path may hold an equals sign, the name of a format does not.
+        path, found, image_format = value.rpartition("=")
+        if not (found and path and re.fullmatch(r"[a-z0-9-]+", image_format)):
+            self.fail(f"{value!r} is not of the form PATH=FORMAT, like disk.img=raw", param, ctx)
+        return path, image_format
+
+
+SIZE: Final = Size()
+PATH_FORMAT: Final = PathFormat()
+# Only for completion in the shell. Whether an image is there and what it is, the API
+# says better.
+IMAGE: Final = click.Path(readable=False)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why an image's metadata is not rewritten, and what holds when a rewrite fails.
+
+::
+
+    Refused          ImageDirty, ImageMarkedCorrupt, ImageInconsistent
+                     BitmapSetUnfit, BackingNameUnfit, HeaderFull, RefcountTableFull
+                     NotEnoughSpace
+    Failed           RewriteFailed    before the switch: the image is the old one
+                     ReleaseFailed    after the switch: the image is the new one
+    OutcomeUnknown   SwitchUnknown    at the switch: it is one of the two
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed, OutcomeUnknown, Refused
+
+_CHECK = "run 'qemu-img check -r all {image}' (on a copy, if the image matters)"
+
+
+@dataclass(eq=False)
+class ImageDirty(Refused):
+    """The image was not closed properly, and its refcounts may be stale."""
+
+    code: ClassVar[str] = "image-dirty"
+    template: ClassVar[str] = "{image}: its dirty bit is set: the refcounts may be out of date"
+    hint: ClassVar[str] = "run 'qemu-img check -r all {image}', then the same command again"
+    explanation: ClassVar[str] = (
+        "With lazy refcounts, QEMU writes refcounts late and marks the image dirty meanwhile. A "
+        "dirty image that nobody has open was left so by a crash: clusters in use may be marked "
+        "free in it, and writing to such an image destroys the guest's data. Nothing was written."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class ImageMarkedCorrupt(Refused):
+    """QEMU found the image's metadata damaged and said so in the image."""
+
+    code: ClassVar[str] = "image-marked-corrupt"
+    template: ClassVar[str] = "{image}: its corrupt bit is set: QEMU found its metadata damaged"
+    hint: ClassVar[str] = _CHECK
+    explanation: ClassVar[str] = (
+        "QEMU sets the corrupt bit when it is about to overwrite one part of an image's metadata "
+        "with another, which only happens in a damaged image, and opens the image only for "
+        "reading from then on. Nothing was written."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class ImageInconsistent(Refused):
+    """The image's tables contradict its refcounts, or each other."""
+
+    code: ClassVar[str] = "image-inconsistent"
+    template: ClassVar[str] = "{image}: {corruptions} places are corrupt, the first: {first}"
+    hint: ClassVar[str] = _CHECK
+    explanation: ClassVar[str] = (
+        "New metadata goes to clusters that are marked free, so before anything is written the "
+        "refcounts are computed anew from all tables and compared with the stored ones. Clusters "
+        "marked used that nothing uses (leaks) do no harm. Here a cluster in use is marked free, "
+        "is used twice, or lies outside the file, and writing would risk the guest's data. "
+        "Nothing was written."
+    )
+    image: str
+    corruptions: int
+    first: str
+
+
+@dataclass(eq=False)
+class BitmapSetUnfit(Refused):
+    """The image cannot store this set of bitmaps so that QEMU reads it."""
+
+    code: ClassVar[str] = "bitmap-set-unfit"
+    template: ClassVar[str] = "{image}: cannot hold these bitmaps: {problem}"
+    hint: ClassVar[str] = (
+        "for a version 2 image, 'qemu-img amend -o compat=1.1 {image}' makes it able to hold "
+        "bitmaps; else rename, drop or coarsen the bitmap"
+    )
+    explanation: ClassVar[str] = (
+        "Bitmaps can only be stored in qcow2 images of version 3, under distinct names of at most "
+        "1023 bytes, with a granularity of 512 bytes to 2 GiB, and with exactly the bits that the "
+        "disk's present size needs. QEMU does not open an image that breaks one of these rules. "
+        "Nothing was written."
+    )
+    image: str
+    problem: str
+
+
+@dataclass(eq=False)
+class HeaderFull(Refused):
+    """The header cannot be laid out so that one sector write switches to it."""
+
+    code: ClassVar[str] = "header-full"
+    template: ClassVar[str] = (
+        "{image}: no room in the header: the extensions and the backing file name take {needed} "
+        "bytes of a header cluster of {cluster_size}, and what changes must fit its first 512"
+    )
+    hint: ClassVar[str] = (
+        "shorten the names that the header holds (backing file, external data file), for instance "
+        "by a relative name or a symbolic link"
+    )
+    explanation: ClassVar[str] = (
+        "Bitmaps and backing file names are switched from old to new by writing the first 512 "
+        "bytes of the image, which a disk does entirely or not at all. Everything that has to "
+        "change at that instant must be in them, and whatever lies behind them must be writable "
+        "beforehand without disturbing the header as it is. With very long names, or header "
+        "extensions of other programs, there is no such layout. Nothing was written."
+    )
+    image: str
+    needed: int
+    cluster_size: int
+
+
+@dataclass(eq=False)
+class BackingNameUnfit(Refused):
+    """QEMU could not read such a backing name or format."""
+
+    code: ClassVar[str] = "backing-name-unfit"
+    template: ClassVar[str] = "{image}: {value!r} cannot be its backing {what}: {problem}"
+    hint: ClassVar[str] = "use another name, for instance a relative one, which is shorter"
+    explanation: ClassVar[str] = (
+        "An image stores the name of its backing file in at most 1023 bytes, and the name of that "
+        "file's format in at most 15. An image with an external data file that must be a plain "
+        "raw copy of the disk cannot have a backing file at all. Nothing was written."
+    )
+    image: str
+    what: str
+    value: str
+    problem: str
+
+
+@dataclass(eq=False)
+class RefcountTableFull(Refused):
+    """The image's refcounts cannot describe any more clusters."""
+
+    code: ClassVar[str] = "refcount-table-full"
+    template: ClassVar[str] = (
+        "{image}: its refcount table would have to grow beyond the {limit} bytes that QEMU reads"
+    )
+    hint: ClassVar[str] = "convert the image to one with larger clusters by 'qemu-img convert'"
+    explanation: ClassVar[str] = (
+        "With small clusters and wide refcounts a qcow2 file can reach a size where no further "
+        "cluster can be counted: QEMU reads at most 8 MiB of refcount table. Nothing was written."
+    )
+    image: str
+    limit: int
+
+
+@dataclass(eq=False)
+class NotEnoughSpace(Refused):
+    """There is no room for the new metadata beside the old."""
+
+    code: ClassVar[str] = "metadata-space-missing"
+    template: ClassVar[str] = (
+        "{image}: no room for new metadata beside the old: {missing} bytes are missing"
+    )
+    hint: ClassVar[str] = "extend the volume or free space on the file system, then run it again"
+    explanation: ClassVar[str] = (
+        "New bitmaps are written beside the old ones, which are freed afterwards, so that a crash "
+        "leaves one set or the other. All the space is reserved before the first write; it was "
+        "not there. Nothing was written. If earlier attempts were interrupted, 'chainmerge "
+        "repair' gives back the clusters that they left."
+    )
+    image: str
+    missing: int
+
+
+@dataclass(eq=False)
+class RewriteFailed(Failed):
+    """New metadata could not be written; the old one is untouched."""
+
+    code: ClassVar[str] = "metadata-rewrite-failed"
+    template: ClassVar[str] = "{image}: could not write new metadata ({step}): {reason}"
+    hint: ClassVar[str] = "see the kernel's log for I/O errors, then run the same command again"
+    explanation: ClassVar[str] = (
+        "The image still holds its old metadata, unchanged: what failed was the preparation of "
+        "the new one in clusters that are not in use. A few clusters may be marked used that "
+        "nothing uses; 'chainmerge repair' gives them back. Running the command again is safe."
+    )
+    image: str
+    step: str
+    reason: str
+
+
+@dataclass(eq=False)
+class SwitchUnknown(OutcomeUnknown):
+    """The write that switches the metadata failed or may not have become durable."""
+
+    code: ClassVar[str] = "metadata-switch-unknown"
+    template: ClassVar[str] = (
+        "{image}: cannot tell whether the switch to the new metadata took effect: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "see the kernel's log; once the storage works, run the same command again: it reads from "
+        "the image which of the two it is"
+    )
+    explanation: ClassVar[str] = (
+        "The old metadata and the new one are both complete in the image, and its first sector "
+        "says which one counts. Writing that sector, or making it durable, failed, so the image "
+        "is entirely in its old or entirely in its new state. Both are safe to go on from."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class ReleaseFailed(Failed):
+    """The new metadata is in effect; the clusters of the old could not be marked free."""
+
+    code: ClassVar[str] = "metadata-release-failed"
+    template: ClassVar[str] = (
+        "{image}: the new metadata is in effect, but clusters of the old could not be freed: "
+        "{reason}"
+    )
+    hint: ClassVar[str] = (
+        "see the kernel's log for I/O errors, then 'chainmerge repair {image}' frees the clusters"
+    )
+    explanation: ClassVar[str] = (
+        "The switch to the new metadata is complete and durable. Only the clusters that the old "
+        "metadata used are still marked used, which costs space and nothing else."
+    )
+    image: str
+    reason: str

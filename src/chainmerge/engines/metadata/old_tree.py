@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which clusters a rewrite may free: those that nothing but the old bitmaps used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.engines.metadata.allocation import slices_by
+from chainmerge.qcow2.bitmaps import (
+    TABLE_ALL_ONES,
+    TABLE_ENTRY_SIZE,
+    BitmapEntry,
+    read_directory,
+    read_table,
+)
+from chainmerge.qcow2.errors import FormatError
+from chainmerge.qcow2.refcounts import read_refcounts, refcounts_per_block
+
+if TYPE_CHECKING:
+    from chainmerge.engines.metadata.allocation import Clusters
+    from chainmerge.qcow2.image import Qcow2Image
+
+_NONE: Clusters = np.zeros(0, dtype=np.int64)
+
+
+def bitmap_clusters(image: Qcow2Image) -> Clusters:
+    """Clusters of the directory, the tables and the data of the image's bitmaps.
+
+    Ascending, with repetitions where something is used twice. Empty where the autoclear
+    bit does not vouch for the bitmaps, or where they cannot be read to the end: what they
+    used is leaked then, and told from what is in use by recomputing the refcounts.
+    """
+    extension = image.header.bitmaps
+    if extension is None or not image.header.bitmaps_trusted:
+        return _NONE
+    try:
+        entries = read_directory(image)
+        parts = [_span(extension.directory_offset, extension.directory_size, image)]
+        for entry in entries:
+            parts += _clusters_of(image, entry)
+    except FormatError:
+        return _NONE
+    return np.sort(np.concatenate(parts))
+
+
+def _clusters_of(image: Qcow2Image, entry: BitmapEntry) -> list[Clusters]:
+    table = _span(entry.table_offset, entry.table_size * TABLE_ENTRY_SIZE, image)
+    offsets = read_table(image, entry)
+    stored = offsets[offsets > TABLE_ALL_ONES] // np.uint64(image.header.cluster_size)
+    return [table, stored.astype(np.int64)]
+
+
+def refcount_table_clusters(image: Qcow2Image) -> Clusters:
+    """Clusters of the refcount table itself."""
+    header = image.header
+    length = header.refcount_table_clusters * header.cluster_size
+    return _span(header.refcount_table_offset, length, image)
+
+
+def used_once(image: Qcow2Image, clusters: Clusters) -> Clusters:
+    """Those of *clusters* (ascending) that are there once and have a stored refcount of 1."""
+    values, counts = np.unique(clusters, return_counts=True)
+    single = values[counts == 1]
+    kept = [_NONE]
+    per_block = refcounts_per_block(image.header)
+    for part in slices_by(single, per_block):
+        group = single[part]
+        low = int(group[0])
+        refcounts = read_refcounts(image, low, int(group[-1]) - low + 1)
+        kept.append(group[refcounts[group - low] == 1])
+    return np.concatenate(kept)
+
+
+def _span(offset: int, length: int, image: Qcow2Image) -> Clusters:
+    cluster_size = image.header.cluster_size
+    first = offset // cluster_size
+    return np.arange(first, -(-(offset + length) // cluster_size), dtype=np.int64)

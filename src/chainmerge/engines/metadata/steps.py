@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of writes: steps, each made durable before the next one begins.
+
+=========  ===========================================================================
+FILL       new clusters, and header bytes that the old header does not use
+COUNT      refcounts of new clusters, 0 to 1, in the refcount blocks there are
+LINK       new refcount blocks into the refcount table (left out without any)
+SWITCH     the first 512 bytes of the image: old until here, new from here
+RELEASE    refcounts of what only the old metadata used, 1 to 0
+=========  ===========================================================================
+
+Before SWITCH nothing that the old header leads to is changed, apart from refcounts that
+rise: whatever subset of the writes of the running step a crash leaves, the image is the
+old one with leaked clusters. After it, the image is the new one with leaked clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from chainmerge.engines.metadata.errors import (
+    NotEnoughSpace,
+    ReleaseFailed,
+    RewriteFailed,
+    SwitchUnknown,
+)
+from chainmerge.engines.metadata.refcount_blocks import Write
+from chainmerge.errors import ChainmergeError
+from chainmerge.qcow2.readable import Readable
+from chainmerge.storage.errors import NoSpaceLeft, WriteFailed
+
+
+class Port(Readable, Protocol):
+    """What an image is rewritten through; :class:`chainmerge.storage.files.WritablePort`."""
+
+    @property
+    def is_block_device(self) -> bool:
+        """Whether the size is what it is; a regular file grows with what is written."""
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Reserve space of a regular file, so that writes there cannot run out of it."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of *data*; behind the end of a regular file, extend it."""
+
+    def flush(self) -> None:
+        """Make every write so far durable, the file's size included."""
+
+
+class StepName(StrEnum):
+    """The steps, in their order."""
+
+    FILL = "fill"
+    COUNT = "count"
+    LINK = "link"
+    SWITCH = "switch"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Writes that may reach the disk in any order, or torn, and the flush that follows them.
+
+    Attributes:
+        name: Which step.
+        writes: The writes; made when the step is reached, from what is on disk by then.
+    """
+
+    name: StepName
+    writes: Callable[[], Iterable[Write]]
+
+
+def reserve(port: Port, required_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+    """Make sure that writes to *ranges* (offset, length in bytes) cannot run out of space.
+
+    Where a file system cannot reserve space, a write may still find it full, but only
+    before the switch.
+
+    Raises:
+        NotEnoughSpace: there is less than *required_size* on a device, or no room for
+            the ranges on a file system.
+    """
+    if port.is_block_device:
+        if required_size > port.size:
+            raise NotEnoughSpace(port.name, required_size - port.size)
+        return
+    missing = sum(length for _, length in ranges)
+    for offset, length in ranges:
+        try:
+            port.reserve(offset, length)
+        except NoSpaceLeft as error:
+            raise NotEnoughSpace(port.name, missing) from error
+        except WriteFailed:
+            return
+        missing -= length
+
+
+def execute(port: Port, steps: Sequence[Step]) -> int:
+    """Run the steps; returns how many bytes were written.
+
+    Raises:
+        RewriteFailed: a step before the switch failed; the image is the old one.
+        SwitchUnknown: the switch failed; the image is the old one or the new one.
+        ReleaseFailed: a step after the switch failed; the image is the new one.
+    """
+    written = 0
+    switched = False
+    for step in steps:
+        try:
+            for offset, data in step.writes():
+                port.write(offset, data)
+                written += len(data)
+            port.flush()
+        except (OSError, ChainmergeError) as error:
+            reason = str(getattr(error, "reason", error))
+            raise _failure(port.name, step.name, reason, switched=switched) from error
+        switched = switched or step.name is StepName.SWITCH
+    return written
+
+
+def _failure(image: str, step: StepName, reason: str, *, switched: bool) -> ChainmergeError:
+    if switched:
+        return ReleaseFailed(image, reason)
+    if step is StepName.SWITCH:
+        return SwitchUnknown(image, reason)
+    return RewriteFailed(image, step, reason)

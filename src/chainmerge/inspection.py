@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at the disk and gathers the facts that a plan rests on. Reads only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.chain import Chain, ChainPolicy, ImageInfo, Relatives, discover, open_image
+from chainmerge.chain.relatives import find_relatives
+from chainmerge.checkpoints import (
+    NOWHERE,
+    BitmapState,
+    Decision,
+    Fate,
+    LayerBitmaps,
+    Occurrence,
+    decide,
+)
+from chainmerge.journal import SavedBitmap, SavedBitmaps, identify, load_saved_bitmaps, same_image
+from chainmerge.plan_errors import BaseNotBelowTop
+from chainmerge.planning import Movement
+from chainmerge.qcow2.bitmaps import (
+    MAX_GRANULARITY_BITS,
+    MIN_GRANULARITY_BITS,
+    BitmapEntry,
+    read_bits,
+    read_table,
+)
+from chainmerge.qcow2.bits import BitSet, is_storable, union_all
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.mapping import Kind
+from chainmerge.qcow2.readable import Readable
+from chainmerge.results import state_of
+from chainmerge.storage.files import FileReadable
+from chainmerge.view import GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
+
+if TYPE_CHECKING:
+    from chainmerge.options import Access
+
+MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
+MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """An image of the chain, open for reading."""
+
+    info: ImageInfo
+    readable: Readable
+    image: Qcow2Image | None
+    layer: Layer
+
+    def entry(self, name: str) -> BitmapEntry | None:
+        """The image's bitmap of that name."""
+        return next((entry for entry in self.info.bitmaps if entry.name == name), None)
+
+    def bits(self, name: str) -> BitSet:
+        """The content of a bitmap that is known to be there and readable."""
+        entry = self.entry(name)
+        assert self.image is not None
+        assert entry is not None
+        return read_bits(self.image, entry)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenChain:
+    """All images of a chain, root first, open for reading."""
+
+    images: tuple[OpenImage, ...]
+
+    def view(self, first: int = 0, stop: int | None = None) -> GuestView:
+        """What a guest sees of the images from *first* to before *stop*."""
+        return GuestView(tuple(image.layer for image in self.images[first:stop]))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A merge that was asked for: top's chain, base's place in it, and who else is around."""
+
+    chain: Chain
+    base_index: int
+    relatives: Relatives
+
+    @property
+    def base(self) -> ImageInfo:
+        """The image merged into."""
+        return self.chain.images[self.base_index]
+
+    @property
+    def overlay(self) -> ImageInfo:
+        """The image directly above base."""
+        return self.chain.images[self.base_index + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapFacts:
+    """The bitmaps of a chain, and what becomes of them.
+
+    ``layers`` goes from root to top and has base's checkpoints as they were before an
+    interrupted merge; ``recovered`` names those. ``final_bits`` has the union for each
+    name that is kept, of the disk's final size; ``base_bits`` what base itself has of it.
+    """
+
+    layers: tuple[LayerBitmaps, ...]
+    decisions: tuple[Decision, ...]
+    final_bits: Mapping[str, BitSet]
+    base_bits: Mapping[str, BitSet]
+    recovered: frozenset[str]
+    warnings: tuple[str, ...]
+
+
+def policy_of(access: Access) -> ChainPolicy:
+    """The rules for following backing names that the caller's options ask for."""
+    return ChainPolicy(
+        allow_backing=tuple(Path(path) for path in access.allow_backing),
+        allow_data_files=tuple(Path(path) for path in access.allow_data_file),
+        formats={Path(path): name for path, name in access.formats.items()},
+    )
+
+
+def find_target(top: Path, base: Path | None, access: Access) -> Target:
+    """Find the chain of *top*, base in it (top's backing file by default), and its relatives.
+
+    Raises:
+        BaseNotBelowTop, NoBackingFile, and what discovery raises.
+    """
+    policy = policy_of(access)
+    chain = discover(top, policy)
+    base_index = chain.base_index if base is None else chain.index_of(base)
+    if base_index == len(chain.images) - 1:
+        raise BaseNotBelowTop(str(base), str(top))
+    relatives = find_relatives(
+        chain,
+        base_index,
+        search=tuple(Path(path) for path in access.search),
+        active=Path(access.active) if access.active else None,
+        policy=policy,
+    )
+    return Target(chain, base_index, relatives)
+
+
+@contextlib.contextmanager
+def open_chain(chain: Chain) -> Iterator[OpenChain]:
+    """Open every image of a chain for reading, each being still the one that was found."""
+    with contextlib.ExitStack() as stack:
+        yield OpenChain(tuple(_open(stack, info) for info in chain.images))
+
+
+def _open(stack: contextlib.ExitStack, info: ImageInfo) -> OpenImage:
+    readable = stack.enter_context(open_image(info))
+    if info.header is None:
+        return OpenImage(info, readable, None, layer_of_raw(readable))
+    image = Qcow2Image(readable)
+    data: FileReadable = readable
+    if info.data_file is not None:
+        data = stack.enter_context(FileReadable(info.data_file))
+    return OpenImage(info, readable, image, layer_of_qcow2(image, data))
+
+
+def bitmaps_of(opened: OpenImage) -> LayerBitmaps:
+    """The bitmaps of one image as the rules see them."""
+    image = opened.image
+    occurrences = {
+        entry.name: Occurrence(
+            state := state_of(image, entry),
+            entry.granularity,
+            _is_empty(opened, entry) if state is BitmapState.DISABLED else None,
+        )
+        for entry in opened.info.bitmaps
+        if image is not None
+    }
+    return LayerBitmaps(str(opened.info.path), occurrences, opened.info.supports_bitmaps)
+
+
+def _is_empty(opened: OpenImage, entry: BitmapEntry) -> bool:
+    assert opened.image is not None
+    return not np.any(read_table(opened.image, entry))
+
+
+def gather_bitmaps(
+    target: Target, opened: OpenChain, saved: SavedBitmaps | None, *, top_stays: bool
+) -> BitmapFacts:
+    """Decide on every bitmap, and unite the bits of those that are kept."""
+    on_disk = tuple(bitmaps_of(image) for image in opened.images)
+    base_index = target.base_index
+    saved_bits, warnings = _usable_saved(target, opened, on_disk, saved)
+    layers = (
+        *on_disk[:base_index],
+        _with_saved(on_disk[base_index], saved_bits),
+        *on_disk[base_index + 1 :],
+    )
+    decisions = decide(layers, base_index, names_above(target.relatives), top_stays=top_stays)
+    kept = [decision for decision in decisions if decision.fate is Fate.KEEP]
+    on_base = opened.images[base_index]
+    base_bits = {
+        name: bits if (bits := saved_bits.get(name)) is not None else on_base.bits(name)
+        for name in (decision.name for decision in kept)
+        if layers[base_index].state(name) is BitmapState.VALID
+    }
+    size = max(target.base.virtual_size, target.chain.top.virtual_size)
+    final = {
+        decision.name: _unite(decision, opened, base_index, base_bits, size) for decision in kept
+    }
+    return BitmapFacts(layers, decisions, final, base_bits, frozenset(saved_bits), warnings)
+
+
+def names_above(relatives: Relatives) -> frozenset[str]:
+    """Names of bitmaps in images that read base without being part of the merge.
+
+    Siblings count: where they are allowed at all, they are children of top that an
+    interrupted run has re-pointed already.
+    """
+    images = (*(above.image for above in relatives.above), *relatives.siblings)
+    return frozenset(entry.name for image in images for entry in image.bitmaps)
+
+
+def _usable_saved(
+    target: Target,
+    opened: OpenChain,
+    on_disk: Sequence[LayerBitmaps],
+    saved: SavedBitmaps | None,
+) -> tuple[dict[str, BitSet | None], tuple[str, ...]]:
+    """What an interrupted merge saved of base's bitmaps, as far as it belongs to this chain.
+
+    None stands for a name that base did not have: where base has it now, the interrupted
+    merge has stored it.
+    """
+    if saved is None:
+        return {}, ()
+    base, overlay = on_disk[target.base_index], on_disk[target.base_index + 1]
+    same = same_image(saved.base, identify(target.base.real_path)) and same_image(
+        saved.overlay, identify(target.overlay.real_path)
+    )
+    usable: dict[str, BitSet | None] = {}
+    lost: list[str] = []
+    for bitmap in saved.bitmaps:
+        state = base.state(bitmap.name)
+        needed = state in (BitmapState.DISABLED, BitmapState.IN_USE)
+        if bitmap.in_base is None:
+            if same and state is BitmapState.VALID:
+                usable[bitmap.name] = None
+        elif needed and same and _still_covers(opened, target, overlay, bitmap):
+            usable[bitmap.name] = bitmap.in_base
+        elif needed:
+            lost.append(bitmap.name)
+    if not lost:
+        return usable, ()
+    warning = (
+        f"an interrupted merge saved the bitmaps {', '.join(map(repr, lost))} of "
+        f"{target.base.path}, but what stands on it now is not what stood on it then: they are "
+        "lost, and the next backup that builds on them must be a full one"
+    )
+    return usable, (warning,)
+
+
+def _still_covers(
+    opened: OpenChain, target: Target, overlay: LayerBitmaps, saved: SavedBitmap
+) -> bool:
+    """Whether the overlay's bits are those that it had, or more."""
+    then = saved.in_overlay
+    if then is None or overlay.state(saved.name) is not BitmapState.VALID:
+        return False
+    now = opened.images[target.base_index + 1].bits(saved.name)
+    return now.with_geometry(then.disk_size, then.granularity).covers(then)
+
+
+def _with_saved(base: LayerBitmaps, saved: Mapping[str, BitSet | None]) -> LayerBitmaps:
+    revived = {
+        name: NOWHERE if bits is None else Occurrence(BitmapState.VALID, bits.granularity, None)
+        for name, bits in saved.items()
+    }
+    return replace(base, occurrences={**base.occurrences, **revived})
+
+
+def _unite(
+    decision: Decision,
+    opened: OpenChain,
+    base_index: int,
+    base_bits: Mapping[str, BitSet],
+    size: int,
+) -> BitSet:
+    assert decision.granularity is not None
+    sources = (
+        base_bits[decision.name]
+        if index == base_index
+        else opened.images[index].bits(decision.name)
+        for index in decision.sources
+    )
+    return union_all(sources, size, storable_granularity(size, decision.granularity))
+
+
+def storable_granularity(disk_size: int, wanted: int) -> int:
+    """*wanted*, or the next coarser granularity (bytes) at which QEMU stores such a bitmap.
+
+    A larger disk can make a bitmap too large to be stored as finely as before. A coarser
+    one covers the same writes.
+    """
+    granularity = min(max(wanted, MIN_GRANULARITY), MAX_GRANULARITY)
+    while granularity < MAX_GRANULARITY and not is_storable(disk_size, granularity):
+        granularity *= 2
+    return granularity
+
+
+def occurrence_in_base(facts: BitmapFacts, base_index: int, name: str) -> Occurrence:
+    """What base holds under a name."""
+    return facts.layers[base_index].occurrences.get(name, NOWHERE)
+
+
+def load_saved(target: Target) -> SavedBitmaps | None:
+    """The bitmaps that an interrupted merge into base has saved."""
+    return load_saved_bitmaps(target.base.real_path)
+
+
+@dataclass(frozen=True, slots=True)
+class Volumes:
+    """Guest bytes that the merged range and base define."""
+
+    data: int
+    zero: int
+    compressed: int
+    pull: int
+    undefined: int
+
+
+def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
+    """Count what moves, what would move the other way, and what base does not define yet.
+
+    All in guest bytes. Reads the tables of all images of the range and of base, once.
+    """
+    size = target.chain.top.virtual_size
+    base_size = target.base.virtual_size
+    merged = opened.view(target.base_index + 1)
+    base = opened.view(target.base_index, target.base_index + 1)
+    data = zero = compressed = pull = undefined = 0
+    for upper, lower in in_step(merged.resolve(0, size), base.resolve(0, size)):
+        by_kind = np.bincount(upper.kind, weights=upper.length, minlength=len(Kind))
+        data += int(by_kind[Kind.DATA])
+        zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])
+        compressed += int(by_kind[Kind.COMPRESSED])
+        bounds = np.union1d(upper.guest, lower.guest)
+        above, below = upper.cut_at(bounds), lower.cut_at(bounds)
+        free = above.kind == Kind.UNALLOCATED
+        stored = (below.kind == Kind.DATA) | (below.kind == Kind.COMPRESSED)
+        pull += int(below.length[free & stored].sum())
+        nothing = (below.kind == Kind.UNALLOCATED) | (bounds >= base_size)
+        undefined += int(below.length[~free & nothing].sum())
+    return Volumes(data, zero, compressed, pull, undefined)
+
+
+def movement_of(volumes: Volumes, new_clusters: int, new_l2_tables: int) -> Movement:
+    """The figures of a plan."""
+    return Movement(volumes.data, volumes.zero, volumes.compressed, new_clusters, new_l2_tables)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must outlive the process: saved bitmaps, and which merges came to their end.
+
+Two small files, each written to a temporary name, synced and renamed:
+
+``.BASE.chainmerge-saved``
+    Base's checkpoints while guest data is copied into it. QEMU marks every bitmap of
+    an image that it has open for writing as in-use, and a kill leaves them so; they
+    are therefore taken out of base before the copy (tombstones stand in for them) and
+    put back, united with top's, after it. A rerun takes them from here.
+
+``.TOP.chainmerge-merged``
+    Written before top's file is deleted or replaced, so that the same command, run
+    again, says that the merge is done instead of reporting a missing file, or worse,
+    taking the renamed base for a new overlay.
+
+Both stand beside the image, so that any host that sees the image sees them; for block
+devices they stand in :data:`STATE_DIRECTORY`.
+
+Saved bitmaps are only good for the chain that they were taken from. Were the overlay
+deleted by hand and another one put on base, base may have been written in between with
+nothing recording it. So the overlay directly above base is identified by inode and time
+of birth (the device-mapper UUID, or the device number, of a block device), and its
+bitmaps must still cover what they covered: bits of a live checkpoint only ever grow.
+
+Layout of the saved-bitmaps file: the line :data:`MAGIC`; a line of JSON
+(:class:`_SavedHeader`); the blobs that it announces, each zlib-compressed chunks of
+the serialised bitmap; the SHA-256 digest (32 bytes) of everything before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import stat
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+import msgspec
+import numpy as np
+
+from chainmerge.errors import Failed
+from chainmerge.qcow2.bits import BitSet
+from chainmerge.storage.files import fsync_directory, write_file_durably
+
+MAGIC: Final = b"chainmerge saved bitmaps 1\n"
+STATE_DIRECTORY: Final = Path("/var/lib/chainmerge")
+_CHUNK_BYTES: Final = 64 * 1024
+_CHUNK_INDEX: Final = struct.Struct("<QI")
+_DIGEST_BYTES: Final = 32
+
+
+@dataclass(eq=False)
+class SavedBitmapsDamaged(Failed):
+    """The file of saved bitmaps cannot be read."""
+
+    code: ClassVar[str] = "saved-bitmaps-damaged"
+    template: ClassVar[str] = "{file}: the bitmaps saved by an interrupted merge are damaged: {why}"
+    hint: ClassVar[str] = (
+        "remove {file} if you accept that the checkpoints of the interrupted merge are lost: "
+        "the next backup that builds on them must be a full one"
+    )
+    explanation: ClassVar[str] = (
+        "While guest data is copied into base, base's checkpoints are kept in a file beside it. "
+        "An interrupted merge leaves that file for the rerun. It carries a SHA-256 digest; this "
+        "one does not match. Without the saved bitmaps the checkpoints cannot be completed, and a "
+        "checkpoint with missing bits would silently corrupt the next incremental backup."
+    )
+    file: str
+    why: str
+
+
+class ImageIdentity(msgspec.Struct, frozen=True):
+    """What tells one image from another that comes to stand under the same name."""
+
+    path: str
+    kind: str
+    number: int
+    birth: str
+
+
+class _SavedBits(msgspec.Struct, frozen=True):
+    granularity: int
+    disk_size: int
+    length: int
+
+
+class _SavedName(msgspec.Struct, frozen=True):
+    name: list[int]
+    base: _SavedBits | None
+    overlay: _SavedBits | None
+
+
+class _SavedHeader(msgspec.Struct, frozen=True):
+    base: ImageIdentity
+    overlay: ImageIdentity
+    bitmaps: list[_SavedName]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBitmap:
+    """One checkpoint as it was before the merge.
+
+    ``in_base`` are its bits in base, ``in_overlay`` those in the overlay directly above;
+    None where the image did not have it.
+    """
+
+    name: str
+    in_base: BitSet | None
+    in_overlay: BitSet | None
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBitmaps:
+    """Base's checkpoints, out of QEMU's reach while it writes into base."""
+
+    base: ImageIdentity
+    overlay: ImageIdentity
+    bitmaps: tuple[SavedBitmap, ...]
+
+
+class DoomedImage(msgspec.Struct, frozen=True):
+    """An image that is to be deleted, if it is still the same."""
+
+    path: str
+    identity: ImageIdentity
+
+
+class MergedRecord(msgspec.Struct, frozen=True):
+    """A merge whose top is about to be deleted or replaced."""
+
+    top: str
+    base: str
+    result: str
+    result_identity: ImageIdentity
+    keep_name: bool
+    delete: list[DoomedImage]
+
+
+def identify(path: Path) -> ImageIdentity:
+    """The identity of the image at *path*, the same as seen from every host.
+
+    Raises OSError where there is nothing.
+    """
+    status = path.stat()
+    if stat.S_ISBLK(status.st_mode):
+        node = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        uuid = Path(f"/sys/dev/block/{node}/dm/uuid")
+        birth = uuid.read_text(encoding="ascii").strip() if uuid.exists() else ""
+        number = 0 if birth else status.st_rdev
+        return ImageIdentity(str(path.resolve()), "block", number, birth)
+    return ImageIdentity(str(path.resolve()), "file", status.st_ino, _birth_time(path))
+
+
+def same_image(one: ImageIdentity, other: ImageIdentity) -> bool:
+    """Whether two identities are of the same image, wherever it is mounted now."""
+    return (one.kind, one.number, one.birth) == (other.kind, other.number, other.birth)
+
+
+def saved_bitmaps_file(base: Path) -> Path:
+    """Where the saved bitmaps of *base* stand, whether or not there are any."""
+    return _beside(base, "chainmerge-saved")
+
+
+def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
+    """Write the saved bitmaps durably; replaces those of an earlier run.
+
+    Raises chainmerge.errors.Failed where the file system has no room.
+    """
+    blobs: list[bytes] = []
+    names: list[_SavedName] = []
+    for bitmap in saved.bitmaps:
+        name = list(bitmap.name.encode("utf-8", "surrogateescape"))
+        in_base, in_overlay = _announce(bitmap.in_base, blobs), _announce(bitmap.in_overlay, blobs)
+        names.append(_SavedName(name, in_base, in_overlay))
+    header = msgspec.json.encode(_SavedHeader(saved.base, saved.overlay, names)) + b"\n"
+    document = b"".join([MAGIC, header, *blobs])
+    target = saved_bitmaps_file(base)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
+
+
+def load_saved_bitmaps(base: Path) -> SavedBitmaps | None:
+    """The bitmaps that an interrupted merge left for *base*; None where there are none.
+
+    Raises SavedBitmapsDamaged.
+    """
+    file = saved_bitmaps_file(base)
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    document, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(document).digest() != digest:
+        raise SavedBitmapsDamaged(str(file), "its digest does not match")
+    if not document.startswith(MAGIC):
+        raise SavedBitmapsDamaged(str(file), "it is of another version")
+    header_end = document.index(b"\n", len(MAGIC)) + 1
+    header = msgspec.json.decode(document[len(MAGIC) : header_end], type=_SavedHeader)
+    blobs = memoryview(document)[header_end:]
+    bitmaps = []
+    for entry in header.bitmaps:
+        name = bytes(entry.name).decode("utf-8", "surrogateescape")
+        in_base, blobs = _take(entry.base, blobs)
+        in_overlay, blobs = _take(entry.overlay, blobs)
+        bitmaps.append(SavedBitmap(name, in_base, in_overlay))
+    return SavedBitmaps(header.base, header.overlay, tuple(bitmaps))
+
+
+def _announce(bits: BitSet | None, blobs: list[bytes]) -> _SavedBits | None:
+    """Append the blob of *bits*, and return what the header says of it."""
+    if bits is None:
+        return None
+    blobs.append(_pack(bits))
+    return _SavedBits(bits.granularity, bits.disk_size, len(blobs[-1]))
+
+
+def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | None, memoryview]:
+    """The first of *blobs*, unpacked, and the rest."""
+    if announced is None:
+        return None, blobs
+    blob, rest = blobs[: announced.length], blobs[announced.length :]
+    return _unpack(blob, announced.disk_size, announced.granularity), rest
+
+
+def forget_saved_bitmaps(base: Path) -> None:
+    """Remove the saved bitmaps of *base*, durably; nothing happens where there are none."""
+    _remove_durably(saved_bitmaps_file(base))
+
+
+def merged_record_file(top: Path) -> Path:
+    """Where the record of a merge of *top* stands."""
+    return _beside(top, "chainmerge-merged")
+
+
+def record_merged(top: Path, record: MergedRecord) -> None:
+    """Record, durably, that *top* has been merged, before its file goes."""
+    target = merged_record_file(top)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_file_durably(target, msgspec.json.encode(record) + b"\n", 0o600)
+
+
+def load_merged_record(top: Path) -> MergedRecord | None:
+    """The record of a finished merge of *top*; None where there is none that can be read."""
+    try:
+        return msgspec.json.decode(merged_record_file(top).read_bytes(), type=MergedRecord)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def forget_merged_record(top: Path) -> None:
+    """Remove the record of a merge of *top*."""
+    _remove_durably(merged_record_file(top))
+
+
+def _beside(image: Path, suffix: str) -> Path:
+    real = image.resolve()
+    if real.is_block_device():
+        return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
+    return real.with_name(f".{real.name}.{suffix}")
+
+
+def _remove_durably(file: Path) -> None:
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return
+    fsync_directory(file.parent)
+
+
+def _pack(bits: BitSet) -> bytes:
+    compressor = zlib.compressobj(1)
+    parts = []
+    for start in range(0, bits.packed_size, _CHUNK_BYTES):
+        chunk = bits.packed_range(start, min(_CHUNK_BYTES, bits.packed_size - start))
+        if chunk.any():
+            parts.append(compressor.compress(_CHUNK_INDEX.pack(start, len(chunk))))
+            parts.append(compressor.compress(chunk.tobytes()))
+    parts.append(compressor.flush())
+    return b"".join(parts)
+
+
+def _unpack(blob: memoryview, disk_size: int, granularity: int) -> BitSet:
+    content = zlib.decompress(blob)
+    size = BitSet.empty(disk_size, granularity).packed_size
+    packed = np.zeros(size, dtype=np.uint8)
+    position = 0
+    while position < len(content):
+        start, length = _CHUNK_INDEX.unpack_from(content, position)
+        position += _CHUNK_INDEX.size
+        packed[start : start + length] = np.frombuffer(content, np.uint8, length, position)
+        position += length
+    return BitSet.from_packed(packed, disk_size, granularity)
+
+
+class _StatxTimestamp(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("seconds", ctypes.c_int64),
+        ("nanoseconds", ctypes.c_uint32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class _Statx(ctypes.Structure):
+    # struct statx of statx(2), up to the one field that os.stat does not give.
+    _fields_: ClassVar = [
+        ("mask", ctypes.c_uint32),
+        ("other", ctypes.c_uint8 * 60),
+        ("accessed", _StatxTimestamp),
+        ("born", _StatxTimestamp),
+        ("rest", ctypes.c_uint8 * 160),
+    ]
+
+
+_AT_FDCWD: Final = -100
+_STATX_BTIME: Final = 0x800
+
+
+def _birth_time(path: Path) -> str:
+    """Time of birth of a file, as text; empty on file systems that do not keep it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = _Statx()
+    status = libc.statx(
+        _AT_FDCWD, os.fsencode(path), 0, ctypes.c_uint(_STATX_BTIME), ctypes.byref(result)
+    )
+    if status != 0 or not result.mask & _STATX_BTIME:
+        return ""
+    return f"{result.born.seconds}.{result.born.nanoseconds:09d}"

@@ -1,0 +1,609 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge, from the lock to the last deleted file. Reads like the table in docs/design.md."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.chain.errors import ImageReplaced
+from chainmerge.checkpoints import BitmapState, Fate
+from chainmerge.engines import qemu
+from chainmerge.engines.metadata import StoredBitmap, reclaim_leaks, replace_bitmaps
+from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.inspection import (
+    BitmapFacts,
+    OpenChain,
+    Target,
+    find_target,
+    gather_bitmaps,
+    load_saved,
+    measure_guest_bytes,
+    movement_of,
+    open_chain,
+    storable_granularity,
+)
+from chainmerge.journal import (
+    SavedBitmap,
+    SavedBitmaps,
+    forget_saved_bitmaps,
+    identify,
+    load_merged_record,
+    save_bitmaps,
+)
+from chainmerge.options import Access, MergeOptions
+from chainmerge.planning import MergeFacts, MergePlan, bytes_to_copy, find_refusals, make_plan
+from chainmerge.qcow2.bitmaps import BitmapFlag
+from chainmerge.qcow2.bits import BitSet
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.results import bitmap_results
+from chainmerge.settle import (
+    delete_recorded,
+    finished_before,
+    record_intent,
+    rename_base,
+    repoint,
+)
+from chainmerge.space_facts import gather_space
+from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.locks import ImageLock, LockMode, lock_image
+from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
+from chainmerge.types import (
+    REPORT_VERSION,
+    Measurement,
+    MergeOutcome,
+    MergeReport,
+    ProgressEvent,
+    Stage,
+)
+from chainmerge.verify import bitmap_difference, verify_bitmaps, verify_content, verify_metadata
+from chainmerge.view import first_difference
+
+if TYPE_CHECKING:
+    from chainmerge.chain import ImageInfo
+
+OnProgress = Callable[[ProgressEvent], None]
+ShouldStop = Callable[[], bool]
+
+
+def plan(
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+) -> MergePlan:
+    """Say what a merge would do. Nothing is written and nothing stays locked.
+
+    What would refuse the merge is in the plan's ``refusals``; only what keeps the chain from
+    being read at all is raised.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    access, options = access or Access(), options or MergeOptions()
+    target = find_target(Path(top), Path(base) if base is not None else None, access)
+    obstacles = tuple(_obstacles(target))
+    with open_chain(target.chain) as opened:
+        facts = _gather(target, opened, options)
+    return make_plan(replace(facts, obstacles=obstacles), options)
+
+
+def measure(
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+) -> Measurement:
+    """How large base must be for a merge, and will be after it.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    access, options = access or Access(), options or MergeOptions()
+    target = find_target(Path(top), Path(base) if base is not None else None, access)
+    with open_chain(target.chain) as opened:
+        facts = _gather(target, opened, options)
+    return Measurement(
+        version=REPORT_VERSION,
+        base=str(target.base.path),
+        top=str(target.chain.top.path),
+        required=facts.space.required,
+        optimal=facts.space.optimal,
+        image_end=facts.space.image_end,
+        volume_size=facts.volume.size,
+        breakdown=dict(facts.space.breakdown),
+    )
+
+
+def merge(
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> MergeReport:
+    """Merge *top* into *base* (by default top's backing file), and verify the result.
+
+    A merge that was interrupted, in whatever way, is finished by the same call.
+
+    Args:
+        top: the overlay whose data goes down.
+        base: the image below it that takes the data; images between are merged too.
+        access: how images may be found and reached.
+        options: how to merge.
+        on_progress: called as the work goes on.
+        should_stop: asked as the work goes on; the merge stops soon after it says yes.
+
+    Raises:
+        Refused: nothing was changed.
+        Interrupted: *should_stop* said yes.
+        Failed, OutcomeUnknown: the message says what the disk holds now.
+    """
+    request = _Request(
+        top=Path(top),
+        base=Path(base) if base is not None else None,
+        access=access or Access(),
+        options=options or MergeOptions(),
+        report=on_progress or (lambda _event: None),
+        should_stop=should_stop or (lambda: False),
+        started=time.monotonic(),
+    )
+    record = load_merged_record(request.top)
+    if record is not None and finished_before(record, request.top, request.base):
+        return _report_finished(request, Path(record.result), delete_recorded(record))
+    request.announce(Stage.LOCK)
+    target = find_target(request.top, request.base, request.access)
+    with contextlib.ExitStack() as stack:
+        locks = tuple(_lock_all(stack, target, request.access.lock_wait))
+        target = _same_target(target, request)
+        with open_chain(target.chain) as opened:
+            request.announce(Stage.PLAN)
+            facts, bitmaps = _gather_to_merge(target, opened, request)
+            for refusal in find_refusals(facts, request.options):
+                raise refusal
+            job = _Job(request, target, facts, bitmaps, make_plan(facts, request.options), locks)
+            return _run(job)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What was asked for, and how to talk to who asked."""
+
+    top: Path
+    base: Path | None
+    access: Access
+    options: MergeOptions
+    report: OnProgress
+    should_stop: ShouldStop
+    started: float
+
+    def announce(self, stage: Stage) -> None:
+        """Report that a stage begins; stop here if the caller wants to."""
+        if self.should_stop():
+            raise Interrupted(f"it had not come to stage {stage}")
+        self.report(ProgressEvent(stage))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A merge that will be done."""
+
+    request: _Request
+    target: Target
+    facts: MergeFacts
+    bitmaps: BitmapFacts
+    plan: MergePlan
+    locks: tuple[ImageLock, ...]
+
+    @property
+    def base(self) -> ImageInfo:
+        return self.target.base
+
+
+def _lock_all(
+    stack: contextlib.ExitStack, target: Target, wait_seconds: float
+) -> Iterator[ImageLock]:
+    """Lock the chain from its root up, then the children that will be re-pointed."""
+    for image, mode in _locks_needed(target):
+        yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
+
+
+def _locks_needed(target: Target) -> Iterator[tuple[ImageInfo, LockMode]]:
+    spans_levels = target.base_index < len(target.chain.images) - 2
+    last = len(target.chain.images) - 1
+    for index, image in enumerate(target.chain.images):
+        # Top is written to if it is to be re-pointed past the images in between.
+        written = index == target.base_index or (spans_levels and index == last)
+        yield image, LockMode.WRITER if written else LockMode.READER
+    for child in target.relatives.children:
+        yield child, LockMode.WRITER
+
+
+def _obstacles(target: Target) -> Iterator[ChainmergeError]:
+    """What would keep a merge from getting the images for itself, found without waiting."""
+    for image, mode in _locks_needed(target):
+        try:
+            lock_image(image.path, mode, 0).release()
+        except ChainmergeError as error:
+            yield error
+    yield from _not_writable(target)
+
+
+def _not_writable(target: Target) -> Iterator[ChainmergeError]:
+    for image, mode in _locks_needed(target):
+        if mode is not LockMode.WRITER:
+            continue
+        try:
+            WritablePort(image.path).close()
+        except ChainmergeError as error:
+            yield error
+
+
+def _same_target(before: Target, request: _Request) -> Target:
+    """Look again, now that nobody else can change the chain any more."""
+    target = find_target(request.top, request.base, request.access)
+    for old, new in zip(before.chain.images, target.chain.images, strict=False):
+        if old.identity != new.identity:
+            raise ImageReplaced(str(new.path))
+    if len(before.chain.images) != len(target.chain.images):
+        raise ImageReplaced(str(target.chain.top.path))
+    known = {child.identity for child in before.relatives.children}
+    for child in target.relatives.children:
+        if child.identity not in known:
+            raise ImageReplaced(str(child.path))
+    return target
+
+
+def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> MergeFacts:
+    return _gather_with_bitmaps(target, opened, options)[0]
+
+
+def _gather_with_bitmaps(
+    target: Target, opened: OpenChain, options: MergeOptions
+) -> tuple[MergeFacts, BitmapFacts]:
+    saved = load_saved(target)
+    top_stays = not (options.delete or options.keep_name)
+    bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
+    volumes = measure_guest_bytes(target, opened)
+    need = gather_space(target, opened, bitmaps)
+    base_image = opened.images[target.base_index].image
+    facts = MergeFacts(
+        chain=target.chain,
+        base_index=target.base_index,
+        relatives=target.relatives,
+        decisions=bitmaps.decisions,
+        final_bits=bitmaps.final_bits,
+        recovered=bitmaps.recovered,
+        interrupted=saved is not None,
+        base_check=check(base_image) if base_image is not None else None,
+        movement=movement_of(volumes, need.new_clusters, need.new_l2_tables),
+        pull_bytes=volumes.pull,
+        undefined_bytes=volumes.undefined,
+        merged=None,
+        volume=_volume(target.base, options).facts(),
+        space=need.facts,
+        obstacles=(),
+        warnings=bitmaps.warnings,
+    )
+    return facts, bitmaps
+
+
+def _gather_to_merge(
+    target: Target, opened: OpenChain, request: _Request
+) -> tuple[MergeFacts, BitmapFacts]:
+    facts, bitmaps = _gather_with_bitmaps(target, opened, request.options)
+    facts = replace(
+        facts,
+        obstacles=tuple(_not_writable(target)),
+        merged=_is_merged(target, opened, facts, bitmaps, request),
+    )
+    return facts, bitmaps
+
+
+def _is_merged(
+    target: Target,
+    opened: OpenChain,
+    facts: MergeFacts,
+    bitmaps: BitmapFacts,
+    request: _Request,
+) -> bool:
+    """Whether base is what the merge would make it: an earlier run came to its end.
+
+    The tables can rule it out in most cases; else content is compared up to the first
+    difference.
+    """
+    base, top = target.base, target.chain.top
+    if facts.undefined_bytes or base.virtual_size < top.virtual_size or bitmaps.recovered:
+        return False
+    if facts.base_check is not None and not facts.base_check.sound:
+        return False
+    image = opened.images[target.base_index].image
+    if image is not None and bitmap_difference(image, _final_set(bitmaps, base.virtual_size)):
+        return False
+    difference = first_difference(
+        opened.view(0, target.base_index + 1),
+        opened.view(),
+        0,
+        top.virtual_size,
+        should_stop=request.should_stop,
+    )
+    return difference is None
+
+
+def _run(job: _Job) -> MergeReport:
+    copied = 0
+    verified: tuple[str, ...]
+    if job.facts.merged:
+        verified = ("base holds all of top's data and bitmaps already",)
+    else:
+        _put_bitmaps_aside(job)
+        _extend(job)
+        copied = _copy(job)
+        _store_bitmaps(job)
+        verified = tuple(_verify(job))
+    return _settle(job, copied, verified)
+
+
+def _put_bitmaps_aside(job: _Job) -> None:
+    """Take base's bitmaps out of QEMU's reach: stale ones for good, kept ones until the end."""
+    job.request.announce(Stage.PRUNE)
+    if job.facts.base_check is not None and job.facts.base_check.leaks:
+        # The plan counts on them being free.
+        with WritablePort(job.base.real_path) as port:
+            reclaim_leaks(port)
+    if not job.base.supports_bitmaps:
+        return
+    saved = _bitmaps_to_save(job)
+    if saved is not None:
+        save_bitmaps(job.base.real_path, saved)
+    with WritablePort(job.base.real_path) as port:
+        stand_ins = _stand_ins(job.bitmaps, job.base.virtual_size)
+        if bitmap_difference(Qcow2Image(port), stand_ins) is None:
+            return
+        replace_bitmaps(port, stand_ins)
+        if stand_ins:
+            # Once more, now that the old set's clusters are free: low, so that QEMU finds
+            # what is left of the volume in one piece.
+            replace_bitmaps(port, stand_ins)
+
+
+def _bitmaps_to_save(job: _Job) -> SavedBitmaps | None:
+    """What a rerun has to know of the kept checkpoints; None where the images tell it all.
+
+    That is the bits of those that base has, as they will not be in base for a while. In a
+    merge of several levels it is also which ones base did not have: with them stored in
+    base and images in between that lack them, the chain looks as if there was a gap.
+    """
+    spans_levels = len(job.facts.merged_images) > 1
+    names = [
+        decision.name
+        for decision in job.bitmaps.decisions
+        if decision.fate is Fate.KEEP and (decision.name in job.bitmaps.base_bits or spans_levels)
+    ]
+    if not names:
+        return None
+    with open_chain(job.target.chain) as opened:
+        overlay = opened.images[job.target.base_index + 1]
+        return SavedBitmaps(
+            identify(job.base.real_path),
+            identify(job.target.overlay.real_path),
+            tuple(
+                SavedBitmap(
+                    name,
+                    job.bitmaps.base_bits.get(name),
+                    overlay.bits(name) if overlay.entry(name) is not None else None,
+                )
+                for name in names
+            ),
+        )
+
+
+def _stand_ins(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
+    """What stands in base while data is copied: tombstones, nothing else."""
+    return tuple(
+        _tombstone(bitmaps, decision.name, disk_size)
+        for decision in bitmaps.decisions
+        if decision.tombstone_while_top_exists or decision.name in bitmaps.base_bits
+    )
+
+
+def _final_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
+    """What stands in base after the merge, as long as top exists."""
+    kept = (
+        StoredBitmap(decision.name, bitmaps.final_bits[decision.name], BitmapFlag.AUTO)
+        for decision in bitmaps.decisions
+        if decision.fate is Fate.KEEP
+    )
+    tombstones = (
+        _tombstone(bitmaps, decision.name, disk_size)
+        for decision in bitmaps.decisions
+        if decision.tombstone_while_top_exists
+    )
+    return (*kept, *tombstones)
+
+
+def _lasting_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
+    """What stands in base once top is gone: without the tombstones that only top needed."""
+    spent = {
+        decision.name
+        for decision in bitmaps.decisions
+        if decision.tombstone_while_top_exists and not decision.tombstone
+    }
+    return tuple(b for b in _final_set(bitmaps, disk_size) if b.name not in spent)
+
+
+def _tombstone(bitmaps: BitmapFacts, name: str, disk_size: int) -> StoredBitmap:
+    """A disabled bitmap without bits, of the granularity that the name has in the chain."""
+    found = next(
+        occurrence.granularity
+        for layer in bitmaps.layers
+        if (occurrence := layer.occurrence(name)).state is not BitmapState.ABSENT
+    )
+    granularity = storable_granularity(disk_size, found)
+    return StoredBitmap(name, BitSet.empty(disk_size, granularity), BitmapFlag(0))
+
+
+def _volume(base: ImageInfo, options: MergeOptions) -> Volume:
+    match options.volume:
+        case "lvm":
+            return open_lvm_volume(base.real_path)
+        case "file":
+            return FileVolume(str(base.real_path), options.size_limit)
+        case _:
+            return open_volume(base.real_path, options.size_limit)
+
+
+def _extend(job: _Job) -> None:
+    if job.plan.space.grow_to is None:
+        return
+    job.request.announce(Stage.EXTEND)
+    volume = _volume(job.base, job.request.options)
+    volume.grow_to(job.plan.space.required)
+    volume.make_growth_durable()
+
+
+def _copy(job: _Job) -> int:
+    """Copy guest data into base; returns how many bytes that was."""
+    grows = job.facts.top.virtual_size > job.base.virtual_size
+    total = bytes_to_copy(job.facts)
+    if total == 0 and not grows:
+        return 0
+    job.request.announce(Stage.COPY)
+
+    def on_progress(progress: qemu.CopyProgress) -> None:
+        job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))
+
+    qemu.commit(
+        [_image_spec(image) for image in job.target.chain.images],
+        job.target.base_index,
+        [lock.share_with_child() for lock in job.locks],
+        on_progress,
+        job.request.should_stop,
+        bandwidth=job.request.options.bandwidth,
+    )
+    with WritablePort(job.base.real_path) as port:
+        port.flush()
+    return total
+
+
+def _image_spec(image: ImageInfo) -> qemu.ImageSpec:
+    return qemu.ImageSpec(
+        path=str(image.real_path),
+        format=image.format,
+        is_block_device=image.is_block_device,
+        data_file=str(image.data_file) if image.data_file else None,
+    )
+
+
+def _store_bitmaps(job: _Job) -> None:
+    if job.base.supports_bitmaps:
+        job.request.report(ProgressEvent(Stage.BITMAPS))
+        with WritablePort(job.base.real_path) as port:
+            final = _final_set(job.bitmaps, job.plan.virtual_size_after)
+            if bitmap_difference(Qcow2Image(port), final) is not None:
+                replace_bitmaps(port, final)
+    _volume(job.base, job.request.options).release_reservation()
+
+
+def _verify(job: _Job) -> Iterator[str]:
+    """Read back what was written, from images opened anew."""
+    job.request.announce(Stage.VERIFY)
+    target = find_target(job.request.top, job.request.base, job.request.access)
+    with open_chain(target.chain) as opened:
+        image = opened.images[target.base_index].image
+        if image is not None:
+            yield verify_metadata(image)
+        if image is not None and job.base.supports_bitmaps:
+            final = _final_set(job.bitmaps, job.plan.virtual_size_after)
+            yield verify_bitmaps(image, final)
+        if job.request.options.verify == "full":
+            size = opened.view().virtual_size
+            yield verify_content(
+                str(target.base.path),
+                opened.view(0, target.base_index + 1),
+                opened.view(),
+                lambda done: job.request.report(ProgressEvent(Stage.VERIFY, done, size)),
+                job.request.should_stop,
+            )
+
+
+def _settle(job: _Job, copied: int, verified: Sequence[str]) -> MergeReport:
+    request, facts = job.request, job.facts
+    request.announce(Stage.SETTLE)
+    repointed = repoint(job.plan.repoint)
+    forget_saved_bitmaps(job.base.real_path)
+    record = record_intent(facts, job.plan)
+    if job.plan.rename is not None:
+        rename_base(facts)
+    deleted = delete_recorded(record) if record is not None else ()
+    result = facts.top.real_path if job.plan.rename else job.base.real_path
+    if record is not None and job.base.supports_bitmaps:
+        with WritablePort(result) as port:
+            lasting = _lasting_set(job.bitmaps, job.plan.virtual_size_after)
+            if bitmap_difference(Qcow2Image(port), lasting) is not None:
+                replace_bitmaps(port, lasting)
+    warnings = [*job.plan.warnings, *_give_back(job, result)]
+    return _report(request, job.plan, result, copied, verified, repointed, deleted, warnings)
+
+
+def _give_back(job: _Job, result: Path) -> Iterator[str]:
+    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
+    options = job.request.options
+    volume = _volume(replace(job.base, real_path=result), options)
+    with FileReadable(result) as readable:
+        if job.base.header is None:
+            return
+        end = check(Qcow2Image(readable)).image_end_offset
+    try:
+        if options.shrink:
+            volume.shrink_to(end)
+        if options.discard and volume.size > end:
+            volume.discard(end, volume.size - end)
+    except ChainmergeError as error:
+        yield f"{error.sentence} (the merge itself is done)"
+
+
+def _report_finished(request: _Request, result: Path, deleted: tuple[str, ...]) -> MergeReport:
+    verified = ("an earlier run merged and verified it",)
+    return _report(request, None, result, 0, verified, (), deleted, ())
+
+
+def _report(
+    request: _Request,
+    plan_done: MergePlan | None,
+    result: Path,
+    copied: int,
+    verified: Sequence[str],
+    repointed: Sequence[str],
+    deleted: Sequence[str],
+    warnings: Sequence[str],
+) -> MergeReport:
+    already = plan_done is None or plan_done.progress == "merged"
+    with FileReadable(result) as readable:
+        is_qcow2 = plan_done is None or _base_format(plan_done) == "qcow2"
+        image = Qcow2Image(readable) if is_qcow2 else None
+        return MergeReport(
+            version=REPORT_VERSION,
+            outcome=MergeOutcome.ALREADY_MERGED if already else MergeOutcome.MERGED,
+            plan=plan_done,
+            bitmaps=bitmap_results(image) if image is not None else (),
+            bytes_copied=copied,
+            seconds=time.monotonic() - request.started,
+            image_end=check(image).image_end_offset if image is not None else readable.size,
+            volume_size=readable.size,
+            verified=tuple(verified),
+            repointed=tuple(repointed),
+            deleted=tuple(deleted),
+            renamed=plan_done.rename if plan_done is not None else None,
+            warnings=tuple(warnings),
+        )
+
+
+def _base_format(plan_done: MergePlan) -> str:
+    return next(image.format for image in plan_done.images if image.path == plan_done.base)

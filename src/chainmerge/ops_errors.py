@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be wrong with a request that concerns the bitmaps of one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Refused
+
+
+@dataclass(eq=False)
+class BitmapsImpossible(Refused):
+    """The image cannot hold bitmaps."""
+
+    code: ClassVar[str] = "no-bitmaps-possible"
+    template: ClassVar[str] = "{image} is {format}: it cannot hold bitmaps"
+    hint: ClassVar[str] = "bitmaps need qcow2 version 3: `qemu-img amend -o compat=1.1 {image}`"
+    explanation: ClassVar[str] = "Persistent dirty bitmaps exist in qcow2 version 3 only."
+    image: str
+    format: str
+
+
+@dataclass(eq=False)
+class BitmapExists(Refused):
+    """A bitmap of that name is there already."""
+
+    code: ClassVar[str] = "bitmap-exists"
+    template: ClassVar[str] = "{image} has a bitmap {name!r} already"
+    hint: ClassVar[str] = "choose another name, or remove it first"
+    explanation: ClassVar[str] = "The names of an image's bitmaps are unique."
+    image: str
+    name: str
+
+
+@dataclass(eq=False)
+class BitmapMissing(Refused):
+    """There is no bitmap of that name."""
+
+    code: ClassVar[str] = "bitmap-missing"
+    template: ClassVar[str] = "{image} has no bitmap {name!r}"
+    hint: ClassVar[str] = "`chainmerge bitmaps list {image}` shows those that it has"
+    explanation: ClassVar[str] = "Names are compared byte by byte."
+    image: str
+    name: str
+
+
+@dataclass(eq=False)
+class BitmapWorthless(Refused):
+    """The bitmap's content means nothing."""
+
+    code: ClassVar[str] = "bitmap-in-use"
+    template: ClassVar[str] = "the bitmap {name!r} of {image} is in-use: its content is worthless"
+    hint: ClassVar[str] = "`chainmerge repair {image}` removes such bitmaps"
+    explanation: ClassVar[str] = (
+        "A bitmap is marked in-use while a program has the image open for writing. When that "
+        "program dies, the mark stays, and what was written is not in the bitmap."
+    )
+    image: str
+    name: str
+
+
+@dataclass(eq=False)
+class BrokenBitmapsInTheWay(Refused):
+    """Other bitmaps of the image are broken and would have to be kept so."""
+
+    code: ClassVar[str] = "broken-bitmaps-in-the-way"
+    template: ClassVar[str] = "{image} holds broken (in-use) bitmaps: {names}"
+    hint: ClassVar[str] = "remove them first with `chainmerge repair {image}`"
+    explanation: ClassVar[str] = (
+        "All bitmaps of an image are replaced by one switch. A broken one cannot be stored again: "
+        "its content means nothing. Removing it is a decision of its own, because it makes "
+        "the backups that build on it full ones."
+    )
+    image: str
+    names: str
+
+
+@dataclass(eq=False)
+class RemovalUnsafe(Refused):
+    """Removing the bitmap would make a broken checkpoint look whole."""
+
+    code: ClassVar[str] = "removal-unsafe"
+    template: ClassVar[str] = (
+        "removing {names} from {image} would make {above}, which has the same name, pass for a "
+        "whole checkpoint"
+    )
+    hint: ClassVar[str] = (
+        "remove the name from the images above first, the active image first; "
+        "`chainmerge bitmaps prune --active LEAF` does that for broken ones; or use --force"
+    )
+    explanation: ClassVar[str] = (
+        "A checkpoint's bits are spread over the images of a chain. A backup trusts them if the "
+        "name is valid in the active image and in consecutive images below. Taken out of a "
+        "lower image alone, the rest passes that test, and the next incremental backup misses what "
+        "the removed bitmap had recorded."
+    )
+    image: str
+    names: str
+    above: str
+
+
+@dataclass(eq=False)
+class GranularityInvalid(Refused):
+    """No bitmap can have this granularity."""
+
+    code: ClassVar[str] = "granularity-invalid"
+    template: ClassVar[str] = "a granularity of {granularity} bytes is not possible for {image}"
+    hint: ClassVar[str] = "use a power of two from 512 bytes to 2 GiB; 64 KiB is usual"
+    explanation: ClassVar[str] = (
+        "A bit stands for a power of two of guest bytes. QEMU stores at most 512 MiB of bits in "
+        "one bitmap, so that very large disks need a coarser one."
+    )
+    image: str
+    granularity: int
+
+
+@dataclass(eq=False)
+class SizesDiffer(Refused):
+    """Bits of one disk cannot be merged into a bitmap of a disk of another size."""
+
+    code: ClassVar[str] = "bitmap-sizes-differ"
+    template: ClassVar[str] = (
+        "{source} has a disk of {source_size} bytes, {image} one of {image_size} bytes"
+    )
+    hint: ClassVar[str] = "resize the smaller image first (`qemu-img resize`)"
+    explanation: ClassVar[str] = (
+        "Bits beyond the end of the target's disk would have to be cut off, and with them the "
+        "record of what was written there."
+    )
+    image: str
+    source: str
+    image_size: int
+    source_size: int

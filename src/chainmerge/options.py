@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller asks for: how images may be reached, and how to merge them.
+
+Kept apart from :mod:`chainmerge.types` because planning reads the options and the
+results contain plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+VerifyLevel = Literal["full", "metadata"]
+EngineChoice = Literal["auto", "qemu"]
+VolumeChoice = Literal["auto", "file", "block", "lvm"]
+
+
+def _nothing_declared() -> Mapping[str, str]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How images may be found and reached; the same for every command.
+
+    An image can come from a hostile guest and names other files. Whatever lies outside
+    the directories of the chain is reached only when it is named here.
+
+    Attributes:
+        formats: Explicit formats (``"qcow2"``, ``"raw"``, ...) by image path.
+        allow_backing: Directories whose files may serve as backing files.
+        allow_data_file: External data files that may be used.
+        search: More directories to look for siblings and children in.
+        active: The chain's top end, where it is not found by itself.
+        lock_wait: Seconds to wait for image locks that others hold.
+    """
+
+    formats: Mapping[str, str] = field(default_factory=_nothing_declared)
+    allow_backing: tuple[str, ...] = ()
+    allow_data_file: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+    active: str | None = None
+    lock_wait: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        verify: ``full`` compares the guest-visible content of base with top's view;
+            ``metadata`` trusts the copy and checks bitmaps and refcounts only.
+        delete: Delete the merged images above base once the result is verified.
+        keep_name: Give base the name of top afterwards (files only).
+        drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        engine: Who writes guest data.
+        bandwidth: Limit for the copy in bytes per second; None for no limit.
+        size_limit: Bytes that base's file must not grow past, as if it were a volume of
+            that size; None for no limit.
+        volume: What base lies on; ``auto`` finds out.
+        shrink: Reduce a logical volume to the optimal size afterwards.
+        discard: Discard what was freed on the volume.
+    """
+
+    verify: VerifyLevel = "full"
+    delete: bool = False
+    keep_name: bool = False
+    drop_bitmaps: bool = False
+    engine: EngineChoice = "auto"
+    bandwidth: int | None = None
+    size_limit: int | None = None
+    volume: VolumeChoice = "auto"
+    shrink: bool = False
+    discard: bool = False

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a merge is refused before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Misuse, Refused
+
+
+@dataclass(eq=False)
+class BaseNotBelowTop(Misuse):
+    """Base was named, but is not below top."""
+
+    code: ClassVar[str] = "base-not-below-top"
+    template: ClassVar[str] = "{base} is not below {top} in the backing chain"
+    hint: ClassVar[str] = "name the overlay first and the image to merge into with --base"
+    explanation: ClassVar[str] = (
+        "A merge moves the data of an overlay (top) down into an image below it (base). The two "
+        "were given the wrong way round, or are the same image."
+    )
+    base: str
+    top: str
+
+
+@dataclass(eq=False)
+class BaseHasOtherChildren(Refused):
+    """Another image builds on base."""
+
+    code: ClassVar[str] = "base-has-other-children"
+    template: ClassVar[str] = "{base} is also the backing file of {others}"
+    hint: ClassVar[str] = (
+        "merge or delete {others} first; or give it its own copy of the data with "
+        "`qemu-img convert`"
+    )
+    explanation: ClassVar[str] = (
+        "Merging changes what base contains. An image outside the merged range that has base as "
+        "its backing file would see different data under it: its guest's disk would be "
+        "destroyed."
+    )
+    base: str
+    others: str
+
+
+@dataclass(eq=False)
+class MiddleHasOtherChildren(Refused):
+    """An image outside the chain builds on one between base and top."""
+
+    code: ClassVar[str] = "middle-has-other-children"
+    template: ClassVar[str] = (
+        "an image between {base} and {top} is also the backing file of {others}"
+    )
+    hint: ClassVar[str] = "merge or delete {others} first, or choose a base above the branch"
+    explanation: ClassVar[str] = (
+        "After a merge of a range, the images between base and top have different data below "
+        "them and are no longer usable. An image of another branch that builds on one of them "
+        "would be destroyed."
+    )
+    base: str
+    top: str
+    others: str
+
+
+@dataclass(eq=False)
+class ImageDirty(Refused):
+    """Base was not closed properly by a writer that defers refcounts."""
+
+    code: ClassVar[str] = "image-dirty"
+    template: ClassVar[str] = "{image} was not closed properly: its dirty bit is set"
+    hint: ClassVar[str] = "run `qemu-img check -r all {image}`, then this command again"
+    explanation: ClassVar[str] = (
+        "The dirty bit (lazy refcounts) says that the refcounts on disk may be too low. Writing "
+        "into the image by them would put new data over clusters that are in use."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class ImageCorrupt(Refused):
+    """QEMU marked the image corrupt."""
+
+    code: ClassVar[str] = "image-corrupt"
+    template: ClassVar[str] = "{image} is marked corrupt"
+    hint: ClassVar[str] = (
+        "make a copy, run `qemu-img check -r all {image}`, and look at what it says before you go "
+        "on"
+    )
+    explanation: ClassVar[str] = (
+        "QEMU sets the corrupt bit when it meets metadata that contradicts itself, and refuses to "
+        "write to the image from then on. Nothing may be merged into it before it is repaired."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class ImageDamaged(Refused):
+    """The consistency check of an image that would be written to found corruption."""
+
+    code: ClassVar[str] = "image-damaged"
+    template: ClassVar[str] = "{image} is damaged in {corruptions} places, the first: {first}"
+    hint: ClassVar[str] = (
+        "make a copy, run `qemu-img check -r all {image}`, then this command again"
+    )
+    explanation: ClassVar[str] = (
+        "The refcounts recomputed from the image's tables do not match those stored in it, or "
+        "tables point where they must not. Writing to such an image can destroy data. "
+        "`chainmerge check` lists what was found."
+    )
+    image: str
+    corruptions: int
+    first: str
+
+
+@dataclass(eq=False)
+class BaseCannotHoldBitmaps(Refused):
+    """Valid checkpoints would be lost, because base cannot store bitmaps."""
+
+    code: ClassVar[str] = "base-cannot-hold-bitmaps"
+    template: ClassVar[str] = "{base} is {format} and cannot hold the bitmaps {names}"
+    hint: ClassVar[str] = (
+        "convert base to qcow2 version 3 (`qemu-img amend -o compat=1.1`), or give up the "
+        "checkpoints with --drop-bitmaps: the next backup must then be a full one"
+    )
+    explanation: ClassVar[str] = (
+        "Persistent dirty bitmaps exist in qcow2 version 3 only. The overlay holds valid ones; "
+        "merged into a raw or version 2 image they are lost, and with them the checkpoints that "
+        "incremental backups need."
+    )
+    base: str
+    format: str
+    names: str
+
+
+@dataclass(eq=False)
+class UnguardedBitmaps(Refused):
+    """Dropping bitmaps would make images above pass for what they are not."""
+
+    code: ClassVar[str] = "bitmaps-unguarded"
+    template: ClassVar[str] = (
+        "{base} cannot hold a tombstone for {names}, which {holders} would pass for valid"
+    )
+    hint: ClassVar[str] = (
+        "remove those names from the images above first, the active image first: "
+        "`chainmerge bitmaps remove IMAGE NAME --force`"
+    )
+    explanation: ClassVar[str] = (
+        "An image above holds a bitmap of this name that covers only a part of what was written. "
+        "Usually a tombstone in base (a disabled, empty bitmap) keeps it from being taken for a "
+        "whole checkpoint; a raw or version 2 base cannot store one."
+    )
+    base: str
+    names: str
+    holders: str
+
+
+@dataclass(eq=False)
+class ChildSeesMore(Refused):
+    """A child would see data of base that top's smaller size hides from it."""
+
+    code: ClassVar[str] = "child-sees-more"
+    template: ClassVar[str] = (
+        "{child} (disk of {child_size} bytes) would see data of {base} ({base_size} bytes) that "
+        "ends at {top_size} bytes today, where {top} ends"
+    )
+    hint: ClassVar[str] = (
+        "shrink base to top's size first (`qemu-img resize --shrink {base} {top_size}`) if the "
+        "data beyond is not needed"
+    )
+    explanation: ClassVar[str] = (
+        "An overlay shorter than its backing file hides the rest: what lies on it reads zeros "
+        "there. Base does not shrink when it is merged into, so an image above that is larger than "
+        "top would find base's old data where it had zeros."
+    )
+    base: str
+    top: str
+    child: str
+    base_size: int
+    top_size: int
+    child_size: int
+
+
+@dataclass(eq=False)
+class EncryptedImage(Refused):
+    """An image of the range is encrypted."""
+
+    code: ClassVar[str] = "image-encrypted"
+    template: ClassVar[str] = "{image} is encrypted"
+    hint: ClassVar[str] = (
+        "merge it with `qemu-img commit` and the key; `chainmerge bitmaps` works on it without one"
+    )
+    explanation: ClassVar[str] = (
+        "Guest data of an encrypted image can be read, and so moved and verified, only with its "
+        "key, which chainmerge does not handle."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class CannotDeleteVolume(Refused):
+    """--delete or --keep-name was asked for on a block device."""
+
+    code: ClassVar[str] = "volume-not-a-file"
+    template: ClassVar[str] = "{image} is a block device: {option} works on files only"
+    hint: ClassVar[str] = (
+        "merge without {option}, then remove or rename the volume with your volume manager"
+    )
+    explanation: ClassVar[str] = (
+        "A block volume is not deleted or renamed by removing its device node; its volume manager "
+        "does that, and other hosts may have it active."
+    )
+    image: str
+    option: str
+
+
+@dataclass(eq=False)
+class CannotRename(Refused):
+    """--keep-name would have to move base to another file system."""
+
+    code: ClassVar[str] = "rename-across-file-systems"
+    template: ClassVar[str] = "{base} cannot get the name {top}: they are on different file systems"
+    hint: ClassVar[str] = "merge without --keep-name"
+    explanation: ClassVar[str] = (
+        "A file takes another's name atomically only within one file system."
+    )
+    base: str
+    top: str
+
+
+@dataclass(eq=False)
+class SnapshotsWouldGo(Refused):
+    """--delete would delete an overlay with internal snapshots."""
+
+    code: ClassVar[str] = "internal-snapshots"
+    template: ClassVar[str] = "{image} holds {count} internal snapshots, which would be deleted"
+    hint: ClassVar[str] = "merge without {option}, or delete them first with `qemu-img snapshot -d`"
+    explanation: ClassVar[str] = (
+        "Internal snapshots (`savevm`, `qemu-img snapshot`) live inside one image. A merge moves "
+        "the current state only."
+    )
+    image: str
+    count: int
+    option: str

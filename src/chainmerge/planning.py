@@ -1,0 +1,554 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge will do: decided from facts, before anything is written.
+
+:func:`make_plan` is pure. Everything that it needs to know about the disk comes in
+as facts (:mod:`chainmerge.inspection` gathers them), everything that the other
+stages do follows from the :class:`MergePlan` that it returns. The plan is also the
+document that ``chainmerge plan --json`` prints: its field names are a stable
+interface, versioned by :data:`PLAN_VERSION`. All sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from chainmerge.chain import Chain, ImageInfo, Relatives
+from chainmerge.checkpoints import Decision
+from chainmerge.errors import ChainmergeError
+from chainmerge.plan_errors import (
+    BaseCannotHoldBitmaps,
+    BaseHasOtherChildren,
+    CannotDeleteVolume,
+    CannotRename,
+    ChildSeesMore,
+    EncryptedImage,
+    ImageCorrupt,
+    ImageDamaged,
+    ImageDirty,
+    MiddleHasOtherChildren,
+    SnapshotsWouldGo,
+    UnguardedBitmaps,
+)
+from chainmerge.qcow2.bits import BitSet
+from chainmerge.qcow2.check import CheckReport
+from chainmerge.storage.volumes import VolumeFacts, VolumeKind
+
+if TYPE_CHECKING:
+    from chainmerge.options import MergeOptions
+
+PLAN_VERSION = 1
+
+
+class EngineName(StrEnum):
+    """Who writes guest data into base."""
+
+    QEMU = "qemu"
+
+
+class Role(StrEnum):
+    """An image's part in the merge."""
+
+    BELOW = "below"
+    BASE = "base"
+    MIDDLE = "middle"
+    TOP = "top"
+    ABOVE = "above"
+
+
+class Progress(StrEnum):
+    """How far earlier runs of the same merge came."""
+
+    NEW = "new"
+    INTERRUPTED = "interrupted"
+    MERGED = "merged"
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceFacts:
+    """What base will need, in bytes; see :mod:`chainmerge.space`."""
+
+    image_end: int
+    required: int
+    optimal: int
+    breakdown: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFacts:
+    """What was found on disk; all that a plan rests on.
+
+    ``obstacles`` are errors that were met while looking, such as locks held by others.
+    ``final_bits`` holds the union for each name that is kept. ``recovered`` are the names
+    whose bits in base come from an interrupted merge. ``undefined_bytes`` counts what the
+    merged range defines and base does not; where it is 0, base may hold it all already, and
+    ``merged`` says (True, False, or None if nobody compared) whether it does.
+    """
+
+    chain: Chain
+    base_index: int
+    relatives: Relatives
+    decisions: tuple[Decision, ...]
+    final_bits: Mapping[str, BitSet]
+    recovered: frozenset[str]
+    interrupted: bool
+    base_check: CheckReport | None
+    movement: Movement
+    pull_bytes: int
+    undefined_bytes: int
+    merged: bool | None
+    volume: VolumeFacts
+    space: SpaceFacts
+    obstacles: tuple[ChainmergeError, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def base(self) -> ImageInfo:
+        """The image that is merged into."""
+        return self.chain.images[self.base_index]
+
+    @property
+    def top(self) -> ImageInfo:
+        """The uppermost image that is merged."""
+        return self.chain.top
+
+    @property
+    def merged_images(self) -> tuple[ImageInfo, ...]:
+        """The images whose data goes into base, lowest first."""
+        return self.chain.images[self.base_index + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """One image of the chain, as the tree shows it."""
+
+    path: str
+    role: Role
+    format: str
+    format_declared: bool
+    virtual_size: int
+    file_size: int
+    cluster_size: int | None
+    bitmaps: int
+    parent: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """What the merged range defines, and what of it base must newly allocate.
+
+    The ``*_bytes`` count guest bytes by what the topmost image of the range says of
+    them; ``new_clusters`` and ``new_l2_tables`` count allocations in base.
+    """
+
+    data_bytes: int
+    zero_bytes: int
+    compressed_bytes: int
+    new_clusters: int
+    new_l2_tables: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionCost:
+    """What it costs to merge in one direction: guest bytes to be read and written."""
+
+    bytes_to_copy: int
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Both ways to the same result: top's data down into base, or base's up into top."""
+
+    commit: DirectionCost
+    pull: DirectionCost
+    chosen: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBitmap:
+    """The fate of one bitmap name."""
+
+    name: str
+    fate: str
+    rule: str
+    reason: str
+    tombstone: bool
+    granularity: int | None
+    dirty_bytes: int | None
+    was_valid: bool
+    unguarded: bool
+    states: dict[str, str]
+    recovered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SpacePlan:
+    """Base's volume: what it is, what it must be, what it may become.
+
+    ``required`` is what the merge needs at its peak; with the QEMU engine it is a safe
+    upper bound. ``grow_to`` is the size that the volume will be extended to, None
+    where it is large enough. ``missing`` is what cannot be had; a plan with a missing
+    byte is refused.
+    """
+
+    kind: str
+    size: int
+    image_end: int
+    required: int
+    limit: int | None
+    grow_to: int | None
+    missing: int
+    breakdown: dict[str, int]
+    shrink_to: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repoint:
+    """A child of top whose backing file becomes base."""
+
+    child: str
+    old_backing: str
+    new_backing: str
+    new_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that refuses the merge, in the words of the error it would raise."""
+
+    code: str
+    sentence: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that a merge will do. The same facts give the same plan."""
+
+    version: int
+    base: str
+    top: str
+    progress: Progress
+    images: tuple[PlannedImage, ...]
+    engine: EngineName
+    engine_reason: str
+    movement: Movement
+    directions: Directions
+    virtual_size_before: int
+    virtual_size_after: int
+    bitmaps: tuple[PlannedBitmap, ...]
+    space: SpacePlan
+    repoint: tuple[Repoint, ...]
+    delete: tuple[str, ...]
+    rename: tuple[str, str] | None
+    verify: str
+    refusals: tuple[Finding, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a merge by this plan would start."""
+        return not self.refusals
+
+
+def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
+    """Decide on everything that a merge will do."""
+    base, top = facts.base, facts.top
+    return MergePlan(
+        version=PLAN_VERSION,
+        base=str(base.path),
+        top=str(top.path),
+        progress=_progress(facts),
+        images=tuple(_planned_images(facts)),
+        engine=EngineName.QEMU,
+        engine_reason="guest data is copied by qemu-storage-daemon, with top opened read-only",
+        movement=facts.movement,
+        directions=_directions(facts),
+        virtual_size_before=base.virtual_size,
+        virtual_size_after=max(base.virtual_size, top.virtual_size),
+        bitmaps=tuple(_planned_bitmap(decision, facts) for decision in facts.decisions),
+        space=_space(facts, options),
+        repoint=_repoint(facts, options),
+        delete=_delete(facts, options),
+        rename=(str(base.path), str(top.path)) if options.keep_name else None,
+        verify=options.verify,
+        refusals=tuple(
+            Finding(error.code, error.sentence, error.advice)
+            for error in find_refusals(facts, options)
+        ),
+        warnings=(*facts.warnings, *_warnings(facts, options)),
+    )
+
+
+def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeError, ...]:
+    """Every reason not to start, the most fundamental first."""
+    return (
+        *facts.obstacles,
+        *_damage(facts),
+        *_others_at_risk(facts),
+        *_bitmap_refusals(facts, options),
+        *_settle_refusals(facts, options),
+        *_space_refusals(facts),
+    )
+
+
+def bytes_to_copy(facts: MergeFacts) -> int:
+    """Guest bytes that a commit writes into base."""
+    movement = facts.movement
+    return movement.data_bytes + movement.zero_bytes + movement.compressed_bytes
+
+
+def _progress(facts: MergeFacts) -> Progress:
+    if facts.merged:
+        return Progress.MERGED
+    return Progress.INTERRUPTED if facts.interrupted else Progress.NEW
+
+
+def _planned_images(facts: MergeFacts) -> Iterator[PlannedImage]:
+    roles = [
+        *(Role.BELOW for _ in range(facts.base_index)),
+        Role.BASE,
+        *(Role.MIDDLE for _ in facts.merged_images[:-1]),
+        Role.TOP,
+    ]
+    parent: str | None = None
+    for image, role in zip(facts.chain.images, roles, strict=True):
+        yield _planned_image(image, role, parent)
+        parent = str(image.path)
+    for above in facts.relatives.above:
+        parent = str(above.between[0] if above.between else facts.top.path)
+        yield _planned_image(above.image, Role.ABOVE, parent)
+
+
+def _planned_image(image: ImageInfo, role: Role, parent: str | None) -> PlannedImage:
+    return PlannedImage(
+        path=str(image.path),
+        role=role,
+        format=image.format,
+        format_declared=image.format_declared,
+        virtual_size=image.guest_size or 0,
+        file_size=image.file_size,
+        cluster_size=image.header.cluster_size if image.header else None,
+        bitmaps=len(image.bitmaps),
+        parent=parent,
+        notes=image.notes,
+    )
+
+
+def _directions(facts: MergeFacts) -> Directions:
+    return Directions(
+        commit=DirectionCost(
+            bytes_to_copy=bytes_to_copy(facts),
+            available=True,
+            reason="what top defines goes down into base",
+        ),
+        pull=DirectionCost(
+            bytes_to_copy=facts.pull_bytes,
+            available=False,
+            reason="what only base defines would go up into top; the qemu engine commits only",
+        ),
+        chosen="commit",
+    )
+
+
+def _planned_bitmap(decision: Decision, facts: MergeFacts) -> PlannedBitmap:
+    bits = facts.final_bits.get(decision.name)
+    images = [str(image.path) for image in facts.chain.images]
+    return PlannedBitmap(
+        name=decision.name,
+        fate=decision.fate,
+        rule=decision.rule,
+        reason=decision.reason,
+        tombstone=decision.tombstone,
+        granularity=decision.granularity,
+        dirty_bytes=bits.dirty_bytes() if bits is not None else None,
+        was_valid=decision.was_valid,
+        unguarded=decision.unguarded,
+        states=dict(zip(images, map(str, decision.states), strict=True)),
+        recovered=decision.name in facts.recovered,
+    )
+
+
+def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
+    volume, required = facts.volume, _required(facts)
+    growth = volume.growth(required)
+    limit = volume.capacity_limit
+    if limit is None and volume.free_bytes is not None:
+        limit = volume.size + volume.free_bytes
+    shrinks = options.shrink and volume.kind is VolumeKind.LVM
+    return SpacePlan(
+        kind=volume.kind,
+        size=volume.size,
+        image_end=facts.space.image_end,
+        required=required,
+        limit=limit,
+        grow_to=growth.size_after if growth.size_after > volume.size else None,
+        missing=growth.missing,
+        breakdown=dict(facts.space.breakdown),
+        shrink_to=_round_up(facts.space.optimal, volume.growth_unit) if shrinks else None,
+    )
+
+
+def _required(facts: MergeFacts) -> int:
+    return facts.space.image_end if facts.merged else facts.space.required
+
+
+def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
+    """Whose stored backing name or format is not right any more afterwards.
+
+    The children of top; and, where several levels were merged, top itself if it stays: the
+    images in between are no longer usable, and bitmaps that they lack would look like a
+    gap between top and base.
+    """
+    changes = [_repoint_one(child, facts, options) for child in facts.relatives.children]
+    if len(facts.merged_images) > 1 and not (options.delete or options.keep_name):
+        changes.append(_onto_base(facts.top, facts.base))
+    return tuple(change for change in changes if change is not None)
+
+
+def _onto_base(image: ImageInfo, base: ImageInfo) -> Repoint:
+    name = _name_for(image, base)
+    return Repoint(str(image.path), image.backing_name or "", name, base.format)
+
+
+def _repoint_one(child: ImageInfo, facts: MergeFacts, options: MergeOptions) -> Repoint | None:
+    old = child.backing_name or ""
+    base_format = facts.base.format
+    declared = child.header.backing_format if child.header else None
+    if options.keep_name:
+        # The name that the child holds is base's from now on; its format may still be wrong.
+        if declared == base_format:
+            return None
+        return Repoint(str(child.path), old, old, base_format)
+    return _onto_base(child, facts.base)
+
+
+def _name_for(child: ImageInfo, base: ImageInfo) -> str:
+    """Base as the child's header should name it: relative where it named top so."""
+    stored = (child.backing_name or "").removeprefix("file:")
+    if stored.startswith("/"):
+        return str(base.path)
+    relative = os.path.relpath(base.path, child.path.parent)
+    # A relative name counts from the directory by which the child was reached. Where that
+    # is a symbolic link, `..` leads elsewhere.
+    leads = (child.path.parent / relative).resolve()
+    if leads != base.real_path:
+        return str(base.real_path)
+    # What stands before a colon would be taken for a protocol.
+    return f"./{relative}" if ":" in relative.split("/", 1)[0] else relative
+
+
+def _delete(facts: MergeFacts, options: MergeOptions) -> tuple[str, ...]:
+    if not options.delete:
+        return ()
+    doomed = facts.merged_images[:-1] if options.keep_name else facts.merged_images
+    return tuple(str(image.path) for image in reversed(doomed))
+
+
+def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
+    base, top = facts.base, facts.top
+    if top.virtual_size < base.virtual_size:
+        yield (
+            f"{top.path} has a smaller disk ({top.virtual_size} bytes) than {base.path} "
+            f"({base.virtual_size} bytes): base does not shrink, so the merged disk is the "
+            "larger one"
+        )
+    middle = facts.merged_images[:-1]
+    if middle and not options.delete:
+        names = _names(middle)
+        yield f"after the merge {names} must not be used any more: the data below is another"
+    for path, reason in facts.relatives.unreadable:
+        yield f"{path} could be another user of these images, but cannot be read: {reason}"
+    for image in facts.merged_images:
+        if image.header is not None and image.header.snapshot_count:
+            yield f"{image.path} holds internal snapshots: they are not merged"
+
+
+def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    for image in facts.chain.images[facts.base_index :]:
+        if image.encrypted:
+            yield EncryptedImage(str(image.path))
+    header, path = facts.base.header, str(facts.base.path)
+    if header is None:
+        return
+    if header.corrupt:
+        yield ImageCorrupt(path)
+    elif header.dirty:
+        yield ImageDirty(path)
+    elif facts.base_check is not None and not facts.base_check.sound:
+        first = next(iter(facts.base_check.messages), "see chainmerge check")
+        yield ImageDamaged(path, facts.base_check.corruptions, first)
+
+
+def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    base, top, relatives = facts.base, facts.top, facts.relatives
+    # With all of top's data in base already, base does not change any more; the others are
+    # then children of top that an interrupted run has re-pointed.
+    if relatives.siblings and not facts.merged:
+        yield BaseHasOtherChildren(str(base.path), _names(relatives.siblings))
+    if relatives.middle_children:
+        yield MiddleHasOtherChildren(
+            str(base.path), str(top.path), _names(relatives.middle_children)
+        )
+    if top.virtual_size < base.virtual_size:
+        for child in relatives.children:
+            if child.virtual_size > top.virtual_size:
+                yield ChildSeesMore(
+                    str(base.path),
+                    str(top.path),
+                    str(child.path),
+                    base.virtual_size,
+                    top.virtual_size,
+                    child.virtual_size,
+                )
+
+
+def _bitmap_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    lost = [d.name for d in facts.decisions if d.loses_valid_checkpoint]
+    if lost and not options.drop_bitmaps:
+        base = facts.base
+        kind = "raw" if base.header is None else f"a version {base.header.version} qcow2 image"
+        yield BaseCannotHoldBitmaps(str(base.path), kind, _quoted(lost))
+    unguarded = [d.name for d in facts.decisions if d.unguarded]
+    if unguarded:
+        holders = _names(facts.relatives.children) or str(facts.top.path)
+        yield UnguardedBitmaps(str(facts.base.path), _quoted(unguarded), holders)
+
+
+def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    if not (options.delete or options.keep_name):
+        return
+    option = "--delete" if options.delete else "--keep-name"
+    doomed = facts.merged_images if options.delete else (facts.top,)
+    for image in (*doomed, *((facts.base,) if options.keep_name else ())):
+        if image.is_block_device:
+            yield CannotDeleteVolume(str(image.path), option)
+    for image in doomed:
+        if image.header is not None and image.header.snapshot_count:
+            yield SnapshotsWouldGo(str(image.path), image.header.snapshot_count, option)
+    if options.keep_name and facts.base.identity[0] != facts.top.identity[0]:
+        yield CannotRename(str(facts.base.path), str(facts.top.path))
+
+
+def _space_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    refusal = facts.volume.refusal(_required(facts))
+    if refusal is not None:
+        yield refusal
+
+
+def _names(images: tuple[ImageInfo, ...]) -> str:
+    return ", ".join(str(image.path) for image in images)
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

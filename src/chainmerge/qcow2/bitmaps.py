@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The persistent dirty bitmaps of an image: directory, tables and bits.
+
+Rules are those of the qcow2 specification ("Bitmaps") and of what QEMU 7.2 accepts
+(``bitmap_list_load``, ``check_dir_entry``, ``load_bitmap_data`` in block/qcow2-bitmap.c):
+an image in which one bitmap breaks them is one that QEMU does not open at all. A bitmap
+that only asks for something unknown is listed, but has no content for us.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.qcow2.bits import MAX_PACKED_SIZE, BitSet, packed_size
+from chainmerge.qcow2.table_errors import BadBitmapDirectory, BadBitmapTable, UnreadableBitmap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.qcow2.header import BitmapsExtension, Header
+    from chainmerge.qcow2.image import Qcow2Image
+
+U64Array: TypeAlias = npt.NDArray[np.uint64]
+
+DIRTY_TRACKING = 1
+"""The only type of bitmap that the specification defines."""
+
+# QEMU's limits (block/qcow2.h and block/qcow2-bitmap.c): QCOW2_MAX_BITMAPS,
+# QCOW2_MAX_BITMAP_DIRECTORY_SIZE, BME_MAX_TABLE_SIZE, BME_{MIN,MAX}_GRANULARITY_BITS,
+# BME_MAX_NAME_SIZE.
+MAX_BITMAPS = 65535
+MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
+MAX_TABLE_ENTRIES = 0x800_0000
+MIN_GRANULARITY_BITS = 9
+MAX_GRANULARITY_BITS = 31
+MAX_NAME_BYTES = 1023
+#: The specification allows granularities up to here, though QEMU does not.
+MAX_SPECIFIED_GRANULARITY_BITS = 63
+
+TABLE_ENTRY_SIZE = 8
+TABLE_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+TABLE_RESERVED = 0xFF00_0000_0000_01FE
+TABLE_ALL_ONES = 1
+
+_DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
+# Bits are read in pieces of this size at most.
+_READ_BYTES = 4 << 20
+
+
+class BitmapFlag(IntFlag):
+    """Flags of a directory entry; unknown ones are kept."""
+
+    IN_USE = 1
+    """Not stored properly: the content is worthless."""
+    AUTO = 2
+    """Enabled: every write to the disk must be recorded."""
+    EXTRA_DATA_COMPATIBLE = 4
+    """The bitmap may be used by who does not know its extra data."""
+
+
+_QEMU_FLAGS = int(BitmapFlag.IN_USE | BitmapFlag.AUTO)
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapEntry:
+    """One entry of the bitmap directory."""
+
+    name: str
+    """UTF-8 with surrogate escapes; unique in its image."""
+    granularity: int
+    """Bytes of the guest's disk that one bit stands for."""
+    flags: BitmapFlag
+    table_offset: int
+    """File offset."""
+    table_size: int
+    """Entries."""
+    extra_data: bytes
+    type: int
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the bitmap was not stored properly, so that its bits mean nothing."""
+        return bool(self.flags & BitmapFlag.IN_USE)
+
+    @property
+    def auto(self) -> bool:
+        """Whether the bitmap is enabled; a disabled one lacks what was written since."""
+        return bool(self.flags & BitmapFlag.AUTO)
+
+    @property
+    def readable(self) -> bool:
+        """Whether nothing about the bitmap is unknown to QEMU 7.2 or to us."""
+        return not self.unknown and not self.has_odd_name
+
+    @property
+    def has_odd_name(self) -> bool:
+        """Whether the name is empty or has a NUL byte: QEMU knows the bitmap by another one."""
+        return not self.name or "\0" in self.name
+
+    @property
+    def unknown(self) -> str:
+        """What it is about the bitmap that QEMU does not know, in words; else empty.
+
+        QEMU does not open an image that has such a bitmap.
+        """
+        if self.type != DIRTY_TRACKING:
+            return f"its type is {self.type}"
+        if self.extra_data:
+            return f"it has {len(self.extra_data)} bytes of extra data"
+        # As numbers: the complement of an IntFlag has no unknown bits.
+        if int(self.flags) & ~_QEMU_FLAGS:
+            return f"its flags are {int(self.flags):#x}"
+        if not 1 << MIN_GRANULARITY_BITS <= self.granularity <= 1 << MAX_GRANULARITY_BITS:
+            return f"its granularity is {self.granularity} bytes"
+        return ""
+
+
+def read_directory(image: Qcow2Image) -> tuple[BitmapEntry, ...]:
+    """The image's bitmaps in the order of the directory; none if it has no bitmaps extension.
+
+    Whether the extension can be trusted (``header.bitmaps_trusted``) is for the caller to
+    judge; QEMU ignores it where it cannot be.
+
+    Raises:
+        BadBitmapDirectory: the directory is one with which QEMU would not open the image.
+    """
+    extension = image.header.bitmaps
+    if extension is None:
+        return ()
+    _check_extension(image, extension)
+    directory = image.readable.read(extension.directory_offset, extension.directory_size)
+    entries: list[BitmapEntry] = []
+    names: set[str] = set()
+    position = 0
+    while position < len(directory):
+        if len(entries) == extension.count:
+            _refuse(image, f"it holds more than the {extension.count} bitmaps that it should hold")
+        entry, length = _parse_entry(image, directory, position)
+        # QEMU cuts names at a NUL byte.
+        name = entry.name.partition("\0")[0]
+        if name in names:
+            _refuse(image, f"two bitmaps have the name {name!r}")
+        names.add(name)
+        entries.append(entry)
+        position += length
+    if len(entries) != extension.count:
+        _refuse(image, f"it holds {len(entries)} bitmaps, but should hold {extension.count}")
+    return tuple(entries)
+
+
+def read_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
+    """A bitmap's table as it is stored: uint64[table_size], at most 8 MiB.
+
+    Each entry stands for a cluster of the serialised bits: 0 for zeros, 1 for ones, else
+    the file offset of the cluster.
+
+    Raises:
+        BadBitmapTable: an entry is not one of these, or not the offset of a cluster in the file.
+    """
+    size = image.readable.size
+    if entry.table_offset + entry.table_size * TABLE_ENTRY_SIZE > size:
+        raise BadBitmapTable(image.name, entry.name, "its table passes the end of the file")
+    table = load_table(image, entry)
+    _refuse_entries(image, entry, table, table >= np.uint64(size), "is not within the file")
+    return table
+
+
+def load_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
+    """As :func:`read_table`, for who judges himself whether the clusters are in the file.
+
+    Raises:
+        BadBitmapTable: an entry is not 0, 1, or a multiple of the cluster size.
+    """
+    data = image.readable.read(entry.table_offset, entry.table_size * TABLE_ENTRY_SIZE)
+    table = np.frombuffer(data, dtype=">u8").astype(np.uint64)
+    offset = table & np.uint64(TABLE_OFFSET_MASK)
+    reserved = table & np.uint64(TABLE_RESERVED) != 0
+    _refuse_entries(image, entry, table, reserved, "has reserved bits set")
+    contradicts = (offset != 0) & (table != offset)
+    _refuse_entries(image, entry, table, contradicts, "is an offset and says 'all bits set'")
+    unaligned = offset % np.uint64(image.header.cluster_size) != 0
+    _refuse_entries(image, entry, table, unaligned, "is not where a cluster starts")
+    return table
+
+
+def read_bits(image: Qcow2Image, entry: BitmapEntry) -> BitSet:
+    """The bits of a bitmap, for the image's present disk size.
+
+    Clusters that the table has as all zeros or all ones are not read and take no memory, nor
+    do stored ones that turn out to be so. Tail bits are ignored.
+
+    Raises:
+        UnreadableBitmap: the bitmap is in use, or something about it is unknown.
+        BadBitmapTable: its table is damaged, or uses a cluster twice.
+    """
+    if entry.in_use:
+        raise UnreadableBitmap(image.name, entry.name, "it was not stored properly ('in use')")
+    if not entry.readable:
+        reason = entry.unknown or "its name is empty or has a NUL byte"
+        raise UnreadableBitmap(image.name, entry.name, reason)
+    table = read_table(image, entry)
+    offsets = np.sort(table[table > TABLE_ALL_ONES])
+    # Without this, a small file could claim 512 MiB of bits for each of 65535 bitmaps.
+    if (offsets[1:] == offsets[:-1]).any():
+        raise BadBitmapTable(image.name, entry.name, "its table uses a cluster twice")
+    size = image.header.virtual_size
+    return BitSet.from_segments(_segments(image, table), size, entry.granularity)
+
+
+def table_entries(header: Header, granularity: int) -> int:
+    """How many entries the table of a valid bitmap has: one a cluster of serialised bits."""
+    return -(-packed_size(header.virtual_size, granularity) // header.cluster_size)
+
+
+def directory_entry_size(name_bytes: int, extra_bytes: int) -> int:
+    """How many bytes a directory entry takes, padding included."""
+    return -(-(_DIRECTORY_ENTRY.size + name_bytes + extra_bytes) // 8) * 8
+
+
+def _refuse(image: Qcow2Image, problem: str) -> NoReturn:
+    raise BadBitmapDirectory(image.name, problem)
+
+
+def _check_extension(image: Qcow2Image, extension: BitmapsExtension) -> None:
+    offset, size = extension.directory_offset, extension.directory_size
+    cluster_size = image.header.cluster_size
+    if not 1 <= extension.count <= MAX_BITMAPS:
+        _refuse(image, f"it should hold {extension.count} bitmaps, but can hold 1 to {MAX_BITMAPS}")
+    if not 1 <= size <= MAX_DIRECTORY_SIZE:
+        _refuse(image, f"its size is {size} bytes, but must be 1 to {MAX_DIRECTORY_SIZE}")
+    if offset == 0 or offset % cluster_size:
+        _refuse(image, f"it is at offset {offset:#x}, which is not where a cluster starts")
+    if offset + size > image.readable.size:
+        _refuse(image, f"its {size} bytes at offset {offset:#x} pass the end of the file")
+
+
+def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[BitmapEntry, int]:
+    """The entry at *position* of the directory, and its length with padding."""
+    if position + _DIRECTORY_ENTRY.size > len(directory):
+        _refuse(image, f"it ends within the entry at byte {position}")
+    table_offset, table_size, flags, kind, granularity_bits, name_size, extra_size = (
+        _DIRECTORY_ENTRY.unpack_from(directory, position)
+    )
+    length = directory_entry_size(name_size, extra_size)
+    if position + length > len(directory):
+        _refuse(image, f"it ends within the entry at byte {position}")
+    extra_start = position + _DIRECTORY_ENTRY.size
+    extra = directory[extra_start : extra_start + extra_size]
+    raw_name = directory[extra_start + extra_size : extra_start + extra_size + name_size]
+    if name_size > MAX_NAME_BYTES:
+        _refuse(image, f"the entry at byte {position} has a name of {name_size} bytes")
+    name = raw_name.decode("utf-8", "surrogateescape")
+    if granularity_bits > MAX_SPECIFIED_GRANULARITY_BITS:
+        _refuse(image, f"bitmap {name!r} has a granularity of 2^{granularity_bits} bytes")
+    entry = BitmapEntry(
+        name=name,
+        granularity=1 << granularity_bits,
+        flags=BitmapFlag(flags),
+        table_offset=table_offset,
+        table_size=table_size,
+        extra_data=extra,
+        type=kind,
+    )
+    _check_table_place(image, entry)
+    return entry, length
+
+
+def _check_table_place(image: Qcow2Image, entry: BitmapEntry) -> None:
+    header = image.header
+    most = min(MAX_TABLE_ENTRIES, MAX_PACKED_SIZE // header.cluster_size)
+    if not 1 <= entry.table_size <= most:
+        _refuse(
+            image,
+            f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
+            f"but can have 1 to {most}",
+        )
+    if entry.table_offset == 0 or entry.table_offset % header.cluster_size:
+        _refuse(
+            image,
+            f"the table of bitmap {entry.name!r} is at offset {entry.table_offset:#x}, "
+            "which is not where a cluster starts",
+        )
+    if entry.in_use or not entry.readable:
+        # QEMU marks bitmaps in use at once, and resizes them when it closes the image.
+        return
+    needed = table_entries(header, entry.granularity)
+    if entry.table_size != needed:
+        _refuse(
+            image,
+            f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
+            f"but a disk of {header.virtual_size} bytes needs {needed}",
+        )
+
+
+def _refuse_entries(
+    image: Qcow2Image,
+    entry: BitmapEntry,
+    table: U64Array,
+    bad: npt.NDArray[np.bool_],
+    problem: str,
+) -> None:
+    if bad.any():
+        index = int(np.argmax(bad))
+        value = int(table[index])
+        problem = f"entry {index} of its table, {value:#018x}, {problem}"
+        raise BadBitmapTable(image.name, entry.name, problem)
+
+
+def _segments(image: Qcow2Image, table: U64Array) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """The parts of the serialised bits that are not zeros, ascending."""
+    cluster_size = image.header.cluster_size
+    most = max(1, _READ_BYTES // cluster_size)
+    for first, count, value in _runs(table, cluster_size):
+        for start in range(0, count, most):
+            length = min(most, count - start) * cluster_size
+            index = first + start
+            if value == TABLE_ALL_ONES:
+                yield index * cluster_size, np.full(length, 0xFF, dtype=np.uint8)
+            else:
+                data = image.readable.read(value + start * cluster_size, length)
+                yield index * cluster_size, np.frombuffer(data, dtype=np.uint8)
+
+
+def _runs(table: U64Array, cluster_size: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of table entries that can be read together, as (index, entries, first entry)."""
+    stored = np.flatnonzero(table)
+    if not len(stored):
+        return
+    values = table[stored]
+    ones = values == TABLE_ALL_ONES
+    follows = np.where(ones[:-1], ones[1:], values[1:] == values[:-1] + np.uint64(cluster_size)) & (
+        np.diff(stored) == 1
+    )
+    heads = np.concatenate(([0], np.flatnonzero(~follows) + 1))
+    lengths = np.diff(np.concatenate((heads, [len(stored)])))
+    yield from zip(stored[heads].tolist(), lengths.tolist(), values[heads].tolist(), strict=True)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An open qcow2 image: its header and its active L1 table."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.qcow2.header import Header, parse_header
+
+if TYPE_CHECKING:
+    from chainmerge.qcow2.readable import Readable
+
+
+class Qcow2Image:
+    """The parts of an image that every reader of it needs.
+
+    Opening judges the header and where the tables are, not the entries of the
+    tables: a damaged image can be opened and checked, and is refused where its
+    damage is met.
+    """
+
+    def __init__(self, readable: Readable) -> None:
+        """Read and validate the header.
+
+        Raises:
+            FormatError: the header is not one that QEMU would open.
+        """
+        self._readable = readable
+        self._header = parse_header(readable)
+
+    @property
+    def readable(self) -> Readable:
+        """The file itself."""
+        return self._readable
+
+    @property
+    def name(self) -> str:
+        """What messages call the image."""
+        return self._readable.name
+
+    @property
+    def header(self) -> Header:
+        """The parsed header."""
+        return self._header
+
+    @cached_property
+    def l1(self) -> npt.NDArray[np.uint64]:
+        """The active L1 table, ``>u8[header.l1_size]``, at most 32 MiB; entries as stored."""
+        header = self._header
+        data = self._readable.read(header.l1_table_offset, header.l1_size * 8)
+        return np.frombuffer(data, dtype=">u8")

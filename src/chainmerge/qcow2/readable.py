@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the format layer reads from: anything with a name, a size and positioned reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Readable(Protocol):
+    """Random access to the bytes of one file or block device."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the image's path."""
+
+    @property
+    def size(self) -> int:
+        """Bytes; for a block device those of the device."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly *length* bytes; what lies past the end reads as zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesReadable:
+    """An image held in memory."""
+
+    name: str
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly *length* bytes; what lies past the end reads as zeros."""
+        return self.data[offset : offset + length].ljust(length, b"\0")

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The refcounts that an image stores: how often each cluster of its file is used.
+
+Rules are those of the qcow2 specification ("Host cluster management"): a table of one
+level names the refcount blocks, each of one cluster; a cluster without a block has
+refcount 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.qcow2.gather import read_pieces
+from chainmerge.qcow2.table_errors import BadRefcountTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.qcow2.header import Header
+    from chainmerge.qcow2.image import Qcow2Image
+
+U64Array: TypeAlias = npt.NDArray[np.uint64]
+#: Refcounts in the narrowest dtype that holds them: uint8, uint16, uint32 or uint64.
+Refcounts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+
+OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
+RESERVED = 0x1FF
+ENTRY_SIZE = 8
+
+
+def refcounts_per_block(header: Header) -> int:
+    """How many clusters one refcount block describes."""
+    return header.cluster_size * 8 // header.refcount_bits
+
+
+def refcount_dtype(header: Header) -> np.dtype[np.unsignedinteger[Any]]:
+    """The narrowest dtype that holds the image's refcounts."""
+    return np.dtype(f"u{max(1, header.refcount_bits // 8)}")
+
+
+def read_refcount_table(image: Qcow2Image) -> U64Array:
+    """The entries of the refcount table as they are stored, at most 1 Mi of them.
+
+    An entry is the file offset of a refcount block, 0 where there is none. Whether it can be
+    one is judged where the block is read.
+    """
+    header = image.header
+    entries = header.refcount_table_clusters * header.cluster_size // ENTRY_SIZE
+    return _table_part(image, 0, entries)
+
+
+def read_refcounts(image: Qcow2Image, first: int, count: int) -> U64Array:
+    """The stored refcounts of clusters *first* to *first + count*: uint64[count].
+
+    Clusters that no block describes have refcount 0, also those behind the end of the file
+    or of the refcount table. Blocks that do not exist are not read.
+
+    Raises:
+        BadRefcountTable: an entry has reserved bits set, or names a block that is not at the
+            start of a cluster or not in the file.
+    """
+    header = image.header
+    per_block = refcounts_per_block(header)
+    entries = header.refcount_table_clusters * header.cluster_size // ENTRY_SIZE
+    start = min(first // per_block, entries)
+    end = min(-(-(first + count) // per_block), entries)
+    table = _table_part(image, start, end)
+    _judge_entries(image, start, table)
+    result = np.zeros(count, dtype=np.uint64)
+    for at, refcounts in stored_refcounts(image, table, start * per_block, first, count):
+        result[at : at + len(refcounts)] = refcounts
+    return result
+
+
+def stored_refcounts(
+    image: Qcow2Image, blocks: U64Array, blocks_first: int, first: int, count: int
+) -> Iterator[tuple[int, Refcounts]]:
+    """The refcounts of clusters *first* to *first + count*, as far as blocks describe them.
+
+    Args:
+        image: the image.
+        blocks: file offsets of consecutive refcount blocks, 0 for one that is absent.
+        blocks_first: the first cluster that they describe.
+        first: first cluster asked for.
+        count: number of clusters asked for; it bounds the memory in use.
+
+    Yields:
+        (position from *first*, refcounts in the narrowest dtype), ascending.
+    """
+    header = image.header
+    per_block = refcounts_per_block(header)
+    low = max(0, first - blocks_first) // per_block
+    high = min(-(-max(0, first + count - blocks_first) // per_block), len(blocks))
+    present = np.flatnonzero(blocks[low:high]) + low
+    if not len(present):
+        return
+    for run in np.split(present, np.flatnonzero(np.diff(present) != 1) + 1):
+        data = read_pieces(image.readable, blocks[run], header.cluster_size)
+        refcounts = unpack_refcounts(data, header.refcount_order)
+        start = blocks_first + int(run[0]) * per_block
+        cut = max(0, first - start)
+        refcounts = refcounts[cut : first + count - start]
+        yield start + cut - first, refcounts
+
+
+def unpack_refcounts(data: bytes, refcount_order: int) -> Refcounts:
+    """The refcounts in the bytes of refcount blocks, each ``1 << refcount_order`` bits wide.
+
+    Widths of a byte and more are big-endian; of narrower ones the first is in the least
+    significant bits of its byte (specification, "Refcount table and blocks").
+    """
+    if refcount_order >= 3:
+        width = 1 << (refcount_order - 3)
+        return np.frombuffer(data, dtype=f">u{width}").astype(f"u{width}")
+    octets = np.frombuffer(data, dtype=np.uint8)
+    bits = 1 << refcount_order
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    parts = (octets[:, np.newaxis] >> shifts) & np.uint8((1 << bits) - 1)
+    return parts.reshape(-1)
+
+
+def _table_part(image: Qcow2Image, start: int, end: int) -> U64Array:
+    offset = image.header.refcount_table_offset + start * ENTRY_SIZE
+    data = image.readable.read(offset, (end - start) * ENTRY_SIZE)
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64)
+
+
+def _judge_entries(image: Qcow2Image, first_index: int, table: U64Array) -> None:
+    cluster_size = image.header.cluster_size
+    for bad, problem in (
+        (table & np.uint64(RESERVED) != 0, "reserved bits are set"),
+        (table % np.uint64(cluster_size) != 0, f"not aligned to clusters of {cluster_size} bytes"),
+        (table >= np.uint64(image.readable.size), "not within the file"),
+    ):
+        if bad.any():
+            index = int(np.argmax(bad))
+            entry = int(table[index])
+            raise BadRefcountTable(image.name, first_index + index, entry, problem)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge plan for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from chainmerge.planning import MergePlan, PlannedBitmap, PlannedImage, Progress, Role, SpacePlan
+from chainmerge.report import layout
+from chainmerge.report.layout import words
+from chainmerge.report.text import count, exact_size, human_size
+from chainmerge.report.tree import draw_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rich.table import Table
+
+_ROLE_STYLES: Final[Mapping[Role, str]] = {
+    Role.BASE: "bold cyan",
+    Role.TOP: "bold magenta",
+    Role.MIDDLE: "magenta",
+}
+_FATE_STYLES: Final[Mapping[str, str]] = {
+    "keep": layout.GOOD,
+    "prune": layout.CAUTION,
+    "drop": layout.BAD,
+    "ignore": layout.QUIET,
+}
+_PROGRESS_WORDS: Final[Mapping[Progress, str]] = {
+    Progress.INTERRUPTED: "An earlier run of this merge was interrupted; this one finishes it.",
+    Progress.MERGED: "This merge has been done already.",
+}
+
+
+def plan_report(plan: MergePlan) -> RenderableType:
+    """Everything that a plan says."""
+    return Group(*_plan_parts(plan))
+
+
+def refusals_section(plan: MergePlan) -> Group:
+    """Why a plan will not be carried out, and what to do about it."""
+    table = layout.grid()
+    table.add_column(style=layout.BAD, no_wrap=True)
+    table.add_column(overflow="fold")
+    for refusal in plan.refusals:
+        table.add_row(words(refusal.code), words(refusal.sentence))
+        table.add_row("", words(refusal.hint, layout.QUIET))
+    return layout.section("Refused", table)
+
+
+def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
+    yield Text.assemble(
+        "Merge ", words(plan.top, _ROLE_STYLES[Role.TOP]),
+        " into ", words(plan.base, _ROLE_STYLES[Role.BASE]),
+    )  # fmt: skip
+    if plan.progress in _PROGRESS_WORDS:
+        yield words(_PROGRESS_WORDS[plan.progress], layout.CAUTION)
+    yield layout.section("Chain", _chain(plan.images))
+    yield layout.section("What moves", _movement(plan))
+    yield layout.section("Bitmaps", _bitmaps(plan.bitmaps))
+    yield layout.section("Space", _space(plan.space))
+    afterwards = tuple(_afterwards(plan))
+    if afterwards:
+        yield layout.section("Afterwards", layout.bullets(afterwards))
+    yield from layout.warnings_section(plan.warnings)
+    if plan.refusals:
+        yield refusals_section(plan)
+
+
+def _chain(images: tuple[PlannedImage, ...]) -> Table:
+    table = layout.listing(
+        "image", "role", "format", "disk", "file", "cluster", "bitmaps", "",
+        right=("disk", "file", "cluster", "bitmaps"),
+    )  # fmt: skip
+    for line in draw_tree([(image.path, image.parent) for image in images]):
+        image = images[line.index]
+        style = _ROLE_STYLES.get(image.role, "")
+        remarks = image.notes if image.format_declared else ("format not declared", *image.notes)
+        table.add_row(
+            Text.assemble(line.prefix, words(image.path, style)),
+            words(image.role, style),
+            words(image.format),
+            layout.size(image.virtual_size),
+            layout.size(image.file_size),
+            layout.size(image.cluster_size),
+            layout.number(image.bitmaps),
+            words("; ".join(remarks), layout.CAUTION),
+        )
+    return table
+
+
+def _movement(plan: MergePlan) -> Group:
+    movement, directions = plan.movement, plan.directions
+    rows: list[tuple[str, int | None, str]] = [
+        ("data", movement.data_bytes, ""),
+        ("zeros", movement.zero_bytes, ""),
+        ("compressed", movement.compressed_bytes, ""),
+    ]
+    if plan.virtual_size_after != plan.virtual_size_before:
+        was = f"was {exact_size(plan.virtual_size_before)}"
+        rows.append(("base's disk becomes", plan.virtual_size_after, was))
+    costs = layout.listing("direction", "copies", "bytes", "", right=("copies", "bytes"))
+    for name, cost in (("commit", directions.commit), ("pull", directions.pull)):
+        chosen = name == directions.chosen
+        style = layout.GOOD if chosen else "" if cost.available else layout.QUIET
+        costs.add_row(
+            words(f"{name} (chosen)" if chosen else name, style),
+            layout.size(cost.bytes_to_copy),
+            layout.number(cost.bytes_to_copy),
+            words(cost.reason, layout.QUIET),
+        )
+    allocations = (
+        f"base allocates {count(movement.new_clusters, 'cluster')}"
+        f" and {count(movement.new_l2_tables, 'mapping table')}"
+    )
+    return Group(
+        layout.sizes(rows),
+        words(allocations, layout.QUIET),
+        Text(),
+        costs,
+        Text(),
+        words(f"engine {plan.engine}: {plan.engine_reason}"),
+        words(f"verification: {plan.verify}"),
+    )
+
+
+def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> RenderableType:
+    if not bitmaps:
+        return words("none", layout.QUIET)
+    table = layout.listing(
+        "name", "fate", "granularity", "dirty", "reason", right=("granularity", "dirty")
+    )
+    for bitmap in bitmaps:
+        table.add_row(
+            words(bitmap.name),
+            words(bitmap.fate, _FATE_STYLES.get(bitmap.fate, "")),
+            layout.size(bitmap.granularity),
+            layout.size(bitmap.dirty_bytes),
+            words("; ".join(_remarks(bitmap))),
+        )
+    kept = sum(bitmap.fate == "keep" for bitmap in bitmaps)
+    lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in bitmaps)
+    summary = f"{kept} of {count(len(bitmaps), 'bitmap')} kept"
+    if lost:
+        summary += f", {lost} lost that could have served a backup"
+    return Group(table, words(summary, layout.BAD if lost else layout.QUIET))
+
+
+def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
+    yield bitmap.reason
+    if bitmap.unguarded:
+        yield "nothing in base will keep it from passing for a good one"
+    if bitmap.recovered:
+        yield "its bits come from what the interrupted run had saved"
+
+
+def _space(space: SpacePlan) -> Group:
+    rows: list[tuple[str, int | None, str]] = [
+        ("size now", space.size, ""),
+        ("used up to", space.image_end, ""),
+        ("required", space.required, "at the merge's peak, an upper bound"),
+    ]
+    if space.limit is not None:
+        rows.append(("may become", space.limit, ""))
+    if space.grow_to is not None:
+        by = f"{human_size(space.grow_to - space.size)} more, before anything is written"
+        rows.append(("will be extended to", space.grow_to, by))
+    if space.missing:
+        rows.append(("MISSING", space.missing, "cannot be had"))
+    if space.shrink_to is not None:
+        rows.append(("will be reduced to", space.shrink_to, "once all is verified"))
+    breakdown: list[tuple[str, int | None, str]] = [
+        (name.replace("_", " "), value, "") for name, value in space.breakdown.items()
+    ]
+    return Group(
+        words(f"base lies on a {space.kind} volume" if space.kind != "file" else "base is a file"),
+        layout.sizes(rows),
+        *((words("of which", layout.QUIET), layout.sizes(breakdown)) if breakdown else ()),
+    )
+
+
+def _afterwards(plan: MergePlan) -> Iterator[str]:
+    for repoint in plan.repoint:
+        yield (
+            f"{repoint.child} gets {repoint.new_backing} ({repoint.new_format}) as its backing "
+            f"file, in place of {repoint.old_backing}"
+        )
+    for path in plan.delete:
+        yield f"{path} is deleted"
+    if plan.rename is not None:
+        old, new = plan.rename
+        yield f"{old} is renamed to {new}"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON schemas of the documents that commands print with ``--json``.
+
+``python -m chainmerge.report.schema DIRECTORY`` writes them, one file a document.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from chainmerge.planning import PLAN_VERSION, MergePlan
+from chainmerge.report.json import ErrorReport
+from chainmerge.types import (
+    REPORT_VERSION,
+    BitmapChange,
+    BitmapListing,
+    ChainReport,
+    CheckResult,
+    Measurement,
+    MergeReport,
+    ProgressEvent,
+    PruneReport,
+    RepairReport,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
+    {
+        f"plan-{PLAN_VERSION}": MergePlan,
+        f"progress-{REPORT_VERSION}": ProgressEvent,
+        f"merge-{REPORT_VERSION}": MergeReport,
+        f"info-{REPORT_VERSION}": ChainReport,
+        f"check-{REPORT_VERSION}": CheckResult,
+        f"measure-{REPORT_VERSION}": Measurement,
+        f"bitmaps-list-{REPORT_VERSION}": BitmapListing,
+        f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
+        f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
+        f"repair-{REPORT_VERSION}": RepairReport,
+        f"error-{REPORT_VERSION}": ErrorReport,
+    }
+)
+# "    name: text", and the lines below it that are indented further.
+_ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+# Cross references of the documentation: ":data:`~chainmerge.planning.PLAN_VERSION`".
+_ROLE: Final = re.compile(r":\w+:(`[^`]*`)")
+_EVENTS: Final[Mapping[type, str]] = MappingProxyType(
+    {ProgressEvent: "progress", MergeReport: "report", ErrorReport: "error"}
+)
+
+
+def schema_of(document: type) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a report."""
+    schema = msgspec.json.schema(document)
+    for definition in schema["$defs"].values():
+        _describe_fields(definition)
+    if document in _EVENTS:
+        described = schema["$defs"][document.__name__]
+        event = {"const": _EVENTS[document]}
+        described["properties"] = {"event": event, **described["properties"]}
+        described["required"] = ["event", *described["required"]]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _describe_fields(definition: dict[str, Any]) -> None:
+    """Move the ``Attributes:`` of a docstring to the fields that they describe."""
+    summary, _, attributes = inspect.cleandoc(definition["description"]).partition(
+        "\nAttributes:\n"
+    )
+    definition["description"] = _unwrapped(summary)
+    for name, text in _ATTRIBUTE.findall(attributes):
+        field = definition["properties"][name]
+        # Beside a reference other keys are allowed since draft 2019-09.
+        field["description"] = _unwrapped(text)
+
+
+def _unwrapped(text: str) -> str:
+    text = _ROLE.sub(r"\1", text)
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+
+
+def schema_files() -> dict[str, str]:
+    """Return the text of every schema file by its name."""
+    return {
+        f"{name}.json": json.dumps(schema_of(document), indent=2) + "\n"
+        for name, document in DOCUMENTS.items()
+    }
+
+
+def main(directory: Path) -> None:
+    """Write all schema files into *directory*, and remove those of documents that are gone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = schema_files()
+    for stale in directory.glob("*.json"):
+        if stale.name not in files:
+            stale.unlink()
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="ascii")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

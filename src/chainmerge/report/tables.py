@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything but plans for people; plans are in :mod:`chainmerge.report.plan_tables`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from chainmerge.report import layout
+from chainmerge.report.layout import words
+from chainmerge.report.text import count, exact_size, human_size, rough_size
+from chainmerge.report.tree import draw_tree
+from chainmerge.types import (
+    BitmapChange,
+    BitmapListing,
+    BitmapResult,
+    ChainReport,
+    CheckResult,
+    Measurement,
+    MergeOutcome,
+    MergeReport,
+    PruneReport,
+    RepairReport,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from rich.table import Table
+
+
+def merge_report(report: MergeReport) -> RenderableType:
+    """What a merge did."""
+    return Group(*_merge_parts(report))
+
+
+def chain_report(report: ChainReport) -> RenderableType:
+    """An image, what it stands on, and what else stands there."""
+    table = layout.listing(
+        "image", "format", "disk", "file", "defines", "cluster", "bitmaps", "snapshots", "",
+        right=("disk", "file", "defines", "cluster", "bitmaps", "snapshots"),
+    )  # fmt: skip
+    for line in draw_tree([(image.path, image.parent) for image in report.images]):
+        image = report.images[line.index]
+        style = "bold" if image.path == report.image else "" if image.in_chain else layout.QUIET
+        declared = "" if image.format_declared else " (not declared)"
+        details = (f"{name}: {value}" for name, value in image.details.items())
+        table.add_row(
+            Text.assemble(line.prefix, words(image.path, style)),
+            words(f"{image.format}{declared}"),
+            layout.size(image.virtual_size),
+            layout.size(image.file_size),
+            layout.size(image.allocated_bytes),
+            layout.size(image.cluster_size),
+            layout.number(image.bitmaps),
+            layout.number(image.snapshots),
+            words("; ".join((*details, *image.notes)), layout.QUIET),
+        )
+    return Group(table, *layout.warnings_section(report.warnings))
+
+
+def check_report(result: CheckResult) -> RenderableType:
+    """What a consistency check found."""
+    if result.clean:
+        verdict = words(f"{result.image}: nothing is wrong", layout.GOOD)
+    else:
+        style = layout.BAD if result.corruptions else layout.CAUTION
+        found = (
+            f"{count(result.corruptions, 'corruption')}, {count(result.leaks, 'leaked cluster')}"
+        )
+        verdict = words(f"{result.image}: {found}", style)
+    return Group(
+        verdict,
+        *((layout.bullets(result.messages),) if result.messages else ()),
+        words(f"used up to {exact_size(result.image_end_offset)}", layout.QUIET),
+    )
+
+
+def measurement_report(measurement: Measurement) -> RenderableType:
+    """How large base must be."""
+    rows: list[tuple[str, int | None, str]] = [
+        ("required", measurement.required, "at the merge's peak"),
+        ("optimal", measurement.optimal, "once it is done"),
+        ("used up to", measurement.image_end, "today"),
+        ("size", measurement.volume_size, "today"),
+    ]
+    breakdown: list[tuple[str, int | None, str]] = [
+        (name.replace("_", " "), value, "") for name, value in measurement.breakdown.items()
+    ]
+    return Group(
+        words(f"Merging {measurement.top} into {measurement.base}", layout.TITLE),
+        layout.sizes(rows),
+        *((layout.section("Required for", layout.sizes(breakdown)),) if breakdown else ()),
+    )
+
+
+def bitmap_listing(listing: BitmapListing) -> RenderableType:
+    """Every bitmap of a chain, and what each name is worth."""
+    if not listing.rows:
+        return words(f"{listing.image} and the images below it hold no bitmaps", layout.QUIET)
+    table = layout.listing(
+        "image", "name", "state", "granularity", "dirty", "bytes",
+        right=("granularity", "dirty", "bytes"),
+    )  # fmt: skip
+    for row in listing.rows:
+        state = f"{row.state} (tombstone)" if row.tombstone else row.state
+        table.add_row(
+            words(row.image),
+            words(row.name),
+            words(state, layout.STATE_STYLES.get(row.state, "")),
+            layout.size(row.granularity),
+            layout.size(row.dirty_bytes),
+            layout.number(row.dirty_bytes),
+        )
+    verdicts = layout.listing("name", "for backups", "why")
+    for verdict in listing.verdicts:
+        usable = words("usable", layout.GOOD) if verdict.passes else words("unusable", layout.BAD)
+        verdicts.add_row(words(verdict.name), usable, words(verdict.reason))
+    return Group(table, layout.section("Checkpoints", verdicts), *_tombstone_note(listing))
+
+
+def bitmap_change(change: BitmapChange) -> RenderableType:
+    """What a change of an image's bitmaps led to."""
+    done = {"add": "added", "remove": "removed", "clear": "removed", "merge": "merged into"}
+    verb = done.get(change.action, change.action)
+    return Group(
+        words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
+        _stored_bitmaps(change.bitmaps),
+    )
+
+
+def prune_report(report: PruneReport) -> RenderableType:
+    """Which bitmaps a pruning removed, and why."""
+    if not report.removed:
+        return words(f"no stale bitmaps between {report.base} and {report.top}", layout.GOOD)
+    table = layout.listing("image", "name", "was", "now", "reason")
+    for bitmap in report.removed:
+        table.add_row(
+            words(bitmap.image),
+            words(bitmap.name),
+            words(bitmap.state, layout.STATE_STYLES.get(bitmap.state, "")),
+            words("tombstone" if bitmap.tombstone else "gone"),
+            words(bitmap.reason),
+        )
+    summary = f"{count(len(report.removed), 'bitmap')} pruned, {len(report.kept)} kept"
+    return Group(table, words(summary, layout.QUIET))
+
+
+def repair_report(report: RepairReport) -> RenderableType:
+    """What is wrong with an image, what was or would be done about it, and what that costs."""
+    if not report.findings:
+        return words(f"{report.image}: nothing to repair", layout.GOOD)
+    return Group(
+        words(f"{report.image}: {count(len(report.findings), 'finding')}"),
+        layout.section("Found", _findings(report)),
+        *_listed("Would be done" if report.dry_run else "Done", report.actions),
+        *_listed("What it means for backups", report.consequences),
+    )
+
+
+def _merge_parts(report: MergeReport) -> Iterator[RenderableType]:
+    yield words(_headline(report), layout.GOOD)
+    if report.outcome == MergeOutcome.MERGED:
+        yield words(_speed(report), layout.QUIET)
+    yield layout.section(
+        "Space",
+        layout.sizes(
+            [
+                ("size", report.volume_size, ""),
+                ("used up to", report.image_end, ""),
+            ]
+        ),
+    )
+    yield layout.section("Bitmaps of base", _stored_bitmaps(report.bitmaps))
+    yield from _listed("Verified", report.verified)
+    yield from _listed("Settled", _settled(report))
+    yield from layout.warnings_section(report.warnings)
+
+
+def _headline(report: MergeReport) -> str:
+    if report.plan is None:
+        return "merged and verified by an earlier run; what that had left to do is done"
+    if report.outcome == MergeOutcome.ALREADY_MERGED:
+        return f"{report.plan.top} was merged into {report.plan.base} before; verified again"
+    return f"{report.plan.top} is merged into {report.plan.base}"
+
+
+def _speed(report: MergeReport) -> str:
+    copied = f"{human_size(report.bytes_copied)} copied in {report.seconds:.1f} s"
+    if report.seconds <= 0:
+        return copied
+    return f"{copied} ({rough_size(report.bytes_copied / report.seconds)}/s)"
+
+
+def _settled(report: MergeReport) -> Iterator[str]:
+    for path in report.repointed:
+        yield f"{path} stands on base now"
+    for path in report.deleted:
+        yield f"{path} is deleted"
+    if report.renamed is not None:
+        old, new = report.renamed
+        yield f"{old} is now {new}"
+
+
+def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:
+    lines = tuple(sentences)
+    return (layout.section(title, layout.bullets(lines)),) if lines else ()
+
+
+def _stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> RenderableType:
+    if not bitmaps:
+        return words("none", layout.QUIET)
+    table = layout.listing(
+        "name", "state", "granularity", "dirty", "bytes", right=("granularity", "dirty", "bytes")
+    )
+    for bitmap in bitmaps:
+        state = f"{bitmap.state} (tombstone)" if bitmap.tombstone else bitmap.state
+        table.add_row(
+            words(bitmap.name),
+            words(state, layout.STATE_STYLES.get(bitmap.state, "")),
+            layout.size(bitmap.granularity),
+            layout.size(bitmap.dirty_bytes),
+            layout.number(bitmap.dirty_bytes),
+        )
+    return table
+
+
+def _tombstone_note(listing: BitmapListing) -> Iterator[Text]:
+    if any(row.tombstone for row in listing.rows):
+        yield words(
+            "A tombstone is a disabled, empty bitmap that keeps the same name in images above "
+            "from passing for a good one.",
+            layout.QUIET,
+        )
+
+
+def _findings(report: RepairReport) -> Table:
+    table = layout.grid()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in report.findings:
+        style = layout.CAUTION if finding.repairable else layout.BAD
+        remark = "" if finding.repairable else " (cannot be repaired here)"
+        table.add_row(words(finding.kind, style), words(f"{finding.sentence}{remark}"))
+    return table

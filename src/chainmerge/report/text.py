@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words and numbers that are safe and pleasant to print."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Final
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def printable(text: str) -> str:
+    r"""Return *text* with everything that is not plainly visible as a backslash escape.
+
+    Bitmap and file names can come from a hostile guest: an escape sequence in them would
+    drive the user's terminal, a newline would forge a line of a report, a bidirectional
+    override would show it in another order. Bytes that are no UTF-8 (surrogates, to
+    Python) become ``\xNN``. The result can always be encoded.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else _escape(character) for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if 0xD800 <= code <= 0xDFFF:
+        return f"\\u{code:04x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def rough_size(size: float) -> str:
+    """Return *size* in bytes in the largest binary unit that fits, to one decimal.
+
+    For numbers that change while they are looked at.
+    """
+    exponent = min((int(size).bit_length() - 1) // 10, len(_UNITS) - 1) if size >= 1 else 0
+    return f"{size / (1 << (10 * exponent)):.1f} {_UNITS[exponent]}"
+
+
+def human_size(size: int) -> str:
+    """Return *size* in bytes as people say it: in the largest binary unit that fits."""
+    exponent = min((abs(size).bit_length() - 1) // 10, len(_UNITS) - 1) if size else 0
+    unit = 1 << (10 * exponent)
+    digits = f"{size / unit:.2f}".rstrip("0").rstrip(".")
+    # 1 MiB less one byte is not 1 MiB. A float could not tell that of 8 EiB.
+    exact = size == Fraction(digits) * unit
+    return f"{'' if exact else '~'}{digits} {_UNITS[exponent]}"
+
+
+def exact_size(size: int) -> str:
+    """Return *size* as people say it, with the exact number of bytes beside it."""
+    return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else count(size, "byte")
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun: ``1 bitmap``, ``2 bitmaps``."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {plural}"

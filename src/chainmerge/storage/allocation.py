@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Space of regular files: reserving it beyond the file's end, and giving it back.
+
+Every function takes the file descriptor of a regular file; offsets, lengths and sizes are in
+bytes. OSError passes through.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import Final
+
+# linux/falloc.h
+_KEEP_SIZE: Final = 0x01
+_PUNCH_HOLE: Final = 0x02
+
+# linux/fiemap.h
+_FS_IOC_FIEMAP: Final = 0xC020660B
+_FIEMAP_EXTENT_LAST: Final = 0x0001
+_FIEMAP_REQUEST: Final = struct.Struct("=QQIIII")  # start, length, flags, mapped, count, reserved
+_FIEMAP_EXTENT: Final = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
+_FIEMAP_BATCH: Final = 256
+_END_OF_RANGE: Final = (1 << 64) - 1
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """Make sure that writes into a range cannot run out of space. The file keeps its size.
+
+    Space that is there already is left as it is, so this can be repeated. OSError EOPNOTSUPP
+    means that the file system has no such function. On ENOSPC some of the range may have been
+    reserved; :func:`release_beyond_end` gives it back.
+    """
+    _fallocate(fd, _KEEP_SIZE, offset, length)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the space of a range back; it reads as zeros afterwards. The file keeps its size."""
+    _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length)
+
+
+def reserved_beyond_end(fd: int) -> int:
+    """Bytes allocated behind the file's end.
+
+    Where the file system does not tell, what the file has more than its size would need: less
+    than the truth for a sparse file.
+    """
+    status = os.fstat(fd)
+    position, total = status.st_size, 0
+    while True:
+        try:
+            extents = _allocated_extents(fd, position)
+        except OSError:
+            return max(status.st_blocks * 512 - status.st_size, 0)
+        ahead = [(start, end) for start, end, _ in extents if end > position]
+        if not ahead:
+            return total
+        total += sum(end - max(start, position) for start, end in ahead)
+        position = ahead[-1][1]
+        if extents[-1][2] & _FIEMAP_EXTENT_LAST:
+            return total
+
+
+def release_beyond_end(fd: int) -> None:
+    """Give back what is allocated behind the file's end."""
+    size = os.fstat(fd).st_size
+    os.ftruncate(fd, size)
+    if reserved_beyond_end(fd) > _largest_block(fd):
+        # Btrfs takes a truncation to the present size for nothing to do (Linux 6.18).
+        os.ftruncate(fd, size + 1)
+        os.ftruncate(fd, size)
+
+
+def _largest_block(fd: int) -> int:
+    # The block that holds the file's last byte reaches beyond its end.
+    return os.fstatvfs(fd).f_bsize
+
+
+def _allocated_extents(fd: int, start: int) -> list[tuple[int, int, int]]:
+    """Start, end and flags of the first extents that reach beyond *start*."""
+    request = bytearray(_FIEMAP_REQUEST.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
+    length = _END_OF_RANGE - start
+    _FIEMAP_REQUEST.pack_into(request, 0, start, length, 0, 0, _FIEMAP_BATCH, 0)
+    fcntl.ioctl(fd, _FS_IOC_FIEMAP, request)
+    mapped = _FIEMAP_REQUEST.unpack_from(request)[3]
+    records = memoryview(request)[_FIEMAP_REQUEST.size :][: mapped * _FIEMAP_EXTENT.size]
+    return [
+        (logical, logical + size, flags)
+        for logical, _, size, flags in _FIEMAP_EXTENT.iter_unpack(records)
+    ]
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    if length == 0:
+        return
+    while _LIBC.fallocate(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

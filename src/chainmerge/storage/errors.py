@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong with the storage under an image, as errors that carry their facts.
+
+::
+
+    Refused                       nothing was changed
+    ├── ImageMissing, WrongFileType, AccessDenied, ImageReadOnly, CannotOpen
+    ├── ImageLocked, LocksUnsupported
+    ├── LvmMissing, NotALogicalVolume
+    └── CannotGrow
+        ├── FileSystemFull, FileLimitReached
+        └── DeviceTooSmall, VolumeGroupFull
+    Failed
+    ├── ReadFailed, WriteFailed, NoSpaceLeft, FlushFailed
+    └── DiscardFailed, CannotShrink, LvmFailed
+    OutcomeUnknown
+    └── LvmUnfinished
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed, OutcomeUnknown, Refused
+
+
+def reason_of(error: OSError) -> str:
+    """The operating system's words for an error."""
+    return error.strerror or str(error)
+
+
+@dataclass(eq=False)
+class ImageMissing(Refused):
+    """There is nothing under the image's name."""
+
+    code: ClassVar[str] = "image-missing"
+    template: ClassVar[str] = "{image}: there is no such file"
+    hint: ClassVar[str] = (
+        "check the name; if the image's storage is not mounted, or its logical volume not active, "
+        "see to that first"
+    )
+    explanation: ClassVar[str] = (
+        "The name was given on the command line, or stands in another image as that of its "
+        "backing file, and nothing is found under it: the file does not exist, a symbolic link "
+        "leads nowhere, or a directory on the way is missing. Relative names of backing files "
+        "count from the directory of the image that names them."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class WrongFileType(Refused):
+    """The name is that of something which cannot hold an image."""
+
+    code: ClassVar[str] = "wrong-file-type"
+    template: ClassVar[str] = "{image}: is {file_type}, not a regular file or a block device"
+    hint: ClassVar[str] = "give the name of the image itself"
+    explanation: ClassVar[str] = (
+        "Images are regular files or block devices. Directories, pipes, sockets and character "
+        "devices are not opened at all: doing so could block for ever, or set off whatever the "
+        "device does when it is opened."
+    )
+    image: str
+    file_type: str
+
+
+@dataclass(eq=False)
+class AccessDenied(Refused):
+    """The operating system does not let us open the image."""
+
+    code: ClassVar[str] = "access-denied"
+    template: ClassVar[str] = "{image}: no permission to open it for {access}"
+    hint: ClassVar[str] = (
+        "run the command as the owner of the image, or as root; on network storage check what "
+        "the server allows"
+    )
+    explanation: ClassVar[str] = (
+        "The permissions of the file, or of a directory on the way to it, do not allow what is "
+        "needed. To look at an image, permission to read it is enough; to merge into it, "
+        "permission to write is needed too."
+    )
+    image: str
+    access: str
+
+
+@dataclass(eq=False)
+class ImageReadOnly(Refused):
+    """The image cannot be written because what it lies on is read-only."""
+
+    code: ClassVar[str] = "image-read-only"
+    template: ClassVar[str] = "{image}: cannot be written: {reason}"
+    hint: ClassVar[str] = (
+        "make the storage writable (remount the file system, or 'blockdev --setrw' the device) "
+        "if the image is meant to be changed"
+    )
+    explanation: ClassVar[str] = (
+        "The image must be written for this operation, and its file system is mounted read-only, "
+        "its block device is set read-only, or the file is marked immutable."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class CannotOpen(Refused):
+    """The operating system refuses to open the image for a reason of its own."""
+
+    code: ClassVar[str] = "cannot-open"
+    template: ClassVar[str] = "{image}: cannot be opened for {access}: {reason}"
+    hint: ClassVar[str] = "remove the cause that the message names, then run the command again"
+    explanation: ClassVar[str] = (
+        "Opening the file failed with the operating system's error that the message quotes: a "
+        "loop of symbolic links, a name that is too long or not valid, a device that is busy or "
+        "gone, a limit on open files, and the like."
+    )
+    image: str
+    access: str
+    reason: str
+
+
+@dataclass(eq=False)
+class ImageLocked(Refused):
+    """Another process has the image open in a way that excludes ours."""
+
+    code: ClassVar[str] = "image-locked"
+    template: ClassVar[str] = "{image}: is in use by {holder}"
+    hint: ClassVar[str] = (
+        "shut the virtual machine down, or end what uses the image, and run the command again"
+    )
+    explanation: ClassVar[str] = (
+        "QEMU locks the images it has open (open file description locks on single bytes of the "
+        "file), and chainmerge takes the same locks. A process that reads the image excludes "
+        "writers, one that writes excludes everybody. The holder is found by looking through "
+        "/proc for a process that has such a lock; one in another container, on another host, "
+        "or of another user may not be visible and is then called 'another process'. Never "
+        "remove a lock by force: two writers destroy an image."
+    )
+    image: str
+    holder: str
+
+
+@dataclass(eq=False)
+class LocksUnsupported(Refused):
+    """The image cannot be locked where it lies."""
+
+    code: ClassVar[str] = "locks-unsupported"
+    template: ClassVar[str] = "{image}: cannot be locked: {reason}"
+    hint: ClassVar[str] = (
+        "enable locking where the image is stored (on NFS: the lock service of client and "
+        "server, or version 4), or move the image to a file system that supports it"
+    )
+    explanation: ClassVar[str] = (
+        "Without locks nothing would stop a virtual machine from starting on an image in the "
+        "middle of a merge, or the merge from starting on the image of a running machine. The "
+        "file system does not support open file description locks, or its lock service does not "
+        "answer, so the image is not touched."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class ReadFailed(Failed):
+    """The storage could not be read."""
+
+    code: ClassVar[str] = "read-failed"
+    template: ClassVar[str] = "{image}: reading {length} bytes at offset {offset} failed: {reason}"
+    hint: ClassVar[str] = (
+        "look for errors of the storage in the kernel's log ('dmesg'); the same command can be "
+        "run again once the image can be read"
+    )
+    explanation: ClassVar[str] = (
+        "The operating system reported an error while the image was read. This is nearly always "
+        "a fault of the storage (a failing disk, a lost network connection), not of the image. "
+        "Reading changes nothing; what had been done before is safe and a rerun goes on from it."
+    )
+    image: str
+    offset: int
+    length: int
+    reason: str
+
+
+@dataclass(eq=False)
+class WriteFailed(Failed):
+    """The storage could not be written."""
+
+    code: ClassVar[str] = "write-failed"
+    template: ClassVar[str] = "{image}: writing {length} bytes at offset {offset} failed: {reason}"
+    hint: ClassVar[str] = (
+        "look for errors of the storage in the kernel's log ('dmesg'), repair it, then run the "
+        "same command again"
+    )
+    explanation: ClassVar[str] = (
+        "The operating system reported an error while the image was written. Some of the bytes "
+        "may have reached the storage. Writes go to parts of the image that nothing refers to "
+        "yet, so its content is still the old one; a rerun starts from it."
+    )
+    image: str
+    offset: int
+    length: int
+    reason: str
+
+
+@dataclass(eq=False)
+class NoSpaceLeft(Failed):
+    """The storage became full during a write."""
+
+    code: ClassVar[str] = "no-space-left"
+    template: ClassVar[str] = (
+        "{image}: no space left for {length} bytes at offset {offset}: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "make room on the file system, or a larger device or quota, then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "The file system, the quota or the device under the image was full. The space for a "
+        "merge is reserved before it starts, so this happens only where space cannot be reserved "
+        "(a file system without that function, thin provisioning) and somebody else took it. "
+        "The image's content is still the old one; a rerun starts from it."
+    )
+    image: str
+    offset: int
+    length: int
+    reason: str
+
+
+@dataclass(eq=False)
+class FlushFailed(Failed):
+    """What was written may not have reached the storage."""
+
+    code: ClassVar[str] = "flush-failed"
+    template: ClassVar[str] = "{image}: what was written could not be made durable: {reason}"
+    hint: ClassVar[str] = (
+        "look for errors of the storage in the kernel's log ('dmesg') and repair it; check the "
+        "image ('chainmerge check {image}') before running the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "The operating system could not write cached data to the storage. It reports such an "
+        "error once and then forgets it: a second attempt would succeed although the data is "
+        "gone (Linux marks the pages clean). So the first failure is final, and nothing that "
+        "relies on the lost writes is written after it."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class DiscardFailed(Failed):
+    """The space could not be given back; the image is as it was."""
+
+    code: ClassVar[str] = "discard-failed"
+    template: ClassVar[str] = (
+        "{image}: discarding {length} bytes at offset {offset} failed: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "nothing is wrong with the image; leave the discard out where the storage does not "
+        "support it"
+    )
+    explanation: ClassVar[str] = (
+        "Giving back the space of what is no longer used was asked for, and the device or the "
+        "file system could not do it. Only space is lost; image and merge are not affected."
+    )
+    image: str
+    offset: int
+    length: int
+    reason: str
+
+
+@dataclass(eq=False)
+class CannotShrink(Failed):
+    """The volume keeps its size."""
+
+    code: ClassVar[str] = "cannot-shrink"
+    template: ClassVar[str] = "{image}: {kind} of {size} bytes cannot be made smaller: {reason}"
+    hint: ClassVar[str] = "nothing is wrong with the image; leave the shrinking out"
+    explanation: ClassVar[str] = (
+        "Files and logical volumes can be made smaller, other block devices cannot. The image "
+        "and the merge are not affected, the volume is only larger than it need be."
+    )
+    image: str
+    kind: str
+    size: int
+    reason: str
+
+
+@dataclass(eq=False)
+class CannotGrow(Refused):
+    """The image needs more room than its volume can give.
+
+    ``limit`` is the largest possible size in bytes, as far as it is known.
+    """
+
+    image: str
+    kind: str
+    size: int
+    required: int
+    limit: int | None
+    missing: int
+
+
+@dataclass(eq=False)
+class FileSystemFull(CannotGrow):
+    """The file system cannot give the room."""
+
+    code: ClassVar[str] = "file-system-full"
+    template: ClassVar[str] = (
+        "{image}: the file of {size} bytes must be able to grow to {required} bytes, and "
+        "{missing} bytes are missing on its file system"
+    )
+    hint: ClassVar[str] = (
+        "free at least {missing} bytes on the file system (or raise the quota), then run the same "
+        "command again"
+    )
+    explanation: ClassVar[str] = (
+        "The space that the operation needs at its peak is reserved before anything is written. "
+        "The file system does not have it. The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class FileLimitReached(CannotGrow):
+    """The file may not become as large as it would have to."""
+
+    code: ClassVar[str] = "file-limit-reached"
+    template: ClassVar[str] = (
+        "{image}: the file of {size} bytes must be able to grow to {required} bytes, but may only "
+        "have {limit}: {missing} bytes are missing"
+    )
+    hint: ClassVar[str] = "allow the file to become at least {required} bytes large"
+    explanation: ClassVar[str] = (
+        "A limit was set for the size of this file, and the operation needs more at its peak. "
+        "The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class DeviceTooSmall(CannotGrow):
+    """A block device has the size that it has."""
+
+    code: ClassVar[str] = "device-too-small"
+    template: ClassVar[str] = (
+        "{image}: the block device has {size} bytes, and {required} are needed: {missing} bytes "
+        "are missing"
+    )
+    hint: ClassVar[str] = (
+        "make the device at least {required} bytes large, or copy the image to a larger one"
+    )
+    explanation: ClassVar[str] = (
+        "Only files and logical volumes are made larger by chainmerge; any other block device "
+        "must be large enough for what the operation needs at its peak. The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class VolumeGroupFull(CannotGrow):
+    """The logical volume cannot become as large as it would have to."""
+
+    code: ClassVar[str] = "volume-group-full"
+    template: ClassVar[str] = (
+        "{image}: the logical volume of {size} bytes must grow to {required} bytes, but can only "
+        "have {limit}: {missing} bytes are missing in its volume group"
+    )
+    hint: ClassVar[str] = (
+        "add a physical volume to the volume group ('vgextend') or remove what is not needed "
+        "from it; {missing} bytes more must be free"
+    )
+    explanation: ClassVar[str] = (
+        "The logical volume is extended to what the operation needs at its peak before anything "
+        "is written, and its volume group does not have that much free space. Only linear and "
+        "striped volumes are extended; one of another type (thin, mirrored, cached, ...) must be "
+        "extended by hand first. The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class LvmMissing(Refused):
+    """The program that manages logical volumes cannot be run."""
+
+    code: ClassVar[str] = "lvm-missing"
+    template: ClassVar[str] = "{image}: is a logical volume, and 'lvm' cannot be run: {reason}"
+    hint: ClassVar[str] = "install the package lvm2, and see that PATH holds the directory of 'lvm'"
+    explanation: ClassVar[str] = (
+        "Sizes of logical volumes are read and changed with the lvm command. It is not on PATH, "
+        "or it may not be executed."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class NotALogicalVolume(Refused):
+    """LVM does not know the volume."""
+
+    code: ClassVar[str] = "not-a-logical-volume"
+    template: ClassVar[str] = "{image}: is not a logical volume that lvm knows: {reason}"
+    hint: ClassVar[str] = "look for the volume with 'lvm lvs -o +lv_path'"
+    explanation: ClassVar[str] = (
+        "The volume was to be treated as a logical volume, and the report of 'lvm lvs' does not "
+        "have it, or has another volume under its name."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LvmFailed(Failed):
+    """The lvm command reported an error."""
+
+    code: ClassVar[str] = "lvm-failed"
+    template: ClassVar[str] = "{image}: '{command}' failed with status {status}: {reason}"
+    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    explanation: ClassVar[str] = (
+        "LVM could not do what was asked for; the message quotes it. LVM changes its metadata as "
+        "a whole or not at all, so the volume has its old size. The image on it was not touched."
+    )
+    image: str
+    command: str
+    status: int
+    reason: str
+
+
+@dataclass(eq=False)
+class LvmUnfinished(OutcomeUnknown):
+    """The lvm command did not come to an end."""
+
+    code: ClassVar[str] = "lvm-unfinished"
+    template: ClassVar[str] = (
+        "{image}: '{command}' (pid {pid}) had not ended after {seconds} seconds; the volume may "
+        "have its old or its new size"
+    )
+    hint: ClassVar[str] = (
+        "see what process {pid} waits for (a lock held by another lvm command, a device that does "
+        "not answer); when it has ended, run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "A command that changes a logical volume was asked to stop and did not. It is left alone: "
+        "killing it by force could leave the device suspended, which blocks everybody who uses "
+        "it. The image on the volume was not touched, and running the same command again later "
+        "is safe."
+    )
+    image: str
+    command: str
+    pid: int
+    seconds: float

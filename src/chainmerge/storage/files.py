@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Positioned I/O on image files and block devices, and small files that survive a power cut.
+
+All offsets, lengths and sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
+
+from chainmerge.storage import allocation, block
+from chainmerge.storage.errors import (
+    AccessDenied,
+    CannotOpen,
+    FlushFailed,
+    ImageMissing,
+    ImageReadOnly,
+    NoSpaceLeft,
+    ReadFailed,
+    WriteFailed,
+    WrongFileType,
+    reason_of,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from chainmerge.errors import Failed, Refused
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+# The kernel's limit for a file offset (loff_t).
+_MAX_OFFSET: Final = (1 << 63) - 1
+
+_FILE_TYPES: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class FileReadable:
+    """An image file or block device, open for reading.
+
+    Attributes:
+        name: the path as it was given.
+        fd: the descriptor, closed on exec.
+        size: bytes, as of when the file was opened.
+        identity: device and inode; equal for all names of one file.
+        is_block_device: False for a regular file.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        """Open a regular file or a block device; nothing else is.
+
+        Raises:
+            ImageMissing, WrongFileType, AccessDenied, CannotOpen: it cannot be opened.
+        """
+        self.name = os.fspath(path)
+        self._adopt(_open_for_reading(self.name))
+
+    def _adopt(self, fd: int) -> None:
+        status = os.fstat(fd)
+        self.fd = fd
+        self.identity = (status.st_dev, status.st_ino)
+        self.is_block_device = stat.S_ISBLK(status.st_mode)
+        self.size = block.device_size(fd) if self.is_block_device else status.st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly *length* bytes from *offset* on; what lies past the end reads as zeros.
+
+        Raises:
+            ReadFailed: the storage reported an error.
+        """
+        wanted = min(length, max(_MAX_OFFSET - offset, 0))
+        data = self._pread(offset, wanted) if wanted else b""
+        if len(data) == length:
+            return data
+        pieces = bytearray(data)
+        while data and len(pieces) < wanted:
+            data = self._pread(offset + len(pieces), wanted - len(pieces))
+            pieces += data
+        return bytes(pieces.ljust(length, b"\0"))
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self.fd, length, offset)
+        except OSError as error:
+            raise ReadFailed(self.name, offset, length, reason_of(error)) from error
+
+    def close(self) -> None:
+        """Close the file. May be called more than once."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class WritablePort(FileReadable):
+    """An image file or block device, open for reading and writing.
+
+    Nothing is durable before :meth:`flush` has returned; closing does not flush. After a
+    flush that failed every further call fails too, see :class:`FlushFailed`.
+
+    Attributes:
+        size: bytes; follows what is written, truncated or reserved through this object.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        """Open a regular file or a block device for reading and writing.
+
+        Raises:
+            ImageMissing, WrongFileType, AccessDenied, ImageReadOnly, CannotOpen: it cannot be
+                opened for writing.
+        """
+        self.name = os.fspath(path)
+        self._failed_flush: FlushFailed | None = None
+        self._adopt(_open_for_writing(self.name))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As :meth:`FileReadable.read`; sees what was written through this object."""
+        self._refuse_after_failed_flush()
+        return super().read(offset, length)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of *data* at *offset*.
+
+        Raises:
+            NoSpaceLeft: the file system is full, or a device ends before the data does.
+            WriteFailed: the storage reported another error.
+            FlushFailed: an earlier flush failed; nothing was written.
+        """
+        self._refuse_after_failed_flush()
+        rest = memoryview(data).cast("B")
+        while rest:
+            try:
+                written = os.pwrite(self.fd, rest, offset)
+            except OSError as error:
+                raise _write_error(self.name, offset, len(rest), error) from error
+            if written == 0:
+                raise WriteFailed(self.name, offset, len(rest), "nothing was written")
+            offset += written
+            rest = rest[written:]
+            self.size = max(self.size, offset)
+
+    def flush(self) -> None:
+        """Return when everything written so far is durable.
+
+        Raises:
+            FlushFailed: it may not be, and never will be through this object.
+        """
+        self._refuse_after_failed_flush()
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._failed_flush = FlushFailed(self.name, reason_of(error))
+            raise self._failed_flush from error
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Reserve space of a regular file for later writes; its size stays what it is.
+
+        Raises:
+            NoSpaceLeft: there is not enough; a part may have been reserved.
+            WriteFailed: the storage reported another error, or cannot reserve space at all.
+        """
+        self._refuse_after_failed_flush()
+        try:
+            allocation.reserve(self.fd, offset, length)
+        except OSError as error:
+            raise _write_error(self.name, offset, length, error) from error
+
+    def truncate_to(self, size: int) -> None:
+        """Make a regular file exactly *size* bytes large; new bytes are zeros.
+
+        Raises:
+            NoSpaceLeft, WriteFailed: it keeps its size.
+        """
+        self._refuse_after_failed_flush()
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            raise _write_error(self.name, size, 0, error) from error
+        self.size = size
+
+    def _refuse_after_failed_flush(self) -> None:
+        if self._failed_flush is not None:
+            raise FlushFailed(self.name, self._failed_flush.reason)
+
+
+def fsync_directory(path: StrPath) -> None:
+    """Return when the names in a directory are durable.
+
+    Raises:
+        FlushFailed: they may not be.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        # Some network file systems have no fsync of directories: they are durable at once.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise FlushFailed(os.fspath(path), reason_of(error)) from error
+
+
+def write_file_durably(path: StrPath, data: bytes, mode: int) -> None:
+    """Create or replace a small file as a whole: after a power cut it is the old or the new one.
+
+    The new content is written to a file ``.NAME.chainmerge-new`` in the same directory, which
+    then takes the name. What a killed process left under that name is replaced. Two processes
+    must not write the same file at once.
+
+    Args:
+        path: the file; a symbolic link is replaced, not followed.
+        data: its content.
+        mode: its permissions, whatever the umask.
+
+    Raises:
+        AccessDenied, ImageReadOnly, CannotOpen: the directory does not take new files.
+        NoSpaceLeft, WriteFailed: the file is as it was.
+        FlushFailed: the file is as it was, or the new one has its name but that may not last.
+    """
+    target = os.fspath(path)
+    directory, name = os.path.split(target)
+    draft = os.path.join(directory, f".{name}.chainmerge-new")  # noqa: PTH118
+    try:
+        _write_draft(draft, target, data, mode)
+        try:
+            os.replace(draft, target)  # noqa: PTH105
+        except OSError as error:
+            raise _write_error(target, 0, len(data), error) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)  # noqa: PTH108
+        raise
+    fsync_directory(directory or ".")
+
+
+def _write_draft(draft: str, target: str, data: bytes, mode: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)  # noqa: PTH108
+        fd = os.open(draft, flags, 0o600)
+    except (OSError, ValueError) as error:
+        raise _open_error(target, "writing", error) from error
+    try:
+        rest = memoryview(data)
+        try:
+            os.fchmod(fd, mode)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        except OSError as error:
+            raise _write_error(target, len(data) - len(rest), len(rest), error) from error
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            raise FlushFailed(target, reason_of(error)) from error
+    finally:
+        os.close(fd)
+
+
+def _open_for_reading(path: str) -> int:
+    return _open(path, os.O_RDONLY, "reading")
+
+
+def _open_for_writing(path: str) -> int:
+    fd = _open(path, os.O_RDWR, "writing")
+    if stat.S_ISBLK(os.fstat(fd).st_mode) and block.is_read_only(fd):
+        os.close(fd)
+        raise ImageReadOnly(path, "the block device is set read-only")
+    return fd
+
+
+def _open(path: str, flags: int, access: str) -> int:
+    try:
+        # Looking before opening spares devices that act on being opened; O_NONBLOCK and the
+        # second look are for a name that becomes that of a pipe in between.
+        _require_image_type(path, os.stat(path))  # noqa: PTH116
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise _open_error(path, access, error) from error
+    try:
+        _require_image_type(path, os.fstat(fd))
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _require_image_type(path: str, status: os.stat_result) -> None:
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        kind = _FILE_TYPES.get(stat.S_IFMT(status.st_mode), "of an unknown type")
+        raise WrongFileType(path, kind)
+
+
+def _open_error(path: str, access: str, error: OSError | ValueError) -> Refused:
+    if not isinstance(error, OSError):
+        # NUL bytes and what no file system encoding knows, in names that come from images.
+        return CannotOpen(path, access, f"the name is not valid ({error})")
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return ImageMissing(path)
+        case errno.EROFS:
+            return ImageReadOnly(path, reason_of(error))
+        case errno.EPERM if access == "writing":
+            # What the owner, and even root, gets for an immutable file.
+            return ImageReadOnly(path, reason_of(error))
+        case errno.EACCES | errno.EPERM:
+            return AccessDenied(path, access)
+        case _:
+            return CannotOpen(path, access, reason_of(error))
+
+
+def _write_error(path: str, offset: int, length: int, error: OSError) -> Failed:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (NoSpaceLeft if full else WriteFailed)(path, offset, length, reason_of(error))

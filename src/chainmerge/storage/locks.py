@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU's image locks, taken as QEMU takes them.
+
+QEMU locks single bytes of an image file with shared open file description (OFD) locks. Byte
+100+i says "permission i is used here", byte 200+i "permission i is not shared with others",
+with i being 0 consistent read, 1 write, 2 write unchanged, 3 resize. A process takes all its
+bytes first and then looks whether somebody else's contradict them: for every permission it
+uses whether that is unshared elsewhere, for every one it does not share whether that is used
+elsewhere. Locks on these bytes being shared, taking them never fails; who finds a conflict
+gives up. (``block/file-posix.c`` of QEMU: ``raw_apply_lock_bytes``, ``raw_check_lock_bytes``.)
+
+OFD locks belong to the open file: they conflict between two opens in one process as between
+two processes, they are inherited with the descriptor, and the kernel drops them with its last
+copy. On a block device they are on the device's *node*; another node of the same device is
+another file. Nothing crosses hosts, unless the file system makes it so.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from chainmerge.storage.errors import ImageLocked, LocksUnsupported, reason_of
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from chainmerge.storage.files import StrPath
+
+_USED: Final = 100
+_UNSHARED: Final = 200
+
+_CONSISTENT_READ: Final = 0
+_WRITE: Final = 1
+_RESIZE: Final = 3
+
+# Not a byte that QEMU gives a meaning; see _kernel_name.
+_IDLE_BYTE: Final = 0
+
+# struct flock with 64-bit offsets: l_type, l_whence, l_start, l_len, l_pid, in native alignment;
+# the "0q" pads it to the size that the compiler gives it. l_pid must be 0 for OFD locks.
+_FLOCK: Final = struct.Struct("@hhqqi0q")
+
+_POLL_SECONDS: Final = 0.05
+
+
+class LockMode(Enum):
+    """As what an image is locked: the permissions used, and those not shared with others."""
+
+    READER = ((_CONSISTENT_READ,), (_WRITE, _RESIZE))
+    """What QEMU has of a qcow2 image that it only reads: other readers are welcome."""
+
+    WRITER = ((_CONSISTENT_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE))
+    """What QEMU has of a qcow2 image that it writes: only readers that ask for nothing
+    consistent (``qemu-img -U``) get in."""
+
+    def __init__(self, used: tuple[int, ...], unshared: tuple[int, ...]) -> None:
+        self.used = used
+        self.unshared = unshared
+
+    @property
+    def own_bytes(self) -> tuple[int, ...]:
+        """The bytes that say so."""
+        return (*(_USED + i for i in self.used), *(_UNSHARED + i for i in self.unshared))
+
+    @property
+    def contradicting_bytes(self) -> tuple[int, ...]:
+        """The bytes that nobody else may have."""
+        return (*(_UNSHARED + i for i in self.used), *(_USED + i for i in self.unshared))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLock:
+    """A lock that is held on an image; made by :func:`lock_image`.
+
+    Attributes:
+        image: the path as it was given.
+        mode: as what the image is locked.
+    """
+
+    image: str
+    mode: LockMode
+    _file: FileReadable
+
+    def fileno(self) -> int:
+        """The descriptor that the lock belongs to; -1 after :meth:`release`."""
+        return self._file.fd
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the locked file."""
+        return self._file.identity
+
+    def share_with_child(self) -> int:
+        """Let processes started from now on inherit the lock; returns the descriptor.
+
+        A child that was started with it (``pass_fds`` of :mod:`subprocess` does this too) keeps
+        the lock until it ends, whatever becomes of this process.
+        """
+        os.set_inheritable(self._file.fd, True)  # noqa: FBT003
+        return self._file.fd
+
+    def release(self) -> None:
+        """Let go of the lock; may be called more than once.
+
+        A child that inherited it still holds it: unlocking the bytes would take it from the
+        child as well, so the descriptor is only closed.
+        """
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
+    """Lock an image as QEMU would, waiting up to *wait_seconds* for others to let go of it.
+
+    Raises:
+        ImageLocked: somebody else has it; tried at least once.
+        LocksUnsupported: the file system has no such locks.
+        ImageMissing, WrongFileType, AccessDenied, CannotOpen: it cannot be opened for reading,
+            which is all that a lock needs.
+    """
+    deadline = time.monotonic() + wait_seconds
+    file = FileReadable(path)
+    try:
+        _acquire_until(deadline, file, mode)
+    except BaseException:
+        file.close()
+        raise
+    return ImageLock(file.name, mode, file)
+
+
+def _acquire_until(deadline: float, file: FileReadable, mode: LockMode) -> None:
+    while not _acquire(file, mode):
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise ImageLocked(file.name, _holder(file, mode.contradicting_bytes))
+        time.sleep(min(_POLL_SECONDS, remaining))
+
+
+def _acquire(file: FileReadable, mode: LockMode) -> bool:
+    try:
+        # Looking first: bytes taken only to be let go of again could make an innocent QEMU
+        # that starts in this moment fail.
+        if _contradicted(file.fd, mode):
+            return False
+        for byte in mode.own_bytes:
+            _set_lock(file.fd, fcntl.F_RDLCK, byte)
+        if not _contradicted(file.fd, mode):
+            return True
+        for byte in mode.own_bytes:
+            _set_lock(file.fd, fcntl.F_UNLCK, byte)
+    except OSError as error:
+        raise LocksUnsupported(file.name, _reason(error)) from error
+    return False
+
+
+def _contradicted(fd: int, mode: LockMode) -> bool:
+    return any(_is_locked_elsewhere(fd, byte) for byte in mode.contradicting_bytes)
+
+
+def _is_locked_elsewhere(fd: int, byte: int) -> bool:
+    """Whether another open file has any lock on the byte."""
+    question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _set_lock(fd: int, kind: int, byte: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+        return "the file system does not support open file description locks"
+    return reason_of(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _KernelLock:
+    """One lock as the kernel lists it under ``/proc``."""
+
+    file: str
+    """Device and inode in the kernel's own words."""
+    first: int
+    last: int | None
+    """None for a lock to the end of the file."""
+
+    def touches(self, byte: int) -> bool:
+        return self.first <= byte and (self.last is None or byte <= self.last)
+
+
+def _holder(file: FileReadable, wanted: Iterable[int]) -> str:
+    """Who has locked one of the bytes *wanted*, in words."""
+    target = _kernel_name(file.fd)
+    holders = {
+        process
+        for process, lock in _locks_of_all_processes()
+        if lock.file == target and any(lock.touches(byte) for byte in wanted)
+    }
+    return ", ".join(_describe(process) for process in sorted(holders)) or "another process"
+
+
+def _kernel_name(fd: int) -> str | None:
+    """Device and inode as the kernel's lock lists have them.
+
+    They need not be what stat says (Btrfs, overlays), so a lock of our own shows them.
+    """
+    try:
+        _set_lock(fd, fcntl.F_RDLCK, _IDLE_BYTE)
+        own = list(_locks_in(Path(f"/proc/self/fdinfo/{fd}")))
+        _set_lock(fd, fcntl.F_UNLCK, _IDLE_BYTE)
+    except OSError:
+        return None
+    return own[0].file if own else None
+
+
+def _locks_of_all_processes() -> Iterator[tuple[int, _KernelLock]]:
+    """Process id and lock, for every process that we may look at.
+
+    ``/proc/locks`` has no process for OFD locks (-1): they belong to files, not processes.
+    """
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal():
+            continue
+        try:
+            for entry in (process / "fdinfo").iterdir():
+                for lock in _locks_in(entry):
+                    yield int(process.name), lock
+        except OSError:  # gone in the meantime, or not ours to look at
+            continue
+
+
+def _locks_in(fdinfo: Path) -> Iterator[_KernelLock]:
+    # lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2252864 100 101
+    try:
+        text = fdinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        words = line.split()
+        # A "->" marks one who waits for the lock.
+        if len(words) == 9 and words[0] == "lock:":
+            file, first, last = words[-3:]
+            yield _KernelLock(file, int(first), None if last == "EOF" else int(last))
+
+
+def _describe(process: int) -> str:
+    try:
+        # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
+        name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
+    except OSError:
+        name = "a process"
+    return f"{name} (pid {process})"

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logical volumes, through the ``lvm`` command.
+
+Checked with LVM 2.03.16 (Debian 12), whose JSON reports have every value as a string; later
+ones can have numbers (``json_std``), and both are read. All sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from chainmerge.storage.errors import (
+    CannotOpen,
+    FlushFailed,
+    LvmFailed,
+    LvmMissing,
+    LvmUnfinished,
+    NotALogicalVolume,
+    reason_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_PROGRAM: Final = "lvm"
+_REPORT: Final = ("--reportformat", "json", "--units", "b", "--nosuffix")
+_FIELDS: Final = (
+    "vg_name", "vg_uuid", "lv_name", "lv_uuid", "lv_size", "vg_extent_size", "vg_free",
+    "segtype", "stripes", "seg_start",
+)  # fmt: skip
+
+# LVM waits for the locks of other lvm commands, which may take their time.
+_TIMEOUT_SECONDS: Final = 300.0
+_GRACE_SECONDS: Final = 30.0
+_MESSAGE_BYTES: Final = 4096
+
+# The types that lvextend enlarges by taking free extents of the volume group and nothing else.
+_EXTENSIBLE: Final = frozenset({"linear", "striped"})
+
+_DM_PREFIX: Final = "LVM-"
+_UUID_LENGTH: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalVolume:
+    """What LVM reports of a logical volume.
+
+    Attributes:
+        name: the argument by which LVM knows it.
+        vg_name: its volume group.
+        vg_uuid, lv_uuid: without their dashes.
+        size: of the volume.
+        extent_size: of the volume group; sizes are multiples of it.
+        vg_free: unallocated space of the volume group.
+        segment_type: of its last segment, which lvextend continues: ``linear``, ``thin``, ...
+        stripes: of the last segment.
+    """
+
+    name: str
+    vg_name: str
+    vg_uuid: str
+    lv_uuid: str
+    size: int
+    extent_size: int
+    vg_free: int
+    segment_type: str
+    stripes: int
+
+    @property
+    def growth_unit(self) -> int:
+        """What it grows by: an extent on every stripe."""
+        return self.extent_size * self.stripes
+
+    @property
+    def largest_size(self) -> int:
+        """What it can be extended to as long as nobody else takes of the volume group.
+
+        How the free extents lie on the physical volumes can make it less for a striped one.
+        """
+        if self.segment_type not in _EXTENSIBLE:
+            return self.size
+        return self.size + self.vg_free // self.growth_unit * self.growth_unit
+
+    def size_after_growth(self, required: int) -> int:
+        """The size that lvextend makes it when *required* is asked for; never less than now."""
+        units = max(-(-(required - self.size) // self.growth_unit), 0)
+        return self.size + units * self.growth_unit
+
+    def size_after_shrinking(self, wanted: int) -> int:
+        """The smallest size that holds *wanted*; never more than now."""
+        return min(-(-wanted // self.extent_size) * self.extent_size, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMapperName:
+    """What sysfs tells of a logical volume's device."""
+
+    name: str
+    vg_uuid: str
+    lv_uuid: str
+
+
+def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperName | None:
+    """The logical volume behind a device number (``st_rdev``); None where it is none."""
+    directory = sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}" / "dm"
+    try:
+        uuid = (directory / "uuid").read_text(encoding="ascii").strip()
+        name = (directory / "name").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    # "LVM-", the two UUIDs without dashes, and a suffix on the hidden parts of a volume.
+    uuids = uuid.removeprefix(_DM_PREFIX)
+    if uuids == uuid or len(uuids) != 2 * _UUID_LENGTH:
+        return None
+    return DeviceMapperName(name, uuids[:_UUID_LENGTH], uuids[_UUID_LENGTH:])
+
+
+def find_by_device(image: str, device: DeviceMapperName) -> LogicalVolume:
+    """What LVM reports of the volume behind a device; *image* is what messages call it.
+
+    Raises:
+        NotALogicalVolume: LVM does not know it, or knows another one under its name.
+        LvmMissing, LvmFailed: there is no report.
+    """
+    volume = find_by_path(image, f"/dev/mapper/{device.name}")
+    if (volume.vg_uuid, volume.lv_uuid) != (device.vg_uuid, device.lv_uuid):
+        raise NotALogicalVolume(image, f"lvm has another volume as /dev/mapper/{device.name}")
+    return volume
+
+
+def find_by_path(image: str, path: str) -> LogicalVolume:
+    """What LVM reports of the volume with a path; *image* is what messages call it.
+
+    Raises:
+        NotALogicalVolume: LVM does not know it.
+        LvmMissing, LvmFailed: there is no report.
+    """
+    try:
+        rows = _report(image, "lvs", "-o", ",".join(_FIELDS), "--", path)
+    except LvmFailed as error:
+        raise NotALogicalVolume(image, error.reason) from error
+    if not rows:
+        raise NotALogicalVolume(image, "it is not in the report of 'lvm lvs'")
+    try:
+        last = max(rows, key=lambda row: int(row["seg_start"]))
+        volume = LogicalVolume(
+            name=f"{last['vg_name']}/{last['lv_name']}",
+            vg_name=last["vg_name"],
+            vg_uuid=last["vg_uuid"].replace("-", ""),
+            lv_uuid=last["lv_uuid"].replace("-", ""),
+            size=int(last["lv_size"]),
+            extent_size=int(last["vg_extent_size"]),
+            vg_free=int(last["vg_free"]),
+            segment_type=last["segtype"],
+            stripes=max(int(last["stripes"]), 1),
+        )
+    except (KeyError, ValueError) as error:
+        raise LvmFailed(image, "lvm lvs", 0, f"its report cannot be read: {error!r}") from error
+    if len({(row["vg_name"], row["lv_name"]) for row in rows}) != 1:
+        raise NotALogicalVolume(image, "lvm has several volumes under that name")
+    return volume
+
+
+def extend(image: str, volume: LogicalVolume, size: int) -> None:
+    """Make a volume larger; *size* is one that :meth:`LogicalVolume.size_after_growth` gave.
+
+    Not durable before :func:`make_metadata_durable`.
+
+    Raises:
+        LvmMissing, LvmFailed: it has its old size.
+        LvmUnfinished: it has its old or its new size.
+    """
+    _run(image, "lvextend", "-L", f"{size}b", "--", volume.name)
+
+
+def reduce(image: str, volume: LogicalVolume, size: int) -> None:
+    """Make a volume smaller; *size* is one that :meth:`LogicalVolume.size_after_shrinking` gave.
+
+    What lay behind *size* is lost.
+
+    Raises:
+        LvmMissing, LvmFailed: it has its old size.
+        LvmUnfinished: it has its old or its new size.
+    """
+    # -f answers the question whether the data behind the new end may be destroyed.
+    _run(image, "lvreduce", "-f", "-L", f"{size}b", "--", volume.name)
+
+
+def make_metadata_durable(image: str, volume: LogicalVolume) -> None:
+    """Return when the sizes in the volume group's metadata will survive a power cut.
+
+    lvextend returns before that: it writes the metadata, but does not make the physical
+    volumes empty their caches.
+
+    Raises:
+        LvmMissing, LvmFailed: the physical volumes are not known.
+        CannotOpen, FlushFailed: one of them could not be made to.
+    """
+    rows = _report(image, "pvs", "-o", "pv_name,vg_name")
+    devices = sorted({row["pv_name"] for row in rows if row.get("vg_name") == volume.vg_name})
+    if not devices:
+        raise LvmFailed(image, "lvm pvs", 0, f"no physical volume of {volume.vg_name} in it")
+    for device in devices:
+        _flush_device(device)
+
+
+def _flush_device(path: str) -> None:
+    # LVM reports a lost device as "[unknown]".
+    if not path.startswith("/"):
+        raise CannotOpen(path, "flushing", "the physical volume is missing")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CannotOpen(path, "flushing", reason_of(error)) from error
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise FlushFailed(path, reason_of(error)) from error
+    finally:
+        os.close(fd)
+
+
+def _report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
+    """The rows of a report, values as strings."""
+    try:
+        output = _run(image, command, *_REPORT, *arguments)
+    except LvmUnfinished as error:
+        # A report changes nothing, so there is no outcome to be unsure of.
+        reason = f"it had not ended after {error.seconds} seconds"
+        raise LvmFailed(image, error.command, -signal.SIGTERM, reason) from error
+    try:
+        tables = [table for report in json.loads(output)["report"] for table in report.values()]
+        return [_as_strings(row) for table in tables for row in table]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"its report cannot be read: {error!r}"
+        raise LvmFailed(image, f"{_PROGRAM} {command}", 0, reason) from error
+
+
+def _as_strings(row: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in row.items()}
+
+
+def _run(image: str, command: str, *arguments: str) -> str:
+    """Run one lvm command to its end and return its standard output."""
+    program = shutil.which(_PROGRAM)
+    if program is None:
+        raise LvmMissing(image, "it is not on PATH")
+    # Files, not pipes: a command that we stop waiting for can still write to them.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as messages:
+        process = _start(image, [program, command, *arguments], output, messages)
+        status = _wait(image, command, process)
+        output.seek(0)
+        messages.seek(0)
+        if status != 0:
+            reason = _in_one_line(messages.read(_MESSAGE_BYTES)) or "it did not say why"
+            raise LvmFailed(image, f"{_PROGRAM} {command}", status, reason)
+        return output.read().decode(errors="replace")
+
+
+def _start(
+    image: str, argv: Sequence[str], output: BinaryIO, messages: BinaryIO
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=messages,
+            env={**os.environ, "LC_ALL": "C"},
+            # A Ctrl-C on the terminal is for us, not for LVM in the middle of a change.
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise LvmMissing(image, reason_of(error)) from error
+
+
+def _wait(image: str, command: str, process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait(_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        # LVM ends on SIGTERM where it can; by SIGKILL it could leave a device suspended.
+        process.terminate()
+    try:
+        return process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        waited = _TIMEOUT_SECONDS + _GRACE_SECONDS
+        raise LvmUnfinished(image, f"{_PROGRAM} {command}", process.pid, waited) from error
+
+
+def _in_one_line(messages: bytes) -> str:
+    lines = messages.decode(errors="replace").splitlines()
+    return "; ".join(line.strip() for line in lines if line.strip())

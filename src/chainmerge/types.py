@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the public functions of :mod:`chainmerge` return and report.
+
+The field names are also the keys of the JSON that the commands print, so they are a
+stable interface: a field may be added, but none is renamed, removed or changed in
+meaning without :data:`REPORT_VERSION` going up. All sizes and counts of ``*_bytes``
+are in bytes, all times in seconds, and a ``granularity`` is the number of guest bytes
+that one bit of a bitmap stands for. What a caller passes in is in
+:mod:`chainmerge.options`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from chainmerge.options import Access, MergeOptions
+from chainmerge.planning import MergePlan
+
+__all__ = [
+    "REPORT_VERSION",
+    "Access",
+    "BitmapChange",
+    "BitmapListing",
+    "BitmapResult",
+    "BitmapRow",
+    "BitmapVerdict",
+    "ChainReport",
+    "CheckResult",
+    "ImageReport",
+    "Measurement",
+    "MergeOptions",
+    "MergeOutcome",
+    "MergePlan",
+    "MergeReport",
+    "ProgressEvent",
+    "PruneReport",
+    "PrunedBitmap",
+    "RepairFinding",
+    "RepairReport",
+    "Stage",
+]
+
+REPORT_VERSION = 1
+
+
+class Stage(StrEnum):
+    """What a merge is doing, in the order in which it happens."""
+
+    LOCK = "lock"
+    PLAN = "plan"
+    PRUNE = "prune"
+    EXTEND = "extend"
+    COPY = "copy"
+    BITMAPS = "bitmaps"
+    VERIFY = "verify"
+    SETTLE = "settle"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """How far a stage has come.
+
+    Attributes:
+        stage: What is going on.
+        done: Bytes dealt with so far.
+        total: Bytes to deal with; 0 for a stage without a measure.
+    """
+
+    stage: Stage
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapResult:
+    """A bitmap of base as it was read back from the closed image.
+
+    Attributes:
+        name: The bitmap's name.
+        state: ``valid``, ``disabled`` or ``in-use``.
+        granularity: Guest bytes that one bit stands for.
+        dirty_bytes: Guest bytes that are marked dirty, None where the content is worthless.
+        tombstone: Whether the name only keeps images above from passing the chain test.
+    """
+
+    name: str
+    state: str
+    granularity: int
+    dirty_bytes: int | None
+    tombstone: bool = False
+
+
+class MergeOutcome(StrEnum):
+    """How a merge that succeeded came to its end."""
+
+    MERGED = "merged"
+    ALREADY_MERGED = "already-merged"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did; returned only when everything that was asked for was verified.
+
+    Attributes:
+        version: Version of this document.
+        outcome: Whether this run merged, or found that nothing was left to do.
+        plan: What was decided before the first write; None where an earlier run had finished all
+            but the deletions.
+        bitmaps: Base's bitmaps, re-read from the closed image.
+        bytes_copied: Guest bytes that the engine moved into base.
+        seconds: Wall-clock time from taking the locks to releasing them.
+        image_end: End of the last cluster of base in use, in bytes.
+        volume_size: Size of the file or device that holds base, in bytes.
+        verified: What was checked, a sentence each.
+        repointed: Images whose backing file is now base.
+        deleted: Files that were deleted.
+        renamed: Base's old and new path, where it was given top's name.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    outcome: MergeOutcome
+    plan: MergePlan | None
+    bitmaps: tuple[BitmapResult, ...]
+    bytes_copied: int
+    seconds: float
+    image_end: int
+    volume_size: int
+    verified: tuple[str, ...]
+    repointed: tuple[str, ...]
+    deleted: tuple[str, ...]
+    renamed: tuple[str, str] | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReport:
+    """One image, as ``chainmerge info`` shows it.
+
+    Attributes:
+        path: The image's path.
+        format: Its format.
+        format_declared: Whether somebody said so: the caller, or the image above it.
+        in_chain: Whether it is the image asked about or lies below it; else it is a
+            sibling or a child.
+        parent: The path of its backing file, None for a root.
+        virtual_size: Size of the guest's disk in bytes.
+        file_size: Size of the file or device in bytes.
+        allocated_bytes: Guest bytes that the image itself defines, None where unknown.
+        cluster_size: In bytes, None for formats without clusters.
+        details: What else there is to say by name, e.g. ``compression`` or ``subclusters``.
+        bitmaps: Number of bitmaps stored in it.
+        snapshots: Number of internal snapshots.
+        notes: What is out of the ordinary, a sentence each.
+    """
+
+    path: str
+    format: str
+    format_declared: bool
+    in_chain: bool
+    parent: str | None
+    virtual_size: int
+    file_size: int
+    allocated_bytes: int | None
+    cluster_size: int | None
+    details: dict[str, str]
+    bitmaps: int
+    snapshots: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """An image, what lies below it and what else was found to use the same images.
+
+    Attributes:
+        version: Version of this document.
+        image: The image asked about.
+        images: The chain from its root up, then siblings and children.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    image: str
+    images: tuple[ImageReport, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a consistency check of one image found.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        corruptions: Number of places where the image contradicts itself.
+        leaks: Number of clusters marked used that nothing uses.
+        messages: The findings, a sentence each; at most the first 100.
+        image_end_offset: End of the last cluster in use, in bytes.
+    """
+
+    version: int
+    image: str
+    corruptions: int
+    leaks: int
+    messages: tuple[str, ...]
+    image_end_offset: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing at all is wrong with the image."""
+        return self.corruptions == 0 and self.leaks == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """How large base must be, in bytes.
+
+    Attributes:
+        version: Version of this document.
+        base: The image merged into.
+        top: The image merged.
+        required: What the merge needs at its peak.
+        optimal: What the merged image needs once it is done.
+        image_end: End of base's last cluster in use today.
+        volume_size: Size of the file or device that holds base today.
+        breakdown: What ``required`` consists of, by name.
+    """
+
+    version: int
+    base: str
+    top: str
+    required: int
+    optimal: int
+    image_end: int
+    volume_size: int
+    breakdown: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRow:
+    """One bitmap in one image.
+
+    Attributes:
+        image: The path of the image that holds it.
+        name: The bitmap's name.
+        state: ``valid``, ``disabled`` or ``in-use``.
+        granularity: Guest bytes that one bit stands for.
+        dirty_bytes: Guest bytes marked dirty, None where the content is worthless.
+        tombstone: Whether the name only keeps images above from passing the chain test.
+    """
+
+    image: str
+    name: str
+    state: str
+    granularity: int
+    dirty_bytes: int | None
+    tombstone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapVerdict:
+    """Whether a checkpoint can still serve a backup read from the chain's top end.
+
+    Attributes:
+        name: The bitmap's name.
+        passes: Whether it passes the chain test.
+        reason: Why, in words.
+    """
+
+    name: str
+    passes: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapListing:
+    """Every bitmap of a chain, top end first, and the verdict on every name."""
+
+    version: int
+    image: str
+    rows: tuple[BitmapRow, ...]
+    verdicts: tuple[BitmapVerdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapChange:
+    """What ``bitmaps add``, ``remove``, ``clear`` or ``merge`` changed in one image.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        action: ``add``, ``remove``, ``clear`` or ``merge``.
+        names: The bitmaps that were added, removed or written to.
+        bitmaps: The image's bitmaps afterwards, re-read from the closed image.
+    """
+
+    version: int
+    image: str
+    action: str
+    names: tuple[str, ...]
+    bitmaps: tuple[BitmapResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedBitmap:
+    """A bitmap that was removed from an image, or replaced by a tombstone, and why."""
+
+    image: str
+    name: str
+    state: str
+    tombstone: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What ``bitmaps prune`` did.
+
+    Attributes:
+        version: Version of this document.
+        base: The lowest image that was looked at.
+        top: The highest image that was looked at.
+        removed: What was removed or replaced by a tombstone, in the order of removal.
+        kept: Names that were left as they are.
+        tombstones: Names of which a tombstone is left, because an image above has them.
+    """
+
+    version: int
+    base: str
+    top: str
+    removed: tuple[PrunedBitmap, ...]
+    kept: tuple[str, ...]
+    tombstones: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RepairFinding:
+    """Something wrong with an image.
+
+    Attributes:
+        kind: ``broken-bitmap``, ``leaked-clusters``, ``interrupted-merge``, ...
+        sentence: What is wrong.
+        repairable: Whether ``repair`` can do something about it.
+    """
+
+    kind: str
+    sentence: str
+    repairable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What ``repair`` found and did.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        dry_run: Whether nothing was written.
+        findings: What was wrong.
+        actions: What was done about it (with ``dry_run``: what would be), a sentence each.
+        consequences: What it means for backups, a sentence each.
+    """
+
+    version: int
+    image: str
+    dry_run: bool
+    findings: tuple[RepairFinding, ...]
+    actions: tuple[str, ...]
+    consequences: tuple[str, ...]

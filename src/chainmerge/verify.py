@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at what a merge has written, from the closed image, and believes nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from chainmerge.errors import Failed
+from chainmerge.qcow2.bitmaps import BitmapEntry, BitmapFlag, read_bits, read_directory
+from chainmerge.qcow2.check import check
+from chainmerge.view import GuestView, first_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from chainmerge.engines.metadata import StoredBitmap
+    from chainmerge.qcow2.image import Qcow2Image
+
+
+@dataclass(eq=False)
+class VerificationFailed(Failed):
+    """What was written is not what was planned."""
+
+    code: ClassVar[str] = "verification-failed"
+    template: ClassVar[str] = "{image} is not as planned after the merge: {difference}"
+    hint: ClassVar[str] = (
+        "the overlays were not changed and still give the right content: keep them, do not use "
+        "{image} alone, look at the storage below it, and run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "After a merge the image is read back: its refcounts are recomputed, its bitmaps compared "
+        "bit by bit with what was planned, its content with what the overlays show. One of these "
+        "did not agree. Nothing was deleted or re-pointed. The same command does the whole work "
+        "again; if it fails again, suspect the storage."
+    )
+    image: str
+    difference: str
+
+
+def bitmap_difference(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str | None:
+    """How an image's bitmaps differ from the expected set; None if they do not.
+
+    Raises FormatError where they cannot be read.
+    """
+    entries = {entry.name: entry for entry in read_directory(image)}
+    if entries and not image.header.bitmaps_trusted:
+        return "its bitmaps are not marked as consistent"
+    wanted = {bitmap.name: bitmap for bitmap in expected}
+    for name in sorted(wanted.keys() | entries.keys()):
+        if name not in entries:
+            return f"bitmap {name!r} is missing"
+        if name not in wanted:
+            return f"bitmap {name!r} should not be there"
+        difference = _one_difference(image, entries[name], wanted[name])
+        if difference is not None:
+            return f"bitmap {name!r} {difference}"
+    return None
+
+
+def _one_difference(image: Qcow2Image, entry: BitmapEntry, wanted: StoredBitmap) -> str | None:
+    if entry.in_use or not entry.readable:
+        return "is in-use: it was not stored properly"
+    if entry.auto != bool(wanted.flags & BitmapFlag.AUTO):
+        return "is enabled" if entry.auto else "is disabled"
+    if entry.granularity != wanted.bits.granularity:
+        return f"has granularity {entry.granularity}, not {wanted.bits.granularity}"
+    found = read_bits(image, entry)
+    if found != wanted.bits:
+        return f"has {found.count()} dirty bits, not the {wanted.bits.count()} planned, or others"
+    return None
+
+
+def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
+    """Compare an image's bitmaps with what was planned; returns a sentence for the report.
+
+    Raises VerificationFailed.
+    """
+    difference = bitmap_difference(image, expected)
+    if difference is not None:
+        raise VerificationFailed(image.name, difference)
+    return f"{len(expected)} bitmaps re-read and compared bit by bit"
+
+
+def verify_metadata(image: Qcow2Image) -> str:
+    """Recompute an image's refcounts; returns a sentence for the report.
+
+    Raises VerificationFailed.
+    """
+    report = check(image)
+    if not report.clean:
+        first = next(iter(report.messages), "no details")
+        raise VerificationFailed(
+            image.name, f"{report.corruptions} corruptions, {report.leaks} leaks: {first}"
+        )
+    return "refcounts recomputed from the tables: no corruption, no leak"
+
+
+def verify_content(
+    image: str,
+    merged: GuestView,
+    expected: GuestView,
+    progress: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> str:
+    """Compare base's guest-visible content with top's view; returns a sentence for the report.
+
+    Raises VerificationFailed, Interrupted.
+    """
+    size = expected.virtual_size
+    offset = first_difference(merged, expected, 0, size, progress=progress, should_stop=should_stop)
+    if offset is not None:
+        raise VerificationFailed(image, f"guest byte {offset} differs from what top shows")
+    return f"content of all {size} guest bytes compared with what top shows"

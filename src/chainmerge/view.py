@@ -1,0 +1,556 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's view of a chain of images: which layer decides what, and the content itself.
+
+The rules are QEMU's: the topmost layer that says anything about a byte decides it,
+and a layer that is shorter than the one above reads as zeros past its end, whatever
+longer layers below it hold there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.errors import Interrupted
+from chainmerge.qcow2.compression import decompress_cluster
+from chainmerge.qcow2.errors import EncryptedContent
+from chainmerge.qcow2.extents import (
+    Extents,
+    IndexArray,
+    Kind,
+    U8Array,
+    U32Array,
+    U64Array,
+)
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
+from chainmerge.qcow2.readable import Readable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+I32Array: TypeAlias = npt.NDArray[np.int32]
+
+NO_LAYER = -1
+COMPARE_BLOCK = 4 << 20
+# Each layer of a chain holds one window of extents at a time; all of them together get this.
+ALL_WINDOWS = 16 << 20
+MIN_WINDOW = 64 << 10
+RAW_EXTENTS_AT_ONCE = 16 << 10
+
+
+class Layer(Protocol):
+    """One image of a chain, without its backing file."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the image."""
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the guest's disk as this image has it."""
+
+    @property
+    def source(self) -> Readable:
+        """The file that host offsets refer to."""
+
+    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
+        """As :func:`chainmerge.qcow2.mapping.iter_extents`."""
+
+    def read_data(self, host: int, length: int) -> bytes:
+        """Read DATA from the file."""
+
+    def read_compressed(self, host: int, csize: int) -> bytes:
+        """Read a COMPRESSED cluster as a whole."""
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes; guest offsets of compressed clusters are multiples of it."""
+
+
+@runtime_checkable
+class OpenFile(Protocol):
+    """A readable that is a file of the operating system."""
+
+    @property
+    def fd(self) -> int:
+        """The open file."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode, equal for all names of one file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2Layer:
+    """A qcow2 image as a layer."""
+
+    image: Qcow2Image
+    source: Readable
+
+    @property
+    def name(self) -> str:
+        """What messages call the image."""
+        return self.image.name
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the guest's disk as this image has it."""
+        return self.image.header.virtual_size
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self.image.header.cluster_size
+
+    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
+        """What the image's tables say."""
+        return iter_extents(self.image, start, end, window=window)
+
+    def read_data(self, host: int, length: int) -> bytes:
+        """Read uncompressed clusters.
+
+        Raises:
+            EncryptedContent: what would be read is not the guest's data.
+        """
+        self._refuse_encrypted()
+        return self.source.read(host, length)
+
+    def read_compressed(self, host: int, csize: int) -> bytes:
+        """Read one compressed cluster.
+
+        Raises:
+            DecompressionFailed: it is damaged.
+            EncryptedContent: what would be read is not the guest's data.
+        """
+        self._refuse_encrypted()
+        return decompress_cluster(self.image, host, self.source.read(host, csize))
+
+    def _refuse_encrypted(self) -> None:
+        if self.image.header.encrypted:
+            raise EncryptedContent(self.image.name)
+
+
+@dataclass(frozen=True, slots=True)
+class RawLayer:
+    """A raw image as a layer: data where the file has some, zeros where it has holes."""
+
+    source: Readable
+
+    @property
+    def name(self) -> str:
+        """What messages call the image."""
+        return self.source.name
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes; QEMU counts the last sector of a raw file as a whole one."""
+        return -(-self.source.size // SECTOR) * SECTOR
+
+    @property
+    def cluster_size(self) -> int:
+        """Raw images have sectors."""
+        return SECTOR
+
+    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
+        """DATA and ZERO extents; *window* is not used."""
+        del window
+        end = min(end, self.virtual_size)
+        batch: list[tuple[int, int]] = []
+        done = start
+        for extent_start, extent_end in _data_ranges(self.source, start, end):
+            batch.append((extent_start, extent_end))
+            if len(batch) == RAW_EXTENTS_AT_ONCE:
+                yield _raw_extents(batch, done, extent_end)
+                batch, done = [], extent_end
+        if done < end:
+            yield _raw_extents(batch, done, end)
+
+    def read_data(self, host: int, length: int) -> bytes:
+        """Read from the file."""
+        return self.source.read(host, length)
+
+    def read_compressed(self, host: int, csize: int) -> bytes:
+        """Nothing in a raw image is compressed."""
+        raise AssertionError(f"{self.name}: raw images are not compressed ({host}, {csize})")
+
+
+def layer_of_qcow2(image: Qcow2Image, data: Readable) -> Layer:
+    """A qcow2 image whose clusters are in *data*: its own file, or its external data file."""
+    return Qcow2Layer(image, data)
+
+
+def layer_of_raw(readable: Readable) -> Layer:
+    """A raw image."""
+    return RawLayer(readable)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Which layer decides which run of the guest's disk, without gaps."""
+
+    extents: Extents
+    """The runs as the deciding layer has them. UNALLOCATED is where no layer says anything,
+    ZERO also past the end of a layer that is shorter than the one above."""
+    layer: I32Array
+    """Index of the layer that holds the data, from the root at 0; -1 where it reads as zeros.
+    Host offsets belong to this layer's file and mean nothing where it is -1."""
+
+    def __len__(self) -> int:
+        """Return the number of runs."""
+        return len(self.layer)
+
+    @property
+    def guest(self) -> U64Array:
+        """Bytes."""
+        return self.extents.guest
+
+    @property
+    def length(self) -> U64Array:
+        """Bytes."""
+        return self.extents.length
+
+    @property
+    def kind(self) -> U8Array:
+        """Values of :class:`Kind`."""
+        return self.extents.kind
+
+    @property
+    def host(self) -> U64Array:
+        """As in :class:`Extents`."""
+        return self.extents.host
+
+    @property
+    def csize(self) -> U32Array:
+        """As in :class:`Extents`."""
+        return self.extents.csize
+
+    @property
+    def start(self) -> int:
+        """First guest byte."""
+        return self.extents.start
+
+    @property
+    def end(self) -> int:
+        """Guest byte after the last one."""
+        return self.extents.end
+
+    def clipped(self, start: int, end: int) -> Resolved:
+        """The part from guest byte *start* to *end*, both within what this covers."""
+        extents = self.extents.clipped(start, end)
+        first = int(np.searchsorted(self.guest, np.uint64(start), "right")) - 1
+        first = max(first, 0)
+        return Resolved(extents, self.layer[first : first + len(extents)])
+
+    def cut_at(self, bounds: U64Array) -> Resolved:
+        """The same in the runs that start at *bounds*, which hold all of its own starts."""
+        index = np.searchsorted(self.guest, bounds, "right") - 1
+        return Resolved(self.extents.cut_at(bounds), self.layer[index])
+
+
+@dataclass(frozen=True, slots=True)
+class GuestView:
+    """What the guest sees of a chain."""
+
+    layers: tuple[Layer, ...]
+    """From the root up; the last one is the top."""
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes: the top's."""
+        return self.layers[-1].virtual_size
+
+    def resolve(self, start: int = 0, end: int | None = None) -> Iterator[Resolved]:
+        """Yield which layer decides what, from guest byte *start* to *end*.
+
+        Past the end of the top everything is ZERO. Memory in use is bounded, whatever the
+        sizes of the images; runs may be split between one yield and the next.
+
+        Raises:
+            FormatError: a layer's tables are damaged.
+        """
+        end = self.virtual_size if end is None else end
+        if start >= end:
+            return
+        window = min(DEFAULT_WINDOW, max(MIN_WINDOW, ALL_WINDOWS // len(self.layers)))
+        cursors = [_Cursor(_to_the_end(layer, start, end, window)) for layer in self.layers]
+        at = start
+        while at < end:
+            upto = min(cursor.end_after(at) for cursor in cursors)
+            merged = _as_resolved(cursors[-1].current.clipped(at, upto), len(cursors) - 1)
+            for index in range(len(cursors) - 2, -1, -1):
+                if not (merged.kind == Kind.UNALLOCATED).any():
+                    break
+                merged = _fill_from(merged, cursors[index].current.clipped(at, upto), index)
+            yield merged
+            at = upto
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly *length* bytes from guest byte *offset*; zeros past the top's end.
+
+        Raises:
+            FormatError: a layer's tables or its compressed data are damaged, or a layer that
+                decides part of this is encrypted.
+        """
+        return b"".join(self.read_runs(runs) for runs in self.resolve(offset, offset + length))
+
+    def read_runs(self, runs: Resolved) -> bytes:
+        """Return the content of *runs*, which :meth:`resolve` gave, as one piece.
+
+        Raises:
+            FormatError: as :meth:`read`.
+        """
+        content = bytearray(runs.end - runs.start)
+        # Overlays with smaller clusters cut a compressed cluster into many runs.
+        unpacked: tuple[int, int, int] | None = None
+        cluster = b""
+        for index in np.flatnonzero(runs.layer != NO_LAYER).tolist():
+            number, host = int(runs.layer[index]), int(runs.host[index])
+            guest, length = int(runs.guest[index]), int(runs.length[index])
+            layer = self.layers[number]
+            if runs.kind[index] == Kind.COMPRESSED:
+                csize = int(runs.csize[index])
+                if unpacked != (number, host, csize):
+                    cluster = layer.read_compressed(host, csize)
+                    unpacked = (number, host, csize)
+                within = guest % layer.cluster_size
+                data = cluster[within : within + length]
+            else:
+                data = layer.read_data(host, length)
+            content[guest - runs.start : guest - runs.start + length] = data
+        return bytes(content)
+
+
+def first_difference(
+    a: GuestView,
+    b: GuestView,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> int | None:
+    """Find the first guest byte at which two views differ.
+
+    What both views take from the same place of the same file, and what is zeros in both
+    (no data, or a hole of the file), is not read.
+
+    Args:
+        a: one view.
+        b: the other one. Where a view has ended, it counts as zeros.
+        start: first guest byte to look at.
+        end: guest byte after the last one; the end of the longer view if None.
+        progress: called with the guest byte up to which the views are known to be equal.
+        should_stop: asked before every block.
+
+    Returns:
+        Its guest offset, or None if there is none.
+
+    Raises:
+        FormatError: see :meth:`GuestView.read`.
+        Interrupted: *should_stop* said so.
+    """
+    end = max(a.virtual_size, b.virtual_size) if end is None else end
+    for ours, theirs in in_step(a.resolve(start, end), b.resolve(start, end)):
+        for low, high in _unequal_ranges(a, b, ours, theirs):
+            if _are_holes(a, ours.clipped(low, high), b, theirs.clipped(low, high)):
+                continue
+            for at in range(low, high, COMPARE_BLOCK):
+                if should_stop is not None and should_stop():
+                    raise Interrupted("the comparison was stopped, it changes nothing")
+                upto = min(at + COMPARE_BLOCK, high)
+                found = _compare_block(a, ours.clipped(at, upto), b, theirs.clipped(at, upto))
+                if found is not None:
+                    return at + found
+                if progress is not None:
+                    progress(upto)
+        if progress is not None:
+            progress(ours.end)
+    return None
+
+
+def _compare_block(a: GuestView, ours: Resolved, b: GuestView, theirs: Resolved) -> int | None:
+    """Offset of the first difference from the start of the block, if there is one."""
+    if _are_holes(a, ours, b, theirs):
+        return None
+    left, right = a.read_runs(ours), b.read_runs(theirs)
+    if left == right:
+        return None
+    unequal = np.frombuffer(left, np.uint8) != np.frombuffer(right, np.uint8)
+    return int(np.argmax(unequal))
+
+
+def _are_holes(a: GuestView, ours: Resolved, b: GuestView, theirs: Resolved) -> bool:
+    return _is_all_holes(a, ours) and _is_all_holes(b, theirs)
+
+
+def _is_all_holes(view: GuestView, runs: Resolved) -> bool:
+    """Whether there is nothing to read: no data, or data clusters that the file has no data for.
+
+    Preallocated images map terabytes to holes. QEMU trusts SEEK_DATA in the same way.
+    """
+    data = np.flatnonzero(runs.layer != NO_LAYER).tolist()
+    return all(
+        runs.kind[index] == Kind.DATA
+        and _is_hole(
+            view.layers[int(runs.layer[index])], int(runs.host[index]), int(runs.length[index])
+        )
+        for index in data
+    )
+
+
+def _is_hole(layer: Layer, host: int, length: int) -> bool:
+    if isinstance(layer, Qcow2Layer) and layer.image.header.encrypted:
+        return False
+    return (
+        isinstance(layer.source, OpenFile)
+        and next(_data_ranges(layer.source, host, host + length), None) is None
+    )
+
+
+def _data_ranges(source: Readable, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Start and end of what is not known to be a hole of the file, ascending and disjoint.
+
+    Other than :func:`chainmerge.storage.extents.raw_data_extents` this looks at a part of the
+    file only, and takes what is not a file of the operating system for data as a whole.
+    """
+    end = min(end, source.size)
+    while start < end:
+        data, hole = start, end
+        if isinstance(source, OpenFile):
+            try:
+                data = os.lseek(source.fd, start, os.SEEK_DATA)
+                hole = os.lseek(source.fd, data, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # a hole up to the end of the file
+                    return
+                # What the file system cannot tell may be data; reading it tells what is wrong.
+        if data >= end:
+            return
+        hole = min(hole, end) if hole > data else end
+        yield data, hole
+        start = hole
+
+
+def _raw_extents(data: Sequence[tuple[int, int]], start: int, end: int) -> Extents:
+    """DATA at the given ranges, ZERO elsewhere from *start* to *end*."""
+    edges = np.array([start, *chain.from_iterable(data), end], np.uint64)
+    length = np.diff(edges)
+    kind = np.full(len(length), Kind.ZERO, np.uint8)
+    kind[1::2] = Kind.DATA
+    host = np.where(kind == Kind.DATA, edges[:-1], np.uint64(0))
+    extents = Extents(edges[:-1], length, kind, host, np.zeros(len(length), np.uint32))
+    return extents.take(np.flatnonzero(length))
+
+
+def _to_the_end(layer: Layer, start: int, end: int, window: int) -> Iterator[Extents]:
+    """What a layer says about *start* to *end*, with zeros past its own end."""
+    layer_end = min(end, layer.virtual_size)
+    if start < layer_end:
+        yield from layer.iter_extents(start, layer_end, window)
+    if layer_end < end:
+        yield Extents.single(max(start, layer_end), end, Kind.ZERO)
+
+
+class _Cursor:
+    """Walks through the extents of one layer, one window at a time."""
+
+    def __init__(self, windows: Iterator[Extents]) -> None:
+        self._windows = windows
+        self.current = next(windows)
+
+    def end_after(self, at: int) -> int:
+        """Go to the window that holds guest byte *at*; return where it ends."""
+        while self.current.end <= at:
+            self.current = next(self._windows)
+        return self.current.end
+
+
+def _as_resolved(extents: Extents, index: int) -> Resolved:
+    has_data = (extents.kind == Kind.DATA) | (extents.kind == Kind.COMPRESSED)
+    return Resolved(extents, np.where(has_data, np.int32(index), np.int32(NO_LAYER)))
+
+
+def _fill_from(upper: Resolved, extents: Extents, index: int) -> Resolved:
+    """Let the layer with *index* decide what *upper* leaves open; both cover the same range."""
+    lower = _as_resolved(extents, index)
+    if len(lower) == 1 and extents.kind[0] == Kind.UNALLOCATED:
+        return upper
+    # Only open runs are cut, so that what is decided stays in as few runs as it was.
+    position = np.searchsorted(upper.guest, lower.guest, "right") - 1
+    open_starts = lower.guest[upper.kind[position] == Kind.UNALLOCATED]
+    bounds = _merged(upper.guest, open_starts)
+    above, below = upper.cut_at(bounds), lower.cut_at(bounds)
+    is_open = above.kind == Kind.UNALLOCATED
+    merged = Extents(
+        bounds,
+        above.length,
+        np.where(is_open, below.kind, above.kind),
+        np.where(is_open, below.host, above.host),
+        np.where(is_open, below.csize, above.csize),
+    )
+    return _coalesced(Resolved(merged, np.where(is_open, below.layer, above.layer)))
+
+
+def _merged(a: U64Array, b: U64Array) -> U64Array:
+    """All values of two ascending arrays, ascending, each once."""
+    # Much faster than np.union1d: a stable sort merges runs that are sorted already.
+    values = np.concatenate([a, b])
+    values.sort(kind="stable")
+    keep = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=keep[1:])
+    return values[keep]
+
+
+def _coalesced(runs: Resolved) -> Resolved:
+    """Join neighbours that continue each other in the same layer."""
+    joins = runs.extents.continues() & (runs.layer[1:] == runs.layer[:-1])
+    heads = np.concatenate([[0], np.flatnonzero(~joins) + 1])
+    return Resolved(runs.extents.joined_at(heads), runs.layer[heads])
+
+
+def in_step(a: Iterator[Resolved], b: Iterator[Resolved]) -> Iterator[tuple[Resolved, Resolved]]:
+    """Walk through two views of the same range, in pairs that cover the same part of it."""
+    ours, theirs = next(a, None), next(b, None)
+    while ours is not None and theirs is not None:
+        at, upto = max(ours.start, theirs.start), min(ours.end, theirs.end)
+        yield ours.clipped(at, upto), theirs.clipped(at, upto)
+        if ours.end == upto:
+            ours = next(a, None)
+        if theirs.end == upto:
+            theirs = next(b, None)
+
+
+def _unequal_ranges(
+    a: GuestView, b: GuestView, ours: Resolved, theirs: Resolved
+) -> list[tuple[int, int]]:
+    """Ranges of guest bytes for which the tables do not tell that both views are the same."""
+    bounds = _merged(ours.guest, theirs.guest)
+    left, right = ours.cut_at(bounds), theirs.cut_at(bounds)
+    both_zero = (left.layer == NO_LAYER) & (right.layer == NO_LAYER)
+    same_place = (left.layer != NO_LAYER) & (right.layer != NO_LAYER)
+    same_place &= _file_numbers(a, b, a)[left.layer] == _file_numbers(a, b, b)[right.layer]
+    same_place &= (left.kind == right.kind) & (left.host == right.host)
+    same_place &= left.csize == right.csize
+    steps = np.diff((~(both_zero | same_place)).astype(np.int8), prepend=0, append=0)
+    edges = np.append(bounds, np.uint64(ours.end))
+    starts = edges[np.flatnonzero(steps == 1)]
+    ends = edges[np.flatnonzero(steps == -1)]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _file_numbers(a: GuestView, b: GuestView, view: GuestView) -> IndexArray:
+    """For each layer of *view* a number, the same for layers of *a* and *b* with one file."""
+    identities = [_identity(layer.source) for layer in (*a.layers, *b.layers)]
+    return np.array([identities.index(_identity(layer.source)) for layer in view.layers])
+
+
+def _identity(source: Readable) -> tuple[int, ...]:
+    return source.identity if isinstance(source, OpenFile) else (id(source),)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge does to images, judged by QEMU's own tools."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import chainmerge
+from chainmerge.chain.errors import NoBackingFile, NotInChain
+from chainmerge.options import Access, MergeOptions
+from chainmerge.plan_errors import (
+    BaseCannotHoldBitmaps,
+    BaseHasOtherChildren,
+    BaseNotBelowTop,
+    ChildSeesMore,
+    MiddleHasOtherChildren,
+)
+from chainmerge.types import MergeOutcome, ProgressEvent, Stage
+from tests.support.merge_scenario import MIB, Scenario, dirty_granules
+from tests.support.qemu import (
+    assert_clean,
+    bitmap_names,
+    content,
+    create,
+    dirty_ranges,
+    info,
+    qemu_img,
+    qemu_io,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _chain(directory: Path, *sizes: int | None, base_format: str = "qcow2") -> list[Path]:
+    """A chain of 0.img <- 1.img <- ..., each with a write of its own at megabyte = index."""
+    images: list[Path] = []
+    for index, size in enumerate(sizes):
+        path = directory / f"{index}.img"
+        if index == 0:
+            create(path, size or 8 * MIB, fmt=base_format)
+        else:
+            backing_format = base_format if index == 1 else "qcow2"
+            create(path, size, backing=images[-1].name, backing_format=backing_format)
+        qemu_io(
+            path, f"write -P {index + 1} {index}M 1M", fmt=base_format if index == 0 else "qcow2"
+        )
+        images.append(path)
+    return images
+
+
+def test_merges_data_and_bitmaps(scenario: Scenario) -> None:
+    report = chainmerge.merge(scenario.top)
+    assert report.outcome is MergeOutcome.MERGED
+    scenario.assert_merged()
+    assert_clean(scenario.base)
+    assert set(bitmap_names(scenario.base)) == set(scenario.expected_bits)
+
+
+def test_top_is_left_as_it_was(scenario: Scenario) -> None:
+    before = scenario.top.read_bytes()
+    chainmerge.merge(scenario.top)
+    assert scenario.top.read_bytes() == before
+    assert content(scenario.top) == scenario.expected_content
+
+
+def test_bits_are_exact(tmp_path: Path) -> None:
+    """256 writes of 4 KiB are 1 MiB dirty, not 256 clusters of 64 KiB."""
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    create(base, 512 * MIB)
+    qemu_img("bitmap", "--add", "-g", "4096", base, "cp")
+    create(top, backing="base.qcow2")
+    qemu_img("bitmap", "--add", "-g", "4096", top, "cp")
+    qemu_io(top, *(f"write -P 7 {number}M 4k" for number in range(256)))
+    chainmerge.merge(top)
+    ranges = dirty_ranges(base, "cp")
+    assert sum(run.length for run in ranges) == MIB
+    assert [run.start for run in ranges] == [number * MIB for number in range(256)]
+
+
+def test_range_is_merged_in_one_pass(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, None, None)
+    qemu_img("bitmap", "--add", images[-1], "only-in-top")
+    expected = content(images[-1])
+    report = chainmerge.merge(images[-1], base=images[0])
+    assert content(images[0]) == expected
+    assert content(images[-1]) == expected
+    assert info(images[-1])["backing-filename"] == "0.img"
+    assert any("must not be used" in warning for warning in report.warnings)
+    again = chainmerge.merge(images[-1], base=images[0])
+    assert again.outcome is MergeOutcome.ALREADY_MERGED
+    assert bitmap_names(images[0])["only-in-top"]["flags"] == ["auto"]
+
+
+def test_internal_merge_repoints_the_children(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    other = create(tmp_path / "other.img", backing=str(images[1]))
+    expected = [content(images[2]), content(other)]
+    report = chainmerge.merge(images[1])
+    assert set(report.repointed) == {str(images[2]), str(other)}
+    assert info(images[2])["backing-filename"] == "0.img"
+    assert info(other)["backing-filename"] == str(images[0])
+    assert [content(images[2]), content(other)] == expected
+
+
+def test_delete(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    expected = content(images[2])
+    report = chainmerge.merge(images[2], base=images[0], options=MergeOptions(delete=True))
+    assert set(report.deleted) == {str(images[1]), str(images[2])}
+    assert not images[1].exists()
+    assert not images[2].exists()
+    assert content(images[0]) == expected
+    again = chainmerge.merge(images[2], base=images[0], options=MergeOptions(delete=True))
+    assert again.outcome is MergeOutcome.ALREADY_MERGED
+
+
+def test_keep_name(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, None, None)
+    expected = content(images[3])
+    options = MergeOptions(keep_name=True)
+    report = chainmerge.merge(images[2], options=options)
+    assert report.renamed == (str(images[1]), str(images[2]))
+    assert not images[1].exists()
+    assert info(images[2])["backing-filename"] == "0.img"
+    assert content(images[3]) == expected
+    again = chainmerge.merge(images[2], options=options)
+    assert again.outcome is MergeOutcome.ALREADY_MERGED
+    assert images[0].exists()
+    assert content(images[3]) == expected
+
+
+def test_keep_name_into_another_directory(tmp_path: Path) -> None:
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    images = _chain(lower, 8 * MIB, None)
+    top = create(tmp_path / "top.img", backing=str(images[1]))
+    qemu_io(top, "write -P 9 5M 1M")
+    expected = content(top)
+    access = Access(allow_backing=(str(lower),))
+    chainmerge.merge(top, access=access, options=MergeOptions(keep_name=True))
+    assert content(top) == expected
+    assert not images[1].exists()
+
+
+def test_raw_base(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, base_format="raw")
+    expected = content(images[1])
+    chainmerge.merge(images[1])
+    assert content(images[0], "raw") == expected
+
+
+@pytest.mark.parametrize("base_format", ["raw", "v2"])
+def test_base_that_cannot_hold_bitmaps(tmp_path: Path, base_format: str) -> None:
+    base, top = tmp_path / "base.img", tmp_path / "top.img"
+    if base_format == "raw":
+        create(base, 8 * MIB, fmt="raw")
+    else:
+        create(base, 8 * MIB, compat="0.10")
+    create(top, backing="base.img", backing_format="raw" if base_format == "raw" else "qcow2")
+    qemu_img("bitmap", "--add", top, "cp")
+    qemu_io(top, "write -P 3 0 1M")
+    before = base.read_bytes(), top.read_bytes()
+    with pytest.raises(BaseCannotHoldBitmaps, match="cp"):
+        chainmerge.merge(top)
+    assert (base.read_bytes(), top.read_bytes()) == before
+    expected = content(top)
+    chainmerge.merge(top, options=MergeOptions(drop_bitmaps=True, delete=True))
+    assert content(base, "raw" if base_format == "raw" else "qcow2") == expected
+
+
+def test_top_larger_than_base_and_base_shorter_than_its_backing_file(tmp_path: Path) -> None:
+    """The area by which base grows must not show what its longer backing file has there."""
+    images = _chain(tmp_path, 8 * MIB, 4 * MIB, 8 * MIB)
+    qemu_io(images[0], "write -P 99 4M 4M")
+    expected = content(images[2])
+    assert expected[5 * MIB] == 0
+    chainmerge.merge(images[2])
+    assert content(images[1]) == expected
+
+
+def test_middle_shorter_than_base(tmp_path: Path) -> None:
+    """What base has beyond the end of a shorter image in between is hidden by it."""
+    images = _chain(tmp_path, 8 * MIB, 4 * MIB, 8 * MIB)
+    qemu_io(images[0], "write -P 99 5M 2M")
+    expected = content(images[2])
+    assert expected[6 * MIB] == 0
+    chainmerge.merge(images[2], base=images[0])
+    assert content(images[0]) == expected
+
+
+def test_bitmaps_of_a_base_that_grows(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 4 * MIB, 8 * MIB)
+    for image in images:
+        qemu_img("bitmap", "--add", image, "cp")
+    qemu_io(images[1], "write -P 5 7M 1M")
+    chainmerge.merge(images[1])
+    assert dirty_granules(images[0], "cp") == set(range(7 * 16, 8 * 16))
+
+
+def test_child_larger_than_top_is_refused(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, 4 * MIB, 8 * MIB)
+    with pytest.raises(ChildSeesMore):
+        chainmerge.merge(images[1])
+
+
+def test_other_child_of_base_is_refused(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None)
+    create(tmp_path / "other.img", backing="0.img")
+    with pytest.raises(BaseHasOtherChildren, match=r"other\.img"):
+        chainmerge.merge(images[1])
+    plan = chainmerge.plan(images[1])
+    assert [finding.code for finding in plan.refusals] == ["base-has-other-children"]
+
+
+def test_other_child_of_a_middle_image_is_refused(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    create(tmp_path / "other.img", backing="1.img")
+    with pytest.raises(MiddleHasOtherChildren, match=r"other\.img"):
+        chainmerge.merge(images[2], base=images[0])
+
+
+def test_wrong_order(tmp_path: Path) -> None:
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    with pytest.raises(NotInChain):
+        chainmerge.merge(images[1], base=images[2])
+    with pytest.raises(BaseNotBelowTop):
+        chainmerge.merge(images[1], base=images[1])
+    with pytest.raises(NoBackingFile):
+        chainmerge.merge(images[0])
+
+
+def test_names_of_files_and_bitmaps_can_be_anything(tmp_path: Path) -> None:
+    directory = tmp_path / "dir with 'quotes', commas,=and \n lines"
+    directory.mkdir()
+    base = create(directory / "-base,file=x.qcow2", 8 * MIB)
+    top = create(directory / "json top.qcow2", backing=f"./{base.name}")
+    awkward = ["-starts-with-dash", 'has "quotes" and \\', "x" * 1023, "ümläut \U0001f4be"]
+    for name in awkward:
+        chainmerge.bitmaps_add(top, name)
+    qemu_io(top, "write -P 3 0 1M")
+    expected = content(top)
+    chainmerge.merge(top)
+    assert content(base) == expected
+    assert set(bitmap_names(base)) == set(awkward)
+
+
+def test_lazy_refcounts_base_survives_a_killed_copy(tmp_path: Path) -> None:
+    """A writer with lazy refcounts sets the dirty bit; a kill must not leave it so."""
+    base = create(tmp_path / "base.qcow2", 8 * MIB, lazy_refcounts="on")
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    qemu_io(top, "write -P 3 0 4M")
+    seen: list[int] = []
+
+    def look(event: ProgressEvent) -> None:
+        if event.stage is Stage.COPY and event.total:
+            seen.append(base.read_bytes()[79] & 1)
+
+    chainmerge.merge(top, on_progress=look)
+    assert seen
+    assert not any(seen)
+
+
+def test_files_keep_their_modes(scenario: Scenario) -> None:
+    scenario.base.chmod(0o640)
+    chainmerge.merge(scenario.top, options=MergeOptions(keep_name=True))
+    assert scenario.top.stat().st_mode & 0o777 == 0o640

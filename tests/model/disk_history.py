@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a disk: what happens to it, and the truth about it.
+
+:class:`DiskHistory` lets things happen to a tree of images that a :class:`Backend` keeps
+(in memory, or real qcow2 files), and writes down for itself, without looking at any
+bitmap, what the guest wrote since each checkpoint. After every step the images must agree
+with that record:
+
+*   every image reads as the guest left it;
+*   every name that passes the chain test in an image covers all guest writes since its
+    checkpoint;
+*   every name that passed before a merge passes afterwards, with exactly the same bits.
+
+Numbers are in blocks, a unit that the backend chooses. Granularities are powers of two up
+to ``MAX_GRANULARITY`` and sizes are multiples of it, so that no granule is cut by a disk's
+end and "exactly the same bits" has one meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from chainmerge.checkpoints import BitmapState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+MAX_GRANULARITY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBitmap:
+    """A bitmap as it stands in an image; ``dirty`` are blocks, whole granules of them.
+
+    The dirty blocks of an in-use bitmap mean nothing.
+    """
+
+    state: BitmapState
+    granularity: int
+    dirty: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRequest:
+    """Merge ``chain[base_index]`` .. ``chain[-1]``; ``chain`` starts at the root.
+
+    ``above`` are all images above top, leaves first; ``children`` those of them that sit
+    on top directly. With ``give_up_checkpoints`` those that base cannot hold may be lost.
+    A top that stays is re-pointed at base; the images between go away in any case.
+    """
+
+    chain: tuple[str, ...]
+    base_index: int
+    above: tuple[str, ...]
+    children: tuple[str, ...]
+    top_stays: bool
+    give_up_checkpoints: bool
+
+    @property
+    def base(self) -> str:
+        return self.chain[self.base_index]
+
+    @property
+    def top(self) -> str:
+        return self.chain[-1]
+
+    @property
+    def between(self) -> tuple[str, ...]:
+        return self.chain[self.base_index + 1 : -1]
+
+
+class Backend(Protocol):
+    """Keeps images. Sizes, offsets, granularities are in blocks; values are 0 to 255."""
+
+    def create_root(self, image: str, size: int, *, holds_bitmaps: bool) -> None:
+        """A new image of zeros without a backing image: qcow2 v3, or raw (no bitmaps)."""
+
+    def create_overlay(self, image: str, backing: str, size: int) -> None:
+        """A new empty overlay without bitmaps; it may be larger than what it stands on."""
+
+    def delete(self, image: str) -> None: ...
+
+    def write(self, image: str, start: int, count: int, value: int) -> None:
+        """The guest fills blocks with a value (0: it writes zeroes); valid bitmaps record it."""
+
+    def add_bitmap(self, image: str, name: str, granularity: int) -> None:
+        """A new empty enabled bitmap."""
+
+    def remove_bitmap(self, image: str, name: str) -> None: ...
+
+    def disable_bitmap(self, image: str, name: str) -> None: ...
+
+    def crash(self, image: str) -> None:
+        """QEMU dies with the image open for writing: its bitmaps stay in-use."""
+
+    def merge(self, request: MergeRequest, at_moment: Callable[[], None]) -> bool:
+        """Merge with chainmerge; false if it refused, and nothing was changed.
+
+        A backend that can, calls ``at_moment`` wherever a kill could leave the images
+        while top and its children still stand as before.
+        """
+
+    def bitmaps(self, image: str) -> Mapping[str, StoredBitmap]: ...
+
+    def content(self, image: str) -> tuple[int, ...]:
+        """What the guest would read from this image, one value a block."""
+
+
+class HistoryViolated(AssertionError):
+    """The images disagree with what happened."""
+
+
+class WrongContent(HistoryViolated):
+    """An image does not read as the guest left it."""
+
+
+class FalseCheckpoint(HistoryViolated):
+    """A name passes the chain test and misses a guest write: a backup would be corrupt."""
+
+
+class LostCheckpoint(HistoryViolated):
+    """A name passed before a merge that could keep it, and fails now."""
+
+
+class ChangedCheckpoint(HistoryViolated):
+    """A merge changed which blocks a checkpoint covers."""
+
+
+class WrongRefusal(HistoryViolated):
+    """A merge was refused without need, or changed something although refused."""
+
+
+def passes_chain_test(states_from_leaf_down: list[BitmapState]) -> bool:
+    """The consumers' test, not shared with the code under test."""
+    rest = list(states_from_leaf_down)
+    if not rest or rest[0] is not BitmapState.VALID:
+        return False
+    while rest and rest[0] is BitmapState.VALID:
+        rest.pop(0)
+    return all(state is BitmapState.ABSENT for state in rest)
+
+
+class DiskHistory:
+    """One disk from its creation on; every method is one thing that happens to it.
+
+    What could not happen in reality is silently not done: a name that the active image
+    has already, a merge across a fork, and also what makes a false checkpoint without any
+    merge (somebody removing a bitmap from under a valid one with a foreign tool).
+    """
+
+    def __init__(self, backend: Backend, size: int, *, raw_root: bool) -> None:
+        if size % MAX_GRANULARITY:
+            msg = f"the size {size} is not a multiple of {MAX_GRANULARITY} blocks"
+            raise ValueError(msg)
+        self.backend = backend
+        self.active = "image0"
+        self.backing: dict[str, str | None] = {self.active: None}
+        self.sizes = {self.active: size}
+        self.raw_root = raw_root
+        self._created = 1
+        self._writes = 0
+        self._content: dict[str, list[int]] = {self.active: [0] * size}
+        self._written_since: dict[str, dict[str, set[int]]] = {self.active: {}}
+        backend.create_root(self.active, size, holds_bitmaps=not raw_root)
+
+    # The tree.
+
+    @property
+    def images(self) -> list[str]:
+        return list(self.backing)
+
+    def chain(self, image: str) -> tuple[str, ...]:
+        """From the root up to ``image``."""
+        found = [image]
+        while (below := self.backing[found[-1]]) is not None:
+            found.append(below)
+        return tuple(reversed(found))
+
+    def children(self, image: str) -> list[str]:
+        return [other for other, below in self.backing.items() if below == image]
+
+    def above(self, image: str) -> list[str]:
+        """All images above, leaves first."""
+        return [found for child in self.children(image) for found in (*self.above(child), child)]
+
+    def leaves(self) -> list[str]:
+        return [image for image in self.backing if not self.children(image)]
+
+    def mergeable(self, base: str, top: str) -> bool:
+        """Whether base is below top, and no image but those of the range reads base."""
+        chain = self.chain(top)
+        if base == top or base not in chain:
+            return False
+        merged = chain[chain.index(base) :]
+        return all(len(self.children(image)) == 1 for image in merged[:-1])
+
+    def holds_bitmaps(self, image: str) -> bool:
+        return not (self.raw_root and self.backing[image] is None)
+
+    # What happens.
+
+    def checkpoint(self, name: str, granularity: int) -> None:
+        if not self.holds_bitmaps(self.active) or name in self.backend.bitmaps(self.active):
+            return
+        self.backend.add_bitmap(self.active, name, granularity)
+        self._written_since[self.active][name] = set()
+
+    def guest_write(self, start: int, count: int) -> None:
+        self._writes += 1
+        self._fill(start, count, 1 + self._writes % 255)
+
+    def guest_write_zeroes(self, start: int, count: int) -> None:
+        self._fill(start, count, 0)
+
+    def _fill(self, start: int, count: int, value: int) -> None:
+        size = self.sizes[self.active]
+        start %= size
+        count = min(count, size - start)
+        self.backend.write(self.active, start, count, value)
+        blocks = range(start, start + count)
+        for block in blocks:
+            self._content[self.active][block] = value
+        for written in self._written_since[self.active].values():
+            written.update(blocks)
+
+    def snapshot(self, *, grow: int = 0) -> None:
+        """A new overlay on the active image, as libvirt makes one."""
+        self._continue_on(self.active, grow=grow)
+
+    def revert(self, image: str) -> None:
+        """The guest goes on from an older image, in a new overlay beside the others."""
+        self._continue_on(image, grow=0)
+
+    def _continue_on(self, backing: str, *, grow: int) -> None:
+        overlay = f"image{self._created}"
+        self._created += 1
+        size = self.sizes[backing] + grow * MAX_GRANULARITY
+        self.backend.create_overlay(overlay, backing, size)
+        for name, bitmap in sorted(self.backend.bitmaps(backing).items()):
+            # libvirt carries on what is valid in the old active image; it does not look below.
+            if bitmap.state is BitmapState.VALID:
+                self.backend.add_bitmap(overlay, name, bitmap.granularity)
+        self.backing[overlay] = backing
+        self.sizes[overlay] = size
+        self._content[overlay] = self._content[backing] + [0] * (size - self.sizes[backing])
+        self._written_since[overlay] = {
+            name: set(written) for name, written in self._written_since[backing].items()
+        }
+        self.active = overlay
+
+    def switch_to(self, leaf: str) -> None:
+        """The guest is shut down and started from another leaf."""
+        if not self.children(leaf):
+            self.active = leaf
+
+    def delete_leaf(self, leaf: str) -> None:
+        if leaf != self.active and not self.children(leaf) and self.backing[leaf] is not None:
+            self.backend.delete(leaf)
+            self._forget(leaf)
+
+    def crash(self) -> None:
+        self.backend.crash(self.active)
+
+    def disable_bitmap(self, image: str, name: str) -> None:
+        bitmap = self.backend.bitmaps(image).get(name)
+        if bitmap is not None and bitmap.state is BitmapState.VALID:
+            self.backend.disable_bitmap(image, name)
+
+    def remove_bitmap(self, image: str, name: str) -> None:
+        """Somebody removes a bitmap from one image only."""
+        if name not in self.backend.bitmaps(image):
+            return
+        for reader in (image, *self.above(image)):
+            covered = self._covered(reader, name, without=image)
+            if covered is not None and not self._written_since[reader][name] <= covered:
+                return
+        self.backend.remove_bitmap(image, name)
+
+    def merge(
+        self, base: str, top: str, *, top_stays: bool = False, give_up_checkpoints: bool = False
+    ) -> bool:
+        """Merge; false if it was not possible or was refused."""
+        if not self.mergeable(base, top):
+            return False
+        chain = self.chain(top)
+        request = MergeRequest(
+            chain=chain,
+            base_index=chain.index(base),
+            above=tuple(self.above(top)),
+            children=tuple(self.children(top)),
+            top_stays=top_stays,
+            give_up_checkpoints=give_up_checkpoints,
+        )
+        readers = (top, *request.above)
+        covered_before = {reader: self.checkpoints(reader) for reader in readers}
+        bitmaps_before = {image: dict(self.backend.bitmaps(image)) for image in self.images}
+
+        def no_false_checkpoint_now() -> None:
+            for reader in readers:
+                self._check_checkpoints(reader)
+
+        if not self.backend.merge(request, no_false_checkpoint_now):
+            self._check_refusal(request, bitmaps_before)
+            return False
+        self._settle(request)
+        if self.holds_bitmaps(base):
+            successors = {reader: reader for reader in request.above} | {top: base}
+            for reader, successor in successors.items():
+                self._check_kept(covered_before[reader], successor)
+            if top_stays:
+                self._check_kept(covered_before[top], top)
+        return True
+
+    def _settle(self, request: MergeRequest) -> None:
+        base, top = request.base, request.top
+        self.sizes[base] = self.sizes[top]
+        self._content[base] = list(self._content[top])
+        self._written_since[base] = {
+            name: set(written) for name, written in self._written_since[top].items()
+        }
+        for child in request.children:
+            self.backing[child] = base
+        for image in request.between:
+            self._forget(image)
+        if request.top_stays:
+            self.backing[top] = base
+            return
+        self._forget(top)
+        if self.active == top:
+            self.active = base
+
+    def _forget(self, image: str) -> None:
+        del self.backing[image], self.sizes[image]
+        del self._content[image], self._written_since[image]
+
+    # What must hold.
+
+    def checkpoints(self, image: str) -> dict[str, frozenset[int]]:
+        """Every name that a backup of this image would trust, with the blocks it would copy."""
+        names = sorted(self.backend.bitmaps(image))
+        found = ((name, self._covered(image, name)) for name in names)
+        return {name: covered for name, covered in found if covered is not None}
+
+    def _covered(self, image: str, name: str, *, without: str = "") -> frozenset[int] | None:
+        """Union of all occurrences of a name that passes the chain test, else None."""
+        from_leaf_down = [
+            None if below == without else self.backend.bitmaps(below).get(name)
+            for below in reversed(self.chain(image))
+        ]
+        states = [BitmapState.ABSENT if b is None else b.state for b in from_leaf_down]
+        if not passes_chain_test(states):
+            return None
+        return frozenset[int]().union(*(b.dirty for b in from_leaf_down if b is not None))
+
+    def check(self) -> None:
+        """Compare all images with what happened."""
+        for image in self.images:
+            self._check_content(image)
+            self._check_checkpoints(image)
+
+    def _check_content(self, image: str) -> None:
+        read = self.backend.content(image)
+        if list(read) != self._content[image]:
+            msg = f"{image} reads as {read}, the guest left {self._content[image]}"
+            raise WrongContent(msg)
+
+    def _check_checkpoints(self, image: str) -> None:
+        for name, covered in self.checkpoints(image).items():
+            missing = self._written_since[image][name] - covered
+            if missing:
+                msg = f"{name} passes in {image} but misses the writes to {sorted(missing)}"
+                raise FalseCheckpoint(msg)
+
+    def _check_kept(self, before: Mapping[str, frozenset[int]], image: str) -> None:
+        after = self.checkpoints(image)
+        for name, covered in before.items():
+            if name not in after:
+                msg = f"{name} passed before the merge and fails in {image} after it"
+                raise LostCheckpoint(msg)
+            if after[name] != covered:
+                msg = f"{name} in {image} covers {sorted(after[name])}, not {sorted(covered)}"
+                raise ChangedCheckpoint(msg)
+
+    def _check_refusal(
+        self, request: MergeRequest, before: Mapping[str, Mapping[str, StoredBitmap]]
+    ) -> None:
+        if self.holds_bitmaps(request.base) or request.give_up_checkpoints:
+            msg = f"the merge of {request.top} into {request.base} was refused"
+            raise WrongRefusal(msg)
+        if before != {image: dict(self.backend.bitmaps(image)) for image in self.images}:
+            msg = f"the merge of {request.top} into {request.base} was refused half done"
+            raise WrongRefusal(msg)
+
+    def describe(self) -> Iterator[str]:
+        """The tree, an image a line: for people who look at a violation."""
+        for image in self.images:
+            bitmaps = ", ".join(
+                f"{name} {bitmap.state} {sorted(bitmap.dirty)}"
+                for name, bitmap in sorted(self.backend.bitmaps(image).items())
+            )
+            mark = "*" if image == self.active else " "
+            yield f"{mark}{image} on {self.backing[image] or 'nothing'}: {bitmaps or 'no bitmaps'}"

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables: that they say what they must, and nothing that a hostile name wants said."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console, RenderableType
+
+from chainmerge.planning import Finding
+from chainmerge.report import tables
+from chainmerge.report.plan_tables import plan_report
+from chainmerge.types import MergeOutcome
+from tests.support import reports
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+hostile_text = st.text(st.characters(exclude_categories=())) | st.sampled_from(
+    ["[bold]x[/bold]", "[/]", "\x1b[31m", "\x1b]8;;http://x\x07", ":smile:", "a\nb", "\udcff"]
+)
+REFUSAL = Finding("not-enough-space", "7 bytes are missing", "make the volume larger")
+
+HOSTILE_REPORTS: dict[str, Callable[[str], RenderableType]] = {
+    "plan": lambda t: plan_report(
+        reports.plan(name=t, base=t, top=f"{t}2", words=t, refusals=(Finding(t, t, t),))
+    ),
+    "merge": lambda t: tables.merge_report(
+        reports.merge_report(reports.plan(base=t, top=t), name=t, words=t)
+    ),
+    "info": lambda t: tables.chain_report(reports.chain_report(image=t, words=t)),
+    "check": lambda t: tables.check_report(reports.check_result(image=t, words=t)),
+    "measure": lambda t: tables.measurement_report(reports.measurement(base=t, top=t)),
+    "list": lambda t: tables.bitmap_listing(reports.bitmap_listing(image=t, name=t, words=t)),
+    "change": lambda t: tables.bitmap_change(reports.bitmap_change(image=t, name=t)),
+    "prune": lambda t: tables.prune_report(reports.prune_report(image=t, name=t, words=t)),
+    "repair": lambda t: tables.repair_report(reports.repair_report(image=t, words=t)),
+}
+
+
+def rendered(report: RenderableType, width: int = 4000) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as captured:
+        console.print(report)
+    return captured.get()
+
+
+@pytest.mark.parametrize("kind", HOSTILE_REPORTS)
+@given(text=hostile_text)
+def test_no_name_reaches_the_terminal_as_anything_but_visible_text(kind: str, text: str) -> None:
+    out = rendered(HOSTILE_REPORTS[kind](text))
+    assert all(character.isprintable() or character == "\n" for character in out)
+    out.encode("utf-8")
+
+
+@pytest.mark.parametrize("kind", HOSTILE_REPORTS)
+def test_markup_in_names_is_text(kind: str) -> None:
+    assert "[bold]evil[/bold]" in rendered(HOSTILE_REPORTS[kind]("[bold]evil[/bold]"))
+
+
+def test_plan_says_everything_a_user_decides_by() -> None:
+    out = rendered(plan_report(reports.plan(refusals=(REFUSAL,))))
+    for said in (
+        "/disks/base.qcow2", "/disks/top.qcow2", "interrupted", "132120576", "1 GiB",
+        "commit (chosen)", "keep", "prune", "drop", "1 lost that could have served a backup",
+        "tombstone", "135266305", "136314880", "l2 tables", "is deleted", "is renamed",
+        "in place of", "not-enough-space", "7 bytes are missing", "make the volume larger",
+    ):  # fmt: skip
+        assert said in out
+
+
+def test_a_plan_without_bitmaps_or_refusals_is_shorter() -> None:
+    plan = replace(reports.plan(), bitmaps=(), warnings=(), repoint=(), delete=(), rename=None)
+    out = rendered(plan_report(plan))
+    for absent in ("Refused", "Warnings", "Afterwards"):
+        assert absent not in out
+
+
+def test_merge_report_tells_a_second_run_from_the_first() -> None:
+    report = reports.merge_report(reports.plan())
+    assert "is merged into" in rendered(tables.merge_report(report))
+    again = replace(report, outcome=MergeOutcome.ALREADY_MERGED)
+    assert "before; verified again" in rendered(tables.merge_report(again))
+    assert "earlier run" in rendered(tables.merge_report(replace(again, plan=None)))
+
+
+def test_narrow_terminals_lose_no_letter_of_a_name() -> None:
+    name = "".join(chr(ord("a") + i % 26) for i in range(200))
+    out = rendered(tables.bitmap_change(reports.bitmap_change(name=name)), width=40)
+    assert name in "".join(out.split())
+
+
+def test_a_clean_image_is_said_to_be_so() -> None:
+    clean = replace(reports.check_result(), corruptions=0, leaks=0, messages=())
+    assert "nothing is wrong" in rendered(tables.check_report(clean))
+    assert "1 corruption, 2 leaked clusters" in rendered(
+        tables.check_report(reports.check_result())
+    )
+
+
+def test_tombstones_are_explained_where_there_are_some() -> None:
+    listing = reports.bitmap_listing()
+    assert "A tombstone is" in rendered(tables.bitmap_listing(listing))
+    without = replace(listing, rows=listing.rows[:1])
+    assert "tombstone" not in rendered(tables.bitmap_listing(without))

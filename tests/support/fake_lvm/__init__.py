@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ``lvm`` command for machines without device mapper.
+
+The executable ``lvm`` beside this file keeps volume groups and volumes in a JSON file, and its
+volumes are regular files or loop devices that it resizes. Its arithmetic, exit statuses and
+messages are those that LVM 2.03.16 was seen to give. :class:`FakeLvm` sets the scene.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from uuid import NAMESPACE_URL, uuid5
+
+if TYPE_CHECKING:
+    import pytest
+
+_STATE_VARIABLE: Final = "FAKE_LVM_STATE"
+
+
+@dataclass(frozen=True)
+class FakeLvm:
+    """The state that the fake command works on, in *directory*."""
+
+    directory: Path
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put the command on PATH, here and in processes started from here."""
+        programs = self.directory / "bin"
+        programs.mkdir(parents=True)
+        command = shlex.join([sys.executable, "-S", "-E", str(Path(__file__).with_name("lvm"))])
+        # What "python3" is on PATH may be slow to start, and this is started often.
+        (programs / "lvm").write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        (programs / "lvm").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv(_STATE_VARIABLE, str(self.directory))
+        self._write({"groups": {}, "volumes": [], "broken": {}})
+
+    def add_group(
+        self, name: str, extents: int, devices: list[Path], extent_size: int = 4 << 20
+    ) -> None:
+        """Add a volume group of so many extents on *devices*."""
+        state = self._read()
+        state["groups"][name] = {
+            "uuid": _uuid(name),
+            "extents": extents,
+            "extent_size": extent_size,
+            "devices": [str(device) for device in devices],
+        }
+        self._write(state)
+
+    def add_volume(
+        self,
+        group: str,
+        name: str,
+        path: Path,
+        segment_type: str = "linear",
+        stripes: int = 1,
+        segments: int = 1,
+    ) -> None:
+        """Make the file or loop device *path* a volume; its size must be whole extents."""
+        state = self._read()
+        with path.open("rb") as volume:
+            size = volume.seek(0, os.SEEK_END)
+        extents, rest = divmod(size, state["groups"][group]["extent_size"])
+        assert rest == 0, f"{path}: {size} bytes are not whole extents"
+        state["volumes"].append(
+            {
+                "group": group,
+                "name": name,
+                "path": os.path.realpath(path),
+                "uuid": _uuid(f"{group}/{name}"),
+                "extents": extents,
+                "segment_type": segment_type,
+                "stripes": stripes,
+                "segments": segments,
+            }
+        )
+        self._write(state)
+
+    def break_command(self, command: str, status: int, message: str, output: str = "") -> None:
+        """From now on *command* does nothing but say *message* and exit with *status*."""
+        self._break(command, {"status": status, "message": message, "output": output})
+
+    def hang_command(self, command: str, *, stubborn: bool) -> None:
+        """From now on *command* never ends; a stubborn one not even on SIGTERM."""
+        self._break(command, {"hang": "stubborn" if stubborn else "patient"})
+
+    def calls(self, command: str) -> list[list[str]]:
+        """The arguments of every call of *command* so far."""
+        log = self.directory / "calls"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return [call[1:] for call in map(json.loads, lines) if call[0] == command]
+
+    def _break(self, command: str, how: dict[str, Any]) -> None:
+        state = self._read()
+        state["broken"][command] = how
+        self._write(state)
+
+    def _read(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((self.directory / "state").read_text(encoding="utf-8"))
+        return state
+
+    def _write(self, state: dict[str, Any]) -> None:
+        (self.directory / "state").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _uuid(name: str) -> str:
+    """As LVM writes it: 32 characters in groups of 6, 4, 4, 4, 4, 4, 6."""
+    digits = uuid5(NAMESPACE_URL, name).hex
+    ends = (0, 6, 10, 14, 18, 22, 26, 32)
+    return "-".join(digits[start:end] for start, end in zip(ends, ends[1:], strict=False))

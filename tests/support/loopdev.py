@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real block devices and real file systems of an exact size, for as long as a test needs them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.support.qemu import ToolFailed, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Others set devices up at the same time and can be faster than losetup between its finding a
+# free device and its taking it.
+_ATTEMPTS: Final = 50
+
+
+@contextmanager
+def loop_device(backing: Path, size: int, *options: str, sector_size: int = 512) -> Iterator[Path]:
+    """A loop device of *size* bytes over the file *backing*, which is made sparse and so large.
+
+    The kernel detaches the device when its last user is gone, the test process included, so it
+    is cleaned up even if that is killed. *options* go to ``losetup``.
+    """
+    if size % sector_size:
+        raise ValueError(f"{size} bytes are not whole sectors of {sector_size}")
+    with backing.open("ab"):
+        os.truncate(backing, size)
+    device = _attach(backing, "--sector-size", str(sector_size), *options)
+    keeper = -1
+    try:
+        keeper = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        # While it is open, this only says "when the last one closes it".
+        run("losetup", "--detach", device)
+    try:
+        yield device
+    finally:
+        os.close(keeper)
+
+
+@contextmanager
+def mounted_file_system(directory: Path, kind: str, size: int) -> Iterator[Path]:
+    """A new file system (``xfs``, ``btrfs``, ``ext4``, ...) on a loop device of *size* bytes.
+
+    *directory* is where its backing file and its mount point are made.
+    """
+    mount_point = directory / f"{kind}-mounted"
+    mount_point.mkdir()
+    with loop_device(directory / f"{kind}-backing", size) as device:
+        run(f"mkfs.{kind}", "-q", device)
+        with _mounted("-t", kind, device, mount_point):
+            yield mount_point
+
+
+@contextmanager
+def mounted_tmpfs(directory: Path, size: int) -> Iterator[Path]:
+    """An empty file system in memory that holds *size* bytes and not one more."""
+    mount_point = directory / "tmpfs-mounted"
+    mount_point.mkdir()
+    with _mounted("-t", "tmpfs", "-o", f"size={size}", "none", mount_point):
+        yield mount_point
+
+
+@contextmanager
+def mounted_ramfs(directory: Path) -> Iterator[Path]:
+    """A file system in memory that has no fallocate: neither reserving space nor holes."""
+    mount_point = directory / "ramfs-mounted"
+    mount_point.mkdir()
+    with _mounted("-t", "ramfs", "none", mount_point):
+        yield mount_point
+
+
+@contextmanager
+def device_that_loses_writes(directory: Path, size: int, kept: int) -> Iterator[Path]:
+    """A block device of *size* bytes that takes every write and can store only *kept* of them.
+
+    Writes go to the page cache, as on any device; it is the flush that fails, with EIO.
+    """
+    with (
+        mounted_tmpfs(directory, kept) as storage,
+        loop_device(storage / "backing", size) as device,
+    ):
+        yield device
+
+
+@contextmanager
+def _mounted(*arguments: str | Path) -> Iterator[None]:
+    mount_point = arguments[-1]
+    run("mount", *arguments)
+    try:
+        yield
+    finally:
+        run("umount", mount_point)
+
+
+def _attach(backing: Path, *options: str) -> Path:
+    for _ in range(_ATTEMPTS):
+        try:
+            return Path(run("losetup", "--find", "--show", *options, backing).stdout.strip())
+        except ToolFailed as error:
+            last = error
+    raise last

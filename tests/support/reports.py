@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports as the API returns them, with names that a test chooses."""
+
+from __future__ import annotations
+
+from chainmerge.planning import (
+    DirectionCost,
+    Directions,
+    EngineName,
+    Finding,
+    MergePlan,
+    Movement,
+    PlannedBitmap,
+    PlannedImage,
+    Progress,
+    Repoint,
+    Role,
+    SpacePlan,
+)
+from chainmerge.types import (
+    REPORT_VERSION,
+    BitmapChange,
+    BitmapListing,
+    BitmapResult,
+    BitmapRow,
+    BitmapVerdict,
+    ChainReport,
+    CheckResult,
+    ImageReport,
+    Measurement,
+    MergeOutcome,
+    MergeReport,
+    PrunedBitmap,
+    PruneReport,
+    RepairFinding,
+    RepairReport,
+)
+
+MIB = 1 << 20
+
+
+def plan(
+    *,
+    name: str = "daily",
+    base: str = "/disks/base.qcow2",
+    top: str = "/disks/top.qcow2",
+    words: str = "because the rules say so",
+    refusals: tuple[Finding, ...] = (),
+) -> MergePlan:
+    """A plan in which every part is there; *words* stand wherever a sentence does."""
+    return MergePlan(
+        version=1,
+        base=base,
+        top=top,
+        progress=Progress.INTERRUPTED,
+        images=(
+            _image(base, Role.BASE, None, words),
+            _image(top, Role.TOP, base, words),
+        ),
+        engine=EngineName.QEMU,
+        engine_reason=words,
+        movement=Movement(126 * MIB, 5 * MIB, 0, 2016, 1),
+        directions=Directions(
+            commit=DirectionCost(126 * MIB, True, words),
+            pull=DirectionCost(0, False, words),
+            chosen="commit",
+        ),
+        virtual_size_before=1024 * MIB,
+        virtual_size_after=2048 * MIB,
+        bitmaps=(
+            _bitmap(name, "keep", words, was_valid=True),
+            _bitmap(f"{name}-stale", "prune", words, was_valid=False),
+            _bitmap(f"{name}-lost", "drop", words, was_valid=True),
+        ),
+        space=SpacePlan(
+            kind="block",
+            size=128 * MIB,
+            image_end=3 * MIB,
+            required=129 * MIB + 1,
+            limit=130 * MIB,
+            grow_to=130 * MIB,
+            missing=0,
+            breakdown={"data": 126 * MIB, "l2_tables": 65536},
+            shrink_to=127 * MIB,
+        ),
+        repoint=(Repoint(f"{top}.child", top, base, "qcow2"),),
+        delete=(top,),
+        rename=(base, top),
+        verify="full",
+        refusals=refusals,
+        warnings=(words,),
+    )
+
+
+def merge_report(of: MergePlan, *, name: str = "daily", words: str = "checked") -> MergeReport:
+    return MergeReport(
+        version=REPORT_VERSION,
+        outcome=MergeOutcome.MERGED,
+        plan=of,
+        bitmaps=(BitmapResult(name, "valid", 65536, 126 * MIB),),
+        bytes_copied=126 * MIB,
+        seconds=0.5,
+        image_end=127 * MIB,
+        volume_size=130 * MIB,
+        verified=(words,),
+        repointed=(f"{of.top}.child",),
+        deleted=(of.top,),
+        renamed=(of.base, of.top),
+        warnings=(words,),
+    )
+
+
+def chain_report(*, image: str = "/disks/top.qcow2", words: str = "odd") -> ChainReport:
+    def one(path: str, parent: str | None, *, in_chain: bool) -> ImageReport:
+        return ImageReport(
+            path=path,
+            format="qcow2",
+            format_declared=in_chain,
+            in_chain=in_chain,
+            parent=parent,
+            virtual_size=1024 * MIB,
+            file_size=5 * MIB,
+            allocated_bytes=None,
+            cluster_size=65536,
+            details={"compression": words},
+            bitmaps=2,
+            snapshots=0,
+            notes=(words,),
+        )
+
+    root = f"{image}.root"
+    return ChainReport(
+        REPORT_VERSION,
+        image,
+        (
+            one(root, None, in_chain=True),
+            one(image, root, in_chain=True),
+            one(f"{image}.sibling", root, in_chain=False),
+        ),
+        (words,),
+    )
+
+
+def check_result(*, image: str = "/disks/top.qcow2", words: str = "odd") -> CheckResult:
+    return CheckResult(REPORT_VERSION, image, 1, 2, (words,), 5 * MIB)
+
+
+def measurement(*, base: str = "/disks/base.qcow2", top: str = "/disks/top.qcow2") -> Measurement:
+    return Measurement(
+        REPORT_VERSION, base, top, 5 * MIB, 4 * MIB, 3 * MIB, 3 * MIB, {"data": 2 * MIB}
+    )
+
+
+def bitmap_listing(
+    *, image: str = "/disks/top.qcow2", name: str = "daily", words: str = "valid in 1 image"
+) -> BitmapListing:
+    return BitmapListing(
+        REPORT_VERSION,
+        image,
+        (
+            BitmapRow(image, name, "valid", 65536, 5 * MIB, tombstone=False),
+            BitmapRow(f"{image}.base", name, "disabled", 65536, 0, tombstone=True),
+            BitmapRow(f"{image}.base", f"{name}-broken", "in-use", 65536, None, tombstone=False),
+        ),
+        (BitmapVerdict(name, passes=False, reason=words),),
+    )
+
+
+def bitmap_change(*, image: str = "/disks/top.qcow2", name: str = "daily") -> BitmapChange:
+    result = BitmapResult(name, "valid", 65536, 0)
+    return BitmapChange(REPORT_VERSION, image, "add", (name,), (result,))
+
+
+def prune_report(
+    *, image: str = "/disks/base.qcow2", name: str = "stale", words: str = "not in top"
+) -> PruneReport:
+    return PruneReport(
+        REPORT_VERSION,
+        image,
+        image,
+        (PrunedBitmap(image, name, "valid", tombstone=True, reason=words),),
+        (f"{name}-kept",),
+        (name,),
+    )
+
+
+def repair_report(*, image: str = "/disks/base.qcow2", words: str = "is broken") -> RepairReport:
+    return RepairReport(
+        REPORT_VERSION,
+        image,
+        dry_run=True,
+        findings=(RepairFinding("broken-bitmap", words, repairable=True),),
+        actions=(words,),
+        consequences=(words,),
+    )
+
+
+def _image(path: str, role: Role, parent: str | None, words: str) -> PlannedImage:
+    return PlannedImage(
+        path=path,
+        role=role,
+        format="qcow2",
+        format_declared=True,
+        virtual_size=1024 * MIB,
+        file_size=3 * MIB,
+        cluster_size=65536,
+        bitmaps=2,
+        parent=parent,
+        notes=(words,),
+    )
+
+
+def _bitmap(name: str, fate: str, words: str, *, was_valid: bool) -> PlannedBitmap:
+    return PlannedBitmap(
+        name=name,
+        fate=fate,
+        rule="a-rule",
+        reason=words,
+        tombstone=fate == "drop",
+        granularity=65536,
+        dirty_bytes=None if fate == "drop" else 5 * MIB,
+        was_valid=was_valid,
+        unguarded=False,
+        states={"/disks/base.qcow2": "valid"},
+        recovered=False,
+    )
