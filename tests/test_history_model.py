@@ -127,7 +127,7 @@ def blind_to_a_top_that_stays(
 
 def machine_with(otherwise: Decide) -> type[DiskHistoryMachine]:
     class Machine(DiskHistoryMachine):
-        def make_backend(self) -> Backend:
+        def make_backend(self, variety: int) -> Backend:
             return MemoryBackend(otherwise)
 
     return Machine
@@ -304,7 +304,7 @@ def test_a_name_that_began_in_top_stays_usable_in_a_top_that_stays() -> None:
 
 def test_backends_in_lockstep_agree() -> None:
     class Machine(DiskHistoryMachine):
-        def make_backend(self) -> Backend:
+        def make_backend(self, variety: int) -> Backend:
             return Lockstep(MemoryBackend(), MemoryBackend())
 
     run_state_machine_as_test(Machine, settings=settings(PATIENT, max_examples=20))

@@ -43,6 +43,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import bitmap_results
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.tombstones import tombstone
 from chainmerge.types import (
     REPORT_VERSION,
     BitmapChange,
@@ -364,16 +365,11 @@ class _Edit:
         )
 
     def tombstones(self, names: Sequence[str]) -> tuple[StoredBitmap, ...]:
-        """Disabled bitmaps without bits, in place of those that the image has."""
-        size = self.info.virtual_size
-        entries = {entry.name: entry for entry in self.info.bitmaps}
+        """Tombstones for some of the bitmaps that the image has."""
         return tuple(
-            StoredBitmap(
-                name,
-                BitSet.empty(size, storable_granularity(size, entries[name].granularity)),
-                BitmapFlag(0),
-            )
-            for name in names
+            tombstone(entry.name, self.info.virtual_size, entry.granularity)
+            for entry in self.info.bitmaps
+            if entry.name in names
         )
 
     def require_safe_removal(self, names: Sequence[str]) -> None:

@@ -6,15 +6,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import re
+import string
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import ClassVar, Final
 
 import chainmerge
 from chainmerge.errors import ChainmergeError, ExitCode, Misuse, all_errors
-
-# A field of a format string: "{image}", "{name!r}", "{missing:,}".
-_FIELD: Final = re.compile(r"\{(\w+)[^}]*\}")
 
 
 @dataclass(eq=False)
@@ -40,7 +38,7 @@ def known_errors() -> dict[str, type[ChainmergeError]]:
     for module in pkgutil.walk_packages(chainmerge.__path__, "chainmerge."):
         if not module.name.endswith(".__main__"):
             importlib.import_module(module.name)
-    return dict(sorted((error.code, error) for error in all_errors()))
+    return {error.code: error for error in sorted(all_errors(), key=attrgetter("code"))}
 
 
 def explain(code: str) -> str:
@@ -68,8 +66,8 @@ def explain(code: str) -> str:
 
 def with_placeholders(template: str) -> str:
     """Return a template as a person reads it: with ``<name>`` where a fact goes."""
-    text = _FIELD.sub(r"<\1>", template)
-    return text.replace("{{", "{").replace("}}", "}")
+    parts = string.Formatter().parse(template)
+    return "".join(text if field is None else f"{text}<{field}>" for text, field, _, _ in parts)
 
 
 _MEANING: Final = {

@@ -307,11 +307,6 @@ def storable_granularity(disk_size: int, wanted: int) -> int:
     return granularity
 
 
-def occurrence_in_base(facts: BitmapFacts, base_index: int, name: str) -> Occurrence:
-    """What base holds under a name."""
-    return facts.layers[base_index].occurrences.get(name, NOWHERE)
-
-
 def load_saved(target: Target) -> SavedBitmaps | None:
     """The bitmaps that an interrupted merge into base has saved."""
     return load_saved_bitmaps(target.base.real_path)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmap_sets import final_set, lasting_set, stand_ins
 from chainmerge.chain.errors import ImageReplaced
-from chainmerge.checkpoints import BitmapState, Fate
+from chainmerge.checkpoints import Fate
 from chainmerge.engines import qemu
-from chainmerge.engines.metadata import StoredBitmap, reclaim_leaks, replace_bitmaps
+from chainmerge.engines.metadata import reclaim_leaks, replace_bitmaps
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import (
     BitmapFacts,
@@ -25,7 +26,6 @@ from chainmerge.inspection import (
     measure_guest_bytes,
     movement_of,
     open_chain,
-    storable_granularity,
 )
 from chainmerge.journal import (
     SavedBitmap,
@@ -37,8 +37,6 @@ from chainmerge.journal import (
 )
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import MergeFacts, MergePlan, bytes_to_copy, find_refusals, make_plan
-from chainmerge.qcow2.bitmaps import BitmapFlag
-from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import bitmap_results
@@ -49,7 +47,7 @@ from chainmerge.settle import (
     rename_base,
     repoint,
 )
-from chainmerge.space_facts import gather_space
+from chainmerge.space_facts import survey_space
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import ImageLock, LockMode, lock_image
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
@@ -90,7 +88,7 @@ def plan(
     obstacles = tuple(_obstacles(target))
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options)
-    return make_plan(replace(facts, obstacles=obstacles), options)
+    return make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
 
 
 def measure(
@@ -271,8 +269,7 @@ def _gather_with_bitmaps(
     top_stays = not (options.delete or options.keep_name)
     bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
     volumes = measure_guest_bytes(target, opened)
-    need = gather_space(target, opened, bitmaps)
-    base_image = opened.images[target.base_index].image
+    survey = survey_space(target, opened, bitmaps)
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -281,14 +278,14 @@ def _gather_with_bitmaps(
         final_bits=bitmaps.final_bits,
         recovered=bitmaps.recovered,
         interrupted=saved is not None,
-        base_check=check(base_image) if base_image is not None else None,
-        movement=movement_of(volumes, need.new_clusters, need.new_l2_tables),
+        base_check=survey.check,
+        movement=movement_of(volumes, survey.new_clusters, survey.new_l2_tables),
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
         volume=_volume(target.base, options).facts(),
-        space=need.facts,
-        obstacles=(),
+        space=survey.facts,
+        obstacles=(survey.obstacle,) if survey.obstacle is not None else (),
         warnings=bitmaps.warnings,
     )
     return facts, bitmaps
@@ -300,7 +297,7 @@ def _gather_to_merge(
     facts, bitmaps = _gather_with_bitmaps(target, opened, request.options)
     facts = replace(
         facts,
-        obstacles=tuple(_not_writable(target)),
+        obstacles=(*_not_writable(target), *facts.obstacles),
         merged=_is_merged(target, opened, facts, bitmaps, request),
     )
     return facts, bitmaps
@@ -324,7 +321,7 @@ def _is_merged(
     if facts.base_check is not None and not facts.base_check.sound:
         return False
     image = opened.images[target.base_index].image
-    if image is not None and bitmap_difference(image, _final_set(bitmaps, base.virtual_size)):
+    if image is not None and bitmap_difference(image, final_set(bitmaps, base.virtual_size)):
         return False
     difference = first_difference(
         opened.view(0, target.base_index + 1),
@@ -363,14 +360,14 @@ def _put_bitmaps_aside(job: _Job) -> None:
     if saved is not None:
         save_bitmaps(job.base.real_path, saved)
     with WritablePort(job.base.real_path) as port:
-        stand_ins = _stand_ins(job.bitmaps, job.base.virtual_size)
-        if bitmap_difference(Qcow2Image(port), stand_ins) is None:
+        between = stand_ins(job.bitmaps, job.base.virtual_size)
+        if bitmap_difference(Qcow2Image(port), between) is None:
             return
-        replace_bitmaps(port, stand_ins)
-        if stand_ins:
+        replace_bitmaps(port, between)
+        if between:
             # Once more, now that the old set's clusters are free: low, so that QEMU finds
             # what is left of the volume in one piece.
-            replace_bitmaps(port, stand_ins)
+            replace_bitmaps(port, between)
 
 
 def _bitmaps_to_save(job: _Job) -> SavedBitmaps | None:
@@ -402,51 +399,6 @@ def _bitmaps_to_save(job: _Job) -> SavedBitmaps | None:
                 for name in names
             ),
         )
-
-
-def _stand_ins(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
-    """What stands in base while data is copied: tombstones, nothing else."""
-    return tuple(
-        _tombstone(bitmaps, decision.name, disk_size)
-        for decision in bitmaps.decisions
-        if decision.tombstone_while_top_exists or decision.name in bitmaps.base_bits
-    )
-
-
-def _final_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
-    """What stands in base after the merge, as long as top exists."""
-    kept = (
-        StoredBitmap(decision.name, bitmaps.final_bits[decision.name], BitmapFlag.AUTO)
-        for decision in bitmaps.decisions
-        if decision.fate is Fate.KEEP
-    )
-    tombstones = (
-        _tombstone(bitmaps, decision.name, disk_size)
-        for decision in bitmaps.decisions
-        if decision.tombstone_while_top_exists
-    )
-    return (*kept, *tombstones)
-
-
-def _lasting_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
-    """What stands in base once top is gone: without the tombstones that only top needed."""
-    spent = {
-        decision.name
-        for decision in bitmaps.decisions
-        if decision.tombstone_while_top_exists and not decision.tombstone
-    }
-    return tuple(b for b in _final_set(bitmaps, disk_size) if b.name not in spent)
-
-
-def _tombstone(bitmaps: BitmapFacts, name: str, disk_size: int) -> StoredBitmap:
-    """A disabled bitmap without bits, of the granularity that the name has in the chain."""
-    found = next(
-        occurrence.granularity
-        for layer in bitmaps.layers
-        if (occurrence := layer.occurrence(name)).state is not BitmapState.ABSENT
-    )
-    granularity = storable_granularity(disk_size, found)
-    return StoredBitmap(name, BitSet.empty(disk_size, granularity), BitmapFlag(0))
 
 
 def _volume(base: ImageInfo, options: MergeOptions) -> Volume:
@@ -505,7 +457,7 @@ def _store_bitmaps(job: _Job) -> None:
     if job.base.supports_bitmaps:
         job.request.report(ProgressEvent(Stage.BITMAPS))
         with WritablePort(job.base.real_path) as port:
-            final = _final_set(job.bitmaps, job.plan.virtual_size_after)
+            final = final_set(job.bitmaps, job.plan.virtual_size_after)
             if bitmap_difference(Qcow2Image(port), final) is not None:
                 replace_bitmaps(port, final)
     _volume(job.base, job.request.options).release_reservation()
@@ -520,7 +472,7 @@ def _verify(job: _Job) -> Iterator[str]:
         if image is not None:
             yield verify_metadata(image)
         if image is not None and job.base.supports_bitmaps:
-            final = _final_set(job.bitmaps, job.plan.virtual_size_after)
+            final = final_set(job.bitmaps, job.plan.virtual_size_after)
             yield verify_bitmaps(image, final)
         if job.request.options.verify == "full":
             size = opened.view().virtual_size
@@ -543,13 +495,24 @@ def _settle(job: _Job, copied: int, verified: Sequence[str]) -> MergeReport:
         rename_base(facts)
     deleted = delete_recorded(record) if record is not None else ()
     result = facts.top.real_path if job.plan.rename else job.base.real_path
-    if record is not None and job.base.supports_bitmaps:
+    warnings = list(job.plan.warnings)
+    if record is not None:
+        warnings += _drop_spent_tombstones(job, result)
+    warnings += _give_back(job, result)
+    return _report(request, job.plan, result, copied, verified, repointed, deleted, warnings)
+
+
+def _drop_spent_tombstones(job: _Job, result: Path) -> Iterator[str]:
+    """Remove the tombstones that only top needed; if that fails they stay, which is harmless."""
+    if not job.base.supports_bitmaps:
+        return
+    lasting = lasting_set(job.bitmaps, job.plan.virtual_size_after)
+    try:
         with WritablePort(result) as port:
-            lasting = _lasting_set(job.bitmaps, job.plan.virtual_size_after)
             if bitmap_difference(Qcow2Image(port), lasting) is not None:
                 replace_bitmaps(port, lasting)
-    warnings = [*job.plan.warnings, *_give_back(job, result)]
-    return _report(request, job.plan, result, copied, verified, repointed, deleted, warnings)
+    except ChainmergeError as error:
+        yield f"tombstones that nothing needs any more are left: {error.sentence}"
 
 
 def _give_back(job: _Job, result: Path) -> Iterator[str]:

@@ -6,15 +6,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from chainmerge.chain import ImageInfo, discover
+from chainmerge.chain import ImageInfo, Relatives, discover, find_relatives
 from chainmerge.checkpoints import BitmapState
 from chainmerge.engines.metadata import StoredBitmap, reclaim_leaks, replace_bitmaps
-from chainmerge.inspection import OpenImage, bitmaps_of, open_chain, policy_of
+from chainmerge.inspection import (
+    OpenImage,
+    bitmaps_of,
+    names_above,
+    open_chain,
+    policy_of,
+)
 from chainmerge.journal import load_saved_bitmaps, saved_bitmaps_file
 from chainmerge.options import Access
 from chainmerge.qcow2.check import CheckReport, check
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.tombstones import tombstone
 from chainmerge.types import REPORT_VERSION, CheckResult, RepairFinding, RepairReport
 
 
@@ -60,8 +67,15 @@ def repair(
     access = access or Access()
     with lock_image(image, LockMode.WRITER, access.lock_wait):
         chain = discover(Path(image), policy_of(access))
+        relatives = find_relatives(
+            chain,
+            len(chain.images) - 1,
+            tuple(map(Path, access.search)),
+            Path(access.active) if access.active else None,
+            policy=policy_of(access),
+        )
         with open_chain(chain) as opened:
-            wrong = _examine(opened.images[-1])
+            wrong = _examine(opened.images[-1], relatives)
         if not dry_run and wrong.actions:
             _mend(wrong)
     return RepairReport(
@@ -86,7 +100,7 @@ class _Wrong:
     leaks: bool
 
 
-def _examine(opened: OpenImage) -> _Wrong:
+def _examine(opened: OpenImage, relatives: Relatives) -> _Wrong:
     info, image = opened.info, opened.image
     if image is None:
         return _Wrong(info, (), (), (), None, leaks=False)
@@ -104,11 +118,16 @@ def _examine(opened: OpenImage) -> _Wrong:
             )
         )
         broken = ()
+    guarded = names_above(relatives)
     for name in broken:
         findings.append(
             RepairFinding("broken-bitmap", f"bitmap {name!r} is in-use", repairable=True)
         )
-        actions.append(f"remove the bitmap {name!r}")
+        actions.append(
+            f"replace the bitmap {name!r} by a tombstone, because an image above has the name"
+            if name in guarded
+            else f"remove the bitmap {name!r}"
+        )
         consequences.append(
             f"the next backup that builds on the checkpoint {name!r} must be a full one"
         )
@@ -121,7 +140,7 @@ def _examine(opened: OpenImage) -> _Wrong:
         findings=tuple(findings),
         actions=tuple(actions),
         consequences=tuple(consequences),
-        sound_bitmaps=_sound_bitmaps(opened, broken) if broken else None,
+        sound_bitmaps=_sound_bitmaps(opened, broken, guarded) if broken else None,
         leaks=bool(report.leaks),
     )
 
@@ -133,11 +152,21 @@ def _broken_bitmaps(opened: OpenImage) -> tuple[str, ...]:
     )
 
 
-def _sound_bitmaps(opened: OpenImage, broken: tuple[str, ...]) -> tuple[StoredBitmap, ...]:
+def _sound_bitmaps(
+    opened: OpenImage, broken: tuple[str, ...], guarded: frozenset[str]
+) -> tuple[StoredBitmap, ...]:
+    """What stands in the image once the broken bitmaps are out of it.
+
+    Without a tombstone, an image above that has the name too could pass the chain test with
+    its own bits alone.
+    """
+    size = opened.info.virtual_size
     return tuple(
-        StoredBitmap(entry.name, opened.bits(entry.name), entry.flags)
+        tombstone(entry.name, size, entry.granularity)
+        if entry.name in broken
+        else StoredBitmap(entry.name, opened.bits(entry.name), entry.flags)
         for entry in opened.info.bitmaps
-        if entry.name not in broken
+        if entry.name not in broken or entry.name in guarded
     )
 
 

@@ -1,15 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what base needs."""
+"""Counts what base has and gets, for :mod:`chainmerge.space` to say how large it must be."""
+
 from __future__ import annotations
+
 from dataclasses import dataclass
-from chainmerge.inspection import BitmapFacts, OpenChain, Target
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.bitmap_sets import final_set, stand_ins
+from chainmerge.engines.metadata.old_tree import bitmap_clusters
+from chainmerge.errors import ChainmergeError
 from chainmerge.planning import SpaceFacts
+from chainmerge.qcow2.check import CheckReport, check_with_references
+from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
+from chainmerge.space import (
+    Arrivals,
+    BaseFacts,
+    BitmapShape,
+    HostLayout,
+    MergeDemand,
+    Runs,
+    SpaceNeed,
+    count_arrivals,
+    growth_obstacle,
+    layout_of,
+    raw_space_need,
+    space_need,
+)
+from chainmerge.verify import bitmap_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.engines.metadata import StoredBitmap
+    from chainmerge.inspection import BitmapFacts, OpenChain, Target
+    from chainmerge.qcow2.image import Qcow2Image
+
+_WINDOW = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
-class SpaceGathered:
+class SpaceSurvey:
+    """What was found out about base's space.
+
+    ``check`` is the consistency check of base, None for a raw one. The figures are only good
+    if it is sound.
+    """
+
     facts: SpaceFacts
+    check: CheckReport | None
     new_clusters: int
     new_l2_tables: int
+    obstacle: ChainmergeError | None
 
-def gather_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> SpaceGathered:
-    return SpaceGathered(SpaceFacts(0,0,0,{}),0,0)
+
+def survey_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> SpaceSurvey:
+    """Work out how large base must be for the merge. Reads tables only."""
+    base = opened.images[target.base_index]
+    size_after = max(base.info.virtual_size, target.chain.top.virtual_size)
+    if base.image is None:
+        return _raw_survey(raw_space_need(base.info.file_size, size_after))
+    report, references = check_with_references(base.image)
+    if not report.sound:
+        return _unsound(report)
+    layout = _layout(base.image, references.counts)
+    facts = BaseFacts(
+        image=base.image.name,
+        header=base.image.header,
+        backing_size=_backing_size(target),
+        shared=layout.shared,
+    )
+    arrivals = _arrivals(target, opened, facts)
+    demand = _demand(base.image, layout, arrivals, bitmaps, size_after)
+    need = space_need(demand)
+    obstacle = growth_obstacle(facts, target.chain.top.virtual_size)
+    return SpaceSurvey(
+        facts=_facts(need),
+        check=report,
+        new_clusters=arrivals.likely_clusters,
+        new_l2_tables=arrivals.l2_tables,
+        obstacle=obstacle,
+    )
+
+
+def _facts(need: SpaceNeed) -> SpaceFacts:
+    return SpaceFacts(need.image_end, need.required, need.optimal, need.breakdown)
+
+
+def _raw_survey(need: SpaceNeed) -> SpaceSurvey:
+    return SpaceSurvey(_facts(need), None, 0, 0, None)
+
+
+def _unsound(report: CheckReport) -> SpaceSurvey:
+    """Of a damaged image nothing can be said, but that it is refused."""
+    end = report.image_end_offset
+    return SpaceSurvey(SpaceFacts(end, end, end, {}), report, 0, 0, None)
+
+
+def _backing_size(target: Target) -> int | None:
+    if target.base_index == 0:
+        return None
+    return target.chain.images[target.base_index - 1].virtual_size
+
+
+def _layout(image: Qcow2Image, counts: npt.NDArray[np.unsignedinteger]) -> HostLayout:
+    windows = (counts[at : at + _WINDOW] for at in range(0, len(counts), _WINDOW))
+    return layout_of(
+        windows,
+        read_refcount_table(image) != 0,
+        image.header.cluster_size,
+        refcounts_per_block(image.header),
+    )
+
+
+def _arrivals(target: Target, opened: OpenChain, facts: BaseFacts) -> Arrivals:
+    base = opened.images[target.base_index]
+    assert base.image is not None
+    top_size = target.chain.top.virtual_size
+    return count_arrivals(
+        facts,
+        base.image.l1,
+        opened.view(target.base_index + 1).resolve(0, top_size),
+        opened.view(target.base_index, target.base_index + 1).resolve(),
+        top_size,
+    )
+
+
+def _demand(
+    image: Qcow2Image,
+    layout: HostLayout,
+    arrivals: Arrivals,
+    bitmaps: BitmapFacts,
+    size_after: int,
+) -> MergeDemand:
+    header = image.header
+    holds = header.version >= 3
+    between = stand_ins(bitmaps, header.virtual_size) if holds else ()
+    after = final_set(bitmaps, size_after) if holds else ()
+    return MergeDemand(
+        header=header,
+        layout=layout,
+        old_bitmaps=_runs_of(bitmap_clusters(image)),
+        prunes=holds and bitmap_difference(image, between) is not None,
+        stand_ins=tuple(_shapes(between, header.cluster_size)),
+        final_bitmaps=tuple(_shapes(after, header.cluster_size)),
+        arrivals=arrivals,
+        virtual_size_after=size_after,
+    )
+
+
+def _shapes(bitmaps: Sequence[StoredBitmap], cluster_size: int) -> Iterator[BitmapShape]:
+    for bitmap in bitmaps:
+        yield BitmapShape(
+            name_bytes=len(bitmap.name.encode("utf-8", "surrogateescape")),
+            granularity=bitmap.bits.granularity,
+            data_clusters=len(bitmap.bits.dirty_parts(cluster_size)),
+        )
+
+
+def _runs_of(clusters: npt.NDArray[np.int64]) -> Runs:
+    """Ascending cluster numbers, perhaps with repetitions, as runs."""
+    distinct = np.unique(clusters)
+    heads = np.flatnonzero(np.diff(distinct, prepend=np.int64(-2)) != 1)
+    tails = np.append(heads[1:], len(distinct)) - 1
+    if not len(distinct):
+        return Runs(distinct, distinct)
+    return Runs(distinct[heads], distinct[tails] - distinct[heads] + 1)

@@ -102,6 +102,14 @@ def test_a_file_on_a_volume_needs_a_word(volumes: Path, tmp_path: Path) -> None:
     assert discover(images / "top", policy).base.path == images / "base"
 
 
+def test_a_link_straight_to_a_node_is_judged_by_the_node(volumes: Path, tmp_path: Path) -> None:
+    node = (volumes / "base").resolve()
+    (tmp_path / "link").symlink_to(node)
+    overlay(tmp_path / "image", "link")
+    error = refusal(BackingFileOutside, tmp_path, lambda: discover(tmp_path / "image", PLAIN))
+    assert error.how == f"is a symbolic link that leads to {str(node)!r}"
+
+
 def test_nodes_in_dev_itself(loop_device: Attach) -> None:
     base, top = loop_device("base"), loop_device("top")
     qemu.create(base, MIB)

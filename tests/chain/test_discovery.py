@@ -145,6 +145,17 @@ def test_encryption_is_seen(images: Path) -> None:
     assert not discover(images / "top", PLAIN).top.encrypted
 
 
+@pytest.mark.parametrize(
+    ("bit", "note"),
+    [(1, "it was not closed properly (dirty bit)"), (2, "QEMU has marked it corrupt")],
+)
+def test_what_a_header_confesses(images: Path, bit: int, note: str) -> None:
+    with (images / "base").open("r+b") as file:
+        file.seek(79)
+        file.write(bytes([bit]))
+    assert discover(images / "top", PLAIN).root.notes == (note,)
+
+
 # Names
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -29,7 +29,14 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.refcounts import read_refcounts
 from chainmerge.storage.files import WritablePort
 from tests.support import qemu
-from tests.support.crash import FailingPort, Flushed, FullFileSystem, RecordingPort, Reserved, Written
+from tests.support.crash import (
+    FailingPort,
+    Flushed,
+    FullFileSystem,
+    RecordingPort,
+    Reserved,
+    Written,
+)
 from tests.support.images import Geometry, apply_writes, geometries, open_qcow2, operations
 
 if TYPE_CHECKING:
@@ -101,7 +108,7 @@ def assert_qemu_reads(path: Path, bitmaps: Sequence[StoredBitmap]) -> None:
         assert qemu.dirty_ranges(exported, bitmap.name) == dirty_of(bitmap.bits), bitmap.name
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "512 B clusters": {"cluster_size": 512},
     "1 KiB clusters": {"cluster_size": 1024},
     "4 KiB clusters": {"cluster_size": 4096},
@@ -122,7 +129,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
 def test_qemu_reads_the_new_set_and_carries_it_on(
-    tmp_path: Path, options: dict[str, str | int]
+    tmp_path: Path, options: dict[str, Any]
 ) -> None:
     image = qemu.create(tmp_path / "image.qcow2", 6 * MIB, **options)
     qemu.qemu_img("bitmap", "--add", image, "old")
@@ -178,7 +185,8 @@ def test_random_sets_in_random_images(
     seed: int,
 ) -> None:
     geometry, size, writes, counts = drawn
-    image = qemu.create(tmp_path_factory.mktemp("random") / "i.qcow2", size, **geometry.options)
+    options: dict[str, Any] = geometry.options
+    image = qemu.create(tmp_path_factory.mktemp("random") / "i.qcow2", size, **options)
     apply_writes(image, writes)
     for step, count in enumerate(counts):
         bitmaps = random_set(seed + step, size, count)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -32,7 +33,7 @@ from tests.support.crash import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 KIB = 1 << 10
@@ -73,7 +74,7 @@ def trusted_bitmaps(content: bytes) -> Bitmaps:
 class Scenario:
     """An image with an old set of bitmaps, and the set that shall replace it."""
 
-    options: dict[str, str | int]
+    options: dict[str, Any]
     old: list[StoredBitmap]
     new: list[StoredBitmap]
     data: str = "write -q -P 1 512k 300k"

@@ -6,7 +6,7 @@
 bitmap, what the guest wrote since each checkpoint. After every step the images must agree
 with that record:
 
-*   every image reads as the guest left it;
+*   every image reads as the guest left it, and stands on the image that it should;
 *   every name that passes the chain test in an image covers all guest writes since its
     checkpoint;
 *   every name that passed before a merge passes afterwards, with exactly the same bits.
@@ -14,17 +14,24 @@ with that record:
 Numbers are in blocks, a unit that the backend chooses. Granularities are powers of two up
 to ``MAX_GRANULARITY`` and sizes are multiples of it, so that no granule is cut by a disk's
 end and "exactly the same bits" has one meaning.
+
+A merge can be killed. Until somebody runs it again, nobody can say what the image merged
+into reads as, and what its bitmaps are worth: it is *spoiled*, and so are the images between
+it and top. Whoever reads top, or an image above it, must notice nothing of that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from chainmerge.checkpoints import BitmapState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from chainmerge.types import Stage
 
 MAX_GRANULARITY = 4
 
@@ -70,6 +77,23 @@ class MergeRequest:
         return self.chain[self.base_index + 1 : -1]
 
 
+@dataclass(frozen=True, slots=True)
+class KillPoint:
+    """When a merge is killed: after ``actions`` more actions once ``stage`` has begun."""
+
+    stage: Stage
+    actions: int
+
+
+class Ending(Enum):
+    """How a merge ended that was to be killed."""
+
+    REFUSED = auto()
+    KILLED = auto()
+    FINISHED = auto()
+    """It was done before its moment came, or all but tidying up: top is gone."""
+
+
 class Backend(Protocol):
     """Keeps images. Sizes, offsets, granularities are in blocks; values are 0 to 255."""
 
@@ -94,6 +118,9 @@ class Backend(Protocol):
     def crash(self, image: str) -> None:
         """QEMU dies with the image open for writing: its bitmaps stay in-use."""
 
+    def write_and_crash(self, image: str, start: int, count: int, value: int) -> None:
+        """QEMU dies when the guest has written, and what it wrote is durable."""
+
     def merge(self, request: MergeRequest, at_moment: Callable[[], None]) -> bool:
         """Merge with chainmerge; false if it refused, and nothing was changed.
 
@@ -101,14 +128,27 @@ class Backend(Protocol):
         while top and its children still stand as before.
         """
 
+    def merge_and_kill(self, request: MergeRequest, point: KillPoint) -> Ending:
+        """Merge with chainmerge, and kill it. No checkpoint may be given up in it."""
+
+    def backing(self, image: str) -> str | None: ...
+
     def bitmaps(self, image: str) -> Mapping[str, StoredBitmap]: ...
 
     def content(self, image: str) -> tuple[int, ...]:
         """What the guest would read from this image, one value a block."""
 
 
+# Image, start, count, value.
+Write: TypeAlias = "Callable[[str, int, int, int], None]"
+
+
 class HistoryViolated(AssertionError):
     """The images disagree with what happened."""
+
+
+class WrongBacking(HistoryViolated):
+    """An image stands on another one than it should."""
 
 
 class WrongContent(HistoryViolated):
@@ -131,6 +171,14 @@ class WrongRefusal(HistoryViolated):
     """A merge was refused without need, or changed something although refused."""
 
 
+def _union(from_leaf_down: list[StoredBitmap | None]) -> frozenset[int] | None:
+    """Union of all occurrences of a name that passes the chain test, else None."""
+    states = [BitmapState.ABSENT if b is None else b.state for b in from_leaf_down]
+    if not passes_chain_test(states):
+        return None
+    return frozenset[int]().union(*(b.dirty for b in from_leaf_down if b is not None))
+
+
 def passes_chain_test(states_from_leaf_down: list[BitmapState]) -> bool:
     """The consumers' test, not shared with the code under test."""
     rest = list(states_from_leaf_down)
@@ -139,6 +187,15 @@ def passes_chain_test(states_from_leaf_down: list[BitmapState]) -> bool:
     while rest and rest[0] is BitmapState.VALID:
         rest.pop(0)
     return all(state is BitmapState.ABSENT for state in rest)
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedMerge:
+    """A merge that was killed; ``held`` has base's bitmaps and those between, from before."""
+
+    base: str
+    top: str
+    held: Mapping[str, Mapping[str, StoredBitmap]]
 
 
 class DiskHistory:
@@ -158,6 +215,8 @@ class DiskHistory:
         self.backing: dict[str, str | None] = {self.active: None}
         self.sizes = {self.active: size}
         self.raw_root = raw_root
+        self.spoiled: set[str] = set()
+        self.unfinished: UnfinishedMerge | None = None
         self._created = 1
         self._writes = 0
         self._content: dict[str, list[int]] = {self.active: [0] * size}
@@ -188,7 +247,12 @@ class DiskHistory:
         return [image for image in self.backing if not self.children(image)]
 
     def mergeable(self, base: str, top: str) -> bool:
-        """Whether base is below top, and no image but those of the range reads base."""
+        """Whether base is below top, and no image but those of the range reads base.
+
+        As long as a merge is unfinished, there is no other.
+        """
+        if self.unfinished and (base, top) != (self.unfinished.base, self.unfinished.top):
+            return False
         chain = self.chain(top)
         if base == top or base not in chain:
             return False
@@ -208,16 +272,20 @@ class DiskHistory:
 
     def guest_write(self, start: int, count: int) -> None:
         self._writes += 1
-        self._fill(start, count, 1 + self._writes % 255)
+        self._fill(start, count, 1 + self._writes % 255, self.backend.write)
 
     def guest_write_zeroes(self, start: int, count: int) -> None:
-        self._fill(start, count, 0)
+        self._fill(start, count, 0, self.backend.write)
 
-    def _fill(self, start: int, count: int, value: int) -> None:
+    def guest_write_and_crash(self, start: int, count: int) -> None:
+        self._writes += 1
+        self._fill(start, count, 1 + self._writes % 255, self.backend.write_and_crash)
+
+    def _fill(self, start: int, count: int, value: int, write: Write) -> None:
         size = self.sizes[self.active]
         start %= size
         count = min(count, size - start)
-        self.backend.write(self.active, start, count, value)
+        write(self.active, start, count, value)
         blocks = range(start, start + count)
         for block in blocks:
             self._content[self.active][block] = value
@@ -230,7 +298,8 @@ class DiskHistory:
 
     def revert(self, image: str) -> None:
         """The guest goes on from an older image, in a new overlay beside the others."""
-        self._continue_on(image, grow=0)
+        if image not in self.spoiled:
+            self._continue_on(image, grow=0)
 
     def _continue_on(self, backing: str, *, grow: int) -> None:
         overlay = f"image{self._created}"
@@ -255,7 +324,9 @@ class DiskHistory:
             self.active = leaf
 
     def delete_leaf(self, leaf: str) -> None:
-        if leaf != self.active and not self.children(leaf) and self.backing[leaf] is not None:
+        below = self.backing[leaf]
+        # What a killed merge has spoiled is of use only to what hides it.
+        if leaf != self.active and not self.children(leaf) and below and below not in self.spoiled:
             self.backend.delete(leaf)
             self._forget(leaf)
 
@@ -263,13 +334,13 @@ class DiskHistory:
         self.backend.crash(self.active)
 
     def disable_bitmap(self, image: str, name: str) -> None:
-        bitmap = self.backend.bitmaps(image).get(name)
+        bitmap = self._open_to_meddling(image).get(name)
         if bitmap is not None and bitmap.state is BitmapState.VALID:
             self.backend.disable_bitmap(image, name)
 
     def remove_bitmap(self, image: str, name: str) -> None:
         """Somebody removes a bitmap from one image only."""
-        if name not in self.backend.bitmaps(image):
+        if name not in self._open_to_meddling(image):
             return
         for reader in (image, *self.above(image)):
             covered = self._covered(reader, name, without=image)
@@ -277,14 +348,66 @@ class DiskHistory:
                 return
         self.backend.remove_bitmap(image, name)
 
+    def _open_to_meddling(self, image: str) -> Mapping[str, StoredBitmap]:
+        """The bitmaps of an image, if people take it for one that can be worked on."""
+        return {} if image in self.spoiled else self.backend.bitmaps(image)
+
     def merge(
         self, base: str, top: str, *, top_stays: bool = False, give_up_checkpoints: bool = False
     ) -> bool:
         """Merge; false if it was not possible or was refused."""
         if not self.mergeable(base, top):
             return False
+        request = self._request(
+            base, top, top_stays=top_stays, give_up_checkpoints=give_up_checkpoints
+        )
+        covered_before = self._covered_before(request)
+        bitmaps_before = self._all_bitmaps()
+
+        def no_false_checkpoint_now() -> None:
+            for reader in (top, *request.above):
+                self._check_checkpoints(reader)
+
+        if not self.backend.merge(request, no_false_checkpoint_now):
+            self._check_refusal(request, bitmaps_before)
+            return False
+        self._finish(request, covered_before)
+        return True
+
+    def merge_and_kill(
+        self, base: str, top: str, point: KillPoint, *, top_stays: bool = False
+    ) -> Ending:
+        """Merge, and be killed; :meth:`merge` finishes it, for the same base and top."""
+        if not self.mergeable(base, top):
+            return Ending.REFUSED
+        request = self._request(base, top, top_stays=top_stays, give_up_checkpoints=False)
+        covered_before = self._covered_before(request)
+        bitmaps_before = self._all_bitmaps()
+        ending = self.backend.merge_and_kill(request, point)
+        match ending:
+            case Ending.REFUSED:
+                self._check_refusal(request, bitmaps_before)
+            case Ending.FINISHED:
+                self._finish(request, covered_before)
+            case Ending.KILLED:
+                spoiled = (base, *request.between)
+                self.spoiled |= set(spoiled)
+                # If this is not the first attempt, what base held is what it held then.
+                self.unfinished = self.unfinished or UnfinishedMerge(
+                    base, top, {image: bitmaps_before[image] for image in spoiled}
+                )
+        return ending
+
+    def abandon_merge(self) -> None:
+        """Nobody runs the killed merge again; the images are used as they are."""
+        self.unfinished = None
+        self.backing = {image: self.backend.backing(image) for image in self.backing}
+
+    def _request(
+        self, base: str, top: str, *, top_stays: bool, give_up_checkpoints: bool
+    ) -> MergeRequest:
         chain = self.chain(top)
-        request = MergeRequest(
+        return MergeRequest(
             chain=chain,
             base_index=chain.index(base),
             above=tuple(self.above(top)),
@@ -292,28 +415,44 @@ class DiskHistory:
             top_stays=top_stays,
             give_up_checkpoints=give_up_checkpoints,
         )
-        readers = (top, *request.above)
-        covered_before = {reader: self.checkpoints(reader) for reader in readers}
-        bitmaps_before = {image: dict(self.backend.bitmaps(image)) for image in self.images}
 
-        def no_false_checkpoint_now() -> None:
-            for reader in readers:
-                self._check_checkpoints(reader)
+    def _all_bitmaps(self) -> dict[str, dict[str, StoredBitmap]]:
+        return {image: dict(self.backend.bitmaps(image)) for image in self.images}
 
-        if not self.backend.merge(request, no_false_checkpoint_now):
-            self._check_refusal(request, bitmaps_before)
-            return False
+    def _covered_before(self, request: MergeRequest) -> dict[str, dict[str, frozenset[int]]]:
+        """What each reader's checkpoints cover, as if no attempt had been killed."""
+        if self.unfinished is None:
+            return {image: self.checkpoints(image) for image in (request.top, *request.above)}
+        bitmaps = self._all_bitmaps() | dict(self.unfinished.held)
+        return {
+            reader: {
+                name: covered
+                for name in bitmaps[reader]
+                if (covered := _union([bitmaps[at].get(name) for at in self.chain(reader)[::-1]]))
+                is not None
+            }
+            for reader in (request.top, *request.above)
+        }
+
+    def _finish(
+        self, request: MergeRequest, covered_before: Mapping[str, Mapping[str, frozenset[int]]]
+    ) -> None:
+        base, top = request.base, request.top
+        self.unfinished = None
         self._settle(request)
-        if self.holds_bitmaps(base):
-            successors = {reader: reader for reader in request.above} | {top: base}
-            for reader, successor in successors.items():
-                self._check_kept(covered_before[reader], successor)
-            if top_stays:
-                self._check_kept(covered_before[top], top)
-        return True
+        if not self.holds_bitmaps(base):
+            return
+        successors = {reader: reader for reader in request.above} | {top: base}
+        for reader, successor in successors.items():
+            self._check_kept(covered_before[reader], successor)
+        if request.top_stays:
+            self._check_kept(covered_before[top], top)
 
     def _settle(self, request: MergeRequest) -> None:
         base, top = request.base, request.top
+        self.spoiled.discard(base)
+        if top in self.spoiled:
+            self.spoiled.add(base)
         self.sizes[base] = self.sizes[top]
         self._content[base] = list(self._content[top])
         self._written_since[base] = {
@@ -331,6 +470,7 @@ class DiskHistory:
             self.active = base
 
     def _forget(self, image: str) -> None:
+        self.spoiled.discard(image)
         del self.backing[image], self.sizes[image]
         del self._content[image], self._written_since[image]
 
@@ -343,21 +483,29 @@ class DiskHistory:
         return {name: covered for name, covered in found if covered is not None}
 
     def _covered(self, image: str, name: str, *, without: str = "") -> frozenset[int] | None:
-        """Union of all occurrences of a name that passes the chain test, else None."""
-        from_leaf_down = [
-            None if below == without else self.backend.bitmaps(below).get(name)
-            for below in reversed(self.chain(image))
-        ]
-        states = [BitmapState.ABSENT if b is None else b.state for b in from_leaf_down]
-        if not passes_chain_test(states):
-            return None
-        return frozenset[int]().union(*(b.dirty for b in from_leaf_down if b is not None))
+        """What the name covers for who opens this image, without looking at one of them."""
+        from_leaf_down = []
+        at: str | None = image
+        while at is not None:
+            from_leaf_down.append(None if at == without else self.backend.bitmaps(at).get(name))
+            at = self.backend.backing(at)
+        return _union(from_leaf_down)
 
     def check(self) -> None:
         """Compare all images with what happened."""
         for image in self.images:
-            self._check_content(image)
-            self._check_checkpoints(image)
+            if image not in self.spoiled:
+                self._check_content(image)
+                self._check_checkpoints(image)
+        if self.unfinished is None:
+            self._check_backing()
+
+    def _check_backing(self) -> None:
+        for image, below in self.backing.items():
+            found = self.backend.backing(image)
+            if found != below:
+                msg = f"{image} stands on {found}, not on {below}"
+                raise WrongBacking(msg)
 
     def _check_content(self, image: str) -> None:
         read = self.backend.content(image)
@@ -385,7 +533,8 @@ class DiskHistory:
     def _check_refusal(
         self, request: MergeRequest, before: Mapping[str, Mapping[str, StoredBitmap]]
     ) -> None:
-        if self.holds_bitmaps(request.base) or request.give_up_checkpoints:
+        abandoned = self.spoiled and self.unfinished is None
+        if not abandoned and (self.holds_bitmaps(request.base) or request.give_up_checkpoints):
             msg = f"the merge of {request.top} into {request.base} was refused"
             raise WrongRefusal(msg)
         if before != {image: dict(self.backend.bitmaps(image)) for image in self.images}:
@@ -400,4 +549,6 @@ class DiskHistory:
                 for name, bitmap in sorted(self.backend.bitmaps(image).items())
             )
             mark = "*" if image == self.active else " "
-            yield f"{mark}{image} on {self.backing[image] or 'nothing'}: {bitmaps or 'no bitmaps'}"
+            note = ", spoiled" if image in self.spoiled else ""
+            below = self.backend.backing(image) or "nothing"
+            yield f"{mark}{image} on {below}{note}: {bitmaps or 'no bitmaps'}"

@@ -10,7 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.checkpoints import BitmapState
-from tests.model.disk_history import Backend, HistoryViolated, MergeRequest, StoredBitmap
+from tests.model.disk_history import (
+    Backend,
+    Ending,
+    HistoryViolated,
+    KillPoint,
+    MergeRequest,
+    StoredBitmap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,6 +32,8 @@ class Lockstep:
 
     def __init__(self, first: Backend, second: Backend) -> None:
         self._both = (first, second)
+        # What the second is merging into, or was when it was killed: nobody compares that.
+        self._spoiled: tuple[str, ...] = ()
 
     def create_root(self, image: str, size: int, *, holds_bitmaps: bool) -> None:
         for backend in self._both:
@@ -58,15 +67,45 @@ class Lockstep:
         for backend in self._both:
             backend.crash(image)
 
+    def write_and_crash(self, image: str, start: int, count: int, value: int) -> None:
+        for backend in self._both:
+            backend.write_and_crash(image, start, count, value)
+
     def merge(self, request: MergeRequest, at_moment: Callable[[], None]) -> bool:
-        # In the middle of a merge the two are not at the same point, so nobody looks.
-        first, second = (backend.merge(request, lambda: None) for backend in self._both)
-        if first != second:
+        before = self._spoiled
+        self._spoiled = (request.base, *request.between)
+        merged = self._both[1].merge(request, at_moment)
+        self._follow(request, merged=merged)
+        self._spoiled = () if merged else before
+        return merged
+
+    def merge_and_kill(self, request: MergeRequest, point: KillPoint) -> Ending:
+        ending = self._both[1].merge_and_kill(request, point)
+        if ending is Ending.KILLED:
+            # To the first nothing has happened, and when the second has finished nobody
+            # must see that to the second something had.
+            self._spoiled = (request.base, *request.between)
+        else:
+            self._follow(request, merged=ending is Ending.FINISHED)
+        if ending is Ending.FINISHED:
+            self._spoiled = ()
+        return ending
+
+    def _follow(self, request: MergeRequest, *, merged: bool) -> None:
+        if self._both[0].merge(request, lambda: None) != merged:
             msg = f"one merged {request.top} into {request.base}, the other refused to"
+            raise BackendsDiffer(msg)
+
+    def backing(self, image: str) -> str | None:
+        first, second = (backend.backing(image) for backend in self._both)
+        if first != second and not self._spoiled:
+            msg = f"{image} stands on {first} and on {second}"
             raise BackendsDiffer(msg)
         return second
 
     def bitmaps(self, image: str) -> Mapping[str, StoredBitmap]:
+        if image in self._spoiled:
+            return self._both[1].bitmaps(image)
         first, second = (backend.bitmaps(image) for backend in self._both)
         if _meaning(first) != _meaning(second):
             msg = f"bitmaps of {image} differ: {dict(first)} and {dict(second)}"

@@ -6,7 +6,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.model.disk_history import MAX_GRANULARITY, Backend, DiskHistory
+from chainmerge.types import Stage
+from tests.model.disk_history import MAX_GRANULARITY, Backend, DiskHistory, Ending, KillPoint
 from tests.model.memory import MemoryBackend
 
 NAMES = st.sampled_from(["cp1", "cp2"])
@@ -15,6 +16,11 @@ STARTS = st.integers(0, 15)
 COUNTS = st.integers(1, 3)
 # An index into what there is, taken modulo: shrinks well and needs no look at the state.
 ANY = st.integers(0, 11)
+KILL_POINTS = st.builds(
+    KillPoint,
+    st.sampled_from([Stage.PRUNE, Stage.COPY, Stage.BITMAPS, Stage.VERIFY, Stage.SETTLE]),
+    st.integers(0, 15),
+)
 
 
 class DiskHistoryMachine(RuleBasedStateMachine):
@@ -26,18 +32,21 @@ class DiskHistoryMachine(RuleBasedStateMachine):
 
     max_images = 7
 
-    def make_backend(self) -> Backend:
+    def make_backend(self, variety: int) -> Backend:
+        """Images of the kind ``variety``, for a backend that has more than one."""
         return MemoryBackend()
 
     history: DiskHistory
 
     @initialize(
+        variety=ANY,
         raw_root=st.sampled_from([False, False, False, True]),
         past=st.lists(st.tuples(st.booleans(), STARTS), max_size=4),
     )
-    def create_disk(self, raw_root: bool, past: list[tuple[bool, int]]) -> None:
+    def create_disk(self, variety: int, raw_root: bool, past: list[tuple[bool, int]]) -> None:
         """Start with a few snapshots, so that few steps are needed to get at the traps."""
-        self.history = DiskHistory(self.make_backend(), 2 * MAX_GRANULARITY, raw_root=raw_root)
+        backend = self.make_backend(variety)
+        self.history = DiskHistory(backend, 2 * MAX_GRANULARITY, raw_root=raw_root)
         for new_checkpoint, start in past:
             if new_checkpoint:
                 self.history.checkpoint("cp1", 1)
@@ -82,6 +91,10 @@ class DiskHistoryMachine(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         self.history.crash()
+
+    @rule(start=STARTS, count=COUNTS)
+    def guest_write_and_crash(self, start: int, count: int) -> None:
+        self.history.guest_write_and_crash(start, count)
 
     def occurrences(self) -> list[tuple[str, str]]:
         history = self.history
@@ -131,3 +144,37 @@ class DiskHistoryMachine(RuleBasedStateMachine):
     @invariant()
     def images_agree_with_what_happened(self) -> None:
         self.history.check()
+
+
+class KilledMergesMachine(DiskHistoryMachine):
+    """Merges that are killed as well, for backends to which that makes a difference."""
+
+    @precondition(lambda self: self.mergeable() and self.history.unfinished is None)
+    @rule(which=ANY, point=KILL_POINTS, top_stays=st.booleans())
+    def kill_a_merge(self, which: int, point: KillPoint, top_stays: bool) -> None:
+        """The next merge finishes it; there is no other until then."""
+        ranges = self.mergeable()
+        base, top = ranges[which % len(ranges)]
+        self.history.merge_and_kill(base, top, point, top_stays=top_stays)
+
+    @precondition(lambda self: self.mergeable())
+    @rule(
+        which=ANY,
+        points=st.lists(KILL_POINTS, min_size=1, max_size=2),
+        top_stays=st.booleans(),
+        start=STARTS,
+    )
+    def kill_a_merge_until_it_is_done(
+        self, which: int, points: list[KillPoint], top_stays: bool, start: int
+    ) -> None:
+        """With the guest going on in between; chance seldom puts all that side by side."""
+        ranges = self.mergeable()
+        base, top = ranges[which % len(ranges)]
+        for point in points:
+            ending = self.history.merge_and_kill(base, top, point, top_stays=top_stays)
+            if ending is not Ending.KILLED:
+                return
+            self.history.check()
+            self.history.guest_write(start, 1)
+            self.history.check()
+        self.history.merge(base, top, top_stays=top_stays)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from chainmerge import checkpoints
 from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, Occurrence
-from tests.model.disk_history import MergeRequest, StoredBitmap
+from tests.model.disk_history import Ending, KillPoint, MergeRequest, StoredBitmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -80,9 +80,16 @@ class MemoryBackend:
         for name in list(self._images[image].bitmaps):
             self._set_state(image, name, BitmapState.IN_USE)
 
+    def write_and_crash(self, image: str, start: int, count: int, value: int) -> None:
+        self.write(image, start, count, value)
+        self.crash(image)
+
     def _set_state(self, image: str, name: str, state: BitmapState) -> None:
         bitmaps = self._images[image].bitmaps
         bitmaps[name] = replace(bitmaps[name], state=state)
+
+    def backing(self, image: str) -> str | None:
+        return self._images[image].backing
 
     def bitmaps(self, image: str) -> Mapping[str, StoredBitmap]:
         return dict(self._images[image].bitmaps)
@@ -128,6 +135,10 @@ class MemoryBackend:
                 if decision.tombstone_while_top_exists and not decision.tombstone:
                     del base.bitmaps[decision.name]
         return True
+
+    def merge_and_kill(self, request: MergeRequest, point: KillPoint) -> Ending:
+        """Nothing happens: what a killed merge must look like, once it was run again."""
+        return Ending.KILLED
 
     def _layer(self, image: str) -> LayerBitmaps:
         source = self._images[image]

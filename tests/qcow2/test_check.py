@@ -126,7 +126,10 @@ def test_sound_images(plan: ImagePlan, data: st.DataObject) -> None:
         (path,) = build_chain(Path(scratch), [plan])
         if is_v3 and data.draw(st.booleans()):
             qemu.qemu_img("bitmap", "-f", "qcow2", "--add", path, "bits", "-g", "512")
-        if plan.geometry.refcount_bits > 2 or not is_v3:
+        # Many compressed clusters share one of the file, and refcounts must have room for twice
+        # as many references; QEMU refuses the snapshot otherwise.
+        dense = any(isinstance(each, WriteCompressed) for each in plan.operations)
+        if plan.geometry.refcount_bits >= (16 if dense else 4):
             for number in range(data.draw(st.integers(0, 2))):
                 qemu.qemu_img("snapshot", "-c", f"s{number}", path)
                 later = data.draw(operations(plan.geometry, plan.disk_size, max_size=3))

@@ -388,6 +388,47 @@ def test_an_offset_that_counts_up_into_reserved_bits_is_refused(small_images: li
         list(iter_extents(with_l2_entry(content, 3, last + 512)))
 
 
+def assert_readings_agree(image: Qcow2Image) -> None:
+    for extents in iter_extents(image):
+        for index in range(len(extents)):
+            assert_entries_agree(image, extents, index)
+
+
+@pytest.mark.parametrize(
+    ("which", "entry", "step"),
+    [
+        (0, 0, 512),
+        (0, mapping.ZERO_FLAG, 512),
+        (0, mapping.COMPRESSED | 8 * KIB, 512),
+        (0, mapping.COMPRESSED | 1 << 61 | 8 * KIB, 512),
+        (3, 0, 16 * KIB),
+        (3, mapping.COMPRESSED | 1 << 54 | 64 * KIB, 16 * KIB),
+    ],
+    ids=["hole", "zero", "compressed", "two-sectors", "extended-hole", "extended-compressed"],
+)
+def test_entries_that_seem_to_count_up(
+    small_images: list[bytes], which: int, entry: int, step: int
+) -> None:
+    """Neighbours that differ by a cluster as numbers, and yet are no run of data."""
+    bitmap = None if which == 0 else 0
+    content = small_images[which]
+    for cluster in (1, 2):
+        image = with_l2_entry(content, cluster, entry + (cluster - 1) * step, bitmap)
+        content = image.readable.read(0, len(content))
+    assert_readings_agree(image)
+
+
+def test_data_that_goes_on_behind_a_missing_table(tmp_path: Path) -> None:
+    """The last cluster of one table and the first of the next but one, side by side in the file."""
+    plan = ImagePlan(Geometry(512), 96 * KIB, [Write(31 * KIB, KIB), Write(64 * KIB, 512)])
+    content = build(str(tmp_path), plan).read_bytes()
+    host = lookup(Qcow2Image(BytesReadable("image", content)), 32 * KIB - 512).host
+    image = with_l2_entry(content, 128, mapping.COPIED | host + 512)
+    (extents,) = iter_extents(image)
+    assert extents.guest.tolist() == [0, 31 * KIB, 32 * KIB, 64 * KIB, 64 * KIB + 512]
+    assert_readings_agree(image)
+
+
 def with_l1_entry(content: bytes, index: int, entry: int) -> Qcow2Image:
     place = Qcow2Image(BytesReadable("image", content)).header.l1_table_offset + 8 * index
     patched = content[:place] + entry.to_bytes(8, "big") + content[place + 8 :]

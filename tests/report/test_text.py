@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainmerge.report.text import count, exact_size, human_size, printable
+from chainmerge.report.text import count, exact_size, human_size, printable, rough_size
 
 any_text = st.text(st.characters(exclude_categories=()))
 
@@ -66,3 +66,8 @@ def test_exact_sizes_hold_the_exact_number(size: int) -> None:
 def test_counts_agree_with_their_nouns() -> None:
     assert [count(n, "bitmap") for n in (0, 1, 2)] == ["0 bitmaps", "1 bitmap", "2 bitmaps"]
     assert count(2, "directory") == "2 directories"
+
+
+def test_rough_sizes_keep_their_width() -> None:
+    sizes = [rough_size(size) for size in (0, 0.4, 1023, 2.2 * 2**20, 2**63)]
+    assert sizes == ["0.0 B", "0.4 B", "1023.0 B", "2.2 MiB", "8.0 EiB"]

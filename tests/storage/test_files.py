@@ -293,11 +293,10 @@ class TestFlushing:
     def test_a_flush_is_a_flush(self, tmp_path: Path) -> None:
         """What was flushed has left the device's page cache: the file under it has it."""
         backing = tmp_path / "backing"
-        with loop_device(backing, 1 << 20, "--direct-io=on") as device:
-            with WritablePort(device) as port:
-                port.write(0, b"y" * 65536)
-                port.flush()
-                assert backing.read_bytes()[:65536] == b"y" * 65536
+        with loop_device(backing, 1 << 20) as device, WritablePort(device) as port:
+            port.write(0, b"y" * 65536)
+            port.flush()
+            assert backing.read_bytes()[:65536] == b"y" * 65536
 
     def test_directories(self, tmp_path: Path) -> None:
         fsync_directory(tmp_path)

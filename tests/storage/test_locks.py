@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from chainmerge.storage import locks
 from chainmerge.storage.errors import ImageLocked, ImageMissing, LocksUnsupported
 from chainmerge.storage.locks import ImageLock, LockMode, lock_image
 from tests.support.loopdev import loop_device
@@ -137,9 +137,11 @@ class TestLikeQemu:
 class TestRespectsQemu:
     @each_mode
     def test_a_writer_excludes_us(self, image: Path, mode: LockMode) -> None:
-        with daemon_holding(image, LockMode.WRITER) as pid:
-            with pytest.raises(ImageLocked) as caught:
-                lock_image(image, mode, 0)
+        with (
+            daemon_holding(image, LockMode.WRITER) as pid,
+            pytest.raises(ImageLocked) as caught,
+        ):
+            lock_image(image, mode, 0)
         assert caught.value.facts == {
             "image": str(image),
             "holder": f"qemu-storage-da (pid {pid})",  # the kernel keeps 15 bytes of a name
@@ -153,9 +155,12 @@ class TestRespectsQemu:
                 lock_image(image, LockMode.WRITER, 0)
 
     def test_every_holder_is_named(self, image: Path) -> None:
-        with daemon_holding(image, LockMode.READER) as pid, lock_image(image, LockMode.READER, 0):
-            with pytest.raises(ImageLocked) as caught:
-                lock_image(image, LockMode.WRITER, 0)
+        with (
+            daemon_holding(image, LockMode.READER) as pid,
+            lock_image(image, LockMode.READER, 0),
+            pytest.raises(ImageLocked) as caught,
+        ):
+            lock_image(image, LockMode.WRITER, 0)
         assert f"(pid {pid})" in caught.value.holder
         assert f"(pid {os.getpid()})" in caught.value.holder
 
@@ -180,18 +185,22 @@ class TestRespectsQemu:
             with lock_image(device, mode, 0):
                 assert 'Failed to get "write" lock' in outcome("write", device)[1]
             qemu_io(device, "write 0 64k")
-            with daemon_holding(device, LockMode.WRITER) as pid:
-                with pytest.raises(ImageLocked, match=rf"\(pid {pid}\)"):
-                    lock_image(device, mode, 0)
+            with (
+                daemon_holding(device, LockMode.WRITER) as pid,
+                pytest.raises(ImageLocked, match=rf"\(pid {pid}\)"),
+            ):
+                lock_image(device, mode, 0)
 
     def test_where_stat_and_the_kernel_name_devices_differently(
         self, file_systems: dict[str, Path]
     ) -> None:
         """On Btrfs st_dev is the subvolume's, and the lists of locks have the file system's."""
         image = create(file_systems["btrfs"] / "image", 1 << 20)
-        with daemon_holding(image, LockMode.WRITER) as pid:
-            with pytest.raises(ImageLocked, match=rf"\(pid {pid}\)"):
-                lock_image(image, LockMode.READER, 0)
+        with (
+            daemon_holding(image, LockMode.WRITER) as pid,
+            pytest.raises(ImageLocked, match=rf"\(pid {pid}\)"),
+        ):
+            lock_image(image, LockMode.READER, 0)
         image.unlink()
 
 
@@ -219,7 +228,7 @@ class TestAmongOurselves:
             if len(pauses) == 3:
                 holder.release()
 
-        monkeypatch.setattr(locks.time, "sleep", sleep)
+        monkeypatch.setattr(time, "sleep", sleep)
         with lock_image(image, LockMode.WRITER, 3600) as lock:
             assert lock.fileno() >= 0
         assert pauses == [0.05] * 3
@@ -232,11 +241,10 @@ class TestAmongOurselves:
         def sleep(seconds: float) -> None:
             clock[0] += seconds
 
-        monkeypatch.setattr(locks.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(locks.time, "sleep", sleep)
-        with lock_image(image, LockMode.WRITER, 0):
-            with pytest.raises(ImageLocked):
-                lock_image(image, LockMode.WRITER, 0.12)
+        monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(time, "sleep", sleep)
+        with lock_image(image, LockMode.WRITER, 0), pytest.raises(ImageLocked):
+            lock_image(image, LockMode.WRITER, 0.12)
         assert clock[0] == pytest.approx(1000.12)
 
     def test_releasing_twice(self, image: Path) -> None:

@@ -169,7 +169,10 @@ class TestFile:
         # Others take all the rest, and there still is what was reserved.
         self._fill(directory)
         with WritablePort(image) as port:
-            port.write(3 * 4096, b"z" * (20 * MIB - 3 * 4096))
+            # Samples: a full Btrfs writes 1 MiB a second.
+            for offset in range(3 * 4096, 20 * MIB - 4096, MIB):
+                port.write(offset, b"z" * 4096)
+            port.write(20 * MIB - 4096, b"z" * 4096)
             port.flush()
 
     def test_growing_again_takes_nothing_more(self, directory: Path) -> None:
@@ -239,7 +242,7 @@ class TestFile:
     def _fill(directory: Path) -> None:
         with (directory / "others").open("wb") as others:
             step, end = 64 * MIB, 0
-            while step >= 4096:
+            while step >= MIB:
                 try:
                     os.posix_fallocate(others.fileno(), end, step)
                     end += step

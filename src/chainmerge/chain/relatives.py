@@ -151,9 +151,14 @@ def _directories(chain: Chain) -> list[Path]:
 def _files(places: Iterable[Path], limit: int) -> Iterator[Path]:
     """The entries of those *places* that are directories, and the others as they are."""
     count = 0
+    seen: set[Identity] = set()
     for place in places:
         try:
-            is_directory = stat.S_ISDIR(place.stat().st_mode)
+            status = place.stat()
+            if identity_of(status) in seen:
+                continue
+            seen.add(identity_of(status))
+            is_directory = stat.S_ISDIR(status.st_mode)
             paths = _entries(place, limit - count) if is_directory else [place.absolute()]
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -214,9 +219,7 @@ class _Survey:
 
     def users_of(self, identity: Identity) -> list[tuple[Identity, Path]]:
         """The images outside the chain whose backing file this is, in order of their paths."""
-        users = self._users.get(identity, {})
-        outside = [(user, path) for user, path in users.items() if user not in self._chain]
-        return sorted(outside, key=itemgetter(1))
+        return sorted(self._users.get(identity, {}).items(), key=itemgetter(1))
 
     def describe_users_of(self, identity: Identity) -> tuple[ImageInfo, ...]:
         """The same, read in full; one that fails that goes to ``unreadable``."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from chainmerge import api
-from chainmerge.cli.commands import Command
+from chainmerge.cli.commands import Command, Group
 from chainmerge.cli.options import (
     access_options,
     base_option,
@@ -29,7 +29,7 @@ force_option = click.option(
 )
 
 
-@click.group(cls=click.RichGroup)
+@click.group(cls=Group)
 def bitmaps() -> None:
     """List and change the persistent dirty bitmaps of images.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import rich_click as click
 from click.exceptions import Exit
 
-from chainmerge.cli.errors import InternalError
+from chainmerge.cli.errors import InternalError, ReportNotDelivered
 from chainmerge.cli.output import Output, TextOutput
 from chainmerge.cli.streams import write_message
 from chainmerge.errors import ChainmergeError, ExitCode
@@ -52,10 +52,11 @@ def bug_report(error: Exception) -> InternalError:
 def _end(ctx: click.Context, output: Output, error: ChainmergeError) -> ExitCode:
     if ctx.find_root().params.get("debug"):
         write_message(traceback_of(error))
+    # What standard output does not take goes to standard error.
+    voice = TextOutput() if isinstance(error, ReportNotDelivered) else output
     try:
-        output.error(error)
-    except ChainmergeError as undelivered:
-        # Standard output is no use, so this goes to standard error.
+        voice.error(error)
+    except ReportNotDelivered as undelivered:
         TextOutput().error(error)
         TextOutput().error(undelivered)
     return error.exit_code
@@ -67,7 +68,18 @@ def traceback_of(error: BaseException) -> str:
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
-class LazyGroup(click.RichGroup):
+class Group(click.RichGroup):
+    """A group of commands that shows what it holds when none is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            # What click does of itself here differs between its versions.
+            click.echo(ctx.get_help(), err=True, color=ctx.color)
+            ctx.exit(ExitCode.USAGE)
+        return super().parse_args(ctx, args)
+
+
+class LazyGroup(Group):
     """A group of commands, each imported when it is needed.
 
     ``commands_in`` names, for each command, the module and the function that it is.
@@ -90,10 +102,3 @@ class LazyGroup(click.RichGroup):
         module, function = self._commands_in[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), function)
         return command
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
-            # What click does of itself here differs between its versions.
-            click.echo(ctx.get_help(), err=True, color=ctx.color)
-            ctx.exit(ExitCode.USAGE)
-        return super().parse_args(ctx, args)

@@ -137,7 +137,7 @@ def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> RenderableType:
     for bitmap in bitmaps:
         table.add_row(
             words(bitmap.name),
-            words(bitmap.fate, _FATE_STYLES.get(bitmap.fate, "")),
+            words(f"{bitmap.fate}, tombstone" if bitmap.tombstone else bitmap.fate, _FATE_STYLES.get(bitmap.fate, "")),
             layout.size(bitmap.granularity),
             layout.size(bitmap.dirty_bytes),
             words("; ".join(_remarks(bitmap))),

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import NAMESPACE_URL, uuid5
@@ -114,4 +115,4 @@ def _uuid(name: str) -> str:
     """As LVM writes it: 32 characters in groups of 6, 4, 4, 4, 4, 4, 6."""
     digits = uuid5(NAMESPACE_URL, name).hex
     ends = (0, 6, 10, 14, 18, 22, 26, 32)
-    return "-".join(digits[start:end] for start, end in zip(ends, ends[1:], strict=False))
+    return "-".join(digits[start:end] for start, end in pairwise(ends))

@@ -117,6 +117,9 @@ def compose_header(
     for extensions in _extension_choices(image, header, content):
         area = fields + b"".join(map(_packed, extensions)) + _END_MARKER
         needed = len(area) + len(name)
+        optional = any(kind == ExtensionType.FEATURE_NAMES for kind, _ in extensions)
+        if optional and len(area) > SECTOR:
+            continue
         for name_offset in _name_places(header, content, len(area), len(name)):
             composed = _composed(cluster, area, name, name_offset)
             if composed is not None and _harmless(cluster, composed, live):

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large base must be, so that no step of a merge by QEMU runs out of space.
+
+Pure arithmetic on counts and tables; nothing here reads or writes an image.
+
+- :mod:`chainmerge.space.clusters`: which clusters of a file are free, and who takes which;
+- :mod:`chainmerge.space.arrivals`: which clusters and tables base gets from the data that moves;
+- :mod:`chainmerge.space.need`: the safe upper bound over all steps of a merge.
+"""
+
+from __future__ import annotations
+
+from chainmerge.space.arrivals import (
+    Arrivals,
+    BaseFacts,
+    MappedRuns,
+    count_arrivals,
+    growth_obstacle,
+)
+from chainmerge.space.clusters import NO_RUNS, Clusters, HostLayout, Runs, layout_of, united
+from chainmerge.space.need import (
+    BitmapShape,
+    MergeDemand,
+    SpaceNeed,
+    raw_space_need,
+    space_need,
+)
+
+__all__ = [
+    "NO_RUNS",
+    "Arrivals",
+    "BaseFacts",
+    "BitmapShape",
+    "Clusters",
+    "HostLayout",
+    "MappedRuns",
+    "MergeDemand",
+    "Runs",
+    "SpaceNeed",
+    "count_arrivals",
+    "growth_obstacle",
+    "layout_of",
+    "raw_space_need",
+    "space_need",
+    "united",
+]

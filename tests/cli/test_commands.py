@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command on real images: what it does, how it ends, and that its JSON keeps its schema."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import pytest
+
+from chainmerge.errors import ExitCode
+from chainmerge.planning import MergePlan
+from chainmerge.report.json import ErrorReport
+from chainmerge.types import (
+    BitmapChange,
+    BitmapListing,
+    ChainReport,
+    CheckResult,
+    Measurement,
+    MergeReport,
+    ProgressEvent,
+    PruneReport,
+    RepairReport,
+    Stage,
+)
+from tests.support import qemu
+from tests.support.cli import COMMAND, Ran, chainmerge, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB = 1 << 20
+Document = TypeVar("Document")
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> tuple[Path, Path]:
+    """Base with a stale and a good bitmap, and top with the good one; some data in both."""
+    base = qemu.create(tmp_path / "base.qcow2", 64 * MIB)
+    for name in ("stale", "daily"):
+        qemu.qemu_img("bitmap", "--add", base, name)
+    qemu.qemu_io(base, "write -P 1 1M 1M")
+    top = qemu.create(tmp_path / "top.qcow2", backing=base)
+    qemu.qemu_img("bitmap", "--add", top, "daily")
+    qemu.qemu_io(top, "write -P 2 4M 8M", "write -z 16M 1M")
+    return base, top
+
+
+def document(ran: Ran, kind: type[Document], status: int = ExitCode.DONE) -> Document:
+    """The JSON of a command, checked against the type that its schema is made from."""
+    assert ran.status == status, ran
+    assert ran.err == ""
+    return msgspec.json.decode(ran.out.splitlines()[-1], type=kind)
+
+
+def test_plan_changes_nothing_and_names_everything(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    before = base.read_bytes(), top.read_bytes()
+    plan = document(chainmerge("plan", "--json", top), MergePlan)
+    assert {bitmap.name: bitmap.fate for bitmap in plan.bitmaps} == {
+        "daily": "keep",
+        "stale": "prune",
+    }
+    shown = chainmerge("plan", top)
+    assert shown.status == ExitCode.DONE
+    for said in (str(base), str(top), "daily", "keep", "stale", "prune"):
+        assert said in shown.out
+    assert (base.read_bytes(), top.read_bytes()) == before
+
+
+def test_a_plan_that_will_be_refused_exits_3(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    qemu.create(base.parent / "clone.qcow2", backing=base)
+    plan = document(chainmerge("plan", "--json", top), MergePlan, ExitCode.REFUSED)
+    assert [refusal.code for refusal in plan.refusals] == ["base-has-other-children"]
+    refused = chainmerge("merge", top)
+    assert refused.status == ExitCode.REFUSED
+    assert "base-has-other-children" in refused.err
+
+
+def test_merge_in_words(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    expected = qemu.content(top)
+    ran = chainmerge("merge", top)
+    assert ran.status == ExitCode.DONE, ran.err
+    assert f"{top} is merged into {base}" in ran.out
+    assert "copying data" in ran.err
+    assert qemu.content(base) == expected
+    again = chainmerge("merge", top)
+    assert again.status == ExitCode.DONE
+    assert "before; verified again" in again.out
+
+
+def test_merge_in_json(chain: tuple[Path, Path]) -> None:
+    _, top = chain
+    ran = chainmerge("merge", "--json", top)
+    report = document(ran, MergeReport)
+    assert [(bitmap.name, bitmap.state) for bitmap in report.bitmaps] == [("daily", "valid")]
+    *progress, last = [json.loads(line) for line in ran.out.splitlines()]
+    assert last["event"] == "report"
+    assert {event.pop("event") for event in progress} == {"progress"}
+    stages = [msgspec.convert(event, ProgressEvent).stage for event in progress]
+    assert stages.index(Stage.COPY) < stages.index(Stage.VERIFY)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_merge_is_finished_by_the_same_command(
+    chain: tuple[Path, Path], number: signal.Signals
+) -> None:
+    base, top = chain
+    expected = qemu.content(top)
+    command = [*COMMAND, "merge", "--json", "--bandwidth", "2M", str(top)]
+    # A session of its own is what a terminal's Ctrl-C would reach as a whole.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("stage") == "copy" and event["done"] > 0:
+                break
+        process.send_signal(number)
+        process.send_signal(number)
+        rest, notice = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED
+    error = msgspec.json.decode(rest.splitlines()[-1], type=ErrorReport)
+    assert error.code == "interrupted"
+    assert notice.count("stopping at the next safe point") == 1
+    assert qemu.content(top) == expected
+    report = document(chainmerge("merge", "--json", top), MergeReport)
+    assert [(bitmap.name, bitmap.state) for bitmap in report.bitmaps] == [("daily", "valid")]
+    assert qemu.content(base) == expected
+    qemu.assert_clean(base)
+
+
+def test_info(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    report = document(chainmerge("info", "--json", top), ChainReport)
+    assert [image.path for image in report.images] == [str(base), str(top)]
+    assert str(base) in chainmerge("info", top).out
+
+
+def test_check_tells_damage_by_its_status(chain: tuple[Path, Path]) -> None:
+    base, _ = chain
+    assert document(chainmerge("check", "--json", base), CheckResult).clean
+    with base.open("r+b") as file:
+        # The first refcount block: from here on nothing is marked used.
+        file.seek(int.from_bytes(_at(base, _at_number(base, 48), 8)))
+        file.write(bytes(65536))
+    damaged = document(chainmerge("check", "--json", base), CheckResult, ExitCode.FAILED)
+    assert damaged.corruptions > 0
+    assert damaged.messages
+
+
+def test_measure(chain: tuple[Path, Path]) -> None:
+    _, top = chain
+    measurement = document(chainmerge("measure", "--json", top), Measurement)
+    assert measurement.required >= measurement.optimal > 9 * MIB
+
+
+def test_bitmaps_list(chain: tuple[Path, Path]) -> None:
+    _, top = chain
+    listing = document(chainmerge("bitmaps", "list", "--json", top), BitmapListing)
+    assert {verdict.name: verdict.passes for verdict in listing.verdicts} == {
+        "daily": True,
+        "stale": False,
+    }
+    assert "usable" in chainmerge("bitmaps", "list", top).out
+
+
+@pytest.mark.parametrize("name", ["weekly", "-dashed", 'it\'s "quoted"', "n" * 1023])
+def test_bitmaps_of_any_name_come_and_go(chain: tuple[Path, Path], name: str) -> None:
+    _, top = chain
+    add = ("bitmaps", "add", "--json", "--granularity", "4K", "--disabled", "--", top, name)
+    added = document(chainmerge(*add), BitmapChange)
+    found = {bitmap.name: bitmap for bitmap in added.bitmaps}[name]
+    assert (found.state, found.granularity) == ("disabled", 4096)
+    assert qemu.bitmap_names(top)[name]["flags"] == []
+    removed = document(
+        chainmerge("bitmaps", "remove", "--json", "--force", "--", top, name), BitmapChange
+    )
+    assert [bitmap.name for bitmap in removed.bitmaps] == ["daily"]
+    qemu.assert_clean(top)
+
+
+def test_bitmaps_merge(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    command = ("bitmaps", "merge", "--json", top, "daily", "stale", "--from", base)
+    change = document(chainmerge(*command), BitmapChange)
+    assert [bitmap.dirty_bytes for bitmap in change.bitmaps] == [10 * MIB]
+
+
+def test_bitmaps_clear(chain: tuple[Path, Path]) -> None:
+    base, _ = chain
+    change = document(chainmerge("bitmaps", "clear", "--json", "--force", base), BitmapChange)
+    assert sorted(change.names) == ["daily", "stale"]
+    assert qemu.bitmap_names(base) == {}
+
+
+def test_bitmaps_prune(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    report = document(chainmerge("bitmaps", "prune", "--json", top), PruneReport)
+    assert [(bitmap.image, bitmap.name) for bitmap in report.removed] == [(str(base), "stale")]
+    assert list(qemu.bitmap_names(base)) == ["daily"]
+
+
+def test_repair_shows_first_and_asks(chain: tuple[Path, Path]) -> None:
+    base, _ = chain
+    _leave_in_use(base)
+    broken = base.read_bytes()
+    shown = document(chainmerge("repair", "--json", "--dry-run", base), RepairReport)
+    assert shown.findings
+    assert shown.consequences
+    unasked = document(chainmerge("repair", "--json", base), ErrorReport, ExitCode.USAGE)
+    assert unasked.code == "consent-missing"
+    assert base.read_bytes() == broken
+    document(chainmerge("repair", "--json", "--yes", base), RepairReport)
+    # Top still has the name, and must not pass for a good one without base's bits.
+    assert {name: b["flags"] for name, b in qemu.bitmap_names(base).items()} == {"daily": []}
+    assert "nothing to repair" in chainmerge("repair", base).out
+
+
+def _leave_in_use(image: Path) -> None:
+    """Kill QEMU while it has the image open for writing."""
+    with subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", str(image)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("write -P 9 0 64k\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if "wrote" in line:
+                break
+        process.kill()
+
+
+def _at(image: Path, offset: int, length: int) -> bytes:
+    with image.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def _at_number(image: Path, offset: int) -> int:
+    return int.from_bytes(_at(image, offset, 8))
