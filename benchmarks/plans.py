@@ -20,7 +20,13 @@ def plan_of_preallocated_metadata(scratch: Path, rounds: int) -> Comparison:
     top = create(scratch / "top.qcow2", _TIB, preallocation="metadata")
     # qemu-img does not preallocate over a backing file.
     qemu_img("rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, top)
-    ours = Contender("chainmerge plan", ((*CHAINMERGE, "plan", str(top)),), nothing_to_prepare)
+    ours = Contender(
+        "chainmerge plan",
+        ((*CHAINMERGE, "plan", str(top)),),
+        nothing_to_prepare,
+        # The plan says that the file system lacks a TiB; it took all the work to find out.
+        statuses=(0, 3),
+    )
     theirs = Contender(
         "qemu-img measure",
         (("qemu-img", "measure", "-f", "qcow2", "-O", "qcow2", str(top)),),

@@ -8,7 +8,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -83,7 +83,9 @@ class Bitmap:
     dirty: tuple[tuple[int, int], ...] = ()
 
     def stored(self, disk_size: int) -> StoredBitmap:
-        ranges = [(at % disk_size, min(size, disk_size - at % disk_size)) for at, size in self.dirty]
+        ranges = [
+            (at % disk_size, min(size, disk_size - at % disk_size)) for at, size in self.dirty
+        ]
         bits = BitSet.from_ranges(ranges, disk_size, self.granularity)
         return StoredBitmap(self.name, bits, BitmapFlag.AUTO if self.dirty else BitmapFlag(0))
 
@@ -191,7 +193,7 @@ class Geometry:
     extended: bool = False
 
     @property
-    def options(self) -> dict[str, str | int]:
+    def options(self) -> dict[str, Any]:
         return {"cluster_size": self.cluster_size, "extended_l2": "on" if self.extended else "off"}
 
 
@@ -227,7 +229,9 @@ class Write:
 WRITES = st.lists(
     st.builds(
         Write,
-        st.sampled_from(["write", "write", "write", "write -c", "write -z", "write -zu", "discard"]),
+        st.sampled_from(
+            ["write", "write", "write", "write -c", "write -z", "write -zu", "discard"]
+        ),
         st.integers(0, 999),
         st.one_of(st.integers(0, 20), st.integers(0, 400)),
     ),
@@ -239,7 +243,9 @@ BITMAPS = st.lists(
         Bitmap,
         st.sampled_from(["a", "b" * 100, "c" * 1000, "d"]),
         st.sampled_from([512, 4096, 65536]),
-        st.lists(st.tuples(st.integers(0, 1 << 25), st.integers(1, 1 << 20)), min_size=1, max_size=3).map(tuple),
+        st.lists(
+            st.tuples(st.integers(0, 1 << 25), st.integers(1, 1 << 20)), min_size=1, max_size=3
+        ).map(tuple),
     ),
     max_size=3,
     unique_by=lambda bitmap: bitmap.name,
@@ -256,15 +262,17 @@ def chains(draw: st.DrawFn, directory: Path) -> tuple[Chain, list[Bitmap], list[
         st.sampled_from([0, 0, 1, 7]),
     )
     disk = draw(sizes)
-    compat = draw(st.sampled_from(["1.1", "1.1", "1.1", "0.10"])) if not geometry.extended else "1.1"
-    options: dict[str, str | int] = geometry.options | {"compat": compat}
+    compat = (
+        draw(st.sampled_from(["1.1", "1.1", "1.1", "0.10"])) if not geometry.extended else "1.1"
+    )
+    options: dict[str, Any] = geometry.options | {"compat": compat}
     if compat == "1.1":
         options["refcount_bits"] = draw(st.sampled_from([1, 8, 16, 64]))
     below = None
     if draw(st.booleans()):
         below = create(directory / "below", draw(sizes) if compat == "1.1" else disk)
         guest_writes(below, commands(draw, Geometry(64 * KIB, 0), info(below)["virtual-size"]))
-    base = create(directory / "base", disk, backing=below, **options)  # type: ignore[arg-type]
+    base = create(directory / "base", disk, backing=below, **options)
     guest_writes(base, commands(draw, geometry, disk))
     snapshot = options.get("refcount_bits", 16) != 1 and draw(st.sampled_from([False, False, True]))
     if snapshot:
@@ -280,7 +288,9 @@ def chains(draw: st.DrawFn, directory: Path) -> tuple[Chain, list[Bitmap], list[
         shape = draw(st.sampled_from(GEOMETRIES))
         size = disk if compat == "0.10" and snapshot else draw(st.one_of(st.just(disk), sizes))
         size = min(size, geometry.largest_disk)
-        path = create(directory / f"over{number}", size, backing=[base, *merged][-1], **shape.options)  # type: ignore[arg-type]
+        path = create(
+            directory / f"over{number}", size, backing=[base, *merged][-1], **shape.options
+        )
         guest_writes(path, commands(draw, shape, size))
         merged.append(path)
     stand_ins = [Bitmap(bitmap.name, bitmap.granularity) for bitmap in old]

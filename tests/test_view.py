@@ -269,6 +269,14 @@ def test_what_is_at_the_same_place_of_the_same_file_is_not_read(tmp_path: Path) 
     assert bytes_read(b) < 64 * KIB + metadata
 
 
+def test_other_places_of_the_same_file_are_compared(tmp_path: Path) -> None:
+    """The file as a disk, and the disk in the file."""
+    (path,) = build_chain(tmp_path, [ImagePlan(Geometry(), MIB, [Write(0, MIB)])])
+    file = GuestView((layer_of_raw(OpenImage(path)),))
+    expected = content_difference(path.read_bytes(), qemu.content(path))
+    assert first_difference(view_of([path]), file) == expected == 0
+
+
 def test_holes_of_preallocated_images_are_not_read(tmp_path: Path) -> None:
     """Terabytes of them would take hours."""
     full = qemu.create(tmp_path / "full.qcow2", TIB // 8, preallocation="metadata")

@@ -388,7 +388,9 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
         image_end=facts.space.image_end,
         required=required,
         limit=limit,
-        grow_to=growth.size_after if growth.size_after > volume.size else None,
+        grow_to=(
+            growth.size_after if growth.size_after > volume.size and not growth.missing else None
+        ),
         missing=growth.missing,
         breakdown=dict(facts.space.breakdown),
         shrink_to=_round_up(facts.space.optimal, volume.growth_unit) if shrinks else None,

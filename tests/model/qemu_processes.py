@@ -6,6 +6,7 @@ Between two calls no process has an image open.
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,12 +128,18 @@ class Guest:
 
 @dataclass(frozen=True, slots=True)
 class QemuBitmap:
-    """A bitmap as QEMU loads it; ``dirty`` counts bytes of whole granules."""
+    """A bitmap as QEMU loads it; ``digest`` as by :func:`digest_of`, of its bits."""
 
     granularity: int
-    dirty: int
     enabled: bool
     inconsistent: bool
+    digest: str
+
+
+def digest_of(serialised: bytes) -> str:
+    """QEMU's digest of a bitmap's bits: SHA-256 of them in words of 64 bits."""
+    words = max(-(-len(serialised) // 8), 1)
+    return hashlib.sha256(serialised.ljust(8 * words, b"\0")).hexdigest()
 
 
 class Host:
@@ -169,12 +176,18 @@ class Host:
             return {
                 bitmap["name"]: QemuBitmap(
                     bitmap["granularity"],
-                    bitmap["count"],
                     bitmap["recording"],
                     bitmap.get("inconsistent", False),
+                    self._digest(bitmap),
                 )
                 for bitmap in disk.get("dirty-bitmaps", ())
             }
+
+    def _digest(self, bitmap: Mapping[str, Any]) -> str:
+        if bitmap.get("inconsistent"):
+            return ""
+        place = {"node": "disk", "name": bitmap["name"]}
+        return str(self._execute("x-debug-block-dirty-bitmap-sha256", place)["sha256"])
 
     @contextmanager
     def _opened(self, image: Path, *, read_only: bool) -> Iterator[None]:

@@ -448,7 +448,7 @@ def test_what_is_accepted_qemu_opens(image: bytes, changes: list[tuple[Field, in
         st.tuples(st.integers(0, 4095), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6
     )
 )
-@settings(max_examples=20 * settings().max_examples)
+@settings(max_examples=10 * settings().max_examples)
 def test_any_bytes_are_parsed_or_refused(image: bytes, changes: list[tuple[int, bytes]]) -> None:
     content = bytearray(image)
     for position, data in changes:

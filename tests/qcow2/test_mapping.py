@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 import tracemalloc
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainmerge.qcow2 import mapping
+from chainmerge.qcow2.compression import decompress_cluster
 from chainmerge.qcow2.errors import BadEntry, BadOffset, DecompressionFailed, FormatError
+from chainmerge.qcow2.header import Compression
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Extents, Kind, iter_extents, lookup
 from chainmerge.qcow2.readable import BytesReadable
@@ -40,6 +44,11 @@ from tests.support.images import (
     ranges,
     view_of,
 )
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -272,7 +281,7 @@ def hostile_words(draw: st.DrawFn) -> bytes:
     changes=st.lists(st.tuples(st.integers(0, 2**16), hostile_words()), min_size=1, max_size=4),
     aimed=st.booleans(),
 )
-@settings(max_examples=20 * settings().max_examples)
+@settings(max_examples=10 * settings().max_examples)
 def test_a_hostile_image_is_read_or_refused(
     small_images: list[bytes], which: int, changes: list[tuple[int, bytes]], aimed: bool
 ) -> None:
@@ -327,7 +336,7 @@ def read_everything(readable: BytesReadable) -> None:
     position=st.integers(0, 2**16),
     word=hostile_words(),
 )
-@settings(max_examples=8 * settings().max_examples)
+@settings(max_examples=4 * settings().max_examples)
 def test_both_readings_refuse_the_same_entries(
     small_images: list[bytes], which: int, position: int, word: bytes
 ) -> None:
@@ -480,6 +489,20 @@ def test_damaged_compressed_data_is_refused(small_images: list[bytes], which: in
     view = GuestView((layer_of_qcow2(image, image.readable),))
     with pytest.raises(DecompressionFailed, match=f"compressed cluster at offset {place.host:#x}"):
         view.read(0, 512)
+
+
+@pytest.mark.parametrize("which", [2, 3], ids=["zstd", "zlib"])
+def test_compressed_data_of_less_than_a_cluster_is_refused(
+    small_images: list[bytes], which: int
+) -> None:
+    image = Qcow2Image(BytesReadable("image", small_images[which]))
+    zlib_stream = zlib.compressobj(wbits=-15)
+    short = {
+        Compression.ZLIB: zlib_stream.compress(b"short") + zlib_stream.flush(),
+        Compression.ZSTD: zstd.compress(b"short"),
+    }[image.header.compression_type]
+    with pytest.raises(DecompressionFailed, match="holds 5 bytes of a cluster's"):
+        decompress_cluster(image, 0, short.ljust(512, b"\0"))
 
 
 def test_external_data_files(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from typing import Any, TypeAlias
 from chainmerge.engines.errors import CommandRefused, CommitFailed, ConnectionLost, DaemonFailed
 from chainmerge.engines.qmp import StorageDaemon
 from chainmerge.errors import Interrupted
+from chainmerge.qcow2.header import parse_header
+from chainmerge.space import may_detect_zeroes
+from chainmerge.storage.files import FileReadable
 
 JOB = "commit"
 SECONDS_BETWEEN_REPORTS = 0.25
@@ -249,10 +252,12 @@ def _node(chain: _Chain, index: int) -> Options:
         "file": _limited(image, _protocol(image, image.path, names, writable=writable)),
     }
     if writable:
-        # A run of zeros whose ends are not ends of base's clusters is copied as data by the
-        # job, all of it. Like this it becomes zero clusters but for its ends; the bound of
-        # chainmerge.space relies on it.
-        node |= {"discard": "unmap", "detect-zeroes": "unmap"}
+        node["discard"] = "unmap"
+        if _may_detect_zeroes(image):
+            # The job copies zeros as data where the images above tell of them in pieces that
+            # are too small for it. Like this they become zero clusters after all; the bound
+            # of chainmerge.space relies on it.
+            node["detect-zeroes"] = "unmap"
         if image.format == "qcow2":
             # With them QEMU sets the dirty bit, and a kill would leave an image that has to be
             # repaired before anything else can be done with it.
@@ -290,6 +295,21 @@ def _decryption(image_format: str, secret: str) -> Options:
     if image_format == "luks":
         return {"key-secret": secret}
     return {"encrypt": {"format": "luks", "key-secret": secret}}
+
+
+def _may_detect_zeroes(image: ImageSpec) -> bool:
+    """Whether zeros among the data may be written as zeros without destroying base.
+
+    QEMU's qcow2 driver does not order writing zeros to one part of a cluster after a write to
+    another part of it that is under way. The job never has two such writes under way if a
+    cluster is no larger than what it copies at least.
+    """
+    if image.format == "raw":
+        return True
+    if image.format != "qcow2":
+        return False
+    with FileReadable(image.path) as readable:
+        return may_detect_zeroes(parse_header(readable).cluster_size)
 
 
 def _takes_direct_io(path: str) -> bool:

@@ -16,6 +16,7 @@ from chainmerge.space.arrivals import (
     MappedRuns,
     count_arrivals,
     growth_obstacle,
+    may_detect_zeroes,
 )
 from chainmerge.space.clusters import NO_RUNS, Clusters, HostLayout, Runs, layout_of, united
 from chainmerge.space.need import (
@@ -40,6 +41,7 @@ __all__ = [
     "count_arrivals",
     "growth_obstacle",
     "layout_of",
+    "may_detect_zeroes",
     "raw_space_need",
     "space_need",
     "united",

@@ -8,10 +8,11 @@ QEMU 7.2 (block/mirror.c, block/io.c, block/qcow2-cluster.c), the same in 10.0:
   4 KiB and at most 64 KiB. A granule of which the merged images define anything is copied.
 - It copies up to 1 MiB at once. Where the chain reads as zeros for at least a granule, and
   both ends of that are ends of base's clusters, it writes zeros, which become zero clusters.
-- Otherwise it copies the zeros like data, up to 16 MiB of them. Base is opened with
-  ``detect-zeroes``, so they become zero clusters after all, unless base's clusters are
-  larger than a granule: then the cluster at each place where the job cuts is written as
-  data, if the rest of that cluster does not read as zeros yet.
+- Otherwise it copies the zeros like data, up to 16 MiB of them. As long as base's clusters
+  are no larger than a granule, base is opened with ``detect-zeroes``, so they become zero
+  clusters after all. With larger ones they stay data: QEMU's qcow2 driver does not order
+  writing zeros to a part of a cluster after a write to another part of it that is under way,
+  and destroys base (seen with 7.2).
 - Writing zeros to a version 2 base with a backing file always writes data, as it has no
   zero clusters.
 - A cluster that base has for itself is written in place. One that is compressed, or that a
@@ -43,9 +44,6 @@ MIN_GRANULE = 4 << 10
 MAX_GRANULE = 64 << 10
 COPY_BYTES = 1 << 20
 ZERO_COPY_BYTES = 16 << 20
-
-# What a cluster of base is to a write that arrives; OWN is one that is written in place.
-_NOTHING, _OWN, _COMPRESSED, _ZERO = range(4)
 
 
 class MappedRuns(Protocol):
@@ -116,14 +114,20 @@ class BaseFacts:
         return max(self.header.cluster_size, self.granule)
 
     @property
-    def zeros_are_data(self) -> bool:
-        """Whether zeros cannot be written otherwise."""
-        return self.header.version < 3 and self.backing_size is not None
+    def zeros_may_be_data(self) -> bool:
+        """Whether QEMU may have no other way of writing zeros."""
+        without_zero_clusters = self.header.version < 3 and self.backing_size is not None
+        return without_zero_clusters or not may_detect_zeroes(self.header.cluster_size)
 
     def uncovers_backing(self, top_size: int) -> bool:
         """Whether growing to *top_size* bytes would let a longer backing file shine through."""
         size = self.header.virtual_size
         return self.backing_size is not None and size < min(top_size, self.backing_size)
+
+
+def may_detect_zeroes(cluster_size: int) -> bool:
+    """Whether all writes to one cluster of *cluster_size* bytes are part of one request."""
+    return cluster_size <= MAX_GRANULE
 
 
 def growth_obstacle(base: BaseFacts, top_size: int) -> CannotGrowBase | None:
@@ -181,9 +185,10 @@ def count_arrivals(
             clusters, likely = clusters + at_most, likely + at_least
     for here in feed.rest():
         tables.touch(here.start, here.end)
-        # Behind base's old end all reads as zeros, be it that QEMU puts zeros there.
-        data = int((here.end - here.start)[~here.zero].sum())
-        clusters, likely = clusters + data, likely + data
+        length = here.end - here.start
+        data = int(length[~here.zero].sum())
+        zeros = int(length[here.zero].sum()) if base.zeros_may_be_data else 0
+        clusters, likely = clusters + data + zeros, likely + data
     if base.uncovers_backing(top_size):
         # Zeros go over all of the new area. An old end inside a cluster is padded with data.
         first, end = header.virtual_size // header.cluster_size, -(-top_size // header.cluster_size)
@@ -192,17 +197,18 @@ def count_arrivals(
         clusters, likely = clusters + padded, likely + padded
     if header.external_data_file:
         clusters = likely = 0
-    return Arrivals(clusters, likely, tables.count_new(l1), _largest_piece(base))
+    largest = _largest_piece(base, zeros_as_data=clusters > likely)
+    return Arrivals(clusters, likely, tables.count_new(l1), largest)
 
 
-def _largest_piece(base: BaseFacts) -> int:
+def _largest_piece(base: BaseFacts, *, zeros_as_data: bool) -> int:
     """Clusters that one write request of the job asks for in one piece, at most.
 
     A request is cut where an L2 table ends. It starts at a granule, so it can touch one
     cluster more than its length where clusters are larger than that.
     """
     cluster_size = base.header.cluster_size
-    at_once = ZERO_COPY_BYTES if base.zeros_are_data else COPY_BYTES
+    at_once = ZERO_COPY_BYTES if zeros_as_data else COPY_BYTES
     unaligned = int(cluster_size > base.granule)
     return min(max(1, at_once // cluster_size) + unaligned, base.header.l2_entries)
 
@@ -236,7 +242,7 @@ def _arriving(base: BaseFacts, moved: Iterable[MappedRuns], top_size: int) -> It
     scale = unit // cluster_size
     last = -(-top_size // cluster_size)
     covered = 0
-    for runs in _long_runs(moved, top_size, zeros_are_data=base.zeros_are_data):
+    for runs in _long_runs(moved, top_size):
         first, behind = runs.start // unit, -(-runs.end // unit)
         whole_first, whole_behind = -(-runs.start // unit), runs.end // unit
         # All units of a run of data are data; of a run of zeros only those that it shares.
@@ -270,9 +276,7 @@ class _LongRuns:
     reached: int
 
 
-def _long_runs(
-    moved: Iterable[MappedRuns], top_size: int, *, zeros_are_data: bool
-) -> Iterator[_LongRuns]:
+def _long_runs(moved: Iterable[MappedRuns], top_size: int) -> Iterator[_LongRuns]:
     """Join runs of data, and runs of zeros, also where one window ends and the next begins."""
     start, end, zero = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.bool_))
     for window in moved:
@@ -281,7 +285,7 @@ def _long_runs(
         is_zero = (window.kind == Kind.ZERO) | (window.kind == Kind.ZERO_ALLOCATED)
         start = np.concatenate([start, guest])
         end = np.concatenate([end, guest + window.length[moves].astype(np.int64)])
-        zero = np.concatenate([zero, is_zero[moves] & (not zeros_are_data)])
+        zero = np.concatenate([zero, is_zero[moves]])
         if not len(start):
             continue
         joins = (start[1:] == end[:-1]) & (zero[1:] == zero[:-1])
@@ -322,15 +326,14 @@ class _Feed:
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """Guest clusters of base by what they are to a write, ascending and disjoint: arrays [n].
+    """Guest clusters that have a cluster in base's file: disjoint ranges, ascending, arrays [n].
 
-    Clusters below *reached* that are in no range are *nothing*. *host* is the number of the
-    first cluster in the file, for those that are OWN.
+    *host* is the number of each range's first cluster in the file. What of the clusters below
+    *reached* is in no range has none that could be written to.
     """
 
     start: Clusters
     end: Clusters
-    role: npt.NDArray[np.int8]
     host: Clusters
     reached: int
 
@@ -339,29 +342,20 @@ class _Standing:
         first = int(np.searchsorted(self.end, arriving.start[0], "right"))
         stop = int(np.searchsorted(self.start, arriving.end[-1]))
         chosen = slice(first, stop)
-        return _Standing(
-            self.start[chosen], self.end[chosen], self.role[chosen], self.host[chosen], self.reached
-        )
+        return _Standing(self.start[chosen], self.end[chosen], self.host[chosen], self.reached)
 
 
 def _standing(header: Header, present: Iterable[MappedRuns]) -> Iterator[_Standing]:
-    roles = np.zeros(len(Kind), np.int8)
-    roles[[Kind.DATA, Kind.ZERO_ALLOCATED]] = _OWN
-    roles[Kind.COMPRESSED] = _COMPRESSED
-    if not header.extended_l2:
-        # With subclusters, a cluster can be partly zero and have a place in the file.
-        roles[Kind.ZERO] = _ZERO
     cluster_size = header.cluster_size
     covered = 0
     for window in present:
         if not len(window.guest):
             continue
-        role = roles[window.kind]
-        some = role != _NOTHING
-        guest = window.guest[some].astype(np.int64)
-        end = -(-(guest + window.length[some].astype(np.int64)) // cluster_size)
+        stands = (window.kind == Kind.DATA) | (window.kind == Kind.ZERO_ALLOCATED)
+        guest = window.guest[stands].astype(np.int64)
+        end = -(-(guest + window.length[stands].astype(np.int64)) // cluster_size)
         start = guest // cluster_size
-        host = window.host[some].astype(np.int64) // cluster_size
+        host = window.host[stands].astype(np.int64) // cluster_size
         # Several subclusters of one cluster give the same range of clusters.
         reach = np.maximum.accumulate(np.concatenate(([covered], end)))
         skipped = np.maximum(reach[:-1] - start, 0)
@@ -369,11 +363,7 @@ def _standing(header: Header, present: Iterable[MappedRuns]) -> Iterator[_Standi
         left = start + skipped < end
         behind = int(window.guest[-1]) + int(window.length[-1])
         yield _Standing(
-            (start + skipped)[left],
-            end[left],
-            role[some][left],
-            (host + skipped)[left],
-            -(-behind // cluster_size),
+            (start + skipped)[left], end[left], (host + skipped)[left], -(-behind // cluster_size)
         )
 
 
@@ -385,29 +375,16 @@ def _fresh(
     first, length = bounds[:-1], np.diff(bounds)
     arriving, arrives = _position(here.start, here.end, first)
     place, stands = _position(standing.start, standing.end, first)
-    role = np.full(len(first), _NOTHING, np.int8)
-    role[stands] = standing.role[place[stands]]
+    place = place[stands]
+    host = standing.host[place] + first[stands] - standing.start[place]
     fresh = length.copy()
-    own = role == _OWN
-    host = standing.host[place[own]] + first[own] - standing.start[place[own]]
-    fresh[own] = shared.below(host + length[own]) - shared.below(host)
+    # A cluster that others share must be copied; one of base's own is written in place.
+    fresh[stands] = shared.below(host + length[stands]) - shared.below(host)
     zero = np.zeros(len(first), np.bool_)
     zero[arrives] = here.zero[arriving[arrives]]
     data = int(fresh[arrives & ~zero].sum())
-    return data + int(fresh[zero & _zeros_may_need_data(base, role)].sum()), data
-
-
-def _zeros_may_need_data(base: BaseFacts, role: npt.NDArray[np.int8]) -> BoolArray:
-    """Whether zeros that the job cuts inside a cluster can need a new cluster for data."""
-    if base.header.cluster_size <= base.granule:
-        return np.zeros(len(role), np.bool_)
-    if base.header.extended_l2:
-        # Cuts are at ends of subclusters, and only a compressed cluster has no subclusters.
-        return np.equal(role, _COMPRESSED)
-    reads_as_zeros = np.equal(role, _ZERO)
-    if base.backing_size is None:
-        reads_as_zeros |= np.equal(role, _NOTHING)
-    return np.logical_not(reads_as_zeros)
+    zeros = int(fresh[zero].sum()) if base.zeros_may_be_data else 0
+    return data + zeros, data
 
 
 def _position(start: Clusters, end: Clusters, points: Clusters) -> tuple[Clusters, BoolArray]:

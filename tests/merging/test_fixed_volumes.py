@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges into volumes that cannot grow, or grow by what the plan says and no more."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+import chainmerge
+from chainmerge.options import Access, MergeOptions
+from chainmerge.storage.errors import CannotGrow
+from demo.outcome import look_at
+from demo.scenario import GOOD, VOLUME_SIZE, Workshop
+from demo.volumes import loop_volume
+from tests.support.fake_lvm import FakeLvm
+from tests.support.loopdev import loop_device
+from tests.support.qemu import assert_clean, bitmap_names, create, dirty_ranges, qemu_img, qemu_io
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB = 1 << 20
+CLUSTER = 65536
+SOME = (0, 5, 6, 14, 32)
+
+
+@pytest.fixture(scope="session", params=["one bitmap in top", "two more in both, one in top"])
+def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    directory = tmp_path_factory.mktemp("workshop")
+    if request.param == "one bitmap in top":
+        return Workshop(directory)
+    return Workshop(directory, shared=("both-1", "both-2"), own=(GOOD, "own"))
+
+
+def _merges_on_the_loop_device(workshop: Workshop, tmp_path: Path, stale: int) -> None:
+    with loop_volume(tmp_path, VOLUME_SIZE) as volume:
+        case = workshop.case(volume, stale)
+        chainmerge.merge(case.top, access=Access(allow_backing=("/dev",)))
+        assert look_at(case, workshop).right
+        found = bitmap_names(volume.path)
+        assert set(found) == set(workshop.good_bitmaps)
+        for name in workshop.good_bitmaps:
+            assert found[name]["flags"] == ["auto"]
+            assert dirty_ranges(volume.path, name) == workshop.dirty_ranges(name), name
+
+
+@pytest.mark.parametrize("stale", SOME)
+def test_stale_bitmaps_on_a_full_volume(workshop: Workshop, tmp_path: Path, stale: int) -> None:
+    _merges_on_the_loop_device(workshop, tmp_path, stale)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stale", [number for number in range(33) if number not in SOME])
+def test_any_number_of_stale_bitmaps(workshop: Workshop, tmp_path: Path, stale: int) -> None:
+    _merges_on_the_loop_device(workshop, tmp_path, stale)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _exact_size(directory: Path, disk: int, written: int) -> None:
+    """70 stale bitmaps: the planned size is enough, and one cluster less is refused."""
+    template = create(directory / "template.qcow2", disk)
+    for number in range(70):
+        chainmerge.bitmaps_add(template, f"stale-{number}")
+    with loop_device(directory / "planning", disk + 64 * MIB) as device:
+        device.write_bytes(template.read_bytes())
+        top = create(directory / "top.qcow2", backing=device)
+        qemu_img("bitmap", "--add", top, "good")
+        # One request of qemu-io is less than 2 GiB.
+        pieces = range(0, written, 1 << 30)
+        qemu_io(top, *(f"write -q -P 7 {at} {min(1 << 30, written - at)}" for at in pieces))
+        access = Access(allow_backing=("/dev",))
+        required = chainmerge.plan(top, access=access).space.required
+    with loop_device(directory / "short", required - CLUSTER) as device:
+        device.write_bytes(template.read_bytes())
+        qemu_img("rebase", "-q", "-u", "-F", "qcow2", "-b", device, top)
+        before = _digest(device), _digest(top)
+        with pytest.raises(CannotGrow) as refusal:
+            chainmerge.merge(top, access=access)
+        assert refusal.value.missing == CLUSTER
+        assert (_digest(device), _digest(top)) == before
+    with loop_device(directory / "exact", required) as device:
+        device.write_bytes(template.read_bytes())
+        qemu_img("rebase", "-q", "-u", "-F", "qcow2", "-b", device, top)
+        report = chainmerge.merge(top, access=access)
+        assert report.bitmaps[0].name == "good"
+        assert report.bitmaps[0].dirty_bytes == written
+        assert_clean(device)
+        qemu_img("compare", "-q", "-U", top, device)
+
+
+def test_exact_size(tmp_path: Path) -> None:
+    _exact_size(tmp_path, 256 * MIB, 251 * MIB)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_exact_size_of_a_large_disk(tmp_path: Path) -> None:
+    _exact_size(tmp_path, 2560 * MIB, 2555 * MIB)
+
+
+def test_a_logical_volume_grows_and_shrinks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extent = 4 * MIB
+    base, top = tmp_path / "base", tmp_path / "top.qcow2"
+    create(base, 256 * MIB)
+    qemu_img("bitmap", "--add", base, "stale")
+    with base.open("r+b") as file:
+        file.truncate(extent)
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    physical = tmp_path / "physical-volume"
+    physical.touch()
+    lvm.add_group("vg", extents=100, devices=[physical])
+    lvm.add_volume("vg", "base", base)
+    create(top, backing="base")
+    qemu_img("bitmap", "--add", top, "good")
+    qemu_io(top, "write -P 4 0 50M")
+    options = MergeOptions(volume="lvm", shrink=True)
+    plan = chainmerge.plan(top, options=options)
+    assert plan.space.kind == "lvm"
+    assert plan.space.grow_to is not None
+    assert plan.space.grow_to % extent == 0
+    report = chainmerge.merge(top, options=options)
+    assert not report.warnings
+    assert report.volume_size == -(-report.image_end // extent) * extent
+    assert report.volume_size <= plan.space.grow_to
+    assert_clean(base)
+    qemu_img("compare", "-q", "-U", top, base)
+
+
+def test_a_volume_group_without_room_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extent = 4 * MIB
+    base, top = tmp_path / "base", tmp_path / "top.qcow2"
+    create(base, 256 * MIB)
+    with base.open("r+b") as file:
+        file.truncate(extent)
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    lvm.add_group("vg", extents=5, devices=[])
+    lvm.add_volume("vg", "base", base)
+    create(top, backing="base")
+    qemu_io(top, "write -P 4 0 50M")
+    before = _digest(base), _digest(top)
+    with pytest.raises(CannotGrow):
+        chainmerge.merge(top, options=MergeOptions(volume="lvm"))
+    assert (_digest(base), _digest(top)) == before
+
+
+def test_file_is_not_left_larger_than_it_has_to_be(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    create(base, 256 * MIB)
+    create(top, backing="base.qcow2")
+    qemu_io(top, "write -P 4 0 20M")
+    report = chainmerge.merge(top)
+    assert base.stat().st_size == report.image_end
+    assert base.stat().st_blocks * 512 < 22 * MIB
