@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
@@ -37,6 +37,7 @@ from chainmerge.space import (
 from chainmerge.space.clusters import united
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.view import GuestView, layer_of_qcow2
+from tests.support.qemu import check as check_by_qemu
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, run
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def layout_from(image: Qcow2Image) -> HostLayout:
     per_block = refcounts_per_block(image.header)
     blocks = read_refcount_table(image) != 0
     # In small windows, so that runs cross from one to the next.
-    starts = range(0, int(np.flatnonzero(blocks)[-1] + 1) * per_block, 1000)
+    starts = range(0, -(-image.readable.size // image.header.cluster_size), 1000)
     windows = (read_refcounts(image, first, 1000) for first in starts)
     return layout_of(windows, blocks, image.header.cluster_size, per_block)
 
@@ -276,7 +277,7 @@ def chains(draw: st.DrawFn, directory: Path) -> tuple[Chain, list[Bitmap], list[
     guest_writes(base, commands(draw, geometry, disk))
     snapshot = options.get("refcount_bits", 16) != 1 and draw(st.sampled_from([False, False, True]))
     if snapshot:
-        qemu_img("snapshot", "-c", "internal", base)
+        qemu_img("snapshot", "-c", "internal", base, expect=(0, 1))
         guest_writes(base, commands(draw, geometry, disk))
     old: list[Bitmap] = draw(BITMAPS) if compat == "1.1" else []
     final: list[Bitmap] = draw(BITMAPS) if compat == "1.1" else []
@@ -293,6 +294,9 @@ def chains(draw: st.DrawFn, directory: Path) -> tuple[Chain, list[Bitmap], list[
         )
         guest_writes(path, commands(draw, shape, size))
         merged.append(path)
+    # QEMU 7.2 itself can damage an image by compressed writes between others.
+    report = check_by_qemu(base)
+    assume(not report["corruptions"] and not report["leaks"])
     stand_ins = [Bitmap(bitmap.name, bitmap.granularity) for bitmap in old]
     return Chain(base, below, tuple(merged)), stand_ins, final
 

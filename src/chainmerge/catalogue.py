@@ -38,7 +38,9 @@ def known_errors() -> dict[str, type[ChainmergeError]]:
     for module in pkgutil.walk_packages(chainmerge.__path__, "chainmerge."):
         if not module.name.endswith(".__main__"):
             importlib.import_module(module.name)
-    return {error.code: error for error in sorted(all_errors(), key=attrgetter("code"))}
+    # Who uses the package may have errors of their own that build on ours.
+    ours = (error for error in all_errors() if error.__module__.startswith("chainmerge."))
+    return {error.code: error for error in sorted(ours, key=attrgetter("code"))}
 
 
 def explain(code: str) -> str:

@@ -43,7 +43,7 @@ from typing import ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge.errors import Failed
+from chainmerge.errors import Failed, Refused
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.storage.files import fsync_directory, write_file_durably
 
@@ -72,6 +72,22 @@ class SavedBitmapsDamaged(Failed):
     )
     file: str
     why: str
+
+
+@dataclass(eq=False)
+class StateDirectoryUnusable(Refused):
+    """There is no place for what must outlive the process."""
+
+    code: ClassVar[str] = "state-directory-unusable"
+    template: ClassVar[str] = "{directory} cannot be used: {reason}"
+    hint: ClassVar[str] = "run as root, or make {directory} a directory that you can write to"
+    explanation: ClassVar[str] = (
+        "While guest data is copied into base, base's checkpoints are kept in a small file, so "
+        "that a kill cannot cost them. For an image file it stands beside the image, for a block "
+        "device in /var/lib/chainmerge. Nothing was changed in the images."
+    )
+    directory: str
+    reason: str
 
 
 class ImageIdentity(msgspec.Struct, frozen=True):
@@ -136,6 +152,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
     top: str
     base: str
     result: str
+    result_format: str
     result_identity: ImageIdentity
     keep_name: bool
     delete: list[DoomedImage]
@@ -180,7 +197,7 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
     header = msgspec.json.encode(_SavedHeader(saved.base, saved.overlay, names)) + b"\n"
     document = b"".join([MAGIC, header, *blobs])
     target = saved_bitmaps_file(base)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_directory(target.parent)
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
 
 
@@ -240,7 +257,7 @@ def merged_record_file(top: Path) -> Path:
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
     target = merged_record_file(top)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_directory(target.parent)
     write_file_durably(target, msgspec.json.encode(record) + b"\n", 0o600)
 
 
@@ -262,6 +279,13 @@ def _beside(image: Path, suffix: str) -> Path:
     if real.is_block_device():
         return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
     return real.with_name(f".{real.name}.{suffix}")
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateDirectoryUnusable(str(directory), error.strerror or str(error)) from error
 
 
 def _remove_durably(file: Path) -> None:

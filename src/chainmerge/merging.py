@@ -28,6 +28,7 @@ from chainmerge.inspection import (
     open_chain,
 )
 from chainmerge.journal import (
+    MergedRecord,
     SavedBitmap,
     SavedBitmaps,
     forget_saved_bitmaps,
@@ -154,7 +155,7 @@ def merge(
     )
     record = load_merged_record(request.top)
     if record is not None and finished_before(record, request.top, request.base):
-        return _report_finished(request, Path(record.result), delete_recorded(record))
+        return _report_finished(request, record)
     request.announce(Stage.LOCK)
     target = find_target(request.top, request.base, request.access)
     with contextlib.ExitStack() as stack:
@@ -339,8 +340,8 @@ def _run(job: _Job) -> MergeReport:
     if job.facts.merged:
         verified = ("base holds all of top's data and bitmaps already",)
     else:
-        _put_bitmaps_aside(job)
         _extend(job)
+        _put_bitmaps_aside(job)
         copied = _copy(job)
         _store_bitmaps(job)
         verified = tuple(_verify(job))
@@ -499,7 +500,9 @@ def _settle(job: _Job, copied: int, verified: Sequence[str]) -> MergeReport:
     if record is not None:
         warnings += _drop_spent_tombstones(job, result)
     warnings += _give_back(job, result)
-    return _report(request, job.plan, result, copied, verified, repointed, deleted, warnings)
+    return _report(
+        request, job.plan, result, job.base.format, copied, verified, repointed, deleted, warnings
+    )
 
 
 def _drop_spent_tombstones(job: _Job, result: Path) -> Iterator[str]:
@@ -532,15 +535,18 @@ def _give_back(job: _Job, result: Path) -> Iterator[str]:
         yield f"{error.sentence} (the merge itself is done)"
 
 
-def _report_finished(request: _Request, result: Path, deleted: tuple[str, ...]) -> MergeReport:
+def _report_finished(request: _Request, record: MergedRecord) -> MergeReport:
+    deleted = delete_recorded(record)
     verified = ("an earlier run merged and verified it",)
-    return _report(request, None, result, 0, verified, (), deleted, ())
+    result = Path(record.result)
+    return _report(request, None, result, record.result_format, 0, verified, (), deleted, ())
 
 
 def _report(
     request: _Request,
     plan_done: MergePlan | None,
     result: Path,
+    result_format: str,
     copied: int,
     verified: Sequence[str],
     repointed: Sequence[str],
@@ -549,8 +555,7 @@ def _report(
 ) -> MergeReport:
     already = plan_done is None or plan_done.progress == "merged"
     with FileReadable(result) as readable:
-        is_qcow2 = plan_done is None or _base_format(plan_done) == "qcow2"
-        image = Qcow2Image(readable) if is_qcow2 else None
+        image = Qcow2Image(readable) if result_format == "qcow2" else None
         return MergeReport(
             version=REPORT_VERSION,
             outcome=MergeOutcome.ALREADY_MERGED if already else MergeOutcome.MERGED,
@@ -566,7 +571,3 @@ def _report(
             renamed=plan_done.rename if plan_done is not None else None,
             warnings=tuple(warnings),
         )
-
-
-def _base_format(plan_done: MergePlan) -> str:
-    return next(image.format for image in plan_done.images if image.path == plan_done.base)

@@ -53,6 +53,7 @@ def record_intent(facts: MergeFacts, plan: MergePlan) -> MergedRecord | None:
         top=str(facts.top.real_path),
         base=str(facts.base.real_path),
         result=str(result),
+        result_format=facts.base.format,
         result_identity=identify(facts.base.real_path),
         keep_name=plan.rename is not None,
         delete=[_doomed(by_path[path]) for path in plan.delete],

@@ -64,7 +64,7 @@ def survey_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> Spa
         return _raw_survey(raw_space_need(base.info.file_size, size_after))
     report, references = check_with_references(base.image)
     if not report.sound:
-        return _unsound(report)
+        return _without_figures(report, None)
     layout = _layout(base.image, references.counts)
     facts = BaseFacts(
         image=base.image.name,
@@ -72,16 +72,18 @@ def survey_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> Spa
         backing_size=_backing_size(target),
         shared=layout.shared,
     )
+    obstacle = growth_obstacle(facts, target.chain.top.virtual_size)
+    if obstacle is not None:
+        return _without_figures(report, obstacle)
     arrivals = _arrivals(target, opened, facts)
     demand = _demand(base.image, layout, arrivals, bitmaps, size_after)
     need = space_need(demand)
-    obstacle = growth_obstacle(facts, target.chain.top.virtual_size)
     return SpaceSurvey(
         facts=_facts(need),
         check=report,
         new_clusters=arrivals.likely_clusters,
         new_l2_tables=arrivals.l2_tables,
-        obstacle=obstacle,
+        obstacle=None,
     )
 
 
@@ -93,10 +95,10 @@ def _raw_survey(need: SpaceNeed) -> SpaceSurvey:
     return SpaceSurvey(_facts(need), None, 0, 0, None)
 
 
-def _unsound(report: CheckReport) -> SpaceSurvey:
-    """Of a damaged image nothing can be said, but that it is refused."""
+def _without_figures(report: CheckReport, obstacle: ChainmergeError | None) -> SpaceSurvey:
+    """Nothing is to be said of an image that is damaged or cannot grow, but that it is refused."""
     end = report.image_end_offset
-    return SpaceSurvey(SpaceFacts(end, end, end, {}), report, 0, 0, None)
+    return SpaceSurvey(SpaceFacts(end, end, end, {}), report, 0, 0, obstacle)
 
 
 def _backing_size(target: Target) -> int | None:

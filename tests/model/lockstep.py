@@ -32,7 +32,7 @@ class Lockstep:
 
     def __init__(self, first: Backend, second: Backend) -> None:
         self._both = (first, second)
-        # What the second is merging into, or was when it was killed: nobody compares that.
+        # Where the two cannot be the same, as the second is at work there or was killed at it.
         self._spoiled: tuple[str, ...] = ()
 
     def create_root(self, image: str, size: int, *, holds_bitmaps: bool) -> None:
@@ -73,7 +73,8 @@ class Lockstep:
 
     def merge(self, request: MergeRequest, at_moment: Callable[[], None]) -> bool:
         before = self._spoiled
-        self._spoiled = (request.base, *request.between)
+        # The first has not even begun.
+        self._spoiled = (*request.chain, *request.above)
         merged = self._both[1].merge(request, at_moment)
         self._follow(request, merged=merged)
         self._spoiled = () if merged else before

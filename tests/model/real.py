@@ -21,6 +21,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+import numpy as np
+from hypothesis import currently_in_test_context, note
+
 import chainmerge
 from chainmerge.chain.names import backing_path
 from chainmerge.checkpoints import BitmapState
@@ -147,7 +150,6 @@ class RealBackend:
         self._block = variety.block
         self._kinds = variety.kinds
         self._created = 0
-        self._merges = 0
         # A merge can give base the name of top's file, so names of files are not those of images.
         self._files: dict[str, Path] = {}
         self._raw: str | None = None
@@ -235,21 +237,21 @@ class RealBackend:
                 self._forget_what_was_read()
                 at_moment()
 
-        self._merges += 1
         options = self._options(request, request.give_up_checkpoints)
         before = self._checksums()
         try:
             if request.give_up_checkpoints:
                 self._remove_unguarded(request, options)
             self._run(request, options, on_progress)
-        except Refused:
+        except Refused as refusal:
+            if currently_in_test_context():
+                note(f"refused: {refusal}")
             self._require_unchanged(before, request)
             return False
         self._settle(request, options)
         return True
 
     def merge_and_kill(self, request: MergeRequest, point: KillPoint) -> Ending:
-        self._merges += 1
         options = self._options(request, False)
         before = self._checksums()
         top = self._inode(request.top)
@@ -259,22 +261,36 @@ class RealBackend:
             self._require_unchanged(before, request)
             return ending
         if ending is Ending.KILLED:
-            if self._files[request.top].exists() and self._inode(request.top) == top:
+            if not self._is_over(request, top):
                 return ending
-            # Nobody can go on with an image that is gone.
+            if request.top_stays:
+                self._delete_between(request)
             self._run(request, options, lambda _event: None)
         self._settle(request, options)
         return Ending.FINISHED
 
+    def _is_over(self, request: MergeRequest, top: int) -> bool:
+        """Whether a killed merge had nothing left to do that could still fail.
+
+        Nobody can go on with a top that is gone. And one that stands on base instead of the
+        images between stands where it should: what the guest writes next is another merge's.
+        """
+        if not self._files[request.top].exists() or self._inode(request.top) != top:
+            return True
+        return bool(request.between) and self.backing(request.top) == request.base
+
     def _options(self, request: MergeRequest, give_up_checkpoints: bool) -> MergeOptions:
         if request.top_stays:
             return MergeOptions(drop_bitmaps=give_up_checkpoints)
-        keep_name = self._merges % 3 == 0
+        # The same for every attempt at this merge: it is "the same command" that finishes it.
+        keep_name = int(request.top.removeprefix("image")) % 3 == 0 and self._are_on_top(request)
         # With images between, keeping top's name alone would leave them behind.
         delete = not keep_name or bool(request.between)
-        return MergeOptions(
-            delete=delete, keep_name=keep_name, drop_bitmaps=give_up_checkpoints
-        )
+        return MergeOptions(delete=delete, keep_name=keep_name, drop_bitmaps=give_up_checkpoints)
+
+    def _are_on_top(self, request: MergeRequest) -> bool:
+        """Whether no attempt with another settlement has given children of top base's name."""
+        return all(self.backing(child) == request.top for child in request.children)
 
     def _run(
         self,
@@ -310,11 +326,15 @@ class RealBackend:
         if not request.top_stays:
             del self._files[request.top]
         for image in request.between:
-            path = self._files.pop(image)
-            if request.top_stays:
-                path.unlink()
-            elif path.exists():
-                raise QemuDisagrees(f"{path} was not deleted")
+            assert request.top_stays or not self._files[image].exists()
+        self._delete_between(request)
+        for image in request.between:
+            del self._files[image]
+
+    def _delete_between(self, request: MergeRequest) -> None:
+        """A top that stays leaves these to people, who are told that they are of no use."""
+        for image in request.between:
+            self._files[image].unlink(missing_ok=True)
 
     def _run_in_a_child(
         self, request: MergeRequest, options: MergeOptions, point: KillPoint
@@ -325,8 +345,9 @@ class RealBackend:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status == -signal.SIGKILL:
             # The guest goes on when the daemon is gone too, and its locks with it.
-            for image in (request.base, request.top):
-                lock_image(self._files[image], LockMode.WRITER, SECONDS_FOR_THE_DYING).release()
+            for path in (self._files[request.base], self._files[request.top]):
+                if path.exists():
+                    lock_image(path, LockMode.WRITER, SECONDS_FOR_THE_DYING).release()
             return Ending.KILLED
         if status not in (0, _EXIT_REFUSED):
             raise AssertionError((self.directory / "last-words").read_text())
@@ -392,10 +413,10 @@ class RealBackend:
 
     def content(self, image: str) -> tuple[int, ...]:
         if image not in self._contents:
-            self._contents[image] = tuple(self._read_content(image))
+            self._contents[image] = self._read_content(image)
         return self._contents[image]
 
-    def _read_content(self, image: str) -> Iterator[int]:
+    def _read_content(self, image: str) -> tuple[int, ...]:
         with contextlib.ExitStack() as stack:
             layers = []
             at: str | None = image
@@ -407,10 +428,11 @@ class RealBackend:
                 )
                 at = self.backing(at)
             view = GuestView(tuple(reversed(layers)))
-            for offset in range(0, view.virtual_size, self._block):
-                data = view.read(offset, self._block)
-                assert data == data[:1] * self._block, f"block at {offset} of {image} is torn"
-                yield data[0]
+            data = np.frombuffer(view.read(0, view.virtual_size), dtype=np.uint8)
+        blocks = data.reshape(-1, self._block)
+        torn = np.flatnonzero((blocks != blocks[:, :1]).any(axis=1))
+        assert not len(torn), f"blocks {torn.tolist()} of {image} are torn"
+        return tuple(blocks[:, 0].tolist())
 
     def _forget_what_was_read(self) -> None:
         self._bitmaps.clear()

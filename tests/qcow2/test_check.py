@@ -22,7 +22,7 @@ from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import CheckReport, check, check_with_references, computed_refcounts
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.mapping import COPIED, OFFSET_MASK
+from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK
 from chainmerge.qcow2.readable import BytesReadable
 from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
 from chainmerge.qcow2.references import MAX_CLUSTERS
@@ -144,6 +144,7 @@ def test_sound_images(plan: ImagePlan, data: st.DataObject) -> None:
         {"preallocation": "metadata"},
         {"preallocation": "metadata", "extended_l2": "on"},
         {"data_file": "data"},
+        {"data_file": "data", "extended_l2": "on"},
         {"data_file": "data", "data_file_raw": "on", "preallocation": "metadata"},
     ],
     ids=str,
@@ -155,7 +156,9 @@ def test_sound_images_of_other_kinds(tmp_path: Path, options: dict[str, str]) ->
         for key, value in options.items()
     )
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-o", given_options, path, str(GIB))
-    apply_writes(path, [Write(0, MIB), WriteZeroes(512 * MIB, 10 * MIB), Discard(0, 64 * KIB)])
+    apply_writes(
+        path, [Write(0, MIB), WriteZeroes(512 * MIB, 10 * MIB), Discard(128 * KIB, 64 * KIB)]
+    )
     assert_clean(path)
 
 
@@ -218,7 +221,7 @@ def build_small(path: Path) -> None:
 
 def build_extended(path: Path) -> None:
     qemu.create(path, 40 * MIB, cluster_size=16 * KIB, extended_l2="on", compression_type="zstd")
-    apply_writes(path, [WriteCompressed(0, 64 * KIB), Write(20 * MIB, 100 * KIB)])
+    apply_writes(path, [WriteCompressed(4 * MIB, 64 * KIB), Write(20 * MIB, 100 * KIB)])
     apply_writes(path, [Write(MIB, 512), WriteZeroes(MIB + KIB, 2 * KIB), WriteZeroes(0, MIB)])
     add_bitmaps(path)
     qemu.qemu_img("snapshot", "-c", "one", path)
@@ -442,6 +445,38 @@ def put_refcount(path: Path, cluster: int, refcount: int) -> None:
         file.write(refcount.to_bytes(2, "big"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "subclusters"),
+    [
+        ("data", 0, 0x0000_0003_FFFF_FFFF),
+        ("none", 0, 0x0000_0000_0000_0001),
+        ("none", 0, 0xFFFF_0000_0000_0000),
+        ("compressed", 0, 0x0000_0001_0000_0000),
+        ("compressed", COPIED, 0),
+        ("data", 1, 0x0000_0000_FFFF_FFFF),
+        ("data", 2, 0x0000_0000_FFFF_FFFF),
+    ],
+)
+def test_contradictions_in_extended_entries(
+    samples: dict[str, Sample], kind: str, flags: int, subclusters: int
+) -> None:
+    sample = samples["extended"]
+    image = open_qcow2(sample.path)
+    for table, size in sample.tables["L2"]:
+        for at, (entry, _) in enumerate(
+            struct.iter_unpack(">QQ", image.readable.read(table, size))
+        ):
+            is_kind = {
+                "data": entry & OFFSET_MASK and not entry & COMPRESSED,
+                "none": not entry,
+                "compressed": entry & COMPRESSED,
+            }[kind]
+            if is_kind:
+                changed = struct.pack(">QQ", entry | flags, subclusters)
+                assert_agrees(sample.damaged(table + 16 * at, changed))
+                break
+
+
 def test_leaked_clusters_are_named(samples: dict[str, Sample]) -> None:
     sample = samples["small"]
     path = sample.damaged(0, b"")
@@ -467,25 +502,70 @@ def test_leaked_clusters_are_named(samples: dict[str, Sample]) -> None:
     assert clusters_of(report) == leaked[1:]
 
 
-def test_metadata_that_is_shared_by_agreement_is_an_overlap(tmp_path: Path) -> None:
+def point_at(path: Path, offset: int) -> None:
+    """Let guest cluster 1 be at a file offset, where something else is; its refcount knows."""
+    image = open_qcow2(path)
+    with path.open("r+b") as file:
+        file.seek((int(image.l1[0]) & OFFSET_MASK) + 8)
+        file.write(offset.to_bytes(8, "big"))
+    assert_agrees(path)
+    assert not check(open_qcow2(path)).sound
+    put_refcount(path, offset // image.header.cluster_size, 2)
+
+
+@pytest.mark.parametrize("place", ["header", "L1 table", "L2 table", "refcount table"])
+def test_metadata_that_is_shared_by_agreement_is_an_overlap(tmp_path: Path, place: str) -> None:
     path = qemu.create(tmp_path / "image", 64 * MIB)
     apply_writes(path, [Write(0, 64 * KIB)])
     image = open_qcow2(path)
-    table = int(image.l1[0]) & OFFSET_MASK
-    l1_cluster = image.header.l1_table_offset // image.header.cluster_size
-    with path.open("r+b") as file:
-        file.seek(table + 8)
-        file.write(image.header.l1_table_offset.to_bytes(8, "big"))
-    assert_agrees(path)
-    assert not check(open_qcow2(path)).sound
-    # With a refcount of 2, QEMU finds nothing wrong with guest data in the L1 table.
-    put_refcount(path, l1_cluster, 2)
-    qemu.assert_clean(path)
+    l2_table = int(image.l1[0]) & OFFSET_MASK
+    places = {
+        # An entry with offset 0 is not allocated, so the header is hit from the side.
+        "header": 0x200,
+        "L1 table": image.header.l1_table_offset,
+        "L2 table": l2_table,
+        "refcount table": image.header.refcount_table_offset,
+    }
+    point_at(path, places[place])
+    if place == "L2 table":
+        # The L1 entry's COPIED flag goes with the refcount.
+        with path.open("r+b") as file:
+            file.seek(image.header.l1_table_offset)
+            file.write(l2_table.to_bytes(8, "big"))
+    # With the refcount right, QEMU finds nothing wrong with guest data in a table.
     report = check(open_qcow2(path))
-    assert (report.corruptions, report.leaks, report.overlaps) == (0, 0, 1)
+    assert_agrees(path)
+    if place == "header":
+        assert report.corruptions
+    else:
+        qemu.assert_clean(path)
+        assert (report.corruptions, report.leaks) == (0, 0)
+    assert report.overlaps
     assert not report.sound
     assert not report.clean
-    assert "in clusters of metadata" in report.messages[0]
+    assert any("in clusters of metadata" in message for message in report.messages)
+
+
+def test_a_refcount_block_is_never_shared(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "image", 64 * MIB)
+    apply_writes(path, [Write(0, 64 * KIB)])
+    point_at(path, int(read_refcount_table(open_qcow2(path))[0]))
+    assert_agrees(path)
+    report = check(open_qcow2(path))
+    assert (report.corruptions, report.leaks, report.overlaps) == (1, 0, 1)
+    # Nor does it describe two ranges of clusters.
+    other = qemu.create(tmp_path / "other", 64 * MIB)
+    table = open_qcow2(other).header.refcount_table_offset
+    with other.open("r+b") as file:
+        file.seek(table)
+        block = file.read(8)
+        file.write(block)
+    assert_agrees(other)
+    put_refcount(other, int.from_bytes(block, "big") // (64 * KIB), 2)
+    assert_agrees(other)
+    report = check(open_qcow2(other))
+    assert report.corruptions
+    assert report.overlaps
 
 
 def test_clusters_shared_by_agreement_are_sound(tmp_path: Path) -> None:

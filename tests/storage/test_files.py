@@ -146,6 +146,24 @@ class TestOpening:
         assert all(isinstance(error, WrongFileType) for error in found.values())
 
     @opener
+    def test_a_name_that_becomes_that_of_a_pipe(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: type[FileReadable]
+    ) -> None:
+        """Between our looking at it and our opening it, as a hostile user would have it."""
+        path, stat = _touch(tmp_path / "image"), os.stat
+
+        def look_too_early(name: str) -> os.stat_result:
+            monkeypatch.setattr(os, "stat", stat)
+            status = stat(name)
+            path.unlink()
+            os.mkfifo(path)
+            return status
+
+        monkeypatch.setattr(os, "stat", look_too_early)
+        with pytest.raises(WrongFileType):
+            opener(path)
+
+    @opener
     def test_no_permission(self, tmp_path: Path, opener: type[FileReadable]) -> None:
         image = _touch(tmp_path / "image")
         image.chmod(0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from chainmerge.storage import locks
 from chainmerge.storage.errors import ImageLocked, ImageMissing, LocksUnsupported
 from chainmerge.storage.locks import ImageLock, LockMode, lock_image
 from tests.support.loopdev import loop_device
@@ -246,6 +247,39 @@ class TestAmongOurselves:
         with lock_image(image, LockMode.WRITER, 0), pytest.raises(ImageLocked):
             lock_image(image, LockMode.WRITER, 0.12)
         assert clock[0] == pytest.approx(1000.12)
+
+    def test_who_comes_in_between_our_looking_and_our_locking(
+        self, image: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        others: list[ImageLock] = []
+        set_lock = locks._set_lock
+
+        def set_lock_too_late(fd: int, kind: int, byte: int) -> None:
+            monkeypatch.setattr(locks, "_set_lock", set_lock)
+            others.append(lock_image(image, LockMode.WRITER, 0))
+            set_lock(fd, kind, byte)
+
+        monkeypatch.setattr(locks, "_set_lock", set_lock_too_late)
+        with pytest.raises(ImageLocked):
+            lock_image(image, LockMode.WRITER, 0)
+        assert held_bytes(os.getpid(), image) == set(LockMode.WRITER.own_bytes)
+        others.pop().release()
+        lock_image(image, LockMode.WRITER, 0).release()
+
+    def test_looking_takes_no_byte(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A QEMU that starts while we wait for another must not trip over us."""
+        taken: list[int] = []
+        set_lock = locks._set_lock
+
+        def watch(fd: int, kind: int, byte: int) -> None:
+            taken.append(byte)
+            set_lock(fd, kind, byte)
+
+        with lock_image(image, LockMode.READER, 0):
+            monkeypatch.setattr(locks, "_set_lock", watch)
+            with pytest.raises(ImageLocked):
+                lock_image(image, LockMode.WRITER, 0)
+        assert not {byte for byte in taken if byte >= 100}
 
     def test_releasing_twice(self, image: Path) -> None:
         lock = lock_image(image, LockMode.READER, 0)

@@ -219,6 +219,18 @@ class TestFile:
         sync(directory)
         assert Path(volume.path).stat().st_blocks * 512 <= 6 * 4096
 
+    def test_giving_all_of_it_back(self, directory: Path) -> None:
+        """By name, or as part of making a file smaller that is small enough already."""
+        image = make_file(directory / "image", 10_001)
+        volume, content = FileVolume(str(image)), image.read_bytes()
+        for give_back in (volume.release_reservation, lambda: volume.shrink_to(10 * MIB)):
+            volume.grow_to(20 * MIB)
+            volume.make_growth_durable()
+            give_back()
+            sync(directory)
+            assert image.stat().st_blocks * 512 <= 4 * 4096
+            assert image.read_bytes() == content
+
     def test_shrinking(self, directory: Path) -> None:
         image = make_file(directory / "image", 5 * MIB)
         volume = FileVolume(str(image))

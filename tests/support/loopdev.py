@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 # Others set devices up at the same time and can be faster than losetup between its finding a
 # free device and its taking it.
 _ATTEMPTS: Final = 50
+
+# linux/sched.h
+_CLONE_NEWNS: Final = 0x00020000
 
 
 @contextmanager
@@ -90,11 +95,23 @@ def device_that_loses_writes(directory: Path, size: int, kept: int) -> Iterator[
 @contextmanager
 def _mounted(*arguments: str | Path) -> Iterator[None]:
     mount_point = arguments[-1]
+    _make_mounts_private()
     run("mount", *arguments)
     try:
         yield
     finally:
         run("umount", mount_point)
+
+
+@cache
+def _make_mounts_private() -> None:
+    """From now on only this process and its children see what is mounted.
+
+    So the kernel unmounts it when they are gone, even if they are killed.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    run("mount", "--make-rprivate", "/")
 
 
 def _attach(backing: Path, *options: str) -> Path:

@@ -265,7 +265,7 @@ def _build_layer(path: Path, layer: LayerPlan, below: tuple[Path, str] | None) -
     _write(path, layer, layer.image.operations[layer.first_part :])
     for bitmap in layer.bitmaps:
         if bitmap.state is State.DISABLED_AFTERWARDS:
-            qemu.qemu_img("bitmap", "--disable", path, bitmap.name)
+            qemu.qemu_img("bitmap", "--disable", "--", path, bitmap.name)
     for bitmap in layer.bitmaps:
         if bitmap.state is State.IN_USE:
             mark_bitmap_in_use(path, bitmap.name)

@@ -36,6 +36,10 @@ _COW_FORMATS = frozenset({"qcow2", "qcow", "qed", "vmdk"})
 # What QEMU puts between the program's name and a message that is no error.
 _HARMLESS = (": warning: ", ": info: ")
 
+# What QEMU adds to the warning about bitmaps that a program without support for them has left
+# behind. It has neither a name in front nor a newline at its end.
+_REST_OF_A_WARNING = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+
 Options: TypeAlias = dict[str, object]
 
 
@@ -162,9 +166,14 @@ def commit(
 
 def _open(daemon: StorageDaemon, chain: _Chain) -> None:
     for index, image in enumerate(chain.images):
-        if image.key_file is not None:
-            daemon.execute("object-add", _secret(index, chain.names.of(image.key_file)))
-        daemon.execute("blockdev-add", _node(chain, index))
+        try:
+            if image.key_file is not None:
+                daemon.execute("object-add", _secret(index, chain.names.of(image.key_file)))
+            daemon.execute("blockdev-add", _node(chain, index))
+        except CommandRefused as refused:
+            # QEMU's own reason does not always say which image it means.
+            reason = f"{image.path}: {refused.reason}"
+            raise CommandRefused(refused.command, reason) from refused
 
 
 def _close(daemon: StorageDaemon, chain: _Chain) -> None:
@@ -228,7 +237,7 @@ def _serious(complaints: str) -> str:
     """Of what the daemon said on standard error, the lines that are not mere warnings."""
     return "; ".join(
         line
-        for line in complaints.splitlines()
+        for line in complaints.replace(_REST_OF_A_WARNING, "\n").splitlines()
         if line.strip() and not any(mark in line for mark in _HARMLESS)
     )
 

@@ -135,9 +135,10 @@ def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> RenderableType:
         "name", "fate", "granularity", "dirty", "reason", right=("granularity", "dirty")
     )
     for bitmap in bitmaps:
+        fate = f"{bitmap.fate}, tombstone" if bitmap.tombstone else bitmap.fate
         table.add_row(
             words(bitmap.name),
-            words(f"{bitmap.fate}, tombstone" if bitmap.tombstone else bitmap.fate, _FATE_STYLES.get(bitmap.fate, "")),
+            words(fate, _FATE_STYLES.get(bitmap.fate, "")),
             layout.size(bitmap.granularity),
             layout.size(bitmap.dirty_bytes),
             words("; ".join(_remarks(bitmap))),

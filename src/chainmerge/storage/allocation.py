@@ -69,17 +69,8 @@ def reserved_beyond_end(fd: int) -> int:
 
 def release_beyond_end(fd: int) -> None:
     """Give back what is allocated behind the file's end."""
-    size = os.fstat(fd).st_size
-    os.ftruncate(fd, size)
-    if reserved_beyond_end(fd) > _largest_block(fd):
-        # Btrfs takes a truncation to the present size for nothing to do (Linux 6.18).
-        os.ftruncate(fd, size + 1)
-        os.ftruncate(fd, size)
-
-
-def _largest_block(fd: int) -> int:
-    # The block that holds the file's last byte reaches beyond its end.
-    return os.fstatvfs(fd).f_bsize
+    # A truncation to the present size does that on ext4, XFS, Btrfs and tmpfs (Linux 6.18).
+    os.ftruncate(fd, os.fstat(fd).st_size)
 
 
 def _allocated_extents(fd: int, start: int) -> list[tuple[int, int, int]]:

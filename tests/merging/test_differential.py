@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random chains, merged: content as QEMU read it before, bitmaps as a model of their own has them.
+
+Of a third of the chains base lies on a block device of exactly the planned size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import event, given, note
+
+import chainmerge
+from chainmerge.errors import Refused
+from chainmerge.options import Access
+from chainmerge.qcow2.bitmaps import read_bits, read_directory
+from chainmerge.types import MergeOutcome
+from tests.chain.unchanged import state
+from tests.support import qemu
+from tests.support.images import SECTOR, open_qcow2
+from tests.support.loopdev import loop_device
+from tests.support.merge_cases import BuiltCase, MergeCase, build, merge_cases
+from tests.support.merge_model import (
+    ExpectedBitmap,
+    Sectors,
+    disk_after,
+    expected_bitmaps,
+    expected_refusals,
+)
+
+BLOCK = 4096
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.planning import MergePlan
+    from chainmerge.types import MergeReport
+
+
+@given(merge_cases())
+def test_random_merges(case: MergeCase) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        built = build(Path(scratch), case)
+        refusals = expected_refusals(case)
+        if refusals:
+            event(f"refused: {', '.join(sorted(refusals))}")
+            assert_refused(built, refusals)
+        elif case.on_device:
+            event("merged on a block device")
+            with on_exact_device(built):
+                assert_merges(built)
+        else:
+            event("merged in a file")
+            assert_merges(built)
+
+
+def plan(built: BuiltCase) -> MergePlan:
+    return chainmerge.plan(built.top, built.base, _access(built), built.case.options)
+
+
+def merge(built: BuiltCase) -> MergeReport:
+    return chainmerge.merge(built.top, built.base, _access(built), built.case.options)
+
+
+def _access(built: BuiltCase) -> Access:
+    allowed = (os.path.realpath(built.base),) if built.base.is_symlink() else ()
+    return Access(allow_backing=allowed)
+
+
+def everything(built: BuiltCase) -> dict[str, object]:
+    """All that the images are, on whatever they lie."""
+    found: dict[str, object] = {**state(built.directory)}
+    for path in built.paths:
+        found[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def assert_refused(built: BuiltCase, codes: set[str]) -> None:
+    before = everything(built)
+    assert {refusal.code for refusal in plan(built).refusals} == codes
+    with pytest.raises(Refused) as caught:
+        merge(built)
+    assert caught.value.code in codes
+    assert everything(built) == before
+
+
+@contextlib.contextmanager
+def on_exact_device(built: BuiltCase) -> Iterator[None]:
+    """Put base on a device of the size that the plan asks for; before that, try a smaller one."""
+    required = plan(built).space.required
+    behind = built.directory / "behind"
+    base = built.case.layers[built.case.base]
+    size = -(-required // SECTOR) * SECTOR
+    if base.geometry is None:
+        used, step = base.disk_size, SECTOR
+    else:
+        used, step = qemu.check(built.base)["image-end-offset"], base.geometry.cluster_size
+    # Where there is nothing to do, there is nothing to refuse either.
+    idle = _content_of_base(built, built.base).startswith(qemu.content(built.top))
+    built.base.rename(behind)
+    if size - step >= used and not idle:
+        with _in_place_of(built.base, behind, size - step):
+            assert plan(built).space.required == required
+            assert_refused(built, {"device-too-small"})
+    os.truncate(behind, used)
+    if base.geometry is not None:
+        # What an earlier user of the device has left there.
+        with behind.open("ab") as file:
+            file.write(b"\xa5" * (size - used))
+    with _in_place_of(built.base, behind, size):
+        assert plan(built).space.required == required
+        yield
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path, behind: Path, size: int) -> Iterator[None]:
+    with loop_device(behind, size) as device:
+        path.symlink_to(device)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A bitmap as our parser reads it from an image; of an unreadable one nothing is dirty."""
+
+    flags: int
+    granularity: int
+    dirty: bytes
+
+
+@dataclass(frozen=True)
+class Before:
+    """What must be the same after the merge."""
+
+    view: bytes
+    old_base: bytes
+    above: list[bytes]
+    bitmaps_above: list[dict[str, Bitmap]]
+    leaks_above: list[int]
+    below: list[bytes]
+    top_file: bytes
+    plan: MergePlan
+
+
+def look(built: BuiltCase) -> Before:
+    untouched = everything(built)
+    before = Before(
+        view=qemu.content(built.top),
+        old_base=_content_of_base(built, built.base),
+        above=[qemu.content(path) for path in built.above],
+        bitmaps_above=[_bitmaps(path) for path in built.above],
+        leaks_above=[qemu.check(path)["leaks"] for path in built.above],
+        below=[path.read_bytes() for path in built.below],
+        top_file=built.top.read_bytes(),
+        plan=plan(built),
+    )
+    assert everything(built) == untouched
+    return before
+
+
+def assert_merges(built: BuiltCase) -> None:
+    before = look(built)
+    assert before.plan.refusals == ()
+    report = merge(built)
+    if report.outcome is MergeOutcome.ALREADY_MERGED:
+        # Top has nothing that base did not have.
+        assert before.old_base[: len(before.view)] == before.view
+    assert_merged(built, before)
+    if built.case.twice:
+        assert merge(built).outcome is MergeOutcome.ALREADY_MERGED
+        assert_merged(built, before)
+
+
+def assert_merged(built: BuiltCase, before: Before) -> None:
+    result = built.top if built.case.options.keep_name else built.base
+    assert_content(built, before, result)
+    assert_children(built, before)
+    assert_bitmaps(built, result)
+    assert_files(built, before, result)
+
+
+def assert_content(built: BuiltCase, before: Before, result: Path) -> None:
+    content = _content_of_base(built, result)
+    assert len(content) == disk_after(built.case)
+    assert content[: len(before.view)] == before.view
+    # Base does not shrink: where its disk goes on behind top's end it is what it was.
+    assert content[len(before.view) :] == before.old_base[len(before.view) :]
+
+
+def assert_children(built: BuiltCase, before: Before) -> None:
+    assert [qemu.content(path) for path in built.above] == before.above
+    assert [_bitmaps(path) for path in built.above] == before.bitmaps_above
+    for path, leaks in zip(built.above, before.leaks_above, strict=True):
+        report = qemu.check(path)
+        assert (report["corruptions"], report["leaks"]) == (0, leaks)
+
+
+def assert_files(built: BuiltCase, before: Before, result: Path) -> None:
+    options = built.case.options
+    assert [path.read_bytes() for path in built.below] == before.below
+    if built.case.layers[built.case.base].geometry is not None:
+        qemu.assert_clean(result)
+    end = max(before.plan.space.size, before.plan.space.required)
+    # Direct I/O ends where a block of the file system does.
+    assert result.stat().st_size <= end + -end % BLOCK
+    middle = set(built.paths[built.case.base + 1 : built.case.top])
+    left = {*built.below, *built.above, result}
+    if not options.delete:
+        left |= middle
+    if not (options.delete or options.keep_name):
+        left.add(built.top)
+        assert qemu.content(built.top) == before.view
+        if not middle:
+            assert built.top.read_bytes() == before.top_file
+    found = {path for path in built.directory.iterdir() if path.suffix in {".raw", ".qcow2"}}
+    assert found == left
+    assert not list(built.directory.glob(".*.chainmerge-saved"))
+
+
+def assert_bitmaps(built: BuiltCase, result: Path) -> None:
+    expected = expected_bitmaps(built.case)
+    note(f"expected bitmaps: {expected}")
+    if built.case.layers[built.case.base].geometry is None:
+        return
+    found = _bitmaps(result)
+    listed = qemu.bitmap_names(result)
+    assert found.keys() == expected.keys() == listed.keys()
+    for name, wanted in expected.items():
+        assert listed[name]["flags"] == (["auto"] if wanted.enabled else []), name
+        if wanted.granularity is not None:
+            assert listed[name]["granularity"] == wanted.granularity, name
+        assert found[name].dirty == np.packbits(wanted.dirty).tobytes(), name
+    kept = sorted(name for name, wanted in expected.items() if wanted.enabled)
+    if kept:
+        # One for all: asking QEMU takes a process each time.
+        assert_bits_by_qemu(result, kept[0], expected[kept[0]])
+
+
+def assert_bits_by_qemu(image: Path, name: str, expected: ExpectedBitmap) -> None:
+    runs = [(run.start, run.length) for run in qemu.dirty_ranges(image, name)]
+    assert np.array_equal(_sectors(runs, len(expected.dirty)), expected.dirty), name
+
+
+def _sectors(runs: list[tuple[int, int]], count: int) -> Sectors:
+    dirty = np.zeros(count, dtype=bool)
+    for start, length in runs:
+        dirty[start // SECTOR : (start + length) // SECTOR] = True
+    return dirty
+
+
+def _content_of_base(built: BuiltCase, path: Path) -> bytes:
+    return qemu.content(path, built.case.layers[built.case.base].format)
+
+
+def _bitmaps(path: Path) -> dict[str, Bitmap]:
+    image = open_qcow2(path)
+    found = {}
+    for entry in read_directory(image):
+        runs: list[tuple[int, int]] = []
+        if image.header.bitmaps_trusted and not entry.in_use:
+            starts, lengths = read_bits(image, entry).ranges()
+            runs = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+        dirty = _sectors(runs, image.header.virtual_size // SECTOR)
+        found[entry.name] = Bitmap(
+            int(entry.flags), entry.granularity, np.packbits(dirty).tobytes()
+        )
+    return found

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge must make of a chain's bitmaps, and when it is refused: the rules, once more.
+
+Written from the table in docs/design.md and from what the guest wrote, with one array element
+for each sector. It shares nothing with the code under test, not even the way in which it looks
+at a chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.support.images import SECTOR
+from tests.support.merge_cases import BitmapPlan, LayerPlan, MergeCase, State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+Sectors = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ExpectedBitmap:
+    """A bitmap of base after the merge. *granularity* is None where any will do."""
+
+    enabled: bool
+    granularity: int | None
+    dirty: Sectors
+
+
+def disk_after(case: MergeCase) -> int:
+    return max(case.layers[case.base].disk_size, case.layers[case.top].disk_size)
+
+
+def expected_bitmaps(case: MergeCase) -> dict[str, ExpectedBitmap]:
+    """Base's bitmaps, by name, after a merge that is not refused."""
+    if not case.layers[case.base].holds_bitmaps:
+        return {}
+    found = {}
+    for name in _names(case.layers[case.base : case.top + 1]):
+        if _passes(case, name):
+            found[name] = _union(case, name)
+        elif name in _names(case.above) or (_top_stays(case) and _is_valid(_top(case), name)):
+            clean = np.zeros(disk_after(case) // SECTOR, dtype=bool)
+            found[name] = ExpectedBitmap(enabled=False, granularity=None, dirty=clean)
+    return found
+
+
+def expected_refusals(case: MergeCase) -> set[str]:
+    """The codes of all reasons not to do the merge."""
+    return set(_refusals(case))
+
+
+def _refusals(case: MergeCase) -> Iterator[str]:
+    base, top, merged = case.layers[case.base], _top(case), case.layers[case.base + 1 : case.top]
+    doomed = (*merged, top) if case.options.delete else (top,)
+    if not _top_stays(case) and any(layer.snapshot for layer in doomed):
+        yield "internal-snapshots"
+    if top.disk_size < base.disk_size and any(
+        child.disk_size > top.disk_size for child in case.children
+    ):
+        yield "child-sees-more"
+    if top.disk_size > base.disk_size and _is_stuck(case, base, top.disk_size):
+        yield "cannot-grow-base"
+    if base.holds_bitmaps:
+        return
+    names = _names(case.layers[case.base : case.top + 1])
+    if not case.options.drop_bitmaps and any(_passes(case, name) for name in names):
+        yield "base-cannot-hold-bitmaps"
+    for name in names:
+        tops_own = _top_stays(case) and _is_valid(top, name) and name not in _names(merged)
+        if name in _names(case.above):
+            yield "bitmaps-unguarded"
+        elif _top_stays(case) and _is_valid(top, name) and not tops_own:
+            yield "bitmaps-unguarded"
+
+
+def _is_stuck(case: MergeCase, base: LayerPlan, size: int) -> bool:
+    """Whether QEMU cannot make base's disk as large as *size*."""
+    if base.geometry is None or base.geometry.compat != "0.10":
+        return False
+    # Without zero clusters nothing can hide what a longer backing file has there.
+    longer_backing = case.base > 0 and case.layers[case.base - 1].disk_size > base.disk_size
+    return base.snapshot or longer_backing
+
+
+def _top(case: MergeCase) -> LayerPlan:
+    return case.layers[case.top]
+
+
+def _top_stays(case: MergeCase) -> bool:
+    return not (case.options.delete or case.options.keep_name)
+
+
+def _names(layers: Iterable[LayerPlan]) -> set[str]:
+    return {bitmap.name for layer in layers for bitmap in layer.bitmaps}
+
+
+def _bitmap(layer: LayerPlan, name: str) -> BitmapPlan | None:
+    return next((bitmap for bitmap in layer.bitmaps if bitmap.name == name), None)
+
+
+def _is_valid(layer: LayerPlan, name: str) -> bool:
+    bitmap = _bitmap(layer, name)
+    return bitmap is not None and bitmap.state is State.VALID and not layer.untrusted
+
+
+def _passes(case: MergeCase, name: str) -> bool:
+    """The chain test, from top: valid, as far down as there is any."""
+    going_down = case.layers[case.top :: -1]
+    valid = [_is_valid(layer, name) for layer in going_down]
+    present = [_bitmap(layer, name) is not None for layer in going_down]
+    run = valid.index(False) if False in valid else len(valid)
+    return run > 0 and not any(present[run:])
+
+
+def _union(case: MergeCase, name: str) -> ExpectedBitmap:
+    occurrences = [
+        (layer, bitmap)
+        for layer in case.layers[case.base : case.top + 1]
+        if (bitmap := _bitmap(layer, name)) is not None
+    ]
+    granularity = min(bitmap.granularity for _, bitmap in occurrences)
+    size = disk_after(case)
+    dirty = np.zeros(size // SECTOR, dtype=bool)
+    for layer, bitmap in occurrences:
+        recorded = _recorded(layer, bitmap)
+        dirty[: len(recorded)] |= recorded[: len(dirty)]
+    return ExpectedBitmap(enabled=True, granularity=granularity, dirty=_in_steps(dirty, granularity))
+
+
+def _recorded(layer: LayerPlan, bitmap: BitmapPlan) -> Sectors:
+    """What QEMU marked dirty while the image was the active one."""
+    dirty = np.zeros(layer.disk_size // SECTOR, dtype=bool)
+    for write in layer.seen_by(bitmap):
+        dirty[write.offset // SECTOR : (write.offset + write.length) // SECTOR] = True
+    return _in_steps(dirty, bitmap.granularity)
+
+
+def _in_steps(dirty: Sectors, granularity: int) -> Sectors:
+    """With one dirty sector, all those are dirty that the same bit stands for."""
+    step = granularity // SECTOR
+    if step >= len(dirty):
+        return np.full(len(dirty), dirty.any())
+    whole = np.append(dirty, np.zeros(-len(dirty) % step, dtype=bool)).reshape(-1, step)
+    return np.repeat(whole.any(axis=1), step)[: len(dirty)]
