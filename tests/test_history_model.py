@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, decide
+from tests.model.broken_rules import changed, without_tombstones
 from tests.model.disk_history import (
     Backend,
     ChangedCheckpoint,
@@ -22,6 +23,10 @@ from tests.model.disk_history import (
 from tests.model.lockstep import BackendsDiffer, Lockstep
 from tests.model.machine import DiskHistoryMachine
 from tests.model.memory import Decide, MemoryBackend
+from tests.model.stories import STORIES, Story, gap_goes_away
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
 
 PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=30)
 
@@ -36,26 +41,6 @@ def test_thousands_of_random_lives() -> None:
 
 
 # What the histories would find, if the rules were other than they are.
-
-Change = Callable[[Decision], Decision]
-
-
-def changed(change: Change) -> Decide:
-    def decide_otherwise(
-        chain: Sequence[LayerBitmaps],
-        base_index: int,
-        names_above: Collection[str],
-        *,
-        top_stays: bool,
-    ) -> tuple[Decision, ...]:
-        decisions = decide(chain, base_index, names_above, top_stays=top_stays)
-        return tuple(change(decision) for decision in decisions)
-
-    return decide_otherwise
-
-
-def without_tombstones(decision: Decision) -> Decision:
-    return replace(decision, tombstone=False, tombstone_while_top_exists=False)
 
 
 def without_passing_tombstones(decision: Decision) -> Decision:
@@ -168,67 +153,7 @@ def test_random_lives_find_a_broken_rule(
         run_state_machine_as_test(machine_with(otherwise), settings=search)
 
 
-# The traps, one by one, as stories.
-
-Story = Callable[[Backend], DiskHistory]
-
-
-def gap_goes_away(backend: Backend) -> DiskHistory:
-    """cp1 is removed from the middle image only; the merge takes the gap away."""
-    history = DiskHistory(backend, 8, raw_root=False)
-    history.checkpoint("cp1", 1)
-    history.guest_write(0, 1)
-    history.snapshot()
-    history.snapshot()
-    history.guest_write(1, 1)
-    history.remove_bitmap("image1", "cp1")
-    history.merge("image0", "image1")
-    return history
-
-
-def disabled_occurrence_goes_away(backend: Backend) -> DiskHistory:
-    """cp1 began in the middle image and is disabled there; base never knew it."""
-    history = DiskHistory(backend, 8, raw_root=False)
-    history.snapshot()
-    history.checkpoint("cp1", 1)
-    history.guest_write(0, 1)
-    history.snapshot()
-    history.guest_write(1, 1)
-    history.disable_bitmap("image1", "cp1")
-    history.merge("image0", "image1")
-    return history
-
-
-def crashed_occurrence_goes_away(backend: Backend) -> DiskHistory:
-    """cp1 is good everywhere until somebody opens the middle image for writing and is killed."""
-    history = DiskHistory(backend, 8, raw_root=False)
-    history.checkpoint("cp1", 1)
-    history.guest_write(0, 1)
-    history.snapshot()
-    history.guest_write(1, 1)
-    history.snapshot()
-    backend.crash("image1")
-    history.merge("image0", "image1")
-    return history
-
-
-def top_stays_over_a_broken_base(backend: Backend) -> DiskHistory:
-    history = DiskHistory(backend, 8, raw_root=False)
-    history.checkpoint("cp1", 1)
-    history.guest_write(0, 1)
-    history.snapshot()
-    history.guest_write(1, 1)
-    history.disable_bitmap("image0", "cp1")
-    history.merge("image0", "image1", top_stays=True)
-    return history
-
-
-STORIES = [
-    pytest.param(gap_goes_away, "image2", id="gap"),
-    pytest.param(disabled_occurrence_goes_away, "image2", id="disabled"),
-    pytest.param(crashed_occurrence_goes_away, "image2", id="in-use"),
-    pytest.param(top_stays_over_a_broken_base, "image1", id="top stays"),
-]
+# The traps, one by one.
 
 
 @pytest.mark.parametrize(("story", "leaf"), STORIES)

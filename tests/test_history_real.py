@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random lives of a disk on real images."""
+"""Random lives of a disk on real images, and proof that they find what they are for."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.model.disk_history import Backend
+from chainmerge.checkpoints import BitmapState
+from tests.model.broken_rules import changed, without_tombstones
+from tests.model.disk_history import Backend, FalseCheckpoint
 from tests.model.lockstep import Lockstep
-from tests.model.machine import KilledMergesMachine
+from tests.model.machine import AbandonedMergesMachine, DiskHistoryMachine, KilledMergesMachine
 from tests.model.memory import MemoryBackend
 from tests.model.real import RealBackend, Workshop, scratch_directory
+from tests.model.stories import STORIES, Story
 
-PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=10)
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=14)
+MAX_IMAGES = 5
 
 
 @pytest.fixture
@@ -27,26 +34,114 @@ def workshop() -> Iterator[Workshop]:
 
 
 def real_machine(workshop: Workshop) -> type[KilledMergesMachine]:
-    """Lives of which the images and the model must tell the same."""
+    """Lives of which the images and the model must tell the same, bit by bit."""
 
     class Machine(KilledMergesMachine):
-        max_images = 5
+        max_images = MAX_IMAGES
 
         def make_backend(self, variety: int) -> Backend:
             self.real = workshop.backend(variety)
             return Lockstep(MemoryBackend(), self.real)
 
         def teardown(self) -> None:
-            if not hasattr(self, "history"):
-                return
-            # A history that has failed already is what people want to hear of.
-            if sys.exc_info()[0] is None:
-                spoiled = self.history.spoiled
-                self.real.ask_qemu([i for i in self.history.images if i not in spoiled])
-            self.real.throw_away()
+            ask_qemu_and_clean_up(self, self.real)
 
     return Machine
 
 
+def abandoned_machine(workshop: Workshop) -> type[AbandonedMergesMachine]:
+    """Lives in which nobody cares for what was interrupted; only the truth is left to judge."""
+
+    class Machine(AbandonedMergesMachine):
+        max_images = MAX_IMAGES
+
+        def make_backend(self, variety: int) -> Backend:
+            self.real = workshop.backend(variety)
+            return self.real
+
+        def teardown(self) -> None:
+            ask_qemu_and_clean_up(self, self.real)
+
+    return Machine
+
+
+def ask_qemu_and_clean_up(machine: DiskHistoryMachine, real: RealBackend) -> None:
+    # A history that has failed already is what people want to hear of.
+    if sys.exc_info()[0] is None:
+        spoiled = machine.history.spoiled
+        real.ask_qemu([image for image in machine.history.images if image not in spoiled])
+    real.throw_away()
+
+
 def test_random_lives(workshop: Workshop) -> None:
     run_state_machine_as_test(real_machine(workshop), settings=settings(PATIENT, max_examples=12))
+
+
+def test_random_lives_with_abandoned_merges(workshop: Workshop) -> None:
+    run_state_machine_as_test(
+        abandoned_machine(workshop), settings=settings(PATIENT, max_examples=6)
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(10))
+def test_thousands_of_random_lives(workshop: Workshop, part: int) -> None:
+    """In parts, so that more than one worker can have a share."""
+    run_state_machine_as_test(real_machine(workshop), settings=settings(PATIENT, max_examples=200))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(2))
+def test_hundreds_of_random_lives_with_abandoned_merges(workshop: Workshop, part: int) -> None:
+    run_state_machine_as_test(
+        abandoned_machine(workshop), settings=settings(PATIENT, max_examples=250)
+    )
+
+
+# What they find, if the tombstones are taken out of chainmerge.
+
+
+@pytest.fixture
+def no_tombstones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chainmerge.inspection.decide", changed(without_tombstones))
+
+
+@pytest.mark.parametrize(("story", "leaf"), STORIES)
+def test_a_broken_checkpoint_stays_broken(workshop: Workshop, story: Story, leaf: str) -> None:
+    real = workshop.backend(0)
+    history = story(Lockstep(MemoryBackend(), real))
+    history.check()
+    assert history.checkpoints(leaf) == {}
+    assert real.bitmaps(leaf)["cp1"].state is BitmapState.VALID
+    tombstone = real.bitmaps("image0")["cp1"]
+    assert (tombstone.state, tombstone.dirty) == (BitmapState.DISABLED, frozenset())
+    real.ask_qemu(history.images)
+
+
+@pytest.mark.usefixtures("no_tombstones")
+@pytest.mark.parametrize(("story", "leaf"), STORIES)
+def test_without_tombstones_it_becomes_a_false_one(
+    workshop: Workshop, story: Story, leaf: str
+) -> None:
+    with pytest.raises(FalseCheckpoint, match=f"cp1 passes in {leaf} but misses the writes to"):
+        story(workshop.backend(0)).check()
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("no_tombstones")
+def test_random_lives_find_the_missing_tombstones(workshop: Workshop) -> None:
+    class Machine(DiskHistoryMachine):
+        max_images = MAX_IMAGES
+
+        def make_backend(self, variety: int) -> Backend:
+            self.real = workshop.backend(variety)
+            return self.real
+
+        def teardown(self) -> None:
+            self.real.throw_away()
+
+    search = settings(
+        PATIENT, max_examples=2_000, derandomize=True, database=None, phases=(Phase.generate,)
+    )
+    with pytest.raises(FalseCheckpoint):
+        run_state_machine_as_test(Machine, settings=search)

@@ -36,6 +36,7 @@ from chainmerge.qcow2.bits import BitSet, is_storable, union_all
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
+from chainmerge.readability import require_data_in_files
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.view import GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
@@ -334,6 +335,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
     base = opened.view(target.base_index, target.base_index + 1)
     data = zero = compressed = pull = undefined = 0
     for upper, lower in in_step(merged.resolve(0, size), base.resolve(0, size)):
+        require_data_in_files(merged, upper)
         by_kind = np.bincount(upper.kind, weights=upper.length, minlength=len(Kind))
         data += int(by_kind[Kind.DATA])
         zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])

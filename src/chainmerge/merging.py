@@ -40,6 +40,7 @@ from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import MergeFacts, MergePlan, bytes_to_copy, find_refusals, make_plan
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
 from chainmerge.settle import (
     delete_recorded,
@@ -266,6 +267,7 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> MergeFa
 def _gather_with_bitmaps(
     target: Target, opened: OpenChain, options: MergeOptions
 ) -> tuple[MergeFacts, BitmapFacts]:
+    require_readable(target, opened)
     saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
     bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
@@ -317,7 +319,7 @@ def _is_merged(
     difference.
     """
     base, top = target.base, target.chain.top
-    if facts.undefined_bytes or base.virtual_size < top.virtual_size or bitmaps.recovered:
+    if facts.undefined_bytes or base.virtual_size < top.virtual_size:
         return False
     if facts.base_check is not None and not facts.base_check.sound:
         return False
@@ -335,28 +337,29 @@ def _is_merged(
 
 
 def _run(job: _Job) -> MergeReport:
-    copied = 0
-    verified: tuple[str, ...]
     if job.facts.merged:
-        verified = ("base holds all of top's data and bitmaps already",)
-    else:
-        _extend(job)
+        _reclaim(job)
+        return _settle(job, 0, ("base holds all of top's data and bitmaps already",))
+    with _extended(job):
+        _reclaim(job)
         _put_bitmaps_aside(job)
         copied = _copy(job)
         _store_bitmaps(job)
-        verified = tuple(_verify(job))
-    return _settle(job, copied, verified)
+    return _settle(job, copied, tuple(_verify(job)))
+
+
+def _reclaim(job: _Job) -> None:
+    """Free what an interrupted run has leaked; the plan counts on it being free."""
+    if job.facts.base_check is not None and job.facts.base_check.leaks:
+        with WritablePort(job.base.real_path) as port:
+            reclaim_leaks(port)
 
 
 def _put_bitmaps_aside(job: _Job) -> None:
     """Take base's bitmaps out of QEMU's reach: stale ones for good, kept ones until the end."""
-    job.request.announce(Stage.PRUNE)
-    if job.facts.base_check is not None and job.facts.base_check.leaks:
-        # The plan counts on them being free.
-        with WritablePort(job.base.real_path) as port:
-            reclaim_leaks(port)
     if not job.base.supports_bitmaps:
         return
+    job.request.announce(Stage.PRUNE)
     saved = _bitmaps_to_save(job)
     if saved is not None:
         save_bitmaps(job.base.real_path, saved)
@@ -412,13 +415,21 @@ def _volume(base: ImageInfo, options: MergeOptions) -> Volume:
             return open_volume(base.real_path, options.size_limit)
 
 
-def _extend(job: _Job) -> None:
+@contextlib.contextmanager
+def _extended(job: _Job) -> Iterator[None]:
+    """Have the space for all of the merge; what was reserved and not used goes back."""
     if job.plan.space.grow_to is None:
+        yield
         return
     job.request.announce(Stage.EXTEND)
     volume = _volume(job.base, job.request.options)
     volume.grow_to(job.plan.space.required)
     volume.make_growth_durable()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ChainmergeError):
+            volume.release_reservation()
 
 
 def _copy(job: _Job) -> int:
@@ -461,7 +472,6 @@ def _store_bitmaps(job: _Job) -> None:
             final = final_set(job.bitmaps, job.plan.virtual_size_after)
             if bitmap_difference(Qcow2Image(port), final) is not None:
                 replace_bitmaps(port, final)
-    _volume(job.base, job.request.options).release_reservation()
 
 
 def _verify(job: _Job) -> Iterator[str]:

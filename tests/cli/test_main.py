@@ -127,6 +127,19 @@ def test_a_report_that_cannot_be_written_is_a_failure(more: list[str]) -> None:
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_a_file_has_no_edge_to_wrap_at(terminal: str) -> None:
+    explanation = Interrupted.explanation
+    out = subprocess.run(
+        [*COMMAND, "explain", Interrupted.code],
+        capture_output=True,
+        check=True,
+        env=environment(TERM=terminal),
+    ).stdout
+    assert len(explanation) > 80
+    assert explanation in out.decode().splitlines()
+
+
 def test_output_that_is_not_unicode_is_drawn_plainly() -> None:
     script = (
         "import sys; from chainmerge.cli.streams import prepare_streams; prepare_streams();"

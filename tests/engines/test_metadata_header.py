@@ -12,13 +12,14 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from chainmerge.engines.metadata import StoredBitmap, change_backing, replace_bitmaps
-from chainmerge.engines.metadata.errors import BackingNameUnfit, HeaderFull, ImageMarkedCorrupt
+from chainmerge.engines.metadata.errors import BackingNameUnfit, HeaderFull
 from chainmerge.engines.metadata.header import (
     HeaderContent,
     HeaderWrite,
     compose_header,
     content_of,
 )
+from chainmerge.plan_errors import ImageCorrupt
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.header import BitmapsExtension, Header, parse_header
@@ -289,7 +290,7 @@ def test_names_that_qemu_would_not_read_are_refused(tmp_path: Path) -> None:
     qemu.create(tmp_path / "d.qcow2", MIB, data_file=str(data), data_file_raw="on")
     with pytest.raises(BackingNameUnfit):
         change_backing(RecordingPort((tmp_path / "d.qcow2").read_bytes()), "base", "raw")
-    with pytest.raises(ImageMarkedCorrupt):
+    with pytest.raises(ImageCorrupt):
         change_backing(RecordingPort(content[:79] + b"\2" + content[80:]), "base", "raw")
 
 

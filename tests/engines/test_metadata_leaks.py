@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.engines.metadata.errors import ImageDirty, ImageInconsistent, ImageMarkedCorrupt
 from chainmerge.engines.metadata.refcount_blocks import refcount_writes
+from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
@@ -131,8 +131,8 @@ def test_images_with_more_than_leaks_are_refused(tmp_path: Path) -> None:
     l1_table = opened(content).header.l1_table_offset // 65536
     for damaged, error in (
         (content[:79] + b"\1" + content[80:], ImageDirty),
-        (content[:79] + b"\2" + content[80:], ImageMarkedCorrupt),
-        (with_refcounts(content, [l1_table], 0), ImageInconsistent),
+        (content[:79] + b"\2" + content[80:], ImageCorrupt),
+        (with_refcounts(content, [l1_table], 0), ImageDamaged),
     ):
         port = RecordingPort(damaged)
         with pytest.raises(error):

@@ -22,16 +22,17 @@ it and top. Whoever reads top, or an image above it, must notice nothing of that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from chainmerge.checkpoints import BitmapState
+from chainmerge.types import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
-    from chainmerge.types import Stage
 
 MAX_GRANULARITY = 4
 
@@ -267,6 +268,8 @@ class DiskHistory:
     def checkpoint(self, name: str, granularity: int) -> None:
         if not self.holds_bitmaps(self.active) or name in self.backend.bitmaps(self.active):
             return
+        if self._is_half_settled():
+            return
         self.backend.add_bitmap(self.active, name, granularity)
         self._written_since[self.active][name] = set()
 
@@ -350,7 +353,20 @@ class DiskHistory:
 
     def _open_to_meddling(self, image: str) -> Mapping[str, StoredBitmap]:
         """The bitmaps of an image, if people take it for one that can be worked on."""
-        return {} if image in self.spoiled else self.backend.bitmaps(image)
+        if image in self.spoiled or self._is_half_settled():
+            return {}
+        return self.backend.bitmaps(image)
+
+    def _is_half_settled(self) -> bool:
+        """Whether a killed merge has put children of top on base already.
+
+        They do not read top any more, so what happens to bitmaps now is not what would have
+        happened, had the merge not been killed.
+        """
+        if self.unfinished is None:
+            return False
+        top = self.unfinished.top
+        return any(self.backend.backing(child) != top for child in self.children(top))
 
     def merge(
         self, base: str, top: str, *, top_stays: bool = False, give_up_checkpoints: bool = False
@@ -365,7 +381,7 @@ class DiskHistory:
         bitmaps_before = self._all_bitmaps()
 
         def no_false_checkpoint_now() -> None:
-            for reader in (top, *request.above):
+            for reader in self._sound((top, *request.above)):
                 self._check_checkpoints(reader)
 
         if not self.backend.merge(request, no_false_checkpoint_now):
@@ -438,15 +454,15 @@ class DiskHistory:
         self, request: MergeRequest, covered_before: Mapping[str, Mapping[str, frozenset[int]]]
     ) -> None:
         base, top = request.base, request.top
+        readers = self._sound((top, *request.above))
         self.unfinished = None
         self._settle(request)
         if not self.holds_bitmaps(base):
             return
-        successors = {reader: reader for reader in request.above} | {top: base}
-        for reader, successor in successors.items():
-            self._check_kept(covered_before[reader], successor)
-        if request.top_stays:
-            self._check_kept(covered_before[top], top)
+        for reader in readers:
+            self._check_kept(covered_before[reader], base if reader == top else reader)
+            if reader == top and request.top_stays:
+                self._check_kept(covered_before[top], top)
 
     def _settle(self, request: MergeRequest) -> None:
         base, top = request.base, request.top
@@ -493,12 +509,15 @@ class DiskHistory:
 
     def check(self) -> None:
         """Compare all images with what happened."""
-        for image in self.images:
-            if image not in self.spoiled:
-                self._check_content(image)
-                self._check_checkpoints(image)
+        for image in self._sound(self.images):
+            self._check_content(image)
+            self._check_checkpoints(image)
         if self.unfinished is None:
             self._check_backing()
+
+    def _sound(self, images: Iterable[str]) -> list[str]:
+        """Those of the images of which anybody can say what they are worth."""
+        return [image for image in images if image not in self.spoiled]
 
     def _check_backing(self) -> None:
         for image, below in self.backing.items():

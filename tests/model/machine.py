@@ -14,6 +14,8 @@ NAMES = st.sampled_from(["cp1", "cp2"])
 GRANULARITIES = st.sampled_from([1, 2, MAX_GRANULARITY])
 STARTS = st.integers(0, 15)
 COUNTS = st.integers(1, 3)
+# Checkpoints that begin before a snapshot: names and granularities.
+BEGINNINGS: list[dict[str, int]] = [{}, {"cp1": 1}, {"cp2": 2}, {"cp1": 4, "cp2": 1}]
 # An index into what there is, taken modulo: shrinks well and needs no look at the state.
 ANY = st.integers(0, 11)
 KILL_POINTS = st.builds(
@@ -41,15 +43,17 @@ class DiskHistoryMachine(RuleBasedStateMachine):
     @initialize(
         variety=ANY,
         raw_root=st.sampled_from([False, False, False, True]),
-        past=st.lists(st.tuples(st.booleans(), STARTS), max_size=4),
+        past=st.lists(st.tuples(st.sampled_from(BEGINNINGS), STARTS), min_size=1, max_size=4),
     )
-    def create_disk(self, variety: int, raw_root: bool, past: list[tuple[bool, int]]) -> None:
+    def create_disk(
+        self, variety: int, raw_root: bool, past: list[tuple[dict[str, int], int]]
+    ) -> None:
         """Start with a few snapshots, so that few steps are needed to get at the traps."""
         backend = self.make_backend(variety)
         self.history = DiskHistory(backend, 2 * MAX_GRANULARITY, raw_root=raw_root)
-        for new_checkpoint, start in past:
-            if new_checkpoint:
-                self.history.checkpoint("cp1", 1)
+        for checkpoints, start in past:
+            for name, granularity in checkpoints.items():
+                self.history.checkpoint(name, granularity)
             self.history.guest_write(start, 1)
             self.history.snapshot()
 
@@ -60,13 +64,12 @@ class DiskHistoryMachine(RuleBasedStateMachine):
     def checkpoint(self, name: str, granularity: int) -> None:
         self.history.checkpoint(name, granularity)
 
-    @rule(start=STARTS, count=COUNTS)
-    def guest_write(self, start: int, count: int) -> None:
-        self.history.guest_write(start, count)
-
-    @rule(start=STARTS, count=COUNTS)
-    def guest_write_zeroes(self, start: int, count: int) -> None:
-        self.history.guest_write_zeroes(start, count)
+    @rule(start=STARTS, count=COUNTS, zeroes=st.booleans())
+    def guest_write(self, start: int, count: int, zeroes: bool) -> None:
+        if zeroes:
+            self.history.guest_write_zeroes(start, count)
+        else:
+            self.history.guest_write(start, count)
 
     @precondition(lambda self: len(self.history.images) < self.max_images)
     @rule(start=STARTS, grow=st.sampled_from([0, 0, 0, 1]))
@@ -74,27 +77,24 @@ class DiskHistoryMachine(RuleBasedStateMachine):
         self.history.snapshot(grow=grow)
         self.history.guest_write(start, 1)
 
-    @precondition(lambda self: len(self.history.images) < self.max_images)
-    @rule(which=ANY)
-    def revert(self, which: int) -> None:
-        self.history.revert(self.image(which))
-
-    @rule(which=ANY)
-    def switch_to_leaf(self, which: int) -> None:
-        leaves = self.history.leaves()
-        self.history.switch_to(leaves[which % len(leaves)])
+    @rule(which=ANY, older=st.booleans())
+    def start_from_another_image(self, which: int, older: bool) -> None:
+        if not older:
+            leaves = self.history.leaves()
+            self.history.switch_to(leaves[which % len(leaves)])
+        elif len(self.history.images) < self.max_images:
+            self.history.revert(self.image(which))
 
     @rule(which=ANY)
     def delete_leaf(self, which: int) -> None:
         self.history.delete_leaf(self.image(which))
 
-    @rule()
-    def crash(self) -> None:
-        self.history.crash()
-
-    @rule(start=STARTS, count=COUNTS)
-    def guest_write_and_crash(self, start: int, count: int) -> None:
-        self.history.guest_write_and_crash(start, count)
+    @rule(write=st.none() | st.tuples(STARTS, COUNTS))
+    def crash(self, write: tuple[int, int] | None) -> None:
+        if write is None:
+            self.history.crash()
+        else:
+            self.history.guest_write_and_crash(*write)
 
     def occurrences(self) -> list[tuple[str, str]]:
         history = self.history
@@ -103,16 +103,15 @@ class DiskHistoryMachine(RuleBasedStateMachine):
         ]
 
     @precondition(lambda self: self.occurrences())
-    @rule(which=ANY)
-    def disable_bitmap(self, which: int) -> None:
+    @rule(which=ANY, remove=st.booleans())
+    def meddle(self, which: int, remove: bool) -> None:
+        """Somebody removes or disables a bitmap in one image."""
         occurrences = self.occurrences()
-        self.history.disable_bitmap(*occurrences[which % len(occurrences)])
-
-    @precondition(lambda self: self.occurrences())
-    @rule(which=ANY)
-    def remove_bitmap(self, which: int) -> None:
-        occurrences = self.occurrences()
-        self.history.remove_bitmap(*occurrences[which % len(occurrences)])
+        image, name = occurrences[which % len(occurrences)]
+        if remove:
+            self.history.remove_bitmap(image, name)
+        else:
+            self.history.disable_bitmap(image, name)
 
     def mergeable(self) -> list[tuple[str, str]]:
         history = self.history
@@ -134,10 +133,7 @@ class DiskHistoryMachine(RuleBasedStateMachine):
     @rule(occurrence=ANY, remove=st.booleans(), which=ANY, top_stays=st.booleans())
     def meddle_and_merge(self, occurrence: int, remove: bool, which: int, top_stays: bool) -> None:
         """Two steps that chance seldom puts side by side, and that the traps are made of."""
-        if remove:
-            self.remove_bitmap(occurrence)
-        else:
-            self.disable_bitmap(occurrence)
+        self.meddle(occurrence, remove)
         self.history.check()
         self.merge(which, top_stays, give_up_checkpoints=True)
 
@@ -178,3 +174,24 @@ class KilledMergesMachine(DiskHistoryMachine):
             self.history.guest_write(start, 1)
             self.history.check()
         self.history.merge(base, top, top_stays=top_stays)
+
+
+class AbandonedMergesMachine(DiskHistoryMachine):
+    """Merges that are killed and never run again, or only after other things have happened.
+
+    There is no saying which checkpoints survive that, so it is not for two backends. But
+    what passes must be right.
+    """
+
+    @precondition(lambda self: self.mergeable())
+    @rule(which=ANY, point=KILL_POINTS, top_stays=st.booleans(), start=STARTS)
+    def kill_a_merge_and_go_on(
+        self, which: int, point: KillPoint, top_stays: bool, start: int
+    ) -> None:
+        ranges = self.mergeable()
+        base, top = ranges[which % len(ranges)]
+        ending = self.history.merge_and_kill(base, top, point, top_stays=top_stays)
+        if ending is Ending.KILLED:
+            self.history.abandon_merge()
+            self.history.check()
+            self.history.guest_write(start, 1)

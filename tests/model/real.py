@@ -35,14 +35,13 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
-from chainmerge.types import Stage
 from chainmerge.view import GuestView, layer_of_qcow2, layer_of_raw
 from tests.model.disk_history import Ending, KillPoint, MergeRequest, StoredBitmap
 from tests.model.qemu_processes import Fill, Guest, Host, QemuBitmap, QemuDisagrees, digest_of
 from tests.support.qemu import create
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from chainmerge.qcow2.bits import BitSet
     from chainmerge.types import ProgressEvent
@@ -134,7 +133,7 @@ class Workshop:
 
 def scratch_directory() -> contextlib.AbstractContextManager[str]:
     """A directory in memory where there is one: thousands of histories flush a million times."""
-    memory = Path("/dev/shm")  # noqa: S108 (a new directory in it, as mkdtemp makes it)
+    memory = Path("/dev/shm")
     has_memory = memory.is_dir() and os.access(memory, os.W_OK)
     return tempfile.TemporaryDirectory(
         prefix="chainmerge-", dir=memory if has_memory else None, ignore_cleanup_errors=True
@@ -370,7 +369,7 @@ class RealBackend:
         files = (path for path in self.directory.iterdir() if not path.name.startswith("."))
         return {path.name: zlib.crc32(path.read_bytes()) for path in files}
 
-    def _require_unchanged(self, before: Mapping[str, int], request: MergeRequest) -> None:
+    def _require_unchanged(self, before: dict[str, int], request: MergeRequest) -> None:
         after = self._checksums()
         changed = sorted(name for name in before | after if before.get(name) != after.get(name))
         if changed and not request.give_up_checkpoints:
@@ -424,7 +423,9 @@ class RealBackend:
                 readable = stack.enter_context(FileReadable(self._files[at]))
                 raw = at == self._raw
                 layers.append(
-                    layer_of_raw(readable) if raw else layer_of_qcow2(Qcow2Image(readable), readable)
+                    layer_of_raw(readable)
+                    if raw
+                    else layer_of_qcow2(Qcow2Image(readable), readable)
                 )
                 at = self.backing(at)
             view = GuestView(tuple(reversed(layers)))

@@ -95,6 +95,13 @@ def test_narrow_terminals_lose_no_letter_of_a_name() -> None:
     assert name in "".join(out.split())
 
 
+def test_narrow_terminals_leave_room_for_paths() -> None:
+    path = "/var/lib/images/" + "x" * 40 + ".qcow2"
+    out = rendered(plan_report(reports.plan(base=path)), width=80)
+    assert f"◉ {path}" in out
+    assert f"◉ {path}.root" in rendered(tables.chain_report(reports.chain_report(image=path)), 80)
+
+
 def test_a_clean_image_is_said_to_be_so() -> None:
     clean = replace(reports.check_result(), corruptions=0, leaks=0, messages=())
     assert "nothing is wrong" in rendered(tables.check_report(clean))

@@ -31,7 +31,9 @@ class Ran:
 
 def environment(**more: str) -> dict[str, str]:
     """The environment for a command, in which it finds the package wherever it is started."""
-    return {**os.environ, "PYTHONPATH": str(SOURCES), **more}
+    # pytest-xdist tells its workers how wide its own terminal is.
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return {**inherited, "PYTHONPATH": str(SOURCES), **more}
 
 
 def chainmerge(*arguments: str | Path, **more_environment: str) -> Ran:

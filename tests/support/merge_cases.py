@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -59,7 +60,8 @@ class BitmapPlan:
 class LayerPlan:
     """One image of the chain, written to in two parts, with what happens between them.
 
-    *untrusted*: in the end a program that does not know bitmaps has been there.
+    *untrusted*: in the end a program that does not know bitmaps has been there. *missing*: so
+    many bytes a raw file is short of whole sectors.
     """
 
     image: ImagePlan
@@ -67,6 +69,7 @@ class LayerPlan:
     snapshot: bool
     bitmaps: tuple[BitmapPlan, ...]
     untrusted: bool
+    missing: int
 
     @property
     def disk_size(self) -> int:
@@ -201,6 +204,7 @@ def _layers(draw: st.DrawFn, image: ImagePlan, bitmaps: tuple[BitmapPlan, ...]) 
         snapshot=_can_hold_snapshots(image.geometry) and _one_in(draw, 6),
         bitmaps=bitmaps,
         untrusted=bool(bitmaps) and _one_in(draw, 12),
+        missing=0 if image.geometry else draw(st.sampled_from((0, 0, 12, SECTOR - 1))),
     )
 
 
@@ -271,6 +275,8 @@ def _build_layer(path: Path, layer: LayerPlan, below: tuple[Path, str] | None) -
             mark_bitmap_in_use(path, bitmap.name)
     if layer.untrusted:
         clear_autoclear_features(path)
+    if layer.missing:
+        os.truncate(path, layer.disk_size - layer.missing)
     return path
 
 

@@ -36,8 +36,12 @@ def prepare_streams() -> None:
 
 def console_on(stream: TextIO) -> Console:
     """Return a console that never reads markup, emoji or numbers into what it prints."""
-    wide = None if stream.isatty() or "COLUMNS" in os.environ else _ENDLESS
-    return Console(file=stream, markup=False, emoji=False, highlight=False, width=wide)
+    if stream.isatty() or "COLUMNS" in os.environ:
+        return Console(file=stream, markup=False, emoji=False, highlight=False)
+    # The height is of no interest, but without one rich takes a dumb terminal's width.
+    return Console(
+        file=stream, markup=False, emoji=False, highlight=False, width=_ENDLESS, height=_ENDLESS
+    )
 
 
 def write_report(text: str) -> None:

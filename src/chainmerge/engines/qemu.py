@@ -29,6 +29,7 @@ from chainmerge.storage.files import FileReadable
 
 JOB = "commit"
 SECONDS_BETWEEN_REPORTS = 0.25
+DIRECT_IO_BLOCK = 4096
 
 # The formats whose nodes have a backing file that must be given, be it as "none".
 _COW_FORMATS = frozenset({"qcow2", "qcow", "qed", "vmdk"})
@@ -38,7 +39,9 @@ _HARMLESS = (": warning: ", ": info: ")
 
 # What QEMU adds to the warning about bitmaps that a program without support for them has left
 # behind. It has neither a name in front nor a newline at its end.
-_REST_OF_A_WARNING = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+_REST_OF_A_WARNING = (
+    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+)
 
 Options: TypeAlias = dict[str, object]
 
@@ -258,7 +261,7 @@ def _node(chain: _Chain, index: int) -> Options:
         "driver": image.format,
         "node-name": _node_name(index),
         "read-only": not writable,
-        "file": _limited(image, _protocol(image, image.path, names, writable=writable)),
+        "file": _limited(image, _protocol(chain, index, image.path)),
     }
     if writable:
         node["discard"] = "unmap"
@@ -274,24 +277,44 @@ def _node(chain: _Chain, index: int) -> Options:
     if image.format in _COW_FORMATS:
         node["backing"] = _node_name(index - 1) if index > 0 else None
     if image.data_file is not None:
-        node["data-file"] = _protocol(image, image.data_file, names, writable=writable)
+        node["data-file"] = _protocol(chain, index, image.data_file)
     if image.key_file is not None:
         node |= _decryption(image.format, f"key{index}")
     return node
 
 
-def _protocol(image: ImageSpec, path: str, names: _Names, *, writable: bool) -> Options:
+def _protocol(chain: _Chain, index: int, path: str) -> Options:
+    image = chain.images[index]
+    writable = index == chain.base_index
     is_block_device = image.is_block_device and path == image.path
+    # A file of raw data is as long as the disk, to the byte.
+    padding_harms = writable and (image.format == "raw" or path == image.data_file)
+    direct = _takes_direct_io(path) and not (padding_harms and _ends_within_a_block(chain))
     return {
         "driver": "host_device" if is_block_device else "file",
-        "filename": names.of(path),
+        "filename": chain.names.of(path),
         "read-only": not writable,
         # The caller holds the locks, the same that QEMU would take.
         "locking": "off",
         "aio": "threads",
         "discard": "unmap",
-        "cache": {"direct": _takes_direct_io(path)},
+        "cache": {"direct": direct},
     }
+
+
+def _ends_within_a_block(chain: _Chain) -> bool:
+    """Whether base's disk ends, now or after the merge, where no block of a file system does.
+
+    With direct I/O QEMU refuses to write to such a file, or makes it longer.
+    """
+    return any(
+        _disk_size(chain.images[index]) % DIRECT_IO_BLOCK for index in (chain.base_index, -1)
+    )
+
+
+def _disk_size(image: ImageSpec) -> int:
+    with FileReadable(image.path) as readable:
+        return parse_header(readable).virtual_size if image.format == "qcow2" else readable.size
 
 
 def _limited(image: ImageSpec, protocol: Options) -> Options:

@@ -8,6 +8,7 @@ reading markup in it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Group, RenderableType
@@ -16,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from chainmerge.report.text import human_size, printable
+from chainmerge.report.tree import draw_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 GOOD: Final = "green"
 CAUTION: Final = "yellow"
@@ -80,11 +82,45 @@ def sizes(rows: Iterable[tuple[str, int | None, str]]) -> Table:
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class TreeNode:
+    """An image in a tree: its path and its parent's, and lines of text that go below it."""
+
+    path: str
+    parent: str | None
+    style: str
+    below: tuple[Text, ...]
+
+
+def tree(nodes: Sequence[TreeNode]) -> Group:
+    """Return images as a tree. Paths are long, so each has a line of its own."""
+    return Group(*_tree_rows(nodes))
+
+
+def _tree_rows(nodes: Sequence[TreeNode]) -> Iterator[Table]:
+    for line in draw_tree([(node.path, node.parent) for node in nodes]):
+        node = nodes[line.index]
+        yield _tree_row(line.prefix, words(node.path, node.style))
+        for text in node.below:
+            yield _tree_row(line.below, text)
+
+
+def _tree_row(prefix: str, text: Text) -> Table:
+    row = Table(box=None, show_header=False, pad_edge=False, padding=0)
+    row.add_column(no_wrap=True)
+    row.add_column(overflow="fold")
+    row.add_row(Text(prefix), text)
+    return row
+
+
+def indented(part: RenderableType) -> Padding:
+    """Return a part of a report, set in from the left."""
+    return Padding(part, (0, 0, 0, 2), expand=False)
+
+
 def section(title: str, *body: RenderableType) -> Group:
     """Return a titled part of a report, with an empty line before it."""
-    return Group(
-        Text(), words(title, TITLE), *(Padding(part, (0, 0, 0, 2), expand=False) for part in body)
-    )
+    return Group(Text(), words(title, TITLE), *(indented(part) for part in body))
 
 
 def bullets(sentences: Iterable[str], style: str = "") -> Table:

@@ -12,12 +12,10 @@ from chainmerge.planning import MergePlan, PlannedBitmap, PlannedImage, Progress
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size
-from chainmerge.report.tree import draw_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from rich.table import Table
 
 _ROLE_STYLES: Final[Mapping[Role, str]] = {
     Role.BASE: "bold cyan",
@@ -71,26 +69,24 @@ def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
         yield refusals_section(plan)
 
 
-def _chain(images: tuple[PlannedImage, ...]) -> Table:
-    table = layout.listing(
-        "image", "role", "format", "disk", "file", "cluster", "bitmaps", "",
-        right=("disk", "file", "cluster", "bitmaps"),
-    )  # fmt: skip
-    for line in draw_tree([(image.path, image.parent) for image in images]):
-        image = images[line.index]
-        style = _ROLE_STYLES.get(image.role, "")
-        remarks = image.notes if image.format_declared else ("format not declared", *image.notes)
-        table.add_row(
-            Text.assemble(line.prefix, words(image.path, style)),
-            words(image.role, style),
-            words(image.format),
-            layout.size(image.virtual_size),
-            layout.size(image.file_size),
-            layout.size(image.cluster_size),
-            layout.number(image.bitmaps),
-            words("; ".join(remarks), layout.CAUTION),
-        )
-    return table
+def _chain(images: tuple[PlannedImage, ...]) -> Group:
+    return layout.tree([_node(image) for image in images])
+
+
+def _node(image: PlannedImage) -> layout.TreeNode:
+    style = _ROLE_STYLES.get(image.role, "")
+    declared = "" if image.format_declared else " (not declared)"
+    about = [
+        f"{image.role}: {image.format}{declared}",
+        f"disk {human_size(image.virtual_size)}",
+        f"file {human_size(image.file_size)}",
+        count(image.bitmaps, "bitmap"),
+    ]
+    if image.cluster_size is not None:
+        about.insert(3, f"clusters {human_size(image.cluster_size)}")
+    notes = (words(note, layout.CAUTION) for note in image.notes)
+    below = (words(", ".join(about), layout.QUIET), *notes)
+    return layout.TreeNode(image.path, image.parent, style, below)
 
 
 def _movement(plan: MergePlan) -> Group:

@@ -3,24 +3,26 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size, rough_size
-from chainmerge.report.tree import draw_tree
 from chainmerge.types import (
     BitmapChange,
     BitmapListing,
     BitmapResult,
+    BitmapRow,
     ChainReport,
     CheckResult,
+    ImageReport,
     Measurement,
     MergeOutcome,
     MergeReport,
+    PrunedBitmap,
     PruneReport,
     RepairReport,
 )
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from rich.table import Table
+    from rich.text import Text
 
 
 def merge_report(report: MergeReport) -> RenderableType:
@@ -38,27 +41,8 @@ def merge_report(report: MergeReport) -> RenderableType:
 
 def chain_report(report: ChainReport) -> RenderableType:
     """An image, what it stands on, and what else stands there."""
-    table = layout.listing(
-        "image", "format", "disk", "file", "defines", "cluster", "bitmaps", "snapshots", "",
-        right=("disk", "file", "defines", "cluster", "bitmaps", "snapshots"),
-    )  # fmt: skip
-    for line in draw_tree([(image.path, image.parent) for image in report.images]):
-        image = report.images[line.index]
-        style = "bold" if image.path == report.image else "" if image.in_chain else layout.QUIET
-        declared = "" if image.format_declared else " (not declared)"
-        details = (f"{name}: {value}" for name, value in image.details.items())
-        table.add_row(
-            Text.assemble(line.prefix, words(image.path, style)),
-            words(f"{image.format}{declared}"),
-            layout.size(image.virtual_size),
-            layout.size(image.file_size),
-            layout.size(image.allocated_bytes),
-            layout.size(image.cluster_size),
-            layout.number(image.bitmaps),
-            layout.number(image.snapshots),
-            words("; ".join((*details, *image.notes)), layout.QUIET),
-        )
-    return Group(table, *layout.warnings_section(report.warnings))
+    nodes = [_node(image, report.image) for image in report.images]
+    return Group(layout.tree(nodes), *layout.warnings_section(report.warnings))
 
 
 def check_report(result: CheckResult) -> RenderableType:
@@ -100,25 +84,16 @@ def bitmap_listing(listing: BitmapListing) -> RenderableType:
     """Every bitmap of a chain, and what each name is worth."""
     if not listing.rows:
         return words(f"{listing.image} and the images below it hold no bitmaps", layout.QUIET)
-    table = layout.listing(
-        "image", "name", "state", "granularity", "dirty", "bytes",
-        right=("granularity", "dirty", "bytes"),
-    )  # fmt: skip
-    for row in listing.rows:
-        state = f"{row.state} (tombstone)" if row.tombstone else row.state
-        table.add_row(
-            words(row.image),
-            words(row.name),
-            words(state, layout.STATE_STYLES.get(row.state, "")),
-            layout.size(row.granularity),
-            layout.size(row.dirty_bytes),
-            layout.number(row.dirty_bytes),
-        )
     verdicts = layout.listing("name", "for backups", "why")
     for verdict in listing.verdicts:
         usable = words("usable", layout.GOOD) if verdict.passes else words("unusable", layout.BAD)
         verdicts.add_row(words(verdict.name), usable, words(verdict.reason))
-    return Group(table, layout.section("Checkpoints", verdicts), *_tombstone_note(listing))
+    by_image = itertools.groupby(listing.rows, key=lambda row: row.image)
+    return Group(
+        *(part for image, rows in by_image for part in (words(image), _bitmap_table(rows))),
+        layout.section("Checkpoints", verdicts),
+        *_tombstone_note(listing),
+    )
 
 
 def bitmap_change(change: BitmapChange) -> RenderableType:
@@ -135,17 +110,12 @@ def prune_report(report: PruneReport) -> RenderableType:
     """Which bitmaps a pruning removed, and why."""
     if not report.removed:
         return words(f"no stale bitmaps between {report.base} and {report.top}", layout.GOOD)
-    table = layout.listing("image", "name", "was", "now", "reason")
-    for bitmap in report.removed:
-        table.add_row(
-            words(bitmap.image),
-            words(bitmap.name),
-            words(bitmap.state, layout.STATE_STYLES.get(bitmap.state, "")),
-            words("tombstone" if bitmap.tombstone else "gone"),
-            words(bitmap.reason),
-        )
     summary = f"{count(len(report.removed), 'bitmap')} pruned, {len(report.kept)} kept"
-    return Group(table, words(summary, layout.QUIET))
+    by_image = itertools.groupby(report.removed, key=lambda bitmap: bitmap.image)
+    return Group(
+        *(part for image, bitmaps in by_image for part in (words(image), _pruned_table(bitmaps))),
+        words(summary, layout.QUIET),
+    )
 
 
 def repair_report(report: RepairReport) -> RenderableType:
@@ -209,9 +179,33 @@ def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:
     return (layout.section(title, layout.bullets(lines)),) if lines else ()
 
 
+def _node(image: ImageReport, asked: str) -> layout.TreeNode:
+    style = "bold" if image.path == asked else "" if image.in_chain else layout.QUIET
+    declared = "" if image.format_declared else " (not declared)"
+    about = [
+        f"{image.format}{declared}",
+        f"disk {human_size(image.virtual_size)}",
+        f"file {human_size(image.file_size)}",
+    ]
+    if image.allocated_bytes is not None:
+        about.append(f"defines {human_size(image.allocated_bytes)}")
+    if image.cluster_size is not None:
+        about.append(f"clusters {human_size(image.cluster_size)}")
+    about.append(count(image.bitmaps, "bitmap"))
+    about.append(count(image.snapshots, "snapshot"))
+    below = [words(", ".join(about), layout.QUIET)]
+    if image.details:
+        details = "; ".join(f"{name}: {value}" for name, value in image.details.items())
+        below.append(words(details, layout.QUIET))
+    below += (words(note, layout.CAUTION) for note in image.notes)
+    return layout.TreeNode(image.path, image.parent, style, tuple(below))
+
+
 def _stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> RenderableType:
-    if not bitmaps:
-        return words("none", layout.QUIET)
+    return _bitmap_table(bitmaps) if bitmaps else words("none", layout.QUIET)
+
+
+def _bitmap_table(bitmaps: Iterable[BitmapResult | BitmapRow]) -> RenderableType:
     table = layout.listing(
         "name", "state", "granularity", "dirty", "bytes", right=("granularity", "dirty", "bytes")
     )
@@ -224,7 +218,19 @@ def _stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> RenderableType:
             layout.size(bitmap.dirty_bytes),
             layout.number(bitmap.dirty_bytes),
         )
-    return table
+    return layout.indented(table)
+
+
+def _pruned_table(bitmaps: Iterable[PrunedBitmap]) -> RenderableType:
+    table = layout.listing("name", "was", "now", "reason")
+    for bitmap in bitmaps:
+        table.add_row(
+            words(bitmap.name),
+            words(bitmap.state, layout.STATE_STYLES.get(bitmap.state, "")),
+            words("tombstone" if bitmap.tombstone else "gone"),
+            words(bitmap.reason),
+        )
+    return layout.indented(table)
 
 
 def _tombstone_note(listing: BitmapListing) -> Iterator[Text]:

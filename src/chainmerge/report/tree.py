@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TreeLine:
-    """A line of the drawing: what stands to the left of the image's name, and its index."""
+    """An image in the drawing.
+
+    Attributes:
+        prefix: What stands to the left of the image's name.
+        below: What stands to the left of anything that is said of it under its name.
+        index: The image's place in what was drawn.
+    """
 
     prefix: str
+    below: str
     index: int
 
 
@@ -47,9 +54,9 @@ def draw_tree(nodes: Sequence[tuple[str, str | None]]) -> tuple[TreeLine, ...]:
     while waiting:
         index, indent, branch = waiting.pop()
         mark = "◉" if index in roots else "●"
-        lines.append(TreeLine(f"{indent}{branch}{mark} ", index))
         # What stands on a branch continues below the branch's own mark.
         column = f"{indent}│ " if branch else indent
+        lines.append(TreeLine(f"{indent}{branch}{mark} ", f"{column}  ", index))
         *forks, straight = children.get(index, [-1])
         if straight >= 0:
             waiting.append((straight, column, ""))

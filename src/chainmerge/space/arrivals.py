@@ -79,12 +79,15 @@ class Arrivals:
         likely_clusters: The same if no run of zeros has to be written as data.
         l2_tables: New L2 tables, copies of those that snapshots share included.
         largest: Clusters that are asked for in one piece, at most.
+        overwritten_end: The cluster behind the highest one of base's file that is written in
+            place; 0 if none is.
     """
 
     clusters: int
     likely_clusters: int
     l2_tables: int
     largest: int
+    overwritten_end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +179,14 @@ def count_arrivals(
     header = base.header
     tables = _Tables(header, max(top_size, header.virtual_size))
     shared = _Counted(base.shared)
-    clusters = likely = 0
+    clusters = likely = overwritten_end = 0
     feed = _Feed(_arriving(base, moved, top_size))
     for standing in _standing(header, present):
         for here in feed.until(standing.reached):
             tables.touch(here.start, here.end)
-            at_most, at_least = _fresh(base, shared, here, standing.around(here))
-            clusters, likely = clusters + at_most, likely + at_least
+            fresh = _fresh(base, shared, here, standing.around(here))
+            clusters, likely = clusters + fresh.at_most, likely + fresh.likely
+            overwritten_end = max(overwritten_end, fresh.overwritten_end)
     for here in feed.rest():
         tables.touch(here.start, here.end)
         length = here.end - here.start
@@ -198,7 +202,7 @@ def count_arrivals(
     if header.external_data_file:
         clusters = likely = 0
     largest = _largest_piece(base, zeros_as_data=clusters > likely)
-    return Arrivals(clusters, likely, tables.count_new(l1), largest)
+    return Arrivals(clusters, likely, tables.count_new(l1), largest, overwritten_end)
 
 
 def _largest_piece(base: BaseFacts, *, zeros_as_data: bool) -> int:
@@ -367,10 +371,16 @@ def _standing(header: Header, present: Iterable[MappedRuns]) -> Iterator[_Standi
         )
 
 
-def _fresh(
-    base: BaseFacts, shared: _Counted, here: _Arriving, standing: _Standing
-) -> tuple[int, int]:
-    """New clusters for what arrives *here*: at most, and if all zeros stay zeros."""
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """New clusters for what arrives somewhere; fields as in :class:`Arrivals`."""
+
+    at_most: int
+    likely: int
+    overwritten_end: int
+
+
+def _fresh(base: BaseFacts, shared: _Counted, here: _Arriving, standing: _Standing) -> _Fresh:
     bounds = np.unique(np.concatenate([here.start, here.end, standing.start, standing.end]))
     first, length = bounds[:-1], np.diff(bounds)
     arriving, arrives = _position(here.start, here.end, first)
@@ -380,11 +390,13 @@ def _fresh(
     fresh = length.copy()
     # A cluster that others share must be copied; one of base's own is written in place.
     fresh[stands] = shared.below(host + length[stands]) - shared.below(host)
+    written = arrives[stands]
+    overwritten_end = int((host + length[stands])[written].max(initial=0))
     zero = np.zeros(len(first), np.bool_)
     zero[arrives] = here.zero[arriving[arrives]]
     data = int(fresh[arrives & ~zero].sum())
     zeros = int(fresh[zero].sum()) if base.zeros_may_be_data else 0
-    return data + zeros, data
+    return _Fresh(data + zeros, data, overwritten_end)
 
 
 def _position(start: Clusters, end: Clusters, points: Clusters) -> tuple[Clusters, BoolArray]:

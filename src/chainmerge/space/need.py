@@ -17,7 +17,9 @@ timing of 16 requests in flight, so for steps 2 to 4 only a bound can be had. QE
 upward from where it stopped last, for the whole request in one piece, and does not come
 back to a gap that was too short. From that follow the waste of
 :meth:`chainmerge.space.clusters.HostLayout.usable` and this bound: new clusters behind the
-file's present end are at most the clusters requested minus those usable below it.
+file's present end are at most the clusters requested minus those usable below it. There is
+one exception: a request that begins with a cluster that is written in place goes on in the
+cluster behind that if it is free, also where that is behind the end.
 
 A refcount table that is too short makes QEMU leave the rest of the area described by the
 last refcount block, and start the next area with a new table, half as large again, and the
@@ -36,7 +38,7 @@ from dataclasses import dataclass
 from chainmerge.qcow2.bitmaps import TABLE_ENTRY_SIZE, directory_entry_size
 from chainmerge.qcow2.bits import packed_size
 from chainmerge.qcow2.header import Header
-from chainmerge.space.arrivals import L1_ENTRY_BYTES, Arrivals, l1_entries
+from chainmerge.space.arrivals import L1_ENTRY_BYTES, Arrivals, l1_entries, may_detect_zeroes
 from chainmerge.space.clusters import HostLayout, Runs, place, release
 
 SECTOR = 512
@@ -116,7 +118,9 @@ def space_need(demand: MergeDemand) -> SpaceNeed:
     rewritten = _pieces(header, demand.virtual_size_after, demand.stand_ins)
     final = _pieces(header, demand.virtual_size_after, demand.final_bitmaps)
     copy = _Requests(
-        arrivals.clusters + arrivals.l2_tables + l1_clusters, max(arrivals.largest, l1_clusters)
+        arrivals.clusters + arrivals.l2_tables + l1_clusters,
+        max(arrivals.largest, l1_clusters),
+        _appended(header, arrivals, pruned.end),
     )
     close = _Requests(sum(rewritten), max(rewritten, default=1))
     final_data = sum(bitmap.data_clusters for bitmap in demand.final_bitmaps)
@@ -184,12 +188,28 @@ def _l1_growth(header: Header, virtual_size: int) -> int:
     return _clusters(entries * L1_ENTRY_BYTES, header.cluster_size)
 
 
+def _appended(header: Header, arrivals: Arrivals, end: int) -> int:
+    """Clusters that may go behind the end in continuation of a cluster written in place."""
+    if may_detect_zeroes(header.cluster_size):
+        return arrivals.largest - 1 if arrivals.overwritten_end else 0
+    # The next request begins in the middle of the cluster with which this one ended, so there
+    # is no end to it.
+    return arrivals.clusters if arrivals.overwritten_end >= end else 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Requests:
-    """Clusters that a step asks for, and how many of them at once at most."""
+    """What a step asks for.
+
+    Attributes:
+        clusters: How many clusters.
+        largest: How many of them at once at most.
+        appended: How many of them may go behind the file's end though there is room below.
+    """
 
     clusters: int
     largest: int
+    appended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +243,14 @@ def _bound(layout: HostLayout, header: Header, steps: Sequence[_Requests]) -> _B
 
 def _end(layout: HostLayout, steps: Sequence[_Requests], extra: int) -> int:
     """Where the file ends at most, with *extra* single clusters among the first step's."""
-    total, largest, behind = extra, 1, extra
+    total, largest, appended, behind = extra, 1, 0, extra
     for step in steps:
         total += step.clusters
+        appended += step.appended
         largest = max(largest, step.largest)
         # Either all steps together fill what is usable, or this one's all go behind the end.
-        behind = min(max(0, total - layout.usable(largest)), behind + step.clusters)
+        filling = max(appended, total - layout.usable(largest))
+        behind = min(max(0, filling), behind + step.clusters)
     return layout.end + behind
 
 

@@ -19,7 +19,7 @@ def change_backing(port: Port, backing_name: str | None, backing_format: str | N
     image's own data, bitmaps and refcounts are not touched, so a dirty image will do.
 
     Raises:
-        ImageMarkedCorrupt: the image must be repaired first.
+        ImageCorrupt: the image must be repaired first.
         BackingNameUnfit: QEMU could not read this name or format, or not in this image.
         HeaderFull: one sector write cannot switch to this name.
         RewriteFailed: nothing changed.

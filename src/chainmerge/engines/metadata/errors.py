@@ -3,12 +3,14 @@
 
 ::
 
-    Refused          ImageDirty, ImageMarkedCorrupt, ImageInconsistent
-                     BitmapSetUnfit, BackingNameUnfit, HeaderFull, RefcountTableFull
+    Refused          BitmapSetUnfit, BackingNameUnfit, HeaderFull, RefcountTableFull
                      NotEnoughSpace
     Failed           RewriteFailed    before the switch: the image is the old one
                      ReleaseFailed    after the switch: the image is the new one
     OutcomeUnknown   SwitchUnknown    at the switch: it is one of the two
+
+That an image must be repaired before anything is written to it is for
+:mod:`chainmerge.plan_errors` to say: a plan refuses it for the same reasons.
 """
 
 from __future__ import annotations
@@ -17,57 +19,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Failed, OutcomeUnknown, Refused
-
-_CHECK = "run 'qemu-img check -r all {image}' (on a copy, if the image matters)"
-
-
-@dataclass(eq=False)
-class ImageDirty(Refused):
-    """The image was not closed properly, and its refcounts may be stale."""
-
-    code: ClassVar[str] = "image-dirty"
-    template: ClassVar[str] = "{image}: its dirty bit is set: the refcounts may be out of date"
-    hint: ClassVar[str] = "run 'qemu-img check -r all {image}', then the same command again"
-    explanation: ClassVar[str] = (
-        "With lazy refcounts, QEMU writes refcounts late and marks the image dirty meanwhile. A "
-        "dirty image that nobody has open was left so by a crash: clusters in use may be marked "
-        "free in it, and writing to such an image destroys the guest's data. Nothing was written."
-    )
-    image: str
-
-
-@dataclass(eq=False)
-class ImageMarkedCorrupt(Refused):
-    """QEMU found the image's metadata damaged and said so in the image."""
-
-    code: ClassVar[str] = "image-marked-corrupt"
-    template: ClassVar[str] = "{image}: its corrupt bit is set: QEMU found its metadata damaged"
-    hint: ClassVar[str] = _CHECK
-    explanation: ClassVar[str] = (
-        "QEMU sets the corrupt bit when it is about to overwrite one part of an image's metadata "
-        "with another, which only happens in a damaged image, and opens the image only for "
-        "reading from then on. Nothing was written."
-    )
-    image: str
-
-
-@dataclass(eq=False)
-class ImageInconsistent(Refused):
-    """The image's tables contradict its refcounts, or each other."""
-
-    code: ClassVar[str] = "image-inconsistent"
-    template: ClassVar[str] = "{image}: {corruptions} places are corrupt, the first: {first}"
-    hint: ClassVar[str] = _CHECK
-    explanation: ClassVar[str] = (
-        "New metadata goes to clusters that are marked free, so before anything is written the "
-        "refcounts are computed anew from all tables and compared with the stored ones. Clusters "
-        "marked used that nothing uses (leaks) do no harm. Here a cluster in use is marked free, "
-        "is used twice, or lies outside the file, and writing would risk the guest's data. "
-        "Nothing was written."
-    )
-    image: str
-    corruptions: int
-    first: str
 
 
 @dataclass(eq=False)

@@ -38,7 +38,7 @@ def reclaim_leaks(port: Port) -> int:
     them.
 
     Raises:
-        ImageDirty, ImageMarkedCorrupt, ImageInconsistent: the image must be repaired first.
+        ImageDirty, ImageCorrupt, ImageDamaged: the image must be repaired first.
         RewriteFailed: some of the leaked clusters are left.
     """
     image = Qcow2Image(port)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chainmerge.engines.metadata.errors import ImageDirty, ImageInconsistent, ImageMarkedCorrupt
+from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import CheckReport, check
 from chainmerge.qcow2.header import Autoclear
 from chainmerge.qcow2.image import Qcow2Image
@@ -21,8 +21,8 @@ def require_sound(image: Qcow2Image) -> bool:
     Broken bitmaps alone do not make an image unsound: replacing them is how it is repaired.
 
     Raises:
-        ImageDirty, ImageMarkedCorrupt: as :func:`require_clean_bits`.
-        ImageInconsistent: its refcounts are too low, or its tables otherwise wrong.
+        ImageDirty, ImageCorrupt: as :func:`require_clean_bits`.
+        ImageDamaged: its refcounts are too low, or its tables otherwise wrong.
     """
     require_clean_bits(image)
     if check(image).sound:
@@ -36,7 +36,7 @@ def require_clean_bits(image: Qcow2Image) -> None:
 
     Raises:
         ImageDirty: its refcounts may be stale.
-        ImageMarkedCorrupt: QEMU found it damaged.
+        ImageCorrupt: QEMU found it damaged.
     """
     require_not_corrupt(image)
     if image.header.dirty:
@@ -46,14 +46,14 @@ def require_clean_bits(image: Qcow2Image) -> None:
 def require_not_corrupt(image: Qcow2Image) -> None:
     """Refuse an image that QEMU found damaged."""
     if image.header.corrupt:
-        raise ImageMarkedCorrupt(image.name)
+        raise ImageCorrupt(image.name)
 
 
 def require_sound_report(report: CheckReport) -> None:
     """Refuse an image in which a check found more than leaks."""
     if not report.sound:
         first = report.messages[0] if report.messages else "no details"
-        raise ImageInconsistent(report.image, report.corruptions + report.overlaps, first)
+        raise ImageDamaged(report.image, report.corruptions + report.overlaps, first)
 
 
 def without_bitmaps(image: Qcow2Image) -> Qcow2Image:

@@ -88,7 +88,7 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[StoredBitmap]) -> RewriteOutco
     old set used is free afterwards, unless the old set was broken: then it is leaked.
 
     Raises:
-        ImageDirty, ImageMarkedCorrupt, ImageInconsistent: the image must be repaired first.
+        ImageDirty, ImageCorrupt, ImageDamaged: the image must be repaired first.
         BitmapSetUnfit, HeaderFull, RefcountTableFull: the image cannot hold this set.
         NotEnoughSpace: there is no room for it beside the old one.
         RewriteFailed: nothing changed but for leaked clusters.

@@ -28,7 +28,7 @@ from chainmerge.engines.metadata.errors import (
     SwitchUnknown,
 )
 from chainmerge.engines.metadata.refcount_blocks import Write
-from chainmerge.errors import ChainmergeError
+from chainmerge.errors import ChainmergeError, Failed
 from chainmerge.qcow2.readable import Readable
 from chainmerge.storage.errors import NoSpaceLeft, WriteFailed
 
@@ -114,7 +114,7 @@ def execute(port: Port, steps: Sequence[Step]) -> int:
                 port.write(offset, data)
                 written += len(data)
             port.flush()
-        except (OSError, ChainmergeError) as error:
+        except (OSError, Failed) as error:
             reason = str(getattr(error, "reason", error))
             raise _failure(port.name, step.name, reason, switched=switched) from error
         switched = switched or step.name is StepName.SWITCH
