@@ -16,7 +16,10 @@ class BitmapsImpossible(Refused):
     code: ClassVar[str] = "no-bitmaps-possible"
     template: ClassVar[str] = "{image} is {format}: it cannot hold bitmaps"
     hint: ClassVar[str] = "bitmaps need qcow2 version 3: `qemu-img amend -o compat=1.1 {image}`"
-    explanation: ClassVar[str] = "Persistent dirty bitmaps exist in qcow2 version 3 only."
+    explanation: ClassVar[str] = (
+        "Persistent dirty bitmaps exist in qcow2 version 3 only. Raw images have no place for "
+        "them, and QEMU would ignore them in a version 2 image."
+    )
     image: str
     format: str
 
@@ -28,7 +31,10 @@ class BitmapExists(Refused):
     code: ClassVar[str] = "bitmap-exists"
     template: ClassVar[str] = "{image} has a bitmap {name!r} already"
     hint: ClassVar[str] = "choose another name, or remove it first"
-    explanation: ClassVar[str] = "The names of an image's bitmaps are unique."
+    explanation: ClassVar[str] = (
+        "The names of an image's bitmaps are unique. An existing bitmap is not replaced by an empty "
+        "one, because the checkpoint that it stands for would be lost."
+    )
     image: str
     name: str
 
@@ -40,7 +46,10 @@ class BitmapMissing(Refused):
     code: ClassVar[str] = "bitmap-missing"
     template: ClassVar[str] = "{image} has no bitmap {name!r}"
     hint: ClassVar[str] = "`chainmerge bitmaps list {image}` shows those that it has"
-    explanation: ClassVar[str] = "Names are compared byte by byte."
+    explanation: ClassVar[str] = (
+        "Names are compared byte by byte. A name that begins with a dash has to be given behind two "
+        "dashes that stand alone."
+    )
     image: str
     name: str
 

@@ -221,7 +221,8 @@ class CannotRename(Refused):
     template: ClassVar[str] = "{base} cannot get the name {top}: they are on different file systems"
     hint: ClassVar[str] = "merge without --keep-name"
     explanation: ClassVar[str] = (
-        "A file takes another's name atomically only within one file system."
+        "A file takes another's name atomically only within one file system. Copying base to the "
+        "other one would need its space there and a second verification."
     )
     base: str
     top: str

@@ -14,7 +14,7 @@ import numpy as np
 from chainmerge.qcow2.bitmaps import read_table
 from chainmerge.qcow2.errors import BadOffset
 from chainmerge.qcow2.mapping import Kind
-from chainmerge.qcow2.refcounts import read_refcount_table
+from chainmerge.qcow2.refcounts import require_refcount_blocks
 from chainmerge.qcow2.snapshots import read_snapshots
 from chainmerge.qcow2.table_errors import UnreadableBitmap
 from chainmerge.view import GuestView, Layer, Qcow2Layer, Resolved
@@ -73,7 +73,7 @@ def _end_of_clusters(layer: Layer) -> int | None:
 
 def _require_tables(opened: OpenImage) -> None:
     if opened.image is not None:
-        read_refcount_table(opened.image)
+        require_refcount_blocks(opened.image)
         read_snapshots(opened.image)
 
 

@@ -11,50 +11,15 @@ import pytest
 import chainmerge
 from chainmerge.options import Access, MergeOptions
 from chainmerge.storage.errors import CannotGrow
-from demo.outcome import look_at
-from demo.scenario import GOOD, VOLUME_SIZE, Workshop
-from demo.volumes import loop_volume
 from tests.support.fake_lvm import FakeLvm
 from tests.support.loopdev import loop_device
-from tests.support.qemu import assert_clean, bitmap_names, create, dirty_ranges, qemu_img, qemu_io
+from tests.support.qemu import assert_clean, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 MIB = 1 << 20
 CLUSTER = 65536
-SOME = (0, 5, 6, 14, 32)
-
-
-@pytest.fixture(scope="session", params=["one bitmap in top", "two more in both, one in top"])
-def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    directory = tmp_path_factory.mktemp("workshop")
-    if request.param == "one bitmap in top":
-        return Workshop(directory)
-    return Workshop(directory, shared=("both-1", "both-2"), own=(GOOD, "own"))
-
-
-def _merges_on_the_loop_device(workshop: Workshop, tmp_path: Path, stale: int) -> None:
-    with loop_volume(tmp_path, VOLUME_SIZE) as volume:
-        case = workshop.case(volume, stale)
-        chainmerge.merge(case.top, access=Access(allow_backing=("/dev",)))
-        assert look_at(case, workshop).right
-        found = bitmap_names(volume.path)
-        assert set(found) == set(workshop.good_bitmaps)
-        for name in workshop.good_bitmaps:
-            assert found[name]["flags"] == ["auto"]
-            assert dirty_ranges(volume.path, name) == workshop.dirty_ranges(name), name
-
-
-@pytest.mark.parametrize("stale", SOME)
-def test_stale_bitmaps_on_a_full_volume(workshop: Workshop, tmp_path: Path, stale: int) -> None:
-    _merges_on_the_loop_device(workshop, tmp_path, stale)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("stale", [number for number in range(33) if number not in SOME])
-def test_any_number_of_stale_bitmaps(workshop: Workshop, tmp_path: Path, stale: int) -> None:
-    _merges_on_the_loop_device(workshop, tmp_path, stale)
 
 
 def _digest(path: Path) -> str:

@@ -52,6 +52,15 @@ def read_refcount_table(image: Qcow2Image) -> U64Array:
     return _table_part(image, 0, entries)
 
 
+def require_refcount_blocks(image: Qcow2Image) -> None:
+    """Judge all entries of the refcount table.
+
+    Raises:
+        BadRefcountTable: as :func:`read_refcounts`.
+    """
+    _judge_entries(image, 0, read_refcount_table(image))
+
+
 def read_refcounts(image: Qcow2Image, first: int, count: int) -> U64Array:
     """The stored refcounts of clusters *first* to *first + count*: uint64[count].
 
