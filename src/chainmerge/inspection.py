@@ -56,10 +56,12 @@ class OpenImage:
     readable: Readable
     image: Qcow2Image | None
     layer: Layer
+    entries: Mapping[str, BitmapEntry]
+    """The image's bitmaps by name: there can be 65,535 of them."""
 
     def entry(self, name: str) -> BitmapEntry | None:
         """The image's bitmap of that name."""
-        return next((entry for entry in self.info.bitmaps if entry.name == name), None)
+        return self.entries.get(name)
 
     def bits(self, name: str) -> BitSet:
         """The content of a bitmap that is known to be there and readable."""
@@ -156,12 +158,13 @@ def open_chain(chain: Chain) -> Iterator[OpenChain]:
 def _open(stack: contextlib.ExitStack, info: ImageInfo) -> OpenImage:
     readable = stack.enter_context(open_image(info))
     if info.header is None:
-        return OpenImage(info, readable, None, layer_of_raw(readable))
+        return OpenImage(info, readable, None, layer_of_raw(readable), {})
     image = Qcow2Image(readable)
     data: FileReadable = readable
     if info.data_file is not None:
         data = stack.enter_context(FileReadable(info.data_file))
-    return OpenImage(info, readable, image, layer_of_qcow2(image, data))
+    entries = {entry.name: entry for entry in info.bitmaps}
+    return OpenImage(info, readable, image, layer_of_qcow2(image, data), entries)
 
 
 def bitmaps_of(opened: OpenImage) -> LayerBitmaps:

@@ -43,19 +43,21 @@ from typing import ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge.errors import Failed, Refused
+from chainmerge.errors import Refused
 from chainmerge.qcow2.bits import BitSet
-from chainmerge.storage.files import fsync_directory, write_file_durably
+from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
 
 MAGIC: Final = b"chainmerge saved bitmaps 1\n"
 STATE_DIRECTORY: Final = Path("/var/lib/chainmerge")
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
+_LONGEST_NAME: Final = 200
 
 
 @dataclass(eq=False)
-class SavedBitmapsDamaged(Failed):
+class SavedBitmapsDamaged(Refused):
     """The file of saved bitmaps cannot be read."""
 
     code: ClassVar[str] = "saved-bitmaps-damaged"
@@ -204,18 +206,24 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
 def load_saved_bitmaps(base: Path) -> SavedBitmaps | None:
     """The bitmaps that an interrupted merge left for *base*; None where there are none.
 
-    Raises SavedBitmapsDamaged.
+    Raises SavedBitmapsDamaged, and what opening a file raises.
     """
     file = saved_bitmaps_file(base)
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
+    content = _read_file(file)
+    if content is None:
         return None
     document, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(document).digest() != digest:
         raise SavedBitmapsDamaged(str(file), "its digest does not match")
     if not document.startswith(MAGIC):
         raise SavedBitmapsDamaged(str(file), "it is of another version")
+    try:
+        return _decode(document)
+    except (ValueError, msgspec.MsgspecError, struct.error, zlib.error, MemoryError) as error:
+        raise SavedBitmapsDamaged(str(file), f"it makes no sense ({error})") from error
+
+
+def _decode(document: bytes) -> SavedBitmaps:
     header_end = document.index(b"\n", len(MAGIC)) + 1
     header = msgspec.json.decode(document[len(MAGIC) : header_end], type=_SavedHeader)
     blobs = memoryview(document)[header_end:]
@@ -264,8 +272,9 @@ def record_merged(top: Path, record: MergedRecord) -> None:
 def load_merged_record(top: Path) -> MergedRecord | None:
     """The record of a finished merge of *top*; None where there is none that can be read."""
     try:
-        return msgspec.json.decode(merged_record_file(top).read_bytes(), type=MergedRecord)
-    except (FileNotFoundError, msgspec.DecodeError):
+        content = _read_file(merged_record_file(top))
+        return None if content is None else msgspec.json.decode(content, type=MergedRecord)
+    except (OSError, msgspec.MsgspecError):
         return None
 
 
@@ -278,7 +287,21 @@ def _beside(image: Path, suffix: str) -> Path:
     real = image.resolve()
     if real.is_block_device():
         return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
-    return real.with_name(f".{real.name}.{suffix}")
+    return real.with_name(f".{_short(real.name)}.{suffix}")
+
+
+def _short(name: str) -> str:
+    """A name to which something can be added: file names have at most 255 bytes."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
+
+
+def _read_file(file: Path) -> bytes | None:
+    try:
+        with FileReadable(file) as readable:
+            return readable.read(0, readable.size)
+    except ImageMissing:
+        return None
 
 
 def _make_directory(directory: Path) -> None:

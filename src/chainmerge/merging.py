@@ -34,6 +34,8 @@ from chainmerge.journal import (
     forget_saved_bitmaps,
     identify,
     load_merged_record,
+    load_saved_bitmaps,
+    same_image,
     save_bitmaps,
 )
 from chainmerge.options import Access, MergeOptions
@@ -500,11 +502,13 @@ def _settle(job: _Job, copied: int, verified: Sequence[str]) -> MergeReport:
     request, facts = job.request, job.facts
     request.announce(Stage.SETTLE)
     repointed = repoint(job.plan.repoint)
-    forget_saved_bitmaps(job.base.real_path)
     record = record_intent(facts, job.plan)
     if job.plan.rename is not None:
         rename_base(facts)
     deleted = delete_recorded(record) if record is not None else ()
+    # Not before: as long as top stands on images that lack what base has now, a rerun needs
+    # to be told that this is no gap.
+    forget_saved_bitmaps(job.base.real_path)
     result = facts.top.real_path if job.plan.rename else job.base.real_path
     warnings = list(job.plan.warnings)
     if record is not None:
@@ -547,9 +551,21 @@ def _give_back(job: _Job, result: Path) -> Iterator[str]:
 
 def _report_finished(request: _Request, record: MergedRecord) -> MergeReport:
     deleted = delete_recorded(record)
+    _forget_bitmaps_saved_for(record)
     verified = ("an earlier run merged and verified it",)
     result = Path(record.result)
     return _report(request, None, result, record.result_format, 0, verified, (), deleted, ())
+
+
+def _forget_bitmaps_saved_for(record: MergedRecord) -> None:
+    """Remove what that merge saved, and not what another one into the same base has saved."""
+    saved = load_saved_bitmaps(Path(record.base))
+    if saved is None or not same_image(saved.base, record.result_identity):
+        return
+    if record.keep_name or any(
+        same_image(saved.overlay, doomed.identity) for doomed in record.delete
+    ):
+        forget_saved_bitmaps(Path(record.base))
 
 
 def _report(

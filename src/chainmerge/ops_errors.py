@@ -32,8 +32,8 @@ class BitmapExists(Refused):
     template: ClassVar[str] = "{image} has a bitmap {name!r} already"
     hint: ClassVar[str] = "choose another name, or remove it first"
     explanation: ClassVar[str] = (
-        "The names of an image's bitmaps are unique. An existing bitmap is not replaced by an empty "
-        "one, because the checkpoint that it stands for would be lost."
+        "The names of an image's bitmaps are unique. An existing bitmap is not replaced by an "
+        "empty one, because the checkpoint that it stands for would be lost."
     )
     image: str
     name: str
@@ -47,8 +47,8 @@ class BitmapMissing(Refused):
     template: ClassVar[str] = "{image} has no bitmap {name!r}"
     hint: ClassVar[str] = "`chainmerge bitmaps list {image}` shows those that it has"
     explanation: ClassVar[str] = (
-        "Names are compared byte by byte. A name that begins with a dash has to be given behind two "
-        "dashes that stand alone."
+        "Names are compared byte by byte. A name that begins with a dash has to be given behind "
+        "two dashes that stand alone."
     )
     image: str
     name: str

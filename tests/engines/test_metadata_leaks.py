@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.metadata import leaks, reclaim_leaks
 from chainmerge.engines.metadata.refcount_blocks import refcount_writes
 from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import check
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB = 1 << 20
+CLUSTER = 1024
 
 
 def opened(content: bytes) -> Qcow2Image:
@@ -54,15 +55,20 @@ def free_clusters(content: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
-def test_leaks_go_as_qemu_img_check_takes_them_away(tmp_path: Path, refcount_bits: int) -> None:
+def test_leaks_go_as_qemu_img_check_takes_them_away(
+    tmp_path: Path, refcount_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One block at a time, so that images with wide refcounts take several goes.
+    monkeypatch.setattr(leaks, "_CLUSTERS_AT_ONCE", 1)
     image = qemu.create(
-        tmp_path / "image.qcow2", 3 * MIB, cluster_size=4096, refcount_bits=refcount_bits
+        tmp_path / "image.qcow2", 3 * MIB, cluster_size=CLUSTER, refcount_bits=refcount_bits
     )
-    qemu.qemu_io(image, "write -q -P 1 0 1M", "write -q -P 2 2M 1M", "discard -q 256k 256k")
+    discards = ("discard -q 256k 256k", "discard -q 2560k 256k")
+    qemu.qemu_io(image, "write -q -P 1 0 1M", "write -q -P 2 2M 1M", *discards)
     guest = qemu.content(image)
     content = image.read_bytes()
     choice = random.Random(refcount_bits)
-    within = [at for at in free_clusters(content) if at < len(content) // 4096]
+    within = [at for at in free_clusters(content) if at < len(content) // CLUSTER]
     leaked = choice.sample(within, len(within) // 2)
     refcount = choice.randrange(1, min(5, 1 << refcount_bits))
     leaking = with_refcounts(content, leaked, refcount)
@@ -78,7 +84,7 @@ def test_leaks_go_as_qemu_img_check_takes_them_away(tmp_path: Path, refcount_bit
         assert report.leaks <= len(leaked)
 
     qemu.qemu_img("check", "-q", "-r", "leaks", image)
-    total = len(content) // 4096
+    total = len(content) // CLUSTER
     ours, theirs = Qcow2Image(port), opened(image.read_bytes())
     assert (read_refcounts(ours, 0, total) == read_refcounts(theirs, 0, total)).all()
     image.write_bytes(port.content)

@@ -175,6 +175,22 @@ def test_growing_base_does_not_uncover_a_longer_backing_file(tmp_path: Path) -> 
     assert content(base) == before
 
 
+def test_zeros_beside_data_in_one_large_cluster_do_no_harm(tmp_path: Path) -> None:
+    """QEMU does not order the two when it finds the zeros itself, and destroys base then."""
+    base = create(tmp_path / "base", 32 * MIB, cluster_size="128k")
+    qemu_io(base, "write -P 1 0 32M", "write -z 0 32M")
+    top = create(tmp_path / "top", backing=base)
+    clusters = [number * 128 for number in range(256)]
+    qemu_io(top, *(f"write -P 2 {at}k 64k" for at in clusters))
+    qemu_io(top, *(f"write -z {at + 64}k 64k" for at in clusters))
+    before = content(top)
+
+    merge(qcow2(base), qcow2(top))
+
+    assert_clean(base)
+    assert content(base) == before
+
+
 def test_raw_base_takes_the_data_and_keeps_its_holes(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.write_bytes(b"\1" * MIB)

@@ -21,6 +21,7 @@ from hypothesis import event, given, note
 import chainmerge
 from chainmerge.errors import Refused
 from chainmerge.options import Access
+from chainmerge.planning import MergePlan
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.types import MergeOutcome
 from tests.chain.unchanged import state
@@ -41,7 +42,6 @@ BLOCK = 4096
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.planning import MergePlan
     from chainmerge.types import MergeReport
 
 

@@ -265,8 +265,20 @@ class RealBackend:
             if request.top_stays:
                 self._delete_between(request)
             self._run(request, options, lambda _event: None)
+            self._settle(request, options)
+            self._remove_spent_tombstones(request)
+            return Ending.FINISHED
         self._settle(request, options)
         return Ending.FINISHED
+
+    def _remove_spent_tombstones(self, request: MergeRequest) -> None:
+        """The last thing that a merge does, and not made good: the next one prunes them."""
+        if request.top_stays:
+            return
+        needed = {name for image in request.above for name in self.bitmaps(image)}
+        for name, bitmap in dict(self.bitmaps(request.base)).items():
+            if bitmap.state is BitmapState.DISABLED and not bitmap.dirty and name not in needed:
+                self.remove_bitmap(request.base, name)
 
     def _is_over(self, request: MergeRequest, top: int) -> bool:
         """Whether a killed merge had nothing left to do that could still fail.

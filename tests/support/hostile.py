@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.cli.main import run
@@ -19,7 +20,6 @@ from tests.support.images import KIB, Write, WriteCompressed, WriteZeroes, apply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 DISK: Final = 1024 * KIB
 CLUSTER: Final = 4 * KIB

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hypothesis import strategies as st
@@ -29,7 +30,6 @@ from tests.support.surgery import clear_autoclear_features, mark_bitmap_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
 # With clusters of 512 bytes an L2 table maps 32 KiB, with 4 KiB it is 2 MiB.
 MAX_DISK: Final = 3 * MIB

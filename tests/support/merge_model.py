@@ -46,7 +46,7 @@ def expected_bitmaps(case: MergeCase) -> dict[str, ExpectedBitmap]:
             found[name] = _union(case, name)
         elif name in _names(case.above) or (_top_stays(case) and _is_valid(_top(case), name)):
             clean = np.zeros(disk_after(case) // SECTOR, dtype=bool)
-            found[name] = ExpectedBitmap(enabled=False, granularity=None, dirty=clean)
+            found[name] = ExpectedBitmap(False, None, clean)
     return found
 
 
@@ -71,12 +71,10 @@ def _refusals(case: MergeCase) -> Iterator[str]:
     names = _names(case.layers[case.base : case.top + 1])
     if not case.options.drop_bitmaps and any(_passes(case, name) for name in names):
         yield "base-cannot-hold-bitmaps"
-    for name in names:
-        tops_own = _top_stays(case) and _is_valid(top, name) and name not in _names(merged)
-        if name in _names(case.above):
-            yield "bitmaps-unguarded"
-        elif _top_stays(case) and _is_valid(top, name) and not tops_own:
-            yield "bitmaps-unguarded"
+    # Top directly on base is right with its own bits, but only if there were no others.
+    short = {name for name in _names(merged) if _top_stays(case) and _is_valid(top, name)}
+    if short or names & _names(case.above):
+        yield "bitmaps-unguarded"
 
 
 def _is_stuck(case: MergeCase, base: LayerPlan, size: int) -> bool:
@@ -130,7 +128,7 @@ def _union(case: MergeCase, name: str) -> ExpectedBitmap:
     for layer, bitmap in occurrences:
         recorded = _recorded(layer, bitmap)
         dirty[: len(recorded)] |= recorded[: len(dirty)]
-    return ExpectedBitmap(enabled=True, granularity=granularity, dirty=_in_steps(dirty, granularity))
+    return ExpectedBitmap(True, granularity, _in_steps(dirty, granularity))
 
 
 def _recorded(layer: LayerPlan, bitmap: BitmapPlan) -> Sectors:

@@ -255,7 +255,7 @@ def _secret(index: int, file_name: str) -> Options:
 
 def _node(chain: _Chain, index: int) -> Options:
     """The arguments of ``blockdev-add`` for one image, with all its nodes."""
-    image, names = chain.images[index], chain.names
+    image = chain.images[index]
     writable = index == chain.base_index
     node: Options = {
         "driver": image.format,

@@ -28,6 +28,7 @@ from chainmerge.qcow2.table_errors import (
     BadBitmapDirectory,
     BadBitmapTable,
     BadSnapshotTable,
+    TooLittleMemory,
     TooManyClusters,
 )
 
@@ -168,8 +169,11 @@ class _Counting:
         width = min(32, header.refcount_bits)
         self._limit = (1 << width) - 1
         # A reference that is not aligned may reach into the cluster behind the last one.
-        self._counts: Counts = np.zeros(self._clusters + 1, "u4" if width == 32 else "u2")
-        self._marks = np.zeros(self._clusters + 1, np.uint8)
+        try:
+            self._counts: Counts = np.zeros(self._clusters + 1, "u4" if width == 32 else "u2")
+            self._marks = np.zeros(self._clusters + 1, np.uint8)
+        except MemoryError as error:
+            raise TooLittleMemory(image.name, self._clusters) from error
 
     def run(self) -> ReferenceCounts:
         table = refcounts.read_refcount_table(self._image)

@@ -46,6 +46,27 @@ class TooManyClusters(FormatError):
 
 
 @dataclass(eq=False)
+class TooLittleMemory(FormatError):
+    """The file could be checked, but not by this process."""
+
+    code: ClassVar[str] = "too-little-memory"
+    template: ClassVar[str] = (
+        "{image}: the file has {clusters} clusters, and there is not enough memory to count the "
+        "references to them"
+    )
+    hint: ClassVar[str] = (
+        "if the file really holds so much, give the command more memory: 6 bytes a cluster; a "
+        "copy made with 'qemu-img convert' is as small as what it holds"
+    )
+    explanation: ClassVar[str] = (
+        "A consistency check counts the references to every cluster of the file. A sparse file "
+        "can claim many clusters and take little space. Memory is taken only for those that are "
+        "in use, so this happens where a limit is set on the address space of the process."
+    )
+    clusters: int
+
+
+@dataclass(eq=False)
 class BadSnapshotTable(FormatError):
     """The table of internal snapshots cannot be read."""
 

@@ -167,7 +167,8 @@ def count_arrivals(
         l1: its L1 table, entries as stored.
         moved: what the merged images together define, from the guest's byte 0 to *top_size*;
             UNALLOCATED where they leave it to base.
-        present: what base itself defines, from the guest's byte 0 to its end.
+        present: what base itself defines, from the guest's byte 0 to its end; its portions end
+            where clusters end.
         top_size: bytes of the guest's disk as top has it.
 
     Raises:
@@ -381,7 +382,10 @@ class _Fresh:
 
 
 def _fresh(base: BaseFacts, shared: _Counted, here: _Arriving, standing: _Standing) -> _Fresh:
-    bounds = np.unique(np.concatenate([here.start, here.end, standing.start, standing.end]))
+    # A stable sort takes next to no time for what is ascending in four pieces.
+    bounds = np.sort(
+        np.concatenate([here.start, here.end, standing.start, standing.end]), kind="stable"
+    )
     first, length = bounds[:-1], np.diff(bounds)
     arriving, arrives = _position(here.start, here.end, first)
     place, stands = _position(standing.start, standing.end, first)
