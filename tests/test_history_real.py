@@ -12,8 +12,16 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from chainmerge.checkpoints import BitmapState
+from chainmerge.types import Stage
 from tests.model.broken_rules import changed, without_tombstones
-from tests.model.disk_history import Backend, FalseCheckpoint
+from tests.model.disk_history import (
+    Backend,
+    DiskHistory,
+    Ending,
+    FalseCheckpoint,
+    HistoryViolated,
+    KillPoint,
+)
 from tests.model.lockstep import Lockstep
 from tests.model.machine import AbandonedMergesMachine, DiskHistoryMachine, KilledMergesMachine
 from tests.model.memory import MemoryBackend
@@ -21,10 +29,11 @@ from tests.model.real import RealBackend, Workshop, scratch_directory
 from tests.model.stories import STORIES, Story
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=14)
 MAX_IMAGES = 5
+MAX_ACTIONS = 10
 
 
 @pytest.fixture
@@ -98,7 +107,67 @@ def test_hundreds_of_random_lives_with_abandoned_merges(workshop: Workshop, part
     )
 
 
-# What they find, if the tombstones are taken out of chainmerge.
+# Where a merge is killed, all places one by one.
+
+STAGES = (Stage.PRUNE, Stage.COPY, Stage.BITMAPS, Stage.VERIFY, Stage.SETTLE)
+
+
+def checkpoint_in_both(history: DiskHistory) -> None:
+    history.checkpoint("cp1", 1)
+    history.guest_write(0, 1)
+    history.snapshot()
+    history.guest_write(1, 1)
+
+
+def checkpoint_in_top_over_another_image(history: DiskHistory) -> None:
+    """Once base has it, the image between that lacks it looks like a gap."""
+    history.snapshot()
+    history.guest_write(0, 1)
+    history.snapshot()
+    history.checkpoint("cp1", 1)
+    history.guest_write(1, 1)
+
+
+def checkpoint_in_top_and_above_over_another_image(history: DiskHistory) -> None:
+    checkpoint_in_top_over_another_image(history)
+    history.snapshot()
+    history.guest_write(2, 1)
+
+
+@pytest.mark.parametrize("top_stays", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("begin", "top"),
+    [
+        (checkpoint_in_both, "image1"),
+        (checkpoint_in_top_over_another_image, "image2"),
+        (checkpoint_in_top_and_above_over_another_image, "image2"),
+    ],
+)
+def test_killed_anywhere(
+    workshop: Workshop,
+    begin: Callable[[DiskHistory], None],
+    top: str,
+    stage: Stage,
+    top_stays: bool,
+) -> None:
+    """The next action is another one each time, until the merge is through with the stage."""
+    for actions in range(MAX_ACTIONS):
+        real = workshop.backend(0)
+        history = DiskHistory(Lockstep(MemoryBackend(), real), 8, raw_root=False)
+        begin(history)
+        point = KillPoint(stage, actions)
+        if history.merge_and_kill("image0", top, point, top_stays=top_stays) is Ending.KILLED:
+            history.check()
+            history.guest_write(3, 1)
+            history.check()
+            assert history.merge("image0", top, top_stays=top_stays)
+        history.check()
+        assert "cp1" in history.checkpoints(history.active)
+        real.throw_away()
+
+
+# What they find, if something is taken out of chainmerge.
 
 
 @pytest.fixture
@@ -145,3 +214,22 @@ def test_random_lives_find_the_missing_tombstones(workshop: Workshop) -> None:
     )
     with pytest.raises(FalseCheckpoint):
         run_state_machine_as_test(Machine, settings=search)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("place", "instead"),
+    [
+        pytest.param("load_saved", lambda _target: None, id="saved bitmaps not read"),
+        pytest.param("stand_ins", lambda _bitmaps, _size: (), id="no bitmaps while copying"),
+    ],
+)
+def test_random_lives_find_what_a_kill_leaves(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, place: str, instead: object
+) -> None:
+    monkeypatch.setattr(f"chainmerge.merging.{place}", instead)
+    search = settings(
+        PATIENT, max_examples=1_000, derandomize=True, database=None, phases=(Phase.generate,)
+    )
+    with pytest.raises(HistoryViolated):
+        run_state_machine_as_test(real_machine(workshop), settings=search)

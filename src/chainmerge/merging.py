@@ -352,7 +352,8 @@ def _run(job: _Job) -> MergeReport:
 
 def _reclaim(job: _Job) -> None:
     """Free what an interrupted run has leaked; the plan counts on it being free."""
-    if job.facts.base_check is not None and job.facts.base_check.leaks:
+    report = job.facts.base_check
+    if report is not None and (report.leaks or report.hidden_leaks):
         with WritablePort(job.base.real_path) as port:
             reclaim_leaks(port)
 

@@ -182,7 +182,7 @@ class ChildSeesMore(Refused):
 
 @dataclass(eq=False)
 class EncryptedImage(Refused):
-    """An image of the range is encrypted."""
+    """An image of the chain is encrypted."""
 
     code: ClassVar[str] = "image-encrypted"
     template: ClassVar[str] = "{image} is encrypted"

@@ -473,7 +473,8 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
-    for image in facts.chain.images[facts.base_index :]:
+    # Those below base too: QEMU opens the whole chain, and verification reads it.
+    for image in facts.chain.images:
         if image.encrypted:
             yield EncryptedImage(str(image.path))
     header, path = facts.base.header, str(facts.base.path)

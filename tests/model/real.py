@@ -36,7 +36,13 @@ from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.view import GuestView, layer_of_qcow2, layer_of_raw
-from tests.model.disk_history import Ending, KillPoint, MergeRequest, StoredBitmap
+from tests.model.disk_history import (
+    Ending,
+    KillPoint,
+    MergeRequest,
+    StoredBitmap,
+    WrongBacking,
+)
 from tests.model.qemu_processes import Fill, Guest, Host, QemuBitmap, QemuDisagrees, digest_of
 from tests.support.qemu import create
 
@@ -192,8 +198,12 @@ class RealBackend:
             name = Qcow2Image(readable).header.backing_name
         if name is None:
             return None
-        images = {file: image for image, file in self._files.items()}
-        return images[backing_path(path, name)]
+        below = backing_path(path, name)
+        found = [image for image, file in self._files.items() if file == below]
+        if not found:
+            msg = f"{image} stands on {name}, which is no image any more"
+            raise WrongBacking(msg)
+        return found[0]
 
     # The guest.
 

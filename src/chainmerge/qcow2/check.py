@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.qcow2.refcounts import read_refcount_table
+from chainmerge.qcow2.refcounts import (
+    read_refcount_table,
+    refcounts_per_block,
+    stored_refcounts,
+)
 from chainmerge.qcow2.references import (
     Findings,
     ReferenceCounts,
@@ -29,6 +33,7 @@ Clusters: TypeAlias = npt.NDArray[np.int64]
 
 #: A report names at most so many ranges of leaked clusters (16 MiB of them).
 MAX_LEAKED_RANGES = 1 << 20
+_CLUSTERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,10 @@ class CheckReport:
         image_end_offset: file offset behind the last cluster in use, in bytes.
         leaked: the leaked clusters, in at most MAX_LEAKED_RANGES ranges; no more than *leaks*.
         messages: what is wrong, in words, at most 100.
+        hidden_leaks: clusters behind the end of the file that have a refcount. Nobody counts
+            them as leaks before the file grows over them.
+        shared_leaks: of the leaks, clusters that one table uses and that have a refcount of
+            2 or more. To free the surplus takes a change of their COPIED flags as well.
     """
 
     image: str
@@ -71,6 +80,8 @@ class CheckReport:
     image_end_offset: int
     leaked: ClusterRanges
     messages: tuple[str, ...]
+    hidden_leaks: int = 0
+    shared_leaks: int = 0
 
     @property
     def sound(self) -> bool:
@@ -131,13 +142,31 @@ def check_with_references(image: Qcow2Image) -> tuple[CheckReport, ReferenceCoun
         image_end_offset=comparison.end * image.header.cluster_size,
         leaked=comparison.leaked,
         messages=tuple(findings.messages),
+        hidden_leaks=_hidden_leaks(image, len(references.counts)),
+        shared_leaks=comparison.shared_leaks,
     )
     return report, references
+
+
+def _hidden_leaks(image: Qcow2Image, known: int) -> int:
+    """How many clusters from *known* on have a refcount."""
+    blocks = usable_blocks(image, read_refcount_table(image))
+    per_block = refcounts_per_block(image.header)
+    at_once = max(1, _CLUSTERS_AT_ONCE // per_block)
+    first_block = known // per_block
+    leaks = 0
+    for group in np.unique((np.flatnonzero(blocks[first_block:]) + first_block) // at_once):
+        start = max(known, int(group) * at_once * per_block)
+        count = (int(group) + 1) * at_once * per_block - start
+        for _, refcounts in stored_refcounts(image, blocks, 0, start, count):
+            leaks += int(np.count_nonzero(refcounts))
+    return leaks
 
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
     leaks: int
+    shared_leaks: int
     leaked: ClusterRanges
     end: int
     """The cluster behind the last one with any refcount."""
@@ -146,7 +175,7 @@ class _Comparison:
 def _compare(image: Qcow2Image, references: ReferenceCounts, findings: Findings) -> _Comparison:
     blocks = usable_blocks(image, read_refcount_table(image))
     counts = references.counts
-    leaks = end = 0
+    leaks = shared_leaks = end = 0
     runs = _RunList(MAX_LEAKED_RANGES)
     for first, stored in stored_windows(image, blocks, len(counts)):
         counted = counts[first : first + len(stored)]
@@ -164,10 +193,11 @@ def _compare(image: Qcow2Image, references: ReferenceCounts, findings: Findings)
         if findings.complete:
             too_high = np.flatnonzero(stored > counted)
             leaks += len(too_high)
+            shared_leaks += int(np.count_nonzero(counted[too_high] == 1))
             runs.add(too_high + first)
     if leaks:
         findings.note(f"{leaks} clusters are leaked")
-    return _Comparison(leaks, runs.ranges(), end)
+    return _Comparison(leaks, shared_leaks, runs.ranges(), end)
 
 
 class _RunList:
