@@ -304,7 +304,7 @@ def chains(draw: st.DrawFn, directory: Path) -> tuple[Chain, list[Bitmap], list[
         )
         guest_writes(path, commands(draw, shape, size))
         merged.append(path)
-    assume(is_clean(base))
+    assume(all(is_clean(path) for path in [base, *merged, *([below] if below else [])]))
     stand_ins = [Bitmap(bitmap.name, bitmap.granularity) for bitmap in old]
     return Chain(base, below, tuple(merged)), stand_ins, final
 

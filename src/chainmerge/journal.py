@@ -284,7 +284,8 @@ def forget_merged_record(top: Path) -> None:
 
 
 def _beside(image: Path, suffix: str) -> Path:
-    real = image.resolve()
+    # Path.resolve() of Python 3.11 fails where links form a loop.
+    real = Path(os.path.realpath(image))
     if real.is_block_device():
         return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
     return real.with_name(f".{_short(real.name)}.{suffix}")

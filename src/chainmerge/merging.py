@@ -39,6 +39,7 @@ from chainmerge.journal import (
     save_bitmaps,
 )
 from chainmerge.options import Access, MergeOptions
+from chainmerge.plan_errors import ImageDamaged
 from chainmerge.planning import MergeFacts, MergePlan, bytes_to_copy, find_refusals, make_plan
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -300,12 +301,28 @@ def _gather_to_merge(
     target: Target, opened: OpenChain, request: _Request
 ) -> tuple[MergeFacts, BitmapFacts]:
     facts, bitmaps = _gather_with_bitmaps(target, opened, request.options)
-    facts = replace(
-        facts,
-        obstacles=(*_not_writable(target), *facts.obstacles),
-        merged=_is_merged(target, opened, facts, bitmaps, request),
-    )
-    return facts, bitmaps
+    merged = _is_merged(target, opened, facts, bitmaps, request)
+    damage = () if merged else tuple(_damaged_overlays(target, opened))
+    obstacles = (*_not_writable(target), *facts.obstacles, *damage)
+    return replace(facts, obstacles=obstacles, merged=merged), bitmaps
+
+
+def _damaged_overlays(target: Target, opened: OpenChain) -> Iterator[ChainmergeError]:
+    """The images above base whose tables contradict themselves.
+
+    Data and bits that something else was written over would go down into base as if they
+    were right. A plan does not look for this: it takes as long as reading all tables twice.
+    """
+    for overlay in opened.images[target.base_index + 1 :]:
+        if overlay.image is None:
+            continue
+        report = check(overlay.image)
+        # Stale refcounts are what the dirty bit stands for.
+        stale = overlay.image.header.dirty and report.complete
+        if report.overlaps or (report.corruptions and not stale):
+            first = next(iter(report.messages), "see chainmerge check")
+            path = str(overlay.info.path)
+            yield ImageDamaged(path, report.corruptions + report.overlaps, first)
 
 
 def _is_merged(

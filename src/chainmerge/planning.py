@@ -486,7 +486,8 @@ def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
         yield ImageDirty(path)
     elif facts.base_check is not None and not facts.base_check.sound:
         first = next(iter(facts.base_check.messages), "see chainmerge check")
-        yield ImageDamaged(path, facts.base_check.corruptions, first)
+        damage = facts.base_check.corruptions + facts.base_check.overlaps
+        yield ImageDamaged(path, damage, first)
 
 
 def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:

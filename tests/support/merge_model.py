@@ -50,6 +50,19 @@ def expected_bitmaps(case: MergeCase) -> dict[str, ExpectedBitmap]:
     return found
 
 
+def spent_tombstones(case: MergeCase) -> set[str]:
+    """Names of which base holds a tombstone for as long as top is there, and no longer.
+
+    They are dropped at the very end, which takes another set of bitmaps; the planned space has
+    none for it. Where it is not to be had they stay, and do no harm.
+    """
+    base = case.layers[case.base]
+    if _top_stays(case) or not base.holds_bitmaps:
+        return set()
+    names = _names(case.layers[case.base : case.top + 1]) - _names(case.above)
+    return {name for name in names if _is_valid(_top(case), name) and not _passes(case, name)}
+
+
 def expected_refusals(case: MergeCase) -> set[str]:
     """The codes of all reasons not to do the merge."""
     return set(_refusals(case))

@@ -17,7 +17,13 @@ class ToolFailed(AssertionError):
 
 def run(*argv: str | Path, expect: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; any exit status not in *expect* fails the test."""
-    result = subprocess.run([str(arg) for arg in argv], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [str(arg) for arg in argv],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        check=False,
+    )
     if result.returncode not in expect:
         command = " ".join(str(arg) for arg in argv)
         raise ToolFailed(f"{command}: exit {result.returncode}\n{result.stdout}{result.stderr}")
