@@ -355,6 +355,10 @@ class DiskHistory:
         """The bitmaps of an image, if people take it for one that can be worked on."""
         if image in self.spoiled or self._is_half_settled():
             return {}
+        # What is broken because of an image below base is pruned already: evidence that goes
+        # now comes too late.
+        if self.unfinished is not None and image in self.chain(self.unfinished.base):
+            return {}
         return self.backend.bitmaps(image)
 
     def _is_half_settled(self) -> bool:
