@@ -639,8 +639,9 @@ def test_an_l2_table_that_is_used_a_thousand_times_is_read_once(tmp_path: Path) 
     # 1024 references to a table with 16 entries, of which one is the right number each.
     assert report.corruptions == 1 + 16
     assert "used 1024 times" in report.messages[-1]
-    # Header, L1 table, refcount table, refcount block (twice), L2 table.
-    assert readable.bytes_read < 8 * header.cluster_size
+    # Header, L1 table, L2 table; refcount table and block, which the search for refcounts behind
+    # the end of the file reads once more.
+    assert readable.bytes_read < 10 * header.cluster_size
 
 
 @given(noise=st.binary(min_size=64, max_size=64), repeat=st.integers(1, 64))
