@@ -14,6 +14,7 @@ from chainmerge.engines.metadata.old_tree import bitmap_clusters
 from chainmerge.errors import ChainmergeError
 from chainmerge.planning import SpaceFacts
 from chainmerge.qcow2.check import CheckReport, check_with_references
+from chainmerge.qcow2.mapping import Kind, lookup
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.space import (
     Arrivals,
@@ -29,6 +30,7 @@ from chainmerge.space import (
     raw_space_need,
     space_need,
 )
+from chainmerge.space.errors import CannotGrowBase
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def survey_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> Spa
         backing_size=_backing_size(target),
         shared=layout.shared,
     )
-    obstacle = growth_obstacle(facts, target.chain.top.virtual_size)
+    top_size = target.chain.top.virtual_size
+    obstacle = growth_obstacle(facts, top_size) or _end_obstacle(base.image, facts, top_size)
     if obstacle is not None:
         return _without_figures(report, obstacle)
     arrivals = _arrivals(target, opened, facts)
@@ -85,6 +88,23 @@ def survey_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> Spa
         new_l2_tables=arrivals.l2_tables,
         obstacle=None,
     )
+
+
+def _end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotGrowBase | None:
+    """Why the end of base's disk cannot be moved.
+
+    QEMU hides what a longer backing file has behind the old end. Within base's last cluster it
+    does so by zero subclusters, and a compressed cluster has none (QEMU 7.2: "Operation not
+    supported").
+    """
+    header = image.header
+    hidden_from = -(-header.virtual_size // header.subcluster_size) * header.subcluster_size
+    if not facts.uncovers_backing(top_size) or hidden_from % header.cluster_size == 0:
+        return None
+    if lookup(image, header.virtual_size - 1).kind is not Kind.COMPRESSED:
+        return None
+    reason = "its last cluster is compressed, its clusters have parts, its backing file is longer"
+    return CannotGrowBase(image.name, top_size, reason)
 
 
 def _facts(need: SpaceNeed) -> SpaceFacts:

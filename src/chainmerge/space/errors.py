@@ -22,8 +22,9 @@ class CannotGrowBase(Refused):
     explanation: ClassVar[str] = (
         "A merge makes base's virtual disk as large as top's. QEMU cannot do that to an image of "
         "version 2 that has internal snapshots, or whose backing file is longer than it is (it "
-        "has no way to hide the part that would come to light), and the first-level table of an "
-        "image is limited to 32 MiB. Nothing was changed."
+        "has no way to hide the part that would come to light), nor to one with extended L2 "
+        "entries whose backing file is longer and whose last cluster is compressed; and the "
+        "first-level table of an image is limited to 32 MiB. Nothing was changed."
     )
     image: str
     size: int
