@@ -19,8 +19,10 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """The handlers that the test runner had."""
+    """The handlers that the test runner had; none of them ignores (nohup) during the test."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -426,7 +426,8 @@ def test_files_that_lie_around(victim: Victim) -> None:
     os.truncate(directory / "noise after the magic.qcow2", 1 << 43)
     ran = chainmerge("merge", victim.top)
     assert ran.status == ExitCode.DONE, ran
-    assert "noise after the magic.qcow2" in ran.out
+    # A long path is broken over lines, at any place.
+    assert "noiseafterthemagic.qcow2" in "".join(ran.out.split())
 
 
 # Who else is there
