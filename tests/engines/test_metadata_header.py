@@ -98,6 +98,9 @@ def contents(draw: st.DrawFn, header: Header) -> HeaderContent:
     name = draw(st.one_of(st.just(header.backing_name), st.none(), names(300), names(1023)))
     formats = st.one_of(st.just(header.backing_format), st.none(), st.just("host_device"))
     return HeaderContent(
+        virtual_size=draw(st.sampled_from((header.virtual_size, 512, 3 * MIB))),
+        l1_size=draw(st.sampled_from((header.l1_size, 200))),
+        l1_table_offset=draw(st.sampled_from((header.l1_table_offset, 10 << 12))),
         bitmaps=bitmaps,
         bitmaps_trusted=bitmaps is not None and draw(st.booleans()),
         refcount_table_offset=draw(st.sampled_from((header.refcount_table_offset, 9 << 12))),
@@ -174,6 +177,24 @@ def test_any_header_can_be_recomposed_into_any_content(data: st.DataObject, clus
         assert new.extensions[0].offset == new.header_length
     kept = others(new, with_feature_names=True) == others(old, with_feature_names=True)
     event(f"feature names kept: {kept}; bytes behind the sector: {bool(head.beyond)}")
+
+
+def test_another_disk_size_and_l1_table_are_switched_to_with_the_first_sector(
+    tmp_path: Path,
+) -> None:
+    image = qemu.create(tmp_path / "i.qcow2", MIB, cluster_size=4096)
+    qemu.qemu_io(image, "write -q -P 7 0 1M")
+    old = image.read_bytes()
+    header = parsed(old)
+    # The same L1 table, longer and elsewhere: one entry maps 2 MiB.
+    table = old[header.l1_table_offset : header.l1_table_offset + 8]
+    moved = len(old) + -len(old) % 4096
+    content = replace(content_of(header), virtual_size=5 * MIB, l1_size=3, l1_table_offset=moved)
+    head = compose(old[:4096], content)
+    assert head.beyond == ()
+    image.write_bytes(apply(old, [(0, head.sector)]).ljust(moved, b"\0") + table.ljust(4096, b"\0"))
+    assert qemu.info(image)["virtual-size"] == 5 * MIB
+    assert qemu.content(image) == b"\7" * MIB + bytes(4 * MIB)
 
 
 def test_feature_names_are_kept_where_they_fit(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 _BACKING_NAME_FIELD = struct.Struct(">QI")
 _BACKING_NAME_AT = 8
+_VIRTUAL_SIZE_FIELD = struct.Struct(">Q")
+_VIRTUAL_SIZE_AT = 24
+_L1_TABLE_FIELD = struct.Struct(">IQ")
+_L1_TABLE_AT = 36
 _REFCOUNT_TABLE_FIELD = struct.Struct(">QI")
 _REFCOUNT_TABLE_AT = 48
 _AUTOCLEAR_FIELD = struct.Struct(">Q")
@@ -51,6 +55,9 @@ class HeaderContent:
     """The parts of a header that this package changes, as they shall be.
 
     Attributes:
+        virtual_size: Size of the guest's disk in bytes.
+        l1_size: Length of the active L1 table in entries.
+        l1_table_offset: Its file offset in bytes.
         bitmaps: The bitmaps extension, None for an image without one.
         bitmaps_trusted: Whether the autoclear bit vouches for the bitmaps.
         refcount_table_offset: File offset in bytes.
@@ -59,6 +66,9 @@ class HeaderContent:
         backing_format: The format's name, None for an image that does not say.
     """
 
+    virtual_size: int
+    l1_size: int
+    l1_table_offset: int
     bitmaps: BitmapsExtension | None
     bitmaps_trusted: bool
     refcount_table_offset: int
@@ -84,6 +94,9 @@ class HeaderWrite:
 def content_of(header: Header) -> HeaderContent:
     """What the header says today."""
     return HeaderContent(
+        virtual_size=header.virtual_size,
+        l1_size=header.l1_size,
+        l1_table_offset=header.l1_table_offset,
         bitmaps=header.bitmaps,
         bitmaps_trusted=header.bitmaps_trusted,
         refcount_table_offset=header.refcount_table_offset,
@@ -147,6 +160,8 @@ def _fields(cluster: bytes, header: Header, content: HeaderContent, name: bytes)
     """The header proper, but for the offset of the backing name."""
     fields = bytearray(cluster[: header.header_length])
     _BACKING_NAME_FIELD.pack_into(fields, _BACKING_NAME_AT, 0, len(name))
+    _VIRTUAL_SIZE_FIELD.pack_into(fields, _VIRTUAL_SIZE_AT, content.virtual_size)
+    _L1_TABLE_FIELD.pack_into(fields, _L1_TABLE_AT, content.l1_size, content.l1_table_offset)
     _REFCOUNT_TABLE_FIELD.pack_into(
         fields,
         _REFCOUNT_TABLE_AT,
