@@ -13,7 +13,13 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from chainmerge.engines.metadata import allocation
-from chainmerge.engines.metadata.allocation import Allocation, Demand, allocate, runs_of
+from chainmerge.engines.metadata.allocation import (
+    Allocation,
+    Demand,
+    allocate,
+    runs_of,
+    stored_free_space,
+)
 from chainmerge.engines.metadata.errors import RefcountTableFull
 from chainmerge.engines.metadata.refcount_blocks import pack_refcounts, refcount_writes
 from chainmerge.qcow2.image import Qcow2Image
@@ -118,13 +124,13 @@ def test_what_is_found_is_free_and_can_be_counted(
     with pytest.MonkeyPatch.context() as patch:
         # Small windows, so that runs go on from one to the next.
         patch.setattr(allocation, "_WINDOW_CLUSTERS", window)
-        found = allocate(image_of(usage), demand)
+        found = allocate(stored_free_space(image_of(usage)), demand)
 
-    single = found.scattered.tolist() + found.blocks.cluster.tolist()
+    single = found.scattered.expanded().tolist() + found.blocks.cluster.tolist()
     together = [cluster for piece in pieces_of(demand, found) for cluster in piece]
     everything = single + together
-    assert len(found.scattered) == demand.scattered
-    assert sorted(everything) == found.everything.tolist()
+    assert found.scattered.total == demand.scattered
+    assert sorted(everything) == found.everything.expanded().tolist()
     assert len(set(everything)) == len(everything)
     assert not usage.used & set(everything)
 
@@ -153,7 +159,7 @@ def test_what_is_found_is_free_and_can_be_counted(
 
 @given(usage=usages(), length=st.integers(2, 150))
 def test_a_piece_goes_to_the_lowest_gap_that_holds_it(usage: Usage, length: int) -> None:
-    found = allocate(image_of(usage), Demand(0, (length,)))
+    found = allocate(stored_free_space(image_of(usage)), Demand(0, (length,)))
     (start,) = found.contiguous.tolist()
     used = usage.used
     for lower in range(start):
@@ -162,11 +168,11 @@ def test_a_piece_goes_to_the_lowest_gap_that_holds_it(usage: Usage, length: int)
 
 def test_a_table_beyond_what_qemu_reads_is_refused() -> None:
     full = Usage(6, [[True] * 64] * 64)
-    assert allocate(image_of(full), Demand(1, ())).table_clusters == 2
+    assert allocate(stored_free_space(image_of(full)), Demand(1, ())).table_clusters == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(allocation, "MAX_REFCOUNT_TABLE_BYTES", CLUSTER)
         with pytest.raises(RefcountTableFull):
-            allocate(image_of(full), Demand(1, ()))
+            allocate(stored_free_space(image_of(full)), Demand(1, ()))
 
 
 # Refcounts

@@ -4,7 +4,11 @@
 Clusters are taken lowest first, so that an image is packed low and the file grows as
 little as it can. A cluster counts as free where its stored refcount is 0. That is safe
 in an image without corruptions: nothing refers to such a cluster, neither now nor in
-the state that a crash brings back.
+the state that a crash brings back. A plan that is made before leaked clusters are given
+back counts these as free as well, by the recomputed refcounts.
+
+Clusters are handled in runs: an image of many TiB that is mostly free or mostly used
+costs no more memory than a small one.
 
 A cluster in a range that no refcount block describes yet costs a new block, which is a
 new cluster itself, and a block behind the end of the refcount table costs a new, longer
@@ -13,6 +17,7 @@ table. :func:`allocate` looks for the fixed point of this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.references import ReferenceCounts
 
 Clusters = npt.NDArray[np.int64]
 """Cluster numbers (file offset / cluster size), or counts of clusters."""
@@ -41,6 +47,42 @@ _TABLE_ENTRY_BYTES = 8
 _WINDOW_CLUSTERS = 1 << 20
 # Host offsets have 56 bits (specification, "Standard Cluster Descriptor").
 _MAX_FILE_BYTES = 1 << 56
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs of clusters: int64 arrays of equal length, ascending and disjoint.
+
+    Runs may touch, and none is empty.
+
+    Attributes:
+        start: First cluster of each run.
+        length: Number of clusters in each run.
+    """
+
+    start: Clusters
+    length: Clusters
+
+    @property
+    def total(self) -> int:
+        """The number of clusters in all runs."""
+        return int(self.length.sum())
+
+    @property
+    def end(self) -> Clusters:
+        """The cluster behind each run."""
+        end: Clusters = self.start + self.length
+        return end
+
+    def expanded(self) -> Clusters:
+        """Every cluster, int64[total], ascending."""
+        before = np.cumsum(self.length) - self.length
+        expanded: Clusters = np.repeat(self.start - before, self.length)
+        expanded += np.arange(len(expanded), dtype=np.int64)
+        return expanded
+
+
+_NO_RUNS = Runs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,47 +116,115 @@ class Allocation:
     """Clusters that are free in the image as it is, by purpose.
 
     Attributes:
-        scattered: For :attr:`Demand.scattered`, ascending.
+        scattered: For :attr:`Demand.scattered`.
         contiguous: First cluster of each piece, in the order of the demand.
         blocks: New refcount blocks. Each lies in a range that the image describes already
             or in the range that it describes itself, unless there is a new table.
         table_start: First cluster of a new refcount table, None where the old one does.
         table_clusters: Length of that table in clusters; 0 without one.
-        everything: All of the above, ascending.
+        everything: All of the above; these runs do not touch.
     """
 
-    scattered: Clusters
+    scattered: Runs
     contiguous: Clusters
     blocks: NewBlocks
     table_start: int | None
     table_clusters: int
-    everything: Clusters
+    everything: Runs
 
     @property
     def end(self) -> int:
         """The cluster behind the highest new one; 0 if there is none."""
-        return int(self.everything[-1]) + 1 if len(self.everything) else 0
+        ends = self.everything.end
+        return int(ends[-1]) if len(ends) else 0
 
 
-def allocate(image: Qcow2Image, demand: Demand) -> Allocation:
+@dataclass(frozen=True, slots=True)
+class FreeSpace:
+    """Which clusters of an image are free, and what counts them once they are used.
+
+    Attributes:
+        name: What messages call the image.
+        header: The image's header.
+        table: The entries of its refcount table as they are stored.
+        known: Every cluster from here on is free.
+        uses: How often *count* clusters from *first* on are used, for (first, count);
+            0 for a free one.
+    """
+
+    name: str
+    header: Header
+    table: U64Array
+    known: int
+    uses: Callable[[int, int], U64Array]
+
+    def free_runs(self, enough: int) -> Iterator[Runs]:
+        """Runs of free clusters, ascending and not touching, in windows of bounded size.
+
+        Ends with the first run of at least *enough* clusters, which may be cut there; there
+        always is one, because a file has no end.
+        """
+        held = _NO_RUNS
+        for first in range(0, self.known, _WINDOW_CLUSTERS):
+            count = min(_WINDOW_CLUSTERS, self.known - first)
+            found = joined_runs([held, _zero_runs(self.uses(first, count), first)])
+            big = np.flatnonzero(found.length >= enough)
+            if len(big):
+                yield Runs(found.start[: big[0] + 1], found.length[: big[0] + 1])
+                return
+            # The last run may go on in the next window.
+            goes_on = len(found.start) and found.end[-1] == first + count
+            cut = len(found.start) - 1 if goes_on else len(found.start)
+            yield Runs(found.start[:cut], found.length[:cut])
+            held = Runs(found.start[cut:], found.length[cut:])
+        last = _MAX_FILE_BYTES // self.header.cluster_size
+        yield joined_runs([held, _run(self.known, last - self.known)])
+
+
+def stored_free_space(image: Qcow2Image) -> FreeSpace:
+    """What is free by the stored refcounts; the image must have no corruptions."""
+    table = read_refcount_table(image)
+    present = np.flatnonzero(table)
+    described = (int(present[-1]) + 1) * refcounts_per_block(image.header) if len(present) else 0
+
+    def stored(first: int, count: int) -> U64Array:
+        return read_refcounts(image, first, count)
+
+    return FreeSpace(image.name, image.header, table, described, stored)
+
+
+def counted_free_space(image: Qcow2Image, references: ReferenceCounts) -> FreeSpace:
+    """What is free once leaked clusters are given back.
+
+    Only a plan may be made with this: until that is done, the refcount of a cluster that
+    counts as free here need not be 0.
+
+    Args:
+        image: The image; it must have no corruptions.
+        references: Its recomputed refcounts, complete ones.
+    """
+    table = read_refcount_table(image)
+    return FreeSpace(image.name, image.header, table, len(references.counts), references.of)
+
+
+def allocate(space: FreeSpace, demand: Demand) -> Allocation:
     """Find clusters for *demand* and for the refcounts of what is found.
 
     Raises:
         RefcountTableFull: the refcount table would need more than the 8 MiB that QEMU reads.
     """
-    table = read_refcount_table(image)
-    new_table = _NewTable(image, table)
+    new_table = _NewTable(space)
     blocks = 0
     while True:
-        attempt = _attempt(image, demand, blocks, new_table.clusters)
-        missing = _missing_blocks(attempt.everything, table, refcounts_per_block(image.header))
+        attempt = _attempt(space, demand, blocks, new_table.clusters)
+        missing = _missing_blocks(attempt.everything, space)
         if len(missing) > blocks:
             # More clusters can only touch more ranges, so this ends at the least number.
             blocks = len(missing)
         elif new_table.must_grow(missing):
             blocks = 0
         else:
-            homes = _block_homes(attempt.scattered, missing, table, image.header, new_table)
+            homes = _block_homes(attempt.scattered, missing, space.header, new_table)
             if homes is not None:
                 return _finished(attempt, missing, homes, new_table.clusters)
             new_table.replace()
@@ -124,11 +234,11 @@ def allocate(image: Qcow2Image, demand: Demand) -> Allocation:
 class _NewTable:
     """How long a refcount table that replaces the old one has to be."""
 
-    def __init__(self, image: Qcow2Image, table: U64Array) -> None:
-        self._name = image.name
-        self._cluster_size = image.header.cluster_size
-        self._old_clusters = image.header.refcount_table_clusters
-        self._entries = len(table)
+    def __init__(self, space: FreeSpace) -> None:
+        self._name = space.name
+        self._cluster_size = space.header.cluster_size
+        self._old_clusters = space.header.refcount_table_clusters
+        self._entries = len(space.table)
         self.clusters = 0
 
     def must_grow(self, missing: Clusters) -> bool:
@@ -152,41 +262,33 @@ class _NewTable:
 class _Attempt:
     """Clusters found, blocks still among the scattered ones and the table among the pieces."""
 
-    scattered: Clusters
+    scattered: Runs
     contiguous: Clusters
-    everything: Clusters
+    everything: Runs
 
 
-def _attempt(image: Qcow2Image, demand: Demand, blocks: int, table_clusters: int) -> _Attempt:
+def _attempt(space: FreeSpace, demand: Demand, blocks: int, table_clusters: int) -> _Attempt:
     pieces = demand.contiguous + ((table_clusters,) if table_clusters else ())
     scattered = demand.scattered + blocks
     enough = scattered + sum(pieces)
     lengths = np.array(pieces, dtype=np.int64)
-    starts = _place_pieces(free_runs(image, enough), lengths)
-    taken = _expanded(starts, lengths)
-    single = _lowest(free_runs(image, enough), scattered, np.sort(taken))
-    return _Attempt(single, starts, np.sort(np.concatenate([single, taken])))
+    starts = _place_pieces(space.free_runs(enough), lengths)
+    taken = joined_runs([Runs(starts, lengths)])
+    single = _lowest(space.free_runs(enough), scattered, taken)
+    return _Attempt(single, starts, joined_runs([single, taken]))
 
 
-def _missing_blocks(clusters: Clusters, table: U64Array, entries: int) -> Clusters:
+def _missing_blocks(clusters: Runs, space: FreeSpace) -> Clusters:
     """Indexes of the refcount blocks that *clusters* need and the table does not have."""
-    touched = np.unique(clusters // entries)
-    return touched[~_described(touched, table)]
-
-
-def _described(blocks: Clusters, table: U64Array) -> npt.NDArray[np.bool_]:
-    inside = blocks < len(table)
-    described = np.zeros(len(blocks), dtype=np.bool_)
-    described[inside] = table[blocks[inside]] != 0
-    return described
+    touched = blocks_touched(clusters, space.header)
+    described = np.zeros(len(touched), dtype=np.bool_)
+    inside = touched < len(space.table)
+    described[inside] = space.table[touched[inside]] != 0
+    return touched[~described]
 
 
 def _block_homes(
-    scattered: Clusters,
-    missing: Clusters,
-    table: U64Array,
-    header: Header,
-    new_table: _NewTable,
+    scattered: Runs, missing: Clusters, header: Header, new_table: _NewTable
 ) -> Clusters | None:
     """A cluster for each missing block, from the scattered ones; None where that is unsafe.
 
@@ -196,19 +298,26 @@ def _block_homes(
     already, or else all blocks come into use at once, by a new table.
     """
     entries = refcounts_per_block(header)
-    first = np.searchsorted(scattered, missing * entries)
-    found = first < np.searchsorted(scattered, (missing + 1) * entries)
-    homes = np.where(found, first, -1)
-    spare = np.ones(len(scattered), dtype=np.bool_)
-    spare[homes[found]] = False
+    homes = _first_clusters_from(scattered, missing * entries)
+    found = homes < (missing + 1) * entries
+    spare = without_runs(scattered, runs_of(homes[found]))
     if not new_table.clusters:
-        spare &= _described(scattered // entries, table)
-    candidates = np.flatnonzero(spare)
-    homeless = np.flatnonzero(~found)
-    if len(candidates) < len(homeless):
+        undescribed = runs_of(missing)
+        spare = without_runs(spare, Runs(undescribed.start * entries, undescribed.length * entries))
+    homeless = len(missing) - int(np.count_nonzero(found))
+    if spare.total < homeless:
         return None
-    homes[homeless] = candidates[len(candidates) - len(homeless) :]
-    return scattered[homes]
+    _, highest = split_runs(spare, spare.total - homeless)
+    homes[~found] = highest.expanded()
+    return homes
+
+
+def _first_clusters_from(runs: Runs, clusters: Clusters) -> Clusters:
+    """The first cluster of the runs from each of *clusters* on; the largest int64 for none."""
+    at = np.searchsorted(runs.end, clusters, "right")
+    starts = np.append(runs.start, np.iinfo(np.int64).max)
+    first: Clusters = np.maximum(starts[at], clusters)
+    return first
 
 
 def _finished(
@@ -216,7 +325,7 @@ def _finished(
 ) -> Allocation:
     pieces = attempt.contiguous
     return Allocation(
-        scattered=np.setdiff1d(attempt.scattered, homes, assume_unique=True),
+        scattered=without_runs(attempt.scattered, runs_of(np.sort(homes))),
         contiguous=pieces[:-1] if table_clusters else pieces,
         blocks=NewBlocks(missing, homes),
         table_start=int(pieces[-1]) if table_clusters else None,
@@ -225,58 +334,10 @@ def _finished(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Runs of clusters: arrays of equal length, ascending and not touching."""
-
-    start: Clusters
-    length: Clusters
-
-
-def free_runs(image: Qcow2Image, enough: int) -> Iterator[Runs]:
-    """Runs of clusters with stored refcount 0, ascending, in windows of bounded size.
-
-    Ends with the first run of at least *enough* clusters, which may be cut there; there
-    always is one, because a file has no end.
-    """
-    entries = refcounts_per_block(image.header)
-    present = np.flatnonzero(read_refcount_table(image))
-    described_end = (int(present[-1]) + 1) * entries if len(present) else 0
-    held = Runs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-    for first in range(0, described_end, _WINDOW_CLUSTERS):
-        count = min(_WINDOW_CLUSTERS, described_end - first)
-        found = _joined(held, _zero_runs(read_refcounts(image, first, count), first))
-        big = np.flatnonzero(found.length >= enough)
-        if len(big):
-            yield Runs(found.start[: big[0] + 1], found.length[: big[0] + 1])
-            return
-        # The last run may go on in the next window.
-        goes_on = len(found.start) and found.start[-1] + found.length[-1] == first + count
-        cut = len(found.start) - 1 if goes_on else len(found.start)
-        yield Runs(found.start[:cut], found.length[:cut])
-        held = Runs(found.start[cut:], found.length[cut:])
-    last = _MAX_FILE_BYTES // image.header.cluster_size
-    endless = np.array([described_end]), np.array([last - described_end])
-    yield _joined(held, Runs(*endless))
-
-
-def _zero_runs(refcounts: U64Array, first: int) -> Runs:
-    free = np.concatenate(([False], refcounts == 0, [False]))
+def _zero_runs(uses: U64Array, first: int) -> Runs:
+    free = np.concatenate(([False], uses == 0, [False]))
     edges = np.flatnonzero(free[1:] != free[:-1])
     return Runs(edges[0::2] + first, edges[1::2] - edges[0::2])
-
-
-def _joined(left: Runs, right: Runs) -> Runs:
-    """*left*, which has at most one run, and *right*, with the runs between them joined."""
-    if not len(left.start):
-        return right
-    if not len(right.start) or right.start[0] != left.start[0] + left.length[0]:
-        return Runs(
-            np.concatenate([left.start, right.start]), np.concatenate([left.length, right.length])
-        )
-    length = right.length.copy()
-    length[0] += left.length[0]
-    return Runs(np.concatenate([left.start, right.start[1:]]), length)
 
 
 def _place_pieces(windows: Iterator[Runs], lengths: Clusters) -> Clusters:
@@ -304,43 +365,24 @@ def _place_pieces(windows: Iterator[Runs], lengths: Clusters) -> Clusters:
     return starts
 
 
-def _lowest(windows: Iterator[Runs], count: int, taken: Clusters) -> Clusters:
-    """The lowest *count* clusters of the windows without those in *taken* (ascending)."""
-    found: list[Clusters] = []
+def _lowest(windows: Iterator[Runs], count: int, taken: Runs) -> Runs:
+    """The lowest *count* clusters of the windows without those that are taken."""
+    found: list[Runs] = []
     wanted = count
     for window in windows:
         if wanted <= 0:
             break
-        # Clusters that are taken stand among the lowest too, so that many more are looked at.
-        clusters = _expanded_up_to(window, wanted + len(taken))
-        fresh = clusters[~_contains(taken, clusters)][:wanted]
+        fresh, _ = split_runs(without_runs(window, taken), wanted)
         found.append(fresh)
-        wanted -= len(fresh)
-    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        wanted -= fresh.total
+    return joined_runs(found)
 
 
-def _contains(ascending: Clusters, values: Clusters) -> npt.NDArray[np.bool_]:
-    if not len(ascending):
-        return np.zeros(len(values), dtype=np.bool_)
-    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    found: npt.NDArray[np.bool_] = ascending[at] == values
-    return found
+# Runs
 
 
-def _expanded_up_to(runs: Runs, count: int) -> Clusters:
-    """The first *count* clusters of the runs."""
-    before = np.cumsum(runs.length) - runs.length
-    kept = before < count
-    lengths = np.minimum(runs.length[kept], count - before[kept])
-    return _expanded(runs.start[kept], lengths)
-
-
-def _expanded(starts: Clusters, lengths: Clusters) -> Clusters:
-    """Every cluster of the runs, in their order."""
-    before = np.cumsum(lengths) - lengths
-    total = int(lengths.sum())
-    expanded: Clusters = np.repeat(starts - before, lengths) + np.arange(total, dtype=np.int64)
-    return expanded
+def _run(start: int, length: int) -> Runs:
+    return Runs(np.array([start], dtype=np.int64), np.array([length], dtype=np.int64))
 
 
 def runs_of(clusters: Sequence[int] | Clusters) -> Runs:
@@ -350,6 +392,75 @@ def runs_of(clusters: Sequence[int] | Clusters) -> Runs:
     first = np.concatenate(([0], breaks)) if len(values) else breaks
     lengths = np.diff(np.concatenate((first, [len(values)]))) if len(values) else breaks
     return Runs(values[first], lengths)
+
+
+def joined_runs(parts: Sequence[Runs]) -> Runs:
+    """All clusters of the parts; runs that touch or overlap become one.
+
+    The runs of a part may be in any order here, and some of them empty.
+    """
+    every = _concatenated(parts)
+    kept = every.length > 0
+    # Only how many runs are open matters, so that starts and ends need not stay in pairs.
+    starts, ends = np.sort(every.start[kept]), np.sort(every.end[kept])
+    if not len(starts):
+        return _NO_RUNS
+    gaps = starts[1:] > ends[:-1]
+    first = starts[np.concatenate(([True], gaps))]
+    return Runs(first, ends[np.concatenate((gaps, [True]))] - first)
+
+
+def split_runs(runs: Runs, count: int) -> tuple[Runs, Runs]:
+    """The first *count* clusters of the runs, or all if there are fewer, and the rest."""
+    before = np.cumsum(runs.length) - runs.length
+    within = np.clip(count - before, 0, runs.length)
+    return (
+        _without_empty(Runs(runs.start, within)),
+        _without_empty(Runs(runs.start + within, runs.length - within)),
+    )
+
+
+def without_runs(runs: Runs, removed: Runs) -> Runs:
+    """The clusters of *runs* that are not in *removed*."""
+    gap_starts = np.concatenate(([0], removed.end))
+    gap_ends = np.append(removed.start, np.iinfo(np.int64).max)
+    # Each run together with each gap that it reaches into.
+    low = np.searchsorted(gap_ends, runs.start, "right")
+    high = np.searchsorted(gap_starts, runs.end, "left")
+    pairs = np.maximum(high - low, 0)
+    run = np.repeat(np.arange(len(pairs)), pairs)
+    gap = Runs(low, pairs).expanded()
+    start = np.maximum(runs.start[run], gap_starts[gap])
+    end = np.minimum(runs.end[run], gap_ends[gap])
+    return _without_empty(Runs(start, end - start))
+
+
+def runs_within(runs: Runs, start: int, end: int) -> Runs:
+    """The clusters of *runs* from *start* up to *end*, which is not included."""
+    low = int(np.searchsorted(runs.end, start, "right"))
+    high = int(np.searchsorted(runs.start, end, "left"))
+    first = np.maximum(runs.start[low:high], start)
+    return Runs(first, np.minimum(runs.end[low:high], end) - first)
+
+
+def blocks_touched(runs: Runs, header: Header) -> Clusters:
+    """Indexes of the refcount blocks that count clusters of the runs, ascending."""
+    entries = refcounts_per_block(header)
+    first = runs.start // entries
+    last = (runs.end - 1) // entries
+    return joined_runs([Runs(first, last - first + 1)]).expanded()
+
+
+def _concatenated(parts: Sequence[Runs]) -> Runs:
+    return Runs(
+        np.concatenate([_NO_RUNS.start, *(part.start for part in parts)]),
+        np.concatenate([_NO_RUNS.length, *(part.length for part in parts)]),
+    )
+
+
+def _without_empty(runs: Runs) -> Runs:
+    kept = runs.length > 0
+    return Runs(runs.start[kept], runs.length[kept])
 
 
 def slices_by(values: Clusters, size: int) -> Iterator[slice]:

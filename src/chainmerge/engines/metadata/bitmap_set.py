@@ -251,24 +251,25 @@ class PlacedBitmapSet:
 def place(layout: BitmapSetLayout, allocation: Allocation) -> PlacedBitmapSet:
     """Hand out the allocated clusters, so that what is written together lies together."""
     pieces = iter(allocation.contiguous.tolist())
+    scattered = allocation.scattered.expanded()
     tables = np.zeros(len(layout.shapes), dtype=np.int64)
     data: list[Clusters] = []
     used = 0
     for number, shape in enumerate(layout.shapes):
         if shape.table_clusters == 1:
-            tables[number] = allocation.scattered[used]
+            tables[number] = scattered[used]
             used += 1
         else:
             tables[number] = next(pieces)
-        data.append(allocation.scattered[used : used + len(shape.stored)])
+        data.append(scattered[used : used + len(shape.stored)])
         used += len(shape.stored)
     directory = 0
     if layout.directory_clusters == 1:
-        directory = int(allocation.scattered[used])
+        directory = int(scattered[used])
         used += 1
     elif layout.directory_clusters:
         directory = next(pieces)
-    assert used == len(allocation.scattered)
+    assert used == len(scattered)
     placed = np.concatenate(data) if data else np.zeros(0, dtype=np.int64)
     return PlacedBitmapSet(layout, tables, placed, directory)
 

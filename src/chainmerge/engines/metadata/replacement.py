@@ -8,8 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import Allocation, Clusters, Runs, allocate, runs_of
+from chainmerge.engines.metadata.allocation import (
+    Allocation,
+    Clusters,
+    Runs,
+    allocate,
+    runs_of,
+    stored_free_space,
+)
 from chainmerge.engines.metadata.bitmap_set import PlacedBitmapSet, StoredBitmap, lay_out, place
+from chainmerge.engines.metadata.counting import (
+    blocks_raised,
+    link_writes,
+    lowered_refcounts,
+    new_refcount_blocks,
+    new_refcount_table,
+    raised_refcounts,
+)
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
 from chainmerge.engines.metadata.old_tree import (
     bitmap_clusters,
@@ -17,17 +32,16 @@ from chainmerge.engines.metadata.old_tree import (
     used_once,
 )
 from chainmerge.engines.metadata.preconditions import require_sound
-from chainmerge.engines.metadata.refcount_blocks import Write, pack_refcounts, refcount_writes
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
-from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
-from chainmerge.qcow2.header import SECTOR
+from chainmerge.engines.metadata.writes import Piece, gathered
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, refcounts_per_block
+from chainmerge.qcow2.refcounts import U64Array, read_refcount_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_TABLE_ENTRY_BYTES = 8
+    from chainmerge.engines.metadata.refcount_blocks import Write
+
 _NONE: Clusters = np.zeros(0, dtype=np.int64)
 
 
@@ -120,7 +134,7 @@ def _planned(
     layout = lay_out(image.name, header, bitmaps)
     if not bitmaps and header.bitmaps is None and not header.bitmaps_trusted:
         return MetadataRewrite(image.name, 0, runs_of(_NONE), _NONE, header.cluster_size, ())
-    allocation = allocate(image, layout.demand)
+    allocation = allocate(stored_free_space(image), layout.demand)
     placed = place(layout, allocation)
     head = _header_write(image, placed, allocation)
     old_table = _NONE if allocation.table_start is None else refcount_table_clusters(image)
@@ -128,7 +142,7 @@ def _planned(
     return MetadataRewrite(
         image=image.name,
         required_size=allocation.end * header.cluster_size,
-        allocated=runs_of(allocation.everything),
+        allocated=allocation.everything,
         released=released,
         cluster_size=header.cluster_size,
         steps=tuple(_steps(image, placed, allocation, head, released)),
@@ -163,27 +177,22 @@ def _steps(
 ) -> Iterator[Step]:
     header, readable = image.header, image.readable
     table = read_refcount_table(image)
-    counted = allocation.everything
-    described = ~np.isin(counted // refcounts_per_block(header), allocation.blocks.index)
-    raised = counted[described]
-    ones = np.ones(len(raised), dtype=np.uint64)
-    zeros = np.zeros(len(released), dtype=np.uint64)
 
     def fill() -> Iterator[Write]:
         yield from gathered(_new_clusters(image, placed, allocation, table), header.cluster_size)
         yield from head.beyond
 
     def count() -> Iterator[Write]:
-        return refcount_writes(readable, header, table, raised, ones)
+        return raised_refcounts(readable, header, table, allocation)
 
     def link() -> Iterator[Write]:
-        return _table_writes(image, allocation)
+        return link_writes(readable, header, allocation)
 
     def release() -> Iterator[Write]:
-        return refcount_writes(readable, header, table, released, zeros)
+        return lowered_refcounts(readable, header, table, runs_of(released))
 
     yield Step(StepName.FILL, fill)
-    if len(raised):
+    if len(blocks_raised(header, allocation)):
         yield Step(StepName.COUNT, count)
     if len(allocation.blocks.index) and allocation.table_start is None:
         yield Step(StepName.LINK, link)
@@ -196,43 +205,6 @@ def _new_clusters(
     image: Qcow2Image, placed: PlacedBitmapSet, allocation: Allocation, table: U64Array
 ) -> Iterator[Piece]:
     yield from placed.pieces()
-    yield from _new_blocks(image, allocation)
+    yield from new_refcount_blocks(image.header, allocation)
     if allocation.table_start is not None:
-        yield _new_table(image, allocation, table, allocation.table_start)
-
-
-def _new_blocks(image: Qcow2Image, allocation: Allocation) -> Iterator[Piece]:
-    """The new refcount blocks, each counting the new clusters in its range."""
-    header = image.header
-    entries = refcounts_per_block(header)
-    blocks = allocation.blocks
-    for index, cluster in zip(blocks.index.tolist(), blocks.cluster.tolist(), strict=True):
-        within = allocation.everything - index * entries
-        refcounts = np.zeros(entries, dtype=np.uint64)
-        refcounts[within[(within >= 0) & (within < entries)]] = 1
-        data = pack_refcounts(refcounts, header.refcount_order)
-        yield np.array([cluster]), whole_clusters(data, header.cluster_size)
-
-
-def _new_table(image: Qcow2Image, allocation: Allocation, table: U64Array, start: int) -> Piece:
-    """The refcount table that replaces the old one: the same blocks and the new ones."""
-    cluster_size = image.header.cluster_size
-    size = allocation.table_clusters * cluster_size
-    longer = np.zeros(size // _TABLE_ENTRY_BYTES, dtype=">u8")
-    longer[: len(table)] = table
-    longer[allocation.blocks.index] = allocation.blocks.cluster * cluster_size
-    clusters = np.arange(start, start + allocation.table_clusters, dtype=np.int64)
-    return clusters, whole_clusters(longer.tobytes(), cluster_size)
-
-
-def _table_writes(image: Qcow2Image, allocation: Allocation) -> Iterator[Write]:
-    """Writes that enter new blocks into the refcount table there is, sector by sector."""
-    header = image.header
-    per_sector = SECTOR // _TABLE_ENTRY_BYTES
-    blocks = allocation.blocks
-    for sector in np.unique(blocks.index // per_sector).tolist():
-        offset = header.refcount_table_offset + sector * SECTOR
-        entries = np.frombuffer(image.readable.read(offset, SECTOR), dtype=">u8").copy()
-        here = blocks.index // per_sector == sector
-        entries[blocks.index[here] % per_sector] = blocks.cluster[here] * header.cluster_size
-        yield offset, entries.tobytes()
+        yield new_refcount_table(image.header, table, allocation)
