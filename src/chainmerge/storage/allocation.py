@@ -17,6 +17,7 @@ from typing import Final
 # linux/falloc.h
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
+_ZERO_RANGE: Final = 0x10
 
 # linux/fiemap.h
 _FS_IOC_FIEMAP: Final = 0xC020660B
@@ -43,6 +44,15 @@ def reserve(fd: int, offset: int, length: int) -> None:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Give the space of a range back; it reads as zeros afterwards. The file keeps its size."""
     _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length)
+
+
+def zero_range(fd: int, offset: int, length: int) -> None:
+    """Make a range read as zeros without writing them, and have space reserved for it.
+
+    As a write does, this makes the file larger if the range reaches beyond its end. OSError
+    EOPNOTSUPP means that the file system has no such function.
+    """
+    _fallocate(fd, _ZERO_RANGE, offset, length)
 
 
 def reserved_beyond_end(fd: int) -> int:

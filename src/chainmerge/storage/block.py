@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block devices: what the kernel tells about them, and discarding.
+"""Block devices: what the kernel tells about them, discarding, and writing zeros.
 
 Every function takes the file descriptor of an open block device and raises OSError.
 """
@@ -15,6 +15,7 @@ from typing import Final
 _BLKROGET: Final = 0x125E
 _BLKSSZGET: Final = 0x1268
 _BLKDISCARD: Final = 0x1277
+_BLKZEROOUT: Final = 0x127F
 
 # A discard cannot be interrupted; in pieces of this size Ctrl-C gets through between two.
 _DISCARD_BYTES: Final = 1 << 30
@@ -47,3 +48,12 @@ def discard(fd: int, offset: int, length: int) -> None:
         step = min(end - start, _DISCARD_BYTES)
         fcntl.ioctl(fd, _BLKDISCARD, struct.pack("=QQ", start, step))
         start += step
+
+
+def zero_out(fd: int, offset: int, length: int) -> None:
+    """Make whole sectors read as zeros; their space stays the device's own.
+
+    The kernel has the device do it if that can, and else writes the zeros itself, which takes
+    as long as writing does. Offset and length are multiples of the logical sector size.
+    """
+    fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))

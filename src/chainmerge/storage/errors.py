@@ -11,7 +11,7 @@
         ├── FileSystemFull, FileLimitReached
         └── DeviceTooSmall, VolumeGroupFull
     Failed
-    ├── ReadFailed, WriteFailed, NoSpaceLeft, FlushFailed
+    ├── ReadFailed, WriteFailed, NoSpaceLeft, FlushFailed, ReadBackDiffers
     └── DiscardFailed, CannotShrink, LvmFailed
     OutcomeUnknown
     └── LvmUnfinished
@@ -243,6 +243,31 @@ class FlushFailed(Failed):
     )
     image: str
     reason: str
+
+
+@dataclass(eq=False)
+class ReadBackDiffers(Failed):
+    """The storage took a write, said that it is durable, and has something else."""
+
+    code: ClassVar[str] = "read-back-differs"
+    template: ClassVar[str] = (
+        "{image}: among the {length} bytes at offset {offset}, what is read back is not what was "
+        "written"
+    )
+    hint: ClassVar[str] = (
+        "do not trust this storage: look into the kernel's log ('dmesg'), test its disks, memory "
+        "and controller, and run the same command again only on storage that is sound"
+    )
+    explanation: ClassVar[str] = (
+        "While guest data is copied, a checksum of every piece is taken. Once the storage has "
+        "reported the copy as durable, the pieces are read back from it, past the page cache, "
+        "and one of them had another checksum. Either the storage (or the memory of this "
+        "machine) corrupts data, or another program writes to the image. Nothing refers to the "
+        "copied data yet: base's content is still the old one, and the overlay is untouched."
+    )
+    image: str
+    offset: int
+    length: int
 
 
 @dataclass(eq=False)

@@ -135,7 +135,7 @@ class WritablePort(FileReadable):
 
     def read(self, offset: int, length: int) -> bytes:
         """As :meth:`FileReadable.read`; sees what was written through this object."""
-        self._refuse_after_failed_flush()
+        self.refuse_after_failed_flush()
         return super().read(offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -146,13 +146,13 @@ class WritablePort(FileReadable):
             WriteFailed: the storage reported another error.
             FlushFailed: an earlier flush failed; nothing was written.
         """
-        self._refuse_after_failed_flush()
+        self.refuse_after_failed_flush()
         rest = memoryview(data).cast("B")
         while rest:
             try:
                 written = os.pwrite(self.fd, rest, offset)
             except OSError as error:
-                raise _write_error(self.name, offset, len(rest), error) from error
+                raise write_error(self.name, offset, len(rest), error) from error
             if written == 0:
                 raise WriteFailed(self.name, offset, len(rest), "nothing was written")
             offset += written
@@ -165,7 +165,7 @@ class WritablePort(FileReadable):
         Raises:
             FlushFailed: it may not be, and never will be through this object.
         """
-        self._refuse_after_failed_flush()
+        self.refuse_after_failed_flush()
         try:
             os.fdatasync(self.fd)
         except OSError as error:
@@ -179,11 +179,11 @@ class WritablePort(FileReadable):
             NoSpaceLeft: there is not enough; a part may have been reserved.
             WriteFailed: the storage reported another error, or cannot reserve space at all.
         """
-        self._refuse_after_failed_flush()
+        self.refuse_after_failed_flush()
         try:
             allocation.reserve(self.fd, offset, length)
         except OSError as error:
-            raise _write_error(self.name, offset, length, error) from error
+            raise write_error(self.name, offset, length, error) from error
 
     def truncate_to(self, size: int) -> None:
         """Make a regular file exactly *size* bytes large; new bytes are zeros.
@@ -191,14 +191,24 @@ class WritablePort(FileReadable):
         Raises:
             NoSpaceLeft, WriteFailed: it keeps its size.
         """
-        self._refuse_after_failed_flush()
+        self.refuse_after_failed_flush()
         try:
             os.ftruncate(self.fd, size)
         except OSError as error:
-            raise _write_error(self.name, size, 0, error) from error
+            raise write_error(self.name, size, 0, error) from error
         self.size = size
 
-    def _refuse_after_failed_flush(self) -> None:
+    def refresh_size(self) -> None:
+        """Take into account that a regular file was written to past this object."""
+        if not self.is_block_device:
+            self.size = os.fstat(self.fd).st_size
+
+    def refuse_after_failed_flush(self) -> None:
+        """To be called before writing past this object.
+
+        Raises:
+            FlushFailed: an earlier flush failed.
+        """
         if self._failed_flush is not None:
             raise FlushFailed(self.name, self._failed_flush.reason)
 
@@ -246,7 +256,7 @@ def write_file_durably(path: StrPath, data: bytes, mode: int) -> None:
         try:
             os.replace(draft, target)  # noqa: PTH105
         except OSError as error:
-            raise _write_error(target, 0, len(data), error) from error
+            raise write_error(target, 0, len(data), error) from error
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(draft)  # noqa: PTH108
@@ -269,7 +279,7 @@ def _write_draft(draft: str, target: str, data: bytes, mode: int) -> None:
             while rest:
                 rest = rest[os.write(fd, rest) :]
         except OSError as error:
-            raise _write_error(target, len(data) - len(rest), len(rest), error) from error
+            raise write_error(target, len(data) - len(rest), len(rest), error) from error
         try:
             os.fsync(fd)
         except OSError as error:
@@ -331,6 +341,7 @@ def _open_error(path: str, access: str, error: OSError | ValueError) -> Refused:
             return CannotOpen(path, access, reason_of(error))
 
 
-def _write_error(path: str, offset: int, length: int, error: OSError) -> Failed:
+def write_error(path: str, offset: int, length: int, error: OSError) -> Failed:
+    """The error to raise for what the operating system said about a write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return (NoSpaceLeft if full else WriteFailed)(path, offset, length, reason_of(error))
