@@ -4,62 +4,96 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import merges, plans
+from benchmarks import bitmaps, chains, file_systems, plans, report, scattered, startup, volumes
+from benchmarks.caches import can_drop_caches
+from benchmarks.harness import Comparison, Failure, Settings
+from tests.support import machine
+from tests.support.qemu import ToolFailed
 
 if TYPE_CHECKING:
-    from benchmarks.harness import Benchmark, Comparison, Run
+    from collections.abc import Callable, Iterator
+
+    from benchmarks.harness import Benchmark
 
 BENCHMARKS: Final[tuple[Benchmark, ...]] = (
-    plans.plan_of_preallocated_metadata,
-    merges.merge_of_dense_data,
-    merges.merge_of_scattered_clusters,
-    merges.prune_of_stale_bitmaps,
+    startup.start,
+    startup.merge_of_an_empty_overlay,
+    volumes.merge_with_stale_bitmaps,
+    bitmaps.prune_of_stale_bitmaps,
+    scattered.scattered,
+    scattered.sequential,
+    file_systems.scattered_on_xfs,
+    file_systems.scattered_on_btrfs,
+    chains.chain_of_300,
+    chains.chain_of_1000,
+    plans.plan_of_1_tib,
+    plans.plan_of_1_tib_shuffled,
+    plans.plan_of_10_tib,
+    plans.plan_of_10_tib_shuffled,
 )
+# Ignored by git, and on the disk that the repository is on: /tmp may be in memory.
+_BUILD: Final = Path(__file__).parent.parent / "build"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("words", nargs="*", help="parts of the names of benchmarks")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs (default 5)")
-    arguments = parser.parse_args()
+    arguments = _arguments()
+    chosen = [
+        benchmark
+        for benchmark in BENCHMARKS
+        if not arguments.words or any(word in benchmark.__name__ for word in arguments.words)
+    ]
+    if arguments.list:
+        for benchmark in chosen:
+            print(f"{benchmark.__name__:28}{benchmark.__doc__}")
+        return 0
 
-    table = Table("", "ours", "theirs", "ours / theirs", "our memory", "their memory")
-    for benchmark in BENCHMARKS:
-        name: str = getattr(benchmark, "__name__", "")
-        if arguments.words and not any(word in name for word in arguments.words):
-            continue
-        with tempfile.TemporaryDirectory(prefix="chainmerge-bench-") as scratch:
-            table.add_row(*_row(benchmark(Path(scratch), arguments.rounds)))
-    Console(highlight=False).print(table)
+    log = Console(stderr=True, highlight=False, markup=False)
+    log.print("\n".join(machine.capabilities()))
+    if not can_drop_caches():
+        log.print("caches cannot be dropped (not root): images are read from memory")
+    rows = [
+        row
+        for benchmark in chosen
+        for row in _rows(benchmark, arguments, partial(log.log, benchmark.__name__))
+    ]
+    if arguments.markdown:
+        print(report.markdown(rows))
+    else:
+        Console(highlight=False).print(report.table(rows))
+    for line in report.failures(rows):
+        log.print(line, style="red")
     return 0
 
 
-def _row(comparison: Comparison) -> tuple[str, ...]:
-    return (
-        comparison.title,
-        _seconds(comparison.ours),
-        _seconds(comparison.theirs),
-        f"{comparison.ratio:.2f}",
-        _memory(comparison.ours),
-        _memory(comparison.theirs),
-    )
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("words", nargs="*", help="parts of the names of benchmarks")
+    parser.add_argument("--list", action="store_true", help="print their names and stop")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs (default 5)")
+    parser.add_argument("--engine", default="auto", help="chainmerge's engine (default auto)")
+    parser.add_argument("--scratch", type=Path, default=_BUILD, help="where images are built")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    return parser.parse_args()
 
 
-def _seconds(runs: tuple[Run, ...]) -> str:
-    return f"{statistics.median(run.seconds for run in runs):.2f} s"
-
-
-def _memory(runs: tuple[Run, ...]) -> str:
-    return f"{max(run.memory for run in runs) >> 20} MiB"
+def _rows(
+    benchmark: Benchmark, arguments: argparse.Namespace, note: Callable[[str], None]
+) -> Iterator[Comparison]:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.scratch) as scratch:
+        settings = Settings(Path(scratch), arguments.rounds, arguments.engine, note)
+        try:
+            yield from benchmark(settings)
+        except (ToolFailed, OSError) as error:
+            # The others can still be measured.
+            yield Comparison(benchmark.__name__, Failure(str(error)))
 
 
 if __name__ == "__main__":

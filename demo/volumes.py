@@ -95,9 +95,9 @@ class LimitedFile:
 
 
 @contextmanager
-def loop_volume(directory: Path, size: int) -> Iterator[LoopVolume]:
-    """A loop device of *size* bytes on a new file in *directory*."""
-    with loop_device(directory / f"volume-{size}", size) as device:
+def loop_volume(directory: Path, size: int, *options: str) -> Iterator[LoopVolume]:
+    """A loop device of *size* bytes on a new file in *directory*; *options* go to losetup."""
+    with loop_device(directory / f"volume-{size}", size, *options) as device:
         yield LoopVolume(device)
 
 
