@@ -62,7 +62,7 @@ def main() -> int:
     rows = [
         row
         for benchmark in chosen
-        for row in _rows(benchmark, arguments, partial(log.log, benchmark.__name__))
+        for row in _rows(benchmark, arguments, partial(log.print, f"{benchmark.__name__}:"))
     ]
     if arguments.markdown:
         print(report.markdown(rows))

@@ -15,18 +15,27 @@ if TYPE_CHECKING:
 
     from benchmarks.harness import Comparison, Outcome, Run
 
-_COLUMNS: Final = (
-    *("", "peer", "ours", "peer's", "ours / peer's", "of a direct copy's speed"),
-    *("our memory", "peer's memory", "our CPU", "peer's CPU", "limit"),
+_FIGURES: Final = (
+    *("time", "peer's time", "time / peer's", "speed / copy's"),
+    *("memory", "peer's memory", "CPU", "peer's CPU"),
 )
+_COLUMNS: Final = ("", "peer", *_FIGURES, "limit")
+_FIGURE_WIDTH: Final = 7
 _NOT_MEASURED: Final = "-"
 
 
 def table(comparisons: Iterable[Comparison]) -> Table:
-    """For the terminal."""
-    result = Table(*_COLUMNS)
+    """For the terminal: what is text goes into the first column, for the others have no room."""
+    result = Table()
+    result.add_column("", min_width=24)
+    for column in _FIGURES:
+        result.add_column(column, justify="right", min_width=_FIGURE_WIDTH)
     for comparison in comparisons:
-        result.add_row(*_cells(comparison))
+        title, peer, *figures, limit = _cells(comparison)
+        against = f"against {peer}" if comparison.peer else ""
+        limited = f"limit: {limit}" if limit else ""
+        result.add_row("\n".join(filter(None, (title, against, limited))), *figures)
+        result.add_section()
     return result
 
 
@@ -89,7 +98,8 @@ def _median(seconds: list[float]) -> str:
 def _ratio(ratios: list[float]) -> str:
     if not ratios:
         return _NOT_MEASURED
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    median = f"{statistics.median(ratios):.2f}"
+    return median if len(ratios) == 1 else f"{median} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _memory(outcome: Outcome | None) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from benchmarks.harness import Settings
 
-_PEER: Final = "info, bitmap --remove 14 times, measure, commit, info, bitmap --add, --merge"
+_PEER: Final = "qemu-img, 20 commands"
 _STALE: Final = 14
 _VOLUME: Final = 512 * MIB
 _IMAGE: Final = ("-f", "qcow2")
