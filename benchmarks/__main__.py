@@ -67,7 +67,10 @@ def main() -> int:
     if arguments.markdown:
         print(report.markdown(rows))
     else:
-        Console(highlight=False).print(report.table(rows))
+        console = Console(highlight=False)
+        # Narrower, rich would leave columns out.
+        console.width = max(console.width, report.TABLE_WIDTH)
+        console.print(report.table(rows))
     for line in report.failures(rows):
         log.print(line, style="red")
     return 0

@@ -20,7 +20,8 @@ _FIGURES: Final = (
     *("memory", "peer's memory", "CPU", "peer's CPU"),
 )
 _COLUMNS: Final = ("", "peer", *_FIGURES, "limit")
-_FIGURE_WIDTH: Final = 7
+_FIGURE_WIDTH: Final = 9
+TABLE_WIDTH: Final = 128
 _NOT_MEASURED: Final = "-"
 
 
@@ -29,7 +30,7 @@ def table(comparisons: Iterable[Comparison]) -> Table:
     result = Table()
     result.add_column("", min_width=24)
     for column in _FIGURES:
-        result.add_column(column, justify="right", min_width=_FIGURE_WIDTH)
+        result.add_column(column, justify="right", width=_FIGURE_WIDTH)
     for comparison in comparisons:
         title, peer, *figures, limit = _cells(comparison)
         against = f"against {peer}" if comparison.peer else ""
