@@ -93,7 +93,9 @@ def _rows(
     with tempfile.TemporaryDirectory(prefix="bench-", dir=arguments.scratch) as scratch:
         settings = Settings(Path(scratch), arguments.rounds, arguments.engine, note)
         try:
-            yield from benchmark(settings)
+            for row in benchmark(settings):
+                note(report.line(row))
+                yield row
         except (ToolFailed, OSError) as error:
             # The others can still be measured.
             yield Comparison(benchmark.__name__, Failure(str(error)))

@@ -46,6 +46,13 @@ def markdown(comparisons: Iterable[Comparison]) -> str:
     return "\n".join(f"| {' | '.join(_escaped(row))} |" for row in rows)
 
 
+def line(comparison: Comparison) -> str:
+    """What is known already, for those who wait or give up waiting."""
+    title, peer, *figures, limit = _cells(comparison)
+    named = (f"{name} {figure}" for name, figure in zip(_FIGURES, figures, strict=True))
+    return "; ".join(filter(None, (f"{title} (against {peer})", *named, limit)))
+
+
 def failures(comparisons: Iterable[Comparison]) -> list[str]:
     """What went wrong, a line each; the tables have no room for it."""
     return [
