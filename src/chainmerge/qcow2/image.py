@@ -49,7 +49,16 @@ class Qcow2Image:
 
     @cached_property
     def l1(self) -> npt.NDArray[np.uint64]:
-        """The active L1 table, ``>u8[header.l1_size]``, at most 32 MiB; entries as stored."""
-        header = self._header
-        data = self._readable.read(header.l1_table_offset, header.l1_size * 8)
-        return np.frombuffer(data, dtype=">u8")
+        """The active L1 table, ``>u8[header.l1_size]``, at most 32 MiB; entries as stored.
+
+        Kept from the first use on: not for use with all images of a chain.
+        """
+        return self._l1_part(0, self._header.l1_size)
+
+    def read_l1(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+        """Entries *first* to *end* of the active L1 table, as numbers; nothing is kept."""
+        return self._l1_part(first, min(end, self._header.l1_size)).astype(np.uint64)
+
+    def _l1_part(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+        offset = self._header.l1_table_offset + first * 8
+        return np.frombuffer(self._readable.read(offset, (end - first) * 8), dtype=">u8")

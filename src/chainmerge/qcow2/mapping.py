@@ -11,7 +11,7 @@ Entries") and of QEMU 7.2 (``qcow2_get_host_offset``, ``qcow2_get_subcluster_typ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
@@ -67,6 +67,8 @@ DEFAULT_WINDOW = 1 << 20
 # An entry with mixed subclusters becomes up to 32 extents; this many of them at a time
 # keep the arrays of one window to a few MiB.
 MAX_MIXED_ENTRIES = 4096
+# With fewer than one in so many entries in use, to pick them out costs less than it saves.
+SPARSE = 4
 
 
 def iter_extents(
@@ -158,7 +160,7 @@ def _cut_table(header: Header, table: _TablePieces, window: int) -> Iterator[_Ta
 def _l2_table_offsets(image: Qcow2Image, first: int, end: int) -> U64Array:
     """File offsets of the L2 tables of L1 entries *first* to *end*, 0 where there is none."""
     header = image.header
-    entries = image.l1[first:end].astype(np.uint64)
+    entries = image.read_l1(first, end)
 
     def bad(index: int, problem: str) -> NoReturn:
         guest = (first + index) * header.l2_entries * header.cluster_size
@@ -207,6 +209,23 @@ class _Entries:
         within = (positions - self.position[piece]).astype(np.uint64)
         return self.first_cluster[piece] + within
 
+    def chosen(self, positions: IndexArray) -> _Entries:
+        """The entries at *positions*, ascending and not empty, as pieces of neighbours."""
+        clusters = self.clusters(positions)
+        heads = np.flatnonzero(np.diff(clusters, prepend=clusters[:1]) != 1)
+        return _Entries(
+            self.cluster_size,
+            self.offsets[positions],
+            None if self.bitmaps is None else self.bitmaps[positions],
+            clusters[heads],
+            heads,
+        ).as_numbers()
+
+    def as_numbers(self) -> _Entries:
+        """The same in the byte order of this machine."""
+        bitmaps = None if self.bitmaps is None else self.bitmaps.astype(np.uint64)
+        return replace(self, offsets=self.offsets.astype(np.uint64), bitmaps=bitmaps)
+
     def part(self, first: int, end: int) -> _Entries:
         """The entries at positions *first* to *end*."""
         head = int(np.searchsorted(self.position, first, "right")) - 1
@@ -231,15 +250,25 @@ def _read_entries(image: Qcow2Image, pieces: _TablePieces) -> _Entries:
         pieces.file_offset[heads].tolist(), np.add.reduceat(size, heads).tolist(), strict=True
     )
     data = b"".join(image.readable.read(offset, length) for offset, length in reads)
-    words = np.frombuffer(data, ">u8")
     ends = np.cumsum(pieces.count).astype(np.intp)
     position = np.concatenate([[0], ends[:-1]])
-    if header.extended_l2:
-        offsets, bitmaps = words[0::2].astype(np.uint64), words[1::2].astype(np.uint64)
-        return _Entries(header.cluster_size, offsets, bitmaps, pieces.first_cluster, position)
-    return _Entries(
-        header.cluster_size, words.astype(np.uint64), None, pieces.first_cluster, position
+    words = np.frombuffer(data, ">u8")
+    entries = _Entries(
+        header.cluster_size,
+        words[0::2] if header.extended_l2 else words,
+        words[1::2] if header.extended_l2 else None,
+        pieces.first_cluster,
+        position,
     )
+    # What is zero is so in any byte order, and the machine's own is the fastest.
+    in_use = np.frombuffer(data, np.uint64) != 0
+    if header.extended_l2:
+        in_use = in_use[0::2] | in_use[1::2]
+    if np.count_nonzero(in_use) < len(in_use) // SPARSE:
+        # The last one tells how far the tables reach, whether it is in use or not.
+        in_use[-1] = True
+        return entries.chosen(np.flatnonzero(in_use))
+    return entries.as_numbers()
 
 
 def _portions(entries: _Entries) -> Iterator[_Entries]:
@@ -517,7 +546,7 @@ def _read_entry(image: Qcow2Image, cluster: int) -> tuple[int, int]:
     """The L2 entry of a guest cluster and its subcluster bitmap, both 0 where there is none."""
     header = image.header
     index, within = divmod(cluster, header.l2_entries)
-    l1_entry = int(image.l1[index])
+    l1_entry = int(image.read_l1(index, index + 1)[0])
     if l1_entry & L1_RESERVED:
         guest = index * header.l2_entries * header.cluster_size
         raise BadEntry(image.name, "L1", guest, l1_entry, "reserved bits are set")
