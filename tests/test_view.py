@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import tempfile
 import tracemalloc
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ from chainmerge import view
 from chainmerge.errors import Interrupted
 from chainmerge.qcow2.errors import EncryptedContent
 from chainmerge.qcow2.mapping import Kind
-from chainmerge.qcow2.readable import BytesReadable
+from chainmerge.qcow2.readable import BytesReadable, Readable
 from chainmerge.view import (
     NO_LAYER,
     GuestView,
+    Layer,
     Resolved,
     first_difference,
     layer_of_qcow2,
@@ -28,6 +31,7 @@ from chainmerge.view import (
 )
 from tests.support import qemu
 from tests.support.images import (
+    GIB,
     KIB,
     MIB,
     SECTOR,
@@ -46,6 +50,12 @@ from tests.support.images import (
     ranges,
     view_of,
 )
+from tests.support.long_chain import build_long_chain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.qcow2.extents import Extents
 
 
 def raw_view(content: bytes, name: str = "raw") -> GuestView:
@@ -97,15 +107,18 @@ def test_a_chain_reads_as_qemu_reads_it(plans: list[ImagePlan], data: st.DataObj
         assert_well_formed(list(chain.resolve(start, start + length)), start, start + length, 5)
 
 
-@given(plans=chain_plans(max_images=3), small=st.data())
-def test_small_windows_make_no_difference(plans: list[ImagePlan], small: st.DataObject) -> None:
-    window = small.draw(st.sampled_from((16, 512, 4 * KIB)))
+@given(plans=chain_plans(), small=st.data())
+def test_small_portions_make_no_difference(plans: list[ImagePlan], small: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
         chain = view_of(build_chain(Path(scratch), plans))
         expected = chain.read(0, chain.virtual_size)
-        patch.setattr(view, "ALL_WINDOWS", 0)
-        patch.setattr(view, "MIN_WINDOW", window)
+        whole = runs_of(chain)
+        patch.setattr(view, "RUNS_AT_ONCE", small.draw(st.sampled_from((1, 4, 40))))
+        patch.setattr(view, "PIECE_ALIGNMENT", small.draw(st.sampled_from((512, 24 * KIB, MIB))))
+        patch.setattr(view, "DEFAULT_WINDOW", small.draw(st.sampled_from((16, 512, 4 * KIB))))
         assert chain.read(0, chain.virtual_size) == expected
+        assert runs_of(chain) == whole
+        assert_well_formed(list(chain.resolve()), 0, chain.virtual_size, len(plans))
 
 
 def test_a_shorter_layer_hides_what_is_below_its_end(tmp_path: Path) -> None:
@@ -178,9 +191,9 @@ def test_raw_images_of_many_extents_are_resolved_in_parts(
     monkeypatch.setattr(view, "RAW_EXTENTS_AT_ONCE", 5)
     parts = list(view_of([path]).resolve())
     assert len(parts) == 7
-    for field in ("guest", "length", "kind", "host", "layer"):
-        joined = np.concatenate([getattr(part, field) for part in parts])
-        assert joined.tolist() == getattr(whole, field).tolist()
+    for name in ("guest", "length", "kind", "host", "layer"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        assert joined.tolist() == getattr(whole, name).tolist()
 
 
 def test_a_compressed_cluster_is_unpacked_once_for_many_runs(tmp_path: Path) -> None:
@@ -321,6 +334,95 @@ def test_a_chain_of_hundreds_of_layers_needs_little_memory(tmp_path: Path) -> No
     tracemalloc.stop()
     assert found == len(every_other)
     assert peak < 100 * MIB
+
+
+@dataclass(frozen=True)
+class CountedLayer:
+    """A layer that notes how much it was asked and how many extents it had to say."""
+
+    inner: Layer
+    asked: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def virtual_size(self) -> int:
+        return self.inner.virtual_size
+
+    @property
+    def cluster_size(self) -> int:
+        return self.inner.cluster_size
+
+    @property
+    def source(self) -> Readable:
+        return self.inner.source
+
+    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
+        self.asked.append(0)
+        for extents in self.inner.iter_extents(start, end, window):
+            self.asked[-1] += len(extents)
+            yield extents
+
+    def read_data(self, host: int, length: int) -> bytes:
+        return self.inner.read_data(host, length)
+
+    def read_compressed(self, host: int, csize: int) -> bytes:
+        return self.inner.read_compressed(host, csize)
+
+
+def test_more_layers_take_more_steps_in_proportion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: what layers are asked and say, and how many runs go into deciding among them."""
+    weighed: list[int] = []
+    uppermost = view._uppermost
+
+    def counted(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
+        weighed.append(sum(map(len, said)))
+        return uppermost(said, at, upto)
+
+    monkeypatch.setattr(view, "_uppermost", counted)
+    steps = {}
+    chain = view_of(list(build_long_chain(tmp_path, 240, 30).paths))
+    for count in (60, 240):
+        weighed.clear()
+        layers = [CountedLayer(layer) for layer in chain.layers[:count]]
+        assert sum(map(len, GuestView(tuple(layers)).resolve())) > count
+        assert all(len(layer.asked) == 1 for layer in layers)
+        steps[count] = sum(layer.asked[0] for layer in layers) + sum(weighed)
+    assert steps[240] <= 4.2 * steps[60]
+
+
+def test_a_dense_layer_below_many_sparse_ones_is_resolved_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upper ones are asked again for each piece, but no more often than that."""
+    monkeypatch.setattr(view, "RUNS_AT_ONCE", 2000)
+    root = qemu.create(tmp_path / "root.qcow2", GIB, cluster_size=4 * KIB)
+    apply_writes(root, [Write(at, 512) for at in range(0, 32 * MIB, 8 * KIB)])
+    sparse = qemu.create(tmp_path / "sparse.qcow2", GIB)
+    apply_writes(sparse, [Write(at, 512) for at in range(0, GIB, 128 * MIB)])
+    upper = view_of([sparse]).layers * 20
+    layers = tuple(CountedLayer(layer) for layer in (*view_of([root]).layers, *upper))
+    chain = GuestView(layers)
+    pieces = list(chain.resolve())
+    assert max(map(len, pieces)) <= 2000
+    assert len(layers[-1].asked) <= 2 * 2 * len(pieces)
+
+
+@given(ranges=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 70)), max_size=30))
+def test_the_last_range_that_covers_a_slot_is_found(ranges: list[tuple[int, int]]) -> None:
+    slots = 80
+    claims = [(0, slots), *((low, min(low + length, slots)) for low, length in ranges)]
+    first, behind = (np.array(edge, np.intp) for edge in zip(*claims, strict=True))
+    found = view._last_covering(first, behind, slots)
+    expected = [
+        max(index for index, (low, high) in enumerate(claims) if low <= slot < high)
+        for slot in range(slots)
+    ]
+    assert found.tolist() == expected
 
 
 def test_a_block_device_is_one_extent(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from chainmerge.qcow2.extents import (
     U8Array,
     U32Array,
     U64Array,
+    follows_guest,
 )
-from chainmerge.qcow2.header import SECTOR
+from chainmerge.qcow2.header import MAX_CLUSTER_BITS, SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
 from chainmerge.qcow2.readable import Readable
@@ -40,9 +41,11 @@ I32Array: TypeAlias = npt.NDArray[np.int32]
 
 NO_LAYER = -1
 COMPARE_BLOCK = 4 << 20
-# Each layer of a chain holds one window of extents at a time; all of them together get this.
-ALL_WINDOWS = 16 << 20
-MIN_WINDOW = 64 << 10
+# What all layers together say about one piece of the disk is held at a time: so many runs, and
+# no more than one portion of one layer beyond that. To decide among them takes below 80 MiB.
+RUNS_AT_ONCE = 256 << 10
+# A piece ends where clusters of every size end, so that none is read or unpacked twice.
+PIECE_ALIGNMENT = 1 << MAX_CLUSTER_BITS
 RAW_EXTENTS_AT_ONCE = 16 << 10
 
 
@@ -249,6 +252,10 @@ class Resolved:
         first = max(first, 0)
         return Resolved(extents, self.layer[first : first + len(extents)])
 
+    def take(self, chosen: IndexArray) -> Resolved:
+        """The runs at the given positions."""
+        return Resolved(self.extents.take(chosen), self.layer[chosen])
+
     def cut_at(self, bounds: U64Array) -> Resolved:
         """The same in the runs that start at *bounds*, which hold all of its own starts."""
         index = np.searchsorted(self.guest, bounds, "right") - 1
@@ -279,18 +286,43 @@ class GuestView:
         end = self.virtual_size if end is None else end
         if start >= end:
             return
-        window = min(DEFAULT_WINDOW, max(MIN_WINDOW, ALL_WINDOWS // len(self.layers)))
-        cursors = [_Cursor(_to_the_end(layer, start, end, window)) for layer in self.layers]
-        at = start
+        if len(self.layers) == 1:
+            for extents in _to_the_end(self.layers[0], start, end, DEFAULT_WINDOW):
+                yield _as_resolved(extents, 0)
+            return
+        at, width = start, end - start
         while at < end:
-            upto = min(cursor.end_after(at) for cursor in cursors)
-            merged = _as_resolved(cursors[-1].current.clipped(at, upto), len(cursors) - 1)
-            for index in range(len(cursors) - 2, -1, -1):
-                if not (merged.kind == Kind.UNALLOCATED).any():
+            runs = self._resolve_piece(at, min(at + width, end))
+            yield runs
+            # Where there was little to say, the next piece may be larger; where a piece had to be
+            # shortened, layers were read that are read again in the next one.
+            width = (runs.end - at) * (2 if len(runs) < RUNS_AT_ONCE // 8 else 1)
+            at = runs.end
+
+    def _resolve_piece(self, at: int, upto: int) -> Resolved:
+        """Which layer decides what, from guest byte *at* to *upto* or, with many runs, less far.
+
+        Layers are read one after the other from the top down, each for the whole piece: what
+        that costs is a matter of how much they say. To stop with each layer wherever another
+        one's tables end takes (number of layers) x (tables of the disk) steps.
+        """
+        said: list[Resolved] = []
+        count = 0
+        for index in range(len(self.layers) - 1, -1, -1):
+            for extents in _to_the_end(self.layers[index], at, upto, DEFAULT_WINDOW):
+                if extents.start >= upto:
                     break
-                merged = _fill_from(merged, cursors[index].current.clipped(at, upto), index)
-            yield merged
-            at = upto
+                claims = _claims(extents.clipped(at, min(upto, extents.end)), index)
+                if not len(claims):
+                    continue
+                said.append(claims)
+                count += len(claims)
+                if count > RUNS_AT_ONCE:
+                    runs = _uppermost(said, at, upto)
+                    upto = _affordable_end(runs)
+                    said = [_decided(runs.clipped(at, upto))]
+                    count = len(said[0])
+        return _uppermost(said, at, upto)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly *length* bytes from guest byte *offset*; zeros past the top's end.
@@ -358,8 +390,9 @@ def first_difference(
         Interrupted: *should_stop* said so.
     """
     end = max(a.virtual_size, b.virtual_size) if end is None else end
+    ours_by_layer, theirs_by_layer = _file_numbers(a, b)
     for ours, theirs in in_step(a.resolve(start, end), b.resolve(start, end)):
-        for low, high in _unequal_ranges(a, b, ours, theirs):
+        for low, high in _unequal_ranges(ours, ours_by_layer, theirs, theirs_by_layer):
             if _are_holes(a, ours.clipped(low, high), b, theirs.clipped(low, high)):
                 continue
             for at in range(low, high, COMPARE_BLOCK):
@@ -459,48 +492,101 @@ def _to_the_end(layer: Layer, start: int, end: int, window: int) -> Iterator[Ext
         yield Extents.single(max(start, layer_end), end, Kind.ZERO)
 
 
-class _Cursor:
-    """Walks through the extents of one layer, one window at a time."""
-
-    def __init__(self, windows: Iterator[Extents]) -> None:
-        self._windows = windows
-        self.current = next(windows)
-
-    def end_after(self, at: int) -> int:
-        """Go to the window that holds guest byte *at*; return where it ends."""
-        while self.current.end <= at:
-            self.current = next(self._windows)
-        return self.current.end
-
-
 def _as_resolved(extents: Extents, index: int) -> Resolved:
     has_data = (extents.kind == Kind.DATA) | (extents.kind == Kind.COMPRESSED)
     return Resolved(extents, np.where(has_data, np.int32(index), np.int32(NO_LAYER)))
 
 
-def _fill_from(upper: Resolved, extents: Extents, index: int) -> Resolved:
-    """Let the layer with *index* decide what *upper* leaves open; both cover the same range."""
-    lower = _as_resolved(extents, index)
-    if len(lower) == 1 and extents.kind[0] == Kind.UNALLOCATED:
-        return upper
-    # Only open runs are cut, so that what is decided stays in as few runs as it was.
-    position = np.searchsorted(upper.guest, lower.guest, "right") - 1
-    open_starts = lower.guest[upper.kind[position] == Kind.UNALLOCATED]
-    bounds = _merged(upper.guest, open_starts)
-    above, below = upper.cut_at(bounds), lower.cut_at(bounds)
-    is_open = above.kind == Kind.UNALLOCATED
-    merged = Extents(
-        bounds,
-        above.length,
-        np.where(is_open, below.kind, above.kind),
-        np.where(is_open, below.host, above.host),
-        np.where(is_open, below.csize, above.csize),
+def _claims(extents: Extents, index: int) -> Resolved:
+    """What the layer with *index* decides if those above it do not; with gaps."""
+    return _decided(_as_resolved(extents, index))
+
+
+def _decided(runs: Resolved) -> Resolved:
+    """The runs about which a layer says something; with gaps."""
+    return runs.take(np.flatnonzero(runs.kind != Kind.UNALLOCATED))
+
+
+def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
+    """Who decides what from guest byte *at* to *upto*.
+
+    Args:
+        said: what layers, or groups of them, decide, from the upper to the lower one; within
+            the range, each part ascending and disjoint.
+        at: first guest byte.
+        upto: guest byte after the last one.
+    """
+    nobody = Resolved(Extents.single(at, upto, Kind.UNALLOCATED), np.array([NO_LAYER], np.int32))
+    # From the lowest up, so that the highest index wins.
+    claims = _joined([nobody, *reversed(said)])
+    claimed_end = claims.guest + claims.length
+    bounds = _merged(claims.guest, claimed_end)
+    winner = _last_covering(
+        np.searchsorted(bounds, claims.guest), np.searchsorted(bounds, claimed_end), len(bounds) - 1
     )
-    return _coalesced(Resolved(merged, np.where(is_open, below.layer, above.layer)))
+    heads = np.concatenate([[0], np.flatnonzero(winner[1:] != winner[:-1]) + 1])
+    winner = winner[heads]
+    guest, end = bounds[heads], bounds[np.append(heads[1:], len(bounds) - 1)]
+    kind = claims.kind[winner]
+    moved = np.where(follows_guest(kind), guest - claims.guest[winner], np.uint64(0))
+    extents = Extents(guest, end - guest, kind, claims.host[winner] + moved, claims.csize[winner])
+    return _coalesced(Resolved(extents, claims.layer[winner]))
+
+
+def _joined(parts: Sequence[Resolved]) -> Resolved:
+    """All runs of *parts*, one part after the other."""
+    return Resolved(
+        Extents(
+            np.concatenate([part.guest for part in parts]),
+            np.concatenate([part.length for part in parts]),
+            np.concatenate([part.kind for part in parts]),
+            np.concatenate([part.host for part in parts]),
+            np.concatenate([part.csize for part in parts]),
+        ),
+        np.concatenate([part.layer for part in parts]),
+    )
+
+
+def _last_covering(first: IndexArray, behind: IndexArray, slots: int) -> IndexArray:
+    """For each of a number of slots, which is the last range that covers it.
+
+    Takes time in proportion to ranges + slots * log(slots), however much the ranges overlap: a
+    range is the union of two that are as long as a power of two, and those of one length are
+    taken apart together into those of half of it.
+
+    Args:
+        first: the first slot of each range.
+        behind: the slot behind its last one; no range is empty.
+        slots: their number. Each is covered by some range.
+
+    Returns:
+        Indexes of ranges, one for each slot.
+    """
+    order = np.frexp(behind - first)[1] - 1  # of the largest power of two within the length
+    last = np.full(slots, -1, np.intp)
+    for exponent in range(int(order.max()), -1, -1):
+        length = 1 << exponent
+        halves = last.copy()
+        np.maximum(halves[length:], last[:-length], out=halves[length:])
+        last = halves
+        ranges = np.flatnonzero(order == exponent)
+        np.maximum.at(last, first[ranges], ranges)
+        np.maximum.at(last, behind[ranges] - length, ranges)
+    return last
+
+
+def _affordable_end(runs: Resolved) -> int:
+    """Where a piece of the disk must end for half of the runs to be held at a time."""
+    most = RUNS_AT_ONCE // 2
+    if len(runs) <= most:
+        return runs.end
+    wanted = int(runs.guest[most]) // PIECE_ALIGNMENT * PIECE_ALIGNMENT
+    least = (runs.start // PIECE_ALIGNMENT + 1) * PIECE_ALIGNMENT
+    return min(max(wanted, least), runs.end)
 
 
 def _merged(a: U64Array, b: U64Array) -> U64Array:
-    """All values of two ascending arrays, ascending, each once."""
+    """All values of two arrays, ascending, each once."""
     # Much faster than np.union1d: a stable sort merges runs that are sorted already.
     values = np.concatenate([a, b])
     values.sort(kind="stable")
@@ -529,14 +615,17 @@ def in_step(a: Iterator[Resolved], b: Iterator[Resolved]) -> Iterator[tuple[Reso
 
 
 def _unequal_ranges(
-    a: GuestView, b: GuestView, ours: Resolved, theirs: Resolved
+    ours: Resolved, our_files: IndexArray, theirs: Resolved, their_files: IndexArray
 ) -> list[tuple[int, int]]:
-    """Ranges of guest bytes for which the tables do not tell that both views are the same."""
+    """Ranges of guest bytes for which the tables do not tell that both views are the same.
+
+    The files are those of :func:`_file_numbers`.
+    """
     bounds = _merged(ours.guest, theirs.guest)
     left, right = ours.cut_at(bounds), theirs.cut_at(bounds)
     both_zero = (left.layer == NO_LAYER) & (right.layer == NO_LAYER)
     same_place = (left.layer != NO_LAYER) & (right.layer != NO_LAYER)
-    same_place &= _file_numbers(a, b, a)[left.layer] == _file_numbers(a, b, b)[right.layer]
+    same_place &= our_files[left.layer] == their_files[right.layer]
     same_place &= (left.kind == right.kind) & (left.host == right.host)
     same_place &= left.csize == right.csize
     steps = np.diff((~(both_zero | same_place)).astype(np.int8), prepend=0, append=0)
@@ -546,10 +635,16 @@ def _unequal_ranges(
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def _file_numbers(a: GuestView, b: GuestView, view: GuestView) -> IndexArray:
-    """For each layer of *view* a number, the same for layers of *a* and *b* with one file."""
-    identities = [_identity(layer.source) for layer in (*a.layers, *b.layers)]
-    return np.array([identities.index(_identity(layer.source)) for layer in view.layers])
+def _file_numbers(a: GuestView, b: GuestView) -> tuple[IndexArray, IndexArray]:
+    """For each layer of *a* and each of *b* a number, the same where the file is the same one."""
+    numbers: dict[tuple[int, ...], int] = {}
+    for layer in (*a.layers, *b.layers):
+        numbers.setdefault(_identity(layer.source), len(numbers))
+    ours, theirs = (
+        np.array([numbers[_identity(layer.source)] for layer in view.layers], np.intp)
+        for view in (a, b)
+    )
+    return ours, theirs
 
 
 def _identity(source: Readable) -> tuple[int, ...]:
