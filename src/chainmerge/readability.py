@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from chainmerge.inspection import OpenChain, OpenImage, Target
 
 
+# Host offsets have 63 bits, so that no run reaches as far.
+_ANYWHERE = (1 << 64) - 1
+
+
 def require_readable(target: Target, opened: OpenChain) -> None:
     """Refuse a chain that QEMU would not open, or whose verification would fail to read it.
 
@@ -51,23 +55,21 @@ def require_data_in_files(view: GuestView, runs: Resolved) -> None:
     Raises:
         BadOffset: data is outside its file.
     """
-    for index, layer in enumerate(view.layers):
-        end = _end_of_clusters(layer)
-        if end is None:
-            continue
-        here = runs.layer == index
-        data = here & (runs.kind == Kind.DATA) & (runs.host + runs.length > np.uint64(end))
-        compressed = here & (runs.kind == Kind.COMPRESSED) & (runs.host >= np.uint64(end))
-        outside = np.flatnonzero(data | compressed)
-        if len(outside):
-            problem = f"is not within the file of {layer.source.size} bytes"
-            raise BadOffset(layer.name, "data", int(runs.host[outside[0]]), problem)
+    ends = np.array([_end_of_clusters(layer) for layer in view.layers], np.uint64)
+    end = ends[runs.layer]
+    data = (runs.kind == Kind.DATA) & (runs.host + runs.length > end)
+    compressed = (runs.kind == Kind.COMPRESSED) & (runs.host >= end)
+    outside = np.flatnonzero(data | compressed)
+    if len(outside):
+        layer = view.layers[int(runs.layer[outside[0]])]
+        problem = f"is not within the file of {layer.source.size} bytes"
+        raise BadOffset(layer.name, "data", int(runs.host[outside[0]]), problem)
 
 
-def _end_of_clusters(layer: Layer) -> int | None:
-    """The end of the last cluster of which the image's file has anything."""
+def _end_of_clusters(layer: Layer) -> int:
+    """The end of the last cluster of which the image's file has anything, if that matters."""
     if not isinstance(layer, Qcow2Layer) or layer.image.header.external_data_file:
-        return None
+        return _ANYWHERE
     return -(-layer.source.size // layer.cluster_size) * layer.cluster_size
 
 
