@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
@@ -18,7 +18,7 @@ import pytest
 
 from chainmerge.storage import locks
 from chainmerge.storage.errors import ImageLocked, ImageMissing, LocksUnsupported
-from chainmerge.storage.locks import ImageLock, LockMode, lock_image
+from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
 from tests.support.loopdev import loop_device
 from tests.support.qemu import create, qemu_img, qemu_io, run
 
@@ -368,3 +368,31 @@ def test_storage_without_locks(image: Path, number: int, reason: str) -> None:
     """The kernel (a seccomp filter) refuses the locks, as a file system without them would."""
     assert reason in run(sys.executable, "-c", REFUSE_LOCKS, image, str(number)).stdout
     assert LocksUnsupported("i", "r").exit_code == 3
+
+
+def test_the_holders_of_many_locks_are_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+    search = locks._locks_of_all_processes
+
+    def counted() -> Iterator[tuple[int, locks._KernelLock]]:
+        searches.append(1)
+        yield from search()
+
+    monkeypatch.setattr(locks, "_locks_of_all_processes", counted)
+    images = [create(tmp_path / f"{index}.qcow2", 1 << 20) for index in range(5)]
+    with ExitStack() as stack:
+        for path in images[:3]:
+            stack.enter_context(lock_image(path, LockMode.WRITER, 0))
+        wanted = [*((path, LockMode.READER) for path in images), (tmp_path / "no", LockMode.READER)]
+        refusals = list(contentions(wanted))
+        assert list(contentions([(images[4], LockMode.READER)])) == []
+    assert [type(refusal) for refusal in refusals] == [*[ImageLocked] * 3, ImageMissing]
+    assert [refusal.facts["image"] for refusal in refusals] == [
+        *map(str, images[:3]),
+        str(tmp_path / "no"),
+    ]
+    assert all(f"(pid {os.getpid()})" in refusal.facts["holder"] for refusal in refusals[:3])
+    assert len(searches) == 1
+    assert list(contentions((path, LockMode.WRITER) for path in images)) == []

@@ -5,7 +5,7 @@
 
     Refused                       nothing was changed
     ├── ImageMissing, WrongFileType, AccessDenied, ImageReadOnly, CannotOpen
-    ├── ImageLocked, LocksUnsupported
+    ├── ImageLocked, LocksUnsupported, OpenFilesLimited
     ├── LvmMissing, NotALogicalVolume
     └── CannotGrow
         ├── FileSystemFull, FileLimitReached
@@ -158,6 +158,30 @@ class LocksUnsupported(Refused):
     )
     image: str
     reason: str
+
+
+@dataclass(eq=False)
+class OpenFilesLimited(Refused):
+    """The process may not have as many files open as the chain has images."""
+
+    code: ClassVar[str] = "open-files-limit"
+    template: ClassVar[str] = (
+        "{needed} files have to be open at a time, and the hard limit of this process is {limit}"
+    )
+    hint: ClassVar[str] = (
+        "run `ulimit -n {needed}` in the shell first (as root, since it is above the hard limit); "
+        "for a systemd service set LimitNOFILE={needed}"
+    )
+    explanation: ClassVar[str] = (
+        "A lock on an image lives as long as the file is open, so a chain takes one open file for "
+        "each image, and the QEMU process that copies data opens every image once more. The "
+        "operating system limits the number of open files of a process. The soft limit (often "
+        "1024) is raised where that is not enough, but no further than the hard limit, which only "
+        "root can raise. It is inherited: what counts is the limit of the shell, service or "
+        "container in which chainmerge is started."
+    )
+    needed: int
+    limit: int
 
 
 @dataclass(eq=False)

@@ -70,7 +70,11 @@ class FileReadable:
         self.fd = fd
         self.identity = (status.st_dev, status.st_ino)
         self.is_block_device = stat.S_ISBLK(status.st_mode)
-        self.size = block.device_size(fd) if self.is_block_device else status.st_size
+        self.size = self.current_size()
+
+    def current_size(self) -> int:
+        """Bytes, as of now."""
+        return block.device_size(self.fd) if self.is_block_device else os.fstat(self.fd).st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly *length* bytes from *offset* on; what lies past the end reads as zeros.

@@ -22,16 +22,18 @@ import fcntl
 import os
 import struct
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
+from chainmerge.errors import Refused
 from chainmerge.storage.errors import ImageLocked, LocksUnsupported, reason_of
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from chainmerge.storage.files import StrPath
@@ -79,6 +81,45 @@ class LockMode(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class LockedReadable:
+    """A locked image, read through the descriptor of its lock; made by :meth:`ImageLock.reader`.
+
+    It takes no descriptor of its own, and what is read is for certain what is locked. Once the
+    lock is released, reads fail.
+
+    Attributes:
+        size: bytes, as of when this was made.
+    """
+
+    _file: FileReadable
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The path as it was given for the lock."""
+        return self._file.name
+
+    @property
+    def fd(self) -> int:
+        """The lock's descriptor."""
+        return self._file.fd
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode; equal for all names of one file."""
+        return self._file.identity
+
+    @property
+    def is_block_device(self) -> bool:
+        """False for a regular file."""
+        return self._file.is_block_device
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As :meth:`chainmerge.storage.files.FileReadable.read`."""
+        return self._file.read(offset, length)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageLock:
     """A lock that is held on an image; made by :func:`lock_image`.
 
@@ -99,6 +140,11 @@ class ImageLock:
     def identity(self) -> tuple[int, int]:
         """Device and inode of the locked file."""
         return self._file.identity
+
+    def reader(self) -> LockedReadable:
+        """The image, open for reading as long as the lock is held."""
+        # The size may have changed since it was opened, while the lock was waited for.
+        return LockedReadable(self._file, self._file.current_size())
 
     def share_with_child(self) -> int:
         """Let processes started from now on inherit the lock; returns the descriptor.
@@ -148,11 +194,37 @@ def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
     return ImageLock(file.name, mode, file)
 
 
+def contentions(wanted: Iterable[tuple[StrPath, LockMode]]) -> Iterator[Refused]:
+    """Why each of the locks *wanted* that cannot be had now cannot be had; none is kept.
+
+    Looks for the holders once for all of them: a virtual machine holds all images of its
+    chain, and who looks for the holder of one looks at all open files of all processes.
+
+    Yields:
+        What :func:`lock_image` raises without waiting, in the order of *wanted*.
+    """
+    refusals = [refusal for path, mode in wanted for refusal in _refusal(path, mode)]
+    is_contended = any(isinstance(refusal, _Contended) for refusal in refusals)
+    held = _locks_by_file() if is_contended else {}
+    for refusal in refusals:
+        yield refusal.as_error(held) if isinstance(refusal, _Contended) else refusal
+
+
+def _refusal(path: StrPath, mode: LockMode) -> Iterator[Refused | _Contended]:
+    try:
+        with FileReadable(path) as file:
+            if not _acquire(file, mode):
+                yield _Contended(file.name, _kernel_name(file.fd), mode.contradicting_bytes)
+    except Refused as error:
+        yield error
+
+
 def _acquire_until(deadline: float, file: FileReadable, mode: LockMode) -> None:
     while not _acquire(file, mode):
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise ImageLocked(file.name, _holder(file, mode.contradicting_bytes))
+            contended = _Contended(file.name, _kernel_name(file.fd), mode.contradicting_bytes)
+            raise contended.as_error(_locks_by_file())
         time.sleep(min(_POLL_SECONDS, remaining))
 
 
@@ -208,15 +280,35 @@ class _KernelLock:
         return self.first <= byte and (self.last is None or byte <= self.last)
 
 
-def _holder(file: FileReadable, wanted: Iterable[int]) -> str:
-    """Who has locked one of the bytes *wanted*, in words."""
-    target = _kernel_name(file.fd)
-    holders = {
-        process
-        for process, lock in _locks_of_all_processes()
-        if lock.file == target and any(lock.touches(byte) for byte in wanted)
-    }
-    return ", ".join(_describe(process) for process in sorted(holders)) or "another process"
+_LocksByFile: TypeAlias = "Mapping[str, Sequence[tuple[int, _KernelLock]]]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Contended:
+    """An image that somebody else has locked."""
+
+    image: str
+    file: str | None
+    """As in :class:`_KernelLock`; None if it could not be found out."""
+    wanted: tuple[int, ...]
+    """The bytes that nobody else may have."""
+
+    def as_error(self, held: _LocksByFile) -> ImageLocked:
+        holders = {
+            process
+            for process, lock in held.get(self.file or "", ())
+            if any(lock.touches(byte) for byte in self.wanted)
+        }
+        names = ", ".join(_describe(process) for process in sorted(holders))
+        return ImageLocked(self.image, names or "another process")
+
+
+def _locks_by_file() -> _LocksByFile:
+    """Process ids and locks, by the file."""
+    held: dict[str, list[tuple[int, _KernelLock]]] = defaultdict(list)
+    for process, lock in _locks_of_all_processes():
+        held[lock.file].append((process, lock))
+    return held
 
 
 def _kernel_name(fd: int) -> str | None:
