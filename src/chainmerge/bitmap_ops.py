@@ -42,6 +42,7 @@ from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import bitmap_results
 from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.tombstones import tombstone
 from chainmerge.types import (
@@ -274,9 +275,12 @@ def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport
     first = max(lowest, _above_branches(chain, relatives))
     removed: list[PrunedBitmap] = []
     with contextlib.ExitStack() as stack:
-        for image in chain.images[first:]:
+        allow_open_files(len(chain.images))
+        locks = [
             stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
-        opened = stack.enter_context(open_chain(discover(active, policy)))
+            for image in chain.images[first:]
+        ]
+        opened = stack.enter_context(open_chain(discover(active, policy), locks))
         layers = [bitmaps_of(one) for one in opened.images]
         broken = _broken_names(layers)
         for index in range(len(opened.images) - 1, first - 1, -1):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.chain import Chain, ChainPolicy, ImageInfo, Relatives, discover, open_image
+from chainmerge.chain import (
+    Chain,
+    ChainPolicy,
+    Identity,
+    ImageInfo,
+    Relatives,
+    discover,
+    identity_of,
+    open_image,
+)
 from chainmerge.chain.relatives import find_relatives
 from chainmerge.checkpoints import (
     NOWHERE,
@@ -39,10 +49,12 @@ from chainmerge.qcow2.readable import Readable
 from chainmerge.readability import require_data_in_files
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.limits import allow_open_files
 from chainmerge.view import GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
 
 if TYPE_CHECKING:
     from chainmerge.options import Access
+    from chainmerge.storage.locks import ImageLock
 
 MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
 MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
@@ -149,18 +161,37 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
 
 
 @contextlib.contextmanager
-def open_chain(chain: Chain) -> Iterator[OpenChain]:
-    """Open every image of a chain for reading, each being still the one that was found."""
+def open_chain(chain: Chain, locks: Sequence[ImageLock] = ()) -> Iterator[OpenChain]:
+    """Open every image of a chain for reading, each being still the one that was found.
+
+    Images that are locked are read through their locks, so that a chain takes one descriptor
+    for each image, whether it is locked or not. They are never opened a second time.
+
+    Args:
+        chain: the chain.
+        locks: locks on some of its images, or on others; all held for longer than the context.
+
+    Raises:
+        ImageReplaced: an image is another one now.
+        OpenFilesLimited: so many files cannot be open at a time.
+        Refused: one cannot be opened.
+    """
+    locked = {identity_of(os.fstat(lock.fileno())): lock for lock in locks}
+    to_open = [image for image in chain.images if image.identity not in locked]
+    allow_open_files(len(to_open) + sum(image.data_file is not None for image in chain.images))
     with contextlib.ExitStack() as stack:
-        yield OpenChain(tuple(_open(stack, info) for info in chain.images))
+        yield OpenChain(tuple(_open(stack, info, locked) for info in chain.images))
 
 
-def _open(stack: contextlib.ExitStack, info: ImageInfo) -> OpenImage:
-    readable = stack.enter_context(open_image(info))
+def _open(
+    stack: contextlib.ExitStack, info: ImageInfo, locked: Mapping[Identity, ImageLock]
+) -> OpenImage:
+    lock = locked.get(info.identity)
+    readable = stack.enter_context(open_image(info)) if lock is None else lock.reader()
     if info.header is None:
         return OpenImage(info, readable, None, layer_of_raw(readable), {})
     image = Qcow2Image(readable)
-    data: FileReadable = readable
+    data: Readable = readable
     if info.data_file is not None:
         data = stack.enter_context(FileReadable(info.data_file))
     entries = {entry.name: entry for entry in info.bitmaps}

@@ -53,8 +53,10 @@ from chainmerge.settle import (
     repoint,
 )
 from chainmerge.space_facts import survey_space
+from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
-from chainmerge.storage.locks import ImageLock, LockMode, lock_image
+from chainmerge.storage.limits import allow_open_files
+from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import (
     REPORT_VERSION,
@@ -162,10 +164,11 @@ def merge(
         return _report_finished(request, record)
     request.announce(Stage.LOCK)
     target = find_target(request.top, request.base, request.access)
+    allow_open_files(_files_open_at_once(target))
     with contextlib.ExitStack() as stack:
         locks = tuple(_lock_all(stack, target, request.access.lock_wait))
         target = _same_target(target, request)
-        with open_chain(target.chain) as opened:
+        with open_chain(target.chain, locks) as opened:
             request.announce(Stage.PLAN)
             facts, bitmaps = _gather_to_merge(target, opened, request)
             for refusal in find_refusals(facts, request.options):
@@ -228,13 +231,20 @@ def _locks_needed(target: Target) -> Iterator[tuple[ImageInfo, LockMode]]:
         yield child, LockMode.WRITER
 
 
+def _files_open_at_once(target: Target) -> int:
+    """The most that a process of the merge has open: the daemon has all locks and all images."""
+    images = target.chain.images
+    locks = len(images) + len(target.relatives.children)
+    return locks + len(images) + sum(image.data_file is not None for image in images)
+
+
 def _obstacles(target: Target) -> Iterator[ChainmergeError]:
     """What would keep a merge from getting the images for itself, found without waiting."""
-    for image, mode in _locks_needed(target):
-        try:
-            lock_image(image.path, mode, 0).release()
-        except ChainmergeError as error:
-            yield error
+    try:
+        allow_open_files(_files_open_at_once(target))
+    except OpenFilesLimited as error:
+        yield error
+    yield from contentions((image.path, mode) for image, mode in _locks_needed(target))
     yield from _not_writable(target)
 
 
@@ -409,7 +419,7 @@ def _bitmaps_to_save(job: _Job) -> SavedBitmaps | None:
     ]
     if not names:
         return None
-    with open_chain(job.target.chain) as opened:
+    with open_chain(job.target.chain, job.locks) as opened:
         overlay = opened.images[job.target.base_index + 1]
         return SavedBitmaps(
             identify(job.base.real_path),
@@ -495,10 +505,10 @@ def _store_bitmaps(job: _Job) -> None:
 
 
 def _verify(job: _Job) -> Iterator[str]:
-    """Read back what was written, from images opened anew."""
+    """Read back what was written, from tables parsed anew."""
     job.request.announce(Stage.VERIFY)
     target = find_target(job.request.top, job.request.base, job.request.access)
-    with open_chain(target.chain) as opened:
+    with open_chain(target.chain, job.locks) as opened:
         image = opened.images[target.base_index].image
         if image is not None:
             yield verify_metadata(image)
