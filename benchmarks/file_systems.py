@@ -30,5 +30,5 @@ def scattered_on_btrfs(settings: Settings) -> Iterable[Comparison]:
 
 
 def _scattered_on(settings: Settings, kind: str, name: str) -> Iterable[Comparison]:
-    with mounted_file_system(settings.scratch, kind, _SIZE, _PAST_THE_CACHE) as mounted:
+    with mounted_file_system(settings.scratch, kind, _SIZE, losetup=(_PAST_THE_CACHE,)) as mounted:
         yield from scattered_in(settings, mounted, f", {name}")

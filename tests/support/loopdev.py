@@ -48,14 +48,17 @@ def loop_device(backing: Path, size: int, *options: str, sector_size: int = 512)
 
 
 @contextmanager
-def mounted_file_system(directory: Path, kind: str, size: int, *options: str) -> Iterator[Path]:
+def mounted_file_system(
+    directory: Path, kind: str, size: int, *options: str, losetup: tuple[str, ...] = ()
+) -> Iterator[Path]:
     """A new file system (``xfs``, ``btrfs``, ``ext4``, ...) on a loop device of *size* bytes.
 
-    *directory* is where its backing file and its mount point are made; *options* go to its mkfs.
+    *directory* is where its backing file and its mount point are made; *options* go to its mkfs,
+    *losetup* to the command of that name.
     """
     mount_point = directory / f"{kind}-mounted"
     mount_point.mkdir()
-    with loop_device(directory / f"{kind}-backing", size) as device:
+    with loop_device(directory / f"{kind}-backing", size, *losetup) as device:
         run(f"mkfs.{kind}", "-q", *options, device)
         with _mounted("-t", kind, device, mount_point):
             yield mount_point
