@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from benchmarks import copies
@@ -119,7 +120,8 @@ def chain_of_1000(settings: Settings) -> Iterable[Comparison]:
     chain = _Chain(settings, 1000)
     merge = settings.merge(chain.top, "--base", str(chain.base))
     outcomes = run_rounds(
-        settings,
+        # Nothing to be paired with, and one run is long enough.
+        replace(settings, rounds=1),
         (Contender("chainmerge", (merge,), chain.prepare, check=chain.check),),
         load_programs=program_loader(settings),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives
 from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, chain_test
-from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
+from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, StoredBitmap, replace_bitmaps
 from chainmerge.inspection import (
     OpenChain,
     OpenImage,
@@ -205,8 +205,8 @@ def bitmaps_merge(
         if source.info.virtual_size > size:
             raise SizesDiffer(str(image), str(source.info.path), size, source.info.virtual_size)
         old = held[target]
-        bits = [old.bits, *(_usable_bits(source, name) for name in sources)]
-        held[target] = StoredBitmap(target, union_all(bits, size, old.bits.granularity), old.flags)
+        bits = [edit.opened.bits(target), *(_usable_bits(source, name) for name in sources)]
+        held[target] = StoredBitmap(target, union_all(bits, size, old.granularity), old.flags)
         return edit.replace_by(tuple(held.values()), "merge", (target,))
 
 
@@ -350,12 +350,12 @@ class _Edit:
     def info(self) -> ImageInfo:
         return self.opened.info
 
-    def stored(self) -> tuple[StoredBitmap, ...]:
-        """The set as it is, to be stored again."""
+    def stored(self) -> tuple[AnyBitmap, ...]:
+        """The set as it is."""
         return self.stored_but(())
 
-    def stored_but(self, without: Sequence[str]) -> tuple[StoredBitmap, ...]:
-        """The set without some names.
+    def stored_but(self, without: Sequence[str]) -> tuple[AnyBitmap, ...]:
+        """The set without some names, each bitmap in the clusters that it has.
 
         Raises BrokenBitmapsInTheWay if one that has to stay is broken.
         """
@@ -364,9 +364,7 @@ class _Edit:
         broken = [e.name for e in staying if layer.state(e.name) is BitmapState.IN_USE]
         if broken:
             raise BrokenBitmapsInTheWay(str(self.info.path), ", ".join(map(repr, broken)))
-        return tuple(
-            StoredBitmap(entry.name, self.opened.bits(entry.name), entry.flags) for entry in staying
-        )
+        return tuple(KeptBitmap(entry) for entry in staying)
 
     def tombstones(self, names: Sequence[str]) -> tuple[StoredBitmap, ...]:
         """Tombstones for some of the bitmaps that the image has."""
@@ -386,7 +384,7 @@ class _Edit:
                 )
 
     def replace_by(
-        self, bitmaps: Sequence[StoredBitmap], action: str, names: tuple[str, ...]
+        self, bitmaps: Sequence[AnyBitmap], action: str, names: tuple[str, ...]
     ) -> BitmapChange:
         """Store a set, and read it back."""
         with WritablePort(self.info.real_path) as port:

@@ -365,6 +365,8 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
     """
     size = target.chain.top.virtual_size
     base_size = target.base.virtual_size
+    below_base = target.chain.images[: target.base_index]
+    backing_end = below_base[-1].virtual_size if below_base else 0
     merged = opened.view(target.base_index + 1)
     base = opened.view(target.base_index, target.base_index + 1)
     data = zero = compressed = pull = undefined = 0
@@ -380,10 +382,13 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         stored = (below.kind == Kind.DATA) | (below.kind == Kind.COMPRESSED)
         pull += int(below.length[free & stored].sum())
         nothing = (below.kind == Kind.UNALLOCATED) | (bounds >= base_size)
+        # Where nothing is below base, what it leaves open reads as zeros.
+        as_zeros = (above.kind == Kind.ZERO) | (above.kind == Kind.ZERO_ALLOCATED)
+        nothing &= ~as_zeros | (bounds < backing_end)
         undefined += int(below.length[~free & nothing].sum())
     return Volumes(data, zero, compressed, pull, undefined)
 
 
-def movement_of(volumes: Volumes, new_clusters: int, new_l2_tables: int) -> Movement:
-    """The figures of a plan."""
-    return Movement(volumes.data, volumes.zero, volumes.compressed, new_clusters, new_l2_tables)
+def movement_of(volumes: Volumes) -> Movement:
+    """The figures of a plan, as far as they do not depend on the engine."""
+    return Movement(volumes.data, volumes.zero, volumes.compressed)

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.bitmap_sets import final_set, lasting_set, stand_ins
+from chainmerge.bitmap_sets import final_set, lasting_set
+from chainmerge.by_native import merge_natively
+from chainmerge.by_qemu import merge_by_qemu
 from chainmerge.chain.errors import ImageReplaced
-from chainmerge.checkpoints import Fate
-from chainmerge.engines import qemu
-from chainmerge.engines.metadata import reclaim_leaks, replace_bitmaps
-from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.engines.native import MappingNeed
+from chainmerge.errors import ChainmergeError
 from chainmerge.inspection import (
     BitmapFacts,
     OpenChain,
@@ -29,18 +30,23 @@ from chainmerge.inspection import (
 )
 from chainmerge.journal import (
     MergedRecord,
-    SavedBitmap,
-    SavedBitmaps,
     forget_saved_bitmaps,
-    identify,
     load_merged_record,
     load_saved_bitmaps,
     same_image,
-    save_bitmaps,
 )
-from chainmerge.options import Access, MergeOptions
+from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
+from chainmerge.native_facts import choose_engine
+from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged
-from chainmerge.planning import MergeFacts, MergePlan, bytes_to_copy, find_refusals, make_plan
+from chainmerge.planning import (
+    EngineName,
+    MergeFacts,
+    MergePlan,
+    chosen_space,
+    find_refusals,
+    make_plan,
+)
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
@@ -57,23 +63,18 @@ from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
-from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import (
     REPORT_VERSION,
     Measurement,
     MergeOutcome,
     MergeReport,
-    ProgressEvent,
     Stage,
 )
-from chainmerge.verify import bitmap_difference, verify_bitmaps, verify_content, verify_metadata
+from chainmerge.verify import bitmap_difference
 from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
-
-OnProgress = Callable[[ProgressEvent], None]
-ShouldStop = Callable[[], bool]
 
 
 def plan(
@@ -94,7 +95,7 @@ def plan(
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target))
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options)
+        facts = _gather(target, opened, options).facts
     return make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
 
 
@@ -112,16 +113,17 @@ def measure(
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options)
+        facts = _gather(target, opened, options).facts
+    space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
         base=str(target.base.path),
         top=str(target.chain.top.path),
-        required=facts.space.required,
-        optimal=facts.space.optimal,
-        image_end=facts.space.image_end,
+        required=space.required,
+        optimal=space.optimal,
+        image_end=space.image_end,
         volume_size=facts.volume.size,
-        breakdown=dict(facts.space.breakdown),
+        breakdown=dict(space.breakdown),
     )
 
 
@@ -150,7 +152,7 @@ def merge(
         Interrupted: *should_stop* said yes.
         Failed, OutcomeUnknown: the message says what the disk holds now.
     """
-    request = _Request(
+    request = Request(
         top=Path(top),
         base=Path(base) if base is not None else None,
         access=access or Access(),
@@ -164,52 +166,27 @@ def merge(
         return _report_finished(request, record)
     request.announce(Stage.LOCK)
     target = find_target(request.top, request.base, request.access)
-    allow_open_files(_files_open_at_once(target))
+    allow_open_files(_locks_held(target))
     with contextlib.ExitStack() as stack:
         locks = tuple(_lock_all(stack, target, request.access.lock_wait))
         target = _same_target(target, request)
         with open_chain(target.chain, locks) as opened:
             request.announce(Stage.PLAN)
-            facts, bitmaps = _gather_to_merge(target, opened, request)
-            for refusal in find_refusals(facts, request.options):
+            found = _gather_to_merge(target, opened, request)
+            for refusal in find_refusals(found.facts, request.options):
                 raise refusal
-            job = _Job(request, target, facts, bitmaps, make_plan(facts, request.options), locks)
-            return _run(job)
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What was asked for, and how to talk to who asked."""
-
-    top: Path
-    base: Path | None
-    access: Access
-    options: MergeOptions
-    report: OnProgress
-    should_stop: ShouldStop
-    started: float
-
-    def announce(self, stage: Stage) -> None:
-        """Report that a stage begins; stop here if the caller wants to."""
-        if self.should_stop():
-            raise Interrupted(f"it had not come to stage {stage}")
-        self.report(ProgressEvent(stage))
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A merge that will be done."""
-
-    request: _Request
-    target: Target
-    facts: MergeFacts
-    bitmaps: BitmapFacts
-    plan: MergePlan
-    locks: tuple[ImageLock, ...]
-
-    @property
-    def base(self) -> ImageInfo:
-        return self.target.base
+            return _run(
+                Job(
+                    request,
+                    target,
+                    found.facts,
+                    found.bitmaps,
+                    found.needs,
+                    make_plan(found.facts, request.options),
+                    opened,
+                    locks,
+                )
+            )
 
 
 def _lock_all(
@@ -231,17 +208,17 @@ def _locks_needed(target: Target) -> Iterator[tuple[ImageInfo, LockMode]]:
         yield child, LockMode.WRITER
 
 
-def _files_open_at_once(target: Target) -> int:
-    """The most that a process of the merge has open: the daemon has all locks and all images."""
+def _locks_held(target: Target) -> int:
+    """How many files a merge has open at least: images are read through their locks."""
     images = target.chain.images
-    locks = len(images) + len(target.relatives.children)
-    return locks + len(images) + sum(image.data_file is not None for image in images)
+    data_files = sum(image.data_file is not None for image in images)
+    return len(images) + data_files + len(target.relatives.children)
 
 
 def _obstacles(target: Target) -> Iterator[ChainmergeError]:
     """What would keep a merge from getting the images for itself, found without waiting."""
     try:
-        allow_open_files(_files_open_at_once(target))
+        allow_open_files(_locks_held(target))
     except OpenFilesLimited as error:
         yield error
     yield from contentions((image.path, mode) for image, mode in _locks_needed(target))
@@ -258,7 +235,7 @@ def _not_writable(target: Target) -> Iterator[ChainmergeError]:
             yield error
 
 
-def _same_target(before: Target, request: _Request) -> Target:
+def _same_target(before: Target, request: Request) -> Target:
     """Look again, now that nobody else can change the chain any more."""
     target = find_target(request.top, request.base, request.access)
     for old, new in zip(before.chain.images, target.chain.images, strict=False):
@@ -273,19 +250,24 @@ def _same_target(before: Target, request: _Request) -> Target:
     return target
 
 
-def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> MergeFacts:
-    return _gather_with_bitmaps(target, opened, options)[0]
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was found on disk."""
+
+    facts: MergeFacts
+    bitmaps: BitmapFacts
+    needs: Mapping[Placement, MappingNeed]
 
 
-def _gather_with_bitmaps(
-    target: Target, opened: OpenChain, options: MergeOptions
-) -> tuple[MergeFacts, BitmapFacts]:
+def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
     require_readable(target, opened)
     saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
     bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
     volumes = measure_guest_bytes(target, opened)
-    survey = survey_space(target, opened, bitmaps)
+    chosen = choose_engine(target, opened, options.engine)
+    survey = survey_space(target, opened, bitmaps, chosen.engine)
+    obstacles = (chosen.obstacle, survey.obstacle, _too_many_files(target, chosen.engine))
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -295,26 +277,38 @@ def _gather_with_bitmaps(
         recovered=bitmaps.recovered,
         interrupted=saved is not None,
         base_check=survey.check,
-        movement=movement_of(volumes, survey.new_clusters, survey.new_l2_tables),
+        movement=movement_of(volumes),
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=_volume(target.base, options).facts(),
-        space=survey.facts,
-        obstacles=(survey.obstacle,) if survey.obstacle is not None else (),
+        volume=volume_of(target.base, options).facts(),
+        engine=chosen.engine,
+        engine_reason=chosen.reason,
+        spaces=survey.spaces,
+        obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
     )
-    return facts, bitmaps
+    return _Found(facts, bitmaps, survey.needs)
 
 
-def _gather_to_merge(
-    target: Target, opened: OpenChain, request: _Request
-) -> tuple[MergeFacts, BitmapFacts]:
-    facts, bitmaps = _gather_with_bitmaps(target, opened, request.options)
-    merged = _is_merged(target, opened, facts, bitmaps, request)
+def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:
+    """Why the daemon could not copy: it inherits all locks and opens every image itself."""
+    if engine is not EngineName.QEMU:
+        return None
+    try:
+        allow_open_files(_locks_held(target) + len(target.chain.images))
+    except OpenFilesLimited as error:
+        return error
+    return None
+
+
+def _gather_to_merge(target: Target, opened: OpenChain, request: Request) -> _Found:
+    found = _gather(target, opened, request.options)
+    facts = found.facts
+    merged = _is_merged(target, opened, facts, found.bitmaps, request)
     damage = () if merged else tuple(_damaged_overlays(target, opened))
     obstacles = (*_not_writable(target), *facts.obstacles, *damage)
-    return replace(facts, obstacles=obstacles, merged=merged), bitmaps
+    return replace(found, facts=replace(facts, obstacles=obstacles, merged=merged))
 
 
 def _damaged_overlays(target: Target, opened: OpenChain) -> Iterator[ChainmergeError]:
@@ -340,7 +334,7 @@ def _is_merged(
     opened: OpenChain,
     facts: MergeFacts,
     bitmaps: BitmapFacts,
-    request: _Request,
+    request: Request,
 ) -> bool:
     """Whether base is what the merge would make it: an earlier run came to its end.
 
@@ -365,168 +359,16 @@ def _is_merged(
     return difference is None
 
 
-def _run(job: _Job) -> MergeReport:
+def _run(job: Job) -> MergeReport:
     if job.facts.merged:
-        _reclaim(job)
+        reclaim(job)
         return _settle(job, 0, ("base holds all of top's data and bitmaps already",))
-    with _extended(job):
-        _reclaim(job)
-        _put_bitmaps_aside(job)
-        copied = _copy(job)
-        _store_bitmaps(job)
-    return _settle(job, copied, tuple(_verify(job)))
+    by_engine = {EngineName.NATIVE: merge_natively, EngineName.QEMU: merge_by_qemu}
+    copied, verified = by_engine[job.plan.engine](job)
+    return _settle(job, copied, verified)
 
 
-def _reclaim(job: _Job) -> None:
-    """Free what an interrupted run has leaked; the plan counts on it being free."""
-    report = job.facts.base_check
-    if report is not None and (report.leaks or report.hidden_leaks):
-        with WritablePort(job.base.real_path) as port:
-            reclaim_leaks(port)
-
-
-def _put_bitmaps_aside(job: _Job) -> None:
-    """Take base's bitmaps out of QEMU's reach: stale ones for good, kept ones until the end."""
-    if not job.base.supports_bitmaps:
-        return
-    job.request.announce(Stage.PRUNE)
-    saved = _bitmaps_to_save(job)
-    if saved is not None:
-        save_bitmaps(job.base.real_path, saved)
-    with WritablePort(job.base.real_path) as port:
-        between = stand_ins(job.bitmaps, job.base.virtual_size)
-        if bitmap_difference(Qcow2Image(port), between) is None:
-            return
-        replace_bitmaps(port, between)
-        if between:
-            # Once more, now that the old set's clusters are free: low, so that QEMU finds
-            # what is left of the volume in one piece.
-            replace_bitmaps(port, between)
-
-
-def _bitmaps_to_save(job: _Job) -> SavedBitmaps | None:
-    """What a rerun has to know of the kept checkpoints; None where the images tell it all.
-
-    That is the bits of those that base has, as they will not be in base for a while. In a
-    merge of several levels it is also which ones base did not have: with them stored in
-    base and images in between that lack them, the chain looks as if there was a gap.
-    """
-    spans_levels = len(job.facts.merged_images) > 1
-    names = [
-        decision.name
-        for decision in job.bitmaps.decisions
-        if decision.fate is Fate.KEEP and (decision.name in job.bitmaps.base_bits or spans_levels)
-    ]
-    if not names:
-        return None
-    with open_chain(job.target.chain, job.locks) as opened:
-        overlay = opened.images[job.target.base_index + 1]
-        return SavedBitmaps(
-            identify(job.base.real_path),
-            identify(job.target.overlay.real_path),
-            tuple(
-                SavedBitmap(
-                    name,
-                    job.bitmaps.base_bits.get(name),
-                    overlay.bits(name) if overlay.entry(name) is not None else None,
-                )
-                for name in names
-            ),
-        )
-
-
-def _volume(base: ImageInfo, options: MergeOptions) -> Volume:
-    match options.volume:
-        case "lvm":
-            return open_lvm_volume(base.real_path)
-        case "file":
-            return FileVolume(str(base.real_path), options.size_limit)
-        case _:
-            return open_volume(base.real_path, options.size_limit)
-
-
-@contextlib.contextmanager
-def _extended(job: _Job) -> Iterator[None]:
-    """Have the space for all of the merge; what was reserved and not used goes back."""
-    if job.plan.space.grow_to is None:
-        yield
-        return
-    job.request.announce(Stage.EXTEND)
-    volume = _volume(job.base, job.request.options)
-    volume.grow_to(job.plan.space.required)
-    volume.make_growth_durable()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ChainmergeError):
-            volume.release_reservation()
-
-
-def _copy(job: _Job) -> int:
-    """Copy guest data into base; returns how many bytes that was."""
-    grows = job.facts.top.virtual_size > job.base.virtual_size
-    total = bytes_to_copy(job.facts)
-    if total == 0 and not grows:
-        return 0
-    job.request.announce(Stage.COPY)
-
-    def on_progress(progress: qemu.CopyProgress) -> None:
-        job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))
-
-    qemu.commit(
-        [_image_spec(image) for image in job.target.chain.images],
-        job.target.base_index,
-        [lock.share_with_child() for lock in job.locks],
-        on_progress,
-        job.request.should_stop,
-        bandwidth=job.request.options.bandwidth,
-    )
-    with WritablePort(job.base.real_path) as port:
-        port.flush()
-    return total
-
-
-def _image_spec(image: ImageInfo) -> qemu.ImageSpec:
-    return qemu.ImageSpec(
-        path=str(image.real_path),
-        format=image.format,
-        is_block_device=image.is_block_device,
-        data_file=str(image.data_file) if image.data_file else None,
-    )
-
-
-def _store_bitmaps(job: _Job) -> None:
-    if job.base.supports_bitmaps:
-        job.request.report(ProgressEvent(Stage.BITMAPS))
-        with WritablePort(job.base.real_path) as port:
-            final = final_set(job.bitmaps, job.plan.virtual_size_after)
-            if bitmap_difference(Qcow2Image(port), final) is not None:
-                replace_bitmaps(port, final)
-
-
-def _verify(job: _Job) -> Iterator[str]:
-    """Read back what was written, from tables parsed anew."""
-    job.request.announce(Stage.VERIFY)
-    target = find_target(job.request.top, job.request.base, job.request.access)
-    with open_chain(target.chain, job.locks) as opened:
-        image = opened.images[target.base_index].image
-        if image is not None:
-            yield verify_metadata(image)
-        if image is not None and job.base.supports_bitmaps:
-            final = final_set(job.bitmaps, job.plan.virtual_size_after)
-            yield verify_bitmaps(image, final)
-        if job.request.options.verify == "full":
-            size = opened.view().virtual_size
-            yield verify_content(
-                str(target.base.path),
-                opened.view(0, target.base_index + 1),
-                opened.view(),
-                lambda done: job.request.report(ProgressEvent(Stage.VERIFY, done, size)),
-                job.request.should_stop,
-            )
-
-
-def _settle(job: _Job, copied: int, verified: Sequence[str]) -> MergeReport:
+def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     request, facts = job.request, job.facts
     request.announce(Stage.SETTLE)
     repointed = repoint(job.plan.repoint)
@@ -547,7 +389,7 @@ def _settle(job: _Job, copied: int, verified: Sequence[str]) -> MergeReport:
     )
 
 
-def _drop_spent_tombstones(job: _Job, result: Path) -> Iterator[str]:
+def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
     """Remove the tombstones that only top needed; if that fails they stay, which is harmless."""
     if not job.base.supports_bitmaps:
         return
@@ -560,10 +402,10 @@ def _drop_spent_tombstones(job: _Job, result: Path) -> Iterator[str]:
         yield f"tombstones that nothing needs any more are left: {error.sentence}"
 
 
-def _give_back(job: _Job, result: Path) -> Iterator[str]:
+def _give_back(job: Job, result: Path) -> Iterator[str]:
     """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
     options = job.request.options
-    volume = _volume(replace(job.base, real_path=result), options)
+    volume = volume_of(replace(job.base, real_path=result), options)
     with FileReadable(result) as readable:
         if job.base.header is None:
             return
@@ -577,7 +419,7 @@ def _give_back(job: _Job, result: Path) -> Iterator[str]:
         yield f"{error.sentence} (the merge itself is done)"
 
 
-def _report_finished(request: _Request, record: MergedRecord) -> MergeReport:
+def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     deleted = delete_recorded(record)
     _forget_bitmaps_saved_for(record)
     verified = ("an earlier run merged and verified it",)
@@ -597,7 +439,7 @@ def _forget_bitmaps_saved_for(record: MergedRecord) -> None:
 
 
 def _report(
-    request: _Request,
+    request: Request,
     plan_done: MergePlan | None,
     result: Path,
     result_format: str,

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal
 
 VerifyLevel = Literal["full", "metadata"]
-EngineChoice = Literal["auto", "qemu"]
+EngineChoice = Literal["auto", "native", "qemu"]
+DataChoice = Literal["auto", "cow", "in-place"]
 VolumeChoice = Literal["auto", "file", "block", "lvm"]
+
+
+class Placement(StrEnum):
+    """Where data goes that base has a cluster for already."""
+
+    COW = "cow"
+    """To a new cluster: base alone stays what it was until the switch."""
+    IN_PLACE = "in-place"
+    """Over the old content, which top hides: this takes no second copy."""
 
 
 def _nothing_declared() -> Mapping[str, str]:
@@ -56,6 +67,8 @@ class MergeOptions:
         keep_name: Give base the name of top afterwards (files only).
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
         engine: Who writes guest data.
+        data: Where data goes that base has a cluster for: to a new one (``cow``), over the old
+            one (``in-place``), or wherever there is the space.
         bandwidth: Limit for the copy in bytes per second; None for no limit.
         size_limit: Bytes that base's file must not grow past, as if it were a volume of
             that size; None for no limit.
@@ -69,6 +82,7 @@ class MergeOptions:
     keep_name: bool = False
     drop_bitmaps: bool = False
     engine: EngineChoice = "auto"
+    data: DataChoice = "auto"
     bandwidth: int | None = None
     size_limit: int | None = None
     volume: VolumeChoice = "auto"

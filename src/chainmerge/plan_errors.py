@@ -242,3 +242,35 @@ class SnapshotsWouldGo(Refused):
     image: str
     count: int
     option: str
+
+
+@dataclass(eq=False)
+class NativeUnavailable(Refused):
+    """The native engine was asked for and cannot do this chain."""
+
+    code: ClassVar[str] = "native-engine-unavailable"
+    template: ClassVar[str] = "the native engine cannot merge into {base}: {reason}"
+    hint: ClassVar[str] = "leave the choice to chainmerge (--engine auto), or use --engine qemu"
+    explanation: ClassVar[str] = (
+        "The native engine writes qcow2 images whose data is in their own file, and raw images. "
+        "For everything else QEMU does the writing. Nothing was changed."
+    )
+    base: str
+    reason: str
+
+
+@dataclass(eq=False)
+class PlacementUnavailable(Refused):
+    """Data was asked to be placed in a way that the engine cannot do in this base."""
+
+    code: ClassVar[str] = "placement-unavailable"
+    template: ClassVar[str] = "{base}: data cannot be placed as asked for ({placement}): {reason}"
+    hint: ClassVar[str] = "leave the choice to chainmerge (--data auto)"
+    explanation: ClassVar[str] = (
+        "Data that base has a cluster for already can go to a new cluster (cow) or over the old "
+        "content (in-place). QEMU always writes in place, and so does everybody in a raw image, "
+        "which has no clusters. Nothing was changed."
+    )
+    base: str
+    placement: str
+    reason: str

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from chainmerge.chain import Chain, ImageInfo, Relatives
 from chainmerge.checkpoints import Decision
 from chainmerge.errors import ChainmergeError
+from chainmerge.options import Placement
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -30,6 +31,7 @@ from chainmerge.plan_errors import (
     ImageDamaged,
     ImageDirty,
     MiddleHasOtherChildren,
+    PlacementUnavailable,
     SnapshotsWouldGo,
     UnguardedBitmaps,
 )
@@ -46,6 +48,7 @@ PLAN_VERSION = 1
 class EngineName(StrEnum):
     """Who writes guest data into base."""
 
+    NATIVE = "native"
     QEMU = "qemu"
 
 
@@ -69,12 +72,28 @@ class Progress(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SpaceFacts:
-    """What base will need, in bytes; see :mod:`chainmerge.space`."""
+    """What base will need, in bytes, if data is placed in one of the ways.
+
+    ``new_clusters`` and ``new_l2_tables`` count allocations, ``written`` guest bytes.
+    """
 
     image_end: int
     required: int
     optimal: int
     breakdown: Mapping[str, int]
+    new_clusters: int
+    new_l2_tables: int
+    written: int
+    required_if_pruned: int | None = None
+    """The same as ``required`` if stale bitmaps are taken out first, by a switch of their own;
+    None where there is nothing to take out or the engine does so anyway."""
+
+    @property
+    def least(self) -> int:
+        """What is needed at least."""
+        if self.required_if_pruned is None:
+            return self.required
+        return min(self.required, self.required_if_pruned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +104,8 @@ class MergeFacts:
     ``final_bits`` holds the union for each name that is kept. ``recovered`` are the names
     whose bits in base come from an interrupted merge. ``undefined_bytes`` counts what the
     merged range defines and base does not; where it is 0, base may hold it all already, and
-    ``merged`` says (True, False, or None if nobody compared) whether it does.
+    ``merged`` says (True, False, or None if nobody compared) whether it does. ``spaces`` has
+    the ways in which the engine can place data.
     """
 
     chain: Chain
@@ -101,7 +121,9 @@ class MergeFacts:
     undefined_bytes: int
     merged: bool | None
     volume: VolumeFacts
-    space: SpaceFacts
+    engine: EngineName
+    engine_reason: str
+    spaces: Mapping[Placement, SpaceFacts]
     obstacles: tuple[ChainmergeError, ...]
     warnings: tuple[str, ...]
 
@@ -148,8 +170,8 @@ class Movement:
     data_bytes: int
     zero_bytes: int
     compressed_bytes: int
-    new_clusters: int
-    new_l2_tables: int
+    new_clusters: int = 0
+    new_l2_tables: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +213,12 @@ class PlannedBitmap:
 class SpacePlan:
     """Base's volume: what it is, what it must be, what it may become.
 
-    ``required`` is what the merge needs at its peak; with the QEMU engine it is a safe
-    upper bound. ``grow_to`` is the size that the volume will be extended to, None
-    where it is large enough. ``missing`` is what cannot be had; a plan with a missing
-    byte is refused.
+    ``required`` is what the merge needs at its peak: exactly with the native engine, with
+    QEMU's a safe upper bound. ``placement`` is where data goes that base has a cluster for,
+    ``required_by_placement`` what each way takes at least, ``prune_first`` whether stale bitmaps
+    have to make room first, by a switch of their own. ``grow_to`` is the size that the volume
+    will be extended to, None where it is large enough. ``missing`` is what cannot be had; a plan
+    with a missing byte is refused.
     """
 
     kind: str
@@ -206,6 +230,9 @@ class SpacePlan:
     missing: int
     breakdown: dict[str, int]
     shrink_to: int | None
+    placement: Placement
+    required_by_placement: dict[str, int]
+    prune_first: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +293,9 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         top=str(top.path),
         progress=_progress(facts),
         images=tuple(_planned_images(facts)),
-        engine=EngineName.QEMU,
-        engine_reason="guest data is copied by qemu-storage-daemon, with top opened read-only",
-        movement=facts.movement,
+        engine=facts.engine,
+        engine_reason=facts.engine_reason,
+        movement=_movement(facts, options),
         directions=_directions(facts),
         virtual_size_before=base.virtual_size,
         virtual_size_after=max(base.virtual_size, top.virtual_size),
@@ -294,14 +321,56 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
         *_others_at_risk(facts),
         *_bitmap_refusals(facts, options),
         *_settle_refusals(facts, options),
-        *_space_refusals(facts),
+        *_space_refusals(facts, options),
     )
 
 
+def choose_placement(facts: MergeFacts, options: MergeOptions) -> Placement:
+    """Where data goes that base has a cluster for.
+
+    Not over the old content, where there is the space: a file may take it from its file
+    system, a volume has what it has, since making it larger than the merged image will be is
+    for others to pay for.
+    """
+    if options.data != "auto" and Placement(options.data) in facts.spaces:
+        return Placement(options.data)
+    if Placement.COW not in facts.spaces:
+        return Placement.IN_PLACE
+    fits = _is_there(facts.spaces[Placement.COW].least, facts.volume)
+    return Placement.COW if fits else Placement.IN_PLACE
+
+
+def _is_there(required: int, volume: VolumeFacts) -> bool:
+    if volume.kind is VolumeKind.FILE:
+        return not volume.growth(required).missing
+    return required <= volume.size
+
+
+def prunes_first(facts: MergeFacts, options: MergeOptions) -> bool:
+    """Whether stale bitmaps are taken out by a switch of their own, to make room for the merge.
+
+    Where there is room, all that changes changes in one switch.
+    """
+    space = chosen_space(facts, options)
+    return space.least < space.required and not _is_there(space.required, facts.volume)
+
+
+def chosen_space(facts: MergeFacts, options: MergeOptions) -> SpaceFacts:
+    """What base will need with data placed as chosen."""
+    return facts.spaces[choose_placement(facts, options)]
+
+
 def bytes_to_copy(facts: MergeFacts) -> int:
-    """Guest bytes that a commit writes into base."""
+    """Guest bytes that a commit by QEMU writes into base."""
     movement = facts.movement
     return movement.data_bytes + movement.zero_bytes + movement.compressed_bytes
+
+
+def _movement(facts: MergeFacts, options: MergeOptions) -> Movement:
+    space = chosen_space(facts, options)
+    return replace(
+        facts.movement, new_clusters=space.new_clusters, new_l2_tables=space.new_l2_tables
+    )
 
 
 def _progress(facts: MergeFacts) -> Progress:
@@ -376,7 +445,8 @@ def _planned_bitmap(decision: Decision, facts: MergeFacts) -> PlannedBitmap:
 
 
 def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
-    volume, required = facts.volume, _required(facts)
+    volume, required = facts.volume, _required(facts, options)
+    space = chosen_space(facts, options)
     growth = volume.growth(required)
     limit = volume.capacity_limit
     if limit is None and volume.free_bytes is not None:
@@ -385,20 +455,28 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
     return SpacePlan(
         kind=volume.kind,
         size=volume.size,
-        image_end=facts.space.image_end,
+        image_end=space.image_end,
         required=required,
         limit=limit,
         grow_to=(
             growth.size_after if growth.size_after > volume.size and not growth.missing else None
         ),
         missing=growth.missing,
-        breakdown=dict(facts.space.breakdown),
-        shrink_to=_round_up(facts.space.optimal, volume.growth_unit) if shrinks else None,
+        breakdown=dict(space.breakdown),
+        shrink_to=_round_up(space.optimal, volume.growth_unit) if shrinks else None,
+        placement=choose_placement(facts, options),
+        required_by_placement={
+            str(placement): one.least for placement, one in sorted(facts.spaces.items())
+        },
+        prune_first=prunes_first(facts, options),
     )
 
 
-def _required(facts: MergeFacts) -> int:
-    return facts.space.image_end if facts.merged else facts.space.required
+def _required(facts: MergeFacts, options: MergeOptions) -> int:
+    space = chosen_space(facts, options)
+    if facts.merged:
+        return space.image_end
+    return space.least if prunes_first(facts, options) else space.required
 
 
 def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
@@ -540,8 +618,10 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
         yield CannotRename(str(facts.base.path), str(facts.top.path))
 
 
-def _space_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
-    refusal = facts.volume.refusal(_required(facts))
+def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    if options.data != "auto" and Placement(options.data) not in facts.spaces:
+        yield PlacementUnavailable(str(facts.base.path), options.data, facts.engine_reason)
+    refusal = facts.volume.refusal(_required(facts, options))
     if refusal is not None:
         yield refusal
 

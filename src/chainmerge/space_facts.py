@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge import native_facts
 from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
+from chainmerge.engines.native import MappingNeed
 from chainmerge.errors import ChainmergeError
-from chainmerge.planning import SpaceFacts
+from chainmerge.options import Placement
+from chainmerge.planning import EngineName, SpaceFacts
 from chainmerge.qcow2.check import CheckReport, check_with_references
 from chainmerge.qcow2.mapping import Kind, lookup
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from chainmerge.engines.metadata import StoredBitmap
     from chainmerge.inspection import BitmapFacts, OpenChain, Target
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.references import ReferenceCounts
 
 _WINDOW = 1 << 20
 
@@ -47,47 +52,65 @@ _WINDOW = 1 << 20
 class SpaceSurvey:
     """What was found out about base's space.
 
-    ``check`` is the consistency check of base, None for a raw one. The figures are only good
-    if it is sound.
+    ``spaces`` has the ways in which the engine can place data, ``needs`` what the native
+    engine is to be given for them. ``check`` is the consistency check of base, None for a raw
+    one. The figures are only good if it is sound.
     """
 
-    facts: SpaceFacts
+    spaces: Mapping[Placement, SpaceFacts]
+    needs: Mapping[Placement, MappingNeed]
     check: CheckReport | None
-    new_clusters: int
-    new_l2_tables: int
     obstacle: ChainmergeError | None
 
 
-def survey_space(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> SpaceSurvey:
+def survey_space(
+    target: Target, opened: OpenChain, bitmaps: BitmapFacts, engine: EngineName
+) -> SpaceSurvey:
     """Work out how large base must be for the merge. Reads tables only."""
     base = opened.images[target.base_index]
     size_after = max(base.info.virtual_size, target.chain.top.virtual_size)
     if base.image is None:
-        return _raw_survey(raw_space_need(base.info.file_size, size_after))
+        facts = _facts(raw_space_need(base.info.file_size, size_after))
+        return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
     report, references = check_with_references(base.image)
     if not report.sound:
         return _without_figures(report, None)
-    layout = _layout(base.image, references.counts)
+    if engine is EngineName.QEMU:
+        return _survey_for_qemu(target, opened, bitmaps, report, references)
+    obstacle = native_facts.growth_obstacle(base.image, size_after)
+    if obstacle is not None:
+        return _without_figures(report, obstacle)
+    native = native_facts.survey_native(target, opened, bitmaps, references)
+    return SpaceSurvey(native.spaces, native.needs, report, None)
+
+
+def _survey_for_qemu(
+    target: Target,
+    opened: OpenChain,
+    bitmaps: BitmapFacts,
+    report: CheckReport,
+    references: ReferenceCounts,
+) -> SpaceSurvey:
+    image = opened.images[target.base_index].image
+    assert image is not None
+    layout = _layout(image, references.counts)
     facts = BaseFacts(
-        image=base.image.name,
-        header=base.image.header,
+        image=image.name,
+        header=image.header,
         backing_size=_backing_size(target),
         shared=layout.shared,
     )
     top_size = target.chain.top.virtual_size
-    obstacle = growth_obstacle(facts, top_size) or _end_obstacle(base.image, facts, top_size)
+    obstacle = growth_obstacle(facts, top_size) or _end_obstacle(image, facts, top_size)
     if obstacle is not None:
         return _without_figures(report, obstacle)
     arrivals = _arrivals(target, opened, facts)
-    demand = _demand(base.image, layout, arrivals, bitmaps, size_after)
-    need = space_need(demand)
-    return SpaceSurvey(
-        facts=_facts(need),
-        check=report,
-        new_clusters=arrivals.likely_clusters,
-        new_l2_tables=arrivals.l2_tables,
-        obstacle=None,
+    size_after = max(image.header.virtual_size, top_size)
+    need = space_need(_demand(image, layout, arrivals, bitmaps, size_after))
+    space = replace(
+        _facts(need), new_clusters=arrivals.likely_clusters, new_l2_tables=arrivals.l2_tables
     )
+    return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
 
 
 def _end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotGrowBase | None:
@@ -108,17 +131,14 @@ def _end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotG
 
 
 def _facts(need: SpaceNeed) -> SpaceFacts:
-    return SpaceFacts(need.image_end, need.required, need.optimal, need.breakdown)
-
-
-def _raw_survey(need: SpaceNeed) -> SpaceSurvey:
-    return SpaceSurvey(_facts(need), None, 0, 0, None)
+    return SpaceFacts(need.image_end, need.required, need.optimal, need.breakdown, 0, 0, 0)
 
 
 def _without_figures(report: CheckReport, obstacle: ChainmergeError | None) -> SpaceSurvey:
     """Nothing is to be said of an image that is damaged or cannot grow, but that it is refused."""
     end = report.image_end_offset
-    return SpaceSurvey(SpaceFacts(end, end, end, {}), report, 0, 0, obstacle)
+    nothing = SpaceFacts(end, end, end, {}, 0, 0, 0)
+    return SpaceSurvey(dict.fromkeys(Placement, nothing), {}, report, obstacle)
 
 
 def _backing_size(target: Target) -> int | None:

@@ -82,6 +82,17 @@ def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
     return f"{len(expected)} bitmaps re-read and compared bit by bit"
 
 
+def verify_soundness(image: Qcow2Image) -> None:
+    """Recompute the refcounts of an image that may still count what it does not use any more.
+
+    Raises VerificationFailed.
+    """
+    report = check(image)
+    if not report.sound:
+        first = next(iter(report.messages), "no details")
+        raise VerificationFailed(image.name, f"{report.corruptions} corruptions: {first}")
+
+
 def verify_metadata(image: Qcow2Image) -> str:
     """Recompute an image's refcounts; returns a sentence for the report.
 

@@ -512,19 +512,24 @@ def test_file_that_may_not_be_changed(template: Victim, tmp_path: Path) -> None:
 
 
 def test_directory_that_takes_no_new_files(template: Victim, tmp_path: Path) -> None:
-    """Base can be written, but its checkpoints cannot be saved beside it."""
+    """Base can be written, but its checkpoints cannot be saved beside it.
+
+    QEMU's engine needs that, the native one does not.
+    """
     with mounted_file_system(tmp_path, "ext4", 8 * MIB) as mounted:
         victim = template.copy_to(mounted / "images")
         before = [victim.image(role).read_bytes() for role in ROLES]
         run("chattr", "+i", victim.directory)
         try:
+            ran = chainmerge("merge", "--engine", "qemu", victim.top)
+            assert_civil(ran)
+            assert ran.status == ExitCode.REFUSED
+            assert str(saved_bitmaps_file(victim.base)) in ran.err
+            assert [victim.image(role).read_bytes() for role in ROLES] == before
             ran = chainmerge("merge", victim.top)
         finally:
             run("chattr", "-i", victim.directory)
-        assert_civil(ran)
-        assert ran.status == ExitCode.REFUSED
-        assert str(saved_bitmaps_file(victim.base)) in ran.err
-        assert [victim.image(role).read_bytes() for role in ROLES] == before
+        assert ran.status == ExitCode.DONE, ran
 
 
 def test_file_system_that_is_read_only(template: Victim, tmp_path: Path) -> None:
@@ -635,7 +640,10 @@ image = sys.argv[2]
 commands = [["plan"], ["measure"], ["info"], ["check"], ["bitmaps", "list"]]
 commands += [["repair", "--dry-run"], ["merge"]]
 found = {" ".join(command): run([*command, "--json", image]) for command in commands}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: that begins with what the process that started this one had.
+peak = 1024 * next(
+    int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")
+)
 print("\\n" + json.dumps([found, peak]))
 """
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 import chainmerge
 from chainmerge.errors import Interrupted
 from chainmerge.journal import saved_bitmaps_file
+from chainmerge.options import EngineChoice, MergeOptions
 from chainmerge.types import MergeOutcome, ProgressEvent, Stage
 from tests.support.merge_scenario import VALID_IN_BOTH, VALID_IN_TOP, Scenario
 from tests.support.qemu import assert_clean, bitmap_names, content
@@ -24,7 +26,8 @@ from tests.support.qemu import assert_clean, bitmap_names, content
 if TYPE_CHECKING:
     from pathlib import Path
 
-STAGES = (
+NATIVE_STAGES = (Stage.LOCK, Stage.PLAN, Stage.COPY, Stage.VERIFY, Stage.SETTLE)
+QEMU_STAGES = (
     Stage.LOCK,
     Stage.PLAN,
     Stage.PRUNE,
@@ -33,9 +36,13 @@ STAGES = (
     Stage.VERIFY,
     Stage.SETTLE,
 )
+STAGES: list[tuple[EngineChoice, Stage]] = [
+    *(("native", stage) for stage in NATIVE_STAGES),
+    *(("qemu", stage) for stage in QEMU_STAGES),
+]
 
 
-def _merge_and_die_at(scenario: Scenario, stage: Stage) -> int:
+def _merge_and_die_at(scenario: Scenario, stage: Stage, engine: EngineChoice = "qemu") -> int:
     """Merge in a child process that kills itself when *stage* is announced."""
     pid = os.fork()
     if pid == 0:
@@ -45,15 +52,16 @@ def _merge_and_die_at(scenario: Scenario, stage: Stage) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:
-            chainmerge.merge(scenario.top, on_progress=on_progress)
+            options = MergeOptions(engine=engine)
+            chainmerge.merge(scenario.top, options=options, on_progress=on_progress)
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_a_stage(scenario: Scenario, stage: Stage) -> None:
-    assert _merge_and_die_at(scenario, stage) == -signal.SIGKILL
+@pytest.mark.parametrize(("engine", "stage"), STAGES)
+def test_killed_at_a_stage(scenario: Scenario, engine: EngineChoice, stage: Stage) -> None:
+    assert _merge_and_die_at(scenario, stage, engine) == -signal.SIGKILL
     assert content(scenario.top) == scenario.expected_content
     chainmerge.merge(scenario.top)
     scenario.assert_merged()
@@ -61,10 +69,12 @@ def test_killed_at_a_stage(scenario: Scenario, stage: Stage) -> None:
     assert not saved_bitmaps_file(scenario.base).exists()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_no_false_checkpoint_while_interrupted(scenario: Scenario, stage: Stage) -> None:
+@pytest.mark.parametrize(("engine", "stage"), STAGES)
+def test_no_false_checkpoint_while_interrupted(
+    scenario: Scenario, engine: EngineChoice, stage: Stage
+) -> None:
     """Between the kill and the rerun a name passes the chain test only if it is whole."""
-    _merge_and_die_at(scenario, stage)
+    _merge_and_die_at(scenario, stage, engine)
     listing = chainmerge.bitmaps_list(scenario.top)
     passing = {verdict.name for verdict in listing.verdicts if verdict.passes}
     assert passing >= set(VALID_IN_TOP)
@@ -103,8 +113,11 @@ def test_saved_bitmaps_are_not_used_for_another_overlay(scenario: Scenario) -> N
     assert not [bitmap for bitmap in report.bitmaps if bitmap.state == "valid"]
 
 
-@pytest.mark.parametrize("stage", STAGES[:4])
-def test_cancelled(scenario: Scenario, stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("engine", "stage"), [*STAGES[:4], *STAGES[len(NATIVE_STAGES) : len(NATIVE_STAGES) + 4]]
+)
+def test_cancelled(scenario: Scenario, engine: EngineChoice, stage: Stage) -> None:
+    before = content(scenario.base), bitmap_names(scenario.base)
     seen: list[Stage] = []
 
     def should_stop() -> bool:
@@ -113,15 +126,20 @@ def test_cancelled(scenario: Scenario, stage: Stage) -> None:
     with pytest.raises(Interrupted):
         chainmerge.merge(
             scenario.top,
+            options=MergeOptions(engine=engine),
             on_progress=lambda event: seen.append(event.stage),
             should_stop=should_stop,
         )
+    if engine == "native":
+        assert (content(scenario.base), bitmap_names(scenario.base)) == before
+        assert_clean(scenario.base)
     chainmerge.merge(scenario.top)
     scenario.assert_merged()
 
 
 def _command(scenario: Scenario) -> list[str]:
-    return [sys.executable, "-m", "chainmerge", "merge", "--json", str(scenario.top)]
+    arguments = ("--json", "--engine", scenario.engine, str(scenario.top))
+    return [sys.executable, "-m", "chainmerge", "merge", *arguments]
 
 
 def _start(scenario: Scenario) -> subprocess.Popen[bytes]:
@@ -165,14 +183,43 @@ def _kill_at_random_moments(template: Scenario, directory: Path, kills: int) -> 
         shutil.rmtree(scenario.directory)
 
 
-def test_killed_at_random_moments(scenario_template: Scenario, tmp_path: Path) -> None:
-    _kill_at_random_moments(scenario_template, tmp_path, kills=8)
+ENGINES: tuple[EngineChoice, ...] = ("native", "qemu")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_at_random_moments(
+    scenario_template: Scenario, tmp_path: Path, engine: EngineChoice
+) -> None:
+    _kill_at_random_moments(replace(scenario_template, engine=engine), tmp_path, kills=8)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_killed_at_100_random_moments(scenario_template: Scenario, tmp_path: Path) -> None:
-    _kill_at_random_moments(scenario_template, tmp_path, kills=100)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("engine", "kills"), [("native", 200), ("qemu", 100)])
+def test_killed_at_many_random_moments(
+    scenario_template: Scenario, tmp_path: Path, engine: EngineChoice, kills: int
+) -> None:
+    _kill_at_random_moments(replace(scenario_template, engine=engine), tmp_path, kills)
+
+
+def test_a_cancelled_merge_does_not_leave_a_larger_file(scenario: Scenario) -> None:
+    before = scenario.base.stat()
+    copied = False
+
+    def on_progress(event: ProgressEvent) -> None:
+        nonlocal copied
+        copied = copied or (event.stage is Stage.COPY and event.done > 0)
+
+    with pytest.raises(Interrupted):
+        chainmerge.merge(
+            scenario.top,
+            options=MergeOptions(engine="native"),
+            on_progress=on_progress,
+            should_stop=lambda: copied,
+        )
+    after = scenario.base.stat()
+    assert after.st_size == before.st_size
+    assert after.st_blocks <= before.st_blocks
 
 
 def test_finished_merge_says_so(scenario: Scenario) -> None:

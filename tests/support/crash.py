@@ -45,7 +45,25 @@ class Reserved:
     length: int
 
 
-Event = Written | Flushed | Reserved
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """The file's new size; from here on a crash may leave it or the old one."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Punched:
+    """A range that reads as zeros from here on, or after a crash as what it was."""
+
+    offset: int
+    length: int
+
+
+Event = Written | Flushed | Reserved | Resized | Punched
+
+
+Change = Written | Resized | Punched
 
 
 class RecordingPort:
@@ -82,8 +100,20 @@ class RecordingPort:
         self.log.append(Written(offset, bytes(data)))
         _apply(self.content, offset, data)
 
+    def truncate_to(self, size: int) -> None:
+        self.log.append(Resized(size))
+        _resize(self.content, size)
+
+    def punch(self, offset: int, length: int) -> None:
+        self.log.append(Punched(offset, length))
+        end = min(offset + length, len(self.content))
+        _apply(self.content, offset, bytes(max(0, end - offset)))
+
     def flush(self) -> None:
         self.log.append(Flushed())
+
+    def forget_cached(self) -> None:
+        """Nothing is cached."""
 
 
 class FailingPort(RecordingPort):
@@ -148,26 +178,27 @@ def crash_states(
     for number, window in enumerate(_windows(log)):
         for label, kept in _subsets(window, choice, samples):
             state = bytearray(durable)
-            for write in kept:
-                _apply(state, write.offset, write.data)
+            for event in kept:
+                _happen(state, event)
             yield CrashState(bytes(state), number, f"after flush {number}: {label}")
-        for write in window:
-            _apply(durable, write.offset, write.data)
+        for event in window:
+            _happen(durable, event)
     yield CrashState(bytes(durable), number + 1, "everything written")
 
 
-def _windows(log: Sequence[Event]) -> list[list[Written]]:
-    """The writes between each flush and the next one."""
+def _windows(log: Sequence[Event]) -> list[list[Change]]:
+    """What changes the content between each flush and the next one."""
     ends = [-1, *(at for at, event in enumerate(log) if isinstance(event, Flushed)), len(log)]
     windows = []
     for start, end in pairwise(ends):
-        windows.append([event for event in log[start + 1 : end] if isinstance(event, Written)])
+        between = log[start + 1 : end]
+        windows.append([one for one in between if isinstance(one, Written | Resized | Punched)])
     return windows if windows[-1] else windows[:-1]
 
 
 def _subsets(
-    window: Sequence[Written], choice: random.Random, samples: int
-) -> Iterator[tuple[str, list[Written]]]:
+    window: Sequence[Change], choice: random.Random, samples: int
+) -> Iterator[tuple[str, list[Change]]]:
     for count in range(1, len(window) + 1):
         yield f"the first {count} writes", list(window[:count])
     if len(window) <= _SINGLED_OUT:
@@ -179,8 +210,10 @@ def _subsets(
         yield f"random subset {sample}", kept
 
 
-def _survivors(write: Written, choice: random.Random) -> list[Written]:
+def _survivors(write: Change, choice: random.Random) -> list[Change]:
     """What is left of a write: all, nothing, or any of its sectors."""
+    if not isinstance(write, Written):
+        return [write] if choice.random() < 0.5 else []
     fate = choice.random()
     if fate < 0.3:
         return [write]
@@ -195,6 +228,20 @@ def _sectors(write: Written) -> Iterator[Written]:
         stop = min((start // SECTOR + 1) * SECTOR, end)
         yield Written(start, write.data[start - write.offset : stop - write.offset])
         start = stop
+
+
+def _happen(content: bytearray, event: Change) -> None:
+    match event:
+        case Written(offset, data):
+            _apply(content, offset, data)
+        case Resized(size):
+            _resize(content, size)
+        case Punched(offset, length):
+            _apply(content, offset, bytes(max(0, min(length, len(content) - offset))))
+
+
+def _resize(content: bytearray, size: int) -> None:
+    content[size:] = bytes(max(0, size - len(content)))
 
 
 def _apply(content: bytearray, offset: int, data: bytes) -> None:

@@ -68,7 +68,16 @@ class HeadInMemory:
     def write(self, offset: int, data: bytes) -> None:
         self.content[offset : offset + len(data)] = data
 
+    def truncate_to(self, size: int) -> None:
+        raise AssertionError
+
+    def punch(self, offset: int, length: int) -> None:
+        raise AssertionError
+
     def flush(self) -> None:
+        pass
+
+    def forget_cached(self) -> None:
         pass
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from hypothesis import strategies as st
 
-from chainmerge.options import MergeOptions
+from chainmerge.options import EngineChoice, MergeOptions
 from tests.support import qemu
 from tests.support.images import (
     KIB,
@@ -129,7 +129,7 @@ def _can_hold_snapshots(geometry: Geometry | None) -> bool:
 
 
 @st.composite
-def merge_cases(draw: st.DrawFn) -> MergeCase:
+def merge_cases(draw: st.DrawFn, engine: EngineChoice) -> MergeCase:
     """A chain of two to five images and a merge in it that QEMU's tools would also do."""
     count = draw(st.integers(2, 5))
     top = count - 1 if draw(st.booleans()) else draw(st.integers(1, count - 1))
@@ -138,8 +138,13 @@ def merge_cases(draw: st.DrawFn) -> MergeCase:
     bitmaps = draw(_bitmaps([_holds_bitmaps(image.geometry) for image in images]))
     layers = tuple(draw(_layers(image, own)) for image, own in zip(images, bitmaps, strict=True))
     branch = draw(_layers(draw(_images(1, on_top=True))[0], ())) if _one_in(draw, 5) else None
+    in_place = engine == "qemu" or layers[base].geometry is None or draw(st.booleans())
     options = MergeOptions(
-        delete=_one_in(draw, 3), keep_name=_one_in(draw, 3), drop_bitmaps=_one_in(draw, 3)
+        delete=_one_in(draw, 3),
+        keep_name=_one_in(draw, 3),
+        drop_bitmaps=_one_in(draw, 3),
+        engine=engine,
+        data="in-place" if in_place else "cow",
     )
     return MergeCase(
         layers,

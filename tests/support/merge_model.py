@@ -91,9 +91,11 @@ def _refusals(case: MergeCase) -> Iterator[str]:
 
 
 def _is_stuck(case: MergeCase, base: LayerPlan, size: int) -> bool:
-    """Whether QEMU cannot make base's disk as large as *size*."""
+    """Whether the engine cannot make base's disk as large as *size*."""
     if base.geometry is None or base.geometry.compat != "0.10":
         return False
+    if case.options.engine == "native":
+        return base.snapshot
     # Without zero clusters nothing can hide what a longer backing file has there.
     longer_backing = case.base > 0 and case.layers[case.base - 1].disk_size > base.disk_size
     return base.snapshot or longer_backing
@@ -106,7 +108,12 @@ def end_may_be_stuck(case: MergeCase) -> bool:
     hide a longer backing file. A compressed cluster has no such parts.
     """
     base, end = case.layers[case.base], case.layers[case.base].disk_size
-    if base.geometry is None or not base.geometry.extended_l2 or end >= _top(case).disk_size:
+    if (
+        case.options.engine == "native"
+        or base.geometry is None
+        or not base.geometry.extended_l2
+        or end >= _top(case).disk_size
+    ):
         return False
     longer_backing = case.base > 0 and case.layers[case.base - 1].disk_size > end
     return longer_backing and any(

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from chainmerge.options import EngineChoice
 from tests.support.qemu import content, create, dirty_ranges, qemu_img, qemu_io
 
 MIB = 1 << 20
@@ -29,6 +30,7 @@ class Scenario:
     directory: Path
     expected_content: bytes
     expected_bits: dict[str, set[int]]
+    engine: EngineChoice = "auto"
 
     @property
     def base(self) -> Path:
@@ -40,7 +42,7 @@ class Scenario:
 
     def copy_to(self, directory: Path) -> Scenario:
         shutil.copytree(self.directory, directory)
-        return Scenario(directory, self.expected_content, self.expected_bits)
+        return replace(self, directory=directory)
 
     def assert_merged(self) -> None:
         """Content and bits of base are right, judged by QEMU."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from chainmerge.options import Placement
 from chainmerge.planning import (
     DirectionCost,
     Directions,
@@ -82,6 +83,9 @@ def plan(
             missing=0,
             breakdown={"data": 126 * MIB, "l2_tables": 65536},
             shrink_to=127 * MIB,
+            placement=Placement.COW,
+            required_by_placement={"cow": 129 * MIB + 1, "in-place": 129 * MIB + 1},
+            prune_first=True,
         ),
         repoint=(Repoint(f"{top}.child", top, base, "qcow2"),),
         delete=(top,),

@@ -11,7 +11,14 @@ import rich_click as click
 
 from chainmerge.cli.output import JsonOutput, Output, TextOutput
 from chainmerge.cli.params import IMAGE, PATH_FORMAT, SIZE
-from chainmerge.options import Access, EngineChoice, MergeOptions, VerifyLevel, VolumeChoice
+from chainmerge.options import (
+    Access,
+    DataChoice,
+    EngineChoice,
+    MergeOptions,
+    VerifyLevel,
+    VolumeChoice,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -145,6 +152,15 @@ def merge_options(function: Function[R]) -> Function[R]:
         default=defaults.engine,
         show_default=True,
         help="Who writes the data.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--data",
+        type=click.Choice(get_args(DataChoice)),
+        default=defaults.data,
+        show_default=True,
+        help="Where data goes that base has a cluster for: to a new one (cow), or over the old "
+        "one (in-place), which takes no second copy.",
         panel=_MERGING,
     )
     @click.option(

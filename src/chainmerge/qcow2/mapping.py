@@ -50,6 +50,7 @@ __all__ = [
     "Extents",
     "Kind",
     "Mapping",
+    "compressed_place",
     "iter_extents",
     "lookup",
 ]
@@ -408,11 +409,11 @@ def _classify(header: Header, runs: _Runs) -> Extents:
     host = np.where(follows_guest(kind), runs.entry & np.uint64(OFFSET_MASK), np.uint64(0))
     csize = np.zeros(len(kind), np.uint32)
     if compressed.any():
-        host[compressed], csize[compressed] = _compressed_place(header, runs.entry[compressed])
+        host[compressed], csize[compressed] = compressed_place(header, runs.entry[compressed])
     return Extents(runs.guest, runs.length, kind, host, csize)
 
 
-def _compressed_place(header: Header, entry: U64Array) -> tuple[U64Array, U32Array]:
+def compressed_place(header: Header, entry: U64Array) -> tuple[U64Array, U32Array]:
     """File offsets and sizes in bytes ("Compressed Clusters Descriptor" of the specification)."""
     offset_bits = 62 - (header.cluster_bits - 8)
     host = entry & np.uint64((1 << offset_bits) - 1)

@@ -19,7 +19,7 @@ from chainmerge.storage.files import write_error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.storage.files import FileReadable
+    from chainmerge.storage.locks import AnyFile
 
 # No file system or device that QEMU can use asks for more.
 ALIGNMENT: Final = 4096
@@ -49,7 +49,7 @@ class DirectFile:
         alignment: What offsets, lengths and addresses must be multiples of.
     """
 
-    def __init__(self, file: FileReadable, access: int) -> None:
+    def __init__(self, file: AnyFile, access: int) -> None:
         """Open it.
 
         Args:

@@ -28,7 +28,8 @@ from chainmerge.storage.chunks import Chunk, Making, Moved, PlainRead, Zeros, in
 from chainmerge.storage.crew import Crew
 from chainmerge.storage.direct import ALIGNMENT, DirectFile
 from chainmerge.storage.errors import ReadBackDiffers
-from chainmerge.storage.files import FileReadable, write_error
+from chainmerge.storage.files import write_error
+from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.pacing import Pacing
 from chainmerge.storage.pieces import Produced, Stretch, joined
 from chainmerge.storage.readback import Checksum, Ledger
@@ -164,7 +165,7 @@ class FileTransfer:
     def _add_stretch(self, item: Stretch) -> None:
         source, done = item.source, 0
         assert source is not None
-        if isinstance(source, FileReadable):
+        if isinstance(source, AnyFile):
             done = self._share(item, source) or self._copy_on_server(item, source)
         for start, position, length in self._places(item.target + done, item.length - done):
             offset = item.offset + start - item.target
@@ -172,7 +173,7 @@ class FileTransfer:
 
     def _read_into_chunk(self, source: ByteSource, offset: int, position: int, length: int) -> None:
         start = end = offset + length
-        if isinstance(source, FileReadable):
+        if isinstance(source, AnyFile):
             file = self._direct(source)
             start, end = inner_range(offset, length, file.alignment)
             if start < end and file.aligns(start, position + start - offset):
@@ -228,7 +229,7 @@ class FileTransfer:
         self._bytes_done += length
         self._on_progress(self._bytes_done)
 
-    def _direct(self, source: FileReadable) -> DirectFile:
+    def _direct(self, source: AnyFile) -> DirectFile:
         file = self._sources.get(id(source))
         if file is None:
             file = self._sources[id(source)] = DirectFile(source, os.O_RDONLY)
@@ -267,7 +268,7 @@ class FileTransfer:
             start += length
         return start
 
-    def _share(self, item: Stretch, source: FileReadable) -> int:
+    def _share(self, item: Stretch, source: AnyFile) -> int:
         """Share the source's blocks; returns for how many bytes, from the beginning on."""
         if source.identity in self._cannot_share or not offload.may_reflink(source, self._port):
             return 0
@@ -291,7 +292,7 @@ class FileTransfer:
             self._cannot_share.add(source.identity)
         return done
 
-    def _copy_on_server(self, item: Stretch, source: FileReadable) -> int:
+    def _copy_on_server(self, item: Stretch, source: AnyFile) -> int:
         """Have the server copy; returns how many bytes, from the beginning on."""
         if source.identity in self._cannot_copy_on_server:
             return 0

@@ -202,6 +202,22 @@ class WritablePort(FileReadable):
             raise write_error(self.name, size, 0, error) from error
         self.size = size
 
+    def punch(self, offset: int, length: int) -> None:
+        """Give the space of a range of a regular file back; it reads as zeros afterwards.
+
+        Raises:
+            WriteFailed: the storage reported an error, or knows no holes.
+        """
+        self.refuse_after_failed_flush()
+        try:
+            allocation.punch_hole(self.fd, offset, length)
+        except OSError as error:
+            raise write_error(self.name, offset, length, error) from error
+
+    def forget_cached(self) -> None:
+        """Have what was flushed read from the storage again, and not from the page cache."""
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def refresh_size(self) -> None:
         """Take into account that a regular file was written to past this object."""
         if not self.is_block_device:

@@ -119,6 +119,10 @@ class LockedReadable:
         return self._file.read(offset, length)
 
 
+AnyFile: TypeAlias = FileReadable | LockedReadable
+"""An open file of the operating system: has ``fd``, ``identity`` and ``is_block_device``."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLock:
     """A lock that is held on an image; made by :func:`lock_image`.

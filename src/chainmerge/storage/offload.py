@@ -14,7 +14,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from chainmerge.storage.files import FileReadable
+    from chainmerge.storage.locks import AnyFile
 
 # linux/fs.h: struct file_clone_range has source descriptor and offset, length, target offset
 _FICLONERANGE: Final = 0x4020940D
@@ -49,7 +49,7 @@ def file_system_type(fd: int) -> int:
     return int(ctypes.c_long.from_buffer(buffer).value) & 0xFFFFFFFF
 
 
-def can_reflink(source: FileReadable, target: FileReadable) -> bool:
+def can_reflink(source: AnyFile, target: AnyFile) -> bool:
     """Whether the target can be expected to share the source's blocks instead of copying them.
 
     True only for two regular files on one XFS that was made with reflinks, on one Btrfs
@@ -72,7 +72,7 @@ def can_reflink(source: FileReadable, target: FileReadable) -> bool:
         return False
 
 
-def may_reflink(source: FileReadable, target: FileReadable) -> bool:
+def may_reflink(source: AnyFile, target: AnyFile) -> bool:
     """Whether trying :func:`clone_range` makes sense."""
     return (
         not source.is_block_device
@@ -82,7 +82,7 @@ def may_reflink(source: FileReadable, target: FileReadable) -> bool:
 
 
 def clone_range(
-    source: FileReadable, source_offset: int, target: FileReadable, offset: int, length: int
+    source: AnyFile, source_offset: int, target: AnyFile, offset: int, length: int
 ) -> None:
     """Make a range of the target share the blocks of the source. Raises OSError.
 
@@ -97,12 +97,12 @@ def clone_range(
     fcntl.ioctl(target.fd, _FICLONERANGE, request)
 
 
-def block_size(file: FileReadable) -> int:
+def block_size(file: AnyFile) -> int:
     """What ranges that are cloned have to be multiples of. Raises OSError."""
     return os.fstatvfs(file.fd).f_bsize
 
 
-def server_copies(source: FileReadable, target: FileReadable) -> bool:
+def server_copies(source: AnyFile, target: AnyFile) -> bool:
     """Whether the two are on a server that can copy between them without our reading.
 
     On all other file systems the kernel would copy through the page cache, which is slower

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from chainmerge.qcow2.bitmaps import (
     MIN_GRANULARITY_BITS,
     TABLE_ALL_ONES,
     TABLE_ENTRY_SIZE,
+    BitmapEntry,
     BitmapFlag,
     directory_entry_size,
     table_entries,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
 _MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
 _DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
+_NONE: Clusters = np.zeros(0, dtype=np.int64)
 # Bits are looked at and copied in windows of this many serialised bytes.
 _WINDOW_BYTES = 1 << 20
 
@@ -58,6 +60,42 @@ class StoredBitmap:
     name: str
     bits: BitSet
     flags: BitmapFlag
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes a bit."""
+        return self.bits.granularity
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBitmap:
+    """A bitmap of the image that stays in the clusters that it has.
+
+    Only its entry in the directory is written anew.
+
+    Attributes:
+        entry: As it stands in the image: readable, and of the disk's present size.
+    """
+
+    entry: BitmapEntry
+
+    @property
+    def name(self) -> str:
+        """As in :class:`StoredBitmap`."""
+        return self.entry.name
+
+    @property
+    def flags(self) -> BitmapFlag:
+        """As in :class:`StoredBitmap`."""
+        return self.entry.flags
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes a bit."""
+        return self.entry.granularity
+
+
+AnyBitmap: TypeAlias = StoredBitmap | KeptBitmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +126,7 @@ class BitmapSetLayout:
         directory_size: Bytes.
     """
 
-    bitmaps: tuple[StoredBitmap, ...]
+    bitmaps: tuple[AnyBitmap, ...]
     header: Header
     shapes: tuple[_Shape, ...]
     directory_size: int
@@ -111,7 +149,7 @@ class BitmapSetLayout:
         )
 
 
-def lay_out(image: str, header: Header, bitmaps: Sequence[StoredBitmap]) -> BitmapSetLayout:
+def lay_out(image: str, header: Header, bitmaps: Sequence[AnyBitmap]) -> BitmapSetLayout:
     """Work out what *bitmaps* take in the image.
 
     Raises:
@@ -122,12 +160,17 @@ def lay_out(image: str, header: Header, bitmaps: Sequence[StoredBitmap]) -> Bitm
     return BitmapSetLayout(
         bitmaps=tuple(bitmaps),
         header=header,
-        shapes=tuple(_shape(header, bitmap.bits) for bitmap in bitmaps),
+        shapes=tuple(
+            _shape(header, bitmap.bits)
+            if isinstance(bitmap, StoredBitmap)
+            else _Shape(bitmap.entry.table_size, _NONE, _NONE, 0)
+            for bitmap in bitmaps
+        ),
         directory_size=sum(directory_entry_size(len(name), 0) for name in encoded),
     )
 
 
-def _check_set(image: str, header: Header, bitmaps: Sequence[StoredBitmap]) -> None:
+def _check_set(image: str, header: Header, bitmaps: Sequence[AnyBitmap]) -> None:
     if len(bitmaps) > MAX_BITMAPS:
         raise BitmapSetUnfit(image, f"{len(bitmaps)} bitmaps are more than {MAX_BITMAPS}")
     if bitmaps and header.version < 3:
@@ -141,10 +184,14 @@ def _check_set(image: str, header: Header, bitmaps: Sequence[StoredBitmap]) -> N
         _check_bitmap(image, header, bitmap)
 
 
-def _check_bitmap(image: str, header: Header, bitmap: StoredBitmap) -> None:
+def _check_bitmap(image: str, header: Header, bitmap: AnyBitmap) -> None:
     def unfit(problem: str) -> BitmapSetUnfit:
         return BitmapSetUnfit(image, f"bitmap {bitmap.name!r}: {problem}")
 
+    if isinstance(bitmap, KeptBitmap):
+        if bitmap.entry.table_size != table_entries(header, bitmap.granularity):
+            raise unfit("it is of a disk of another size")
+        return
     bits = bitmap.bits
     if bits.disk_size != header.virtual_size:
         raise unfit(f"it is of a disk of {bits.disk_size} bytes, not {header.virtual_size}")
@@ -155,7 +202,7 @@ def _check_bitmap(image: str, header: Header, bitmap: StoredBitmap) -> None:
         raise unfit(f"its flags are {bitmap.flags!r}, but only AUTO can be stored")
 
 
-def _encoded_name(image: str, bitmap: StoredBitmap) -> bytes:
+def _encoded_name(image: str, bitmap: AnyBitmap) -> bytes:
     name = stored_name(bitmap.name, MAX_NAME_BYTES)
     if name is None:
         allowed = f"1 to {MAX_NAME_BYTES} bytes without NUL"
@@ -228,6 +275,8 @@ class PlacedBitmapSet:
         for bitmap, shape, table in zip(
             self.layout.bitmaps, self.layout.shapes, self.tables.tolist(), strict=True
         ):
+            if isinstance(bitmap, KeptBitmap):
+                continue
             data = self.data[done : done + len(shape.stored)]
             done += len(shape.stored)
             yield _run(table, whole_clusters(_table(shape, data, cluster_size), cluster_size))
@@ -255,8 +304,10 @@ def place(layout: BitmapSetLayout, allocation: Allocation) -> PlacedBitmapSet:
     tables = np.zeros(len(layout.shapes), dtype=np.int64)
     data: list[Clusters] = []
     used = 0
-    for number, shape in enumerate(layout.shapes):
-        if shape.table_clusters == 1:
+    for number, (bitmap, shape) in enumerate(zip(layout.bitmaps, layout.shapes, strict=True)):
+        if isinstance(bitmap, KeptBitmap):
+            tables[number] = bitmap.entry.table_offset // layout.header.cluster_size
+        elif shape.table_clusters == 1:
             tables[number] = scattered[used]
             used += 1
         else:
@@ -285,14 +336,14 @@ def _table(shape: _Shape, data: Clusters, cluster_size: int) -> bytes:
     return table.tobytes()
 
 
-def _directory_entry(bitmap: StoredBitmap, shape: _Shape, table_offset: int) -> bytes:
+def _directory_entry(bitmap: AnyBitmap, shape: _Shape, table_offset: int) -> bytes:
     name = bitmap.name.encode("utf-8", "surrogateescape")
     entry = _DIRECTORY_ENTRY.pack(
         table_offset,
         shape.entries,
         int(bitmap.flags),
         DIRTY_TRACKING,
-        bitmap.bits.granularity.bit_length() - 1,
+        bitmap.granularity.bit_length() - 1,
         len(name),
         0,
     )

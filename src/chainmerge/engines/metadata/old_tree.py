@@ -19,14 +19,18 @@ from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.refcounts import read_refcounts, refcounts_per_block
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from chainmerge.engines.metadata.allocation import Clusters
     from chainmerge.qcow2.image import Qcow2Image
 
 _NONE: Clusters = np.zeros(0, dtype=np.int64)
 
 
-def bitmap_clusters(image: Qcow2Image) -> Clusters:
+def bitmap_clusters(image: Qcow2Image, staying: Collection[str] = ()) -> Clusters:
     """Clusters of the directory, the tables and the data of the image's bitmaps.
+
+    Those of the bitmaps named by *staying* are left out, but for the directory.
 
     Ascending, with repetitions where something is used twice. Empty where the autoclear
     bit does not vouch for the bitmaps, or where they cannot be read to the end: what they
@@ -39,7 +43,8 @@ def bitmap_clusters(image: Qcow2Image) -> Clusters:
         entries = read_directory(image)
         parts = [_span(extension.directory_offset, extension.directory_size, image)]
         for entry in entries:
-            parts += _clusters_of(image, entry)
+            if entry.name not in staying:
+                parts += _clusters_of(image, entry)
     except FormatError:
         return _NONE
     return np.sort(np.concatenate(parts))

@@ -16,7 +16,14 @@ from chainmerge.engines.metadata.allocation import (
     runs_of,
     stored_free_space,
 )
-from chainmerge.engines.metadata.bitmap_set import PlacedBitmapSet, StoredBitmap, lay_out, place
+from chainmerge.engines.metadata.bitmap_set import (
+    AnyBitmap,
+    KeptBitmap,
+    PlacedBitmapSet,
+    StoredBitmap,
+    lay_out,
+    place,
+)
 from chainmerge.engines.metadata.counting import (
     blocks_raised,
     link_writes,
@@ -34,6 +41,7 @@ from chainmerge.engines.metadata.old_tree import (
 from chainmerge.engines.metadata.preconditions import require_sound
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered
+from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.refcounts import U64Array, read_refcount_table
 
@@ -81,7 +89,7 @@ class RewriteOutcome:
     freed: tuple[tuple[int, int], ...]
 
 
-def plan_bitmap_set(image: Qcow2Image, bitmaps: Sequence[StoredBitmap]) -> MetadataRewrite:
+def plan_bitmap_set(image: Qcow2Image, bitmaps: Sequence[AnyBitmap]) -> MetadataRewrite:
     """Decide how to make *bitmaps* the bitmaps of *image*, all of them and no others.
 
     Reads refcounts and the old bitmaps' tables, writes nothing. The image must have no
@@ -92,10 +100,37 @@ def plan_bitmap_set(image: Qcow2Image, bitmaps: Sequence[StoredBitmap]) -> Metad
         HeaderFull: one sector write cannot switch to it.
         RefcountTableFull: the clusters that it takes cannot be counted.
     """
-    return _planned(image, bitmaps, bitmap_clusters(image))
+    return _planned(image, bitmaps, bitmap_clusters(image, names_kept(bitmaps)))
 
 
-def replace_bitmaps(port: Port, bitmaps: Sequence[StoredBitmap]) -> RewriteOutcome:
+def names_kept(bitmaps: Sequence[AnyBitmap]) -> frozenset[str]:
+    """Those of a set that stay in their clusters."""
+    return frozenset(bitmap.name for bitmap in bitmaps if isinstance(bitmap, KeptBitmap))
+
+
+def kept_where_unchanged(image: Qcow2Image, bitmaps: Sequence[StoredBitmap]) -> list[AnyBitmap]:
+    """The same set, with what the image has already staying in its clusters.
+
+    The image's bitmaps must be sound.
+    """
+    if not image.header.bitmaps_trusted:
+        return list(bitmaps)
+    entries = {entry.name: entry for entry in read_directory(image)}
+
+    def as_it_is(bitmap: StoredBitmap) -> AnyBitmap:
+        entry = entries.get(bitmap.name)
+        if entry is None or entry.in_use or not entry.readable:
+            return bitmap
+        if entry.granularity != bitmap.granularity or entry.flags != bitmap.flags:
+            return bitmap
+        if bitmap.bits.disk_size != image.header.virtual_size:
+            return bitmap
+        return KeptBitmap(entry) if read_bits(image, entry) == bitmap.bits else bitmap
+
+    return [as_it_is(bitmap) for bitmap in bitmaps]
+
+
+def replace_bitmaps(port: Port, bitmaps: Sequence[AnyBitmap]) -> RewriteOutcome:
     """Make *bitmaps* the bitmaps of a closed image, all of them and no others.
 
     At any instant the image has entirely the old set or entirely the new one. What the
@@ -111,13 +146,21 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[StoredBitmap]) -> RewriteOutco
     """
     image = Qcow2Image(port)
     bitmaps_sound = require_sound(image)
-    # Of bitmaps that contradict the refcounts nothing is known to be theirs alone.
-    old = bitmap_clusters(image) if bitmaps_sound else _NONE
+    if not bitmaps_sound:
+        # Of bitmaps that contradict the refcounts nothing is known to be theirs alone.
+        bitmaps = [_copied(image, bitmap) for bitmap in bitmaps]
+    old = bitmap_clusters(image, names_kept(bitmaps)) if bitmaps_sound else _NONE
     rewrite = _planned(image, bitmaps, old)
     reserve(port, rewrite.required_size, _ranges(rewrite.allocated, rewrite.cluster_size))
     written = execute(port, rewrite.steps)
     freed = _ranges(runs_of(rewrite.released), rewrite.cluster_size)
     return RewriteOutcome(rewrite.required_size, written, freed)
+
+
+def _copied(image: Qcow2Image, bitmap: AnyBitmap) -> StoredBitmap:
+    if isinstance(bitmap, StoredBitmap):
+        return bitmap
+    return StoredBitmap(bitmap.name, read_bits(image, bitmap.entry), bitmap.flags)
 
 
 def _ranges(runs: Runs, cluster_size: int) -> tuple[tuple[int, int], ...]:
@@ -128,7 +171,7 @@ def _ranges(runs: Runs, cluster_size: int) -> tuple[tuple[int, int], ...]:
 
 
 def _planned(
-    image: Qcow2Image, bitmaps: Sequence[StoredBitmap], old_bitmaps: Clusters
+    image: Qcow2Image, bitmaps: Sequence[AnyBitmap], old_bitmaps: Clusters
 ) -> MetadataRewrite:
     header = image.header
     layout = lay_out(image.name, header, bitmaps)

@@ -46,8 +46,17 @@ class Port(Readable, Protocol):
     def write(self, offset: int, data: bytes) -> None:
         """Write all of *data*; behind the end of a regular file, extend it."""
 
+    def truncate_to(self, size: int) -> None:
+        """Make a regular file *size* bytes large; new bytes are zeros."""
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give the space of a range of a regular file back; it reads as zeros afterwards."""
+
     def flush(self) -> None:
         """Make every write so far durable, the file's size included."""
+
+    def forget_cached(self) -> None:
+        """Have what was flushed read from the storage again."""
 
 
 class StepName(StrEnum):

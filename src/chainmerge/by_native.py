@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge by the native engine: written beside the old tree, verified, switched."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from chainmerge.bitmap_sets import final_set
+from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.engines.native import Commit, RawCommit, commit, commit_to_raw, new_tree
+from chainmerge.journal import save_bitmaps
+from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
+from chainmerge.native_facts import bitmaps_to_store, bitmaps_without_stale, mapped_disk
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.files import WritablePort
+from chainmerge.storage.locks import AnyFile
+from chainmerge.storage.transfer import Transfer, can_reflink, transfer_into
+from chainmerge.storage.volumes import VolumeKind
+from chainmerge.types import ProgressEvent, Stage
+from chainmerge.verify import (
+    verify_bitmaps,
+    verify_content,
+    verify_metadata,
+    verify_soundness,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from chainmerge.merge_job import Job
+    from chainmerge.view import GuestView
+
+
+def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
+    """Merge; returns how many guest bytes were moved, and what was verified, in sentences."""
+    with _enough_space(job):
+        reclaim(job)
+        _make_room(job)
+        _note_what_base_lacks(job)
+        with WritablePort(job.base.real_path) as port:
+            if job.base.header is None:
+                return _merge_into_raw(job, port)
+            return _merge_into_qcow2(job, port)
+
+
+@contextlib.contextmanager
+def _enough_space(job: Job) -> Iterator[None]:
+    """Make a volume large enough. In a file the engine reserves just the clusters it takes."""
+    if job.facts.volume.kind is VolumeKind.FILE:
+        yield
+        return
+    with extended(job):
+        yield
+
+
+def _make_room(job: Job) -> None:
+    """Take stale bitmaps out by a switch of their own, where the plan needs their clusters."""
+    if not job.plan.space.prune_first:
+        return
+    job.request.announce(Stage.PRUNE)
+    with WritablePort(job.base.real_path) as port:
+        remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps)
+        if remaining is not None:
+            replace_bitmaps(port, remaining)
+
+
+def _note_what_base_lacks(job: Job) -> None:
+    """Where a rerun could take a name that base gets for one with a gap below it, write it down."""
+    if len(job.facts.merged_images) > 1 and job.base.supports_bitmaps:
+        saved = bitmaps_to_save(job)
+        if saved is not None:
+            save_bitmaps(job.base.real_path, saved)
+
+
+def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:
+    image = Qcow2Image(port)
+    placement = job.plan.space.placement
+    disk = mapped_disk(job.target, image)
+    stored = bitmaps_to_store(image, job.bitmaps, disk.size_after)
+    need = job.needs[placement]
+    work = Commit(
+        image=image,
+        chain=job.opened.view(),
+        base_index=job.target.base_index,
+        tree=new_tree(image.name, disk, need, stored),
+        placement=placement,
+        shares_extents=_shares_extents(job, port),
+    )
+    verified: list[str] = []
+
+    def before_switch(new_image: Qcow2Image, merged: GuestView) -> None:
+        job.request.announce(Stage.VERIFY)
+        verify_soundness(new_image)
+        if job.base.supports_bitmaps:
+            final = final_set(job.bitmaps, job.plan.virtual_size_after)
+            verified.append(verify_bitmaps(new_image, final))
+        verified.extend(_verify_content(job, merged))
+        job.request.stop_if_asked("base is the old image, to the last bit")
+
+    with contextlib.closing(_transfer(job, port, need.written)) as transfer:
+        outcome = commit(port, work, transfer, before_switch)
+    with WritablePort(job.base.real_path) as written:
+        verified.insert(0, verify_metadata(Qcow2Image(written)))
+    return outcome.moved, tuple(verified)
+
+
+def _merge_into_raw(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:
+    work = RawCommit(job.opened.view(), job.target.base_index, job.plan.virtual_size_after)
+    verified: list[str] = []
+
+    def at_the_end(merged: GuestView) -> None:
+        job.request.announce(Stage.VERIFY)
+        verified.extend(_verify_content(job, merged))
+
+    movement = job.facts.movement
+    total = movement.data_bytes + movement.zero_bytes + movement.compressed_bytes
+    with contextlib.closing(_transfer(job, port, total)) as transfer:
+        moved = commit_to_raw(port, work, transfer, at_the_end)
+    return moved, tuple(verified)
+
+
+def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
+    request = job.request
+    request.announce(Stage.COPY)
+
+    def on_progress(done: int) -> None:
+        request.report(ProgressEvent(Stage.COPY, done, total))
+
+    return transfer_into(
+        port,
+        on_progress=on_progress,
+        should_stop=request.should_stop,
+        bandwidth=request.options.bandwidth,
+    )
+
+
+def _shares_extents(job: Job, port: WritablePort) -> bool:
+    above = job.opened.images[job.target.base_index + 1 :]
+    sources = [image.layer.source for image in above]
+    return all(isinstance(one, AnyFile) and can_reflink(one, port) for one in sources)
+
+
+def _verify_content(job: Job, merged: GuestView) -> Iterator[str]:
+    if job.request.options.verify != "full":
+        return
+    expected = job.opened.view()
+    yield verify_content(
+        str(job.base.path),
+        merged,
+        expected,
+        _progress_of(job, expected.virtual_size),
+        job.request.should_stop,
+    )
+
+
+def _progress_of(job: Job, size: int) -> Callable[[int], None]:
+    return lambda done: job.request.report(ProgressEvent(Stage.VERIFY, done, size))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge whose guest data QEMU copies: bitmaps out of its reach, copy, bitmaps back in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chainmerge.bitmap_sets import final_set, stand_ins
+from chainmerge.engines import qemu
+from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.inspection import find_target, open_chain
+from chainmerge.journal import save_bitmaps
+from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
+from chainmerge.planning import bytes_to_copy
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.files import WritablePort
+from chainmerge.types import ProgressEvent, Stage
+from chainmerge.verify import bitmap_difference, verify_bitmaps, verify_content, verify_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.chain import ImageInfo
+    from chainmerge.merge_job import Job
+
+
+def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
+    """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
+    with extended(job):
+        reclaim(job)
+        _put_bitmaps_aside(job)
+        copied = _copy(job)
+        _store_bitmaps(job)
+    return copied, tuple(_verify(job))
+
+
+def _put_bitmaps_aside(job: Job) -> None:
+    """Take base's bitmaps out of QEMU's reach: stale ones for good, kept ones until the end."""
+    if not job.base.supports_bitmaps:
+        return
+    job.request.announce(Stage.PRUNE)
+    saved = bitmaps_to_save(job)
+    if saved is not None:
+        save_bitmaps(job.base.real_path, saved)
+    with WritablePort(job.base.real_path) as port:
+        between = stand_ins(job.bitmaps, job.base.virtual_size)
+        if bitmap_difference(Qcow2Image(port), between) is None:
+            return
+        replace_bitmaps(port, between)
+        if between:
+            # Once more, now that the old set's clusters are free: low, so that QEMU finds
+            # what is left of the volume in one piece.
+            replace_bitmaps(port, between)
+
+
+def _copy(job: Job) -> int:
+    """Copy guest data into base; returns how many bytes that was."""
+    grows = job.facts.top.virtual_size > job.base.virtual_size
+    total = bytes_to_copy(job.facts)
+    if total == 0 and not grows:
+        return 0
+    job.request.announce(Stage.COPY)
+
+    def on_progress(progress: qemu.CopyProgress) -> None:
+        job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))
+
+    qemu.commit(
+        [_image_spec(image) for image in job.target.chain.images],
+        job.target.base_index,
+        [lock.share_with_child() for lock in job.locks],
+        on_progress,
+        job.request.should_stop,
+        bandwidth=job.request.options.bandwidth,
+    )
+    with WritablePort(job.base.real_path) as port:
+        port.flush()
+    return total
+
+
+def _image_spec(image: ImageInfo) -> qemu.ImageSpec:
+    return qemu.ImageSpec(
+        path=str(image.real_path),
+        format=image.format,
+        is_block_device=image.is_block_device,
+        data_file=str(image.data_file) if image.data_file else None,
+    )
+
+
+def _store_bitmaps(job: Job) -> None:
+    if job.base.supports_bitmaps:
+        job.request.report(ProgressEvent(Stage.BITMAPS))
+        with WritablePort(job.base.real_path) as port:
+            final = final_set(job.bitmaps, job.plan.virtual_size_after)
+            if bitmap_difference(Qcow2Image(port), final) is not None:
+                replace_bitmaps(port, final)
+
+
+def _verify(job: Job) -> Iterator[str]:
+    """Read back what was written, from tables parsed anew."""
+    job.request.announce(Stage.VERIFY)
+    target = find_target(job.request.top, job.request.base, job.request.access)
+    with open_chain(target.chain, job.locks) as opened:
+        image = opened.images[target.base_index].image
+        if image is not None:
+            yield verify_metadata(image)
+        if image is not None and job.base.supports_bitmaps:
+            final = final_set(job.bitmaps, job.plan.virtual_size_after)
+            yield verify_bitmaps(image, final)
+        if job.request.options.verify == "full":
+            size = opened.view().virtual_size
+            yield verify_content(
+                str(target.base.path),
+                opened.view(0, target.base_index + 1),
+                opened.view(),
+                lambda done: job.request.report(ProgressEvent(Stage.VERIFY, done, size)),
+                job.request.should_stop,
+            )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native engine: merges into closed qcow2 and raw images without QEMU.
+
+``docs/native-engine.md`` gives the order of the writes, and why it is safe to be interrupted
+anywhere in it.
+"""
+
+from __future__ import annotations
+
+from chainmerge.engines.native.commit import Commit, CommitOutcome, commit
+from chainmerge.engines.native.decisions import MappedDisk
+from chainmerge.engines.native.raw import RawCommit, commit_to_raw
+from chainmerge.engines.native.survey import (
+    MappingNeed,
+    NewTree,
+    PlacedTree,
+    new_tree,
+    place_tree,
+    survey_mapping,
+)
+
+__all__ = [
+    "Commit",
+    "CommitOutcome",
+    "MappedDisk",
+    "MappingNeed",
+    "NewTree",
+    "PlacedTree",
+    "RawCommit",
+    "commit",
+    "commit_to_raw",
+    "new_tree",
+    "place_tree",
+    "survey_mapping",
+]

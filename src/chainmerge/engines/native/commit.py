@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native commit: everything new into free clusters, then one sector switches to it.
+
+========  ==========================================================================
+FILL      guest data; L2 tables, L1 table, bitmaps, refcount blocks and table: whole
+          clusters that are free in base, or (in place) that the images above hide.
+          Read back, data from the storage itself
+COUNT     refcounts of the new clusters, in the refcount blocks there are
+LINK      new refcount blocks into the refcount table, where that is not new
+          then the new tree is verified, read through the sector that is to be written
+SWITCH    the first 512 bytes: base is the old image until here, the new one from here
+RELEASE   refcounts of what only the old tree used
+========  ==========================================================================
+
+Each step ends with a flush. Before SWITCH nothing that base's header leads to changes, but
+for refcounts that rise and data that the images above hide; so in whatever state a crash
+leaves base, the guest's view through top is the right one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.engines.metadata.allocation import Runs, runs_of, split_runs
+from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
+from chainmerge.engines.metadata.bitmap_set import place as place_bitmaps
+from chainmerge.engines.metadata.counting import (
+    link_writes,
+    lowered_refcounts,
+    new_refcount_blocks,
+    new_refcount_table,
+    raised_refcounts,
+)
+from chainmerge.engines.metadata.errors import ReleaseFailed, SwitchUnknown
+from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
+from chainmerge.engines.metadata.leaks import reclaim_leaks
+from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
+from chainmerge.engines.metadata.replacement import names_kept
+from chainmerge.engines.metadata.steps import Port, StepName, reserve
+from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
+from chainmerge.engines.native.decisions import (
+    Change,
+    MappedDisk,
+    find_wishes,
+    new_entries,
+    old_hosts,
+    place_data,
+)
+from chainmerge.engines.native.errors import MergeNotWritten
+from chainmerge.engines.native.moves import (
+    Moves,
+    by_source,
+    by_target,
+    concatenated,
+    items_of,
+    moves_into,
+    places_of_data,
+    segments_of,
+    with_zeros_to,
+)
+from chainmerge.engines.native.origins import TracedView, trace_of
+from chainmerge.engines.native.survey import (
+    L1_ENTRY_BYTES,
+    NewTree,
+    PlacedTree,
+    place_tree,
+    tables_of,
+)
+from chainmerge.engines.native.windows import (
+    changed_windows,
+    joined,
+    read_tables,
+    read_window,
+    table_offsets,
+)
+from chainmerge.errors import ChainmergeError, Failed, Refused
+from chainmerge.options import Placement
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
+from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
+from chainmerge.view import GuestView, Resolved, layer_of_qcow2
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from chainmerge.storage.transfer import Transfer
+
+# Clusters whose data is put into the order of its sources at once.
+_CLUSTERS_AT_ONCE = 1 << 20
+
+BeforeSwitch = Callable[[Qcow2Image, GuestView], None]
+"""Is given the new base, as it will be once its first sector is written, and the guest's view
+of it; raises where something is not as it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A merge of the images above base down into it.
+
+    Attributes:
+        image: Base, read through the port that is written to; checked, without leaks.
+        chain: The view of the whole chain, from the root to top.
+        base_index: Which of its layers base is.
+        tree: What base gets.
+        placement: Where data goes that base has a cluster for.
+        shares_extents: Whether the file system shares what is copied, so that data takes no
+            space that could be reserved.
+    """
+
+    image: Qcow2Image
+    chain: GuestView
+    base_index: int
+    tree: NewTree
+    placement: Placement
+    shares_extents: bool
+
+    @property
+    def disk(self) -> MappedDisk:
+        """Base and its size after the merge."""
+        return self.tree.disk
+
+    @property
+    def above(self) -> GuestView:
+        """The images that are merged."""
+        return GuestView(self.chain.layers[self.base_index + 1 :])
+
+    def below(self, start: int, end: int) -> Resolved:
+        """What base's own view is from guest byte *start* to *end*."""
+        own = GuestView(self.chain.layers[: self.base_index + 1])
+        return joined(list(own.resolve(start, end)))
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOutcome:
+    """What a commit did, in bytes.
+
+    Attributes:
+        required_size: What base's file had to have for it.
+        moved: Guest data that was written.
+    """
+
+    required_size: int
+    moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """The new mapping, written to clusters that nothing leads to yet.
+
+    Attributes:
+        l1: The new L1 table.
+        released: Host clusters that it does not use any more, once for each reference.
+        origins: What was moved where.
+    """
+
+    l1: U64Array
+    released: list[Runs]
+    origins: list[Moves]
+
+
+def commit(
+    port: Port, job: Commit, transfer: Transfer, before_switch: BeforeSwitch
+) -> CommitOutcome:
+    """Write the merge and switch to it.
+
+    Args:
+        port: Base's file or device. The caller holds the locks.
+        job: What to write.
+        transfer: Moves data into the port.
+        before_switch: Verifies the new tree while the old one still stands.
+
+    Raises:
+        NotEnoughSpace, RefcountTableFull, HeaderFull: nothing was changed.
+        MergeNotWritten, Interrupted: base is the old image.
+        SwitchUnknown: base is the old image or the new one.
+        ReleaseFailed: base is the new image, and has leaked clusters.
+    """
+    placed = place_tree(job.tree, free_space_of(job.image))
+    head = _new_head(job, placed)
+    old_size = port.size
+    cluster_size = job.disk.header.cluster_size
+    required = placed.allocation.end * cluster_size
+    try:
+        taken = placed.metadata if job.shares_extents else placed.allocation.everything
+        reserve(port, required, _ranges(taken, cluster_size))
+        if not port.is_block_device and port.size < required:
+            port.truncate_to(required)
+        with _step(port, StepName.FILL):
+            mapping = _write_mapping(port, job, placed, transfer)
+            _write(port, _other_clusters(job, placed, mapping.l1), cluster_size)
+            for offset, data in head.beyond:
+                port.write(offset, data)
+            port.flush()
+            transfer.verify()
+        _count(port, job, placed)
+        port.forget_cached()
+        _verify(port, job, head, mapping, before_switch)
+    except BaseException:
+        _undo(port, placed, old_size)
+        raise
+    if not job.tree.changes_nothing:
+        _switch(port, head)
+        _release(port, job, placed, mapping)
+    return CommitOutcome(required, job.tree.mapping.written)
+
+
+# FILL
+
+
+def _write_mapping(port: Port, job: Commit, placed: PlacedTree, transfer: Transfer) -> _Mapping:
+    header = job.disk.header
+    l1 = np.zeros(max(job.tree.l1_entries, header.l1_size), dtype=np.uint64)
+    l1[: header.l1_size] = job.image.l1
+    mapping = _Mapping(l1, [], [])
+    data, tables = placed.data, placed.tables
+    for batch in _batches(job):
+        wanted = sum(int(np.count_nonzero(change.fresh)) for _, change in batch)
+        for_batch, data = split_runs(data, wanted)
+        hosts = _assign_hosts(batch, for_batch.expanded(), header.cluster_size)
+        _move(job, batch, hosts, transfer, mapping)
+        for (_, change), host in zip(batch, hosts, strict=True):
+            indexes = tables_of(change, header.l2_entries)
+            for_tables, tables = split_runs(tables, len(indexes))
+            piece = _new_tables(job, change, host, indexes, for_tables.expanded())
+            _write(port, [piece], header.cluster_size)
+            mapping.released.extend(_given_up(job, change, indexes))
+            l1[indexes] = piece[0].astype(np.uint64) * np.uint64(header.cluster_size)
+            l1[indexes] |= np.uint64(COPIED)
+    assert not data.total
+    assert not tables.total
+    return mapping
+
+
+def _batches(job: Commit) -> Iterator[list[tuple[Resolved, Change]]]:
+    """Windows of changes, as many as are put into the order of their sources together."""
+    batch: list[tuple[Resolved, Change]] = []
+    clusters = 0
+    for window in changed_windows(job.above, job.disk):
+        wishes = find_wishes(job.disk, read_window(job.image, job.disk, window.start), window)
+        change = place_data(wishes, job.disk, job.placement)
+        if not len(change):
+            continue
+        batch.append((window, change))
+        clusters += len(change) + len(window)
+        if clusters >= _CLUSTERS_AT_ONCE:
+            yield batch
+            batch, clusters = [], 0
+    if batch:
+        yield batch
+
+
+def _assign_hosts(
+    batch: Sequence[tuple[Resolved, Change]], clusters: npt.NDArray[np.int64], cluster_size: int
+) -> list[U64Array]:
+    """File offsets of all host clusters, fresh ones in the order of where their data is now."""
+    places = [places_of_data(change, above, cluster_size) for above, change in batch]
+    order = np.lexsort(
+        (np.concatenate([host for _, _, host in places]), np.concatenate([p for _, p, _ in places]))
+    )
+    assigned = np.empty(len(order), dtype=np.uint64)
+    assigned[order] = clusters.astype(np.uint64) * np.uint64(cluster_size)
+    hosts = []
+    used = 0
+    for (fresh, _, _), (_, change) in zip(places, batch, strict=True):
+        host = old_hosts(change)
+        host[fresh] = assigned[used : used + len(fresh)]
+        used += len(fresh)
+        hosts.append(host)
+    return hosts
+
+
+def _move(
+    job: Commit,
+    batch: Sequence[tuple[Resolved, Change]],
+    hosts: Sequence[U64Array],
+    transfer: Transfer,
+    mapping: _Mapping,
+) -> None:
+    """Move a batch's data in the order of its sources.
+
+    For what goes to fresh clusters that is the order of its targets, too.
+    """
+    header = job.disk.header
+    new: list[Moves] = []
+    in_place: list[Moves] = []
+    for (window, change), host in zip(batch, hosts, strict=True):
+        above = window
+        if window.end == job.disk.size_after:
+            above = with_zeros_to(window, job.disk.clusters_after * header.cluster_size)
+        for chosen, moves in ((change.fresh, new), (change.reused, in_place)):
+            segments = segments_of(change, chosen, host, header)
+            if len(segments.guest):
+                moves.append(moves_into(segments, above, job.base_index + 1, job.below))
+    for parts, in_order in ((new, by_target), (in_place, by_source)):
+        if parts:
+            moved = in_order(concatenated(parts))
+            transfer.move(items_of(moved, job.chain))
+            mapping.origins.append(moved)
+
+
+def _new_tables(
+    job: Commit,
+    change: Change,
+    hosts: U64Array,
+    indexes: npt.NDArray[np.int64],
+    clusters: npt.NDArray[np.int64],
+) -> Piece:
+    """The L2 tables in which entries change."""
+    header = job.disk.header
+    words = read_tables(job.image, indexes)
+    entries, subclusters = new_entries(change, hosts, header)
+    row = np.searchsorted(indexes, change.cluster // header.l2_entries)
+    column = change.cluster % header.l2_entries
+    remapped = change.remapped
+    row, column = row[remapped], column[remapped]
+    if header.extended_l2:
+        words[row, 2 * column] = entries[remapped]
+        words[row, 2 * column + 1] = subclusters[remapped]
+    else:
+        words[row, column] = entries[remapped]
+    return clusters, words.astype(">u8").view(np.uint8).reshape(len(indexes), header.cluster_size)
+
+
+def _given_up(job: Commit, change: Change, indexes: npt.NDArray[np.int64]) -> Iterator[Runs]:
+    """Host clusters that the old mapping of these guest clusters used."""
+    header = job.disk.header
+    tables = table_offsets(job.image, indexes)
+    entry = change.entry[change.released]
+    packed = entry & np.uint64(COMPRESSED) != 0
+    plain = np.concatenate([tables[tables != 0], entry[~packed] & np.uint64(OFFSET_MASK)])
+    yield runs_of(np.sort((plain >> np.uint64(header.cluster_bits)).astype(np.int64)))
+    if packed.any():
+        host, size = compressed_place(header, entry[packed])
+        first = (host >> np.uint64(header.cluster_bits)).astype(np.int64)
+        last = ((host + size - np.uint64(1)) >> np.uint64(header.cluster_bits)).astype(np.int64)
+        yield Runs(first, last - first + 1)
+
+
+def _other_clusters(job: Commit, placed: PlacedTree, l1: U64Array) -> Iterator[Piece]:
+    """Everything but guest data and L2 tables."""
+    header, allocation = job.disk.header, placed.allocation
+    if placed.l1_start is not None:
+        rows = whole_clusters(l1.astype(">u8").tobytes(), header.cluster_size)
+        yield placed.l1_start + np.arange(len(rows), dtype=np.int64), rows
+    if job.tree.bitmaps is not None:
+        yield from place_bitmaps(job.tree.bitmaps, placed.bitmaps).pieces()
+    yield from new_refcount_blocks(header, allocation)
+    if allocation.table_start is not None:
+        yield new_refcount_table(header, read_refcount_table(job.image), allocation)
+
+
+def _new_head(job: Commit, placed: PlacedTree) -> HeaderWrite:
+    header, allocation = job.disk.header, placed.allocation
+    content = replace(content_of(header), virtual_size=job.disk.size_after)
+    if placed.l1_start is not None:
+        content = replace(
+            content,
+            l1_size=job.tree.l1_entries,
+            l1_table_offset=placed.l1_start * header.cluster_size,
+        )
+    if job.tree.bitmaps is not None:
+        extension = place_bitmaps(job.tree.bitmaps, placed.bitmaps).extension
+        content = replace(content, bitmaps=extension, bitmaps_trusted=extension is not None)
+    if allocation.table_start is not None:
+        content = replace(
+            content,
+            refcount_table_offset=allocation.table_start * header.cluster_size,
+            refcount_table_clusters=allocation.table_clusters,
+        )
+    cluster = job.image.readable.read(0, header.cluster_size)
+    return compose_header(job.image.name, cluster, header, content)
+
+
+def _write(port: Port, pieces: Sequence[Piece] | Iterator[Piece], cluster_size: int) -> None:
+    for offset, data in gathered(iter(pieces), cluster_size):
+        port.write(offset, data)
+
+
+# COUNT, LINK
+
+
+def _count(port: Port, job: Commit, placed: PlacedTree) -> None:
+    header, allocation = job.disk.header, placed.allocation
+    table = read_refcount_table(job.image)
+    with _step(port, StepName.COUNT):
+        for offset, data in raised_refcounts(port, header, table, allocation):
+            port.write(offset, data)
+        port.flush()
+    if len(allocation.blocks.index) and allocation.table_start is None:
+        with _step(port, StepName.LINK):
+            for offset, data in link_writes(port, header, allocation):
+                port.write(offset, data)
+            port.flush()
+
+
+# Verification
+
+
+def _verify(
+    port: Port, job: Commit, head: HeaderWrite, mapping: _Mapping, before_switch: BeforeSwitch
+) -> None:
+    image = Qcow2Image(_WithSector(port, head.sector))
+    layers = list(job.chain.layers)
+    layers[job.base_index] = layer_of_qcow2(image, port)
+    merged = TracedView(tuple(layers), job.base_index, trace_of(mapping.origins))
+    before_switch(image, merged)
+
+
+@dataclass(frozen=True, slots=True)
+class _WithSector:
+    """An image as it is once its first sector is written."""
+
+    image: Port
+    sector: bytes
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    @property
+    def size(self) -> int:
+        return self.image.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self.image.read(offset, length)
+        if offset >= SECTOR:
+            return data
+        return self.sector[offset : offset + length] + data[SECTOR - offset :]
+
+
+# SWITCH, RELEASE
+
+
+def _switch(port: Port, head: HeaderWrite) -> None:
+    try:
+        port.write(0, head.sector)
+        port.flush()
+    except (OSError, Failed) as error:
+        raise SwitchUnknown(port.name, _reason(error)) from error
+
+
+def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
+    """Give back what only the old tree used, and on a file system its space, too."""
+    old, image = job.image.header, Qcow2Image(port)
+    released = list(mapping.released)
+    if placed.l1_start is not None:
+        length = old.l1_size * L1_ENTRY_BYTES
+        released.append(_span(old.l1_table_offset, length, old.cluster_size))
+    if job.tree.bitmaps is not None:
+        staying = names_kept(job.tree.bitmaps.bitmaps)
+        released.append(runs_of(bitmap_clusters(job.image, staying)))
+    if placed.allocation.table_start is not None:
+        released.append(runs_of(refcount_table_clusters(job.image)))
+    everything = Runs(
+        np.concatenate([runs.start for runs in released] or [np.zeros(0, dtype=np.int64)]),
+        np.concatenate([runs.length for runs in released] or [np.zeros(0, dtype=np.int64)]),
+    )
+    try:
+        table = read_refcount_table(image)
+        for offset, data in lowered_refcounts(port, image.header, table, everything):
+            port.write(offset, data)
+        port.flush()
+    except (OSError, Failed) as error:
+        raise ReleaseFailed(port.name, _reason(error)) from error
+    if not port.is_block_device:
+        _punch(port, image, everything)
+
+
+def _punch(port: Port, image: Qcow2Image, released: Runs) -> None:
+    """Give the space of clusters back to the file system that are free now."""
+    cluster_size = image.header.cluster_size
+    for run in _free_parts(image, released):
+        with contextlib.suppress(ChainmergeError):
+            port.punch(run[0] * cluster_size, run[1] * cluster_size)
+
+
+def _free_parts(image: Qcow2Image, released: Runs) -> Iterator[tuple[int, int]]:
+    order = np.argsort(released.start, kind="stable")
+    done = 0
+    for start, length in zip(
+        released.start[order].tolist(), released.length[order].tolist(), strict=True
+    ):
+        first, end = max(start, done), start + length
+        done = max(done, end)
+        for at in range(first, end, _CLUSTERS_AT_ONCE):
+            count = min(_CLUSTERS_AT_ONCE, end - at)
+            free = np.flatnonzero(read_refcounts(image, at, count) == 0)
+            runs = runs_of(free + at)
+            yield from zip(runs.start.tolist(), runs.length.tolist(), strict=True)
+
+
+def _span(offset: int, length: int, cluster_size: int) -> Runs:
+    first, end = offset // cluster_size, -(-(offset + length) // cluster_size)
+    return Runs(np.array([first], dtype=np.int64), np.array([end - first], dtype=np.int64))
+
+
+# When it fails
+
+
+@contextlib.contextmanager
+def _step(port: Port, step: StepName) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, Failed, Refused) as error:
+        raise MergeNotWritten(port.name, step, _reason(error)) from error
+
+
+def _reason(error: OSError | ChainmergeError) -> str:
+    return str(getattr(error, "reason", error))
+
+
+def _undo(port: Port, placed: PlacedTree, old_size: int) -> None:
+    """Give back what was taken, as far as the storage lets us; what stays is leaked.
+
+    Refcount blocks that the table names already stay: they are in use.
+    """
+    with contextlib.suppress(ChainmergeError):
+        reclaim_leaks(port)
+        if port.is_block_device:
+            return
+        image = Qcow2Image(port)
+        cluster_size = image.header.cluster_size
+        everything = placed.allocation.everything
+        free = 0
+        for start, length in _free_parts(image, everything):
+            port.punch(start * cluster_size, length * cluster_size)
+            free += length
+        if free == everything.total and port.size > old_size:
+            port.truncate_to(old_size)
+
+
+def _ranges(runs: Runs, cluster_size: int) -> list[tuple[int, int]]:
+    return [
+        (start * cluster_size, length * cluster_size)
+        for start, length in zip(runs.start.tolist(), runs.length.tolist(), strict=True)
+    ]

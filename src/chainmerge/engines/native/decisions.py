@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge makes of each cluster of base: pure, one window of clusters at a time.
+
+The images above base define parts of the guest's disk as data or as zeros and leave the rest
+*open*. Base maps the disk in *units*: clusters, or subclusters where its L2 entries are
+extended. A unit of which the images above define
+
+- any byte as data becomes data. What they leave open of it is composed from base's own view,
+- every byte as zeros becomes zeros,
+- a part as zeros and leave the rest open becomes data, unless base reads as zeros there too,
+- nothing stays what it is.
+
+A cluster whose units change is written to a *fresh* host cluster, unless its present one can
+be *reused*: where no live byte of it is overwritten, or where data may be written in place.
+A host cluster that a snapshot shares is never written to.
+
+Units of a cluster are the bits of a ``uint32``: bit *i* is unit *i*, and without subclusters
+bit 0 is the cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.options import Placement
+from chainmerge.qcow2.extents import Kind
+from chainmerge.qcow2.header import Header
+from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
+
+if TYPE_CHECKING:
+    from chainmerge.view import Resolved
+
+U64Array: TypeAlias = npt.NDArray[np.uint64]
+Masks: TypeAlias = npt.NDArray[np.uint32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Clusters: TypeAlias = npt.NDArray[np.int64]
+
+_ALL_SUBCLUSTERS = np.uint32(0xFFFF_FFFF)
+_LOW_WORD = np.uint64(0xFFFF_FFFF)
+_HIGH_WORD = np.uint64(32)
+_NO_UNITS = np.uint32(0)
+
+
+@dataclass(frozen=True, slots=True)
+class MappedDisk:
+    """What decides how a merge changes base's mapping. Sizes in bytes.
+
+    Attributes:
+        header: Base's.
+        size_after: Of the guest's disk after the merge, not below what it is now.
+        backing_end: From here on nothing below base shows, whatever base leaves open.
+    """
+
+    header: Header
+    size_after: int
+    backing_end: int
+
+    @property
+    def full(self) -> np.uint32:
+        """The mask of all units of a cluster."""
+        return _ALL_SUBCLUSTERS if self.header.extended_l2 else np.uint32(1)
+
+    @property
+    def clusters_after(self) -> int:
+        """Guest clusters after the merge."""
+        return -(-self.size_after // self.header.cluster_size)
+
+
+@dataclass(frozen=True, slots=True)
+class TableWindow:
+    """L2 entries of base as they are stored, of consecutive guest clusters.
+
+    Attributes:
+        first: The first guest cluster.
+        entries: Descriptors, 0 where there is no table: uint64[n].
+        subclusters: Their subcluster bitmaps, None without extended entries: uint64[n].
+    """
+
+    first: int
+    entries: U64Array
+    subclusters: U64Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The clusters of a window whose content or entry changes: arrays of equal length.
+
+    Attributes:
+        cluster: Guest clusters, ascending.
+        entry: Their descriptors as stored.
+        copied: Units whose bytes are written, carried ones included.
+        data: Units that hold data afterwards.
+        zero: Units that read as zeros afterwards.
+        fresh: Whether the cluster needs a new host cluster.
+        reused: Whether it keeps the one that it has.
+        released: Whether it gives up what it has.
+        remapped: Whether its L2 entry changes.
+    """
+
+    cluster: Clusters
+    entry: U64Array
+    copied: Masks
+    data: Masks
+    zero: Masks
+    fresh: BoolArray
+    reused: BoolArray
+    released: BoolArray
+    remapped: BoolArray
+
+    def __len__(self) -> int:
+        """Return the number of clusters."""
+        return len(self.cluster)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """The same before it is decided where the data goes: one element for each changed cluster.
+
+    Attributes:
+        cluster: Guest clusters, ascending.
+        entry: Their descriptors as stored.
+        old_data: Units of base that hold data (all of a compressed cluster).
+        old_zero: Units of base that read as zeros.
+        written: Units that get data from above.
+        data: Units that hold data afterwards.
+        zero: Units that read as zeros afterwards.
+    """
+
+    cluster: Clusters
+    entry: U64Array
+    old_data: Masks
+    old_zero: Masks
+    written: Masks
+    data: Masks
+    zero: Masks
+
+
+def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishes:
+    """What the images above base want of a window of it.
+
+    Args:
+        disk: Base.
+        window: Its entries.
+        above: What the images above say, from the window's first byte to its end or that of
+            the disk; open where they say nothing.
+    """
+    wants_data, wants_zeros, leaves_open = _unit_flags(disk, window, above)
+    old_data, old_zero = _old_units(disk, window)
+    unit_starts_bare = _bare_units(disk, window)
+    reads_as_zeros = old_zero | (unit_starts_bare & ~old_data)
+    partly_zero = wants_zeros & leaves_open & ~wants_data
+    written: Masks = wants_data | (partly_zero & ~reads_as_zeros)
+    zeroed: Masks = wants_zeros & ~wants_data & ~leaves_open & ~reads_as_zeros
+    zero_after = (old_zero & ~written) | zeroed
+    if disk.header.version < 3:
+        # No zero clusters: what nothing below shows through is dropped, the rest is written.
+        written |= zeroed & ~unit_starts_bare
+        zero_after = np.zeros_like(zeroed)
+    data_after = old_data & ~zeroed | written
+    changed = np.flatnonzero(written | zeroed)
+    return Wishes(
+        cluster=changed.astype(np.int64) + window.first,
+        entry=window.entries[changed],
+        old_data=old_data[changed],
+        old_zero=old_zero[changed],
+        written=written[changed],
+        data=data_after[changed],
+        zero=zero_after[changed],
+    )
+
+
+def place_data(wishes: Wishes, disk: MappedDisk, placement: Placement) -> Change:
+    """Decide for each cluster whether it keeps its host cluster."""
+    entry = wishes.entry
+    compressed = entry & np.uint64(COMPRESSED) != 0
+    has_host = ~compressed & (entry & np.uint64(OFFSET_MASK) != 0)
+    alone = entry & np.uint64(COPIED) != 0
+    harmless = wishes.written & wishes.old_data == 0
+    if placement is Placement.IN_PLACE:
+        harmless[:] = True
+    has_data = wishes.data != 0
+    # Units that become zeros change only the entry, so that even a shared cluster stays.
+    reused = has_host & has_data & ((wishes.written == 0) | (alone & harmless))
+    # What lay behind the old end of the disk is nobody's data.
+    reused &= wishes.cluster < disk.header.clusters
+    fresh = has_data & ~reused
+    same = reused & (wishes.data == wishes.old_data) & (wishes.zero == wishes.old_zero)
+    return Change(
+        cluster=wishes.cluster,
+        entry=entry,
+        copied=np.where(fresh, wishes.data, wishes.written),
+        data=wishes.data,
+        zero=wishes.zero,
+        fresh=fresh,
+        reused=reused,
+        released=(has_host | compressed) & ~reused,
+        remapped=~same,
+    )
+
+
+def new_entries(change: Change, hosts: U64Array, header: Header) -> tuple[U64Array, U64Array]:
+    """The L2 descriptors and subcluster bitmaps (0 without extended entries) of a change.
+
+    Args:
+        change: The clusters.
+        hosts: File offset of each one's host cluster, as after the merge; 0 for none.
+        header: Base's.
+    """
+    alone = change.fresh | (change.reused & (change.entry & np.uint64(COPIED) != 0))
+    entries = hosts | np.where(alone, np.uint64(COPIED), np.uint64(0))
+    if not header.extended_l2:
+        zero = np.where(change.zero != 0, np.uint64(ZERO_FLAG), np.uint64(0))
+        return entries | zero, np.zeros_like(entries)
+    zeros = change.zero.astype(np.uint64) << _HIGH_WORD
+    return entries, zeros | change.data.astype(np.uint64)
+
+
+def old_hosts(change: Change) -> U64Array:
+    """File offsets of the host clusters that are reused, 0 for the others."""
+    return np.where(change.reused, change.entry & np.uint64(OFFSET_MASK), np.uint64(0))
+
+
+def _unit_flags(
+    disk: MappedDisk, window: TableWindow, above: Resolved
+) -> tuple[Masks, Masks, Masks]:
+    """Units of which some bytes are data above, zeros above, or open."""
+    unit = disk.header.subcluster_size
+    origin = window.first * disk.header.cluster_size
+    count = len(window.entries) * disk.header.subclusters_per_cluster
+    first = (above.guest.astype(np.int64) - origin) // unit
+    end = -((origin - (above.guest + above.length).astype(np.int64)) // unit)
+
+    def masks(chosen: BoolArray) -> Masks:
+        return _as_masks(_painted(first[chosen], end[chosen], count), disk.header)
+
+    data = (above.kind == Kind.DATA) | (above.kind == Kind.COMPRESSED)
+    is_open = above.kind == Kind.UNALLOCATED
+    return masks(data), masks(~data & ~is_open), masks(is_open)
+
+
+def _painted(first: Clusters, end: Clusters, count: int) -> BoolArray:
+    """Which of *count* elements are in any of the ranges."""
+    steps = np.bincount(first, minlength=count + 1) - np.bincount(end, minlength=count + 1)
+    painted: BoolArray = np.cumsum(steps[:count]) > 0
+    return painted
+
+
+def _as_masks(flags: BoolArray, header: Header) -> Masks:
+    if not header.extended_l2:
+        return flags.astype(np.uint32)
+    octets = np.packbits(flags.reshape(-1, header.subclusters_per_cluster), 1, "little")
+    return octets.view("<u4").astype(np.uint32).reshape(-1)
+
+
+def _old_units(disk: MappedDisk, window: TableWindow) -> tuple[Masks, Masks]:
+    """Units of base that hold data, and those that read as zeros."""
+    compressed = window.entries & np.uint64(COMPRESSED) != 0
+    if window.subclusters is None:
+        zero = ~compressed & (window.entries & np.uint64(ZERO_FLAG) != 0)
+        has_host = window.entries & np.uint64(OFFSET_MASK) != 0
+        data, zeros = (compressed | (has_host & ~zero)).astype(np.uint32), zero.astype(np.uint32)
+    else:
+        data = (window.subclusters & _LOW_WORD).astype(np.uint32)
+        zeros = (window.subclusters >> _HIGH_WORD).astype(np.uint32)
+        data[compressed] = disk.full
+    # Entries behind the old end of the disk are leftovers. They count as data, so that they
+    # are replaced by what the larger disk shall have there.
+    behind = max(0, disk.header.clusters - window.first)
+    stale = window.entries[behind:] != 0
+    if window.subclusters is not None:
+        stale |= window.subclusters[behind:] != 0
+    data[behind:] = np.where(stale, disk.full, _NO_UNITS)
+    zeros[behind:] = 0
+    return data, zeros
+
+
+def _bare_units(disk: MappedDisk, window: TableWindow) -> Masks:
+    """Units at which nothing below base shows."""
+    header = disk.header
+    first_bare = -(-disk.backing_end // header.subcluster_size)
+    first_bare -= window.first * header.subclusters_per_cluster
+    count = len(window.entries) * header.subclusters_per_cluster
+    return _as_masks(np.arange(count) >= first_bare, header)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds when a merge by the native engine fails.
+
+::
+
+    Failed           MergeNotWritten   before the switch: base is the old image
+    OutcomeUnknown   SwitchUnknown     at the switch (:mod:`chainmerge.engines.metadata.errors`)
+    Failed           ReleaseFailed     after the switch (there, too)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed
+
+
+@dataclass(eq=False)
+class MergeNotWritten(Failed):
+    """Something could not be written before the switch."""
+
+    code: ClassVar[str] = "merge-not-written"
+    template: ClassVar[str] = (
+        "{image}: the merge failed before it took effect ({step}): {reason}; every image above "
+        "is untouched and still gives the right content"
+    )
+    hint: ClassVar[str] = (
+        "remove the reason (the kernel's log tells of I/O errors), then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "Everything new is written to clusters that base does not use, and base's first sector "
+        "is switched to it at the end. That did not come about, so base's tables and bitmaps are "
+        "the old ones. Where data was asked to be written in place, base may hold some of the new "
+        "data in clusters that the images above hide: base alone is no restore point then. A few "
+        "clusters may be marked used that nothing uses; the same command, or 'chainmerge repair', "
+        "gives them back."
+    )
+    image: str
+    step: str
+    reason: str

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base's view after a merge, with what was moved into it traced back to where it came from.
+
+What a transfer has written and read back need not be read again to compare base with top:
+it is enough that base maps each guest byte to a place into which the right byte was moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.engines.native.moves import Moves, by_target, concatenated
+from chainmerge.qcow2.extents import Extents, Kind
+from chainmerge.view import NO_LAYER, GuestView, Resolved
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class TracedView(GuestView):
+    """What the guest sees of base, in terms of the chain that was merged.
+
+    ``layers`` are those of the whole chain, with the new base in the place of the old one.
+
+    Attributes:
+        base_index: Which of the layers base is.
+        origins: What was moved into base, by target, plain data only; None for nothing.
+    """
+
+    base_index: int
+    origins: Moves | None
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes: base's."""
+        return self.layers[self.base_index].virtual_size
+
+    def resolve(self, start: int = 0, end: int | None = None) -> Iterator[Resolved]:
+        """As :meth:`GuestView.resolve` of base, where data was moved to naming its origin."""
+        end = self.virtual_size if end is None else end
+        for runs in GuestView(self.layers[: self.base_index + 1]).resolve(start, end):
+            yield runs if self.origins is None else _traced(runs, self.base_index, self.origins)
+
+
+def trace_of(parts: Sequence[Moves]) -> Moves | None:
+    """What can be traced of what was moved: plain data."""
+    plain = [part.take((part.kind == Kind.DATA) & (part.layer != NO_LAYER)) for part in parts]
+    plain = [part for part in plain if len(part)]
+    return by_target(concatenated(plain)) if plain else None
+
+
+def _traced(runs: Resolved, base_index: int, origins: Moves) -> Resolved:
+    in_base = (runs.layer == base_index) & (runs.kind == Kind.DATA)
+    if not in_base.any():
+        return runs
+    runs = _cut(runs, in_base, origins)
+    place = np.searchsorted(origins.target, runs.host, "right") - 1
+    known = (runs.layer == base_index) & (runs.kind == Kind.DATA) & (place >= 0)
+    within = runs.host - origins.target[place]
+    known &= within < origins.length[place]
+    extents = runs.extents
+    host = np.where(known, origins.host[place] + within, extents.host)
+    traced = Extents(extents.guest, extents.length, extents.kind, host, extents.csize)
+    return Resolved(traced, np.where(known, origins.layer[place], runs.layer))
+
+
+def _cut(runs: Resolved, chosen: np.ndarray, origins: Moves) -> Resolved:
+    """Runs cut where in base's file something else was moved to."""
+    edges = np.unique(np.concatenate([origins.target, origins.target + origins.length]))
+    low = np.searchsorted(edges, runs.host, "right")
+    high = np.searchsorted(edges, runs.host + runs.length, "left")
+    count = np.where(chosen, np.maximum(high - low, 0), 0)
+    if not count.any():
+        return runs
+    run = np.repeat(np.arange(len(count)), count)
+    number = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
+    cuts = runs.guest[run] + (edges[low[run] + number] - runs.host[run])
+    bounds = np.concatenate([runs.guest, cuts])
+    bounds.sort()
+    return runs.cut_at(bounds)

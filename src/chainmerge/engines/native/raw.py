@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge into a raw image: data and zeros straight to where the guest has them.
+
+A raw image has no tables that could be switched, so this is always in place. The images
+above hide every byte that is written until the merge is done, so the guest's view through
+top never changes, and a run that was interrupted is simply done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chainmerge.engines.metadata.errors import NotEnoughSpace
+from chainmerge.engines.metadata.steps import StepName
+from chainmerge.engines.native.errors import MergeNotWritten
+from chainmerge.engines.native.moves import Segments, by_source, items_of, moves_into
+from chainmerge.engines.native.origins import TracedView, trace_of
+from chainmerge.errors import Failed, Refused
+from chainmerge.qcow2.extents import Kind
+from chainmerge.view import GuestView, Resolved, layer_of_raw
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from chainmerge.engines.metadata.steps import Port
+    from chainmerge.engines.native.moves import Moves
+    from chainmerge.storage.transfer import Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class RawCommit:
+    """A merge of the images above a raw base down into it.
+
+    Attributes:
+        chain: The view of the whole chain, from the root to top.
+        base_index: Which of its layers base is.
+        size_after: Bytes of the guest's disk after the merge.
+    """
+
+    chain: GuestView
+    base_index: int
+    size_after: int
+
+
+def commit_to_raw(
+    port: Port, job: RawCommit, transfer: Transfer, at_the_end: Callable[[GuestView], None]
+) -> int:
+    """Write the merge; returns how many bytes of guest data that was.
+
+    Args:
+        port: Base's file or device. The caller holds the locks.
+        job: What to write.
+        transfer: Moves data into the port.
+        at_the_end: Verifies base's view.
+
+    Raises:
+        NotEnoughSpace: a device is too small; nothing was changed.
+        MergeNotWritten, Interrupted: base may hold a part of the data, which top hides.
+    """
+    if port.is_block_device and port.size < job.size_after:
+        raise NotEnoughSpace(port.name, job.size_after - port.size)
+    moved = 0
+    origins: list[Moves] = []
+    with _writing(port):
+        if port.size < job.size_after:
+            port.truncate_to(job.size_after)
+        above = GuestView(job.chain.layers[job.base_index + 1 :])
+        for runs in above.resolve():
+            segments = _defined(runs)
+            if not len(segments.guest):
+                continue
+            moves = by_source(moves_into(segments, runs, job.base_index + 1, _never_asked))
+            transfer.move(items_of(moves, job.chain))
+            origins.append(moves)
+            moved += int(moves.length.sum())
+        port.flush()
+        transfer.verify()
+    port.forget_cached()
+    layers = list(job.chain.layers)
+    layers[job.base_index] = layer_of_raw(port)
+    at_the_end(TracedView(tuple(layers), job.base_index, trace_of(origins)))
+    return moved
+
+
+def _defined(runs: Resolved) -> Segments:
+    """What the images above say anything about."""
+    said = runs.kind != Kind.UNALLOCATED
+    return Segments(runs.guest[said], runs.length[said], runs.guest[said])
+
+
+def _never_asked(start: int, end: int) -> Resolved:
+    raise AssertionError(f"nothing is open from {start} to {end}")
+
+
+@contextlib.contextmanager
+def _writing(port: Port) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, Failed, Refused) as error:
+        reason = str(getattr(error, "reason", error))
+        raise MergeNotWritten(port.name, StepName.FILL, reason) from error

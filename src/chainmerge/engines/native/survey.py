@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge takes and gives back in base, counted from the tables alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.engines.metadata.allocation import (
+    Allocation,
+    Demand,
+    FreeSpace,
+    Runs,
+    allocate,
+    joined_runs,
+    runs_of,
+    split_runs,
+)
+from chainmerge.engines.metadata.bitmap_set import BitmapSetLayout, lay_out
+from chainmerge.engines.native.decisions import (
+    Change,
+    MappedDisk,
+    find_wishes,
+    place_data,
+)
+from chainmerge.engines.native.windows import changed_windows, read_window, table_offsets
+from chainmerge.options import Placement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.engines.metadata.allocation import Clusters
+    from chainmerge.engines.metadata.bitmap_set import AnyBitmap
+    from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.view import GuestView
+
+L1_ENTRY_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MappingNeed:
+    """What the new mapping takes; clusters unless said otherwise.
+
+    Attributes:
+        data: New data clusters.
+        tables: L2 tables that are written anew.
+        written: Bytes of guest data to be written.
+        given_up: Data clusters and L2 tables that only the old mapping uses.
+    """
+
+    data: int = 0
+    tables: int = 0
+    written: int = 0
+    given_up: int = 0
+
+    def plus(self, other: MappingNeed) -> MappingNeed:
+        """Both together."""
+        return MappingNeed(
+            self.data + other.data,
+            self.tables + other.tables,
+            self.written + other.written,
+            self.given_up + other.given_up,
+        )
+
+
+def survey_mapping(
+    image: Qcow2Image, disk: MappedDisk, above: GuestView
+) -> dict[Placement, MappingNeed]:
+    """Count what each way of placing data takes. Reads tables only.
+
+    Args:
+        image: Base.
+        disk: Base, too.
+        above: The images above it that are merged.
+    """
+    needs = dict.fromkeys(Placement, MappingNeed())
+    for window in changed_windows(above, disk):
+        wishes = find_wishes(disk, read_window(image, disk, window.start), window)
+        for placement in Placement:
+            change = place_data(wishes, disk, placement)
+            needs[placement] = needs[placement].plus(_need_of(image, disk, change))
+    return needs
+
+
+def tables_of(change: Change, l2_entries: int) -> Clusters:
+    """L1 indexes of the tables in which entries change, ascending."""
+    indexes = change.cluster[change.remapped] // l2_entries
+    if not len(indexes):
+        return indexes
+    # Ascending already, so that this is much faster than np.unique.
+    tables: Clusters = indexes[np.concatenate([[True], indexes[1:] != indexes[:-1]])]
+    return tables
+
+
+def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change) -> MappingNeed:
+    header = disk.header
+    tables = tables_of(change, header.l2_entries)
+    units = int(np.unpackbits(change.copied.view(np.uint8)).sum())
+    replaced = np.count_nonzero(table_offsets(image, tables))
+    return MappingNeed(
+        data=int(np.count_nonzero(change.fresh)),
+        tables=len(tables),
+        written=units * header.subcluster_size,
+        given_up=int(np.count_nonzero(change.released) + replaced),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NewTree:
+    """All clusters that base gets, before it is decided where.
+
+    Attributes:
+        disk: Base.
+        mapping: What the guest's data takes.
+        bitmaps: The new set of bitmaps; None where the present one stays.
+        l1_entries: Length of the new L1 table; 0 where the present one stays.
+    """
+
+    disk: MappedDisk
+    mapping: MappingNeed
+    bitmaps: BitmapSetLayout | None
+    l1_entries: int
+
+    @property
+    def l1_clusters(self) -> int:
+        """Length of the new L1 table."""
+        return -(-self.l1_entries * L1_ENTRY_BYTES // self.disk.header.cluster_size)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no byte of metadata has to change."""
+        same_size = self.disk.size_after == self.disk.header.virtual_size
+        return self.bitmaps is None and not self.l1_entries and same_size
+
+    @property
+    def demand(self) -> Demand:
+        """How many clusters this takes, and which of them in one piece."""
+        bitmaps = self.bitmaps.demand if self.bitmaps is not None else Demand(0, ())
+        single = self.l1_clusters == 1
+        pieces = (self.l1_clusters,) if self.l1_clusters > 1 else ()
+        return Demand(
+            scattered=bitmaps.scattered + self.mapping.tables + single + self.mapping.data,
+            contiguous=bitmaps.contiguous + pieces,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTree:
+    """Where everything goes.
+
+    Attributes:
+        allocation: All of it, and what counts it.
+        bitmaps: The part for the bitmaps.
+        l1_start: First cluster of the new L1 table; None where the present one stays.
+        pieces: First cluster and length of everything that lies in one piece.
+        tables: For L2 tables.
+        data: For guest data.
+    """
+
+    allocation: Allocation
+    bitmaps: Allocation
+    l1_start: int | None
+    pieces: tuple[tuple[int, int], ...]
+    tables: Runs
+    data: Runs
+
+    @property
+    def metadata(self) -> Runs:
+        """All but the clusters for guest data."""
+        blocks = runs_of(np.sort(self.allocation.blocks.cluster))
+        pieces = [Runs(np.array([start]), np.array([length])) for start, length in self.pieces]
+        return joined_runs([self.tables, self.bitmaps.scattered, blocks, *pieces])
+
+
+def new_tree(
+    name: str,
+    disk: MappedDisk,
+    mapping: MappingNeed,
+    bitmaps: Sequence[AnyBitmap] | None,
+) -> NewTree:
+    """What base gets.
+
+    Args:
+        name: What messages call base.
+        disk: Base.
+        mapping: What the guest's data takes.
+        bitmaps: The set that base shall have, of the disk's new size; None to keep it.
+
+    Raises:
+        BitmapSetUnfit: base cannot hold these bitmaps.
+    """
+    header = disk.header
+    wanted = max(header.l1_size, -(-disk.clusters_after // header.l2_entries))
+    renewed = mapping.tables > 0 or wanted > header.l1_size
+    resized = replace(header, virtual_size=disk.size_after)
+    layout = lay_out(name, resized, bitmaps) if bitmaps is not None else None
+    return NewTree(disk, mapping, layout, wanted if renewed else 0)
+
+
+def place_tree(tree: NewTree, space: FreeSpace) -> PlacedTree:
+    """Find clusters for all of it.
+
+    Raises:
+        RefcountTableFull: they could not be counted.
+    """
+    allocation = allocate(space, tree.demand)
+    bitmaps = tree.bitmaps.demand if tree.bitmaps is not None else Demand(0, ())
+    tables, rest = split_runs(allocation.scattered, tree.mapping.tables)
+    for_bitmaps, rest = split_runs(rest, bitmaps.scattered)
+    pieces = len(bitmaps.contiguous)
+    l1_start = None
+    if tree.l1_clusters > 1:
+        l1_start = int(allocation.contiguous[pieces])
+    elif tree.l1_clusters == 1:
+        l1, rest = split_runs(rest, 1)
+        l1_start = int(l1.start[0])
+    return PlacedTree(
+        allocation=allocation,
+        bitmaps=replace(
+            allocation, scattered=for_bitmaps, contiguous=allocation.contiguous[:pieces]
+        ),
+        l1_start=l1_start,
+        pieces=tuple(_pieces(tree, allocation, l1_start)),
+        tables=tables,
+        data=rest,
+    )
+
+
+def _pieces(
+    tree: NewTree, allocation: Allocation, l1_start: int | None
+) -> Iterator[tuple[int, int]]:
+    yield from zip(allocation.contiguous.tolist(), tree.demand.contiguous, strict=True)
+    if l1_start is not None and tree.l1_clusters == 1:
+        yield l1_start, 1
+    if allocation.table_start is not None:
+        yield allocation.table_start, allocation.table_clusters

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walks through what the images above base define, in windows of whole L2 tables of base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.engines.native.decisions import TableWindow
+from chainmerge.qcow2.extents import Extents, Kind
+from chainmerge.qcow2.gather import read_pieces
+from chainmerge.qcow2.mapping import OFFSET_MASK
+from chainmerge.view import NO_LAYER, Resolved
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.engines.native.decisions import MappedDisk
+    from chainmerge.qcow2.header import Header
+    from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.view import GuestView
+
+_CLUSTERS_AT_ONCE = 1 << 17
+_WORD = 8
+
+
+def window_bytes(header: Header) -> int:
+    """Guest bytes of one window: as many whole L2 tables as make about 128 Ki clusters."""
+    tables = max(1, _CLUSTERS_AT_ONCE // header.l2_entries)
+    return tables * header.l2_entries * header.cluster_size
+
+
+def changed_windows(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
+    """What the images above base say, in windows in which they say anything.
+
+    Covers a window from its first byte to its end or that of the disk. What lies behind the
+    old end of base's disk and is open above is zeros: no longer backing file may show there.
+    Behind the end of a top that is smaller than base everything is open.
+    """
+    parts = _resolved(above, disk)
+    return (window for window in _cut(parts, window_bytes(disk.header)) if _says_anything(window))
+
+
+def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
+    """Base's L2 entries for the window that starts at guest byte *start*."""
+    header = image.header
+    first_table = start // (header.l2_entries * header.cluster_size)
+    first = first_table * header.l2_entries
+    tables = window_bytes(header) // (header.l2_entries * header.cluster_size)
+    clusters = min(tables * header.l2_entries, disk.clusters_after - first)
+    tables = -(-clusters // header.l2_entries)
+    words = read_tables(image, np.arange(first_table, first_table + tables)).reshape(-1)
+    if not header.extended_l2:
+        return TableWindow(first, words[:clusters], None)
+    return TableWindow(first, words[0::2][:clusters], words[1::2][:clusters])
+
+
+def read_tables(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
+    """L2 tables by their L1 index, zeros where there is none: uint64[n, words of a cluster]."""
+    header = image.header
+    words = np.zeros((len(indexes), header.cluster_size // _WORD), dtype=np.uint64)
+    offsets = table_offsets(image, indexes)
+    present = np.flatnonzero(offsets)
+    if len(present):
+        data = read_pieces(image.readable, offsets[present], header.cluster_size)
+        words[present] = np.frombuffer(data, ">u8").reshape(len(present), -1)
+    return words
+
+
+def table_offsets(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
+    """File offsets of L2 tables by their L1 index, 0 where there is none: uint64[n]."""
+    offsets = np.zeros(len(indexes), dtype=np.uint64)
+    inside = indexes < len(image.l1)
+    offsets[inside] = image.l1[indexes[inside]].astype(np.uint64) & np.uint64(OFFSET_MASK)
+    return offsets
+
+
+def _resolved(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
+    base_end = disk.header.virtual_size
+    for part in above.resolve(0, above.virtual_size):
+        yield _closed_behind(part, base_end)
+    if above.virtual_size < disk.size_after:
+        rest = Extents.single(above.virtual_size, disk.size_after, Kind.UNALLOCATED)
+        yield Resolved(rest, np.array([NO_LAYER], dtype=np.int32))
+
+
+def _closed_behind(part: Resolved, base_end: int) -> Resolved:
+    """The same with zeros for what is open behind the old end of base's disk."""
+    if part.end <= base_end:
+        return part
+    if part.start < base_end:
+        bounds = np.union1d(part.guest, np.array([base_end], dtype=np.uint64))
+        part = part.cut_at(bounds)
+    extents = part.extents
+    behind = (extents.guest >= np.uint64(base_end)) & (extents.kind == Kind.UNALLOCATED)
+    kind = np.where(behind, np.uint8(Kind.ZERO), extents.kind)
+    closed = Extents(extents.guest, extents.length, kind, extents.host, extents.csize)
+    return Resolved(closed, part.layer)
+
+
+def _cut(parts: Iterator[Resolved], span: int) -> Iterator[Resolved]:
+    """The parts, joined, and cut at multiples of *span*; long open ranges are left out."""
+    at = 0
+    held: list[Resolved] = []
+    for whole in parts:
+        part = whole
+        while part.end >= at + span:
+            held.append(part.clipped(max(part.start, at), at + span))
+            yield joined(held)
+            held = []
+            at += span
+            at += _open_at(part, at) // span * span
+            if part.end <= at:
+                break
+            part = part.clipped(at, part.end)
+        else:
+            held.append(part)
+    if held:
+        yield joined(held)
+
+
+def _open_at(part: Resolved, at: int) -> int:
+    """How many bytes from *at* on are open without a break."""
+    if part.end <= at:
+        return 0
+    index = int(np.searchsorted(part.guest, np.uint64(at), "right")) - 1
+    if part.kind[index] != Kind.UNALLOCATED:
+        return 0
+    return int(part.guest[index] + part.length[index]) - at
+
+
+def joined(parts: Sequence[Resolved]) -> Resolved:
+    """Several parts that follow each other as one."""
+    if len(parts) == 1:
+        return parts[0]
+    extents = [part.extents for part in parts]
+    return Resolved(
+        Extents(
+            np.concatenate([one.guest for one in extents]),
+            np.concatenate([one.length for one in extents]),
+            np.concatenate([one.kind for one in extents]),
+            np.concatenate([one.host for one in extents]),
+            np.concatenate([one.csize for one in extents]),
+        ),
+        np.concatenate([part.layer for part in parts]),
+    )
+
+
+def _says_anything(window: Resolved) -> bool:
+    return bool((window.kind != Kind.UNALLOCATED).any())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge that will be done, and what every engine needs before it writes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.checkpoints import Fate
+from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.native import MappingNeed
+from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.inspection import BitmapFacts, OpenChain, Target
+from chainmerge.journal import SavedBitmap, SavedBitmaps, identify
+from chainmerge.options import Access, MergeOptions, Placement
+from chainmerge.planning import MergeFacts, MergePlan
+from chainmerge.storage.files import WritablePort
+from chainmerge.storage.locks import ImageLock
+from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
+from chainmerge.types import ProgressEvent, Stage
+
+if TYPE_CHECKING:
+    from chainmerge.chain import ImageInfo
+
+OnProgress = Callable[[ProgressEvent], None]
+ShouldStop = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for, and how to talk to who asked."""
+
+    top: Path
+    base: Path | None
+    access: Access
+    options: MergeOptions
+    report: OnProgress
+    should_stop: ShouldStop
+    started: float
+
+    def announce(self, stage: Stage) -> None:
+        """Report that a stage begins; stop here if the caller wants to."""
+        self.stop_if_asked(f"it had not come to stage {stage}")
+        self.report(ProgressEvent(stage))
+
+    def stop_if_asked(self, state: str) -> None:
+        """Stop here if the caller wants to; *state* says what the disk holds."""
+        if self.should_stop():
+            raise Interrupted(state)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A merge that will be done."""
+
+    request: Request
+    target: Target
+    facts: MergeFacts
+    bitmaps: BitmapFacts
+    needs: Mapping[Placement, MappingNeed]
+    plan: MergePlan
+    opened: OpenChain
+    locks: tuple[ImageLock, ...]
+
+    @property
+    def base(self) -> ImageInfo:
+        return self.target.base
+
+
+def volume_of(base: ImageInfo, options: MergeOptions) -> Volume:
+    match options.volume:
+        case "lvm":
+            return open_lvm_volume(base.real_path)
+        case "file":
+            return FileVolume(str(base.real_path), options.size_limit)
+        case _:
+            return open_volume(base.real_path, options.size_limit)
+
+
+@contextlib.contextmanager
+def extended(job: Job) -> Iterator[None]:
+    """Have the space for all of the merge; what was reserved and not used goes back."""
+    if job.plan.space.grow_to is None:
+        yield
+        return
+    job.request.announce(Stage.EXTEND)
+    volume = volume_of(job.base, job.request.options)
+    volume.grow_to(job.plan.space.required)
+    volume.make_growth_durable()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ChainmergeError):
+            volume.release_reservation()
+
+
+def reclaim(job: Job) -> None:
+    """Free what an interrupted run has leaked; the plan counts on it being free."""
+    report = job.facts.base_check
+    if report is not None and (report.leaks or report.hidden_leaks):
+        with WritablePort(job.base.real_path) as port:
+            reclaim_leaks(port)
+
+
+def bitmaps_to_save(job: Job) -> SavedBitmaps | None:
+    """What a rerun has to know of the kept checkpoints; None where the images tell it all.
+
+    That is the bits of those that base has, as they will not be in base for a while. In a
+    merge of several levels it is also which ones base did not have: with them stored in
+    base and images in between that lack them, the chain looks as if there was a gap.
+    """
+    spans_levels = len(job.facts.merged_images) > 1
+    names = [
+        decision.name
+        for decision in job.bitmaps.decisions
+        if decision.fate is Fate.KEEP and (decision.name in job.bitmaps.base_bits or spans_levels)
+    ]
+    if not names:
+        return None
+    overlay = job.opened.images[job.target.base_index + 1]
+    return SavedBitmaps(
+        identify(job.base.real_path),
+        identify(job.target.overlay.real_path),
+        tuple(
+            SavedBitmap(
+                name,
+                job.bitmaps.base_bits.get(name),
+                overlay.bits(name) if overlay.entry(name) is not None else None,
+            )
+            for name in names
+        ),
+    )

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the native engine would make of a chain: whether it can, and what base needs for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.bitmap_sets import final_set, stand_ins
+from chainmerge.checkpoints import BitmapState, Fate
+from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, kept_where_unchanged, names_kept
+from chainmerge.engines.metadata.allocation import (
+    Demand,
+    FreeSpace,
+    allocate,
+    counted_free_space,
+)
+from chainmerge.engines.metadata.bitmap_set import lay_out
+from chainmerge.engines.metadata.counting import table_with_new_blocks
+from chainmerge.engines.metadata.old_tree import bitmap_clusters
+from chainmerge.engines.native import (
+    MappedDisk,
+    MappingNeed,
+    NewTree,
+    PlacedTree,
+    new_tree,
+    place_tree,
+    survey_mapping,
+)
+from chainmerge.errors import ChainmergeError
+from chainmerge.options import EngineChoice, Placement
+from chainmerge.plan_errors import NativeUnavailable
+from chainmerge.planning import EngineName, SpaceFacts
+from chainmerge.qcow2.bitmaps import read_directory
+from chainmerge.qcow2.header import MAX_L1_BYTES
+from chainmerge.qcow2.references import ReferenceCounts
+from chainmerge.results import state_of
+from chainmerge.space.errors import CannotGrowBase
+from chainmerge.verify import bitmap_difference
+
+if TYPE_CHECKING:
+    from chainmerge.inspection import BitmapFacts, OpenChain, Target
+    from chainmerge.qcow2.image import Qcow2Image
+
+_L1_ENTRY_BYTES = 8
+_WINDOW = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChosen:
+    """Who writes, and why; with *obstacle* if nobody can as it was asked for."""
+
+    engine: EngineName
+    reason: str
+    obstacle: ChainmergeError | None = None
+
+
+def choose_engine(target: Target, opened: OpenChain, wanted: EngineChoice) -> EngineChosen:
+    """Who writes guest data into base: the native engine wherever it can."""
+    base = opened.images[target.base_index]
+    reason = _native_obstacle(base.image)
+    if wanted == "qemu":
+        return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as asked for")
+    if reason is None:
+        return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
+    obstacle = NativeUnavailable(str(target.base.path), reason) if wanted == "native" else None
+    return EngineChosen(EngineName.QEMU, f"qemu-storage-daemon copies, because {reason}", obstacle)
+
+
+def _native_obstacle(base: Qcow2Image | None) -> str | None:
+    if base is None:
+        return None
+    if base.header.external_data_file:
+        return "base's guest data is in an external data file"
+    if base.header.encrypted:
+        return "base is encrypted"
+    return None
+
+
+def _native_reason(base: Qcow2Image | None) -> str:
+    if base is None:
+        return "data is written straight into the raw image, below top, which hides it until then"
+    return "everything new goes to free clusters, and one sector switches base to it"
+
+
+def mapped_disk(target: Target, image: Qcow2Image) -> MappedDisk:
+    """Base, as the native engine sees it."""
+    below = target.chain.images[: target.base_index]
+    return MappedDisk(
+        header=image.header,
+        size_after=max(target.base.virtual_size, target.chain.top.virtual_size),
+        backing_end=below[-1].virtual_size if below else 0,
+    )
+
+
+def bitmaps_to_store(
+    image: Qcow2Image, bitmaps: BitmapFacts, size_after: int
+) -> Sequence[AnyBitmap] | None:
+    """The set that base gets; None where it has it already."""
+    if image.header.version < 3:
+        return None
+    final = final_set(bitmaps, size_after)
+    if bitmap_difference(image, final) is None:
+        return None
+    return kept_where_unchanged(image, final)
+
+
+def bitmaps_without_stale(image: Qcow2Image, bitmaps: BitmapFacts) -> Sequence[AnyBitmap] | None:
+    """The set of base's bitmaps once those are out of it that the merge does not keep.
+
+    What is kept stays as it is, and tombstones stand where they must. None where nothing can
+    be taken out.
+    """
+    if image.header.version < 3:
+        return None
+    kept = {d.name for d in bitmaps.decisions if d.fate is Fate.KEEP}
+    guards = {one.name: one for one in stand_ins(bitmaps, image.header.virtual_size)}
+    remaining: list[AnyBitmap] = []
+    entries = read_directory(image)
+    for entry in entries:
+        state = state_of(image, entry)
+        if entry.name in kept and state is BitmapState.VALID:
+            remaining.append(KeptBitmap(entry))
+        elif entry.name in guards:
+            remaining.append(guards[entry.name])
+    return remaining if len(remaining) < len(entries) else None
+
+
+def growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase | None:
+    """Why base's disk cannot become as large; None if it can or need not."""
+    header = image.header
+    if size_after <= header.virtual_size:
+        return None
+    if header.version < 3 and header.snapshot_count:
+        reason = "its internal snapshots, in an image of version 2, do not say how large they are"
+        return CannotGrowBase(image.name, size_after, reason)
+    entries = -(-size_after // (header.cluster_size * header.l2_entries))
+    if entries * _L1_ENTRY_BYTES > MAX_L1_BYTES:
+        reason = f"the first-level table would be larger than {MAX_L1_BYTES} bytes"
+        return CannotGrowBase(image.name, size_after, reason)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFacts:
+    """What base needs, by placement; ``needs`` is what the engine is to be given."""
+
+    needs: Mapping[Placement, MappingNeed]
+    spaces: Mapping[Placement, SpaceFacts]
+
+
+def survey_native(
+    target: Target,
+    opened: OpenChain,
+    bitmaps: BitmapFacts,
+    references: ReferenceCounts,
+) -> NativeFacts:
+    """Work out exactly how large base must be, for each way of placing data."""
+    image = opened.images[target.base_index].image
+    assert image is not None
+    disk = mapped_disk(target, image)
+    needs = survey_mapping(image, disk, opened.view(target.base_index + 1))
+    space = counted_free_space(image, references)
+    used = _Used.of(references)
+    stored = bitmaps_to_store(image, bitmaps, disk.size_after)
+    given_up = 0
+    if stored is not None:
+        given_up = len(bitmap_clusters(image, names_kept(stored)))
+    pruned = _Pruned.of(image, bitmaps, references, space)
+    spaces = {}
+    for placement, need in needs.items():
+        tree = new_tree(image.name, disk, need, stored)
+        facts = _facts(tree, place_tree(tree, space), used, given_up)
+        if pruned is not None:
+            end = max(used.end, pruned.end, place_tree(tree, pruned.space).allocation.end)
+            required = end * disk.header.cluster_size
+            facts = replace(facts, required_if_pruned=required)
+        spaces[placement] = facts
+    return NativeFacts(needs, spaces)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pruned:
+    """Base's file once stale bitmaps are out of it, and how far that reaches at its peak."""
+
+    space: FreeSpace
+    end: int
+
+    @staticmethod
+    def of(
+        image: Qcow2Image, bitmaps: BitmapFacts, references: ReferenceCounts, space: FreeSpace
+    ) -> _Pruned | None:
+        """None where nothing can be taken out."""
+        remaining = bitmaps_without_stale(image, bitmaps)
+        if remaining is None:
+            return None
+        layout = lay_out(image.name, image.header, remaining)
+        allocation = allocate(space, layout.demand)
+        placed = allocation.everything.expanded()
+        counts = np.zeros(max(len(references.counts), allocation.end), references.counts.dtype)
+        counts[: len(references.counts)] = references.counts
+        counts[placed] = 1
+        released = bitmap_clusters(image, names_kept(remaining))
+        counts[np.unique(released)] = 0
+        header = image.header
+        if allocation.table_start is not None:
+            header = replace(header, refcount_table_clusters=allocation.table_clusters)
+        table = table_with_new_blocks(image.header, space.table, allocation)
+        after = ReferenceCounts(references.cluster_size, counts, references.complete)
+        return _Pruned(FreeSpace(image.name, header, table, len(counts), after.of), allocation.end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Used:
+    """Clusters of base's file: how many are in use, and the end of the last of them."""
+
+    count: int
+    end: int
+
+    @staticmethod
+    def of(references: ReferenceCounts) -> _Used:
+        count = end = 0
+        for first in range(0, len(references.counts), _WINDOW):
+            used = np.flatnonzero(references.counts[first : first + _WINDOW])
+            count += len(used)
+            if len(used):
+                end = first + int(used[-1]) + 1
+        return _Used(count, end)
+
+
+def _facts(tree: NewTree, placed: PlacedTree, used: _Used, old_bitmaps: int) -> SpaceFacts:
+    cluster_size = tree.disk.header.cluster_size
+    required = max(used.end, placed.allocation.end)
+    demand = tree.demand
+    new = placed.allocation.everything.total
+    parts = {
+        "used": used.count,
+        "data": tree.mapping.data,
+        "L2 tables": tree.mapping.tables,
+        "L1 table": tree.l1_clusters,
+        "bitmaps": 0 if tree.bitmaps is None else _clusters(tree.bitmaps.demand),
+        "refcounts": new - _clusters(demand),
+    }
+    parts["gaps"] = required - sum(parts.values())
+    optimal = used.count + new - tree.mapping.given_up - old_bitmaps
+    return SpaceFacts(
+        image_end=used.end * cluster_size,
+        required=required * cluster_size,
+        optimal=min(optimal, required) * cluster_size,
+        breakdown={part: count * cluster_size for part, count in parts.items() if count},
+        new_clusters=tree.mapping.data,
+        new_l2_tables=tree.mapping.tables,
+        written=tree.mapping.written,
+    )
+
+
+def _clusters(demand: Demand) -> int:
+    return demand.scattered + sum(demand.contiguous)
