@@ -12,7 +12,8 @@ Two small files, each written to a temporary name, synced and renamed:
 ``.TOP.chainmerge-merged``
     Written before top's file is deleted or replaced, so that the same command, run
     again, says that the merge is done instead of reporting a missing file, or worse,
-    taking the renamed base for a new overlay.
+    taking the renamed base for a new overlay. In a pull it is written before the switch
+    after which top stands on base's backing file: the same command would pull that next.
 
 Both stand beside the image, so that any host that sees the image sees them; for block
 devices they stand in :data:`STATE_DIRECTORY`.
@@ -158,6 +159,8 @@ class MergedRecord(msgspec.Struct, frozen=True):
     result_identity: ImageIdentity
     keep_name: bool
     delete: list[DoomedImage]
+    head: str | None = None
+    """SHA-256 of the first sector that makes the result what it is, if that tells: of a pull."""
 
 
 def identify(path: Path) -> ImageIdentity:

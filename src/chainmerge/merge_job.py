@@ -69,6 +69,11 @@ class Job:
     def base(self) -> ImageInfo:
         return self.target.base
 
+    @property
+    def result(self) -> ImageInfo:
+        """The image that is written, and holds everything in the end."""
+        return self.facts.result
+
 
 def volume_of(base: ImageInfo, options: MergeOptions) -> Volume:
     match options.volume:
@@ -87,7 +92,7 @@ def extended(job: Job) -> Iterator[None]:
         yield
         return
     job.request.announce(Stage.EXTEND)
-    volume = volume_of(job.base, job.request.options)
+    volume = volume_of(job.result, job.request.options)
     volume.grow_to(job.plan.space.required)
     volume.make_growth_durable()
     try:
@@ -99,9 +104,9 @@ def extended(job: Job) -> Iterator[None]:
 
 def reclaim(job: Job) -> None:
     """Free what an interrupted run has leaked; the plan counts on it being free."""
-    report = job.facts.base_check
+    report = job.facts.result_check
     if report is not None and (report.leaks or report.hidden_leaks):
-        with WritablePort(job.base.real_path) as port:
+        with WritablePort(job.result.real_path) as port:
             reclaim_leaks(port)
 
 

@@ -23,6 +23,7 @@ from chainmerge.inspection import (
     Target,
     find_target,
     gather_bitmaps,
+    gather_bitmaps_to_pull,
     load_saved,
     measure_guest_bytes,
     movement_of,
@@ -36,8 +37,8 @@ from chainmerge.journal import (
     same_image,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
-from chainmerge.native_facts import choose_engine
-from chainmerge.options import Access, MergeOptions, Placement
+from chainmerge.native_facts import choose_direction, choose_engine
+from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged
 from chainmerge.planning import (
     EngineName,
@@ -93,7 +94,7 @@ def plan(
     """
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
-    obstacles = tuple(_obstacles(target))
+    obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options).facts
     return make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
@@ -168,7 +169,7 @@ def merge(
     target = find_target(request.top, request.base, request.access)
     allow_open_files(_locks_held(target))
     with contextlib.ExitStack() as stack:
-        locks = tuple(_lock_all(stack, target, request.access.lock_wait))
+        locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
         target = _same_target(target, request)
         with open_chain(target.chain, locks) as opened:
             request.announce(Stage.PLAN)
@@ -190,20 +191,27 @@ def merge(
 
 
 def _lock_all(
-    stack: contextlib.ExitStack, target: Target, wait_seconds: float
+    stack: contextlib.ExitStack, target: Target, wait_seconds: float, options: MergeOptions
 ) -> Iterator[ImageLock]:
     """Lock the chain from its root up, then the children that will be re-pointed."""
-    for image, mode in _locks_needed(target):
+    for image, mode in _locks_needed(target, options):
         yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
 
 
-def _locks_needed(target: Target) -> Iterator[tuple[ImageInfo, LockMode]]:
-    spans_levels = target.base_index < len(target.chain.images) - 2
+def _locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
     last = len(target.chain.images) - 1
+    written = set()
+    if options.direction != "pull":
+        written.add(target.base_index)
+        # Top is re-pointed past the images in between.
+        if target.base_index < last - 1:
+            written.add(last)
+    if options.direction == "pull" or (options.direction == "auto" and options.keep_name):
+        written.add(last)
     for index, image in enumerate(target.chain.images):
-        # Top is written to if it is to be re-pointed past the images in between.
-        written = index == target.base_index or (spans_levels and index == last)
-        yield image, LockMode.WRITER if written else LockMode.READER
+        yield image, LockMode.WRITER if index in written else LockMode.READER
+    if options.direction == "pull":
+        return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
 
@@ -215,18 +223,19 @@ def _locks_held(target: Target) -> int:
     return len(images) + data_files + len(target.relatives.children)
 
 
-def _obstacles(target: Target) -> Iterator[ChainmergeError]:
+def _obstacles(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What would keep a merge from getting the images for itself, found without waiting."""
     try:
         allow_open_files(_locks_held(target))
     except OpenFilesLimited as error:
         yield error
-    yield from contentions((image.path, mode) for image, mode in _locks_needed(target))
-    yield from _not_writable(target)
+    locks = _locks_needed(target, options)
+    yield from contentions((image.path, mode) for image, mode in locks)
+    yield from _not_writable(target, options)
 
 
-def _not_writable(target: Target) -> Iterator[ChainmergeError]:
-    for image, mode in _locks_needed(target):
+def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
+    for image, mode in _locks_needed(target, options):
         if mode is not LockMode.WRITER:
             continue
         try:
@@ -263,11 +272,20 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
     require_readable(target, opened)
     saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
-    bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
     volumes = measure_guest_bytes(target, opened)
-    chosen = choose_engine(target, opened, options.engine)
-    survey = survey_space(target, opened, bitmaps, chosen.engine)
-    obstacles = (chosen.obstacle, survey.obstacle, _too_many_files(target, chosen.engine))
+    way = choose_direction(target, opened, volumes, options)
+    if way.direction is Direction.PULL:
+        bitmaps = gather_bitmaps_to_pull(target, opened)
+    else:
+        bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
+    chosen = choose_engine(target, opened, options.engine, way.direction)
+    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction)
+    obstacles = (
+        way.obstacle,
+        chosen.obstacle,
+        survey.obstacle,
+        _too_many_files(target, chosen.engine),
+    )
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -276,14 +294,16 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
         final_bits=bitmaps.final_bits,
         recovered=bitmaps.recovered,
         interrupted=saved is not None,
-        base_check=survey.check,
+        result_check=survey.check,
         movement=movement_of(volumes),
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=volume_of(target.base, options).facts(),
+        volume=volume_of(target.chain.images[target.result_index(way.direction)], options).facts(),
         engine=chosen.engine,
         engine_reason=chosen.reason,
+        direction=way.direction,
+        pull_obstacle=way.pull_obstacle,
         spaces=survey.spaces,
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
@@ -306,19 +326,20 @@ def _gather_to_merge(target: Target, opened: OpenChain, request: Request) -> _Fo
     found = _gather(target, opened, request.options)
     facts = found.facts
     merged = _is_merged(target, opened, facts, found.bitmaps, request)
-    damage = () if merged else tuple(_damaged_overlays(target, opened))
-    obstacles = (*_not_writable(target), *facts.obstacles, *damage)
+    damage = () if merged else tuple(_damaged_sources(opened, facts))
+    obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
     return replace(found, facts=replace(facts, obstacles=obstacles, merged=merged))
 
 
-def _damaged_overlays(target: Target, opened: OpenChain) -> Iterator[ChainmergeError]:
-    """The images above base whose tables contradict themselves.
+def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[ChainmergeError]:
+    """The images that are merged into another one and whose tables contradict themselves.
 
-    Data and bits that something else was written over would go down into base as if they
-    were right. A plan does not look for this: it takes as long as reading all tables twice.
+    Data and bits that something else was written over would go there as if they were right.
+    A plan does not look for this: it takes as long as reading all tables twice.
     """
-    for overlay in opened.images[target.base_index + 1 :]:
-        if overlay.image is None:
+    merged = {image.identity for image in facts.merged_images}
+    for overlay in opened.images:
+        if overlay.image is None or overlay.info.identity not in merged:
             continue
         report = check(overlay.image)
         # Stale refcounts are what the dirty bit stands for.
@@ -341,10 +362,12 @@ def _is_merged(
     The tables can rule it out in most cases; else content is compared up to the first
     difference.
     """
+    if facts.direction is Direction.PULL:
+        return False
     base, top = target.base, target.chain.top
     if facts.undefined_bytes or base.virtual_size < top.virtual_size:
         return False
-    if facts.base_check is not None and not facts.base_check.sound:
+    if facts.result_check is not None and not facts.result_check.sound:
         return False
     image = opened.images[target.base_index].image
     if image is not None and bitmap_difference(image, final_set(bitmaps, base.virtual_size)):
@@ -378,14 +401,15 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     deleted = delete_recorded(record) if record is not None else ()
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
-    forget_saved_bitmaps(job.base.real_path)
-    result = facts.top.real_path if job.plan.rename else job.base.real_path
+    if facts.direction is Direction.COMMIT:
+        forget_saved_bitmaps(job.base.real_path)
+    result = facts.top.real_path if job.plan.rename else job.result.real_path
     warnings = list(job.plan.warnings)
-    if record is not None:
+    if record is not None and facts.direction is Direction.COMMIT:
         warnings += _drop_spent_tombstones(job, result)
     warnings += _give_back(job, result)
     return _report(
-        request, job.plan, result, job.base.format, copied, verified, repointed, deleted, warnings
+        request, job.plan, result, job.result.format, copied, verified, repointed, deleted, warnings
     )
 
 
@@ -405,9 +429,9 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
 def _give_back(job: Job, result: Path) -> Iterator[str]:
     """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
     options = job.request.options
-    volume = volume_of(replace(job.base, real_path=result), options)
+    volume = volume_of(replace(job.result, real_path=result), options)
     with FileReadable(result) as readable:
-        if job.base.header is None:
+        if job.result.header is None:
             return
         end = check(Qcow2Image(readable)).image_end_offset
     try:

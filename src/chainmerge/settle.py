@@ -8,6 +8,7 @@ interrupted run stopped. What is to be deleted is recorded beforehand
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +19,13 @@ from chainmerge.journal import (
     MergedRecord,
     forget_merged_record,
     identify,
+    load_merged_record,
     record_merged,
     same_image,
 )
-from chainmerge.storage.files import WritablePort, fsync_directory
+from chainmerge.options import Direction
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.storage.files import FileReadable, WritablePort, fsync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +47,9 @@ def repoint(repoints: Sequence[Repoint]) -> tuple[str, ...]:
 
 def record_intent(facts: MergeFacts, plan: MergePlan) -> MergedRecord | None:
     """Record what is going to be renamed and deleted; None where nothing is."""
+    if facts.direction is Direction.PULL:
+        # Written before the switch.
+        return load_merged_record(facts.top.real_path)
     if plan.rename is None and not plan.delete:
         # A record of an older merge under this name says nothing about this one.
         forget_merged_record(facts.top.real_path)
@@ -60,6 +67,23 @@ def record_intent(facts: MergeFacts, plan: MergePlan) -> MergedRecord | None:
     )
     record_merged(facts.top.real_path, record)
     return record
+
+
+def record_pull(facts: MergeFacts, plan: MergePlan, head: bytes) -> None:
+    """Record a pull before the switch to *head*, top's new first sector."""
+    top = facts.top.real_path
+    by_path = {str(image.path): image for image in facts.merged_images}
+    record = MergedRecord(
+        top=str(top),
+        base=str(facts.base.real_path),
+        result=str(top),
+        result_format=facts.top.format,
+        result_identity=identify(top),
+        keep_name=False,
+        delete=[_doomed(by_path[path]) for path in plan.delete],
+        head=hashlib.sha256(head).hexdigest(),
+    )
+    record_merged(top, record)
 
 
 def _doomed(image: ImageInfo) -> DoomedImage:
@@ -113,6 +137,14 @@ def finished_before(record: MergedRecord | None, top: Path, base: Path | None) -
             return False
     except FileNotFoundError:
         return False
+    if record.head is not None:
+        return _starts_with(Path(record.result), record.head)
     if record.keep_name:
         return True
     return not top.exists()
+
+
+def _starts_with(image: Path, head: str) -> bool:
+    """Whether the image's first sector has the SHA-256 digest *head*."""
+    with FileReadable(image) as readable:
+        return hashlib.sha256(readable.read(0, SECTOR)).hexdigest() == head

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.engines.native.decisions import TableWindow
+from chainmerge.options import Direction
 from chainmerge.qcow2.extents import Extents, Kind
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
@@ -34,9 +35,9 @@ def window_bytes(header: Header) -> int:
 def changed_windows(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
     """What the images above base say, in windows in which they say anything.
 
-    Covers a window from its first byte to its end or that of the disk. What lies behind the
-    old end of base's disk and is open above is zeros: no longer backing file may show there.
-    Behind the end of a top that is smaller than base everything is open.
+    Covers a window from its first byte to its end or that of the disk. In a commit, what lies
+    behind the old end of base's disk and is open above is zeros: no longer backing file may show
+    there. Behind the end of a top that is smaller than base everything is open.
     """
     parts = _resolved(above, disk)
     return (window for window in _cut(parts, window_bytes(disk.header)) if _says_anything(window))
@@ -77,6 +78,11 @@ def table_offsets(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
 
 
 def _resolved(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
+    if disk.direction is Direction.PULL:
+        # Behind the end of a lower image that is smaller there are zeros, and no other image
+        # may show through them.
+        yield from above.resolve(0, disk.size_after)
+        return
     base_end = disk.header.virtual_size
     for part in above.resolve(0, above.virtual_size):
         yield _closed_behind(part, base_end)
