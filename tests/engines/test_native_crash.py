@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whenever the power goes in a native merge: the guest's view is right, and a rerun completes it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.metadata.errors import NotEnoughSpace, ReleaseFailed, SwitchUnknown
+from chainmerge.engines.metadata.steps import StepName
+from chainmerge.engines.native.errors import MergeNotWritten
+from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.options import Placement
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.extents import Kind
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.mapping import COMPRESSED, OFFSET_MASK
+from chainmerge.qcow2.readable import BytesReadable
+from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
+from chainmerge.storage.errors import FlushFailed, WriteFailed
+from chainmerge.view import GuestView
+from tests.conftest import SOAK
+from tests.support import qemu
+from tests.support.crash import (
+    SECTOR,
+    CrashState,
+    Event,
+    Flushed,
+    Punched,
+    RecordingPort,
+    Reserved,
+    Resized,
+    Written,
+    crash_states,
+)
+from tests.support.native_merge import (
+    BuiltMerge,
+    build,
+    end_of_use,
+    layer_of,
+    on_device,
+    placed_in,
+    prepared,
+    reclaimed,
+    run,
+    trusted_bitmaps,
+)
+from tests.support.native_scenarios import SCENARIOS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+# In a long run every state is looked at by all means there are, of many more states.
+SAMPLES = 400 if SOAK else 5
+EXHAUSTIVE = 10 if SOAK else 4
+QEMU_SAMPLE = 10 if SOAK else 40
+RERUN_SAMPLE = 2 if SOAK else 8
+# What a volume has behind the space that the merge takes.
+ROOM = 32 << 10
+
+everywhere = pytest.mark.parametrize("device", [False, True], ids=["file", "device"])
+each_merge = pytest.mark.parametrize("name", SCENARIOS)
+
+
+class Builder:
+    """Builds each chain once, in a directory of its own."""
+
+    def __init__(self, directory: Callable[[str], Path]) -> None:
+        self._directory = directory
+        self._built: dict[str, BuiltMerge] = {}
+
+    def __call__(self, name: str) -> BuiltMerge:
+        if name not in self._built:
+            self._built[name] = build(self._directory("chain"), SCENARIOS[name])
+        return self._built[name]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    return Builder(tmp_path_factory.mktemp)
+
+
+def start_of(built: BuiltMerge, *, device: bool, size: int | None = None) -> bytes:
+    """Base before the commit: without leaks, and on a device among what was there before."""
+    content = reclaimed(built.base_content)
+    if not device:
+        return content
+    if size is None:
+        size = needed(built, content) + ROOM
+    return on_device(content, size)
+
+
+def needed(built: BuiltMerge, content: bytes) -> int:
+    """The least size of a device on which the merge has room."""
+    job = prepared(built, RecordingPort(content))
+    clusters = max(placed_in(job).allocation.end, end_of_use(content))
+    return clusters * job.disk.header.cluster_size
+
+
+class Judge:
+    """Says whether a state of base is one in which a crash may leave it."""
+
+    def __init__(self, built: BuiltMerge, start: bytes, directory: Path, *, device: bool) -> None:
+        self.built = built
+        self.device = device
+        self.states = self.seen_by_qemu = self.rerun = 0
+        self._start = start
+        self._seen: set[bytes] = set()
+        self._directory = directory
+
+    def judge(self, state: CrashState, switch: int | None) -> None:
+        """Look at a state, unless the same one was seen before.
+
+        Args:
+            state: The state.
+            switch: How many flushes return before the switch is written; None where it is not.
+        """
+        digest = hashlib.blake2b(state.content + bytes([state.flushes])).digest()
+        if digest in self._seen:
+            return
+        self._seen.add(digest)
+        self.states += 1
+        switched = self._judge(state.content, state.label)
+        if switch is None or state.flushes < switch:
+            assert not switched, state.label
+        elif state.flushes > switch:
+            assert switched, state.label
+        if self.states % RERUN_SAMPLE == 0:
+            self._assert_rerun_completes(state)
+        if self.states % QEMU_SAMPLE == 1:
+            self._ask_qemu(state)
+
+    def _judge(self, content: bytes, label: str) -> bool:
+        """Whether base is the new image; fails where it is neither that nor the old one."""
+        built = self.built
+        image = Qcow2Image(BytesReadable("crashed", content))
+        assert not image.header.dirty
+        assert not image.header.corrupt
+        report = check(image)
+        assert report.sound, (label, report)
+        switched = content[:SECTOR] != self._start[:SECTOR]
+        bitmaps = built.new_bitmaps if switched else built.old_bitmaps
+        assert trusted_bitmaps(content) == bitmaps, label
+        assert built.through_top(content) == built.seen, label
+        alone = built.base_alone(content)
+        if switched:
+            assert np.array_equal(alone, built.merged), label
+        elif built.merge.placement is Placement.COW:
+            assert np.array_equal(alone, built.old), label
+        else:
+            assert len(alone) == len(built.old), label
+            changed = alone != built.old
+            assert built.hidden[changed].all(), label
+            assert np.array_equal(alone[changed], built.merged[: len(alone)][changed]), label
+        return switched
+
+    def _assert_rerun_completes(self, state: CrashState) -> None:
+        self.rerun += 1
+        # A volume may have to be extended once more: base's new data has clusters already.
+        room = bytes(state_room(self.built, state.content)) if self.device else b""
+        port = RecordingPort(state.content + room, is_block_device=self.device)
+        reclaim_leaks(port)
+        run(self.built, port)
+        self.assert_complete(bytes(port.content), state.label)
+
+    def assert_complete(self, content: bytes, label: str, *, leaks: bool = False) -> None:
+        """Fail unless base is the new image, with nothing leaked."""
+        built = self.built
+        report = check(Qcow2Image(BytesReadable("completed", content)))
+        assert report.sound, (label, report)
+        assert leaks or report.clean, (label, report)
+        assert not report.hidden_leaks or leaks, (label, report)
+        assert np.array_equal(built.base_alone(content), built.merged), label
+        assert built.through_top(content) == built.seen, label
+        assert trusted_bitmaps(content) == built.new_bitmaps, label
+
+    def _ask_qemu(self, state: CrashState) -> None:
+        self.seen_by_qemu += 1
+        base = self._put_down(state.content)
+        report = qemu.check(base)
+        assert not report["corruptions"], (state.label, report)
+        assert report.get("check-errors", 0) == 0, (state.label, report)
+        top = self.built.paths[-1]
+        assert qemu.content(self._directory / top.name) == self.built.seen, state.label
+        switched = state.content[:SECTOR] != self._start[:SECTOR]
+        bitmaps = self.built.new_bitmaps if switched else self.built.old_bitmaps
+        assert set(qemu.bitmap_names(base)) == set(bitmaps), state.label
+
+    def ask_qemu_at_the_end(self, content: bytes) -> None:
+        """QEMU's tools find nothing wrong, and the guest's disk in base alone."""
+        base = self._put_down(content)
+        qemu.assert_clean(base)
+        assert qemu.content(base) == self.built.merged.tobytes()
+        assert set(qemu.bitmap_names(base)) == set(self.built.new_bitmaps)
+
+    def _put_down(self, content: bytes) -> Path:
+        """Base's file in a copy of the chain."""
+        merge = self.built.merge
+        for path in self.built.paths:
+            if not (self._directory / path.name).exists():
+                shutil.copy(path, self._directory)
+        base = self._directory / self.built.paths[merge.base].name
+        base.write_bytes(content)
+        return base
+
+
+def state_room(built: BuiltMerge, content: bytes) -> int:
+    """How many bytes a device has to grow by for a merge that starts from a state."""
+    return max(0, needed(built, reclaimed(content)) - len(content))
+
+
+def flushes_before_the_switch(log: Sequence[Event]) -> int | None:
+    """None where nothing is switched."""
+    for number, event in enumerate(log):
+        if isinstance(event, Written) and event.offset == 0:
+            return sum(isinstance(each, Flushed) for each in log[:number])
+    return None
+
+
+# Every state
+
+
+@everywhere
+@each_merge
+def test_every_crash_leaves_the_guest_its_disk(
+    tmp_path: Path,
+    built: Builder,
+    name: str,
+    device: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    merge = built(name)
+    start = start_of(merge, device=device)
+    port = RecordingPort(start, is_block_device=device)
+    run(merge, port)
+    judge = Judge(merge, start, tmp_path, device=device)
+    judge.assert_complete(bytes(port.content), "no crash")
+    judge.ask_qemu_at_the_end(bytes(port.content))
+    switch = flushes_before_the_switch(port.log)
+    for state in crash_states(start, port.log, seed=11, samples=SAMPLES, exhaustive=EXHAUSTIVE):
+        judge.judge(state, switch)
+    record_property("states", judge.states)
+    record_property("states run on from", judge.rerun)
+    record_property("states shown to qemu", judge.seen_by_qemu)
+    assert judge.states >= 8
+
+
+@everywhere
+@each_merge
+def test_a_merge_that_is_stopped_gives_back_what_it_took(
+    tmp_path: Path, built: Builder, name: str, device: bool
+) -> None:
+    """Also giving back may be interrupted anywhere."""
+    merge = built(name)
+    start = start_of(merge, device=device)
+    port = RecordingPort(start, is_block_device=device)
+
+    def stop(image: Qcow2Image, merged: GuestView) -> None:
+        raise Interrupted("just before the switch")
+
+    with pytest.raises(Interrupted):
+        run(merge, port, stop)
+    judge = Judge(merge, start, tmp_path, device=device)
+    assert flushes_before_the_switch(port.log) is None
+    for state in crash_states(start, port.log, seed=12, samples=1 + SAMPLES // 4):
+        judge.judge(state, None)
+    after = Qcow2Image(BytesReadable("stopped", bytes(port.content)))
+    report = check(after)
+    assert report.clean
+    assert not report.hidden_leaks
+    blocks = set(read_refcount_table(after).tolist()) - set(
+        read_refcount_table(Qcow2Image(BytesReadable("start", start))).tolist()
+    )
+    # What the refcount table names is in use, so that the file must go on having it.
+    assert device or blocks or len(port.content) == len(start)
+    assert bytes(port.content[:SECTOR]) == start[:SECTOR]
