@@ -1,31 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whenever the power goes in a native merge: the guest's view is right, and a rerun completes it."""
+"""Whenever the power goes in a native merge: the view is right, and a rerun completes it."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.engines.metadata.errors import NotEnoughSpace, ReleaseFailed, SwitchUnknown
-from chainmerge.engines.metadata.steps import StepName
-from chainmerge.engines.native.errors import MergeNotWritten
-from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.errors import Interrupted
 from chainmerge.options import Placement
 from chainmerge.qcow2.check import check
-from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.mapping import COMPRESSED, OFFSET_MASK
 from chainmerge.qcow2.readable import BytesReadable
-from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
-from chainmerge.storage.errors import FlushFailed, WriteFailed
-from chainmerge.view import GuestView
+from chainmerge.qcow2.refcounts import read_refcount_table
 from tests.conftest import SOAK
 from tests.support import qemu
 from tests.support.crash import (
@@ -33,10 +24,7 @@ from tests.support.crash import (
     CrashState,
     Event,
     Flushed,
-    Punched,
     RecordingPort,
-    Reserved,
-    Resized,
     Written,
     crash_states,
 )
@@ -44,7 +32,6 @@ from tests.support.native_merge import (
     BuiltMerge,
     build,
     end_of_use,
-    layer_of,
     on_device,
     placed_in,
     prepared,
@@ -55,10 +42,11 @@ from tests.support.native_merge import (
 from tests.support.native_scenarios import SCENARIOS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import numpy.typing as npt
+    from chainmerge.view import GuestView
+
 
 # In a long run every state is looked at by all means there are, of many more states.
 SAMPLES = 400 if SOAK else 5

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,8 +36,7 @@ from chainmerge.engines.native import (
     place_tree,
     survey_mapping,
 )
-from chainmerge.engines.native.commit import BeforeSwitch
-from chainmerge.options import Placement
+from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.extents import Kind
@@ -60,7 +60,7 @@ from tests.support.crash import RecordingPort
 from tests.support.images import Discard, ImagePlan, apply_writes, view_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from chainmerge.engines.native.commit import BeforeSwitch
 
 Bytes = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
@@ -244,6 +244,7 @@ def prepared(built: BuiltMerge, port: RecordingPort) -> Commit:
         header=image.header,
         size_after=max(image.header.virtual_size, chain.virtual_size),
         backing_end=built.below[-1].virtual_size if built.below else 0,
+        direction=Direction.COMMIT,
     )
     need = survey_mapping(image, disk, GuestView(built.above))[merge.placement]
     stored: Sequence[AnyBitmap] | None = built.new_set
@@ -255,6 +256,7 @@ def prepared(built: BuiltMerge, port: RecordingPort) -> Commit:
         chain=chain,
         base_index=merge.base,
         tree=new_tree(image.name, disk, need, stored),
+        backing=None,
         placement=merge.placement,
         shares_extents=False,
     )
@@ -346,7 +348,9 @@ def bitmap_set(
     bitmaps = []
     for number in range(count):
         starts = [choice.randrange(disk_size // 4096) * 4096 for _ in range(number % 4)]
-        ranges = [(start, min(choice.choice((512, 1 << 19)), disk_size - start)) for start in starts]
+        ranges = [
+            (start, min(choice.choice((512, 1 << 19)), disk_size - start)) for start in starts
+        ]
         bits = BitSet.from_ranges(ranges, disk_size, granularity)
         flags = BitmapFlag.AUTO if number % 3 == 0 else BitmapFlag(0)
         bitmaps.append(StoredBitmap(f"{seed}.{number}", bits, flags))

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.engines.metadata import StoredBitmap
 from chainmerge.options import Placement
@@ -22,6 +21,9 @@ from tests.support.images import (
     WriteZeroes,
 )
 from tests.support.native_merge import NativeMerge, bitmap_set, leaking
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 COW = Placement.COW
 IN_PLACE = Placement.IN_PLACE
@@ -122,9 +124,7 @@ _SET_ON_MIB: Final = bitmap_set(2, 3, MIB)
 _HOLES: Final = [discard(number, 0.5) for number in range(16, 96)]
 
 SCENARIOS: Final[Mapping[str, NativeMerge]] = {
-    "small clusters": NativeMerge(
-        [plan(SMALL, 512, *_MIXED_BASE), plan(SMALL, 512, *_MIXED_TOP)]
-    ),
+    "small clusters": NativeMerge([plan(SMALL, 512, *_MIXED_BASE), plan(SMALL, 512, *_MIXED_TOP)]),
     "small clusters in place": NativeMerge(
         [plan(SMALL, 512, *_MIXED_BASE), plan(SMALL, 512, *_MIXED_TOP)], placement=IN_PLACE
     ),

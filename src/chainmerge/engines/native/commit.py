@@ -78,7 +78,7 @@ from chainmerge.engines.native.windows import (
     joined,
     read_tables,
     read_window,
-    table_offsets,
+    table_entries,
 )
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.options import Direction, Placement
@@ -369,10 +369,16 @@ def _new_tables(
 def _given_up(job: Commit, change: Change, indexes: npt.NDArray[np.int64]) -> Iterator[Runs]:
     """Host clusters that the old mapping of these guest clusters used."""
     header = job.disk.header
-    tables = table_offsets(job.image, indexes)
+    tables = table_entries(job.image, indexes)
     entry = change.entry[change.released]
     packed = entry & np.uint64(COMPRESSED) != 0
-    plain = np.concatenate([tables[tables != 0], entry[~packed] & np.uint64(OFFSET_MASK)])
+    named = np.concatenate([tables, entry[~packed]])
+    if not header.snapshot_count:
+        # What is shared although there is no snapshot has another entry in these tables, which
+        # would need a COPIED flag at the instant at which its refcount falls to 1.
+        named = named[named & np.uint64(COPIED) != 0]
+    plain = named & np.uint64(OFFSET_MASK)
+    plain = plain[plain != 0]
     yield runs_of(np.sort((plain >> np.uint64(header.cluster_bits)).astype(np.int64)))
     if packed.any():
         host, size = compressed_place(header, entry[packed])

@@ -17,7 +17,7 @@ from chainmerge.view import NO_LAYER, Resolved
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.engines.native.decisions import MappedDisk
+    from chainmerge.engines.native.decisions import Clusters, MappedDisk, U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.view import GuestView
@@ -57,7 +57,7 @@ def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
     return TableWindow(first, words[0::2][:clusters], words[1::2][:clusters])
 
 
-def read_tables(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
+def read_tables(image: Qcow2Image, indexes: Clusters) -> U64Array:
     """L2 tables by their L1 index, zeros where there is none: uint64[n, words of a cluster]."""
     header = image.header
     words = np.zeros((len(indexes), header.cluster_size // _WORD), dtype=np.uint64)
@@ -69,12 +69,18 @@ def read_tables(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
     return words
 
 
-def table_offsets(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
+def table_offsets(image: Qcow2Image, indexes: Clusters) -> U64Array:
     """File offsets of L2 tables by their L1 index, 0 where there is none: uint64[n]."""
-    offsets = np.zeros(len(indexes), dtype=np.uint64)
-    inside = indexes < len(image.l1)
-    offsets[inside] = image.l1[indexes[inside]].astype(np.uint64) & np.uint64(OFFSET_MASK)
+    offsets: U64Array = table_entries(image, indexes) & np.uint64(OFFSET_MASK)
     return offsets
+
+
+def table_entries(image: Qcow2Image, indexes: Clusters) -> U64Array:
+    """L1 entries as they are stored, 0 behind the end of the table: uint64[n]."""
+    entries = np.zeros(len(indexes), dtype=np.uint64)
+    inside = indexes < len(image.l1)
+    entries[inside] = image.l1[indexes[inside]]
+    return entries
 
 
 def _resolved(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
