@@ -228,9 +228,9 @@ def commit(
     try:
         taken = placed.metadata if job.shares_extents else placed.allocation.everything
         reserve(port, required, _ranges(taken, cluster_size))
-        if not port.is_block_device and port.size < required:
-            port.truncate_to(required)
         with _step(port, StepName.FILL):
+            if not port.is_block_device and port.size < required:
+                port.truncate_to(required)
             mapping = _write_mapping(port, job, placed, transfer)
             _write(port, _other_clusters(job, placed, mapping.l1), cluster_size)
             for offset, data in head.beyond:
