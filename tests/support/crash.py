@@ -177,6 +177,7 @@ def crash_states(
     durable = bytearray(before)
     yield CrashState(bytes(durable), 0, "nothing written")
     choice = random.Random(seed)
+    number = -1
     for number, window in enumerate(_windows(log)):
         for label, kept in _subsets(window, choice, samples, exhaustive):
             state = bytearray(durable)
