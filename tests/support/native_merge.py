@@ -266,9 +266,13 @@ def placed_in(job: Commit) -> PlacedTree:
 
 def end_of_use(content: bytes) -> int:
     """The cluster behind the last one with a refcount."""
+    return int(np.flatnonzero(all_refcounts(content))[-1]) + 1
+
+
+def all_refcounts(content: bytes) -> npt.NDArray[np.uint64]:
+    """The stored refcounts of all clusters up to the last one that a block describes."""
     image = Qcow2Image(BytesReadable("base", content))
-    count = len(read_refcount_table(image)) * refcounts_per_block(image.header)
-    return int(np.flatnonzero(read_refcounts(image, 0, count))[-1]) + 1
+    return read_refcounts(image, 0, stored_free_space(image).known)
 
 
 def run(
