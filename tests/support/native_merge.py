@@ -36,7 +36,7 @@ from chainmerge.engines.native import (
     place_tree,
     survey_mapping,
 )
-from chainmerge.options import Placement
+from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.extents import Kind
@@ -244,6 +244,7 @@ def prepared(built: BuiltMerge, port: RecordingPort) -> Commit:
         header=image.header,
         size_after=max(image.header.virtual_size, chain.virtual_size),
         backing_end=built.below[-1].virtual_size if built.below else 0,
+        direction=Direction.COMMIT,
     )
     need = survey_mapping(image, disk, GuestView(built.above))[merge.placement]
     stored: Sequence[AnyBitmap] | None = built.new_set
@@ -255,6 +256,7 @@ def prepared(built: BuiltMerge, port: RecordingPort) -> Commit:
         chain=chain,
         base_index=merge.base,
         tree=new_tree(image.name, disk, need, stored),
+        backing=None,
         placement=merge.placement,
         shares_extents=False,
     )
