@@ -15,6 +15,7 @@ from chainmerge.catalogue import explain
 from chainmerge.information import inspect
 from chainmerge.merging import measure, merge, plan
 from chainmerge.repairing import check_image, repair
+from chainmerge.unfinished import status
 
 __all__ = [
     "bitmaps_add",
@@ -30,4 +31,5 @@ __all__ = [
     "plan",
     "prune",
     "repair",
+    "status",
 ]

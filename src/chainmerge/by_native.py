@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.native import Backing, Commit, RawCommit, commit, commit_to_raw, new_tree
+from chainmerge.job_journal import journal_kept, record_switching
 from chainmerge.journal import save_bitmaps
 from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
 from chainmerge.native_facts import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were moved, and what was verified, in sentences."""
-    with _enough_space(job):
+    with journal_kept(job), _enough_space(job):
         reclaim(job)
         _make_room(job)
         _note_what_base_lacks(job)
@@ -110,6 +111,8 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         job.request.stop_if_asked(f"{job.result.path} is the old image, to the last bit")
         if disk.direction is Direction.PULL:
             record_pull(job.facts, job.plan, new_image.readable.read(0, SECTOR))
+        else:
+            record_switching(job, new_image)
 
     with contextlib.closing(_transfer(job, port, need.written)) as transfer:
         outcome = commit(port, work, transfer, before_switch)

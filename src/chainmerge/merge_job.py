@@ -76,13 +76,18 @@ class Job:
 
 
 def volume_of(base: ImageInfo, options: MergeOptions) -> Volume:
+    return volume_at(base.real_path, options)
+
+
+def volume_at(path: Path, options: MergeOptions) -> Volume:
+    """What an image lies on, as the options say or as it looks."""
     match options.volume:
         case "lvm":
-            return open_lvm_volume(base.real_path)
+            return open_lvm_volume(path)
         case "file":
-            return FileVolume(str(base.real_path), options.size_limit)
+            return FileVolume(str(path), options.size_limit)
         case _:
-            return open_volume(base.real_path, options.size_limit)
+            return open_volume(path, options.size_limit)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from chainmerge.inspection import (
     movement_of,
     open_chain,
 )
+from chainmerge.job_journal import record_switched
 from chainmerge.journal import (
     MergedRecord,
     forget_saved_bitmaps,
@@ -37,6 +38,7 @@ from chainmerge.journal import (
     same_image,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
+from chainmerge.merge_journal import JournalState, enter, forget_journal
 from chainmerge.native_facts import choose_direction, choose_engine
 from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged
@@ -52,13 +54,8 @@ from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
-from chainmerge.settle import (
-    delete_recorded,
-    finished_before,
-    record_intent,
-    rename_base,
-    repoint,
-)
+from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
+from chainmerge.settle import SettleSteps, delete_recorded, finished_before, give_back, settle
 from chainmerge.space_facts import survey_space
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -171,9 +168,12 @@ def merge(
     with contextlib.ExitStack() as stack:
         locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
         target = _same_target(target, request)
+        resumed = resume(request, target)
+        if resumed.report is not None:
+            return resumed.report
         with open_chain(target.chain, locks) as opened:
             request.announce(Stage.PLAN)
-            found = _gather_to_merge(target, opened, request)
+            found = _gather_to_merge(target, opened, request, resumed.warnings)
             for refusal in find_refusals(found.facts, request.options):
                 raise refusal
             return _run(
@@ -322,13 +322,18 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
     return None
 
 
-def _gather_to_merge(target: Target, opened: OpenChain, request: Request) -> _Found:
+def _gather_to_merge(
+    target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
+) -> _Found:
     found = _gather(target, opened, request.options)
     facts = found.facts
     merged = _is_merged(target, opened, facts, found.bitmaps, request)
     damage = () if merged else tuple(_damaged_sources(opened, facts))
     obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
-    return replace(found, facts=replace(facts, obstacles=obstacles, merged=merged))
+    facts = replace(
+        facts, obstacles=obstacles, merged=merged, warnings=(*warnings, *facts.warnings)
+    )
+    return replace(found, facts=facts)
 
 
 def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[ChainmergeError]:
@@ -391,25 +396,51 @@ def _run(job: Job) -> MergeReport:
     return _settle(job, copied, verified)
 
 
-def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
-    request, facts = job.request, job.facts
-    request.announce(Stage.SETTLE)
-    repointed = repoint(job.plan.repoint)
-    record = record_intent(facts, job.plan)
-    if job.plan.rename is not None:
-        rename_base(facts)
+def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+    """Delete what top does not need any more; nobody has to be re-pointed."""
+    job.request.announce(Stage.SETTLE)
+    top = job.facts.top
+    record = load_merged_record(top.real_path)
     deleted = delete_recorded(record) if record is not None else ()
-    # Not before: as long as top stands on images that lack what base has now, a rerun needs
-    # to be told that this is no gap.
-    if facts.direction is Direction.COMMIT:
-        forget_saved_bitmaps(job.base.real_path)
-    result = facts.top.real_path if job.plan.rename else job.result.real_path
-    warnings = list(job.plan.warnings)
-    if record is not None and facts.direction is Direction.COMMIT:
-        warnings += _drop_spent_tombstones(job, result)
-    warnings += _give_back(job, result)
+    warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
+    result = top.real_path
     return _report(
-        request, job.plan, result, job.result.format, copied, verified, repointed, deleted, warnings
+        job.request, job.plan, result, top.format, copied, verified, (), deleted, warnings
+    )
+
+
+def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+    if job.facts.direction is Direction.PULL:
+        return _settle_pull(job, copied, verified)
+    request, facts, plan = job.request, job.facts, job.plan
+    journal = record_switched(job)
+    request.announce(Stage.SETTLE)
+    by_path = {str(image.path): image for image in facts.merged_images}
+    steps = SettleSteps(
+        base=facts.base,
+        top=facts.top,
+        repoint=plan.repoint,
+        doomed=tuple(by_path[path] for path in plan.delete),
+        keep_name=plan.rename is not None,
+    )
+    settled = settle(steps, journal)
+    warnings = list(plan.warnings)
+    journal = enter(settled.journal, JournalState.TIDY)
+    if settled.top_is_gone:
+        warnings += _drop_spent_tombstones(job, steps.result)
+    enter(journal, JournalState.GIVE_BACK)
+    warnings += give_back(steps.result, job.base.format, request.options)
+    forget_journal(job.base.real_path)
+    return _report(
+        request,
+        plan,
+        steps.result,
+        job.base.format,
+        copied,
+        verified,
+        settled.repointed,
+        settled.deleted,
+        warnings,
     )
 
 
@@ -426,29 +457,13 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
         yield f"tombstones that nothing needs any more are left: {error.sentence}"
 
 
-def _give_back(job: Job, result: Path) -> Iterator[str]:
-    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
-    options = job.request.options
-    volume = volume_of(replace(job.result, real_path=result), options)
-    with FileReadable(result) as readable:
-        if job.result.header is None:
-            return
-        end = check(Qcow2Image(readable)).image_end_offset
-    try:
-        if options.shrink:
-            volume.shrink_to(end)
-        if options.discard and volume.size > end:
-            volume.discard(end, volume.size - end)
-    except ChainmergeError as error:
-        yield f"{error.sentence} (the merge itself is done)"
-
-
 def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     deleted = delete_recorded(record)
     _forget_bitmaps_saved_for(record)
-    verified = ("an earlier run merged and verified it",)
+    warnings = tuple(finish_recorded(request, record))
+    verified = (VERIFIED_BEFORE,)
     result = Path(record.result)
-    return _report(request, None, result, record.result_format, 0, verified, (), deleted, ())
+    return _report(request, None, result, record.result_format, 0, verified, (), deleted, warnings)
 
 
 def _forget_bitmaps_saved_for(record: MergedRecord) -> None:
