@@ -20,8 +20,8 @@ from chainmerge.merge_journal import (
     first_sector_of,
     forget_journal,
     journalled,
+    keep_journal,
     load_journal,
-    save_journal,
     this_boot,
 )
 from chainmerge.options import Direction
@@ -46,13 +46,11 @@ def journal_kept(job: Job) -> Iterator[None]:
     """Keep a journal; where the merge ends before the switch there is none afterwards.
 
     None is kept of a pull, which has little to settle: its record tells of that.
-
-    Raises what :func:`chainmerge.merge_journal.save_journal` raises.
     """
     if job.facts.direction is Direction.PULL:
         yield
         return
-    save_journal(_journal(job))
+    keep_journal(_journal(job))
     try:
         yield
     except BaseException:
@@ -65,7 +63,7 @@ def journal_kept(job: Job) -> Iterator[None]:
 def record_switching(job: Job, new_base: Qcow2Image) -> None:
     """Record, durably, what base begins with once it is switched: the last act before that."""
     digest = digest_of(new_base.readable.read(0, SECTOR))
-    save_journal(_in_state(job, JournalState.SWITCHING, digest))
+    keep_journal(_in_state(job, JournalState.SWITCHING, digest))
 
 
 def record_switched(job: Job) -> Journal | None:
@@ -73,9 +71,7 @@ def record_switched(job: Job) -> Journal | None:
     if job.plan.engine is not EngineName.NATIVE or job.facts.merged:
         return None
     digest = first_sector_of(job.base.real_path)
-    journal = _in_state(job, JournalState.SWITCHED, digest)
-    save_journal(journal)
-    return journal
+    return keep_journal(_in_state(job, JournalState.SWITCHED, digest))
 
 
 def _forget_unless_switched(job: Job) -> None:

@@ -288,7 +288,11 @@ def record_merged(top: Path, record: MergedRecord) -> None:
 
 def load_merged_record(top: Path) -> MergedRecord | None:
     """The record of a finished merge of *top*; None where there is none that can be read."""
-    return read_merged_record(merged_record_file(top))
+    try:
+        return read_merged_record(merged_record_file(top))
+    except OSError:
+        # A name that no file can have.
+        return None
 
 
 def read_merged_record(file: Path) -> MergedRecord | None:

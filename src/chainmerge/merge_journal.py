@@ -29,6 +29,7 @@ Guests may well have written to top between a kill and the rerun, into clusters 
 each overlay's size and times of change are recorded with it. Nothing is compared with the time
 of day. Times of change say nothing of a block device, and after a power cut they may be older
 than the last write that was synced, so a journal counts for files and until the next boot.
+It is not needed either: where it cannot be written, a merge goes on without.
 What cannot be believed costs a look at the disk: a rerun then compares content, as it does
 without any journal.
 """
@@ -170,6 +171,18 @@ def save_journal(journal: Journal) -> None:
     write_file_durably(target, text.encode("ascii") + b"\n", 0o600)
 
 
+def keep_journal(journal: Journal) -> Journal | None:
+    """Write the journal durably; None where there is no place for it.
+
+    It then stays what it was, which says less and nothing wrong: a merge does not need it.
+    """
+    try:
+        save_journal(journal)
+    except ChainmergeError:
+        return None
+    return journal
+
+
 def load_journal(base: Path) -> Journal | None:
     """The journal that an interrupted merge left for *base*; None where there is none.
 
@@ -236,16 +249,13 @@ def enter(journal: Journal | None, state: JournalState) -> Journal | None:
 
     A rerun does what was done before once more; that is not recorded again. Nothing happens
     without a journal.
-
-    Raises what :func:`save_journal` raises.
     """
     if journal is None or state.rank <= journal.state.rank:
         return journal
     entered = msgspec.structs.replace(
         journal, state=state, overlays=[_looked_at_again(one) for one in journal.overlays]
     )
-    save_journal(entered)
-    return entered
+    return keep_journal(entered)
 
 
 def _looked_at_again(image: JournalledImage) -> JournalledImage:

@@ -106,7 +106,7 @@ def _wanted_of(searches: Sequence[_Search]) -> frozenset[str] | None:
 
 
 def _search(path: Path) -> _Search:
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (any name will do)
         return _Search((Path(os.path.realpath(path)),), None)
     images = {os.path.realpath(path)}
     # Top may be gone already. Its directory is where base most likely stands.

@@ -206,11 +206,11 @@ DELETING = {"deleted one"}
 RECORDED = {"delete", "deleted", "tidy"}
 
 
-def _happens(point: str, options: MergeOptions) -> bool:
+def _happens(levels: int, point: str, options: MergeOptions) -> bool:
     if point in NAMING:
         return options.keep_name
     if point in DELETING:
-        return options.delete
+        return options.delete and (levels > 1 or not options.keep_name)
     if point == "repointed one":
         # With the name kept, all children stay as they are.
         return not options.keep_name
@@ -224,7 +224,7 @@ POINTS = [
     for levels in LEVELS
     for name, options in OPTIONS.items()
     for point in AFTER_SWITCH
-    if _happens(point, options)
+    if _happens(levels, point, options)
 ]
 
 
