@@ -291,3 +291,18 @@ class PullUnavailable(Refused):
     base: str
     top: str
     reason: str
+
+
+@dataclass(eq=False)
+class DoomedInUse(Refused):
+    """Images that were to be deleted after a pull are the backing files of others."""
+
+    code: ClassVar[str] = "doomed-in-use"
+    template: ClassVar[str] = "{doomed} cannot be deleted: it has other children: {others}"
+    hint: ClassVar[str] = "leave out --delete and --keep-name: a pull needs neither"
+    explanation: ClassVar[str] = (
+        "A pull leaves base and the images between as they are, and whatever else stands on them "
+        "goes on working. With them deleted it would not. Nothing was changed."
+    )
+    doomed: str
+    others: str

@@ -26,6 +26,7 @@ from chainmerge.plan_errors import (
     CannotDeleteVolume,
     CannotRename,
     ChildSeesMore,
+    DoomedInUse,
     EncryptedImage,
     ImageCorrupt,
     ImageDamaged,
@@ -674,12 +675,13 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
 
 def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What a pull leaves as it is can only be deleted if nobody else stands on it."""
-    base, relatives = str(facts.base.path), facts.relatives
-    if relatives.siblings:
-        yield BaseHasOtherChildren(base, _names(relatives.siblings))
-    if options.delete and relatives.middle_children:
-        children = _names(relatives.middle_children)
-        yield MiddleHasOtherChildren(base, str(facts.top.path), children)
+    if not _doomed(facts, options):
+        return
+    others = facts.relatives.siblings
+    if options.delete:
+        others = (*others, *facts.relatives.middle_children)
+    if others:
+        yield DoomedInUse(_names(_doomed(facts, options)), _names(others))
 
 
 def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:

@@ -15,6 +15,7 @@ from chainmerge.plan_errors import (
     BaseHasOtherChildren,
     BaseNotBelowTop,
     ChildSeesMore,
+    DoomedInUse,
     MiddleHasOtherChildren,
 )
 from chainmerge.types import MergeOutcome, ProgressEvent, Stage
@@ -289,7 +290,7 @@ def test_pull_with_another_image_on_base(scenario: Scenario) -> None:
     for name, bits in scenario.expected_bits.items():
         assert dirty_granules(scenario.top, name) == bits, name
     other = create(scenario.directory / "other.qcow2", backing="base.qcow2")
-    with pytest.raises(BaseHasOtherChildren):
+    with pytest.raises(DoomedInUse):
         chainmerge.merge(other, options=MergeOptions(direction="pull", delete=True))
 
 

@@ -130,7 +130,9 @@ def on_exact_device(built: BuiltCase) -> Iterator[None]:
     Before that, try a smaller one.
     """
     required = least_required(built)
-    behind = built.directory / "behind"
+    # Not beside the images: it would be found there as one of them.
+    (built.directory / "devices").mkdir()
+    behind = built.directory / "devices" / "behind"
     base = built.case.result
     size = -(-required // SECTOR) * SECTOR
     if base.geometry is None:

@@ -43,8 +43,8 @@ native_commit = importlib.import_module("chainmerge.engines.native.commit")
 OPTIONS = {
     "neither": MergeOptions(),
     "delete": MergeOptions(delete=True),
-    "keep-name": MergeOptions(keep_name=True),
-    "both": MergeOptions(delete=True, keep_name=True),
+    "keep-name": MergeOptions(direction="commit", keep_name=True),
+    "both": MergeOptions(delete=True, direction="commit", keep_name=True),
 }
 LEVELS = (1, 2)
 
