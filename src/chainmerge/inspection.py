@@ -43,6 +43,7 @@ from chainmerge.qcow2.bitmaps import (
     read_table,
 )
 from chainmerge.qcow2.bits import BitSet, is_storable, union_all
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
@@ -376,7 +377,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         data += int(by_kind[Kind.DATA])
         zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])
         compressed += int(by_kind[Kind.COMPRESSED])
-        bounds = np.union1d(upper.guest, lower.guest)
+        bounds = distinct(np.concatenate([upper.guest, lower.guest]))
         above, below = upper.cut_at(bounds), lower.cut_at(bounds)
         free = above.kind == Kind.UNALLOCATED
         stored = (below.kind == Kind.DATA) | (below.kind == Kind.COMPRESSED)

@@ -27,6 +27,7 @@ from chainmerge.qcow2.extents import (
     U8Array,
     U32Array,
     U64Array,
+    distinct,
     follows_guest,
 )
 from chainmerge.qcow2.header import MAX_CLUSTER_BITS, SECTOR
@@ -520,7 +521,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
     # From the lowest up, so that the highest index wins.
     claims = _joined([nobody, *reversed(said)])
     claimed_end = claims.guest + claims.length
-    bounds = _merged(claims.guest, claimed_end)
+    bounds = distinct(np.concatenate([claims.guest, claimed_end]))
     winner = _last_covering(
         np.searchsorted(bounds, claims.guest), np.searchsorted(bounds, claimed_end), len(bounds) - 1
     )
@@ -585,16 +586,6 @@ def _affordable_end(runs: Resolved) -> int:
     return min(max(wanted, least), runs.end)
 
 
-def _merged(a: U64Array, b: U64Array) -> U64Array:
-    """All values of two arrays, ascending, each once."""
-    # Much faster than np.union1d: a stable sort merges runs that are sorted already.
-    values = np.concatenate([a, b])
-    values.sort(kind="stable")
-    keep = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1], out=keep[1:])
-    return values[keep]
-
-
 def _coalesced(runs: Resolved) -> Resolved:
     """Join neighbours that continue each other in the same layer."""
     joins = runs.extents.continues() & (runs.layer[1:] == runs.layer[:-1])
@@ -621,7 +612,7 @@ def _unequal_ranges(
 
     The files are those of :func:`_file_numbers`.
     """
-    bounds = _merged(ours.guest, theirs.guest)
+    bounds = distinct(np.concatenate([ours.guest, theirs.guest]))
     left, right = ours.cut_at(bounds), theirs.cut_at(bounds)
     both_zero = (left.layer == NO_LAYER) & (right.layer == NO_LAYER)
     same_place = (left.layer != NO_LAYER) & (right.layer != NO_LAYER)

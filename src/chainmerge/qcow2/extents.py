@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ U32Array: TypeAlias = npt.NDArray[np.uint32]
 U64Array: TypeAlias = npt.NDArray[np.uint64]
 IndexArray: TypeAlias = npt.NDArray[np.intp]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+Number = TypeVar("Number", bound=np.integer)
 
 
 class Kind(IntEnum):
@@ -151,3 +153,15 @@ class Mapping:
     kind: Kind
     host: int
     csize: int
+
+
+def distinct(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """All values, ascending, each once.
+
+    Much faster than np.unique where *values* consists of a few ascending pieces, which a
+    stable sort merges; and it does without numpy.ma, whose import takes as long as a small plan.
+    """
+    ordered = np.sort(values, kind="stable")
+    keep = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=keep[1:])
+    return ordered[keep]

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.header import MAX_L1_BYTES, SECTOR
 from chainmerge.qcow2.snapshots import SnapshotTable, read_snapshot_table
@@ -575,16 +576,18 @@ class _L2Tables:
         active = np.searchsorted(self._active, self._offsets, "right") - first
         # Both numbers in one: an L1 table has at most 2^22 entries, and there are at most 2^16.
         kinds = (self._references << 23) + active
-        for kind in np.unique(kinds).tolist():
+        for kind in distinct(kinds).tolist():
             yield _L2Group(self._offsets[kinds == kind], kind >> 23, kind & (1 << 23) - 1)
 
     def _digest(self) -> None:
+        if not self._pending:
+            return
         offsets = np.concatenate([self._offsets, *self._pending])
         ones = np.ones(self._pending_count, np.int64)
         weights = np.concatenate([self._references, ones])
-        self._offsets, inverse = np.unique(offsets, return_inverse=True)
+        self._offsets = distinct(offsets)
         self._references = np.zeros(len(self._offsets), np.int64)
-        np.add.at(self._references, inverse, weights)
+        np.add.at(self._references, np.searchsorted(self._offsets, offsets), weights)
         self._pending, self._pending_count = [], 0
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.engines.native.decisions import TableWindow
-from chainmerge.qcow2.extents import Extents, Kind
+from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
 from chainmerge.view import NO_LAYER, Resolved
@@ -90,7 +90,7 @@ def _closed_behind(part: Resolved, base_end: int) -> Resolved:
     if part.end <= base_end:
         return part
     if part.start < base_end:
-        bounds = np.union1d(part.guest, np.array([base_end], dtype=np.uint64))
+        bounds = distinct(np.append(part.guest, np.uint64(base_end)))
         part = part.cut_at(bounds)
     extents = part.extents
     behind = (extents.guest >= np.uint64(base_end)) & (extents.kind == Kind.UNALLOCATED)
