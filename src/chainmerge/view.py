@@ -27,6 +27,7 @@ from chainmerge.qcow2.extents import (
     U8Array,
     U32Array,
     U64Array,
+    concatenated,
     distinct,
     follows_guest,
 )
@@ -34,9 +35,11 @@ from chainmerge.qcow2.header import MAX_CLUSTER_BITS, SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
 from chainmerge.qcow2.readable import Readable
+from chainmerge.qcow2.remembered import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
 
 I32Array: TypeAlias = npt.NDArray[np.int32]
 
@@ -98,6 +101,8 @@ class Qcow2Layer:
 
     image: Qcow2Image
     source: Readable
+    walk: Walk = iter_extents
+    """How the image's tables are read."""
 
     @property
     def name(self) -> str:
@@ -116,7 +121,7 @@ class Qcow2Layer:
 
     def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
         """What the image's tables say."""
-        return iter_extents(self.image, start, end, window=window)
+        return self.walk(self.image, start, end, window=window)
 
     def read_data(self, host: int, length: int) -> bytes:
         """Read uncompressed clusters.
@@ -186,9 +191,9 @@ class RawLayer:
         raise AssertionError(f"{self.name}: raw images are not compressed ({host}, {csize})")
 
 
-def layer_of_qcow2(image: Qcow2Image, data: Readable) -> Layer:
+def layer_of_qcow2(image: Qcow2Image, data: Readable, walk: Walk = iter_extents) -> Layer:
     """A qcow2 image whose clusters are in *data*: its own file, or its external data file."""
-    return Qcow2Layer(image, data)
+    return Qcow2Layer(image, data, walk)
 
 
 def layer_of_raw(readable: Readable) -> Layer:
@@ -537,13 +542,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
 def _joined(parts: Sequence[Resolved]) -> Resolved:
     """All runs of *parts*, one part after the other."""
     return Resolved(
-        Extents(
-            np.concatenate([part.guest for part in parts]),
-            np.concatenate([part.length for part in parts]),
-            np.concatenate([part.kind for part in parts]),
-            np.concatenate([part.host for part in parts]),
-            np.concatenate([part.csize for part in parts]),
-        ),
+        concatenated([part.extents for part in parts]),
         np.concatenate([part.layer for part in parts]),
     )
 

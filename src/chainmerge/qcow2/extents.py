@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 U8Array: TypeAlias = npt.NDArray[np.uint8]
 U32Array: TypeAlias = npt.NDArray[np.uint32]
@@ -136,6 +139,19 @@ class Extents:
     def coalesced(self) -> Extents:
         """The same with neighbours joined that continue each other."""
         return self.joined_at(np.concatenate([[0], np.flatnonzero(~self.continues()) + 1]))
+
+
+def concatenated(parts: Sequence[Extents]) -> Extents:
+    """All extents of *parts*, one part after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Extents(
+        np.concatenate([part.guest for part in parts]),
+        np.concatenate([part.length for part in parts]),
+        np.concatenate([part.kind for part in parts]),
+        np.concatenate([part.host for part in parts]),
+        np.concatenate([part.csize for part in parts]),
+    )
 
 
 def follows_guest(kind: U8Array) -> BoolArray:

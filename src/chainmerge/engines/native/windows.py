@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.engines.native.decisions import TableWindow
-from chainmerge.qcow2.extents import Extents, Kind, distinct
+from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
 from chainmerge.view import NO_LAYER, Resolved
@@ -134,15 +134,8 @@ def joined(parts: Sequence[Resolved]) -> Resolved:
     """Several parts that follow each other as one."""
     if len(parts) == 1:
         return parts[0]
-    extents = [part.extents for part in parts]
     return Resolved(
-        Extents(
-            np.concatenate([one.guest for one in extents]),
-            np.concatenate([one.length for one in extents]),
-            np.concatenate([one.kind for one in extents]),
-            np.concatenate([one.host for one in extents]),
-            np.concatenate([one.csize for one in extents]),
-        ),
+        concatenated([part.extents for part in parts]),
         np.concatenate([part.layer for part in parts]),
     )
 
