@@ -413,6 +413,8 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
 def _give_back(job: Job, result: Path) -> Iterator[str]:
     """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
     options = job.request.options
+    if not (options.shrink or options.discard):
+        return
     volume = volume_of(replace(job.base, real_path=result), options)
     with FileReadable(result) as readable:
         if job.base.header is None:

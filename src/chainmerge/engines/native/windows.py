@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _CLUSTERS_AT_ONCE = 1 << 17
 _WORD = 8
 
+Indexes: TypeAlias = npt.NDArray[np.int64]
+
 
 def window_bytes(header: Header) -> int:
     """Guest bytes of one window: as many whole L2 tables as make about 128 Ki clusters."""
@@ -40,6 +43,12 @@ def changed_windows(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
     """
     parts = _resolved(above, disk)
     return (window for window in _cut(parts, window_bytes(disk.header)) if _says_anything(window))
+
+
+def tables_in(disk: MappedDisk, window: Resolved) -> Indexes:
+    """L1 indexes of the tables of base that map a window."""
+    table_bytes = disk.header.l2_entries * disk.header.cluster_size
+    return np.arange(window.start // table_bytes, -(-window.end // table_bytes), dtype=np.int64)
 
 
 def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
