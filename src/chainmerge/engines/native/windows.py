@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.view import GuestView
 
-_CLUSTERS_AT_ONCE = 1 << 17
+# Arrays of a word for each stay in the caches, and below the size from which every one of them
+# would be new pages from the kernel.
+_CLUSTERS_AT_ONCE = 1 << 15
 _WORD = 8
 
 Indexes: TypeAlias = npt.NDArray[np.int64]
 
 
 def window_bytes(header: Header) -> int:
-    """Guest bytes of one window: as many whole L2 tables as make about 128 Ki clusters."""
+    """Guest bytes of one window: as many whole L2 tables as make about 32 Ki clusters."""
     tables = max(1, _CLUSTERS_AT_ONCE // header.l2_entries)
     return tables * header.l2_entries * header.cluster_size
 
