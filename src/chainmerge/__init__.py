@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         plan,
         prune,
         repair,
+        status,
     )
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import Access, MergeOptions
@@ -53,6 +54,7 @@ __all__ = [
     "plan",
     "prune",
     "repair",
+    "status",
 ]
 
 _ELSEWHERE = {

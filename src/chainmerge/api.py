@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from chainmerge.information import inspect
     from chainmerge.merging import measure, merge, plan
     from chainmerge.repairing import check_image, repair
+    from chainmerge.unfinished import status
 
 __all__ = [
     "bitmaps_add",
@@ -39,6 +40,7 @@ __all__ = [
     "plan",
     "prune",
     "repair",
+    "status",
 ]
 
 _MODULES: Final = MappingProxyType(
@@ -56,6 +58,7 @@ _MODULES: Final = MappingProxyType(
         "plan": "chainmerge.merging",
         "prune": "chainmerge.bitmap_ops",
         "repair": "chainmerge.repairing",
+        "status": "chainmerge.unfinished",
     }
 )
 

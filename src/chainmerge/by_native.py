@@ -7,13 +7,22 @@ import contextlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.bitmap_sets import final_set
 from chainmerge.engines.metadata import replace_bitmaps
-from chainmerge.engines.native import Commit, RawCommit, commit, commit_to_raw, new_tree
+from chainmerge.engines.native import Backing, Commit, RawCommit, commit, commit_to_raw, new_tree
+from chainmerge.job_journal import journal_kept, record_switching
 from chainmerge.journal import save_bitmaps
 from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
-from chainmerge.native_facts import bitmaps_to_store, bitmaps_without_stale, mapped_disk
+from chainmerge.native_facts import (
+    bitmaps_to_store,
+    bitmaps_without_stale,
+    mapped_disk,
+    result_set,
+)
+from chainmerge.options import Direction
+from chainmerge.planning import new_backing
+from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.settle import record_pull
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.transfer import ReadBack, Transfer, can_reflink, transfer_into
@@ -43,12 +52,12 @@ _WORDS_FOR_READ_BACK: Final = MappingProxyType(
 
 def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were moved, and what was verified, in sentences."""
-    with _enough_space(job):
+    with journal_kept(job), _enough_space(job):
         reclaim(job)
         _make_room(job)
         _note_what_base_lacks(job)
-        with WritablePort(job.base.real_path) as port:
-            if job.base.header is None:
+        with WritablePort(job.result.real_path) as port:
+            if job.result.header is None:
                 return _merge_into_raw(job, port)
             return _merge_into_qcow2(job, port)
 
@@ -68,14 +77,16 @@ def _make_room(job: Job) -> None:
     if not job.plan.space.prune_first:
         return
     job.request.announce(Stage.PRUNE)
-    with WritablePort(job.base.real_path) as port:
-        remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps)
+    with WritablePort(job.result.real_path) as port:
+        remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps, job.facts.direction)
         if remaining is not None:
             replace_bitmaps(port, remaining)
 
 
 def _note_what_base_lacks(job: Job) -> None:
     """Where a rerun could take a name that base gets for one with a gap below it, write it down."""
+    if job.facts.direction is Direction.PULL:
+        return
     if len(job.facts.merged_images) > 1 and job.base.supports_bitmaps:
         saved = bitmaps_to_save(job)
         if saved is not None:
@@ -85,14 +96,15 @@ def _note_what_base_lacks(job: Job) -> None:
 def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:
     image = Qcow2Image(port)
     placement = job.plan.space.placement
-    disk = mapped_disk(job.target, image)
-    stored = bitmaps_to_store(image, job.bitmaps, disk.size_after)
+    disk = mapped_disk(job.target, image, job.facts.direction)
+    stored = bitmaps_to_store(image, job.bitmaps, disk)
     need = job.needs[placement]
     work = Commit(
         image=image,
         chain=job.opened.view(),
         base_index=job.target.base_index,
         tree=new_tree(image.name, disk, need, stored),
+        backing=_new_backing(job),
         placement=placement,
         shares_extents=_shares_extents(job, port),
     )
@@ -101,15 +113,19 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
     def before_switch(new_image: Qcow2Image, merged: GuestView) -> None:
         job.request.announce(Stage.VERIFY)
         verify_soundness(new_image)
-        if job.base.supports_bitmaps:
-            final = final_set(job.bitmaps, job.plan.virtual_size_after)
+        if job.result.supports_bitmaps:
+            final = result_set(job.bitmaps, disk.size_after, disk.direction)
             verified.append(verify_bitmaps(new_image, final))
         verified.extend(_verify_content(job, merged))
-        job.request.stop_if_asked("base is the old image, to the last bit")
+        job.request.stop_if_asked(f"{job.result.path} is the old image, to the last bit")
+        if disk.direction is Direction.PULL:
+            record_pull(job.facts, job.plan, new_image.readable.read(0, SECTOR))
+        else:
+            record_switching(job, new_image)
 
     with contextlib.closing(_transfer(job, port, need.written)) as transfer:
         outcome = commit(port, work, transfer, before_switch)
-    with WritablePort(job.base.real_path) as written:
+    with WritablePort(job.result.real_path) as written:
         verified.insert(0, verify_metadata(Qcow2Image(written)))
     return outcome.moved, tuple(verified)
 
@@ -129,6 +145,13 @@ def _merge_into_raw(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]
     return moved, tuple(verified)
 
 
+def _new_backing(job: Job) -> Backing | None:
+    if job.facts.direction is Direction.COMMIT:
+        return None
+    named = new_backing(job.facts)
+    return Backing(None, None) if named is None else Backing(*named)
+
+
 def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
     request = job.request
     request.announce(Stage.COPY)
@@ -146,8 +169,9 @@ def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
 
 
 def _shares_extents(job: Job, port: WritablePort) -> bool:
-    above = job.opened.images[job.target.base_index + 1 :]
-    sources = [image.layer.source for image in above]
+    by_path = {str(image.path) for image in job.facts.merged_images}
+    merged = [image for image in job.opened.images if str(image.info.path) in by_path]
+    sources = [image.layer.source for image in merged]
     return all(isinstance(one, AnyFile) and can_reflink(one, port) for one in sources)
 
 
@@ -157,7 +181,7 @@ def _verify_content(job: Job, merged: GuestView) -> Iterator[str]:
         return
     expected = job.opened.view()
     yield verify_content(
-        str(job.base.path),
+        str(job.result.path),
         merged,
         expected,
         _progress_of(job, expected.virtual_size),

@@ -33,6 +33,7 @@ from chainmerge.checkpoints import (
     decide,
 )
 from chainmerge.journal import SavedBitmap, SavedBitmaps, identify, load_saved_bitmaps, same_image
+from chainmerge.options import Direction
 from chainmerge.plan_errors import BaseNotBelowTop
 from chainmerge.planning import Movement
 from chainmerge.qcow2.bitmaps import (
@@ -108,6 +109,10 @@ class Target:
     def base(self) -> ImageInfo:
         """The image merged into."""
         return self.chain.images[self.base_index]
+
+    def result_index(self, direction: Direction) -> int:
+        """Which image of the chain is written."""
+        return len(self.chain.images) - 1 if direction is Direction.PULL else self.base_index
 
     @property
     def overlay(self) -> ImageInfo:
@@ -222,6 +227,24 @@ def bitmaps_of(opened: OpenImage) -> LayerBitmaps:
 def _is_empty(opened: OpenImage, entry: BitmapEntry) -> bool:
     assert opened.image is not None
     return not np.any(read_table(opened.image, entry))
+
+
+def gather_bitmaps_to_pull(target: Target, opened: OpenChain) -> BitmapFacts:
+    """As :func:`gather_bitmaps` where top is the result: what base holds, top will."""
+    on_disk = [bitmaps_of(image) for image in opened.images]
+    index = target.base_index
+    on_disk[index] = replace(on_disk[index], supports_bitmaps=on_disk[-1].supports_bitmaps)
+    above = frozenset(entry.name for one in target.relatives.above for entry in one.image.bitmaps)
+    decisions = decide(on_disk, index, above, top_stays=False)
+    kept = [decision for decision in decisions if decision.fate is Fate.KEEP]
+    base_bits = {
+        decision.name: opened.images[index].bits(decision.name)
+        for decision in kept
+        if on_disk[index].state(decision.name) is BitmapState.VALID
+    }
+    size = target.chain.top.virtual_size
+    final = {decision.name: _unite(decision, opened, index, base_bits, size) for decision in kept}
+    return BitmapFacts(tuple(on_disk), decisions, final, base_bits, frozenset(), ())
 
 
 def gather_bitmaps(

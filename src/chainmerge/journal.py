@@ -12,9 +12,12 @@ Two small files, each written to a temporary name, synced and renamed:
 ``.TOP.chainmerge-merged``
     Written before top's file is deleted or replaced, so that the same command, run
     again, says that the merge is done instead of reporting a missing file, or worse,
-    taking the renamed base for a new overlay.
+    taking the renamed base for a new overlay. In a pull it is written before the switch
+    after which top stands on base's backing file: the same command would pull that next.
 
-Both stand beside the image, so that any host that sees the image sees them; for block
+A third one, the journal of a merge, is in :mod:`chainmerge.merge_journal`.
+
+They stand beside the image, so that any host that sees the image sees them; for block
 devices they stand in :data:`STATE_DIRECTORY`.
 
 Saved bitmaps are only good for the chain that they were taken from. Were the overlay
@@ -100,6 +103,11 @@ class ImageIdentity(msgspec.Struct, frozen=True):
     number: int
     birth: str
 
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What is the same for one image, wherever it is mounted."""
+        return self.kind, self.number, self.birth
+
 
 class _SavedBits(msgspec.Struct, frozen=True):
     granularity: int
@@ -158,6 +166,8 @@ class MergedRecord(msgspec.Struct, frozen=True):
     result_identity: ImageIdentity
     keep_name: bool
     delete: list[DoomedImage]
+    head: str | None = None
+    """SHA-256 of the first sector that makes the result what it is, if that tells: of a pull."""
 
 
 def identify(path: Path) -> ImageIdentity:
@@ -177,12 +187,12 @@ def identify(path: Path) -> ImageIdentity:
 
 def same_image(one: ImageIdentity, other: ImageIdentity) -> bool:
     """Whether two identities are of the same image, wherever it is mounted now."""
-    return (one.kind, one.number, one.birth) == (other.kind, other.number, other.birth)
+    return one.key == other.key
 
 
 def saved_bitmaps_file(base: Path) -> Path:
     """Where the saved bitmaps of *base* stand, whether or not there are any."""
-    return _beside(base, "chainmerge-saved")
+    return beside(base, "chainmerge-saved")
 
 
 def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
@@ -199,7 +209,7 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
     header = msgspec.json.encode(_SavedHeader(saved.base, saved.overlay, names)) + b"\n"
     document = b"".join([MAGIC, header, *blobs])
     target = saved_bitmaps_file(base)
-    _make_directory(target.parent)
+    make_directory(target.parent)
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
 
 
@@ -208,7 +218,14 @@ def load_saved_bitmaps(base: Path) -> SavedBitmaps | None:
 
     Raises SavedBitmapsDamaged, and what opening a file raises.
     """
-    file = saved_bitmaps_file(base)
+    return read_saved_bitmaps(saved_bitmaps_file(base))
+
+
+def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
+    """The bitmaps saved in *file*; None where there is no such file.
+
+    Raises SavedBitmapsDamaged, and what opening a file raises.
+    """
     content = _read_file(file)
     if content is None:
         return None
@@ -254,25 +271,30 @@ def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | Non
 
 def forget_saved_bitmaps(base: Path) -> None:
     """Remove the saved bitmaps of *base*, durably; nothing happens where there are none."""
-    _remove_durably(saved_bitmaps_file(base))
+    remove_durably(saved_bitmaps_file(base))
 
 
 def merged_record_file(top: Path) -> Path:
     """Where the record of a merge of *top* stands."""
-    return _beside(top, "chainmerge-merged")
+    return beside(top, "chainmerge-merged")
 
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
     target = merged_record_file(top)
-    _make_directory(target.parent)
+    make_directory(target.parent)
     write_file_durably(target, msgspec.json.encode(record) + b"\n", 0o600)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
     """The record of a finished merge of *top*; None where there is none that can be read."""
+    return read_merged_record(merged_record_file(top))
+
+
+def read_merged_record(file: Path) -> MergedRecord | None:
+    """The record in *file*; None where there is none that can be read."""
     try:
-        content = _read_file(merged_record_file(top))
+        content = _read_file(file)
         return None if content is None else msgspec.json.decode(content, type=MergedRecord)
     except (OSError, msgspec.MsgspecError):
         return None
@@ -280,10 +302,11 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 
 def forget_merged_record(top: Path) -> None:
     """Remove the record of a merge of *top*."""
-    _remove_durably(merged_record_file(top))
+    remove_durably(merged_record_file(top))
 
 
-def _beside(image: Path, suffix: str) -> Path:
+def beside(image: Path, suffix: str) -> Path:
+    """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
     # Path.resolve() of Python 3.11 fails where links form a loop.
     real = Path(os.path.realpath(image))
     if real.is_block_device():
@@ -305,14 +328,19 @@ def _read_file(file: Path) -> bytes | None:
         return None
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Make sure that there is a directory for what must outlive the process.
+
+    Raises StateDirectoryUnusable.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise StateDirectoryUnusable(str(directory), error.strerror or str(error)) from error
 
 
-def _remove_durably(file: Path) -> None:
+def remove_durably(file: Path) -> None:
+    """Remove a file for good; nothing happens where there is none."""
     try:
         file.unlink()
     except FileNotFoundError:

@@ -69,15 +69,25 @@ class Job:
     def base(self) -> ImageInfo:
         return self.target.base
 
+    @property
+    def result(self) -> ImageInfo:
+        """The image that is written, and holds everything in the end."""
+        return self.facts.result
+
 
 def volume_of(base: ImageInfo, options: MergeOptions) -> Volume:
+    return volume_at(base.real_path, options)
+
+
+def volume_at(path: Path, options: MergeOptions) -> Volume:
+    """What an image lies on, as the options say or as it looks."""
     match options.volume:
         case "lvm":
-            return open_lvm_volume(base.real_path)
+            return open_lvm_volume(path)
         case "file":
-            return FileVolume(str(base.real_path), options.size_limit)
+            return FileVolume(str(path), options.size_limit)
         case _:
-            return open_volume(base.real_path, options.size_limit)
+            return open_volume(path, options.size_limit)
 
 
 @contextlib.contextmanager
@@ -87,7 +97,7 @@ def extended(job: Job) -> Iterator[None]:
         yield
         return
     job.request.announce(Stage.EXTEND)
-    volume = volume_of(job.base, job.request.options)
+    volume = volume_of(job.result, job.request.options)
     volume.grow_to(job.plan.space.required)
     volume.make_growth_durable()
     try:
@@ -99,9 +109,9 @@ def extended(job: Job) -> Iterator[None]:
 
 def reclaim(job: Job) -> None:
     """Free what an interrupted run has leaked; the plan counts on it being free."""
-    report = job.facts.base_check
+    report = job.facts.result_check
     if report is not None and (report.leaks or report.hidden_leaks):
-        with WritablePort(job.base.real_path) as port:
+        with WritablePort(job.result.real_path) as port:
             reclaim_leaks(port)
 
 

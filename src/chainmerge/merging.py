@@ -21,11 +21,13 @@ from chainmerge.inspection import (
     Target,
     find_target,
     gather_bitmaps,
+    gather_bitmaps_to_pull,
     load_saved,
     measure_guest_bytes,
     movement_of,
     open_chain,
 )
+from chainmerge.job_journal import record_switched
 from chainmerge.journal import (
     MergedRecord,
     forget_saved_bitmaps,
@@ -34,8 +36,9 @@ from chainmerge.journal import (
     same_image,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
-from chainmerge.native_facts import choose_engine
-from chainmerge.options import Access, MergeOptions, Placement
+from chainmerge.merge_journal import JournalState, enter, forget_journal
+from chainmerge.native_facts import choose_direction, choose_engine
+from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged
 from chainmerge.planning import (
     EngineName,
@@ -49,13 +52,8 @@ from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
-from chainmerge.settle import (
-    delete_recorded,
-    finished_before,
-    record_intent,
-    rename_base,
-    repoint,
-)
+from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
+from chainmerge.settle import SettleSteps, delete_recorded, finished_before, give_back, settle
 from chainmerge.space_facts import survey_space
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -91,7 +89,7 @@ def plan(
     """
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
-    obstacles = tuple(_obstacles(target))
+    obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options).facts
     return make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
@@ -166,11 +164,14 @@ def merge(
     target = find_target(request.top, request.base, request.access)
     allow_open_files(_locks_held(target))
     with contextlib.ExitStack() as stack:
-        locks = tuple(_lock_all(stack, target, request.access.lock_wait))
+        locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
         target = _same_target(target, request)
+        resumed = resume(request, target)
+        if resumed.report is not None:
+            return resumed.report
         with open_chain(target.chain, locks) as opened:
             request.announce(Stage.PLAN)
-            found = _gather_to_merge(target, opened, request)
+            found = _gather_to_merge(target, opened, request, resumed.warnings)
             for refusal in find_refusals(found.facts, request.options):
                 raise refusal
             return _run(
@@ -188,20 +189,27 @@ def merge(
 
 
 def _lock_all(
-    stack: contextlib.ExitStack, target: Target, wait_seconds: float
+    stack: contextlib.ExitStack, target: Target, wait_seconds: float, options: MergeOptions
 ) -> Iterator[ImageLock]:
     """Lock the chain from its root up, then the children that will be re-pointed."""
-    for image, mode in _locks_needed(target):
+    for image, mode in _locks_needed(target, options):
         yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
 
 
-def _locks_needed(target: Target) -> Iterator[tuple[ImageInfo, LockMode]]:
-    spans_levels = target.base_index < len(target.chain.images) - 2
+def _locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
     last = len(target.chain.images) - 1
+    written = set()
+    if options.direction != "pull":
+        written.add(target.base_index)
+        # Top is re-pointed past the images in between.
+        if target.base_index < last - 1:
+            written.add(last)
+    if options.direction == "pull" or (options.direction == "auto" and options.keep_name):
+        written.add(last)
     for index, image in enumerate(target.chain.images):
-        # Top is written to if it is to be re-pointed past the images in between.
-        written = index == target.base_index or (spans_levels and index == last)
-        yield image, LockMode.WRITER if written else LockMode.READER
+        yield image, LockMode.WRITER if index in written else LockMode.READER
+    if options.direction == "pull":
+        return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
 
@@ -213,18 +221,19 @@ def _locks_held(target: Target) -> int:
     return len(images) + data_files + len(target.relatives.children)
 
 
-def _obstacles(target: Target) -> Iterator[ChainmergeError]:
+def _obstacles(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What would keep a merge from getting the images for itself, found without waiting."""
     try:
         allow_open_files(_locks_held(target))
     except OpenFilesLimited as error:
         yield error
-    yield from contentions((image.path, mode) for image, mode in _locks_needed(target))
-    yield from _not_writable(target)
+    locks = _locks_needed(target, options)
+    yield from contentions((image.path, mode) for image, mode in locks)
+    yield from _not_writable(target, options)
 
 
-def _not_writable(target: Target) -> Iterator[ChainmergeError]:
-    for image, mode in _locks_needed(target):
+def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
+    for image, mode in _locks_needed(target, options):
         if mode is not LockMode.WRITER:
             continue
         try:
@@ -261,11 +270,20 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
     require_readable(target, opened)
     saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
-    bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
     volumes = measure_guest_bytes(target, opened)
-    chosen = choose_engine(target, opened, options.engine)
-    survey = survey_space(target, opened, bitmaps, chosen.engine)
-    obstacles = (chosen.obstacle, survey.obstacle, _too_many_files(target, chosen.engine))
+    way = choose_direction(target, opened, volumes, options)
+    if way.direction is Direction.PULL:
+        bitmaps = gather_bitmaps_to_pull(target, opened)
+    else:
+        bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
+    chosen = choose_engine(target, opened, options.engine, way.direction)
+    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction)
+    obstacles = (
+        way.obstacle,
+        chosen.obstacle,
+        survey.obstacle,
+        _too_many_files(target, chosen.engine),
+    )
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -274,14 +292,16 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
         final_bits=bitmaps.final_bits,
         recovered=bitmaps.recovered,
         interrupted=saved is not None,
-        base_check=survey.check,
+        result_check=survey.check,
         movement=movement_of(volumes),
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=volume_of(target.base, options).facts(),
+        volume=volume_of(target.chain.images[target.result_index(way.direction)], options).facts(),
         engine=chosen.engine,
         engine_reason=chosen.reason,
+        direction=way.direction,
+        pull_obstacle=way.pull_obstacle,
         spaces=survey.spaces,
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
@@ -300,23 +320,29 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
     return None
 
 
-def _gather_to_merge(target: Target, opened: OpenChain, request: Request) -> _Found:
+def _gather_to_merge(
+    target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
+) -> _Found:
     found = _gather(target, opened, request.options)
     facts = found.facts
     merged = _is_merged(target, opened, facts, found.bitmaps, request)
-    damage = () if merged else tuple(_damaged_overlays(target, opened))
-    obstacles = (*_not_writable(target), *facts.obstacles, *damage)
-    return replace(found, facts=replace(facts, obstacles=obstacles, merged=merged))
+    damage = () if merged else tuple(_damaged_sources(opened, facts))
+    obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
+    facts = replace(
+        facts, obstacles=obstacles, merged=merged, warnings=(*warnings, *facts.warnings)
+    )
+    return replace(found, facts=facts)
 
 
-def _damaged_overlays(target: Target, opened: OpenChain) -> Iterator[ChainmergeError]:
-    """The images above base whose tables contradict themselves.
+def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[ChainmergeError]:
+    """The images that are merged into another one and whose tables contradict themselves.
 
-    Data and bits that something else was written over would go down into base as if they
-    were right. A plan does not look for this: it takes as long as reading all tables twice.
+    Data and bits that something else was written over would go there as if they were right.
+    A plan does not look for this: it takes as long as reading all tables twice.
     """
-    for overlay in opened.images[target.base_index + 1 :]:
-        if overlay.image is None:
+    merged = {image.identity for image in facts.merged_images}
+    for overlay in opened.images:
+        if overlay.image is None or overlay.info.identity not in merged:
             continue
         report = check(overlay.image)
         # Stale refcounts are what the dirty bit stands for.
@@ -339,10 +365,12 @@ def _is_merged(
     The tables can rule it out in most cases; else content is compared up to the first
     difference.
     """
+    if facts.direction is Direction.PULL:
+        return False
     base, top = target.base, target.chain.top
     if facts.undefined_bytes or base.virtual_size < top.virtual_size:
         return False
-    if facts.base_check is not None and not facts.base_check.sound:
+    if facts.result_check is not None and not facts.result_check.sound:
         return False
     image = opened.images[target.base_index].image
     if image is not None and bitmap_difference(image, final_set(bitmaps, base.virtual_size)):
@@ -376,24 +404,51 @@ def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
     return merge_by_qemu
 
 
-def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
-    request, facts = job.request, job.facts
-    request.announce(Stage.SETTLE)
-    repointed = repoint(job.plan.repoint)
-    record = record_intent(facts, job.plan)
-    if job.plan.rename is not None:
-        rename_base(facts)
+def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+    """Delete what top does not need any more; nobody has to be re-pointed."""
+    job.request.announce(Stage.SETTLE)
+    top = job.facts.top
+    record = load_merged_record(top.real_path)
     deleted = delete_recorded(record) if record is not None else ()
-    # Not before: as long as top stands on images that lack what base has now, a rerun needs
-    # to be told that this is no gap.
-    forget_saved_bitmaps(job.base.real_path)
-    result = facts.top.real_path if job.plan.rename else job.base.real_path
-    warnings = list(job.plan.warnings)
-    if record is not None:
-        warnings += _drop_spent_tombstones(job, result)
-    warnings += _give_back(job, result)
+    warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
+    result = top.real_path
     return _report(
-        request, job.plan, result, job.base.format, copied, verified, repointed, deleted, warnings
+        job.request, job.plan, result, top.format, copied, verified, (), deleted, warnings
+    )
+
+
+def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+    if job.facts.direction is Direction.PULL:
+        return _settle_pull(job, copied, verified)
+    request, facts, plan = job.request, job.facts, job.plan
+    journal = record_switched(job)
+    request.announce(Stage.SETTLE)
+    by_path = {str(image.path): image for image in facts.merged_images}
+    steps = SettleSteps(
+        base=facts.base,
+        top=facts.top,
+        repoint=plan.repoint,
+        doomed=tuple(by_path[path] for path in plan.delete),
+        keep_name=plan.rename is not None,
+    )
+    settled = settle(steps, journal)
+    warnings = list(plan.warnings)
+    journal = enter(settled.journal, JournalState.TIDY)
+    if settled.top_is_gone:
+        warnings += _drop_spent_tombstones(job, steps.result)
+    enter(journal, JournalState.GIVE_BACK)
+    warnings += give_back(steps.result, job.base.format, request.options)
+    forget_journal(job.base.real_path)
+    return _report(
+        request,
+        plan,
+        steps.result,
+        job.base.format,
+        copied,
+        verified,
+        settled.repointed,
+        settled.deleted,
+        warnings,
     )
 
 
@@ -410,31 +465,13 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
         yield f"tombstones that nothing needs any more are left: {error.sentence}"
 
 
-def _give_back(job: Job, result: Path) -> Iterator[str]:
-    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
-    options = job.request.options
-    if not (options.shrink or options.discard):
-        return
-    volume = volume_of(replace(job.base, real_path=result), options)
-    with FileReadable(result) as readable:
-        if job.base.header is None:
-            return
-        end = check(Qcow2Image(readable)).image_end_offset
-    try:
-        if options.shrink:
-            volume.shrink_to(end)
-        if options.discard and volume.size > end:
-            volume.discard(end, volume.size - end)
-    except ChainmergeError as error:
-        yield f"{error.sentence} (the merge itself is done)"
-
-
 def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     deleted = delete_recorded(record)
     _forget_bitmaps_saved_for(record)
-    verified = ("an earlier run merged and verified it",)
+    warnings = tuple(finish_recorded(request, record))
+    verified = (VERIFIED_BEFORE,)
     result = Path(record.result)
-    return _report(request, None, result, record.result_format, 0, verified, (), deleted, ())
+    return _report(request, None, result, record.result_format, 0, verified, (), deleted, warnings)
 
 
 def _forget_bitmaps_saved_for(record: MergedRecord) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.bitmap_sets import final_set, stand_ins
+from chainmerge.bitmap_sets import final_set, lasting_set, stand_ins
 from chainmerge.checkpoints import BitmapState, Fate
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, kept_where_unchanged, names_kept
 from chainmerge.engines.metadata.allocation import (
@@ -26,13 +26,14 @@ from chainmerge.engines.native import (
     MappingNeed,
     NewTree,
     PlacedTree,
+    merged_layers,
     new_tree,
     place_tree,
     survey_mapping,
 )
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import EngineChoice, Placement
-from chainmerge.plan_errors import NativeUnavailable
+from chainmerge.options import Direction, EngineChoice, Placement
+from chainmerge.plan_errors import NativeUnavailable, PullUnavailable
 from chainmerge.planning import EngineName, SpaceFacts
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.header import MAX_L1_BYTES
@@ -42,7 +43,9 @@ from chainmerge.space.errors import CannotGrowBase
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
-    from chainmerge.inspection import BitmapFacts, OpenChain, Target
+    from chainmerge.engines.metadata import StoredBitmap
+    from chainmerge.inspection import BitmapFacts, OpenChain, Target, Volumes
+    from chainmerge.options import MergeOptions
     from chainmerge.qcow2.image import Qcow2Image
 
 _L1_ENTRY_BYTES = 8
@@ -58,9 +61,13 @@ class EngineChosen:
     obstacle: ChainmergeError | None = None
 
 
-def choose_engine(target: Target, opened: OpenChain, wanted: EngineChoice) -> EngineChosen:
-    """Who writes guest data into base: the native engine wherever it can."""
-    base = opened.images[target.base_index]
+def choose_engine(
+    target: Target, opened: OpenChain, wanted: EngineChoice, direction: Direction
+) -> EngineChosen:
+    """Who writes guest data: the native engine wherever it can."""
+    base = opened.images[target.result_index(direction)]
+    if direction is Direction.PULL:
+        return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
     reason = _native_obstacle(base.image)
     if wanted == "qemu":
         return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as asked for")
@@ -86,35 +93,96 @@ def _native_reason(base: Qcow2Image | None) -> str:
     return "everything new goes to free clusters, and one sector switches base to it"
 
 
-def mapped_disk(target: Target, image: Qcow2Image) -> MappedDisk:
-    """Base, as the native engine sees it."""
+@dataclass(frozen=True, slots=True)
+class DirectionChosen:
+    """Which way the merge goes, and why a pull cannot; with *obstacle* if one was asked for."""
+
+    direction: Direction
+    pull_obstacle: str | None
+    obstacle: ChainmergeError | None = None
+
+
+def choose_direction(
+    target: Target, opened: OpenChain, volumes: Volumes, options: MergeOptions
+) -> DirectionChosen:
+    """Which way the merge goes.
+
+    By itself a merge is a commit: what else uses base's or top's name relies on that. Where
+    top's name is to be kept, both ways end alike, and the one that moves less is taken.
+    """
+    reason = _pull_obstacle(opened.images[-1].image, options)
+    if options.direction == "pull":
+        obstacle = None
+        if reason is not None:
+            obstacle = PullUnavailable(str(target.base.path), str(target.chain.top.path), reason)
+        return DirectionChosen(Direction.PULL, reason, obstacle)
+    commit_bytes = volumes.data + volumes.zero + volumes.compressed
+    cheaper = reason is None and volumes.pull < commit_bytes
+    if options.direction == "auto" and options.keep_name and cheaper and _is_free(target):
+        return DirectionChosen(Direction.PULL, None)
+    return DirectionChosen(Direction.COMMIT, reason)
+
+
+def _is_free(target: Target) -> bool:
+    """Whether base can go once top has what it holds."""
+    base, relatives = target.base, target.relatives
+    holds_snapshots = base.header is not None and base.header.snapshot_count
+    others = relatives.siblings or relatives.middle_children
+    return not (others or holds_snapshots or base.is_block_device)
+
+
+def _pull_obstacle(top: Qcow2Image | None, options: MergeOptions) -> str | None:
+    if options.engine == "qemu":
+        return "the qemu engine commits only"
+    if top is None or top.header.external_data_file or top.header.encrypted:
+        return "the native engine does not write into top"
+    return None
+
+
+def mapped_disk(target: Target, image: Qcow2Image, direction: Direction) -> MappedDisk:
+    """The image that is written, as the native engine sees it."""
     below = target.chain.images[: target.base_index]
+    size = target.chain.top.virtual_size
+    if direction is Direction.COMMIT:
+        size = max(size, target.base.virtual_size)
     return MappedDisk(
         header=image.header,
-        size_after=max(target.base.virtual_size, target.chain.top.virtual_size),
+        size_after=size,
         backing_end=below[-1].virtual_size if below else 0,
+        direction=direction,
     )
 
 
+def result_set(
+    bitmaps: BitmapFacts, size_after: int, direction: Direction
+) -> tuple[StoredBitmap, ...]:
+    """The bitmaps that the result has in the end, as long as top exists."""
+    if direction is Direction.PULL:
+        return lasting_set(bitmaps, size_after)
+    return final_set(bitmaps, size_after)
+
+
 def bitmaps_to_store(
-    image: Qcow2Image, bitmaps: BitmapFacts, size_after: int
+    image: Qcow2Image, bitmaps: BitmapFacts, disk: MappedDisk
 ) -> Sequence[AnyBitmap] | None:
-    """The set that base gets; None where it has it already."""
+    """The set that the result gets; None where it has it already."""
     if image.header.version < 3:
         return None
-    final = final_set(bitmaps, size_after)
+    final = result_set(bitmaps, disk.size_after, disk.direction)
     if bitmap_difference(image, final) is None:
         return None
     return kept_where_unchanged(image, final)
 
 
-def bitmaps_without_stale(image: Qcow2Image, bitmaps: BitmapFacts) -> Sequence[AnyBitmap] | None:
+def bitmaps_without_stale(
+    image: Qcow2Image, bitmaps: BitmapFacts, direction: Direction
+) -> Sequence[AnyBitmap] | None:
     """The set of base's bitmaps once those are out of it that the merge does not keep.
 
     What is kept stays as it is, and tombstones stand where they must. None where nothing can
     be taken out.
     """
-    if image.header.version < 3:
+    if image.header.version < 3 or direction is Direction.PULL:
         return None
     kept = {d.name for d in bitmaps.decisions if d.fate is Fate.KEEP}
     guards = {one.name: one for one in stand_ins(bitmaps, image.header.virtual_size)}
@@ -157,19 +225,21 @@ def survey_native(
     opened: OpenChain,
     bitmaps: BitmapFacts,
     references: ReferenceCounts,
+    direction: Direction,
 ) -> NativeFacts:
-    """Work out exactly how large base must be, for each way of placing data."""
-    image = opened.images[target.base_index].image
+    """Work out exactly how large the result must be, for each way of placing data."""
+    image = opened.images[target.result_index(direction)].image
     assert image is not None
-    disk = mapped_disk(target, image)
-    needs = survey_mapping(image, disk, opened.view(target.base_index + 1))
+    disk = mapped_disk(target, image, direction)
+    merged = merged_layers(opened.view(), target.base_index, direction)
+    needs = survey_mapping(image, disk, merged)
     space = counted_free_space(image, references)
     used = _Used.of(references)
-    stored = bitmaps_to_store(image, bitmaps, disk.size_after)
+    stored = bitmaps_to_store(image, bitmaps, disk)
     given_up = 0
     if stored is not None:
         given_up = len(bitmap_clusters(image, names_kept(stored)))
-    pruned = _Pruned.of(image, bitmaps, references, space)
+    pruned = _Pruned.of(image, bitmaps, references, space, direction)
     spaces = {}
     for placement, need in needs.items():
         tree = new_tree(image.name, disk, need, stored)
@@ -191,10 +261,14 @@ class _Pruned:
 
     @staticmethod
     def of(
-        image: Qcow2Image, bitmaps: BitmapFacts, references: ReferenceCounts, space: FreeSpace
+        image: Qcow2Image,
+        bitmaps: BitmapFacts,
+        references: ReferenceCounts,
+        space: FreeSpace,
+        direction: Direction,
     ) -> _Pruned | None:
         """None where nothing can be taken out."""
-        remaining = bitmaps_without_stale(image, bitmaps)
+        remaining = bitmaps_without_stale(image, bitmaps, direction)
         if remaining is None:
             return None
         layout = lay_out(image.name, image.header, remaining)

@@ -16,7 +16,17 @@ from typing import Literal
 VerifyLevel = Literal["full", "metadata"]
 EngineChoice = Literal["auto", "native", "qemu"]
 DataChoice = Literal["auto", "cow", "in-place"]
+DirectionChoice = Literal["auto", "commit", "pull"]
 VolumeChoice = Literal["auto", "file", "block", "lvm"]
+
+
+class Direction(StrEnum):
+    """Which way a merge goes. What the guest sees is the same."""
+
+    COMMIT = "commit"
+    """What top defines goes down into base, and base is the result."""
+    PULL = "pull"
+    """What top lacks comes up from base, and top is the result. Base stays what it is."""
 
 
 class Placement(StrEnum):
@@ -68,6 +78,9 @@ class MergeOptions:
         keep_name: Give base the name of top afterwards (files only).
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
         engine: Who writes guest data.
+        direction: Whether top goes down into base (``commit``) or what it lacks comes up from
+            base (``pull``); ``auto`` pulls where ``keep_name`` makes both end alike and a pull
+            moves less.
         data: Where data goes that base has a cluster for: to a new one (``cow``), over the old
             one (``in-place``), or wherever there is the space.
         bandwidth: Limit for the copy in bytes per second; None for no limit.
@@ -83,6 +96,7 @@ class MergeOptions:
     keep_name: bool = False
     drop_bitmaps: bool = False
     engine: EngineChoice = "auto"
+    direction: DirectionChoice = "auto"
     data: DataChoice = "auto"
     bandwidth: int | None = None
     size_limit: int | None = None

@@ -31,8 +31,8 @@ class BaseHasOtherChildren(Refused):
     code: ClassVar[str] = "base-has-other-children"
     template: ClassVar[str] = "{base} is also the backing file of {others}"
     hint: ClassVar[str] = (
-        "merge or delete {others} first; or give it its own copy of the data with "
-        "`qemu-img convert`"
+        "pull instead (--direction pull), which leaves {base} as it is; or merge or delete "
+        "{others} first"
     )
     explanation: ClassVar[str] = (
         "Merging changes what base contains. An image outside the merged range that has base as "
@@ -273,4 +273,21 @@ class PlacementUnavailable(Refused):
     )
     base: str
     placement: str
+    reason: str
+
+
+@dataclass(eq=False)
+class PullUnavailable(Refused):
+    """A pull was asked for and cannot be done."""
+
+    code: ClassVar[str] = "pull-unavailable"
+    template: ClassVar[str] = "cannot pull {base} up into {top}: {reason}"
+    hint: ClassVar[str] = "commit instead (--direction commit)"
+    explanation: ClassVar[str] = (
+        "A pull moves what top lacks up from base and the images between into top, which then "
+        "stands on base's backing file. The native engine does that, in qcow2 images whose data "
+        "is in their own file. Nothing was changed."
+    )
+    base: str
+    top: str
     reason: str

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from chainmerge.chain import Chain, ImageInfo, Relatives
 from chainmerge.checkpoints import Decision
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import Placement
+from chainmerge.options import Direction, Placement
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -104,8 +104,9 @@ class MergeFacts:
     ``final_bits`` holds the union for each name that is kept. ``recovered`` are the names
     whose bits in base come from an interrupted merge. ``undefined_bytes`` counts what the
     merged range defines and base does not; where it is 0, base may hold it all already, and
-    ``merged`` says (True, False, or None if nobody compared) whether it does. ``spaces`` has
-    the ways in which the engine can place data.
+    ``merged`` says (True, False, or None if nobody compared) whether it does. ``result_check``
+    is the consistency check of the image that is written, ``spaces`` has the ways in which the
+    engine can place data in it.
     """
 
     chain: Chain
@@ -115,7 +116,7 @@ class MergeFacts:
     final_bits: Mapping[str, BitSet]
     recovered: frozenset[str]
     interrupted: bool
-    base_check: CheckReport | None
+    result_check: CheckReport | None
     movement: Movement
     pull_bytes: int
     undefined_bytes: int
@@ -123,6 +124,8 @@ class MergeFacts:
     volume: VolumeFacts
     engine: EngineName
     engine_reason: str
+    direction: Direction
+    pull_obstacle: str | None
     spaces: Mapping[Placement, SpaceFacts]
     obstacles: tuple[ChainmergeError, ...]
     warnings: tuple[str, ...]
@@ -138,9 +141,23 @@ class MergeFacts:
         return self.chain.top
 
     @property
+    def result(self) -> ImageInfo:
+        """The image that is written, and holds everything afterwards."""
+        return self.top if self.direction is Direction.PULL else self.base
+
+    @property
     def merged_images(self) -> tuple[ImageInfo, ...]:
-        """The images whose data goes into base, lowest first."""
+        """The images whose data goes into another one, lowest first."""
+        if self.direction is Direction.PULL:
+            return self.chain.images[self.base_index : -1]
         return self.chain.images[self.base_index + 1 :]
+
+    @property
+    def size_after(self) -> int:
+        """Bytes of the guest's disk afterwards."""
+        if self.direction is Direction.PULL:
+            return self.top.virtual_size
+        return max(self.base.virtual_size, self.top.virtual_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +296,11 @@ class MergePlan:
     warnings: tuple[str, ...]
 
     @property
+    def pulls(self) -> bool:
+        """Whether top is what is written."""
+        return self.directions.chosen == Direction.PULL
+
+    @property
     def feasible(self) -> bool:
         """Whether a merge by this plan would start."""
         return not self.refusals
@@ -297,13 +319,13 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         engine_reason=facts.engine_reason,
         movement=_movement(facts, options),
         directions=_directions(facts),
-        virtual_size_before=base.virtual_size,
-        virtual_size_after=max(base.virtual_size, top.virtual_size),
+        virtual_size_before=facts.result.virtual_size,
+        virtual_size_after=facts.size_after,
         bitmaps=tuple(_planned_bitmap(decision, facts) for decision in facts.decisions),
         space=_space(facts, options),
         repoint=_repoint(facts, options),
         delete=_delete(facts, options),
-        rename=(str(base.path), str(top.path)) if options.keep_name else None,
+        rename=_rename(facts, options),
         verify=options.verify,
         refusals=tuple(
             Finding(error.code, error.sentence, error.advice)
@@ -419,10 +441,10 @@ def _directions(facts: MergeFacts) -> Directions:
         ),
         pull=DirectionCost(
             bytes_to_copy=facts.pull_bytes,
-            available=False,
-            reason="what only base defines would go up into top; the qemu engine commits only",
+            available=facts.pull_obstacle is None,
+            reason=facts.pull_obstacle or "what only base defines comes up into top",
         ),
-        chosen="commit",
+        chosen=facts.direction,
     )
 
 
@@ -486,6 +508,8 @@ def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
     images in between are no longer usable, and bitmaps that they lack would look like a
     gap between top and base.
     """
+    if facts.direction is Direction.PULL:
+        return ()
     changes = [_repoint_one(child, facts, options) for child in facts.relatives.children]
     if len(facts.merged_images) > 1 and not (options.delete or options.keep_name):
         changes.append(_onto_base(facts.top, facts.base))
@@ -525,22 +549,47 @@ def _name_for(child: ImageInfo, base: ImageInfo) -> str:
 
 
 def _delete(facts: MergeFacts, options: MergeOptions) -> tuple[str, ...]:
-    if not options.delete:
-        return ()
-    doomed = facts.merged_images[:-1] if options.keep_name else facts.merged_images
+    renames = _rename(facts, options) is not None
+    # The file that another one is renamed to needs no deleting.
+    doomed = [image for image in _doomed(facts, options) if not renames or image != facts.top]
     return tuple(str(image.path) for image in reversed(doomed))
+
+
+def _doomed(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
+    """The images whose content nobody will have any more."""
+    if options.delete:
+        return facts.merged_images
+    if not options.keep_name:
+        return ()
+    # One image remains under top's name, whichever way the data goes.
+    return (facts.base if facts.direction is Direction.PULL else facts.top,)
+
+
+def _rename(facts: MergeFacts, options: MergeOptions) -> tuple[str, str] | None:
+    """Base's path and the one that it gets. A pull has its result under top's name anyway."""
+    if not options.keep_name or facts.direction is Direction.PULL:
+        return None
+    return str(facts.base.path), str(facts.top.path)
+
+
+def new_backing(facts: MergeFacts) -> tuple[str, str] | None:
+    """Name and format of the backing file that top gets by a pull: base's. None for none."""
+    if not facts.base_index:
+        return None
+    below = facts.chain.images[facts.base_index - 1]
+    return _name_for(facts.top, below), below.format
 
 
 def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     base, top = facts.base, facts.top
-    if top.virtual_size < base.virtual_size:
+    if top.virtual_size < base.virtual_size and facts.direction is Direction.COMMIT:
         yield (
             f"{top.path} has a smaller disk ({top.virtual_size} bytes) than {base.path} "
             f"({base.virtual_size} bytes): base does not shrink, so the merged disk is the "
             "larger one"
         )
     middle = facts.merged_images[:-1]
-    if middle and not options.delete:
+    if middle and not options.delete and facts.direction is Direction.COMMIT:
         names = _names(middle)
         yield f"after the merge {names} must not be used any more: the data below is another"
     for path, reason in facts.relatives.unreadable:
@@ -555,20 +604,22 @@ def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
     for image in facts.chain.images:
         if image.encrypted:
             yield EncryptedImage(str(image.path))
-    header, path = facts.base.header, str(facts.base.path)
+    header, path = facts.result.header, str(facts.result.path)
     if header is None:
         return
     if header.corrupt:
         yield ImageCorrupt(path)
     elif header.dirty:
         yield ImageDirty(path)
-    elif facts.base_check is not None and not facts.base_check.sound:
-        first = next(iter(facts.base_check.messages), "see chainmerge check")
-        damage = facts.base_check.corruptions + facts.base_check.overlaps
+    elif facts.result_check is not None and not facts.result_check.sound:
+        first = next(iter(facts.result_check.messages), "see chainmerge check")
+        damage = facts.result_check.corruptions + facts.result_check.overlaps
         yield ImageDamaged(path, damage, first)
 
 
 def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    if facts.direction is Direction.PULL:
+        return
     base, top, relatives = facts.base, facts.top, facts.relatives
     # With all of top's data in base already, base does not change any more; the others are
     # then children of top that an interrupted run has re-pointed.
@@ -606,21 +657,34 @@ def _bitmap_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
 def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     if not (options.delete or options.keep_name):
         return
+    renames = _rename(facts, options) is not None
+    if facts.direction is Direction.PULL:
+        yield from _needed_by_others(facts, options)
     option = "--delete" if options.delete else "--keep-name"
-    doomed = facts.merged_images if options.delete else (facts.top,)
-    for image in (*doomed, *((facts.base,) if options.keep_name else ())):
+    doomed = _doomed(facts, options)
+    for image in (*doomed, *((facts.base,) if renames else ())):
         if image.is_block_device:
             yield CannotDeleteVolume(str(image.path), option)
     for image in doomed:
         if image.header is not None and image.header.snapshot_count:
             yield SnapshotsWouldGo(str(image.path), image.header.snapshot_count, option)
-    if options.keep_name and facts.base.identity[0] != facts.top.identity[0]:
+    if renames and facts.base.identity[0] != facts.top.identity[0]:
         yield CannotRename(str(facts.base.path), str(facts.top.path))
+
+
+def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """What a pull leaves as it is can only be deleted if nobody else stands on it."""
+    base, relatives = str(facts.base.path), facts.relatives
+    if relatives.siblings:
+        yield BaseHasOtherChildren(base, _names(relatives.siblings))
+    if options.delete and relatives.middle_children:
+        children = _names(relatives.middle_children)
+        yield MiddleHasOtherChildren(base, str(facts.top.path), children)
 
 
 def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     if options.data != "auto" and Placement(options.data) not in facts.spaces:
-        yield PlacementUnavailable(str(facts.base.path), options.data, facts.engine_reason)
+        yield PlacementUnavailable(str(facts.result.path), options.data, facts.engine_reason)
     refusal = facts.volume.refusal(_required(facts, options))
     if refusal is not None:
         yield refusal

@@ -3,34 +3,98 @@
 
 Each step is atomic and each can be done again, so that a rerun goes on wherever an
 interrupted run stopped. What is to be deleted is recorded beforehand
-(:class:`chainmerge.journal.MergedRecord`): afterwards there is nothing to tell from.
+(:class:`chainmerge.journal.MergedRecord`): afterwards there is nothing to tell from. The
+journal, where there is one, is told of each step before it begins.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.chain import ImageInfo
 from chainmerge.engines.metadata import change_backing
+from chainmerge.errors import ChainmergeError
 from chainmerge.journal import (
     DoomedImage,
     MergedRecord,
     forget_merged_record,
+    forget_saved_bitmaps,
     identify,
     record_merged,
     same_image,
 )
-from chainmerge.storage.files import WritablePort, fsync_directory
+from chainmerge.merge_job import volume_at
+from chainmerge.merge_journal import Journal, JournalledRepoint, JournalState, enter
+from chainmerge.planning import MergeFacts, MergePlan, Repoint
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.files import FileReadable, WritablePort, fsync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain import ImageInfo
-    from chainmerge.planning import MergeFacts, MergePlan, Repoint
+    from chainmerge.options import MergeOptions
 
 
-def repoint(repoints: Sequence[Repoint]) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class SettleSteps:
+    """What is left to do once base holds everything.
+
+    ``doomed`` are the images to be deleted, in that order. With ``keep_name`` base takes the
+    name of top.
+    """
+
+    base: ImageInfo
+    top: ImageInfo
+    repoint: tuple[Repoint | JournalledRepoint, ...]
+    doomed: tuple[ImageInfo, ...]
+    keep_name: bool
+
+    @property
+    def result(self) -> Path:
+        """Where the merged image is in the end."""
+        return self.top.real_path if self.keep_name else self.base.real_path
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What was done of it. ``top_is_gone`` says whether nothing opens top any more."""
+
+    repointed: tuple[str, ...]
+    deleted: tuple[str, ...]
+    top_is_gone: bool
+    journal: Journal | None
+
+
+def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
+    """Do all of it.
+
+    Raises what :func:`chainmerge.engines.metadata.change_backing` raises, OSError, Failed.
+    """
+    base = steps.base.real_path
+    journal = enter(journal, JournalState.REPOINT)
+    repointed = repoint(steps.repoint)
+    journal = enter(journal, JournalState.RECORD)
+    record = record_intent(steps)
+    if steps.keep_name:
+        journal = enter(journal, JournalState.RENAME)
+        rename_base(steps.base, steps.top)
+    deleted: tuple[str, ...] = ()
+    if record is not None:
+        journal = enter(journal, JournalState.DELETE)
+        deleted = delete_recorded(record)
+    # Not before: as long as top stands on images that lack what base has now, a rerun needs
+    # to be told that this is no gap.
+    forget_saved_bitmaps(base)
+    return Settled(repointed, deleted, record is not None, journal)
+
+
+def repoint(repoints: Sequence[Repoint | JournalledRepoint]) -> tuple[str, ...]:
     """Give images another backing file; returns their paths.
 
     Raises what :func:`chainmerge.engines.metadata.change_backing` raises.
@@ -41,38 +105,54 @@ def repoint(repoints: Sequence[Repoint]) -> tuple[str, ...]:
     return tuple(change.child for change in repoints)
 
 
-def record_intent(facts: MergeFacts, plan: MergePlan) -> MergedRecord | None:
+def record_intent(steps: SettleSteps) -> MergedRecord | None:
     """Record what is going to be renamed and deleted; None where nothing is."""
-    if plan.rename is None and not plan.delete:
+    top = steps.top.real_path
+    if not (steps.keep_name or steps.doomed):
         # A record of an older merge under this name says nothing about this one.
-        forget_merged_record(facts.top.real_path)
+        forget_merged_record(top)
         return None
-    result = facts.top.real_path if plan.rename else facts.base.real_path
+    record = MergedRecord(
+        top=str(top),
+        base=str(steps.base.real_path),
+        result=str(steps.result),
+        result_format=steps.base.format,
+        result_identity=identify(steps.base.real_path),
+        keep_name=steps.keep_name,
+        delete=[_doomed(image) for image in steps.doomed],
+    )
+    record_merged(top, record)
+    return record
+
+
+def record_pull(facts: MergeFacts, plan: MergePlan, head: bytes) -> None:
+    """Record a pull before the switch to *head*, top's new first sector."""
+    top = facts.top.real_path
     by_path = {str(image.path): image for image in facts.merged_images}
     record = MergedRecord(
-        top=str(facts.top.real_path),
+        top=str(top),
         base=str(facts.base.real_path),
-        result=str(result),
-        result_format=facts.base.format,
-        result_identity=identify(facts.base.real_path),
-        keep_name=plan.rename is not None,
+        result=str(top),
+        result_format=facts.top.format,
+        result_identity=identify(top),
+        keep_name=False,
         delete=[_doomed(by_path[path]) for path in plan.delete],
+        head=hashlib.sha256(head).hexdigest(),
     )
-    record_merged(facts.top.real_path, record)
-    return record
+    record_merged(top, record)
 
 
 def _doomed(image: ImageInfo) -> DoomedImage:
     return DoomedImage(str(image.real_path), identify(image.real_path))
 
 
-def rename_base(facts: MergeFacts) -> None:
+def rename_base(base: ImageInfo, top: ImageInfo) -> None:
     """Give base the name of top, whose file this deletes.
 
     A backing name in base that counts from base's directory is first changed to count from
     top's.
     """
-    base, target = facts.base, facts.top.real_path
+    target = top.real_path
     if base.backing is not None and base.backing_name and base.path.parent != target.parent:
         stored = base.backing_name.removeprefix("file:")
         if not stored.startswith("/"):
@@ -113,6 +193,30 @@ def finished_before(record: MergedRecord | None, top: Path, base: Path | None) -
             return False
     except FileNotFoundError:
         return False
+    if record.head is not None:
+        return _starts_with(Path(record.result), record.head)
     if record.keep_name:
         return True
     return not top.exists()
+
+
+def _starts_with(image: Path, head: str) -> bool:
+    """Whether the image's first sector has the SHA-256 digest *head*."""
+    with FileReadable(image) as readable:
+        return hashlib.sha256(readable.read(0, SECTOR)).hexdigest() == head
+
+
+def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:
+    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
+    if result_format != "qcow2" or not (options.shrink or options.discard):
+        return
+    volume = volume_at(result, options)
+    with FileReadable(result) as readable:
+        end = check(Qcow2Image(readable)).image_end_offset
+    try:
+        if options.shrink:
+            volume.shrink_to(end)
+        if options.discard and volume.size > end:
+            volume.discard(end, volume.size - end)
+    except ChainmergeError as error:
+        yield f"{error.sentence} (the merge itself is done)"

@@ -15,7 +15,7 @@ from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
 from chainmerge.engines.native import MappingNeed
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import Placement
+from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
 from chainmerge.qcow2.check import CheckReport, check_with_references
 from chainmerge.qcow2.mapping import Kind, lookup
@@ -64,10 +64,14 @@ class SpaceSurvey:
 
 
 def survey_space(
-    target: Target, opened: OpenChain, bitmaps: BitmapFacts, engine: EngineName
+    target: Target,
+    opened: OpenChain,
+    bitmaps: BitmapFacts,
+    engine: EngineName,
+    direction: Direction,
 ) -> SpaceSurvey:
-    """Work out how large base must be for the merge. Reads tables only."""
-    base = opened.images[target.base_index]
+    """Work out how large the result must be for the merge. Reads tables only."""
+    base = opened.images[target.result_index(direction)]
     size_after = max(base.info.virtual_size, target.chain.top.virtual_size)
     if base.image is None:
         facts = _facts(raw_space_need(base.info.file_size, size_after))
@@ -78,9 +82,9 @@ def survey_space(
     if engine is EngineName.QEMU:
         return _survey_for_qemu(target, opened, bitmaps, report, references)
     obstacle = native_facts.growth_obstacle(base.image, size_after)
-    if obstacle is not None:
+    if obstacle is not None and direction is Direction.COMMIT:
         return _without_figures(report, obstacle)
-    native = native_facts.survey_native(target, opened, bitmaps, references)
+    native = native_facts.survey_native(target, opened, bitmaps, references, direction)
     return SpaceSurvey(native.spaces, native.needs, report, None)
 
 

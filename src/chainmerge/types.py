@@ -39,6 +39,8 @@ __all__ = [
     "RepairFinding",
     "RepairReport",
     "Stage",
+    "StatusReport",
+    "UnfinishedMerge",
 ]
 
 REPORT_VERSION = 1
@@ -369,3 +371,48 @@ class RepairReport:
     findings: tuple[RepairFinding, ...]
     actions: tuple[str, ...]
     consequences: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedMerge:
+    """A merge that did not come to its end, as far as the files that it left say.
+
+    Attributes:
+        base: The image merged into.
+        top: The uppermost image that is merged, None where no file names it.
+        state: The journal's last entry (``prepared``, ``switching``, ``switched``, ``repoint``,
+            ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``), ``unknown`` where there is
+            no journal that can be used.
+        progress: How far it came, in a sentence.
+        base_holds_data: Whether base holds the data of all merged images already, None where only
+            a look at all of it could tell.
+        base_is_locked: Whether somebody has base open now: perhaps this merge still runs.
+        command: What finishes it, for a shell; None where no file says what was asked for.
+        files: The files that tell of it.
+        warnings: What the user should know, a sentence each.
+    """
+
+    base: str
+    top: str | None
+    state: str
+    progress: str
+    base_holds_data: bool | None
+    base_is_locked: bool
+    command: str | None
+    files: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """Merges that did not come to their end.
+
+    Attributes:
+        version: Version of this document.
+        searched: The directories that were looked at.
+        merges: What was found, in the order of base's path.
+    """
+
+    version: int
+    searched: tuple[str, ...]
+    merges: tuple[UnfinishedMerge, ...]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +26,7 @@ from chainmerge.types import (
     PruneReport,
     RepairReport,
     Stage,
+    StatusReport,
 )
 from tests.support import qemu
 from tests.support.cli import COMMAND, Ran, chainmerge, environment
@@ -139,6 +141,47 @@ def test_an_interrupted_merge_is_finished_by_the_same_command(
     assert [(bitmap.name, bitmap.state) for bitmap in report.bitmaps] == [("daily", "valid")]
     assert qemu.content(base) == expected
     qemu.assert_clean(base)
+
+
+def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    expected = qemu.content(top)
+    assert "no unfinished merges" in chainmerge("status", base.parent).out
+    with subprocess.Popen(
+        [*COMMAND, "merge", "--json", "--delete", "--bandwidth", "2M", str(top)],
+        stdout=subprocess.PIPE,
+        env=environment(),
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("stage") == "copy" and event["done"] > 0:
+                break
+        running = document(chainmerge("status", "--json", top), StatusReport)
+        process.kill()
+    assert [merge.base_is_locked for merge in running.merges] == [True]
+    (merge,) = document(chainmerge("status", "--json", base.parent), StatusReport).merges
+    assert (merge.base, merge.top, merge.state) == (str(base), str(top), "prepared")
+    assert merge.base_holds_data is False
+    assert not merge.base_is_locked
+    shown = chainmerge("status", base)
+    assert shown.status == ExitCode.DONE
+    assert merge.command is not None
+    assert merge.command in shown.out
+    program, *arguments = shlex.split(merge.command)
+    assert program == "chainmerge"
+    assert chainmerge(*arguments).status == ExitCode.DONE
+    assert qemu.content(base) == expected
+    assert not top.exists()
+    assert not document(chainmerge("status", "--json", top), StatusReport).merges
+
+
+def test_status_of_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    error = document(
+        chainmerge("status", "--json", tmp_path / "no" / "image"), ErrorReport, ExitCode.REFUSED
+    )
+    assert error.code == "search-path-unusable"
 
 
 def test_info(chain: tuple[Path, Path]) -> None:

@@ -12,8 +12,10 @@ import pytest
 from chainmerge.engines.metadata import leaks, reclaim_leaks
 from chainmerge.engines.metadata.refcount_blocks import refcount_writes
 from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
-from chainmerge.qcow2.check import check
+from chainmerge.qcow2.check import check, computed_refcounts
+from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.mapping import OFFSET_MASK, iter_extents
 from chainmerge.qcow2.readable import BytesReadable
 from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
 from tests.support import qemu
@@ -130,6 +132,32 @@ def test_a_refcount_that_should_be_1_is_left_to_qemu(tmp_path: Path) -> None:
     assert after.leaks == before.leaks - reclaimed
     # The data, and the table that maps it.
     assert after.leaks == 17
+
+
+def test_a_refcount_that_should_be_1_is_lowered_where_no_flag_goes_with_it(
+    tmp_path: Path,
+) -> None:
+    """Compressed clusters that share one, and what only a snapshot uses."""
+    image = qemu.create(tmp_path / "image.qcow2", 3 * MIB)
+    qemu.qemu_io(image, "write -q -c -P 1 0 256k", "write -q -P 2 1M 64k")
+    qemu.qemu_img("snapshot", "-c", "s", image)
+    qemu.qemu_io(image, "write -q -P 3 1M 64k")
+    content = image.read_bytes()
+    computed = computed_refcounts(opened(content)).counts
+    # The packed data; and what of the snapshot the image has replaced since, its L1 table first.
+    single = [int(at) for at in np.flatnonzero(computed == 1)]
+    port = RecordingPort(with_refcounts(content, single, 2))
+    report = check(Qcow2Image(port))
+    assert not report.sound, "the COPIED flags of the active tables are wrong now"
+    extents = next(iter_extents(opened(content)))
+    data = [int(at) // 65536 for at in extents.host[extents.kind == Kind.DATA]]
+    tables = [int(at & OFFSET_MASK) // 65536 for at in opened(content).l1]
+    unflagged = [at for at in single if at not in {*data, *tables}]
+    port = RecordingPort(with_refcounts(content, unflagged, 2))
+    assert check(Qcow2Image(port)).shared_leaks == len(unflagged)
+    assert reclaim_leaks(port) == len(unflagged)
+    assert bytes(port.content) == content
+    qemu.qemu_img("check", image)
 
 
 def test_images_with_more_than_leaks_are_refused(tmp_path: Path) -> None:

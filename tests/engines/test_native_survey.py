@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainmerge.engines.native import MappedDisk, survey, survey_mapping
+from chainmerge.options import Direction
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
 from chainmerge.view import GuestView, layer_of_raw
@@ -51,17 +52,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qcow2Image]:
     kind=st.sampled_from(sorted(KINDS)),
     eighths=st.integers(0, 10),
     sectors=st.integers(-200, 200),
+    direction=st.sampled_from(Direction),
     backing_end=st.integers(0, 64).map(lambda count: count * 7 * KIB),
 )
 @settings(deadline=None)
 def test_windows_of_data_are_counted_as_if_cluster_by_cluster(
-    bases: dict[str, Qcow2Image], kind: str, eighths: int, sectors: int, backing_end: int
+    bases: dict[str, Qcow2Image],
+    kind: str,
+    eighths: int,
+    sectors: int,
+    direction: Direction,
+    backing_end: int,
 ) -> None:
     base = bases[kind]
     base_size = base.header.virtual_size
     top_size = max(SECTOR, base_size // 8 * eighths + sectors * SECTOR)
     above = GuestView((layer_of_raw(AllData(top_size)),))
-    disk = MappedDisk(base.header, max(base_size, top_size), backing_end)
+    disk = MappedDisk(base.header, max(base_size, top_size), backing_end, direction)
     at_once = survey_mapping(base, disk, above)
     with mock.patch.object(survey, "_is_all_data", return_value=False):
         assert at_once == survey_mapping(base, disk, above)

@@ -9,7 +9,7 @@ import pytest
 
 import chainmerge
 from chainmerge.chain.errors import NoBackingFile, NotInChain
-from chainmerge.options import Access, MergeOptions
+from chainmerge.options import Access, DirectionChoice, MergeOptions
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -263,7 +263,41 @@ def test_lazy_refcounts_base_survives_a_killed_copy(tmp_path: Path) -> None:
     assert not any(seen)
 
 
-def test_files_keep_their_modes(scenario: Scenario) -> None:
+@pytest.mark.parametrize(("direction", "mode"), [("commit", 0o640), ("pull", 0o600)])
+def test_files_keep_their_modes(scenario: Scenario, direction: DirectionChoice, mode: int) -> None:
     scenario.base.chmod(0o640)
-    chainmerge.merge(scenario.top, options=MergeOptions(keep_name=True))
-    assert scenario.top.stat().st_mode & 0o777 == 0o640
+    scenario.top.chmod(0o600)
+    options = MergeOptions(keep_name=True, direction=direction)
+    chainmerge.merge(scenario.top, options=options)
+    assert scenario.top.stat().st_mode & 0o777 == mode
+    assert not scenario.base.exists()
+
+
+def test_pull_with_another_image_on_base(scenario: Scenario) -> None:
+    """A pull leaves base as it is, so that what else stands on it does not matter."""
+    sibling = create(scenario.directory / "sibling.qcow2", backing="base.qcow2")
+    qemu_io(sibling, "write -P 99 5M 1M")
+    before = content(sibling), scenario.base.read_bytes()
+    with pytest.raises(BaseHasOtherChildren):
+        chainmerge.merge(scenario.top)
+    for _ in range(2):
+        report = chainmerge.merge(scenario.top, options=MergeOptions(direction="pull"))
+        assert (content(sibling), scenario.base.read_bytes()) == before
+        assert content(scenario.top) == scenario.expected_content
+        assert "backing-filename" not in info(scenario.top)
+    assert report.outcome is MergeOutcome.ALREADY_MERGED
+    for name, bits in scenario.expected_bits.items():
+        assert dirty_granules(scenario.top, name) == bits, name
+    other = create(scenario.directory / "other.qcow2", backing="base.qcow2")
+    with pytest.raises(BaseHasOtherChildren):
+        chainmerge.merge(other, options=MergeOptions(direction="pull", delete=True))
+
+
+def test_keep_name_moves_less_where_it_can(scenario: Scenario) -> None:
+    """Base holds less that top lacks than top holds."""
+    report = chainmerge.merge(scenario.top, options=MergeOptions(keep_name=True))
+    assert report.plan is not None
+    assert report.plan.directions.chosen == "pull"
+    assert report.bytes_copied == report.plan.directions.pull.bytes_to_copy
+    assert report.deleted == (str(scenario.base),)
+    assert content(scenario.top) == scenario.expected_content

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import event, given, note
+from hypothesis import event, given, note, settings
+from hypothesis import strategies as st
 
 import chainmerge
 from chainmerge.errors import Refused
@@ -54,6 +55,20 @@ def test_random_merges(case: MergeCase) -> None:
     assert_does_what_it_should(case)
 
 
+@pytest.mark.soak
+@settings(max_examples=2000)
+@given(merge_cases("native"))
+def test_thousands_of_random_merges(case: MergeCase) -> None:
+    assert_does_what_it_should(case)
+
+
+@pytest.mark.soak
+@settings(max_examples=250)
+@given(merge_cases("native", st.just(True)))
+def test_hundreds_of_random_merges_on_devices_of_the_exact_size(case: MergeCase) -> None:
+    assert_does_what_it_should(case)
+
+
 @given(merge_cases("qemu"))
 def test_random_merges_by_qemu(case: MergeCase) -> None:
     assert_does_what_it_should(case)
@@ -68,7 +83,7 @@ def assert_does_what_it_should(case: MergeCase) -> None:
         if refusals:
             event(f"refused: {', '.join(sorted(refusals))}")
             assert_refused(built, refusals)
-        elif case.on_device and not case.layers[case.base].untrusted:
+        elif case.on_device and not case.result.untrusted:
             event("merged on a block device")
             with on_exact_device(built):
                 assert_merges(built)
@@ -86,7 +101,8 @@ def merge(built: BuiltCase) -> MergeReport:
 
 
 def _access(built: BuiltCase) -> Access:
-    allowed = (os.path.realpath(built.base),) if built.base.is_symlink() else ()
+    links = [path for path in (built.base, built.top) if path.is_symlink()]
+    allowed = tuple(os.path.realpath(path) for path in links)
     return Access(allow_backing=allowed)
 
 
@@ -109,20 +125,23 @@ def assert_refused(built: BuiltCase, codes: set[str]) -> None:
 
 @contextlib.contextmanager
 def on_exact_device(built: BuiltCase) -> Iterator[None]:
-    """Put base on a device of the size that the plan asks for; before that, try a smaller one."""
+    """Put what is written on a device of the size that the plan asks for.
+
+    Before that, try a smaller one.
+    """
     required = least_required(built)
     behind = built.directory / "behind"
-    base = built.case.layers[built.case.base]
+    base = built.case.result
     size = -(-required // SECTOR) * SECTOR
     if base.geometry is None:
         used, step = base.disk_size, SECTOR
     else:
-        used, step = qemu.check(built.base)["image-end-offset"], base.geometry.cluster_size
+        used, step = qemu.check(built.written)["image-end-offset"], base.geometry.cluster_size
     # Where there is nothing to do, there is nothing to refuse either.
     idle = _content_of_base(built, built.base).startswith(qemu.content(built.top))
-    built.base.rename(behind)
-    if size - step >= used and not idle:
-        with _in_place_of(built.base, behind, size - step):
+    built.written.rename(behind)
+    if size - step >= used and (built.case.pulls or not idle):
+        with _in_place_of(built.written, behind, size - step):
             assert least_required(built) == required
             assert_refused(built, {"device-too-small"})
     os.truncate(behind, used)
@@ -130,7 +149,7 @@ def on_exact_device(built: BuiltCase) -> Iterator[None]:
         # What an earlier user of the device has left there.
         with behind.open("ab") as file:
             file.write(b"\xa5" * (size - used))
-    with _in_place_of(built.base, behind, size):
+    with _in_place_of(built.written, behind, size):
         assert least_required(built) == required
         yield
 
@@ -169,6 +188,7 @@ class Before:
     bitmaps_above: list[dict[str, Bitmap]]
     leaks_above: list[int]
     below: list[bytes]
+    merged: list[bytes]
     top_file: bytes
     plan: MergePlan
 
@@ -182,6 +202,7 @@ def look(built: BuiltCase) -> Before:
         bitmaps_above=[_bitmaps(path) for path in built.above],
         leaks_above=[qemu.check(path)["leaks"] for path in built.above],
         below=[path.read_bytes() for path in built.below],
+        merged=[path.read_bytes() for path in built.paths[built.case.base : built.case.top]],
         top_file=built.top.read_bytes(),
         plan=plan(built),
     )
@@ -194,6 +215,7 @@ def assert_merges(built: BuiltCase) -> None:
     assert before.plan.refusals == ()
     report = merge(built)
     if report.outcome is MergeOutcome.ALREADY_MERGED:
+        assert not built.case.pulls
         # Top has nothing that base did not have.
         assert before.old_base[: len(before.view)] == before.view
     assert_merged(built, before)
@@ -203,7 +225,8 @@ def assert_merges(built: BuiltCase) -> None:
 
 
 def assert_merged(built: BuiltCase, before: Before) -> None:
-    result = built.top if built.case.options.keep_name else built.base
+    renamed = built.case.options.keep_name or built.case.pulls
+    result = built.top if renamed else built.base
     assert_content(built, before, result)
     assert_children(built, before)
     assert_bitmaps(built, result)
@@ -211,9 +234,11 @@ def assert_merged(built: BuiltCase, before: Before) -> None:
 
 
 def assert_content(built: BuiltCase, before: Before, result: Path) -> None:
-    content = _content_of_base(built, result)
+    content = qemu.content(result, built.case.result.format)
     assert len(content) == disk_after(built.case)
     assert content[: len(before.view)] == before.view
+    if built.case.pulls:
+        return
     # Base does not shrink: where its disk goes on behind top's end it is what it was.
     assert content[len(before.view) :] == before.old_base[len(before.view) :]
 
@@ -229,7 +254,7 @@ def assert_children(built: BuiltCase, before: Before) -> None:
 def assert_files(built: BuiltCase, before: Before, result: Path) -> None:
     options = built.case.options
     assert [path.read_bytes() for path in built.below] == before.below
-    if built.case.layers[built.case.base].geometry is not None:
+    if built.case.result.geometry is not None:
         qemu.assert_clean(result)
     if not spent_tombstones(built.case):
         end = max(before.plan.space.size, before.plan.space.required)
@@ -237,9 +262,17 @@ def assert_files(built: BuiltCase, before: Before, result: Path) -> None:
         assert result.stat().st_size <= end + -end % BLOCK
     middle = set(built.paths[built.case.base + 1 : built.case.top])
     left = {*built.below, *built.above, result}
-    if not options.delete:
+    if built.case.pulls:
+        merged = built.paths[built.case.base : built.case.top]
+        staying = () if options.delete else merged[1:] if options.keep_name else merged
+        left |= set(staying)
+        contents = dict(zip(merged, before.merged, strict=True))
+        assert all(path.read_bytes() == contents[path] for path in staying)
+        below = built.below[-1].name if built.below else None
+        assert qemu.info(result).get("backing-filename") == below
+    elif not options.delete:
         left |= middle
-    if not (options.delete or options.keep_name):
+    if not (options.delete or options.keep_name or built.case.pulls):
         left.add(built.top)
         assert qemu.content(built.top) == before.view
         if not middle:
@@ -252,7 +285,7 @@ def assert_files(built: BuiltCase, before: Before, result: Path) -> None:
 def assert_bitmaps(built: BuiltCase, result: Path) -> None:
     expected = expected_bitmaps(built.case)
     note(f"expected bitmaps: {expected}")
-    if built.case.layers[built.case.base].geometry is None:
+    if built.case.result.geometry is None:
         return
     found = _bitmaps(result)
     listed = qemu.bitmap_names(result)

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from chainmerge.planning import Finding
 from chainmerge.report import tables
 from chainmerge.report.plan_tables import plan_report
+from chainmerge.report.status_table import status_report
 from chainmerge.types import MergeOutcome
 from tests.support import reports
 
@@ -40,6 +41,7 @@ HOSTILE_REPORTS: dict[str, Callable[[str], RenderableType]] = {
     "change": lambda t: tables.bitmap_change(reports.bitmap_change(image=t, name=t)),
     "prune": lambda t: tables.prune_report(reports.prune_report(image=t, name=t, words=t)),
     "repair": lambda t: tables.repair_report(reports.repair_report(image=t, words=t)),
+    "status": lambda t: status_report(reports.status_report(base=t, top=t, words=t)),
 }
 
 
@@ -115,3 +117,15 @@ def test_tombstones_are_explained_where_there_are_some() -> None:
     assert "A tombstone is" in rendered(tables.bitmap_listing(listing))
     without = replace(listing, rows=listing.rows[:1])
     assert "tombstone" not in rendered(tables.bitmap_listing(without))
+
+
+def test_status_says_what_finishes_a_merge() -> None:
+    report = reports.status_report()
+    out = rendered(status_report(report))
+    for said in (
+        "2 unfinished merges", "/disks/top.qcow2 into /disks/base.qcow2", "yes", "still running",
+        "chainmerge merge /disks/top.qcow2", "an overlay into", "not known",
+    ):  # fmt: skip
+        assert said in out
+    without = replace(report, merges=())
+    assert "no unfinished merges in /disks" in rendered(status_report(without))

@@ -162,7 +162,7 @@ class CrashState:
 
 
 def crash_states(
-    before: bytes, log: Sequence[Event], *, seed: int, samples: int
+    before: bytes, log: Sequence[Event], *, seed: int, samples: int, exhaustive: int = 0
 ) -> Iterator[CrashState]:
     """The states that a crash can leave: all prefixes, and samples of everything else.
 
@@ -171,12 +171,15 @@ def crash_states(
         log: What was written and flushed.
         seed: Of the random choices.
         samples: How many random subsets of the writes between two flushes to make.
+        exhaustive: Where these writes have no more sectors together, every subset of those is
+            made instead.
     """
     durable = bytearray(before)
     yield CrashState(bytes(durable), 0, "nothing written")
     choice = random.Random(seed)
+    number = -1
     for number, window in enumerate(_windows(log)):
-        for label, kept in _subsets(window, choice, samples):
+        for label, kept in _subsets(window, choice, samples, exhaustive):
             state = bytearray(durable)
             for event in kept:
                 _happen(state, event)
@@ -197,8 +200,14 @@ def _windows(log: Sequence[Event]) -> list[list[Change]]:
 
 
 def _subsets(
-    window: Sequence[Change], choice: random.Random, samples: int
+    window: Sequence[Change], choice: random.Random, samples: int, exhaustive: int
 ) -> Iterator[tuple[str, list[Change]]]:
+    parts = [part for change in window for part in _parts(change)]
+    if len(parts) <= exhaustive:
+        for chosen in range(1, 1 << len(parts)):
+            kept = [part for number, part in enumerate(parts) if chosen >> number & 1]
+            yield f"of {len(parts)} sectors those in {chosen:#b}", kept
+        return
     for count in range(1, len(window) + 1):
         yield f"the first {count} writes", list(window[:count])
     if len(window) <= _SINGLED_OUT:
@@ -220,6 +229,11 @@ def _survivors(write: Change, choice: random.Random) -> list[Change]:
     if fate < 0.5:
         return []
     return [part for part in _sectors(write) if choice.random() < 0.5]
+
+
+def _parts(change: Change) -> list[Change]:
+    """What of a change a crash can leave out or let through."""
+    return list(_sectors(change)) if isinstance(change, Written) else [change]
 
 
 def _sectors(write: Written) -> Iterator[Written]:

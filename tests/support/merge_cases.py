@@ -107,6 +107,16 @@ class MergeCase:
     twice: bool
 
     @property
+    def pulls(self) -> bool:
+        """Whether top is what is written."""
+        return self.options.direction == "pull"
+
+    @property
+    def result(self) -> LayerPlan:
+        """The image that is written."""
+        return self.layers[self.top if self.pulls else self.base]
+
+    @property
     def above(self) -> tuple[LayerPlan, ...]:
         """Every image that stands on top."""
         branch = () if self.branch is None else (self.branch,)
@@ -129,8 +139,13 @@ def _can_hold_snapshots(geometry: Geometry | None) -> bool:
 
 
 @st.composite
-def merge_cases(draw: st.DrawFn, engine: EngineChoice) -> MergeCase:
-    """A chain of two to five images and a merge in it that QEMU's tools would also do."""
+def merge_cases(
+    draw: st.DrawFn, engine: EngineChoice, devices: st.SearchStrategy[bool] | None = None
+) -> MergeCase:
+    """A chain of two to five images and a merge in it that QEMU's tools would also do.
+
+    *devices* says whether what is written lies on a block device, a third of the cases if None.
+    """
     count = draw(st.integers(2, 5))
     top = count - 1 if draw(st.booleans()) else draw(st.integers(1, count - 1))
     base = top - 1 if draw(st.booleans()) else draw(st.integers(0, top - 1))
@@ -138,12 +153,15 @@ def merge_cases(draw: st.DrawFn, engine: EngineChoice) -> MergeCase:
     bitmaps = draw(_bitmaps([_holds_bitmaps(image.geometry) for image in images]))
     layers = tuple(draw(_layers(image, own)) for image, own in zip(images, bitmaps, strict=True))
     branch = draw(_layers(draw(_images(1, on_top=True))[0], ())) if _one_in(draw, 5) else None
-    in_place = engine == "qemu" or layers[base].geometry is None or draw(st.booleans())
+    pulls = engine == "native" and _one_in(draw, 3)
+    in_place = engine == "qemu" or (layers[base].geometry is None and not pulls)
+    in_place = in_place or draw(st.booleans())
     options = MergeOptions(
         delete=_one_in(draw, 3),
         keep_name=_one_in(draw, 3),
         drop_bitmaps=_one_in(draw, 3),
         engine=engine,
+        direction="pull" if pulls else "commit",
         data="in-place" if in_place else "cow",
     )
     return MergeCase(
@@ -152,7 +170,7 @@ def merge_cases(draw: st.DrawFn, engine: EngineChoice) -> MergeCase:
         base,
         top,
         options,
-        on_device=not options.keep_name and _one_in(draw, 3),
+        on_device=not options.keep_name and (draw(devices) if devices else _one_in(draw, 3)),
         twice=_one_in(draw, 4),
     )
 
@@ -229,6 +247,11 @@ class BuiltCase:
     @property
     def top(self) -> Path:
         return self.paths[self.case.top]
+
+    @property
+    def written(self) -> Path:
+        """The image that is written, under the name that it has before the merge."""
+        return self.top if self.case.pulls else self.base
 
     @property
     def above(self) -> tuple[Path, ...]:

@@ -33,18 +33,21 @@ class ExpectedBitmap:
 
 
 def disk_after(case: MergeCase) -> int:
+    if case.pulls:
+        return case.layers[case.top].disk_size
     return max(case.layers[case.base].disk_size, case.layers[case.top].disk_size)
 
 
 def expected_bitmaps(case: MergeCase) -> dict[str, ExpectedBitmap]:
     """Base's bitmaps, by name, after a merge that is not refused."""
-    if not case.layers[case.base].holds_bitmaps:
+    if not case.result.holds_bitmaps:
         return {}
+    top_needs_guard = _top_stays(case) and not case.pulls
     found = {}
     for name in _names(case.layers[case.base : case.top + 1]):
         if _passes(case, name):
             found[name] = _union(case, name)
-        elif name in _names(case.above) or (_top_stays(case) and _is_valid(_top(case), name)):
+        elif name in _names(case.above) or (top_needs_guard and _is_valid(_top(case), name)):
             clean = np.zeros(disk_after(case) // SECTOR, dtype=bool)
             found[name] = ExpectedBitmap(False, None, clean)
     return found
@@ -57,7 +60,7 @@ def spent_tombstones(case: MergeCase) -> set[str]:
     none for it. Where it is not to be had they stay, and do no harm.
     """
     base = case.layers[case.base]
-    if _top_stays(case) or not base.holds_bitmaps:
+    if case.pulls or _top_stays(case) or not base.holds_bitmaps:
         return set()
     names = _names(case.layers[case.base : case.top + 1]) - _names(case.above)
     return {name for name in names if _is_valid(_top(case), name) and not _passes(case, name)}
@@ -70,6 +73,11 @@ def expected_refusals(case: MergeCase) -> set[str]:
 
 def _refusals(case: MergeCase) -> Iterator[str]:
     base, top, merged = case.layers[case.base], _top(case), case.layers[case.base + 1 : case.top]
+    if case.pulls:
+        doomed = (base, *merged) if case.options.delete else (base,)
+        if not _top_stays(case) and any(layer.snapshot for layer in doomed):
+            yield "internal-snapshots"
+        return
     doomed = (*merged, top) if case.options.delete else (top,)
     if not _top_stays(case) and any(layer.snapshot for layer in doomed):
         yield "internal-snapshots"
@@ -162,8 +170,8 @@ def _union(case: MergeCase, name: str) -> ExpectedBitmap:
     size = disk_after(case)
     dirty = np.zeros(size // SECTOR, dtype=bool)
     for layer, bitmap in occurrences:
-        recorded = _recorded(layer, bitmap)
-        dirty[: len(recorded)] |= recorded[: len(dirty)]
+        recorded = _recorded(layer, bitmap)[: len(dirty)]
+        dirty[: len(recorded)] |= recorded
     return ExpectedBitmap(True, granularity, _in_steps(dirty, granularity))
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from chainmerge.options import Placement
 from chainmerge.planning import (
     DirectionCost,
@@ -35,6 +37,8 @@ from chainmerge.types import (
     PruneReport,
     RepairFinding,
     RepairReport,
+    StatusReport,
+    UnfinishedMerge,
 )
 
 MIB = 1 << 20
@@ -228,3 +232,21 @@ def _bitmap(name: str, fate: str, words: str, *, was_valid: bool) -> PlannedBitm
         states={"/disks/base.qcow2": "valid"},
         recovered=False,
     )
+
+
+def status_report(
+    *, base: str = "/disks/base.qcow2", top: str = "/disks/top.qcow2", words: str = "odd"
+) -> StatusReport:
+    known = UnfinishedMerge(
+        base=base,
+        top=top,
+        state="repoint",
+        progress=words,
+        base_holds_data=True,
+        base_is_locked=True,
+        command=f"chainmerge merge {top}",
+        files=(f"{base}.journal",),
+        warnings=(words,),
+    )
+    unknown = replace(known, top=None, state="unknown", base_holds_data=None, command=None)
+    return StatusReport(REPORT_VERSION, ("/disks",), (known, unknown))

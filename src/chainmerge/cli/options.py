@@ -14,6 +14,7 @@ from chainmerge.cli.params import IMAGE, PATH_FORMAT, SIZE
 from chainmerge.options import (
     Access,
     DataChoice,
+    DirectionChoice,
     EngineChoice,
     MergeOptions,
     VerifyLevel,
@@ -152,6 +153,15 @@ def merge_options(function: Function[R]) -> Function[R]:
         default=defaults.engine,
         show_default=True,
         help="Who writes the data.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--direction",
+        type=click.Choice(get_args(DirectionChoice)),
+        default=defaults.direction,
+        show_default=True,
+        help="Move TOP's data down into BASE (commit), or what TOP lacks up from BASE (pull), "
+        "which leaves BASE as it is.",
         panel=_MERGING,
     )
     @click.option(

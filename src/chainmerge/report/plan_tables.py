@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from chainmerge.planning import MergePlan, PlannedBitmap, PlannedImage, Progress, Role, SpacePlan
+from chainmerge.options import Placement
+from chainmerge.planning import EngineName, MergePlan, PlannedBitmap, PlannedImage, Progress, Role
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size
@@ -33,6 +34,16 @@ _PROGRESS_WORDS: Final[Mapping[Progress, str]] = {
     Progress.MERGED: "This merge has been done already.",
 }
 
+_PLACEMENTS = {
+    Placement.COW: "data that it has a cluster for goes to a new one (cow)",
+    Placement.IN_PLACE: "data that it has a cluster for goes over the old content (in-place)",
+}
+_REQUIRED = {
+    EngineName.NATIVE: "at the merge's peak, exactly",
+    EngineName.QEMU: "at the merge's peak, an upper bound",
+}
+_PRUNED_FIRST = "stale bitmaps are removed first, by a switch of their own, to make room"
+
 
 def plan_report(plan: MergePlan) -> RenderableType:
     """Everything that a plan says."""
@@ -51,16 +62,17 @@ def refusals_section(plan: MergePlan) -> Group:
 
 
 def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
-    yield Text.assemble(
-        "Merge ", words(plan.top, _ROLE_STYLES[Role.TOP]),
-        " into ", words(plan.base, _ROLE_STYLES[Role.BASE]),
-    )  # fmt: skip
+    top, base = words(plan.top, _ROLE_STYLES[Role.TOP]), words(plan.base, _ROLE_STYLES[Role.BASE])
+    if plan.pulls:
+        yield Text.assemble("Pull ", base, " up into ", top)
+    else:
+        yield Text.assemble("Merge ", top, " into ", base)
     if plan.progress in _PROGRESS_WORDS:
         yield words(_PROGRESS_WORDS[plan.progress], layout.CAUTION)
     yield layout.section("Chain", _chain(plan.images))
     yield layout.section("What moves", _movement(plan))
     yield layout.section("Bitmaps", _bitmaps(plan.bitmaps))
-    yield layout.section("Space", _space(plan.space))
+    yield layout.section("Space", _space(plan))
     afterwards = tuple(_afterwards(plan))
     if afterwards:
         yield layout.section("Afterwards", layout.bullets(afterwards))
@@ -98,7 +110,7 @@ def _movement(plan: MergePlan) -> Group:
     ]
     if plan.virtual_size_after != plan.virtual_size_before:
         was = f"was {exact_size(plan.virtual_size_before)}"
-        rows.append(("base's disk becomes", plan.virtual_size_after, was))
+        rows.append((f"{_written(plan)}'s disk becomes", plan.virtual_size_after, was))
     costs = layout.listing("direction", "copies", "bytes", "", right=("copies", "bytes"))
     for name, cost in (("commit", directions.commit), ("pull", directions.pull)):
         chosen = name == directions.chosen
@@ -110,7 +122,7 @@ def _movement(plan: MergePlan) -> Group:
             words(cost.reason, layout.QUIET),
         )
     allocations = (
-        f"base allocates {count(movement.new_clusters, 'cluster')}"
+        f"{_written(plan)} allocates {count(movement.new_clusters, 'cluster')}"
         f" and {count(movement.new_l2_tables, 'mapping table')}"
     )
     return Group(
@@ -155,11 +167,12 @@ def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
         yield "its bits come from what the interrupted run had saved"
 
 
-def _space(space: SpacePlan) -> Group:
+def _space(plan: MergePlan) -> Group:
+    space = plan.space
     rows: list[tuple[str, int | None, str]] = [
         ("size now", space.size, ""),
         ("used up to", space.image_end, ""),
-        ("required", space.required, "at the merge's peak, an upper bound"),
+        ("required", space.required, _REQUIRED[plan.engine]),
     ]
     if space.limit is not None:
         rows.append(("may become", space.limit, ""))
@@ -170,14 +183,25 @@ def _space(space: SpacePlan) -> Group:
         rows.append(("MISSING", space.missing, "cannot be had"))
     if space.shrink_to is not None:
         rows.append(("will be reduced to", space.shrink_to, "once all is verified"))
+    place = f"{_written(plan)} is a file"
+    if space.kind != "file":
+        place = f"{_written(plan)} lies on a {space.kind} volume"
+    data = _PLACEMENTS[space.placement]
     breakdown: list[tuple[str, int | None, str]] = [
         (name.replace("_", " "), value, "") for name, value in space.breakdown.items()
     ]
     return Group(
-        words(f"base lies on a {space.kind} volume" if space.kind != "file" else "base is a file"),
+        words(place),
         layout.sizes(rows),
+        *((words(f"where {data}", layout.QUIET),) if plan.engine == EngineName.NATIVE else ()),
+        *((words(_PRUNED_FIRST, layout.CAUTION),) if space.prune_first else ()),
         *((words("of which", layout.QUIET), layout.sizes(breakdown)) if breakdown else ()),
     )
+
+
+def _written(plan: MergePlan) -> str:
+    """What to call the image that is written."""
+    return "top" if plan.pulls else "base"
 
 
 def _afterwards(plan: MergePlan) -> Iterator[str]:

@@ -29,6 +29,7 @@ from chainmerge.types import (
     ProgressEvent,
     PruneReport,
     RepairReport,
+    StatusReport,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
         f"repair-{REPORT_VERSION}": RepairReport,
+        f"status-{REPORT_VERSION}": StatusReport,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )

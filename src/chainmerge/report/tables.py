@@ -143,7 +143,8 @@ def _merge_parts(report: MergeReport) -> Iterator[RenderableType]:
             ]
         ),
     )
-    yield layout.section("Bitmaps of base", _stored_bitmaps(report.bitmaps))
+    result = "top" if report.plan is not None and report.plan.pulls else "base"
+    yield layout.section(f"Bitmaps of {result}", _stored_bitmaps(report.bitmaps))
     yield from _listed("Verified", report.verified)
     yield from _listed("Settled", _settled(report))
     yield from layout.warnings_section(report.warnings)
@@ -154,6 +155,8 @@ def _headline(report: MergeReport) -> str:
         return "merged and verified by an earlier run; what that had left to do is done"
     if report.outcome == MergeOutcome.ALREADY_MERGED:
         return f"{report.plan.top} was merged into {report.plan.base} before; verified again"
+    if report.plan.pulls:
+        return f"{report.plan.base} is pulled up into {report.plan.top}"
     return f"{report.plan.top} is merged into {report.plan.base}"
 
 

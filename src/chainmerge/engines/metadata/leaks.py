@@ -11,7 +11,9 @@ from chainmerge.engines.metadata.preconditions import require_clean_bits, requir
 from chainmerge.engines.metadata.refcount_blocks import Write, refcount_writes
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute
 from chainmerge.qcow2.check import check_with_references
+from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.mapping import COMPRESSED, OFFSET_MASK
 from chainmerge.qcow2.refcounts import (
     U64Array,
     read_refcount_table,
@@ -22,10 +24,13 @@ from chainmerge.qcow2.refcounts import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy.typing as npt
+
     from chainmerge.engines.metadata.allocation import Clusters
     from chainmerge.qcow2.references import ReferenceCounts
 
 _CLUSTERS_AT_ONCE = 1 << 20
+_TABLE_BYTES_AT_ONCE = 4 << 20
 
 
 def reclaim_leaks(port: Port) -> int:
@@ -33,9 +38,10 @@ def reclaim_leaks(port: Port) -> int:
 
     Only ever frees what no table refers to, so an interruption leaves fewer leaks than
     before and nothing else. Left alone are clusters whose refcount of 2 or more should be
-    1: their COPIED flags would have to change at the same instant. Only a deletion of an
-    internal snapshot that was interrupted leaves such, and 'qemu-img check -r leaks' mends
-    them.
+    1 where it is the active tables that name them, by a plain entry: its COPIED flag would
+    have to change at the same instant. Only a deletion of an internal snapshot that was
+    interrupted leaves such, and 'qemu-img check -r leaks' mends them. A snapshot's entries
+    and those of compressed clusters have no such flag.
 
     Raises:
         ImageDirty, ImageCorrupt, ImageDamaged: the image must be repaired first.
@@ -73,5 +79,31 @@ def _leaked(
         count = min(at_once, len(table) - index * at_once) * per_block
         stored = read_refcounts(image, first, count)
         used = references.of(first, count)
-        leaked = np.flatnonzero((stored > used) & (used != 1))
+        leaked = np.flatnonzero(stored > used)
+        single = leaked[used[leaked] == 1]
+        if len(single):
+            flagged = single[_named_plainly(image, single + first)]
+            leaked = np.setdiff1d(leaked, flagged, assume_unique=True)
         yield leaked + first, used[leaked]
+
+
+def _named_plainly(image: Qcow2Image, clusters: Clusters) -> npt.NDArray[np.bool_]:
+    """Which of *clusters* (ascending) the active tables name by entries with a COPIED flag."""
+    header = image.header
+    named = np.zeros(len(clusters), dtype=np.bool_)
+
+    def mark(offsets: U64Array) -> None:
+        hosts = (offsets[offsets != 0] >> np.uint64(header.cluster_bits)).astype(np.int64)
+        named[np.isin(clusters, hosts)] = True
+
+    at_once = max(1, _TABLE_BYTES_AT_ONCE // header.cluster_size)
+    for first in range(0, header.l1_size, at_once):
+        tables = image.read_l1(first, first + at_once) & np.uint64(OFFSET_MASK)
+        tables = tables[tables != 0]
+        if not len(tables):
+            continue
+        mark(tables)
+        words = np.frombuffer(read_pieces(image.readable, tables, header.cluster_size), ">u8")
+        entries = (words[::2] if header.extended_l2 else words).astype(np.uint64)
+        mark(entries[entries & np.uint64(COMPRESSED) == 0] & np.uint64(OFFSET_MASK))
+    return named

@@ -7,7 +7,7 @@ anywhere in it.
 
 from __future__ import annotations
 
-from chainmerge.engines.native.commit import Commit, CommitOutcome, commit
+from chainmerge.engines.native.commit import Backing, Commit, CommitOutcome, commit, merged_layers
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import (
@@ -20,6 +20,7 @@ from chainmerge.engines.native.survey import (
 )
 
 __all__ = [
+    "Backing",
     "Commit",
     "CommitOutcome",
     "MappedDisk",
@@ -29,6 +30,7 @@ __all__ = [
     "RawCommit",
     "commit",
     "commit_to_raw",
+    "merged_layers",
     "new_tree",
     "place_tree",
     "survey_mapping",

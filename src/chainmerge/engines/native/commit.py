@@ -54,11 +54,13 @@ from chainmerge.engines.native.decisions import (
 from chainmerge.engines.native.errors import MergeNotWritten
 from chainmerge.engines.native.moves import (
     Moves,
+    Segments,
     by_source,
     by_target,
     concatenated,
     items_of,
     moves_into,
+    nothing_there,
     places_of_data,
     segments_of,
     with_zeros_to,
@@ -76,10 +78,10 @@ from chainmerge.engines.native.windows import (
     joined,
     read_tables,
     read_window,
-    table_offsets,
+    table_entries,
 )
 from chainmerge.errors import ChainmergeError, Failed, Refused
-from chainmerge.options import Placement
+from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
@@ -100,14 +102,23 @@ of it; raises where something is not as it should be."""
 
 
 @dataclass(frozen=True, slots=True)
+class Backing:
+    """The backing file that an image shall have: as its header names it; None for none."""
+
+    name: str | None
+    format: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
-    """A merge of the images above base down into it.
+    """A merge of images into the one below them (commit) or above them (pull).
 
     Attributes:
-        image: Base, read through the port that is written to; checked, without leaks.
+        image: What is written, read through the port; checked, without leaks.
         chain: The view of the whole chain, from the root to top.
         base_index: Which of its layers base is.
-        tree: What base gets.
+        tree: What the image gets.
+        backing: The backing file of the result; None where it stays.
         placement: Where data goes that base has a cluster for.
         shares_extents: Whether the file system shares what is copied, so that data takes no
             space that could be reserved.
@@ -117,23 +128,51 @@ class Commit:
     chain: GuestView
     base_index: int
     tree: NewTree
+    backing: Backing | None
     placement: Placement
     shares_extents: bool
 
     @property
     def disk(self) -> MappedDisk:
-        """Base and its size after the merge."""
+        """The image and its size after the merge."""
         return self.tree.disk
 
     @property
-    def above(self) -> GuestView:
-        """The images that are merged."""
-        return GuestView(self.chain.layers[self.base_index + 1 :])
+    def result(self) -> int:
+        """Which of the chain's layers is written."""
+        pulls = self.disk.direction is Direction.PULL
+        return len(self.chain.layers) - 1 if pulls else self.base_index
 
-    def below(self, start: int, end: int) -> Resolved:
-        """What base's own view is from guest byte *start* to *end*."""
+    @property
+    def merged(self) -> GuestView:
+        """The images that are merged into it."""
+        return merged_layers(self.chain, self.base_index, self.disk.direction)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no byte of metadata has to change."""
+        return self.tree.changes_nothing and self.backing is None
+
+    def moves_of(self, segments: Segments, merged: Resolved) -> Moves:
+        """Where the bytes of *segments* come from; *merged* is what the merged images say."""
+        if self.disk.direction is Direction.COMMIT:
+            return moves_into(segments, merged, self.base_index + 1, self._own_view)
+        # Of a unit of which top decides a part, that part comes from top.
+        start, end = merged.start, merged.end
+        size = min(end, self.chain.virtual_size)
+        whole = joined(list(self.chain.resolve(start, size)))
+        return moves_into(segments, with_zeros_to(whole, end), 0, nothing_there)
+
+    def _own_view(self, start: int, end: int) -> Resolved:
         own = GuestView(self.chain.layers[: self.base_index + 1])
         return joined(list(own.resolve(start, end)))
+
+
+def merged_layers(chain: GuestView, base_index: int, direction: Direction) -> GuestView:
+    """The images that are merged into the one that is written."""
+    if direction is Direction.PULL:
+        return GuestView(chain.layers[base_index:-1])
+    return GuestView(chain.layers[base_index + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +228,9 @@ def commit(
     try:
         taken = placed.metadata if job.shares_extents else placed.allocation.everything
         reserve(port, required, _ranges(taken, cluster_size))
-        if not port.is_block_device and port.size < required:
-            port.truncate_to(required)
         with _step(port, StepName.FILL):
+            if not port.is_block_device and port.size < required:
+                port.truncate_to(required)
             mapping = _write_mapping(port, job, placed, transfer)
             _write(port, _other_clusters(job, placed, mapping.l1), cluster_size)
             for offset, data in head.beyond:
@@ -204,7 +243,7 @@ def commit(
     except BaseException:
         _undo(port, placed, old_size)
         raise
-    if not job.tree.changes_nothing:
+    if not job.changes_nothing:
         _switch(port, head)
         _release(port, job, placed, mapping)
     return CommitOutcome(required, job.tree.mapping.written)
@@ -241,7 +280,7 @@ def _batches(job: Commit) -> Iterator[list[tuple[Resolved, Change]]]:
     """Windows of changes, as many as are put into the order of their sources together."""
     batch: list[tuple[Resolved, Change]] = []
     clusters = 0
-    for window in changed_windows(job.above, job.disk):
+    for window in changed_windows(job.merged, job.disk):
         wishes = find_wishes(job.disk, read_window(job.image, job.disk, window.start), window)
         change = place_data(wishes, job.disk, job.placement)
         if not len(change):
@@ -296,7 +335,7 @@ def _move(
         for chosen, moves in ((change.fresh, new), (change.reused, in_place)):
             segments = segments_of(change, chosen, host, header)
             if len(segments.guest):
-                moves.append(moves_into(segments, above, job.base_index + 1, job.below))
+                moves.append(job.moves_of(segments, above))
     for parts, in_order in ((new, by_target), (in_place, by_source)):
         if parts:
             moved = in_order(concatenated(parts))
@@ -330,10 +369,16 @@ def _new_tables(
 def _given_up(job: Commit, change: Change, indexes: npt.NDArray[np.int64]) -> Iterator[Runs]:
     """Host clusters that the old mapping of these guest clusters used."""
     header = job.disk.header
-    tables = table_offsets(job.image, indexes)
+    tables = table_entries(job.image, indexes)
     entry = change.entry[change.released]
     packed = entry & np.uint64(COMPRESSED) != 0
-    plain = np.concatenate([tables[tables != 0], entry[~packed] & np.uint64(OFFSET_MASK)])
+    named = np.concatenate([tables, entry[~packed]])
+    if not header.snapshot_count:
+        # What is shared although there is no snapshot has another entry in these tables, which
+        # would need a COPIED flag at the instant at which its refcount falls to 1.
+        named = named[named & np.uint64(COPIED) != 0]
+    plain = named & np.uint64(OFFSET_MASK)
+    plain = plain[plain != 0]
     yield runs_of(np.sort((plain >> np.uint64(header.cluster_bits)).astype(np.int64)))
     if packed.any():
         host, size = compressed_place(header, entry[packed])
@@ -358,6 +403,8 @@ def _other_clusters(job: Commit, placed: PlacedTree, l1: U64Array) -> Iterator[P
 def _new_head(job: Commit, placed: PlacedTree) -> HeaderWrite:
     header, allocation = job.disk.header, placed.allocation
     content = replace(content_of(header), virtual_size=job.disk.size_after)
+    if job.backing is not None:
+        content = replace(content, backing_name=job.backing.name, backing_format=job.backing.format)
     if placed.l1_start is not None:
         content = replace(
             content,
@@ -407,9 +454,9 @@ def _verify(
 ) -> None:
     image = Qcow2Image(_WithSector(port, head.sector))
     layers = list(job.chain.layers)
-    layers[job.base_index] = layer_of_qcow2(image, port)
-    merged = TracedView(tuple(layers), job.base_index, trace_of(mapping.origins))
-    before_switch(image, merged)
+    layers[job.result] = layer_of_qcow2(image, port)
+    origins = trace_of(mapping.origins)
+    before_switch(image, TracedView(tuple(layers), job.base_index, job.result, origins))
 
 
 @dataclass(frozen=True, slots=True)

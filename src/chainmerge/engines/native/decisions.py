@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge makes of each cluster of base: pure, one window of clusters at a time.
+"""What a merge makes of each cluster of an image: pure, one window of clusters at a time.
 
-The images above base define parts of the guest's disk as data or as zeros and leave the rest
-*open*. Base maps the disk in *units*: clusters, or subclusters where its L2 entries are
-extended. A unit of which the images above define
+The image that is written is base in a commit and top in a pull. The images that are merged
+into it define parts of the guest's disk as data or as zeros and leave the rest *open*. It maps
+the disk in *units*: clusters, or subclusters where its L2 entries are extended. A unit of
+which the others define
 
-- any byte as data becomes data. What they leave open of it is composed from base's own view,
+- any byte as data becomes data. What they leave open of it is composed from what there is,
 - every byte as zeros becomes zeros,
-- a part as zeros and leave the rest open becomes data, unless base reads as zeros there too,
+- a part as zeros and leave the rest open becomes data, unless there are zeros there too,
 - nothing stays what it is.
+
+In a commit that goes for all units, as what is above overrides what base has. In a pull it
+goes for those that top itself leaves open.
 
 A cluster whose units change is written to a *fresh* host cluster, unless its present one can
 be *reused*: where no live byte of it is overwritten, or where data may be written in place.
@@ -26,7 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.options import Placement
+from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.header import Header
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
@@ -47,17 +51,20 @@ _NO_UNITS = np.uint32(0)
 
 @dataclass(frozen=True, slots=True)
 class MappedDisk:
-    """What decides how a merge changes base's mapping. Sizes in bytes.
+    """What decides how a merge changes an image's mapping. Sizes in bytes.
 
     Attributes:
-        header: Base's.
+        header: The image's.
         size_after: Of the guest's disk after the merge, not below what it is now.
-        backing_end: From here on nothing below base shows, whatever base leaves open.
+        backing_end: From here on nothing below the result shows, whatever it leaves open.
+        direction: Whether what is merged overrides what the image has (commit), or fills in
+            what it leaves open (pull).
     """
 
     header: Header
     size_after: int
     backing_end: int
+    direction: Direction
 
     @property
     def full(self) -> np.uint32:
@@ -140,16 +147,19 @@ class Wishes:
 
 
 def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishes:
-    """What the images above base want of a window of it.
+    """What the merge wants of a window of an image.
 
     Args:
-        disk: Base.
+        disk: The image.
         window: Its entries.
-        above: What the images above say, from the window's first byte to its end or that of
-            the disk; open where they say nothing.
+        above: What the images that are merged into it say, from the window's first byte to its
+            end or that of the disk; open where they say nothing.
     """
     wants_data, wants_zeros, leaves_open = _unit_flags(disk, window, above)
     old_data, old_zero = _old_units(disk, window)
+    if disk.direction is Direction.PULL:
+        undecided = ~(old_data | old_zero)
+        wants_data, wants_zeros = wants_data & undecided, wants_zeros & undecided
     unit_starts_bare = _bare_units(disk, window)
     reads_as_zeros = old_zero | (unit_starts_bare & ~old_data)
     partly_zero = wants_zeros & leaves_open & ~wants_data

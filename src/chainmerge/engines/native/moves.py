@@ -142,6 +142,12 @@ def moves_into(
     return concatenated([pieces.take(~is_open), filled])
 
 
+def nothing_there(start: int, end: int) -> Resolved:
+    """A view of nothing."""
+    extents = Extents.single(start, end, Kind.ZERO)
+    return Resolved(extents, np.array([NO_LAYER], dtype=np.int32))
+
+
 def _crossed(segments: Segments, runs: Resolved, first_layer: int) -> tuple[Moves, BoolArray]:
     """Segments cut at the bounds of *runs*, and which pieces these leave open."""
     ends = segments.guest + segments.length

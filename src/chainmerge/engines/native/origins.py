@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base's view after a merge, with what was moved into it traced back to where it came from.
+"""The result's view after a merge, with what was moved into it traced back to where it came from.
 
-What a transfer has written and read back need not be read again to compare base with top:
-it is enough that base maps each guest byte to a place into which the right byte was moved.
+What a transfer has written and read back need not be read again to compare the result with
+top: it is enough that it maps each guest byte to a place into which the right byte was moved.
 """
 
 from __future__ import annotations
@@ -22,28 +22,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TracedView(GuestView):
-    """What the guest sees of base, in terms of the chain that was merged.
+    """What the guest sees of the result, in terms of the chain that was merged.
 
-    ``layers`` are those of the whole chain, with the new base in the place of the old one.
+    ``layers`` are those of the whole chain, with the result in the place of the image that was
+    written.
 
     Attributes:
-        base_index: Which of the layers base is.
-        origins: What was moved into base, by target, plain data only; None for nothing.
+        below: How many of the layers, from the root up, the result stands on.
+        result: Which of the layers it is.
+        origins: What was moved into it, by target, plain data only; None for nothing.
     """
 
-    base_index: int
+    below: int
+    result: int
     origins: Moves | None
 
     @property
     def virtual_size(self) -> int:
-        """Bytes: base's."""
-        return self.layers[self.base_index].virtual_size
+        """Bytes: the result's."""
+        return self.layers[self.result].virtual_size
 
     def resolve(self, start: int = 0, end: int | None = None) -> Iterator[Resolved]:
-        """As :meth:`GuestView.resolve` of base, where data was moved to naming its origin."""
+        """As :meth:`GuestView.resolve` of the result, where data was moved to naming its origin."""
         end = self.virtual_size if end is None else end
-        for runs in GuestView(self.layers[: self.base_index + 1]).resolve(start, end):
-            yield runs if self.origins is None else _traced(runs, self.base_index, self.origins)
+        for runs in GuestView((*self.layers[: self.below], self.layers[self.result])).resolve(
+            start, end
+        ):
+            in_result = runs.layer == self.below
+            layer = np.where(in_result, np.int32(self.result), runs.layer)
+            named = Resolved(runs.extents, layer)
+            yield named if self.origins is None else _traced(named, self.result, self.origins)
 
 
 def trace_of(parts: Sequence[Moves]) -> Moves | None:
@@ -53,13 +61,13 @@ def trace_of(parts: Sequence[Moves]) -> Moves | None:
     return by_target(concatenated(plain)) if plain else None
 
 
-def _traced(runs: Resolved, base_index: int, origins: Moves) -> Resolved:
-    in_base = (runs.layer == base_index) & (runs.kind == Kind.DATA)
-    if not in_base.any():
+def _traced(runs: Resolved, result: int, origins: Moves) -> Resolved:
+    in_result = (runs.layer == result) & (runs.kind == Kind.DATA)
+    if not in_result.any():
         return runs
-    runs = _cut(runs, in_base, origins)
+    runs = _cut(runs, in_result, origins)
     place = np.searchsorted(origins.target, runs.host, "right") - 1
-    known = (runs.layer == base_index) & (runs.kind == Kind.DATA) & (place >= 0)
+    known = (runs.layer == result) & (runs.kind == Kind.DATA) & (place >= 0)
     within = runs.host - origins.target[place]
     known &= within < origins.length[place]
     extents = runs.extents

@@ -80,7 +80,7 @@ def commit_to_raw(
     port.forget_cached()
     layers = list(job.chain.layers)
     layers[job.base_index] = layer_of_raw(port)
-    at_the_end(TracedView(tuple(layers), job.base_index, trace_of(origins)))
+    at_the_end(TracedView(tuple(layers), job.base_index, job.base_index, trace_of(origins)))
     return moved
 
 

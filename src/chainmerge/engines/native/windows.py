@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chainmerge.engines.native.decisions import TableWindow
+from chainmerge.options import Direction
 from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
@@ -17,7 +18,7 @@ from chainmerge.view import NO_LAYER, Resolved
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.engines.native.decisions import MappedDisk
+    from chainmerge.engines.native.decisions import Clusters, MappedDisk, U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.view import GuestView
@@ -39,9 +40,9 @@ def window_bytes(header: Header) -> int:
 def changed_windows(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
     """What the images above base say, in windows in which they say anything.
 
-    Covers a window from its first byte to its end or that of the disk. What lies behind the
-    old end of base's disk and is open above is zeros: no longer backing file may show there.
-    Behind the end of a top that is smaller than base everything is open.
+    Covers a window from its first byte to its end or that of the disk. In a commit, what lies
+    behind the old end of base's disk and is open above is zeros: no longer backing file may show
+    there. Behind the end of a top that is smaller than base everything is open.
     """
     parts = _resolved(above, disk)
     return (window for window in _cut(parts, window_bytes(disk.header)) if _says_anything(window))
@@ -67,7 +68,7 @@ def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
     return TableWindow(first, words[0::2][:clusters], words[1::2][:clusters])
 
 
-def read_tables(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
+def read_tables(image: Qcow2Image, indexes: Clusters) -> U64Array:
     """L2 tables by their L1 index, zeros where there is none: uint64[n, words of a cluster]."""
     header = image.header
     words = np.zeros((len(indexes), header.cluster_size // _WORD), dtype=np.uint64)
@@ -79,15 +80,26 @@ def read_tables(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
     return words
 
 
-def table_offsets(image: Qcow2Image, indexes: np.ndarray) -> np.ndarray:
+def table_offsets(image: Qcow2Image, indexes: Clusters) -> U64Array:
     """File offsets of L2 tables by their L1 index, 0 where there is none: uint64[n]."""
-    offsets = np.zeros(len(indexes), dtype=np.uint64)
-    inside = indexes < len(image.l1)
-    offsets[inside] = image.l1[indexes[inside]].astype(np.uint64) & np.uint64(OFFSET_MASK)
+    offsets: U64Array = table_entries(image, indexes) & np.uint64(OFFSET_MASK)
     return offsets
 
 
+def table_entries(image: Qcow2Image, indexes: Clusters) -> U64Array:
+    """L1 entries as they are stored, 0 behind the end of the table: uint64[n]."""
+    entries = np.zeros(len(indexes), dtype=np.uint64)
+    inside = indexes < len(image.l1)
+    entries[inside] = image.l1[indexes[inside]]
+    return entries
+
+
 def _resolved(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
+    if disk.direction is Direction.PULL:
+        # Behind the end of a lower image that is smaller there are zeros, and no other image
+        # may show through them.
+        yield from above.resolve(0, disk.size_after)
+        return
     base_end = disk.header.virtual_size
     for part in above.resolve(0, above.virtual_size):
         yield _closed_behind(part, base_end)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``chainmerge status``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from chainmerge import api
+from chainmerge.cli.commands import Command
+from chainmerge.cli.options import json_option
+from chainmerge.cli.params import IMAGE
+from chainmerge.report.status_table import status_report
+
+if TYPE_CHECKING:
+    from chainmerge.cli.output import Output
+
+
+@click.command(cls=Command)
+@click.argument("paths", nargs=-1, type=IMAGE, metavar="[PATH]...")
+@json_option
+def status(*, paths: tuple[str, ...], output: Output) -> None:
+    """List merges that were interrupted, and what finishes them; nothing is changed.
+
+    A PATH is a directory or an image.  [default: the current directory]
+    """
+    output.document(api.status(paths), status_report)

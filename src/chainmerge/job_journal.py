@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a native merge writes into its journal until base is settled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chainmerge.journal import identify
+from chainmerge.merge_journal import (
+    JOURNAL_VERSION,
+    Asked,
+    Journal,
+    JournalledRepoint,
+    JournalState,
+    digest_of,
+    first_sector_of,
+    forget_journal,
+    journalled,
+    load_journal,
+    save_journal,
+    this_boot,
+)
+from chainmerge.options import Direction
+from chainmerge.planning import EngineName
+from chainmerge.qcow2.header import SECTOR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.merge_job import Job
+    from chainmerge.options import MergeOptions
+    from chainmerge.qcow2.image import Qcow2Image
+
+
+def asked_of(options: MergeOptions) -> Asked:
+    """What is to be done in the end."""
+    return Asked(options.delete, options.keep_name, options.shrink, options.discard)
+
+
+@contextlib.contextmanager
+def journal_kept(job: Job) -> Iterator[None]:
+    """Keep a journal; where the merge ends before the switch there is none afterwards.
+
+    None is kept of a pull, which has little to settle: its record tells of that.
+
+    Raises what :func:`chainmerge.merge_journal.save_journal` raises.
+    """
+    if job.facts.direction is Direction.PULL:
+        yield
+        return
+    save_journal(_journal(job))
+    try:
+        yield
+    except BaseException:
+        # Where base cannot be read now, a rerun will have to tell.
+        with contextlib.suppress(Exception):
+            _forget_unless_switched(job)
+        raise
+
+
+def record_switching(job: Job, new_base: Qcow2Image) -> None:
+    """Record, durably, what base begins with once it is switched: the last act before that."""
+    digest = digest_of(new_base.readable.read(0, SECTOR))
+    save_journal(_in_state(job, JournalState.SWITCHING, digest))
+
+
+def record_switched(job: Job) -> Journal | None:
+    """Record that base holds everything, verified; None where no journal is kept."""
+    if job.plan.engine is not EngineName.NATIVE or job.facts.merged:
+        return None
+    digest = first_sector_of(job.base.real_path)
+    journal = _in_state(job, JournalState.SWITCHED, digest)
+    save_journal(journal)
+    return journal
+
+
+def _forget_unless_switched(job: Job) -> None:
+    base = job.base.real_path
+    journal = load_journal(base)
+    if journal is not None and journal.first_sector != first_sector_of(base):
+        forget_journal(base)
+
+
+def _in_state(job: Job, state: JournalState, digest: str) -> Journal:
+    return msgspec.structs.replace(_journal(job), state=state, first_sector=digest)
+
+
+def _journal(job: Job) -> Journal:
+    plan, facts = job.plan, job.facts
+    return Journal(
+        version=JOURNAL_VERSION,
+        engine=plan.engine,
+        base=identify(job.base.real_path),
+        overlays=[journalled(image.real_path) for image in facts.merged_images],
+        children=[identify(child.real_path) for child in facts.relatives.children],
+        asked=asked_of(job.request.options),
+        repoint=[
+            JournalledRepoint(os.path.realpath(one.child), one.new_backing, one.new_format)
+            for one in plan.repoint
+        ],
+        delete=[os.path.realpath(path) for path in plan.delete],
+        rename=[os.path.realpath(path) for path in plan.rename or ()],
+        spent=[
+            decision.name
+            for decision in job.bitmaps.decisions
+            if decision.tombstone_while_top_exists and not decision.tombstone
+        ],
+        boot=this_boot(),
+    )

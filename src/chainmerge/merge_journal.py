@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of a native merge: how far it came, so that a rerun need not find out.
+
+``.BASE.chainmerge-journal`` stands where the files of :mod:`chainmerge.journal` stand, and is
+written as they are: to a temporary name, synced, renamed. It is one line of JSON,
+:class:`Journal`. Its state only ever moves down this list, and may leave out any but the first:
+
+===========  ===================================================================
+prepared     before anything is written
+switching    durable right before the switch of base: the only state in which base
+             may be the old image or the new one. ``first_sector`` tells which
+switched     base is the new image, verified, and has no leaks
+repoint      children, and top where it stays above a range, are given base as their
+             backing file
+record       what is to be renamed and deleted is recorded
+rename       base is given the name of top
+delete       the merged images are deleted
+tidy         tombstones that only top needed are taken out of base
+give-back    the volume is reduced, or what is free on it discarded
+===========  ===================================================================
+
+Each state is recorded before what it names begins. Then the file is removed. It is also
+removed where a merge ends before the switch.
+
+A journal is believed only as far as it can be checked. Base is the new image if it is the
+same file or device and the SHA-256 digest of its first 512 bytes is the recorded one. Base
+holds all of the overlays' *data* if these are the same files and were not written to since.
+Guests may well have written to top between a kill and the rerun, into clusters that it had, so
+each overlay's size and times of change are recorded with it. Nothing is compared with the time
+of day. Times of change say nothing of a block device, and after a power cut they may be older
+than the last write that was synced, so a journal counts for files and until the next boot.
+What cannot be believed costs a look at the disk: a rerun then compares content, as it does
+without any journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import msgspec
+
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.journal import ImageIdentity, beside, identify, make_directory, remove_durably
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.files import FileReadable, write_file_durably
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+JOURNAL_VERSION: Final = 1
+SUFFIX: Final = "chainmerge-journal"
+# Ten thousand images of the longest paths there are.
+_LARGEST: Final = 64 << 20
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(eq=False)
+class MergeJournalDamaged(Refused):
+    """The journal of an interrupted merge cannot be read."""
+
+    code: ClassVar[str] = "merge-journal-damaged"
+    template: ClassVar[str] = "{file}: the journal of an interrupted merge cannot be used: {why}"
+    hint: ClassVar[str] = "remove {file}, and run the same merge again"
+    explanation: ClassVar[str] = (
+        "While a merge goes on, a small file beside base says how far it came. A rerun that finds "
+        "it need not compare base with the overlays again. A journal that cannot be read is not "
+        "needed for anything else: the rerun looks at the images, which takes longer."
+    )
+    file: str
+    why: str
+
+
+class JournalState(StrEnum):
+    """How far a merge came; in the order in which it happens."""
+
+    PREPARED = "prepared"
+    SWITCHING = "switching"
+    SWITCHED = "switched"
+    REPOINT = "repoint"
+    RECORD = "record"
+    RENAME = "rename"
+    DELETE = "delete"
+    TIDY = "tidy"
+    GIVE_BACK = "give-back"
+
+    @property
+    def rank(self) -> int:
+        """Its place in the order."""
+        return tuple(JournalState).index(self)
+
+
+class JournalledImage(msgspec.Struct, frozen=True):
+    """An image that is merged, and what shows whether it was written to since.
+
+    ``unchanged_since`` is empty where nothing can show that.
+    """
+
+    identity: ImageIdentity
+    unchanged_since: str
+
+
+class JournalledRepoint(msgspec.Struct, frozen=True):
+    """An image that gets another backing file."""
+
+    child: str
+    new_backing: str
+    new_format: str
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What is to be done once base holds everything."""
+
+    delete: bool
+    keep_name: bool
+    shrink: bool
+    discard: bool
+
+
+class Journal(msgspec.Struct, frozen=True):
+    """A merge and how far it came.
+
+    ``overlays`` are the merged images, lowest first; ``children`` those that stand on top.
+    ``spent`` are the names of tombstones that only top needs. ``first_sector`` is the SHA-256
+    digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
+    known. ``boot`` tells one run of the machine from another.
+    """
+
+    version: int
+    engine: str
+    base: ImageIdentity
+    overlays: list[JournalledImage]
+    children: list[ImageIdentity]
+    asked: Asked
+    repoint: list[JournalledRepoint]
+    delete: list[str]
+    rename: list[str]
+    spent: list[str]
+    boot: str
+    state: JournalState = JournalState.PREPARED
+    first_sector: str = ""
+
+    @property
+    def top(self) -> ImageIdentity:
+        """The uppermost image that is merged."""
+        return self.overlays[-1].identity
+
+
+def journal_file(base: Path) -> Path:
+    """Where the journal of a merge into *base* stands, whether or not there is one."""
+    return beside(base, SUFFIX)
+
+
+def save_journal(journal: Journal) -> None:
+    """Write the journal durably; replaces the one of an earlier run.
+
+    Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
+    """
+    target = journal_file(Path(journal.base.path))
+    make_directory(target.parent)
+    # Not by msgspec: names of files may be no UTF-8.
+    text = json.dumps(msgspec.to_builtins(journal), ensure_ascii=True)
+    write_file_durably(target, text.encode("ascii") + b"\n", 0o600)
+
+
+def load_journal(base: Path) -> Journal | None:
+    """The journal that an interrupted merge left for *base*; None where there is none.
+
+    Raises MergeJournalDamaged.
+    """
+    return read_journal(journal_file(base))
+
+
+def read_journal(file: Path) -> Journal | None:
+    """The journal in *file*; None where there is no such file.
+
+    Raises MergeJournalDamaged.
+    """
+    try:
+        content = _content_of(file)
+        journal = msgspec.convert(json.loads(content), type=Journal)
+        problem = next(_problems(journal), None)
+    except ImageMissing:
+        return None
+    except MergeJournalDamaged:
+        raise
+    except ChainmergeError as error:
+        raise MergeJournalDamaged(str(file), error.sentence) from error
+    except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
+        why = f"it makes no sense ({type(error).__name__})"
+        raise MergeJournalDamaged(str(file), why) from error
+    if problem is not None:
+        raise MergeJournalDamaged(str(file), problem)
+    return journal
+
+
+def _content_of(file: Path) -> bytes:
+    with FileReadable(file) as readable:
+        if readable.size > _LARGEST:
+            raise MergeJournalDamaged(str(file), f"it has {readable.size} bytes")
+        return readable.read(0, readable.size)
+
+
+def _problems(journal: Journal) -> Iterator[str]:
+    if journal.version != JOURNAL_VERSION:
+        yield f"it is of version {journal.version}"
+    if not journal.overlays:
+        yield "it names no overlay"
+    if len(journal.rename) not in (0, 2):
+        yield "it makes no sense of a rename"
+    identities = [journal.base, *(one.identity for one in journal.overlays), *journal.children]
+    paths = [one.path for one in identities] + journal.delete + journal.rename
+    paths += [one.child for one in journal.repoint]
+    if not all(_is_path(path) for path in paths):
+        yield "it names what is no path"
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith("/") and b"\0" not in os.fsencode(text)
+
+
+def forget_journal(base: Path) -> None:
+    """Remove the journal of *base*, durably; nothing happens where there is none."""
+    remove_durably(journal_file(base))
+
+
+def enter(journal: Journal | None, state: JournalState) -> Journal | None:
+    """Record, durably, that what *state* names begins; returns the journal as it is now.
+
+    A rerun does what was done before once more; that is not recorded again. Nothing happens
+    without a journal.
+
+    Raises what :func:`save_journal` raises.
+    """
+    if journal is None or state.rank <= journal.state.rank:
+        return journal
+    entered = msgspec.structs.replace(
+        journal, state=state, overlays=[_looked_at_again(one) for one in journal.overlays]
+    )
+    save_journal(entered)
+    return entered
+
+
+def _looked_at_again(image: JournalledImage) -> JournalledImage:
+    """The same, after a change of our own: top may have been re-pointed."""
+    path = Path(image.identity.path)
+    return JournalledImage(image.identity, last_change(path)) if path.exists() else image
+
+
+def digest_of(sector: bytes) -> str:
+    """What ``first_sector`` is of a base that begins with *sector*."""
+    return hashlib.sha256(sector).hexdigest()
+
+
+def first_sector_of(base: Path) -> str:
+    """What ``first_sector`` is of *base* as it is on disk.
+
+    Raises what opening and reading a file raises.
+    """
+    with FileReadable(base) as readable:
+        return digest_of(readable.read(0, SECTOR))
+
+
+def last_change(image: Path) -> str:
+    """What is another text after every write to *image*; empty where nothing is.
+
+    Raises OSError where there is nothing.
+    """
+    status = image.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def this_boot() -> str:
+    """What is another text after every boot; empty where nothing tells."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def journalled(image: Path) -> JournalledImage:
+    """An overlay as the journal names it.
+
+    Raises OSError where there is nothing.
+    """
+    return JournalledImage(identify(image), last_change(image))

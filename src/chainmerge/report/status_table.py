@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unfinished merges for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from chainmerge.report import layout
+from chainmerge.report.layout import words
+from chainmerge.report.text import count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.types import StatusReport, UnfinishedMerge
+
+
+def status_report(report: StatusReport) -> RenderableType:
+    """Which merges did not come to their end, and what finishes them."""
+    searched = ", ".join(report.searched)
+    if not report.merges:
+        return words(f"no unfinished merges in {searched}", layout.GOOD)
+    return Group(
+        words(count(len(report.merges), "unfinished merge"), layout.CAUTION),
+        *(part for merge in report.merges for part in _parts(merge)),
+    )
+
+
+def _parts(merge: UnfinishedMerge) -> Iterator[RenderableType]:
+    yield Text()
+    yield words(f"{merge.top or 'an overlay'} into {merge.base}", layout.TITLE)
+    table = layout.grid()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(words("came to", layout.QUIET), words(merge.progress))
+    table.add_row(words("base has it all", layout.QUIET), _answer(merge))
+    if merge.base_is_locked:
+        open_now = words("base is open: perhaps this merge is still running", layout.CAUTION)
+        table.add_row(words("now", layout.QUIET), open_now)
+    if merge.command is not None:
+        table.add_row(words("finished by", layout.QUIET), words(merge.command))
+    for file in merge.files:
+        table.add_row(words("told by", layout.QUIET), words(file, layout.QUIET))
+    for warning in merge.warnings:
+        table.add_row(words("warning", layout.CAUTION), words(warning, layout.CAUTION))
+    yield layout.indented(table)
+
+
+def _answer(merge: UnfinishedMerge) -> Text:
+    if merge.base_holds_data is None:
+        return words("not known without comparing content", layout.QUIET)
+    return words("yes", layout.GOOD) if merge.base_holds_data else words("no", layout.CAUTION)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finishes a merge whose journal says that base holds everything: nothing is copied or compared.
+
+What stands in base is taken as it is. The rules for bitmaps are for chains in which base does
+not yet hold what the overlays have: to them an image between base and top that lacks a name
+which base has taken over is a gap.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
+from chainmerge.errors import ChainmergeError
+from chainmerge.job_journal import asked_of
+from chainmerge.journal import identify, same_image
+from chainmerge.merge_journal import (
+    Journal,
+    JournalState,
+    MergeJournalDamaged,
+    enter,
+    first_sector_of,
+    forget_journal,
+    journalled,
+    load_journal,
+    this_boot,
+)
+from chainmerge.qcow2.bitmaps import read_directory
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.results import bitmap_results
+from chainmerge.settle import SettleSteps, give_back, settle
+from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.types import REPORT_VERSION, BitmapResult, MergeOutcome, MergeReport, Stage
+from chainmerge.verify import verify_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.inspection import Target
+    from chainmerge.journal import MergedRecord
+    from chainmerge.merge_job import Request
+
+VERIFIED_BEFORE: Final = "an earlier run merged and verified it"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """What came of a journal.
+
+    ``report`` is None where the merge has to be done, or found to be done, by looking at the
+    images. ``warnings`` are for its report then.
+    """
+
+    report: MergeReport | None
+    warnings: tuple[str, ...] = ()
+
+
+def resume(request: Request, target: Target) -> Resumption:
+    """Finish the merge if its journal says that base holds everything.
+
+    All images are locked by the caller. A journal that is this merge's and of no use is
+    removed; one that may be another's is left where it is.
+
+    Raises what settling a merge raises.
+    """
+    base = target.base.real_path
+    if request.options.direction == "pull":
+        return Resumption(None)
+    try:
+        journal = load_journal(base)
+    except MergeJournalDamaged as error:
+        return Resumption(None, (error.sentence,))
+    if journal is None:
+        return Resumption(None)
+    stranger = _stranger(journal, target)
+    if stranger is not None:
+        warning = (
+            f"the journal of an interrupted merge into {target.base.path} is not used: {stranger}"
+        )
+        return Resumption(None, (warning,))
+    if not (is_switched(journal, base) and _is_as_left(journal, request, target)):
+        forget_journal(base)
+        return Resumption(None)
+    return Resumption(_finish(request, target, journal))
+
+
+def is_switched(journal: Journal, base: Path) -> bool:
+    """Whether *base*, which is the journal's, begins as the new image does.
+
+    Raises what opening and reading a file raises.
+    """
+    return bool(journal.first_sector) and journal.first_sector == first_sector_of(base)
+
+
+def _stranger(journal: Journal, target: Target) -> str | None:
+    """Which image is not the one that the journal is of, in words."""
+    if not same_image(journal.base, identify(target.base.real_path)):
+        return "what stands there now is another image"
+    known = {one.identity.key for one in journal.overlays}
+    for image in target.chain.images[target.base_index + 1 :]:
+        if identify(image.real_path).key not in known:
+            return f"{image.path} was not part of that merge"
+    if not same_image(journal.top, identify(target.chain.top.real_path)):
+        return f"it merged {journal.top.path}"
+    return None
+
+
+def _is_as_left(journal: Journal, request: Request, target: Target) -> bool:
+    """Whether all that was planned still holds: the same request, nothing written, nobody new."""
+    relatives, top = target.relatives, target.chain.top
+    overlays = target.chain.images[target.base_index + 1 :]
+    asked = asked_of(request.options)
+    complete = len(overlays) == len(journal.overlays)
+    repoints_top = any(one.child == str(top.real_path) for one in journal.repoint)
+    if (asked.delete, asked.keep_name) != (journal.asked.delete, journal.asked.keep_name):
+        return False
+    # Top may stand on base directly if that was planned, and not if images are to go.
+    if not complete and not (repoints_top and len(overlays) == 1):
+        return False
+    if not journal.boot or journal.boot != this_boot():
+        return False
+    marks = {one.identity.path: one.unchanged_since for one in journal.overlays}
+    for image in overlays:
+        now = journalled(image.real_path)
+        if not now.unchanged_since or now.unchanged_since != marks.get(now.identity.path):
+            return False
+    # Who was found then is planned for. Anybody else has to be judged. Where top stands on base
+    # already, the images that were between them are left beside it.
+    known = {one.key for one in (*journal.children, *(one.identity for one in journal.overlays))}
+    for user in (*relatives.children, *relatives.siblings):
+        if identify(user.real_path).key not in known:
+            return False
+    if relatives.middle_children:
+        return False
+    return all(child.virtual_size <= top.virtual_size for child in relatives.children) or (
+        top.virtual_size >= target.base.virtual_size
+    )
+
+
+def _finish(request: Request, target: Target, journal: Journal) -> MergeReport:
+    request.announce(Stage.SETTLE)
+    base = target.base
+    verified = [VERIFIED_BEFORE]
+    if base.header is not None:
+        if journal.state is JournalState.SWITCHING:
+            with WritablePort(base.real_path) as port:
+                reclaim_leaks(port)
+        with FileReadable(base.real_path) as readable:
+            verified.append(verify_metadata(Qcow2Image(readable)))
+    steps = _steps(target, journal)
+    settled = settle(steps, journal)
+    left = enter(settled.journal, JournalState.TIDY)
+    warnings: list[str] = []
+    if settled.top_is_gone and base.header is not None:
+        warnings += _drop_tombstones(steps.result, journal.spent)
+    enter(left, JournalState.GIVE_BACK)
+    warnings += give_back(steps.result, base.format, request.options)
+    forget_journal(base.real_path)
+    return _report(request, steps, settled.repointed, settled.deleted, verified, warnings)
+
+
+def _steps(target: Target, journal: Journal) -> SettleSteps:
+    """What the journal has planned, for the images that are there."""
+    top = target.chain.top
+    overlays = target.chain.images[target.base_index + 1 :]
+    # Children that stand on base already are none of top's, and nobody has locked them.
+    waiting = {str(child.real_path): str(child.path) for child in target.relatives.children}
+    if len(overlays) > 1:
+        waiting[str(top.real_path)] = str(top.path)
+    doomed = set(journal.delete)
+    return SettleSteps(
+        base=target.base,
+        top=top,
+        repoint=tuple(
+            msgspec.structs.replace(one, child=waiting[one.child])
+            for one in journal.repoint
+            if one.child in waiting
+        ),
+        doomed=tuple(image for image in reversed(overlays) if str(image.real_path) in doomed),
+        keep_name=journal.asked.keep_name,
+    )
+
+
+def _drop_tombstones(result: Path, names: list[str]) -> Iterator[str]:
+    """Remove tombstones that only top needed; if that fails they stay, which is harmless."""
+    spent = set(names)
+    try:
+        with WritablePort(result) as port:
+            image = Qcow2Image(port)
+            marks = {one.name for one in bitmap_results(image) if one.tombstone} & spent
+            if marks:
+                entries = read_directory(image)
+                replace_bitmaps(
+                    port, [KeptBitmap(entry) for entry in entries if entry.name not in marks]
+                )
+    except ChainmergeError as error:
+        yield f"tombstones that nothing needs any more are left: {error.sentence}"
+
+
+def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
+    """Do what was left to do for a merge whose top is gone; yields warnings.
+
+    Top, or what is left of it, can vouch for nothing any more. So base is only touched as far
+    as the journal vouches for it, and what cannot be had is left.
+    """
+    base, result = Path(record.base), Path(record.result)
+    try:
+        journal = load_journal(base)
+    except MergeJournalDamaged as error:
+        yield error.sentence
+        return
+    if journal is None or not same_image(journal.base, record.result_identity):
+        return
+    try:
+        with lock_image(result, LockMode.WRITER, request.access.lock_wait):
+            if record.result_format == "qcow2" and is_switched(journal, result):
+                yield from _drop_tombstones(result, journal.spent)
+            yield from give_back(result, record.result_format, request.options)
+            forget_journal(base)
+    except ChainmergeError as error:
+        yield f"{error.sentence} (the merge itself is done)"
+
+
+def _report(
+    request: Request,
+    steps: SettleSteps,
+    repointed: tuple[str, ...],
+    deleted: tuple[str, ...],
+    verified: list[str],
+    warnings: list[str],
+) -> MergeReport:
+    with FileReadable(steps.result) as readable:
+        end, bitmaps = readable.size, tuple[BitmapResult, ...]()
+        if steps.base.header is not None:
+            image = Qcow2Image(readable)
+            end, bitmaps = check(image).image_end_offset, bitmap_results(image)
+        renamed = (str(steps.base.path), str(steps.top.path)) if steps.keep_name else None
+        return MergeReport(
+            version=REPORT_VERSION,
+            outcome=MergeOutcome.ALREADY_MERGED,
+            plan=None,
+            bitmaps=bitmaps,
+            bytes_copied=0,
+            seconds=time.monotonic() - request.started,
+            image_end=end,
+            volume_size=readable.size,
+            verified=tuple(verified),
+            repointed=repointed,
+            deleted=deleted,
+            renamed=renamed,
+            warnings=tuple(warnings),
+        )

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds merges that did not come to their end, by the small files that they leave. Reads only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from chainmerge import journal as small_files
+from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.errors import SearchPathUnusable
+from chainmerge.errors import ChainmergeError
+from chainmerge.journal import (
+    identify,
+    read_merged_record,
+    read_saved_bitmaps,
+    same_image,
+)
+from chainmerge.merge_journal import (
+    SUFFIX,
+    Asked,
+    Journal,
+    JournalState,
+    MergeJournalDamaged,
+    first_sector_of,
+    read_journal,
+)
+from chainmerge.storage.locks import LockMode, contentions
+from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from chainmerge.journal import ImageIdentity
+
+UNKNOWN: Final = "unknown"
+_SAVED: Final = ".chainmerge-saved"
+_MERGED: Final = ".chainmerge-merged"
+_JOURNAL: Final = f".{SUFFIX}"
+_HOLDS: Final = "base holds everything, verified"
+_PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
+    {
+        JournalState.PREPARED: "data was being written beside what base holds",
+        JournalState.SWITCHING: "base holds everything, and what only the old base used may "
+        "still be marked used",
+        JournalState.SWITCHED: f"{_HOLDS}; nothing is settled yet",
+        JournalState.REPOINT: f"{_HOLDS}; images were being re-pointed",
+        JournalState.RECORD: f"{_HOLDS}; images are re-pointed",
+        JournalState.RENAME: f"{_HOLDS}; it was about to get the name of top",
+        JournalState.DELETE: f"{_HOLDS}; merged images were being deleted",
+        JournalState.TIDY: f"{_HOLDS}; tombstones that nothing needs were being removed",
+        JournalState.GIVE_BACK: f"{_HOLDS}; space was being given back",
+    }
+)
+
+
+def status(paths: Sequence[str | Path] = ()) -> StatusReport:
+    """Find merges that were interrupted, and those that are going on.
+
+    Args:
+        paths: directories to look at, and images: of an image, what is found of merges in
+            which it takes part. By default the current directory. What merges into block
+            devices leave is always looked at.
+
+    Raises:
+        SearchPathUnusable: a directory cannot be read.
+    """
+    searches = [_search(Path(path)) for path in (paths or (".",))]
+    searches.append(_Search((small_files.STATE_DIRECTORY,), _wanted_of(searches)))
+    found: dict[str, UnfinishedMerge] = {}
+    for search in searches:
+        for merge in _found_in(search.directories):
+            if search.wants(merge):
+                found.setdefault(f"{merge.base}\0{merge.top}", merge)
+    searched = dict.fromkeys(str(one) for search in searches for one in search.directories)
+    return StatusReport(
+        version=REPORT_VERSION,
+        searched=tuple(searched),
+        merges=tuple(sorted(found.values(), key=lambda merge: (merge.base, merge.top or ""))),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Directories, and the images of which merges are wanted; None for all."""
+
+    directories: tuple[Path, ...]
+    images: frozenset[str] | None
+
+    def wants(self, merge: UnfinishedMerge) -> bool:
+        return self.images is None or merge.base in self.images or merge.top in self.images
+
+
+def _wanted_of(searches: Sequence[_Search]) -> frozenset[str] | None:
+    wanted: frozenset[str] = frozenset()
+    for search in searches:
+        if search.images is None:
+            return None
+        wanted |= search.images
+    return wanted
+
+
+def _search(path: Path) -> _Search:
+    if path.is_dir():
+        return _Search((Path(os.path.realpath(path)),), None)
+    images = {os.path.realpath(path)}
+    # Top may be gone already. Its directory is where base most likely stands.
+    with contextlib.suppress(ChainmergeError):
+        images |= {str(image.real_path) for image in discover(path, ChainPolicy()).images}
+    directories = dict.fromkeys(Path(image).parent for image in sorted(images))
+    here = Path(os.path.realpath(path)).parent
+    return _Search(tuple(dict.fromkeys((here, *directories))), frozenset(images))
+
+
+def _found_in(directories: Iterable[Path]) -> Iterator[UnfinishedMerge]:
+    """All unfinished merges of which there are files in *directories*."""
+    by_base: dict[str, UnfinishedMerge] = {}
+    for file in [file for directory in directories for file in _files(directory)]:
+        merge = _read(file)
+        if merge is not None:
+            before = by_base.get(merge.base)
+            by_base[merge.base] = merge if before is None else _together(before, merge)
+    for merge in by_base.values():
+        yield replace(merge, base_is_locked=_is_locked(Path(merge.base)))
+
+
+def _files(directory: Path) -> list[Path]:
+    """The small files in a directory, journals first: they say the most."""
+    try:
+        files = sorted(directory.iterdir())
+    except OSError as error:
+        if directory == small_files.STATE_DIRECTORY:
+            return []
+        raise SearchPathUnusable(str(directory), error.strerror or str(error)) from error
+    return [
+        file
+        for suffix in (_JOURNAL, _MERGED, _SAVED)
+        for file in files
+        if file.name.endswith(suffix)
+    ]
+
+
+def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
+    """One merge of which two files tell; *first* has the say."""
+    holds = first.base_holds_data
+    return replace(
+        first,
+        top=first.top or second.top,
+        progress=second.progress if first.state == second.state == UNKNOWN else first.progress,
+        base_holds_data=second.base_holds_data if holds is None else holds,
+        command=first.command or second.command,
+        files=(*first.files, *second.files),
+        warnings=(*first.warnings, *second.warnings),
+    )
+
+
+def _read(file: Path) -> UnfinishedMerge | None:
+    """The unfinished merge that *file* tells of; None where it tells of none."""
+    try:
+        if file.name.endswith(_JOURNAL):
+            return _of_journal(file)
+        if file.name.endswith(_SAVED):
+            return _of_saved(file)
+        return _of_record(file)
+    except ChainmergeError as error:
+        return _unreadable(file, error)
+
+
+def _of_journal(file: Path) -> UnfinishedMerge | None:
+    journal = read_journal(file)
+    if journal is None:
+        return None
+    base, top = journal.base.path, journal.top.path
+    where = _where_base_is(journal)
+    warnings: tuple[str, ...] = ()
+    holds: bool | None = None
+    if where is None:
+        progress = "what stands at base's place is another image"
+        warnings = (f"{file} says nothing of what stands at {base} now",)
+    else:
+        holds, progress = _how_far(journal, where)
+    return UnfinishedMerge(
+        base=base,
+        top=top,
+        state=journal.state,
+        progress=progress,
+        base_holds_data=holds,
+        base_is_locked=False,
+        command=None if where is None else command_for(base, top, journal.asked),
+        files=(str(file),),
+        warnings=warnings,
+    )
+
+
+def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
+    if not journal.first_sector:
+        return False, _PROGRESS[journal.state]
+    try:
+        switched = first_sector_of(base) == journal.first_sector
+    except ChainmergeError as error:
+        return None, f"{_PROGRESS[journal.state]}; base cannot be read: {error.sentence}"
+    if switched:
+        return True, _PROGRESS[journal.state]
+    if journal.state is JournalState.SWITCHING:
+        return False, "everything was written and verified, and base is the old image"
+    return None, "base held everything, and its header has been changed since"
+
+
+def _where_base_is(journal: Journal) -> Path | None:
+    """Where base is: under its name, or under that of top already."""
+    for path in (journal.base.path, *journal.rename[1:]):
+        if _is_there(path, journal.base):
+            return Path(path)
+    return None
+
+
+def _of_saved(file: Path) -> UnfinishedMerge | None:
+    saved = read_saved_bitmaps(file)
+    if saved is None:
+        return None
+    return UnfinishedMerge(
+        base=saved.base.path,
+        top=None,
+        state=UNKNOWN,
+        progress=(
+            f"data was being copied below {saved.overlay.path}; base's bitmaps are saved: "
+            "the command that was interrupted finishes it"
+        ),
+        base_holds_data=None,
+        base_is_locked=False,
+        command=None,
+        files=(str(file),),
+        warnings=(),
+    )
+
+
+def _of_record(file: Path) -> UnfinishedMerge | None:
+    record = read_merged_record(file)
+    if record is None:
+        return None
+    left = [one.path for one in record.delete if _is_there(one.path, one.identity)]
+    unnamed = record.keep_name and _is_there(record.base, record.result_identity)
+    if not (left or unnamed):
+        # The record of a merge that came to its end stays: the same command finds it.
+        return None
+    words = "base has yet to be given the name of top" if unnamed else "merged images are left"
+    asked = Asked(bool(record.delete), record.keep_name, shrink=False, discard=False)
+    return UnfinishedMerge(
+        base=record.base,
+        top=record.top,
+        state=UNKNOWN,
+        progress=f"{_HOLDS}; {words}",
+        base_holds_data=_is_there(record.result, record.result_identity) or unnamed,
+        base_is_locked=False,
+        command=command_for(record.base, record.top, asked),
+        files=(str(file),),
+        warnings=(),
+    )
+
+
+def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
+    """A file of which not even the image can be told, but by its own name."""
+    suffix = next(one for one in (_JOURNAL, _MERGED, _SAVED) if file.name.endswith(one))
+    name = file.name.removesuffix(suffix)
+    beside = file.with_name(name.removeprefix("."))
+    is_image = file.parent != small_files.STATE_DIRECTORY
+    only_slower = isinstance(error, MergeJournalDamaged)
+    return UnfinishedMerge(
+        base=str(beside) if is_image else name,
+        top=None,
+        state=UNKNOWN,
+        progress=(
+            "only a look at the images can tell: the command that was interrupted finishes it"
+            if only_slower
+            else "what it saved cannot be read"
+        ),
+        base_holds_data=None,
+        base_is_locked=False,
+        command=None,
+        files=(str(file),),
+        warnings=(error.sentence,),
+    )
+
+
+def command_for(base: str, top: str, asked: Asked) -> str:
+    """What does a merge, or finishes it, as one types it into a shell."""
+    options = ("delete", "keep-name", "shrink", "discard")
+    flags = [f"--{name}" for name in options if getattr(asked, name.replace("-", "_"))]
+    return shlex.join(["chainmerge", "merge", *flags, "--base", base, "--", top])
+
+
+def _is_there(path: str, identity: ImageIdentity) -> bool:
+    try:
+        return same_image(identify(Path(path)), identity)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_locked(base: Path) -> bool:
+    if not base.exists():
+        return False
+    return any(True for _ in contentions([(base, LockMode.WRITER)]))
