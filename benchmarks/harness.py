@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,11 @@ from benchmarks.caches import can_drop_caches, drop_caches
 CHAINMERGE: Final = (sys.executable, "-m", "chainmerge")
 # Without site-packages: it has to be small.
 _MEASURED: Final = (sys.executable, "-I", "-S", measured.__file__)
+# Python keeps what it compiled, as on any machine that programs are installed on: the first
+# round, which does not count, compiles.
+_ENVIRONMENT: Final = {
+    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+}
 
 
 class CommandFailed(Exception):
@@ -202,7 +208,12 @@ def _measure(contender: Contender) -> Run:
 
 def _run(command: tuple[str, ...], statuses: tuple[int, ...]) -> Run:
     result = subprocess.run(
-        (*_MEASURED, *command), capture_output=True, text=True, errors="replace", check=False
+        (*_MEASURED, *command),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=_ENVIRONMENT,
     )
     if result.returncode != 0:
         raise CommandFailed(result.stderr.strip())

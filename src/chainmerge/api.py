@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions, in one place; the command line is a thin layer over them."""
+"""The public functions, in one place; the command line is a thin layer over them.
+
+Each is loaded with what it needs when it is first used: a merge does not wait for the tools
+that work on bitmaps.
+"""
 
 from __future__ import annotations
 
-from chainmerge.bitmap_ops import (
-    bitmaps_add,
-    bitmaps_clear,
-    bitmaps_list,
-    bitmaps_merge,
-    bitmaps_remove,
-    prune,
-)
-from chainmerge.catalogue import explain
-from chainmerge.information import inspect
-from chainmerge.merging import measure, merge, plan
-from chainmerge.repairing import check_image, repair
-from chainmerge.unfinished import status
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from chainmerge.bitmap_ops import (
+        bitmaps_add,
+        bitmaps_clear,
+        bitmaps_list,
+        bitmaps_merge,
+        bitmaps_remove,
+        prune,
+    )
+    from chainmerge.catalogue import explain
+    from chainmerge.information import inspect
+    from chainmerge.merging import measure, merge, plan
+    from chainmerge.repairing import check_image, repair
+    from chainmerge.unfinished import status
 
 __all__ = [
     "bitmaps_add",
@@ -33,3 +42,28 @@ __all__ = [
     "repair",
     "status",
 ]
+
+_MODULES: Final = MappingProxyType(
+    {
+        "bitmaps_add": "chainmerge.bitmap_ops",
+        "bitmaps_clear": "chainmerge.bitmap_ops",
+        "bitmaps_list": "chainmerge.bitmap_ops",
+        "bitmaps_merge": "chainmerge.bitmap_ops",
+        "bitmaps_remove": "chainmerge.bitmap_ops",
+        "check_image": "chainmerge.repairing",
+        "explain": "chainmerge.catalogue",
+        "inspect": "chainmerge.information",
+        "measure": "chainmerge.merging",
+        "merge": "chainmerge.merging",
+        "plan": "chainmerge.merging",
+        "prune": "chainmerge.bitmap_ops",
+        "repair": "chainmerge.repairing",
+        "status": "chainmerge.unfinished",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.native import Backing, Commit, RawCommit, commit, commit_to_raw, new_tree
@@ -24,7 +25,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.settle import record_pull
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import AnyFile
-from chainmerge.storage.transfer import Transfer, can_reflink, transfer_into
+from chainmerge.storage.transfer import ReadBack, Transfer, can_reflink, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import (
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
 
     from chainmerge.merge_job import Job
     from chainmerge.view import GuestView
+
+_READ_BACK: Final = MappingProxyType({"full": ReadBack.COMPARED, "metadata": ReadBack.OMITTED})
+_WORDS_FOR_READ_BACK: Final = MappingProxyType(
+    {
+        ReadBack.COMPARED: "copied guest data read back and compared with checksums",
+        ReadBack.OMITTED: "copied guest data flushed, not read back",
+    }
+)
 
 
 def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
@@ -155,6 +164,7 @@ def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
         on_progress=on_progress,
         should_stop=request.should_stop,
         bandwidth=request.options.bandwidth,
+        read_back=_READ_BACK[request.options.verify],
     )
 
 
@@ -166,6 +176,7 @@ def _shares_extents(job: Job, port: WritablePort) -> bool:
 
 
 def _verify_content(job: Job, merged: GuestView) -> Iterator[str]:
+    yield _WORDS_FOR_READ_BACK[_READ_BACK[job.request.options.verify]]
     if job.request.options.verify != "full":
         return
     expected = job.opened.view()

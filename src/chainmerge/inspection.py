@@ -44,9 +44,11 @@ from chainmerge.qcow2.bitmaps import (
     read_table,
 )
 from chainmerge.qcow2.bits import BitSet, is_storable, union_all
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
+from chainmerge.qcow2.remembered import MappingMemory
 from chainmerge.readability import require_data_in_files
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
@@ -185,11 +187,15 @@ def open_chain(chain: Chain, locks: Sequence[ImageLock] = ()) -> Iterator[OpenCh
     to_open = [image for image in chain.images if image.identity not in locked]
     allow_open_files(len(to_open) + sum(image.data_file is not None for image in chain.images))
     with contextlib.ExitStack() as stack:
-        yield OpenChain(tuple(_open(stack, info, locked) for info in chain.images))
+        memory = MappingMemory()
+        yield OpenChain(tuple(_open(stack, info, locked, memory) for info in chain.images))
 
 
 def _open(
-    stack: contextlib.ExitStack, info: ImageInfo, locked: Mapping[Identity, ImageLock]
+    stack: contextlib.ExitStack,
+    info: ImageInfo,
+    locked: Mapping[Identity, ImageLock],
+    memory: MappingMemory,
 ) -> OpenImage:
     lock = locked.get(info.identity)
     readable = stack.enter_context(open_image(info)) if lock is None else lock.reader()
@@ -200,7 +206,7 @@ def _open(
     if info.data_file is not None:
         data = stack.enter_context(FileReadable(info.data_file))
     entries = {entry.name: entry for entry in info.bitmaps}
-    return OpenImage(info, readable, image, layer_of_qcow2(image, data), entries)
+    return OpenImage(info, readable, image, layer_of_qcow2(image, data, memory.walk), entries)
 
 
 def bitmaps_of(opened: OpenImage) -> LayerBitmaps:
@@ -399,7 +405,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         data += int(by_kind[Kind.DATA])
         zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])
         compressed += int(by_kind[Kind.COMPRESSED])
-        bounds = np.union1d(upper.guest, lower.guest)
+        bounds = distinct(np.concatenate([upper.guest, lower.guest]))
         above, below = upper.cut_at(bounds), lower.cut_at(bounds)
         free = above.kind == Kind.UNALLOCATED
         stored = (below.kind == Kind.DATA) | (below.kind == Kind.COMPRESSED)

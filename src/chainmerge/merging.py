@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmap_sets import final_set, lasting_set
-from chainmerge.by_native import merge_natively
-from chainmerge.by_qemu import merge_by_qemu
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.native import MappingNeed
@@ -391,9 +389,19 @@ def _run(job: Job) -> MergeReport:
     if job.facts.merged:
         reclaim(job)
         return _settle(job, 0, ("base holds all of top's data and bitmaps already",))
-    by_engine = {EngineName.NATIVE: merge_natively, EngineName.QEMU: merge_by_qemu}
-    copied, verified = by_engine[job.plan.engine](job)
+    copied, verified = _writer(job.plan.engine)(job)
     return _settle(job, copied, verified)
+
+
+def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
+    """Who merges; only that one is imported, which for QEMU takes as long as a small merge."""
+    if engine is EngineName.NATIVE:
+        from chainmerge.by_native import merge_natively  # noqa: PLC0415
+
+        return merge_natively
+    from chainmerge.by_qemu import merge_by_qemu  # noqa: PLC0415
+
+    return merge_by_qemu
 
 
 def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:

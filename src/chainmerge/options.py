@@ -71,8 +71,9 @@ class MergeOptions:
     """How to merge.
 
     Attributes:
-        verify: ``full`` compares the guest-visible content of base with top's view;
-            ``metadata`` trusts the copy and checks bitmaps and refcounts only.
+        verify: ``full`` reads back what was copied and compares the guest-visible content of
+            base with top's view; ``metadata`` trusts the storage with the copy and checks
+            bitmaps and refcounts only.
         delete: Delete the merged images above base once the result is verified.
         keep_name: Give base the name of top afterwards (files only).
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.

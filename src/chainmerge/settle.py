@@ -208,7 +208,7 @@ def _starts_with(image: Path, head: str) -> bool:
 
 def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:
     """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
-    if result_format != "qcow2":
+    if result_format != "qcow2" or not (options.shrink or options.discard):
         return
     volume = volume_at(result, options)
     with FileReadable(result) as readable:

@@ -27,15 +27,19 @@ from chainmerge.qcow2.extents import (
     U8Array,
     U32Array,
     U64Array,
+    concatenated,
+    distinct,
     follows_guest,
 )
 from chainmerge.qcow2.header import MAX_CLUSTER_BITS, SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
 from chainmerge.qcow2.readable import Readable
+from chainmerge.qcow2.remembered import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
 
 I32Array: TypeAlias = npt.NDArray[np.int32]
 
@@ -97,6 +101,8 @@ class Qcow2Layer:
 
     image: Qcow2Image
     source: Readable
+    walk: Walk = iter_extents
+    """How the image's tables are read."""
 
     @property
     def name(self) -> str:
@@ -115,7 +121,7 @@ class Qcow2Layer:
 
     def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
         """What the image's tables say."""
-        return iter_extents(self.image, start, end, window=window)
+        return self.walk(self.image, start, end, window=window)
 
     def read_data(self, host: int, length: int) -> bytes:
         """Read uncompressed clusters.
@@ -185,9 +191,9 @@ class RawLayer:
         raise AssertionError(f"{self.name}: raw images are not compressed ({host}, {csize})")
 
 
-def layer_of_qcow2(image: Qcow2Image, data: Readable) -> Layer:
+def layer_of_qcow2(image: Qcow2Image, data: Readable, walk: Walk = iter_extents) -> Layer:
     """A qcow2 image whose clusters are in *data*: its own file, or its external data file."""
-    return Qcow2Layer(image, data)
+    return Qcow2Layer(image, data, walk)
 
 
 def layer_of_raw(readable: Readable) -> Layer:
@@ -520,7 +526,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
     # From the lowest up, so that the highest index wins.
     claims = _joined([nobody, *reversed(said)])
     claimed_end = claims.guest + claims.length
-    bounds = _merged(claims.guest, claimed_end)
+    bounds = distinct(np.concatenate([claims.guest, claimed_end]))
     winner = _last_covering(
         np.searchsorted(bounds, claims.guest), np.searchsorted(bounds, claimed_end), len(bounds) - 1
     )
@@ -536,13 +542,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
 def _joined(parts: Sequence[Resolved]) -> Resolved:
     """All runs of *parts*, one part after the other."""
     return Resolved(
-        Extents(
-            np.concatenate([part.guest for part in parts]),
-            np.concatenate([part.length for part in parts]),
-            np.concatenate([part.kind for part in parts]),
-            np.concatenate([part.host for part in parts]),
-            np.concatenate([part.csize for part in parts]),
-        ),
+        concatenated([part.extents for part in parts]),
         np.concatenate([part.layer for part in parts]),
     )
 
@@ -585,16 +585,6 @@ def _affordable_end(runs: Resolved) -> int:
     return min(max(wanted, least), runs.end)
 
 
-def _merged(a: U64Array, b: U64Array) -> U64Array:
-    """All values of two arrays, ascending, each once."""
-    # Much faster than np.union1d: a stable sort merges runs that are sorted already.
-    values = np.concatenate([a, b])
-    values.sort(kind="stable")
-    keep = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1], out=keep[1:])
-    return values[keep]
-
-
 def _coalesced(runs: Resolved) -> Resolved:
     """Join neighbours that continue each other in the same layer."""
     joins = runs.extents.continues() & (runs.layer[1:] == runs.layer[:-1])
@@ -621,7 +611,7 @@ def _unequal_ranges(
 
     The files are those of :func:`_file_numbers`.
     """
-    bounds = _merged(ours.guest, theirs.guest)
+    bounds = distinct(np.concatenate([ours.guest, theirs.guest]))
     left, right = ours.cut_at(bounds), theirs.cut_at(bounds)
     both_zero = (left.layer == NO_LAYER) & (right.layer == NO_LAYER)
     same_place = (left.layer != NO_LAYER) & (right.layer != NO_LAYER)

@@ -12,19 +12,22 @@ import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainmerge.qcow2 import mapping
+from chainmerge.qcow2 import mapping, remembered
 from chainmerge.qcow2.compression import decompress_cluster
 from chainmerge.qcow2.errors import BadEntry, BadOffset, DecompressionFailed, FormatError
+from chainmerge.qcow2.extents import concatenated
 from chainmerge.qcow2.header import Compression
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Extents, Kind, iter_extents, lookup
 from chainmerge.qcow2.readable import BytesReadable
+from chainmerge.qcow2.remembered import MappingMemory
 from chainmerge.view import GuestView, layer_of_qcow2
 from tests.support import qemu
 from tests.support.images import (
@@ -51,7 +54,7 @@ else:
     from backports import zstd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 HOSTED = (Kind.DATA, Kind.ZERO_ALLOCATED)
 
@@ -536,3 +539,30 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path) -> None:
     image = with_l2_entry(content, 1, mapping.COPIED | 128 * KIB)
     with pytest.raises(BadEntry, match="not at its guest offset"):
         list(iter_extents(image))
+
+
+@given(plan=image_plans(), data=st.data())
+def test_what_is_remembered_is_what_would_be_read(plan: ImagePlan, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        image = Qcow2Image(BytesReadable("image", build(scratch, plan).read_bytes()))
+    memory = MappingMemory()
+    for _ in range(3):
+        start, length = data.draw(ranges(plan.disk_size))
+        end = start + length
+        assert _as_one(memory.walk(image, start, end)) == _as_one(iter_extents(image, start, end))
+
+
+def test_too_much_to_be_remembered_is_read_again(small_images: list[bytes]) -> None:
+    image = Qcow2Image(BytesReadable("small", small_images[0]))
+    with mock.patch.object(remembered, "_MOST_OF_ONE_IMAGE", 0):
+        memory = MappingMemory()
+        assert _as_one(memory.walk(image)) == _as_one(iter_extents(image))
+
+
+def _as_one(windows: Iterator[Extents]) -> list[tuple[int, ...]]:
+    parts = list(windows)
+    if not parts:
+        return []
+    whole = concatenated(parts).coalesced()
+    columns = (whole.guest, whole.length, whole.kind, whole.host, whole.csize)
+    return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TextIO, cast
 import pytest
 from rich.console import Console
 
+from chainmerge.report.bar import BarProgress
 from chainmerge.report.progress import (
     STAGE_WORDS,
-    BarProgress,
     ForgivingStream,
     JsonProgress,
     LineProgress,

@@ -12,7 +12,7 @@ from chainmerge.errors import Interrupted
 from chainmerge.storage import file_transfer, offload
 from chainmerge.storage.errors import ReadBackDiffers
 from chainmerge.storage.files import FileReadable, WritablePort
-from chainmerge.storage.transfer import Stretch, Transfer, can_reflink, transfer_into
+from chainmerge.storage.transfer import ReadBack, Stretch, Transfer, can_reflink, transfer_into
 from tests.support.loopdev import loop_device, mounted_file_system
 from tests.support.qemu import run
 
@@ -51,7 +51,13 @@ def transfer(port: WritablePort, progress: list[int], asked: int | None = None) 
         left[0] -= 1
         return left[0] < 0
 
-    return transfer_into(port, on_progress=progress.append, should_stop=should_stop, bandwidth=None)
+    return transfer_into(
+        port,
+        on_progress=progress.append,
+        should_stop=should_stop,
+        bandwidth=None,
+        read_back=ReadBack.COMPARED,
+    )
 
 
 def shared_bytes(path: Path) -> int:

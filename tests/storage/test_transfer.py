@@ -27,6 +27,7 @@ from chainmerge.storage.transfer import (
     FileTransfer,
     PortTransfer,
     Produced,
+    ReadBack,
     Stretch,
     Transfer,
     TransferPort,
@@ -125,11 +126,18 @@ class Watch:
 
 
 def watched(
-    port: TransferPort, watch: Watch | None = None, bandwidth: int | None = None
+    port: TransferPort,
+    watch: Watch | None = None,
+    bandwidth: int | None = None,
+    read_back: ReadBack = ReadBack.COMPARED,
 ) -> Transfer:
     watch = watch or Watch()
     return transfer_into(
-        port, on_progress=watch.on_progress, should_stop=watch.should_stop, bandwidth=bandwidth
+        port,
+        on_progress=watch.on_progress,
+        should_stop=watch.should_stop,
+        bandwidth=bandwidth,
+        read_back=read_back,
     )
 
 
@@ -368,6 +376,23 @@ class TestVerify:
             assert port.read(0, MIB) == source.data  # the device's page cache does not know
             with pytest.raises(ReadBackDiffers):
                 transfer.verify()
+
+    @on_every_kind
+    def test_omitted_reads_nothing(self, place: Place) -> None:
+        path = place.target(pattern(1, TARGET_BYTES))
+        source = BytesReadable("source", pattern(2, MIB))
+        compared: list[int] = []
+        with (
+            WritablePort(path) as port,
+            closing(watched(port, read_back=ReadBack.OMITTED)) as transfer,
+        ):
+            transfer.move([Stretch(0, MIB, source, 0), Stretch(MIB, MIB, None, 0)])
+            port.flush()
+            with path.open("r+b") as behind:
+                behind.write(bytes(8))
+            transfer.verify(compared.append)
+            assert port.read(8, MIB - 8) == source.data[8:]
+        assert not compared
 
     def test_a_target_that_became_shorter(self, tmp_path: Path) -> None:
         path = Place(tmp_path).target(b"")

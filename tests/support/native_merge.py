@@ -47,7 +47,7 @@ from chainmerge.qcow2.refcounts import (
     read_refcounts,
     refcounts_per_block,
 )
-from chainmerge.storage.transfer import transfer_into
+from chainmerge.storage.transfer import ReadBack, transfer_into
 from chainmerge.verify import (
     bitmap_difference,
     verify_bitmaps,
@@ -291,7 +291,13 @@ def run(
         if before_switch is not None:
             before_switch(image, merged)
 
-    transfer = transfer_into(port, on_progress=_ignored, should_stop=_never, bandwidth=None)
+    transfer = transfer_into(
+        port,
+        on_progress=_ignored,
+        should_stop=_never,
+        bandwidth=None,
+        read_back=ReadBack.COMPARED,
+    )
     return commit(port, job, transfer, verify)
 
 

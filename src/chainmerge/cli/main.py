@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -59,6 +60,9 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run a command to its end and return its exit status."""
     prepare_streams()
+    # numpy brings a library for linear algebra, which starts its threads when it is loaded. We
+    # have nothing for them to do.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         with interrupted_by_signals():
             status = cli.main(list(arguments), prog_name="chainmerge", standalone_mode=False)

@@ -58,10 +58,14 @@ class TextOutput:
 
     def progress(self) -> ProgressDisplay:
         # Imported where it is used: drawing bars takes long to import.
-        from chainmerge.report.progress import BarProgress, ForgivingStream, LineProgress  # noqa: PLC0415
+        from chainmerge.report.progress import ForgivingStream, LineProgress  # noqa: PLC0415
 
         stream = cast("TextIO", ForgivingStream(sys.stderr))
-        return BarProgress(console_on(stream)) if stream.isatty() else LineProgress(stream)
+        if not stream.isatty():
+            return LineProgress(stream)
+        from chainmerge.report.bar import BarProgress  # noqa: PLC0415
+
+        return BarProgress(console_on(stream))
 
     def error(self, error: ChainmergeError) -> None:
         message = Text.assemble(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.refcounts import (
     read_refcount_table,
     refcounts_per_block,
@@ -155,9 +156,10 @@ def _hidden_leaks(image: Qcow2Image, known: int) -> int:
     at_once = max(1, _CLUSTERS_AT_ONCE // per_block)
     first_block = known // per_block
     leaks = 0
-    for group in np.unique((np.flatnonzero(blocks[first_block:]) + first_block) // at_once):
-        start = max(known, int(group) * at_once * per_block)
-        count = (int(group) + 1) * at_once * per_block - start
+    behind = np.flatnonzero(blocks[first_block:]) + first_block
+    for group in distinct(behind // at_once).tolist():
+        start = max(known, group * at_once * per_block)
+        count = (group + 1) * at_once * per_block - start
         for _, refcounts in stored_refcounts(image, blocks, 0, start, count):
             leaks += int(np.count_nonzero(refcounts))
     return leaks

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from chainmerge.qcow2.errors import DecompressionFailed
 from chainmerge.qcow2.header import Compression
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
+
+
+class _ZstdFailed(Exception):
+    """What zstd reported."""
+
 
 # QEMU compresses with a window of 12 bits but decompresses in one call, which accepts any
 # distance within the cluster; a 12-bit window here would refuse what QEMU reads.
@@ -44,7 +44,7 @@ def decompress_cluster(image: Qcow2Image, offset: int, data: bytes) -> bytes:
     decompress = _zstd if image.header.compression_type is Compression.ZSTD else _deflate
     try:
         plain = decompress(data, size)
-    except (zlib.error, zstd.ZstdError) as error:
+    except (zlib.error, _ZstdFailed) as error:
         raise DecompressionFailed(image.name, offset, str(error)) from error
     if len(plain) != size:
         reason = f"holds {len(plain)} bytes of a cluster's {size}"
@@ -57,6 +57,14 @@ def _deflate(data: bytes, size: int) -> bytes:
 
 
 def _zstd(data: bytes, size: int) -> bytes:
+    # Imported where it is used: few images need it.
+    if sys.version_info >= (3, 14):
+        from compression import zstd  # noqa: PLC0415
+    else:
+        from backports import zstd  # noqa: PLC0415
     # The library bounds its window to 128 MiB, the limit of QEMU's decompressor too.
     decompressor = zstd.ZstdDecompressor()
-    return decompressor.decompress(data, max_length=size)
+    try:
+        return decompressor.decompress(data, max_length=size)
+    except zstd.ZstdError as error:
+        raise _ZstdFailed(str(error)) from error

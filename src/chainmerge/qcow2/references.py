@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.header import MAX_L1_BYTES, SECTOR
 from chainmerge.qcow2.snapshots import SnapshotTable, read_snapshot_table
@@ -337,17 +338,20 @@ class _Counting:
             offsets = group.offsets[at : at + per_window]
             data = read_pieces(self._image.readable, offsets, self._cluster_size)
             words = np.frombuffer(data, ">u8")
-            if not words.any():
+            # What is zero is so in any byte order, and the machine's own is the fastest.
+            in_use = np.frombuffer(data, np.uint64) != 0
+            if not self._image.header.extended_l2:
+                self._count_entries(group, _chosen(words, in_use), None)
                 continue
-            words = words.astype(np.uint64)
-            if self._image.header.extended_l2:
-                self._count_entries(group, words[0::2], words[1::2])
-            else:
-                self._count_entries(group, words, None)
+            in_use = in_use[0::2] | in_use[1::2]
+            entries, subclusters = words[0::2], words[1::2]
+            self._count_entries(group, _chosen(entries, in_use), _chosen(subclusters, in_use))
 
     def _count_entries(
         self, group: _L2Group, entries: U64Array, subclusters: U64Array | None
     ) -> None:
+        if not len(entries):
+            return
         compressed = entries & np.uint64(mapping.COMPRESSED) != 0
         if not compressed.any():
             self._count_plain(group, entries, subclusters)
@@ -575,17 +579,26 @@ class _L2Tables:
         active = np.searchsorted(self._active, self._offsets, "right") - first
         # Both numbers in one: an L1 table has at most 2^22 entries, and there are at most 2^16.
         kinds = (self._references << 23) + active
-        for kind in np.unique(kinds).tolist():
+        for kind in distinct(kinds).tolist():
             yield _L2Group(self._offsets[kinds == kind], kind >> 23, kind & (1 << 23) - 1)
 
     def _digest(self) -> None:
+        if not self._pending:
+            return
         offsets = np.concatenate([self._offsets, *self._pending])
         ones = np.ones(self._pending_count, np.int64)
         weights = np.concatenate([self._references, ones])
-        self._offsets, inverse = np.unique(offsets, return_inverse=True)
+        self._offsets = distinct(offsets)
         self._references = np.zeros(len(self._offsets), np.int64)
-        np.add.at(self._references, inverse, weights)
+        np.add.at(self._references, np.searchsorted(self._offsets, offsets), weights)
         self._pending, self._pending_count = [], 0
+
+
+def _chosen(words: U64Array, in_use: BoolArray) -> U64Array:
+    """The words in this machine's byte order, without those not in use where they are many."""
+    if np.count_nonzero(in_use) < len(in_use) // mapping.SPARSE:
+        words = words[in_use]
+    return words.astype(np.uint64)
 
 
 def _count(condition: npt.NDArray[Any]) -> int:

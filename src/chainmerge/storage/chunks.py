@@ -8,8 +8,7 @@ offsets in the target are. Positions count from the beginning of the buffer, in 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -84,6 +83,7 @@ class Zeros:
         buffer[self.position : self.position + self.length] = bytes(self.length)
 
 
+ChecksumsOf: TypeAlias = Callable[[int, memoryview], Sequence[Checksum]]
 Fill: TypeAlias = DirectRead | PlainRead | Making | Zeros
 
 
@@ -93,7 +93,7 @@ class Moved:
 
     Attributes:
         length: Bytes that it had.
-        checksums: Of its runs.
+        checksums: Of its runs, where they are wanted.
         edges: Offset and content of what is not aligned at the ends of runs, and is not
             written yet.
     """
@@ -156,7 +156,7 @@ class Chunk:
         else:
             self._fills.append(DirectRead(file, offset, length, [(position, length)]))
 
-    def move(self, buffer: memoryview, target: DirectFile) -> Moved:
+    def move(self, buffer: memoryview, target: DirectFile, checksums_of: ChecksumsOf) -> Moved:
         """Fill the buffer and write what is aligned in the target.
 
         Raises:
@@ -168,7 +168,7 @@ class Chunk:
         edges: list[tuple[int, bytes]] = []
         for run in self._runs:
             view = buffer[run.position : run.position + run.length]
-            checksums.append(Checksum(run.target, run.length, zlib.crc32(view)))
+            checksums += checksums_of(run.target, view)
             start, end = inner_range(run.target, run.length, target.alignment)
             head, tail = start - run.target, end - run.target
             target.write(view[head:tail], start)

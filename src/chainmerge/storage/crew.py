@@ -3,37 +3,44 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from chainmerge.storage.direct import ALIGNMENT, aligned_buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 T = TypeVar("T")
+
+_Work: TypeAlias = Callable[[memoryview], "_Rest"]
+_Rest: TypeAlias = Callable[[], None]
+"""What is left to do for a job in the thread that has submitted it; raises what it raised."""
 
 
 class Crew:
     """Does a limited number of jobs at a time. To be used from one thread."""
 
     def __init__(self, size: int, buffer_bytes: int) -> None:
-        """Hire it.
+        """Prepare to hire it, one thread after the other as they are needed.
 
         Args:
             size: How many jobs at a time.
             buffer_bytes: What most jobs need; each thread's memory.
         """
         self._size = size
-        self._executor = ThreadPoolExecutor(size, thread_name_prefix="transfer")
-        self._in_flight: dict[Future[Any], Callable[[Any], None]] = {}
         # A little more than asked for, so that a range can be widened to aligned ends.
         self._buffer_bytes = buffer_bytes + 2 * ALIGNMENT
-        self._buffers: SimpleQueue[memoryview] = SimpleQueue()
-        for _ in range(size):
-            self._buffers.put(aligned_buffer(self._buffer_bytes))
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._to_do: SimpleQueue[_Work | None] = SimpleQueue()
+        self._done: SimpleQueue[_Rest] = SimpleQueue()
+        self._unfinished = 0
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -46,8 +53,7 @@ class Crew:
             yield
             self.drain()
         except BaseException:
-            wait(self._in_flight)
-            self._in_flight.clear()
+            self.close()
             raise
 
     def submit(
@@ -60,32 +66,57 @@ class Crew:
             buffer_bytes: What the job needs, not counting :data:`ALIGNMENT` at both ends.
             done: Called with the job's result, in this thread, by a later call.
         """
-        self._collect()
-        while len(self._in_flight) >= self._size:
-            wait(self._in_flight, return_when=FIRST_COMPLETED)
-            self._collect()
-        self._in_flight[self._executor.submit(self._run, job, buffer_bytes)] = done
+        while self._unfinished == self._size or not self._done.empty():
+            self._finish_one()
+
+        def work(buffer: memoryview) -> _Rest:
+            needed = buffer_bytes + 2 * ALIGNMENT
+            result = job(buffer if needed <= len(buffer) else aligned_buffer(needed))
+            return lambda: done(result)
+
+        if self._unfinished == len(self._threads):
+            self._hire()
+        self._unfinished += 1
+        self._to_do.put(work)
 
     def drain(self) -> None:
         """Return when no job is left."""
-        while self._in_flight:
-            wait(self._in_flight, return_when=FIRST_COMPLETED)
-            self._collect()
+        while self._unfinished:
+            self._finish_one()
 
     def close(self) -> None:
-        """Dismiss it."""
-        self._executor.shutdown()
+        """Dismiss it, once it has done what was begun; results are dropped."""
+        for _ in self._threads:
+            self._to_do.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._begin_anew()
 
-    def _collect(self) -> None:
-        for future in [future for future in self._in_flight if future.done()]:
-            done = self._in_flight.pop(future)
-            done(future.result())
+    def _hire(self) -> None:
+        arguments = (self._to_do, self._done, self._buffer_bytes)
+        # Nobody waits for it where the program ends because of an error that is not ours.
+        thread = threading.Thread(target=_labour, args=arguments, name="transfer", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
-    def _run(self, job: Callable[[memoryview], T], buffer_bytes: int) -> T:
-        if buffer_bytes + 2 * ALIGNMENT > self._buffer_bytes:
-            return job(aligned_buffer(buffer_bytes + 2 * ALIGNMENT))
-        buffer = self._buffers.get()
+    def _finish_one(self) -> None:
+        rest = self._done.get()
+        self._unfinished -= 1
+        rest()
+
+
+def _labour(to_do: SimpleQueue[_Work | None], done: SimpleQueue[_Rest], buffer_bytes: int) -> None:
+    buffer = aligned_buffer(buffer_bytes)
+    while (work := to_do.get()) is not None:
         try:
-            return job(buffer)
-        finally:
-            self._buffers.put(buffer)
+            rest = work(buffer)
+        except BaseException as error:  # noqa: BLE001 (it is raised where the job came from)
+            rest = _raising(error)
+        done.put(rest)
+
+
+def _raising(error: BaseException) -> _Rest:
+    def rest() -> None:
+        raise error
+
+    return rest

@@ -31,7 +31,7 @@ from chainmerge.storage.errors import ReadBackDiffers
 from chainmerge.storage.files import write_error
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.pacing import Pacing
-from chainmerge.storage.pieces import Produced, Stretch, joined
+from chainmerge.storage.pieces import Produced, ReadBack, Stretch, joined
 from chainmerge.storage.readback import Checksum, Ledger
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class FileTransfer:
         on_progress: OnProgress,
         should_stop: ShouldStop,
         bandwidth: int | None,
+        read_back: ReadBack,
     ) -> None:
         """Prepare to write to *port*; see :func:`chainmerge.storage.transfer.transfer_into`."""
         self._port = port
@@ -86,7 +87,8 @@ class FileTransfer:
         self._crew = Crew(DEPTH, self._chunk_bytes)
         self._chunk = Chunk(self._chunk_bytes)
         self._edges: list[tuple[int, bytes]] = []
-        self._ledger = Ledger()
+        self._read_back = read_back
+        self._ledger = Ledger(read_back)
         self._copied_by_server: list[Stretch] = []
         self._cannot_share: set[tuple[int, int]] = set()
         self._cannot_copy_on_server: set[tuple[int, int]] = set()
@@ -211,7 +213,7 @@ class FileTransfer:
             self._crew.drain()
             self._write_edges()
         self._pacing.wait_for_turn(chunk.length)
-        move = partial(chunk.move, target=self._target)
+        move = partial(chunk.move, target=self._target, checksums_of=self._ledger.checksums_of)
         self._crew.submit(move, chunk.used, self._account_for)
 
     def _account_for(self, moved: Moved) -> None:
@@ -308,7 +310,8 @@ class FileTransfer:
                 count = os.copy_file_range(source.fd, self._port.fd, part, offset, target)
                 if count == 0:
                     break
-                self._copied_by_server.append(Stretch(target, count, source, offset))
+                if self._read_back is ReadBack.COMPARED:
+                    self._copied_by_server.append(Stretch(target, count, source, offset))
                 self._report(count)
                 done += count
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, Protocol, TypeAlias
 
 # Joining goes on up to here, so that the first bytes are moved before all items are known.
@@ -74,6 +75,19 @@ OnProgress: TypeAlias = Callable[[int], None]
 ShouldStop: TypeAlias = Callable[[], bool]
 
 
+class ReadBack(Enum):
+    """How far the storage is believed to have what it was given, once that was flushed.
+
+    It is a choice for the whole of a transfer: what is to be compared later needs checksums
+    from the beginning on.
+    """
+
+    COMPARED = "compared"
+    """Everything that was copied is read again and compared."""
+    OMITTED = "omitted"
+    """A flush without an error is enough."""
+
+
 class Transfer(Protocol):
     """Moves bytes into one target; no byte of the target may be given twice."""
 
@@ -93,7 +107,7 @@ class Transfer(Protocol):
 
         To be called after the target was flushed: what is read then comes from the storage
         and not from memory, as far as the file system allows. Ranges whose blocks the target
-        shares with the source are left out.
+        shares with the source are left out. Does nothing with :attr:`ReadBack.OMITTED`.
 
         Args:
             on_progress: Called with how many bytes were compared so far.

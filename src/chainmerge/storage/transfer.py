@@ -17,13 +17,14 @@ from chainmerge.storage.pacing import Pacing
 from chainmerge.storage.pieces import (
     ByteSource,
     Produced,
+    ReadBack,
     Stretch,
     Transfer,
     TransferPort,
     joined,
     produced_by,
 )
-from chainmerge.storage.readback import Checksum, Ledger
+from chainmerge.storage.readback import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,6 +37,7 @@ __all__ = [
     "FileTransfer",
     "PortTransfer",
     "Produced",
+    "ReadBack",
     "Stretch",
     "Transfer",
     "TransferPort",
@@ -52,6 +54,7 @@ def transfer_into(
     on_progress: OnProgress,
     should_stop: ShouldStop,
     bandwidth: int | None,
+    read_back: ReadBack,
 ) -> Transfer:
     """The best way to move bytes into a target.
 
@@ -62,12 +65,23 @@ def transfer_into(
         should_stop: Asked in the same thread, before every piece of at most a few MiB.
         bandwidth: Bytes per second that are copied, or read back, at most; None for no limit.
             What needs no copying does not count.
+        read_back: What :meth:`Transfer.verify` is to do.
     """
     if isinstance(port, WritablePort):
         return FileTransfer(
-            port, on_progress=on_progress, should_stop=should_stop, bandwidth=bandwidth
+            port,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            bandwidth=bandwidth,
+            read_back=read_back,
         )
-    return PortTransfer(port, on_progress=on_progress, should_stop=should_stop, bandwidth=bandwidth)
+    return PortTransfer(
+        port,
+        on_progress=on_progress,
+        should_stop=should_stop,
+        bandwidth=bandwidth,
+        read_back=read_back,
+    )
 
 
 class PortTransfer:
@@ -80,12 +94,13 @@ class PortTransfer:
         on_progress: OnProgress,
         should_stop: ShouldStop,
         bandwidth: int | None,
+        read_back: ReadBack,
     ) -> None:
         """Prepare to write to *port*; see :func:`transfer_into`."""
         self._port = port
         self._on_progress = on_progress
         self._pacing = Pacing(should_stop, bandwidth)
-        self._ledger = Ledger()
+        self._ledger = Ledger(read_back)
         self._bytes_done = 0
 
     def move(self, items: Iterable[Item]) -> None:
@@ -142,6 +157,7 @@ class PortTransfer:
             return
         self._pacing.wait_for_turn(len(data))
         self._port.write(target, data)
-        self._ledger.record(Checksum(target, len(data), zlib.crc32(data)))
+        for checksum in self._ledger.checksums_of(target, data):
+            self._ledger.record(checksum)
         self._bytes_done += len(data)
         self._on_progress(self._bytes_done)

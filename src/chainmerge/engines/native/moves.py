@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.qcow2.extents import Extents, Kind
+from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.storage.transfer import Produced, Stretch
 from chainmerge.view import NO_LAYER, Resolved
 
@@ -151,7 +151,7 @@ def nothing_there(start: int, end: int) -> Resolved:
 def _crossed(segments: Segments, runs: Resolved, first_layer: int) -> tuple[Moves, BoolArray]:
     """Segments cut at the bounds of *runs*, and which pieces these leave open."""
     ends = segments.guest + segments.length
-    cuts: U64Array = np.unique(np.concatenate([segments.guest, ends, runs.guest]))
+    cuts: U64Array = distinct(np.concatenate([segments.guest, ends, runs.guest]))
     segment = np.searchsorted(segments.guest, cuts, "right") - 1
     inside = segment >= 0
     inside[inside] = cuts[inside] < ends[segment[inside]]

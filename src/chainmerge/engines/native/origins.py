@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.engines.native.moves import Moves, by_target, concatenated
-from chainmerge.qcow2.extents import Extents, Kind
+from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.view import NO_LAYER, GuestView, Resolved
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _traced(runs: Resolved, result: int, origins: Moves) -> Resolved:
 
 def _cut(runs: Resolved, chosen: np.ndarray, origins: Moves) -> Resolved:
     """Runs cut where in base's file something else was moved to."""
-    edges = np.unique(np.concatenate([origins.target, origins.target + origins.length]))
+    edges = distinct(np.concatenate([origins.target, origins.target + origins.length]))
     low = np.searchsorted(edges, runs.host, "right")
     high = np.searchsorted(edges, runs.host + runs.length, "left")
     count = np.where(chosen, np.maximum(high - low, 0), 0)

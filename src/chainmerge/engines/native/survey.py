@@ -25,16 +25,23 @@ from chainmerge.engines.native.decisions import (
     find_wishes,
     place_data,
 )
-from chainmerge.engines.native.windows import changed_windows, read_window, table_offsets
+from chainmerge.engines.native.windows import (
+    changed_windows,
+    read_window,
+    table_offsets,
+    tables_in,
+)
 from chainmerge.options import Placement
+from chainmerge.qcow2.extents import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.engines.metadata.allocation import Clusters
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
+    from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
-    from chainmerge.view import GuestView
+    from chainmerge.view import GuestView, Resolved
 
 L1_ENTRY_BYTES = 8
 
@@ -77,11 +84,40 @@ def survey_mapping(
     """
     needs = dict.fromkeys(Placement, MappingNeed())
     for window in changed_windows(above, disk):
-        wishes = find_wishes(disk, read_window(image, disk, window.start), window)
-        for placement in Placement:
-            change = place_data(wishes, disk, placement)
-            needs[placement] = needs[placement].plus(_need_of(image, disk, change))
+        for placement, need in _needs_of(image, disk, window).items():
+            needs[placement] = needs[placement].plus(need)
     return needs
+
+
+def _needs_of(
+    image: Qcow2Image, disk: MappedDisk, window: Resolved
+) -> dict[Placement, MappingNeed]:
+    tables = tables_in(disk, window)
+    if not table_offsets(image, tables).any() and _is_all_data(window):
+        return dict.fromkeys(Placement, need_of_data(disk.header, window))
+    wishes = find_wishes(disk, read_window(image, disk, window.start), window)
+    # Where nothing is replaced there is nothing to choose.
+    ways = tuple(Placement) if wishes.entry.any() else (Placement.COW,)
+    needs = {way: _need_of(image, disk, place_data(wishes, disk, way)) for way in ways}
+    return {way: needs.get(way, needs[Placement.COW]) for way in Placement}
+
+
+def _is_all_data(window: Resolved) -> bool:
+    return bool(((window.kind == Kind.DATA) | (window.kind == Kind.COMPRESSED)).all())
+
+
+def need_of_data(header: Header, window: Resolved) -> MappingNeed:
+    """What a window takes that is nothing but data above and has no L2 table in base.
+
+    As :func:`~chainmerge.engines.native.decisions.find_wishes` finds it out cluster by cluster.
+    """
+    length = window.end - window.start
+    clusters = -(-length // header.cluster_size)
+    return MappingNeed(
+        data=clusters,
+        tables=-(-clusters // header.l2_entries),
+        written=-(-length // header.subcluster_size) * header.subcluster_size,
+    )
 
 
 def tables_of(change: Change, l2_entries: int) -> Clusters:
@@ -97,7 +133,7 @@ def tables_of(change: Change, l2_entries: int) -> Clusters:
 def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change) -> MappingNeed:
     header = disk.header
     tables = tables_of(change, header.l2_entries)
-    units = int(np.unpackbits(change.copied.view(np.uint8)).sum())
+    units = int(np.count_nonzero(np.unpackbits(change.copied.view(np.uint8))))
     replaced = np.count_nonzero(table_offsets(image, tables))
     return MappingNeed(
         data=int(np.count_nonzero(change.fresh)),

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
-from chainmerge.qcow2.extents import Extents, Kind
+from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
 from chainmerge.view import NO_LAYER, Resolved
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.view import GuestView
 
-_CLUSTERS_AT_ONCE = 1 << 17
+# Arrays of a word for each stay in the caches, and below the size from which every one of them
+# would be new pages from the kernel.
+_CLUSTERS_AT_ONCE = 1 << 15
 _WORD = 8
+
+Indexes: TypeAlias = npt.NDArray[np.int64]
 
 
 def window_bytes(header: Header) -> int:
-    """Guest bytes of one window: as many whole L2 tables as make about 128 Ki clusters."""
+    """Guest bytes of one window: as many whole L2 tables as make about 32 Ki clusters."""
     tables = max(1, _CLUSTERS_AT_ONCE // header.l2_entries)
     return tables * header.l2_entries * header.cluster_size
 
@@ -41,6 +46,12 @@ def changed_windows(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
     """
     parts = _resolved(above, disk)
     return (window for window in _cut(parts, window_bytes(disk.header)) if _says_anything(window))
+
+
+def tables_in(disk: MappedDisk, window: Resolved) -> Indexes:
+    """L1 indexes of the tables of base that map a window."""
+    table_bytes = disk.header.l2_entries * disk.header.cluster_size
+    return np.arange(window.start // table_bytes, -(-window.end // table_bytes), dtype=np.int64)
 
 
 def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
@@ -102,7 +113,7 @@ def _closed_behind(part: Resolved, base_end: int) -> Resolved:
     if part.end <= base_end:
         return part
     if part.start < base_end:
-        bounds = np.union1d(part.guest, np.array([base_end], dtype=np.uint64))
+        bounds = distinct(np.append(part.guest, np.uint64(base_end)))
         part = part.cut_at(bounds)
     extents = part.extents
     behind = (extents.guest >= np.uint64(base_end)) & (extents.kind == Kind.UNALLOCATED)
@@ -146,15 +157,8 @@ def joined(parts: Sequence[Resolved]) -> Resolved:
     """Several parts that follow each other as one."""
     if len(parts) == 1:
         return parts[0]
-    extents = [part.extents for part in parts]
     return Resolved(
-        Extents(
-            np.concatenate([one.guest for one in extents]),
-            np.concatenate([one.length for one in extents]),
-            np.concatenate([one.kind for one in extents]),
-            np.concatenate([one.host for one in extents]),
-            np.concatenate([one.csize for one in extents]),
-        ),
+        concatenated([part.extents for part in parts]),
         np.concatenate([part.layer for part in parts]),
     )
 
