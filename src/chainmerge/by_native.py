@@ -104,6 +104,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         chain=job.opened.view(),
         base_index=job.target.base_index,
         tree=new_tree(image.name, disk, need, stored),
+        zeroes=job.zeroes,
         backing=_new_backing(job),
         placement=placement,
         shares_extents=_shares_extents(job, port),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.engines.native import MappingNeed
+from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import BitmapFacts, OpenChain, Target
 from chainmerge.journal import SavedBitmap, SavedBitmaps, identify
@@ -61,6 +61,7 @@ class Job:
     facts: MergeFacts
     bitmaps: BitmapFacts
     needs: Mapping[Placement, MappingNeed]
+    zeroes: ZeroRanges | None
     plan: MergePlan
     opened: OpenChain
     locks: tuple[ImageLock, ...]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import replace_bitmaps
-from chainmerge.engines.native import MappingNeed
+from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError
 from chainmerge.inspection import (
     BitmapFacts,
@@ -37,7 +37,7 @@ from chainmerge.journal import (
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
 from chainmerge.merge_journal import JournalState, enter, forget_journal
-from chainmerge.native_facts import choose_direction, choose_engine
+from chainmerge.native_facts import choose_direction, choose_engine, look_for_zeroes
 from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged
 from chainmerge.planning import (
@@ -91,7 +91,7 @@ def plan(
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options).facts
+        facts = _gather(target, opened, options, _never).facts
     return make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
 
 
@@ -109,7 +109,7 @@ def measure(
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options).facts
+        facts = _gather(target, opened, options, _never).facts
     space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
@@ -181,6 +181,7 @@ def merge(
                     found.facts,
                     found.bitmaps,
                     found.needs,
+                    found.zeroes,
                     make_plan(found.facts, request.options),
                     opened,
                     locks,
@@ -264,9 +265,16 @@ class _Found:
     facts: MergeFacts
     bitmaps: BitmapFacts
     needs: Mapping[Placement, MappingNeed]
+    zeroes: ZeroRanges | None
 
 
-def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
+def _never() -> bool:
+    return False
+
+
+def _gather(
+    target: Target, opened: OpenChain, options: MergeOptions, should_stop: ShouldStop
+) -> _Found:
     require_readable(target, opened)
     saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
@@ -277,7 +285,10 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
     else:
         bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
     chosen = choose_engine(target, opened, options.engine, way.direction)
-    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction)
+    zeroes = None
+    if options.detect_zeroes and chosen.engine is EngineName.NATIVE:
+        zeroes = look_for_zeroes(target, opened, way.direction, should_stop)
+    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction, zeroes)
     obstacles = (
         way.obstacle,
         chosen.obstacle,
@@ -306,7 +317,7 @@ def _gather(target: Target, opened: OpenChain, options: MergeOptions) -> _Found:
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
     )
-    return _Found(facts, bitmaps, survey.needs)
+    return _Found(facts, bitmaps, survey.needs, zeroes)
 
 
 def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:
@@ -323,7 +334,7 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 def _gather_to_merge(
     target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
 ) -> _Found:
-    found = _gather(target, opened, request.options)
+    found = _gather(target, opened, request.options, request.should_stop)
     facts = found.facts
     merged = _is_merged(target, opened, facts, found.bitmaps, request)
     damage = () if merged else tuple(_damaged_sources(opened, facts))

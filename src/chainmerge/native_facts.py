@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,15 @@ from chainmerge.engines.native import (
     MappingNeed,
     NewTree,
     PlacedTree,
+    ViewWithZeroes,
+    ZeroRanges,
+    find_zeroes,
     merged_layers,
     new_tree,
     place_tree,
     survey_mapping,
 )
-from chainmerge.errors import ChainmergeError
+from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.options import Direction, EngineChoice, Placement
 from chainmerge.plan_errors import NativeUnavailable, PullUnavailable
 from chainmerge.planning import EngineName, SpaceFacts
@@ -139,6 +142,26 @@ def _pull_obstacle(top: Qcow2Image | None, options: MergeOptions) -> str | None:
     return None
 
 
+def look_for_zeroes(
+    target: Target, opened: OpenChain, direction: Direction, should_stop: Callable[[], bool]
+) -> ZeroRanges | None:
+    """What of the data that moves is zeros; None for a raw image, which has no zero clusters.
+
+    Raises:
+        Interrupted: *should_stop* said yes.
+    """
+
+    def before_each_read() -> None:
+        if should_stop():
+            raise Interrupted("nothing was written")
+
+    image = opened.images[target.result_index(direction)].image
+    if image is None:
+        return None
+    merged = merged_layers(opened.view(), target.base_index, direction)
+    return find_zeroes(merged, image.header.subcluster_size, before_each_read)
+
+
 def mapped_disk(target: Target, image: Qcow2Image, direction: Direction) -> MappedDisk:
     """The image that is written, as the native engine sees it."""
     below = target.chain.images[: target.base_index]
@@ -226,12 +249,15 @@ def survey_native(
     bitmaps: BitmapFacts,
     references: ReferenceCounts,
     direction: Direction,
+    zeroes: ZeroRanges | None,
 ) -> NativeFacts:
     """Work out exactly how large the result must be, for each way of placing data."""
     image = opened.images[target.result_index(direction)].image
     assert image is not None
     disk = mapped_disk(target, image, direction)
     merged = merged_layers(opened.view(), target.base_index, direction)
+    if zeroes is not None:
+        merged = ViewWithZeroes(merged.layers, zeroes)
     needs = survey_mapping(image, disk, merged)
     space = counted_free_space(image, references)
     used = _Used.of(references)

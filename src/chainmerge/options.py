@@ -83,6 +83,8 @@ class MergeOptions:
             moves less.
         data: Where data goes that base has a cluster for: to a new one (``cow``), over the old
             one (``in-place``), or wherever there is the space.
+        detect_zeroes: Read all data that moves beforehand, and make zero clusters of what is
+            nothing but zeros (native engine, qcow2).
         bandwidth: Limit for the copy in bytes per second; None for no limit.
         size_limit: Bytes that base's file must not grow past, as if it were a volume of
             that size; None for no limit.
@@ -98,6 +100,7 @@ class MergeOptions:
     engine: EngineChoice = "auto"
     direction: DirectionChoice = "auto"
     data: DataChoice = "auto"
+    detect_zeroes: bool = False
     bandwidth: int | None = None
     size_limit: int | None = None
     volume: VolumeChoice = "auto"

@@ -652,7 +652,7 @@ def _bitmap_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
     unguarded = [d.name for d in facts.decisions if d.unguarded]
     if unguarded:
         holders = _names(facts.relatives.children) or str(facts.top.path)
-        yield UnguardedBitmaps(str(facts.base.path), _quoted(unguarded), holders)
+        yield UnguardedBitmaps(str(facts.result.path), _quoted(unguarded), holders)
 
 
 def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from chainmerge import native_facts
 from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
-from chainmerge.engines.native import MappingNeed
+from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
@@ -69,6 +69,7 @@ def survey_space(
     bitmaps: BitmapFacts,
     engine: EngineName,
     direction: Direction,
+    zeroes: ZeroRanges | None,
 ) -> SpaceSurvey:
     """Work out how large the result must be for the merge. Reads tables only."""
     base = opened.images[target.result_index(direction)]
@@ -84,7 +85,7 @@ def survey_space(
     obstacle = native_facts.growth_obstacle(base.image, size_after)
     if obstacle is not None and direction is Direction.COMMIT:
         return _without_figures(report, obstacle)
-    native = native_facts.survey_native(target, opened, bitmaps, references, direction)
+    native = native_facts.survey_native(target, opened, bitmaps, references, direction, zeroes)
     return SpaceSurvey(native.spaces, native.needs, report, None)
 
 

@@ -302,3 +302,22 @@ def test_keep_name_moves_less_where_it_can(scenario: Scenario) -> None:
     assert report.bytes_copied == report.plan.directions.pull.bytes_to_copy
     assert report.deleted == (str(scenario.base),)
     assert content(scenario.top) == scenario.expected_content
+
+
+def test_zeros_that_are_stored_as_data(tmp_path: Path) -> None:
+    """They take no cluster in base, and none in the plan, if somebody asks to look for them."""
+    base = create(tmp_path / "base.qcow2", 64 * MIB)
+    qemu_io(base, "write -P 1 0 4M")
+    top = create(tmp_path / "top.qcow2", backing="base.qcow2")
+    qemu_io(top, "write -P 0 1M 8M", "write -P 2 20M 1M", "write -P 0 63M 1M")
+    expected = content(top)
+    plain = chainmerge.plan(top)
+    options = MergeOptions(detect_zeroes=True)
+    looked = chainmerge.plan(top, options=options)
+    assert plain.movement.new_clusters == 10 * 16
+    assert looked.movement.new_clusters == 16
+    report = chainmerge.merge(top, options=options)
+    assert report.bytes_copied == MIB
+    assert content(base) == expected
+    assert base.stat().st_size == looked.space.required
+    assert_clean(base)

@@ -163,6 +163,7 @@ def merge_cases(
         engine=engine,
         direction="pull" if pulls else "commit",
         data="in-place" if in_place else "cow",
+        detect_zeroes=engine == "native" and _one_in(draw, 4),
     )
     return MergeCase(
         layers,

@@ -77,6 +77,10 @@ def _refusals(case: MergeCase) -> Iterator[str]:
         doomed = (base, *merged) if case.options.delete else (base,)
         if not _top_stays(case) and any(layer.snapshot for layer in doomed):
             yield "internal-snapshots"
+        # What lies below top is out of the chain, and top cannot say that there was a gap.
+        names = _names(case.layers[case.base : case.top + 1])
+        if not top.holds_bitmaps and names & _names(case.above):
+            yield "bitmaps-unguarded"
         return
     doomed = (*merged, top) if case.options.delete else (top,)
     if not _top_stays(case) and any(layer.snapshot for layer in doomed):

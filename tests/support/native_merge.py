@@ -256,6 +256,7 @@ def prepared(built: BuiltMerge, port: RecordingPort) -> Commit:
         chain=chain,
         base_index=merge.base,
         tree=new_tree(image.name, disk, need, stored),
+        zeroes=None,
         backing=None,
         placement=merge.placement,
         shares_extents=False,

@@ -174,6 +174,12 @@ def merge_options(function: Function[R]) -> Function[R]:
         panel=_MERGING,
     )
     @click.option(
+        "--detect-zeroes",
+        is_flag=True,
+        help="Read all data that moves beforehand, and make zero clusters of what is zeros.",
+        panel=_MERGING,
+    )
+    @click.option(
         "--bandwidth",
         type=SIZE,
         metavar="RATE",

@@ -18,6 +18,7 @@ from chainmerge.engines.native.survey import (
     place_tree,
     survey_mapping,
 )
+from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges, find_zeroes
 
 __all__ = [
     "Backing",
@@ -28,8 +29,11 @@ __all__ = [
     "NewTree",
     "PlacedTree",
     "RawCommit",
+    "ViewWithZeroes",
+    "ZeroRanges",
     "commit",
     "commit_to_raw",
+    "find_zeroes",
     "merged_layers",
     "new_tree",
     "place_tree",

@@ -80,6 +80,7 @@ from chainmerge.engines.native.windows import (
     read_window,
     table_entries,
 )
+from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.header import SECTOR
@@ -118,6 +119,7 @@ class Commit:
         chain: The view of the whole chain, from the root to top.
         base_index: Which of its layers base is.
         tree: What the image gets.
+        zeroes: What of the merged images' data is known to be zeros; None for nothing.
         backing: The backing file of the result; None where it stays.
         placement: Where data goes that base has a cluster for.
         shares_extents: Whether the file system shares what is copied, so that data takes no
@@ -128,6 +130,7 @@ class Commit:
     chain: GuestView
     base_index: int
     tree: NewTree
+    zeroes: ZeroRanges | None
     backing: Backing | None
     placement: Placement
     shares_extents: bool
@@ -146,7 +149,8 @@ class Commit:
     @property
     def merged(self) -> GuestView:
         """The images that are merged into it."""
-        return merged_layers(self.chain, self.base_index, self.disk.direction)
+        merged = merged_layers(self.chain, self.base_index, self.disk.direction)
+        return merged if self.zeroes is None else ViewWithZeroes(merged.layers, self.zeroes)
 
     @property
     def changes_nothing(self) -> bool:
