@@ -9,7 +9,7 @@ import pytest
 
 import chainmerge
 from chainmerge.chain.errors import NoBackingFile, NotInChain
-from chainmerge.options import Access, DirectionChoice, MergeOptions
+from chainmerge.options import Access, DataChoice, DirectionChoice, MergeOptions
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -23,6 +23,7 @@ from tests.support.merge_scenario import MIB, Scenario, dirty_granules
 from tests.support.qemu import (
     assert_clean,
     bitmap_names,
+    check,
     content,
     create,
     dirty_ranges,
@@ -321,3 +322,15 @@ def test_zeros_that_are_stored_as_data(tmp_path: Path) -> None:
     assert content(base) == expected
     assert base.stat().st_size == looked.space.required
     assert_clean(base)
+
+
+@pytest.mark.parametrize("data", ["cow", "in-place"])
+def test_a_file_ends_where_its_image_does(tmp_path: Path, data: DataChoice) -> None:
+    base = create(tmp_path / "base.qcow2", 64 * MIB)
+    qemu_io(base, "write -P 1 0 4M", "write -P 2 20M 8M")
+    top = create(tmp_path / "top.qcow2", backing="base.qcow2")
+    qemu_io(top, "write -P 3 0 4M", "discard 20M 8M")
+    expected = content(top)
+    report = chainmerge.merge(top, options=MergeOptions(data=data))
+    assert content(base) == expected
+    assert base.stat().st_size == report.image_end == check(base)["image-end-offset"]

@@ -3,18 +3,19 @@
 
 ========  ==========================================================================
 FILL      guest data; L2 tables, L1 table, bitmaps, refcount blocks and table: whole
-          clusters that are free in base, or (in place) that the images above hide.
-          Read back, data from the storage itself
+          clusters that are free in the image. Data also goes to parts of its clusters that
+          hold none, and (in place) over data that the images above hide. Copied data is
+          read back from the storage where that was asked for
 COUNT     refcounts of the new clusters, in the refcount blocks there are
 LINK      new refcount blocks into the refcount table, where that is not new
           then the new tree is verified, read through the sector that is to be written
-SWITCH    the first 512 bytes: base is the old image until here, the new one from here
+SWITCH    the first 512 bytes: the image is the old one until here, the new one from here
 RELEASE   refcounts of what only the old tree used
 ========  ==========================================================================
 
-Each step ends with a flush. Before SWITCH nothing that base's header leads to changes, but
-for refcounts that rise and data that the images above hide; so in whatever state a crash
-leaves base, the guest's view through top is the right one.
+Each step ends with a flush. Before SWITCH nothing that the image's header leads to changes,
+but for refcounts that rise and data that the images above hide; so in whatever state a crash
+leaves it, the guest's view through top is the right one.
 """
 
 from __future__ import annotations
@@ -498,7 +499,7 @@ def _switch(port: Port, head: HeaderWrite) -> None:
 
 def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
     """Give back what only the old tree used, and on a file system its space, too."""
-    old, image = job.image.header, Qcow2Image(port)
+    old = job.image.header
     released = list(mapping.released)
     if placed.l1_start is not None:
         length = old.l1_size * L1_ENTRY_BYTES
@@ -513,22 +514,38 @@ def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> 
         np.concatenate([runs.length for runs in released] or [np.zeros(0, dtype=np.int64)]),
     )
     try:
+        image = Qcow2Image(port)
         table = read_refcount_table(image)
         for offset, data in lowered_refcounts(port, image.header, table, everything):
             port.write(offset, data)
         port.flush()
-    except (OSError, Failed) as error:
+    except (OSError, Failed, Refused) as error:
         raise ReleaseFailed(port.name, _reason(error)) from error
     if not port.is_block_device:
-        _punch(port, image, everything)
+        # The merge is complete; space that cannot be given back is only that.
+        with contextlib.suppress(ChainmergeError):
+            _punch(port, image, everything)
 
 
 def _punch(port: Port, image: Qcow2Image, released: Runs) -> None:
     """Give the space of clusters back to the file system that are free now."""
     cluster_size = image.header.cluster_size
-    for run in _free_parts(image, released):
-        with contextlib.suppress(ChainmergeError):
-            port.punch(run[0] * cluster_size, run[1] * cluster_size)
+    for start, length in _free_parts(image, released):
+        port.punch(start * cluster_size, length * cluster_size)
+    end = _end_of_use(image, -(-port.size // cluster_size)) * cluster_size
+    if end < port.size:
+        port.truncate_to(end)
+
+
+def _end_of_use(image: Qcow2Image, end: int) -> int:
+    """The cluster behind the last one below *end* that is in use."""
+    while end:
+        first = max(0, end - _CLUSTERS_AT_ONCE)
+        used = np.flatnonzero(read_refcounts(image, first, end - first))
+        if len(used):
+            return first + int(used[-1]) + 1
+        end = first
+    return 0
 
 
 def _free_parts(image: Qcow2Image, released: Runs) -> Iterator[tuple[int, int]]:
