@@ -239,7 +239,7 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
             edit = _Edit(opened.images[target.base_index], target.relatives)
             stale = {d.name: d for d in decisions if d.fate is Fate.PRUNE}
             tombstones = {name for name, d in stale.items() if d.tombstone}
-            before = {row.name: row for row in _rows(edit.opened)}
+            before = bitmaps_of(edit.opened).occurrences
             removed = tuple(
                 PrunedBitmap(
                     str(target.base.path),
@@ -249,7 +249,7 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
                     reason=decision.reason,
                 )
                 for name, decision in stale.items()
-                if not (before[name].tombstone and name in tombstones)
+                if not (before[name].is_tombstone and name in tombstones)
             )
             if removed:
                 edit.replace_by(
