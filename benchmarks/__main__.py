@@ -43,12 +43,18 @@ BENCHMARKS: Final[tuple[Benchmark, ...]] = (
 _BUILD: Final = Path(__file__).parent.parent / "build"
 
 
+def _means(word: str, benchmark: Benchmark) -> bool:
+    """Whether *word* names the benchmark, as a whole or, if it is no name itself, in part."""
+    whole = any(word == one.__name__ for one in BENCHMARKS)
+    return word == benchmark.__name__ if whole else word in benchmark.__name__
+
+
 def main() -> int:
     arguments = _arguments()
     chosen = [
         benchmark
         for benchmark in BENCHMARKS
-        if not arguments.words or any(word in benchmark.__name__ for word in arguments.words)
+        if not arguments.words or any(_means(word, benchmark) for word in arguments.words)
     ]
     if arguments.list:
         for benchmark in chosen:
