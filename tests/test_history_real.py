@@ -31,14 +31,31 @@ from tests.model.stories import STORIES, Story
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from chainmerge.options import EngineChoice
+
 PATIENT = settings(deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=14)
 MAX_IMAGES = 5
 MAX_ACTIONS = 10
 
 
+NATIVE_STAGES = (Stage.COPY, Stage.VERIFY, Stage.SETTLE)
+QEMU_STAGES = (Stage.PRUNE, Stage.COPY, Stage.BITMAPS, Stage.SETTLE)
+STAGES: list[tuple[EngineChoice, Stage]] = [
+    *(("native", stage) for stage in NATIVE_STAGES),
+    *(("qemu", stage) for stage in QEMU_STAGES),
+]
+each_engine = pytest.mark.parametrize("engine", ["native", "qemu"])
+
+
 @pytest.fixture
-def workshop() -> Iterator[Workshop]:
-    with scratch_directory() as directory, Workshop(Path(directory)) as workshop:
+def engine() -> EngineChoice:
+    """Who merges, in tests that do not try both."""
+    return "native"
+
+
+@pytest.fixture
+def workshop(engine: EngineChoice) -> Iterator[Workshop]:
+    with scratch_directory() as directory, Workshop(Path(directory), engine) as workshop:
         yield workshop
 
 
@@ -82,17 +99,20 @@ def ask_qemu_and_clean_up(machine: DiskHistoryMachine, real: RealBackend) -> Non
     real.throw_away()
 
 
+@each_engine
 def test_random_lives(workshop: Workshop) -> None:
-    run_state_machine_as_test(real_machine(workshop), settings=settings(PATIENT, max_examples=12))
+    run_state_machine_as_test(real_machine(workshop), settings=settings(PATIENT, max_examples=8))
 
 
+@each_engine
 def test_random_lives_with_abandoned_merges(workshop: Workshop) -> None:
     run_state_machine_as_test(
-        abandoned_machine(workshop), settings=settings(PATIENT, max_examples=6)
+        abandoned_machine(workshop), settings=settings(PATIENT, max_examples=4)
     )
 
 
 @pytest.mark.soak
+@each_engine
 @pytest.mark.parametrize("part", range(10))
 def test_thousands_of_random_lives(workshop: Workshop, part: int) -> None:
     """In parts, so that more than one worker can have a share."""
@@ -100,6 +120,7 @@ def test_thousands_of_random_lives(workshop: Workshop, part: int) -> None:
 
 
 @pytest.mark.soak
+@each_engine
 @pytest.mark.parametrize("part", range(2))
 def test_hundreds_of_random_lives_with_abandoned_merges(workshop: Workshop, part: int) -> None:
     run_state_machine_as_test(
@@ -108,8 +129,6 @@ def test_hundreds_of_random_lives_with_abandoned_merges(workshop: Workshop, part
 
 
 # Where a merge is killed, all places one by one.
-
-STAGES = (Stage.PRUNE, Stage.COPY, Stage.BITMAPS, Stage.SETTLE)
 
 
 def checkpoint_in_both(history: DiskHistory) -> None:
@@ -135,7 +154,7 @@ def checkpoint_in_top_and_above_over_another_image(history: DiskHistory) -> None
 
 
 @pytest.mark.parametrize("top_stays", [False, True])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("engine", "stage"), STAGES)
 @pytest.mark.parametrize(
     ("begin", "top"),
     [
@@ -217,17 +236,20 @@ def test_random_lives_find_the_missing_tombstones(workshop: Workshop) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("engine", ["qemu"])
 @pytest.mark.parametrize(
     ("place", "instead"),
     [
-        pytest.param("load_saved", lambda _target: None, id="saved bitmaps not read"),
-        pytest.param("stand_ins", lambda _bitmaps, _size: (), id="no bitmaps while copying"),
+        pytest.param("merging.load_saved", lambda _target: None, id="saved bitmaps not read"),
+        pytest.param(
+            "by_qemu.stand_ins", lambda _bitmaps, _size: (), id="no bitmaps while copying"
+        ),
     ],
 )
 def test_random_lives_find_what_a_kill_leaves(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, place: str, instead: object
 ) -> None:
-    monkeypatch.setattr(f"chainmerge.merging.{place}", instead)
+    monkeypatch.setattr(f"chainmerge.{place}", instead)
     search = settings(
         PATIENT, max_examples=1_000, derandomize=True, database=None, phases=(Phase.generate,)
     )

@@ -29,7 +29,7 @@ from chainmerge.chain.names import backing_path
 from chainmerge.checkpoints import BitmapState
 from chainmerge.engines.qmp import StorageDaemon
 from chainmerge.errors import Refused
-from chainmerge.options import MergeOptions
+from chainmerge.options import EngineChoice, MergeOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import state_of
@@ -90,10 +90,14 @@ VARIETIES = (
 
 
 class Workshop:
-    """The processes that all histories of a test share, and the images that they start from."""
+    """The processes that all histories of a test share, and the images that they start from.
 
-    def __init__(self, directory: Path) -> None:
+    *engine* does the merges.
+    """
+
+    def __init__(self, directory: Path, engine: EngineChoice) -> None:
         self.directory = directory
+        self.engine = engine
         self._templates: dict[tuple[object, ...], Path] = {}
         with contextlib.ExitStack() as stack:
             self.guest = stack.enter_context(Guest())
@@ -152,6 +156,7 @@ class RealBackend:
     def __init__(self, workshop: Workshop, directory: Path, variety: Variety) -> None:
         self.directory = directory
         self._workshop = workshop
+        self._engine = workshop.engine
         self._block = variety.block
         self._kinds = variety.kinds
         self._created = 0
@@ -302,12 +307,17 @@ class RealBackend:
 
     def _options(self, request: MergeRequest, give_up_checkpoints: bool) -> MergeOptions:
         if request.top_stays:
-            return MergeOptions(drop_bitmaps=give_up_checkpoints)
+            return MergeOptions(drop_bitmaps=give_up_checkpoints, engine=self._engine)
         # The same for every attempt at this merge: it is "the same command" that finishes it.
         keep_name = int(request.top.removeprefix("image")) % 3 == 0 and self._are_on_top(request)
         # With images between, keeping top's name alone would leave them behind.
         delete = not keep_name or bool(request.between)
-        return MergeOptions(delete=delete, keep_name=keep_name, drop_bitmaps=give_up_checkpoints)
+        return MergeOptions(
+            delete=delete,
+            keep_name=keep_name,
+            drop_bitmaps=give_up_checkpoints,
+            engine=self._engine,
+        )
 
     def _are_on_top(self, request: MergeRequest) -> bool:
         """Whether no attempt with another settlement has given children of top base's name."""
