@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 _READ_BACK: Final = MappingProxyType({"full": ReadBack.COMPARED, "metadata": ReadBack.OMITTED})
 _WORDS_FOR_READ_BACK: Final = MappingProxyType(
     {
-        ReadBack.COMPARED: "copied guest data read back and compared with checksums",
-        ReadBack.OMITTED: "copied guest data flushed, not read back",
+        ReadBack.COMPARED: "guest data read back, where it was copied, and compared with checksums",
+        ReadBack.OMITTED: "guest data flushed, not read back",
     }
 )
 
