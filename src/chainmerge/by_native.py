@@ -17,6 +17,7 @@ from chainmerge.native_facts import (
     bitmaps_without_stale,
     mapped_disk,
     result_set,
+    shares_extents,
 )
 from chainmerge.options import Direction
 from chainmerge.planning import new_backing
@@ -24,8 +25,7 @@ from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.settle import record_pull
 from chainmerge.storage.files import WritablePort
-from chainmerge.storage.locks import AnyFile
-from chainmerge.storage.transfer import ReadBack, Transfer, can_reflink, transfer_into
+from chainmerge.storage.transfer import ReadBack, Transfer, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import (
@@ -107,7 +107,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         zeroes=job.zeroes,
         backing=_new_backing(job),
         placement=placement,
-        shares_extents=_shares_extents(job, port),
+        shares_extents=shares_extents(job.opened, job.target.base_index, disk.direction),
     )
     verified: list[str] = []
 
@@ -167,13 +167,6 @@ def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
         bandwidth=request.options.bandwidth,
         read_back=_READ_BACK[request.options.verify],
     )
-
-
-def _shares_extents(job: Job, port: WritablePort) -> bool:
-    by_path = {str(image.path) for image in job.facts.merged_images}
-    merged = [image for image in job.opened.images if str(image.info.path) in by_path]
-    sources = [image.layer.source for image in merged]
-    return all(isinstance(one, AnyFile) and can_reflink(one, port) for one in sources)
 
 
 def _verify_content(job: Job, merged: GuestView) -> Iterator[str]:

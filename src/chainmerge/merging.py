@@ -37,7 +37,12 @@ from chainmerge.journal import (
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
 from chainmerge.merge_journal import JournalState, enter, forget_journal
-from chainmerge.native_facts import choose_direction, choose_engine, look_for_zeroes
+from chainmerge.native_facts import (
+    choose_direction,
+    choose_engine,
+    look_for_zeroes,
+    shares_extents,
+)
 from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged
 from chainmerge.planning import (
@@ -54,7 +59,7 @@ from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
 from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
 from chainmerge.settle import SettleSteps, delete_recorded, finished_before, give_back, settle
-from chainmerge.space_facts import survey_space
+from chainmerge.space_facts import SpaceSurvey, survey_space
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.limits import allow_open_files
@@ -71,6 +76,7 @@ from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
+    from chainmerge.storage.volumes import VolumeFacts
 
 
 def plan(
@@ -308,7 +314,7 @@ def _gather(
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=volume_of(target.chain.images[target.result_index(way.direction)], options).facts(),
+        volume=_volume_facts(target, opened, way.direction, survey, options),
         engine=chosen.engine,
         engine_reason=chosen.reason,
         direction=way.direction,
@@ -318,6 +324,25 @@ def _gather(
         warnings=bitmaps.warnings,
     )
     return _Found(facts, bitmaps, survey.needs, zeroes)
+
+
+def _volume_facts(
+    target: Target,
+    opened: OpenChain,
+    direction: Direction,
+    survey: SpaceSurvey,
+    options: MergeOptions,
+) -> VolumeFacts:
+    """The volume of what is written. Data that the file system shares takes none of its space."""
+    result = opened.images[target.result_index(direction)]
+    facts = volume_of(result.info, options).facts()
+    if facts.free_bytes is None or result.image is None or not survey.needs:
+        return facts
+    if not shares_extents(opened, target.base_index, direction):
+        return facts
+    clusters = max(need.data for need in survey.needs.values())
+    shared = clusters * result.image.header.cluster_size
+    return replace(facts, free_bytes=facts.free_bytes + shared)
 
 
 def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:

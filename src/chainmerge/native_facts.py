@@ -43,6 +43,8 @@ from chainmerge.qcow2.header import MAX_L1_BYTES
 from chainmerge.qcow2.references import ReferenceCounts
 from chainmerge.results import state_of
 from chainmerge.space.errors import CannotGrowBase
+from chainmerge.storage.locks import AnyFile
+from chainmerge.storage.transfer import can_reflink
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
@@ -140,6 +142,17 @@ def _pull_obstacle(top: Qcow2Image | None, options: MergeOptions) -> str | None:
     if top is None or top.header.external_data_file or top.header.encrypted:
         return "the native engine does not write into top"
     return None
+
+
+def shares_extents(opened: OpenChain, base_index: int, direction: Direction) -> bool:
+    """Whether the file system lets the result share all data that moves."""
+    pulls = direction is Direction.PULL
+    result = opened.images[-1 if pulls else base_index].readable
+    merged = opened.images[base_index:-1] if pulls else opened.images[base_index + 1 :]
+    sources = [image.layer.source for image in merged]
+    return isinstance(result, AnyFile) and all(
+        isinstance(one, AnyFile) and can_reflink(one, result) for one in sources
+    )
 
 
 def look_for_zeroes(
