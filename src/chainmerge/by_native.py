@@ -21,7 +21,6 @@ from chainmerge.native_facts import (
 )
 from chainmerge.options import Direction
 from chainmerge.planning import new_backing
-from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.settle import record_pull
 from chainmerge.storage.files import WritablePort
@@ -120,7 +119,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         verified.extend(_verify_content(job, merged))
         job.request.stop_if_asked(f"{job.result.path} is the old image, to the last bit")
         if disk.direction is Direction.PULL:
-            record_pull(job.facts, job.plan, new_image.readable.read(0, SECTOR))
+            record_pull(job.facts, job.plan, new_image.header.backing_name)
         else:
             record_switching(job, new_image)
 

@@ -156,6 +156,16 @@ class DoomedImage(msgspec.Struct, frozen=True):
     identity: ImageIdentity
 
 
+class Pulled(msgspec.Struct, frozen=True):
+    """That the merge is a pull, and the backing file that top has once it is done.
+
+    The name is as top's header has it, None for none. Nothing else tells as well: a guest that
+    goes on writing to top between a kill and the rerun makes QEMU change the rest of the header.
+    """
+
+    backing: str | None
+
+
 class MergedRecord(msgspec.Struct, frozen=True):
     """A merge whose top is about to be deleted or replaced."""
 
@@ -166,8 +176,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
     result_identity: ImageIdentity
     keep_name: bool
     delete: list[DoomedImage]
-    head: str | None = None
-    """SHA-256 of the first sector that makes the result what it is, if that tells: of a pull."""
+    pulled: Pulled | None = None
 
 
 def identify(path: Path) -> ImageIdentity:

@@ -164,7 +164,7 @@ def merge(
         started=time.monotonic(),
     )
     record = load_merged_record(request.top)
-    if record is not None and finished_before(record, request.top, request.base):
+    if record is not None and finished_before(record, request.top, request.base, request.options):
         return _report_finished(request, record)
     request.announce(Stage.LOCK)
     target = find_target(request.top, request.base, request.access)

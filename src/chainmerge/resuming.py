@@ -211,6 +211,9 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     as the journal vouches for it, and what cannot be had is left.
     """
     base, result = Path(record.base), Path(record.result)
+    if record.pulled is not None:
+        yield from _give_back_after_pull(request, result)
+        return
     try:
         journal = load_journal(base)
     except MergeJournalDamaged as error:
@@ -224,6 +227,17 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
                 yield from _drop_tombstones(result, journal.spent)
             yield from give_back(result, record.result_format, request.options)
             forget_journal(base)
+    except ChainmergeError as error:
+        yield f"{error.sentence} (the merge itself is done)"
+
+
+def _give_back_after_pull(request: Request, top: Path) -> Iterator[str]:
+    """Free what only the old image used; where top is in use by now, that is for repair."""
+    try:
+        with lock_image(top, LockMode.WRITER, request.access.lock_wait):
+            with WritablePort(top) as port:
+                reclaim_leaks(port)
+            yield from give_back(top, "qcow2", request.options)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
 

@@ -9,7 +9,6 @@ journal, where there is one, is told of each step before it begins.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.journal import (
     DoomedImage,
     MergedRecord,
+    Pulled,
     forget_merged_record,
     forget_saved_bitmaps,
     identify,
@@ -31,7 +31,6 @@ from chainmerge.merge_job import volume_at
 from chainmerge.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.planning import MergeFacts, MergePlan, Repoint
 from chainmerge.qcow2.check import check
-from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable, WritablePort, fsync_directory
 
@@ -125,8 +124,8 @@ def record_intent(steps: SettleSteps) -> MergedRecord | None:
     return record
 
 
-def record_pull(facts: MergeFacts, plan: MergePlan, head: bytes) -> None:
-    """Record a pull before the switch to *head*, top's new first sector."""
+def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None:
+    """Record a pull before the switch that makes *backing* top's backing file."""
     top = facts.top.real_path
     by_path = {str(image.path): image for image in facts.merged_images}
     record = MergedRecord(
@@ -137,7 +136,7 @@ def record_pull(facts: MergeFacts, plan: MergePlan, head: bytes) -> None:
         result_identity=identify(top),
         keep_name=False,
         delete=[_doomed(by_path[path]) for path in plan.delete],
-        head=hashlib.sha256(head).hexdigest(),
+        pulled=Pulled(backing),
     )
     record_merged(top, record)
 
@@ -182,9 +181,13 @@ def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
     return tuple(deleted)
 
 
-def finished_before(record: MergedRecord | None, top: Path, base: Path | None) -> bool:
+def finished_before(
+    record: MergedRecord | None, top: Path, base: Path | None, options: MergeOptions
+) -> bool:
     """Whether *record* says that the merge which is asked for was done, but for deletions."""
     if record is None:
+        return False
+    if record.pulled is not None and not _may_pull(options):
         return False
     if base is not None and os.path.realpath(base) != record.base:
         return False
@@ -193,17 +196,21 @@ def finished_before(record: MergedRecord | None, top: Path, base: Path | None) -
             return False
     except FileNotFoundError:
         return False
-    if record.head is not None:
-        return _starts_with(Path(record.result), record.head)
+    if record.pulled is not None:
+        return _stands_on(Path(record.result), record.pulled.backing)
     if record.keep_name:
         return True
     return not top.exists()
 
 
-def _starts_with(image: Path, head: str) -> bool:
-    """Whether the image's first sector has the SHA-256 digest *head*."""
+def _may_pull(options: MergeOptions) -> bool:
+    return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
+
+
+def _stands_on(image: Path, backing: str | None) -> bool:
+    """Whether the image's header names *backing* as its backing file."""
     with FileReadable(image) as readable:
-        return hashlib.sha256(readable.read(0, SECTOR)).hexdigest() == head
+        return Qcow2Image(readable).header.backing_name == backing
 
 
 def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:
