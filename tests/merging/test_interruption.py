@@ -19,11 +19,13 @@ import chainmerge
 from chainmerge.errors import Interrupted
 from chainmerge.journal import saved_bitmaps_file
 from chainmerge.options import EngineChoice, MergeOptions
+from chainmerge.storage.files import WritablePort
 from chainmerge.types import MergeOutcome, ProgressEvent, Stage
 from tests.support.merge_scenario import VALID_IN_BOTH, VALID_IN_TOP, Scenario
-from tests.support.qemu import assert_clean, bitmap_names, content
+from tests.support.qemu import assert_clean, bitmap_names, content, create, info, qemu_img, qemu_io
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 NATIVE_STAGES = (Stage.LOCK, Stage.PLAN, Stage.COPY, Stage.VERIFY, Stage.SETTLE)
@@ -226,3 +228,61 @@ def test_finished_merge_says_so(scenario: Scenario) -> None:
     assert chainmerge.merge(scenario.top).outcome is MergeOutcome.MERGED
     assert chainmerge.merge(scenario.top).outcome is MergeOutcome.ALREADY_MERGED
     scenario.assert_merged()
+
+
+@pytest.mark.parametrize("guest_writes", [False, True])
+@pytest.mark.parametrize("actions", range(7))
+def test_a_pull_is_killed_about_its_switch(
+    tmp_path: Path, actions: int, guest_writes: bool
+) -> None:
+    """The rerun must not pull the next image, whatever a guest does to top in between."""
+    root = create(tmp_path / "root.qcow2", 4 << 20)
+    qemu_io(root, "write -P 7 0 1M")
+    base = create(tmp_path / "base.qcow2", backing=root.name)
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    for image in (base, top):
+        qemu_img("bitmap", "--add", image, "cp")
+    qemu_io(base, "write -P 1 0 100k")
+    qemu_io(top, "write -P 2 1M 1M")
+    options = MergeOptions(direction="pull", keep_name=True)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _pull_and_die(top, options, actions)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    if guest_writes:
+        qemu_io(top, "write -P 9 3M 64k")
+    expected = content(top)
+    chainmerge.merge(top, options=options)
+    assert info(top)["backing-filename"] == root.name
+    assert content(top) == expected
+    assert_clean(top)
+    assert bitmap_names(top)["cp"]["flags"] == ["auto"]
+    assert not base.exists()
+    assert chainmerge.merge(top, options=options).outcome is MergeOutcome.ALREADY_MERGED
+
+
+def _pull_and_die(top: Path, options: MergeOptions, actions: int) -> None:
+    """Pull, and die before writing or flushing for the time *actions* after the verification."""
+    counted = -1
+
+    def begin(event: ProgressEvent) -> None:
+        nonlocal counted
+        if event.stage is Stage.VERIFY:
+            counted = max(counted, 0)
+
+    def counting(method: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object) -> None:
+            nonlocal counted
+            if counted == actions:
+                os.kill(os.getpid(), signal.SIGKILL)
+            counted += counted >= 0
+            method(*arguments)
+
+        return call
+
+    for name in ("write", "flush", "punch", "truncate_to"):
+        setattr(WritablePort, name, counting(getattr(WritablePort, name)))
+    chainmerge.merge(top, options=options, on_progress=begin)
