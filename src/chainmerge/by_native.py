@@ -8,7 +8,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.engines.metadata import replace_bitmaps
-from chainmerge.engines.native import Backing, Commit, RawCommit, commit, commit_to_raw, new_tree
+from chainmerge.engines.native import (
+    Backing,
+    Commit,
+    RawCommit,
+    commit,
+    commit_to_raw,
+    cut_to_image_end,
+    new_tree,
+)
+from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import journal_kept, record_switching
 from chainmerge.journal import save_bitmaps
 from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
@@ -125,6 +134,10 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
 
     with contextlib.closing(_transfer(job, port, need.written)) as transfer:
         outcome = commit(port, work, transfer, before_switch)
+    if job.facts.volume.kind is VolumeKind.FILE:
+        # The merge is complete; a file that is longer than it has to be is only that.
+        with contextlib.suppress(ChainmergeError):
+            cut_to_image_end(port)
     with WritablePort(job.result.real_path) as written:
         verified.insert(0, verify_metadata(Qcow2Image(written)))
     return outcome.moved, tuple(verified)

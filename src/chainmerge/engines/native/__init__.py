@@ -7,7 +7,14 @@ anywhere in it.
 
 from __future__ import annotations
 
-from chainmerge.engines.native.commit import Backing, Commit, CommitOutcome, commit, merged_layers
+from chainmerge.engines.native.commit import (
+    Backing,
+    Commit,
+    CommitOutcome,
+    commit,
+    cut_to_image_end,
+    merged_layers,
+)
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import (
@@ -33,6 +40,7 @@ __all__ = [
     "ZeroRanges",
     "commit",
     "commit_to_raw",
+    "cut_to_image_end",
     "find_zeroes",
     "merged_layers",
     "new_tree",

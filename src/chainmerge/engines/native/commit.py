@@ -532,6 +532,16 @@ def _punch(port: Port, image: Qcow2Image, released: Runs) -> None:
     cluster_size = image.header.cluster_size
     for start, length in _free_parts(image, released):
         port.punch(start * cluster_size, length * cluster_size)
+
+
+def cut_to_image_end(port: Port) -> None:
+    """Make a regular file end where its image does.
+
+    Raises:
+        Failed: the file is as it was.
+    """
+    image = Qcow2Image(port)
+    cluster_size = image.header.cluster_size
     end = _end_of_use(image, -(-port.size // cluster_size)) * cluster_size
     if end < port.size:
         port.truncate_to(end)
