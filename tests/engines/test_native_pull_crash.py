@@ -29,7 +29,6 @@ from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
-from chainmerge.storage.files import FileReadable
 from chainmerge.storage.transfer import ReadBack, transfer_into
 from chainmerge.verify import verify_bitmaps, verify_content, verify_soundness
 from chainmerge.view import GuestView, layer_of_qcow2
@@ -105,7 +104,8 @@ class Built:
         return Backing(below[-1].name, "qcow2") if below else Backing(None, None)
 
     def below(self) -> list[Qcow2Image]:
-        return [Qcow2Image(FileReadable(path)) for path in self.paths[:-1]]
+        lower = self.paths[:-1]
+        return [Qcow2Image(BytesReadable(str(path), path.read_bytes())) for path in lower]
 
     def view(self, content: bytes) -> GuestView:
         """What the guest sees, by the backing file that *content* names."""
