@@ -64,14 +64,14 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
 
     Args:
         paths: directories to look at, and images: of an image, what is found of merges in
-            which it takes part. By default the current directory. What merges into block
-            devices leave is always looked at.
+            which it takes part. By default the current directory, and everything that merges
+            into block devices have left; with paths, what of the latter has its top there.
 
     Raises:
         SearchPathUnusable: a directory cannot be read.
     """
     searches = [_search(Path(path)) for path in (paths or (".",))]
-    searches.append(_Search((small_files.STATE_DIRECTORY,), _wanted_of(searches)))
+    searches.append(_search_of_devices(searches) if paths else _ALL_DEVICES)
     found: dict[str, UnfinishedMerge] = {}
     for search in searches:
         for merge in _found_in(search.directories):
@@ -91,18 +91,23 @@ class _Search:
 
     directories: tuple[Path, ...]
     images: frozenset[str] | None
+    tops_in: frozenset[Path] = frozenset()
 
     def wants(self, merge: UnfinishedMerge) -> bool:
-        return self.images is None or merge.base in self.images or merge.top in self.images
+        if self.images is None or merge.base in self.images or merge.top in self.images:
+            return True
+        return merge.top is not None and Path(merge.top).parent in self.tops_in
 
 
-def _wanted_of(searches: Sequence[_Search]) -> frozenset[str] | None:
-    wanted: frozenset[str] = frozenset()
-    for search in searches:
-        if search.images is None:
-            return None
-        wanted |= search.images
-    return wanted
+_ALL_DEVICES = _Search((small_files.STATE_DIRECTORY,), None)
+
+
+def _search_of_devices(searches: Sequence[_Search]) -> _Search:
+    """What merges into block devices have left that has to do with what is searched."""
+    images = frozenset(image for search in searches for image in search.images or ())
+    whole = [search for search in searches if search.images is None]
+    directories = frozenset(directory for search in whole for directory in search.directories)
+    return _Search((small_files.STATE_DIRECTORY,), images, directories)
 
 
 def _search(path: Path) -> _Search:
