@@ -307,7 +307,9 @@ class RealBackend:
 
     def _options(self, request: MergeRequest, give_up_checkpoints: bool) -> MergeOptions:
         if request.top_stays:
-            return MergeOptions(drop_bitmaps=give_up_checkpoints, engine=self._engine)
+            return MergeOptions(
+                drop_bitmaps=give_up_checkpoints, engine=self._engine, direction="commit"
+            )
         # The same for every attempt at this merge: it is "the same command" that finishes it.
         keep_name = int(request.top.removeprefix("image")) % 3 == 0 and self._are_on_top(request)
         # With images between, keeping top's name alone would leave them behind.
@@ -317,6 +319,8 @@ class RealBackend:
             keep_name=keep_name,
             drop_bitmaps=give_up_checkpoints,
             engine=self._engine,
+            # What the model in memory does: it refuses a raw base where a pull would go on.
+            direction="commit",
         )
 
     def _are_on_top(self, request: MergeRequest) -> bool:
