@@ -524,7 +524,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
     """
     nobody = Resolved(Extents.single(at, upto, Kind.UNALLOCATED), np.array([NO_LAYER], np.int32))
     # From the lowest up, so that the highest index wins.
-    claims = _joined([nobody, *reversed(said)])
+    claims = joined([nobody, *reversed(said)])
     claimed_end = claims.guest + claims.length
     bounds = distinct(np.concatenate([claims.guest, claimed_end]))
     winner = _last_covering(
@@ -539,7 +539,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
     return _coalesced(Resolved(extents, claims.layer[winner]))
 
 
-def _joined(parts: Sequence[Resolved]) -> Resolved:
+def joined(parts: Sequence[Resolved]) -> Resolved:
     """All runs of *parts*, one part after the other."""
     return Resolved(
         concatenated([part.extents for part in parts]),

@@ -76,7 +76,6 @@ from chainmerge.engines.native.survey import (
 )
 from chainmerge.engines.native.windows import (
     changed_windows,
-    joined,
     read_tables,
     read_window,
     table_entries,
@@ -88,7 +87,7 @@ from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
 from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
-from chainmerge.view import GuestView, Resolved, layer_of_qcow2
+from chainmerge.view import GuestView, Resolved, joined, layer_of_qcow2
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.storage.transfer import Produced, Stretch
-from chainmerge.view import NO_LAYER, Resolved
+from chainmerge.view import NO_LAYER, Resolved, joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -251,15 +251,4 @@ def with_zeros_to(above: Resolved, end: int) -> Resolved:
     """The same with zeros from where it ends to guest byte *end*."""
     if above.end >= end:
         return above
-    rest = Extents.single(above.end, end, Kind.ZERO)
-    extents = above.extents
-    return Resolved(
-        Extents(
-            np.concatenate([extents.guest, rest.guest]),
-            np.concatenate([extents.length, rest.length]),
-            np.concatenate([extents.kind, rest.kind]),
-            np.concatenate([extents.host, rest.host]),
-            np.concatenate([extents.csize, rest.csize]),
-        ),
-        np.append(above.layer, np.int32(NO_LAYER)),
-    )
+    return joined([above, nothing_there(above.end, end)])

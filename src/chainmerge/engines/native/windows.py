@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
-from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct
+from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
-from chainmerge.view import NO_LAYER, Resolved
+from chainmerge.view import NO_LAYER, Resolved, joined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from chainmerge.engines.native.decisions import Clusters, MappedDisk, U64Array
     from chainmerge.qcow2.header import Header
@@ -151,16 +151,6 @@ def _open_at(part: Resolved, at: int) -> int:
     if part.kind[index] != Kind.UNALLOCATED:
         return 0
     return int(part.guest[index] + part.length[index]) - at
-
-
-def joined(parts: Sequence[Resolved]) -> Resolved:
-    """Several parts that follow each other as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Resolved(
-        concatenated([part.extents for part in parts]),
-        np.concatenate([part.layer for part in parts]),
-    )
 
 
 def _says_anything(window: Resolved) -> bool:
