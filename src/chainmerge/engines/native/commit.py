@@ -52,7 +52,7 @@ from chainmerge.engines.native.decisions import (
     old_hosts,
     place_data,
 )
-from chainmerge.engines.native.errors import MergeNotWritten
+from chainmerge.engines.native.errors import MergeNotWritten, reason_of
 from chainmerge.engines.native.moves import (
     Moves,
     Segments,
@@ -493,7 +493,7 @@ def _switch(port: Port, head: HeaderWrite) -> None:
         port.write(0, head.sector)
         port.flush()
     except (OSError, Failed) as error:
-        raise SwitchUnknown(port.name, _reason(error)) from error
+        raise SwitchUnknown(port.name, reason_of(error, port.name)) from error
 
 
 def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
@@ -519,7 +519,7 @@ def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> 
             port.write(offset, data)
         port.flush()
     except (OSError, Failed, Refused) as error:
-        raise ReleaseFailed(port.name, _reason(error)) from error
+        raise ReleaseFailed(port.name, reason_of(error, port.name)) from error
     if not port.is_block_device:
         # The merge is complete; space that cannot be given back is only that.
         with contextlib.suppress(ChainmergeError):
@@ -585,11 +585,7 @@ def _step(port: Port, step: StepName) -> Iterator[None]:
     try:
         yield
     except (OSError, Failed, Refused) as error:
-        raise MergeNotWritten(port.name, step, _reason(error)) from error
-
-
-def _reason(error: OSError | ChainmergeError) -> str:
-    return str(getattr(error, "reason", error))
+        raise MergeNotWritten(port.name, step, reason_of(error, port.name)) from error
 
 
 def _undo(port: Port, placed: PlacedTree, old_size: int) -> None:
