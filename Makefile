@@ -5,6 +5,12 @@ SHELL := /bin/bash
 # Debian keeps mkfs.xfs, losetup and others off the PATH of ordinary users.
 export PATH := $(PATH):/usr/sbin:/sbin
 
+# The directory of another QEMU's commands.
+QEMU ?=
+ifneq ($(QEMU),)
+export PATH := $(QEMU):$(PATH)
+endif
+
 BIN := .venv/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -14,6 +20,7 @@ PYTEST_ARGS ?=
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
 	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
+	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make soak    the test suite with its long runs'
 	@echo 'make bench   measurements against QEMU'\''s own tools'
 	@echo 'make lint    style, types, layers'
