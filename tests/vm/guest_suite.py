@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from tests.vm.power.recordings import RECORDINGS
 from tests.vm.rig import MIB, PROJECT, Disk, booted
 
-RECORDINGS: Final = PROJECT / "build" / "vm" / "recordings"
 # The parent's conftest takes in what the guest is better off without, such as hypothesis.
 _PYTEST: Final = (
     "python3", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p",
@@ -36,7 +36,9 @@ def main() -> int:
             Disk("plain0", Path(scratch) / "plain0", 320 * MIB),
             Disk("plain1", Path(scratch) / "plain1", 192 * MIB),
             Disk("sectors4k", Path(scratch) / "sectors4k", 64 * MIB, sector_size=4096),
-            Disk("recorded", Path(scratch) / "recorded", 400 * MIB),
+            Disk("recorded", Path(scratch) / "recorded", 64 * MIB),
+            Disk("files", Path(scratch) / "files", 64 * MIB),
+            Disk("xfs", Path(scratch) / "xfs", 320 * MIB),
             Disk("log", Path(scratch) / "log", 1024 * MIB),
         ]
         with booted(command, disks, environment, echo=sys.stdout) as machine:

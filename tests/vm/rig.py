@@ -3,7 +3,8 @@
 
 ``scripts/vm/image`` builds what it boots. A command runs in it as root, in the project's
 directory, which is there under the same path; what it prints comes out here, and so does its
-exit status. Boots in seconds, without KVM (``CHAINMERGE_VM_ACCEL=kvm`` asks for that): ``python -m tests.vm.rig COMMAND...`` tries it.
+exit status. It boots in seconds, without KVM (``CHAINMERGE_VM_ACCEL=kvm`` asks for that).
+``python -m tests.vm.rig COMMAND...`` tries it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
@@ -34,6 +35,7 @@ _KERNEL: Final = (
 )
 # What a boot, and a command that does nothing, can take on a busy machine.
 _PATIENCE_SECONDS: Final = 1800.0
+_POLL_SECONDS: Final = 1.0
 
 
 class MachineFailed(AssertionError):
@@ -64,13 +66,16 @@ class Machine:
     Attributes:
         process: QEMU.
         console: where the kernel's messages go.
+        output: what the command has printed, line by line.
+        printed: set whenever a line is added.
     """
 
     process: subprocess.Popen[bytes]
     console: Path
     _status: socket.socket
     _pump: threading.Thread
-    output: list[str] = field(default_factory=list)
+    output: list[str]
+    printed: threading.Event
 
     def wait(self, seconds: float = _PATIENCE_SECONDS) -> int:
         """The command's exit status, once it has ended.
@@ -92,9 +97,17 @@ class Machine:
             status = told.read().strip()
         return int(status) if status else None
 
-    def cut_power(self) -> None:
-        """End the machine at once. What it had given to its disks stays there."""
-        self.process.kill()
+    def wait_for_output(self) -> None:
+        """Return when something has been printed, or after a while."""
+        self.printed.wait(_POLL_SECONDS)
+        self.printed.clear()
+
+    def kill_after(self, seconds: float) -> None:
+        """End the machine after a while. What it had given to its disks by then stays there."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 @contextmanager
@@ -136,10 +149,13 @@ def booted(
                 pass_fds=(output_there.fileno(), status_there.fileno()),
             )
         lines_read: list[str] = []
-        pump = threading.Thread(target=_read_lines, args=(output, lines_read, echo), daemon=True)
+        printed = threading.Event()
+        pump = threading.Thread(
+            target=_read_lines, args=(output, lines_read, printed, echo), daemon=True
+        )
         pump.start()
         try:
-            yield Machine(process, console, status, pump, lines_read)
+            yield Machine(process, console, status, pump, lines_read, printed)
         finally:
             process.kill()
             process.wait()
@@ -227,10 +243,13 @@ def _shared_directory(scratch: Path) -> Iterator[list[str]]:
         daemon.wait()
 
 
-def _read_lines(output: socket.socket, lines: list[str], echo: IO[str] | None) -> None:
+def _read_lines(
+    output: socket.socket, lines: list[str], printed: threading.Event, echo: IO[str] | None
+) -> None:
     with output.makefile(errors="replace") as told:
         for line in told:
             lines.append(line.rstrip("\n"))
+            printed.set()
             if echo is not None:
                 echo.write(line)
                 echo.flush()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +23,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     long_runs = [item for item in items if item.get_closest_marker("soak")]
     config.hook.pytest_deselected(items=long_runs)
     items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _visible_devices() -> None:
+    """LVM sees the disks that are meant for it, and not what lies below them."""
+    seen = ("virtio-plain", "virtio-sectors4k", "/mapper/recorded$")
+    accepted = ", ".join(f'"a!{pattern}!"' for pattern in seen)
+    pattern = f'devices {{ global_filter = [ {accepted}, "r!.*!" ] }}\n'
+    Path("/etc/lvm/lvmlocal.conf").write_text(pattern)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import chainmerge.by_native
 import chainmerge.cli.main
 import chainmerge.cli.merge
-import chainmerge.cli.plan  # noqa: F401
+import chainmerge.cli.plan
 from tests.support.cli import Ran
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Running:
     """A command that has been started."""
 
     def __init__(self, *arguments: str | Path) -> None:
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._out, self._err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         self.pid = os.fork()
         if self.pid == 0:
             _become_command([str(argument) for argument in arguments], self._out, self._err)

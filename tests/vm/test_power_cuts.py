@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whenever the power goes while a merge writes: the guest sees its disk, a rerun completes it.
+
+The writes and flushes are those that the kernel's block layer saw below LVM, or below a file
+system, of a command as users run it. They were recorded in the virtual machine.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import qemu
+from tests.vm.power.cases import CASES, LVM
+from tests.vm.power.judge import FilesJudge, Judge, VolumesJudge
+from tests.vm.power.log_writes import read_log, states
+from tests.vm.power.media import FileMedium, MemoryMedium
+from tests.vm.power.recordings import directory_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
+SUBSETS = 40 if SOAK else 3
+SUBSETS_OF_FILES = 10 if SOAK else 1
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", CASES)
+def test_power_cuts(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    case, recording = CASES[name], directory_of(name)
+    assert recording.exists(), "nothing is recorded; make test-vm does that first"
+    log = read_log(recording / "log")
+    judge: Judge
+    if case.storage == LVM:
+        medium = MemoryMedium((recording / "before").read_bytes())
+        judge = VolumesJudge(case, medium, log, tmp_path, thorough=SOAK)
+        subsets = SUBSETS
+    else:
+        copy = tmp_path / "medium"
+        qemu.run("cp", "--sparse=always", recording / "before", copy)
+        files = FileMedium(copy)
+        judge = FilesJudge(case, files, log, tmp_path, thorough=SOAK)
+        subsets = SUBSETS_OF_FILES
+    for state in states(judge.medium, log, subsets=subsets, seed=1):
+        judge.judge(state)
+    judge.assert_all_was_met()
+    with capsys.disabled():
+        print(f"\n{name}: {judge.summary()}")
