@@ -63,9 +63,18 @@ def patient(name: str) -> Iterator[Patient]:
 
 def fails_between(start: int, end: int, sectors: int) -> str:
     """Everything fails in a range of sectors, as on a medium that is damaged there."""
-    pieces = [(0, start, "linear {below} 0"), (start, end, "error")]
+    return _in_range(start, end, sectors, "error")
+
+
+def writes_fail_between(start: int, end: int, sectors: int) -> str:
+    target = f"flakey {{below}} {start} 0 {_FOR_EVER} 1 error_writes"
+    return _in_range(start, end, sectors, target)
+
+
+def _in_range(start: int, end: int, sectors: int, target: str) -> str:
+    pieces = [(0, start, "linear {below} 0"), (start, end, target)]
     pieces.append((end, sectors, f"linear {{below}} {end}"))
-    return "\n".join(f"{at} {to - at} {target}" for at, to, target in pieces if to > at)
+    return "\n".join(f"{at} {to - at} {what}" for at, to, what in pieces if to > at)
 
 
 def everything_fails() -> str:

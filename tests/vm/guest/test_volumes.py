@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,8 +24,6 @@ from tests.vm.commands import chainmerge_forked
 from tests.vm.guest.volumes import MIB, STALE, Group, fill
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.cli import Ran
 
 KIB = 1 << 10
@@ -159,6 +158,66 @@ def test_whatever_a_volume_is_called(group: Group, way: str, backing: str) -> No
     # A number is another volume's after the next boot.
     assert "/dm-" not in info(child)["backing-filename"]
     assert os.path.realpath(info(child)["full-backing-filename"]) == os.path.realpath(base)
+
+
+# Volumes that are not active
+
+
+def chain_of_three(group: Group) -> tuple[Path, Path, Path]:
+    base = create(group.create("base", 8 * MIB), 4 * MIB)
+    qemu_io(base, "write -P 1 0 1M")
+    middle = create(group.create("middle", 4 * MIB), backing=base)
+    qemu_io(middle, "write -P 2 512k 1M")
+    top = create(group.create("top", 4 * MIB), backing=middle)
+    qemu_io(top, "write -P 3 3M 64k")
+    return base, middle, top
+
+
+def test_inactive_volumes_are_activated_and_deactivated_again(group: Group) -> None:
+    base, _, top = chain_of_three(group)
+    group.deactivate("base", "top")
+    ran = refused(top)
+    assert "--activate" in ran.err
+    ran = chainmerge_forked("merge", "--activate", "--base", base, top)
+    assert ran.status == 0, ran
+    assert [group.is_active(name) for name in ("base", "middle", "top")] == [False, True, False]
+    group.activate("base")
+    assert_clean(base)
+    assert_reads(base, (1, 0, 512 * KIB), (2, 512 * KIB, MIB), (3, 3 * MIB, 64 * KIB))
+
+
+def test_a_failure_deactivates_too(group: Group) -> None:
+    base, middle, top = chain_of_three(group)
+    group.deactivate("base", "middle", "top")
+    ran = chainmerge_forked("merge", "--activate", "--base", group.path("nothing"), top)
+    assert ran.status != 0, ran
+    assert not any(group.is_active(name) for name in ("base", "middle", "top"))
+    # And with nothing active, not even the group's directory is there.
+    assert not base.parent.exists()
+    assert not middle.exists()
+
+
+def test_an_image_cannot_have_any_volume_activated(group: Group) -> None:
+    """A guest may write any name into the header of its disk."""
+    secret = group.create("secret", 4 * MIB)
+    qemu_io(secret, "write -P 7 0 1M", fmt="raw")
+    group.deactivate("secret")
+    top = Path("/tmp/untrusted.qcow2")
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", secret, "-F", "raw", top, "4M")
+    ran = chainmerge_forked("info", "--activate", top)
+    assert ran.status == 3, ran
+    assert not group.is_active("secret")
+    top.unlink()
+
+
+def test_an_inactive_volume_could_be_another_user_of_base(group: Group) -> None:
+    base, middle, top = chain_of_three(group)
+    sibling = create(group.create("sibling", 4 * MIB), backing=middle)
+    group.deactivate("sibling")
+    plan = chainmerge_forked("plan", "--json", top).json
+    (warning,) = (each for each in plan["warnings"] if str(sibling) in each)
+    assert "not active" in warning
+    assert base.exists()
 
 
 # Kinds of devices
