@@ -8,6 +8,7 @@ system, of a command as users run it. They were recorded in the virtual machine.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,12 +16,15 @@ import pytest
 from tests.support import qemu
 from tests.vm.power.cases import CASES, LVM
 from tests.vm.power.judge import FilesJudge, Judge, VolumesJudge
-from tests.vm.power.log_writes import read_log, states
+from tests.vm.power.log_writes import Flags, read_log, states
 from tests.vm.power.media import FileMedium, MemoryMedium
 from tests.vm.power.recordings import directory_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from tests.vm.power.log_writes import Entry
 
 SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
 SUBSETS = 40 if SOAK else 3
@@ -44,8 +48,24 @@ def test_power_cuts(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str
         files = FileMedium(copy)
         judge = FilesJudge(case, files, log, tmp_path, thorough=SOAK)
         subsets = SUBSETS_OF_FILES
-    for state in states(judge.medium, log, subsets=subsets, seed=1):
-        judge.judge(state)
+    judge_all(judge, log, subsets)
     judge.assert_all_was_met()
     with capsys.disabled():
         print(f"\n{name}: {judge.summary()}")
+
+
+def test_a_flush_that_is_missing_is_seen(tmp_path: Path) -> None:
+    """Else nothing that is said here would be worth anything."""
+    case, recording = CASES["commit"], directory_of("commit")
+    without = [
+        replace(entry, flags=entry.flags & ~Flags.FLUSH) for entry in read_log(recording / "log")
+    ]
+    medium = MemoryMedium((recording / "before").read_bytes())
+    judge = VolumesJudge(case, medium, without, tmp_path, thorough=False)
+    with pytest.raises(AssertionError):
+        judge_all(judge, without, subsets=200)
+
+
+def judge_all(judge: Judge, log: Sequence[Entry], subsets: int) -> None:
+    for state in states(judge.medium, log, subsets=subsets, seed=1):
+        judge.judge(state)

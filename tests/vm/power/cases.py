@@ -123,7 +123,7 @@ CASES: Final[Mapping[str, PowerCase]] = {
         _DIRTY,
     ),
     "commit into a volume that is extended": PowerCase(
-        _chain(volume=3 * MIB, stale=_STALE),
+        _chain(volume=4 * MIB, stale=_STALE),
         _merge("{top}", "--data", "cow"),
         "base",
         _DIRTY,
@@ -131,7 +131,7 @@ CASES: Final[Mapping[str, PowerCase]] = {
     ),
     "commit into a full volume group, stale bitmaps first": PowerCase(
         (
-            Image("base", 3 * MIB, ("write -P 1 0 1536k",), ("both",), _STALE * 1),
+            Image("base", 3 * MIB, ("write -P 1 0 1536k",), ("both",), _STALE),
             Image("top", 2 * MIB, ("write -P 3 2M 512k",), ("both",)),
         ),
         _merge("{top}"),

@@ -180,9 +180,11 @@ class Judge(ABC):
         """Fail unless both the old and the new image were among the states."""
         assert self.counts["new image"], self.counts
         assert self.counts["old image"], self.counts
+        if self.case.ballast:
+            assert self.counts["old image without stale bitmaps"], self.counts
 
     def summary(self) -> str:
-        return ", ".join(f"{count} {what}" for what, count in self.counts.items())
+        return ", ".join(f"{count} {what}" for what, count in self.counts.items() if count)
 
     def _assert_allowed(self, images: Images, state: State) -> None:
         images.assert_sound()
@@ -200,8 +202,9 @@ class Judge(ABC):
         else:
             old = self.before.bitmaps(self.case.result)
             stale = self.case.image(self.case.result).stale
-            unpruned = {each: bits for each, bits in old.items() if each not in stale}
-            assert found in (old, unpruned), state
+            pruned = {each: bits for each, bits in old.items() if each not in stale}
+            assert found in (old, pruned), state
+            self.counts["old image without stale bitmaps"] += bool(stale) and found == pruned
             if self.case.keeps_old:
                 assert images.view(name) == self.alone, state
         if DONE in state.marks:
