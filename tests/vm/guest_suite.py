@@ -7,7 +7,6 @@ Arguments go to pytest. What power cuts are made of is recorded in ``build/vm/re
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -24,8 +23,7 @@ _PYTEST: Final = (
 
 
 def main() -> int:
-    shutil.rmtree(RECORDINGS, ignore_errors=True)
-    RECORDINGS.mkdir(parents=True)
+    RECORDINGS.mkdir(parents=True, exist_ok=True)
     passed_on = {
         name: value for name, value in os.environ.items() if name.startswith("CHAINMERGE_SOAK")
     }

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.support.qemu import create, qemu_img, qemu_io, run
+from tests.support.qemu import bitmap_names, create, qemu_img, qemu_io, run
 from tests.vm.commands import chainmerge_forked
 from tests.vm.guest.volumes import Group
 from tests.vm.power.cases import LVM, Image, PowerCase
 from tests.vm.power.log_writes import SECTOR, clear, copy_log
+from tests.vm.power.recordings import mount_point_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,10 +83,12 @@ class RecordedDevice:
 def record(case: PowerCase, device: RecordedDevice, log: Path, into: Path) -> None:
     """Build a chain, run the command on it, and leave ``before`` and ``log`` in a directory."""
     places = _on_volumes if case.storage == LVM else _on_file_system
+    shutil.rmtree(into, ignore_errors=True)
     into.mkdir()
     with places(case, device) as storage:
         for index, image in enumerate(case.images):
             _build(case, index, image, storage.paths)
+        _require_valid_bitmaps(case, storage.paths)
         storage.settle()
         device.copy_to(into / "before")
         with device.recorded(log):
@@ -139,7 +142,7 @@ def _on_volumes(case: PowerCase, device: RecordedDevice) -> Iterator[_Storage]:
 def _on_file_system(case: PowerCase, device: RecordedDevice) -> Iterator[_Storage]:
     run("wipefs", "-q", "-a", device.path)
     run(f"mkfs.{case.storage}", "-q", device.path)
-    mount_point = Path("/tmp") / f"{case.storage}-recorded"
+    mount_point = mount_point_of(case)
     mount_point.mkdir(exist_ok=True)
     storage = _Mounted(
         {image.name: mount_point / image.name for image in case.images}, device.path, mount_point
@@ -167,8 +170,9 @@ def _build(case: PowerCase, index: int, image: Image, paths: Mapping[str, Path])
         qemu_io(path, *image.writes)
 
 
-def fresh(directory: Path) -> Path:
-    """An empty directory."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    return directory
+def _require_valid_bitmaps(case: PowerCase, paths: Mapping[str, Path]) -> None:
+    """On a volume that is too small QEMU loses them and says so in passing."""
+    for image in case.images:
+        names = bitmap_names(paths[image.name])
+        assert names.keys() == {*image.bitmaps, *image.stale}, names
+        assert all(bitmap["flags"] == ["auto"] for bitmap in names.values()), names

@@ -26,7 +26,7 @@ from tests.vm.guest.volumes import MIB, Group
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROUNDS: Final = 50 if SOAK else 6
+ROUNDS: Final = 50 if SOAK else 5
 DISK: Final = 16 * MIB
 VOLUME: Final = 20 * MIB
 _PATIENCE_SECONDS: Final = 120

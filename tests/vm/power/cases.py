@@ -131,12 +131,12 @@ CASES: Final[Mapping[str, PowerCase]] = {
     ),
     "commit into a full volume group, stale bitmaps first": PowerCase(
         (
-            Image("base", 3 * MIB, ("write -P 1 0 1536k",), ("both",), _STALE),
-            Image("top", 2 * MIB, ("write -P 3 2M 512k",), ("both",)),
+            Image("base", 3584 * KIB, ("write -P 1 0 1536k",), ("both",), _STALE),
+            Image("top", 2 * MIB, ("write -P 3 2M 768k",), ("both",)),
         ),
         _merge("{top}"),
         "base",
-        {"both": ((0, 1536 * KIB), (2 * MIB, 512 * KIB))},
+        {"both": ((0, 1536 * KIB), (2 * MIB, 768 * KIB))},
         ballast=True,
     ),
     "commit of a larger disk": PowerCase(
@@ -159,7 +159,7 @@ CASES: Final[Mapping[str, PowerCase]] = {
         ),
         _merge("{top}", "--base", "{base}", "--data", "cow"),
         "base",
-        {"both": (*_IN_BASE, *_IN_TOP, (2 * MIB, 832 * KIB)), "new": _IN_TOP},
+        {"both": (*_IN_BASE, *_IN_TOP, (2 * MIB, 768 * KIB)), "new": _IN_TOP},
         keeps_old=True,
     ),
     "pull": PowerCase(
