@@ -123,7 +123,7 @@ CASES: Final[Mapping[str, PowerCase]] = {
         _DIRTY,
     ),
     "commit into a volume that is extended": PowerCase(
-        _chain(volume=4 * MIB, stale=_STALE),
+        _chain(volume=4608 * KIB, stale=_STALE),
         _merge("{top}", "--data", "cow"),
         "base",
         _DIRTY,
