@@ -123,11 +123,29 @@ def execute(port: Port, steps: Sequence[Step]) -> int:
                 port.write(offset, data)
                 written += len(data)
             port.flush()
+            if step.name is StepName.SWITCH:
+                require_stored(port, step.writes())
         except (OSError, Failed) as error:
             reason = str(getattr(error, "reason", error))
             raise _failure(port.name, step.name, reason, switched=switched) from error
         switched = switched or step.name is StepName.SWITCH
     return written
+
+
+def require_stored(port: Port, writes: Iterable[Write]) -> None:
+    """Make sure that what was written and flushed is what the storage has.
+
+    For the switch, after which things are destroyed that only the old image needs: storage can
+    lose a write and say that it is done.
+
+    Raises:
+        WriteFailed: it has something else.
+        ReadFailed: it cannot be read.
+    """
+    port.forget_cached()
+    for offset, data in writes:
+        if port.read(offset, len(data)) != data:
+            raise WriteFailed(port.name, offset, len(data), "the storage does not have it")
 
 
 def _failure(image: str, step: StepName, reason: str, *, switched: bool) -> ChainmergeError:

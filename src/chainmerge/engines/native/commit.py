@@ -42,7 +42,7 @@ from chainmerge.engines.metadata.header import HeaderWrite, compose_header, cont
 from chainmerge.engines.metadata.leaks import reclaim_leaks
 from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
 from chainmerge.engines.metadata.replacement import names_kept
-from chainmerge.engines.metadata.steps import Port, StepName, reserve
+from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.engines.native.decisions import (
     Change,
@@ -492,6 +492,7 @@ def _switch(port: Port, head: HeaderWrite) -> None:
     try:
         port.write(0, head.sector)
         port.flush()
+        require_stored(port, [(0, head.sector)])
     except (OSError, Failed) as error:
         raise SwitchUnknown(port.name, reason_of(error, port.name)) from error
 
