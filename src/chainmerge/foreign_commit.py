@@ -3,11 +3,14 @@
 
 Such a commit copies top's data into base, from the beginning of the disk to its end, and
 empties top only when all is there. Killed before that it leaves top as it was, and base half
-written below it, with bitmaps in-use, clusters leaked or the dirty bit set. Top still shows
-the right content, base alone shows neither the old nor the new.
+written below it. Top still shows the right content, base alone shows neither the old nor the
+new. Data for which base had no clusters may not be seen in it: QEMU (7.2) keeps new tables in
+memory as long as it can, and they die with it.
 
-Nothing in the images names it. What shows it are the marks of a writer that died in an image
-that had another one on it, and top's data standing in base already, from its beginning on.
+Nothing in the images names it. What shows it is that top's data stands in base already, from
+its beginning on. A guest can have written the same again, so that alone is not enough: base
+must also have the marks of a writer that died (bitmaps in-use, leaked clusters, the dirty
+bit), which it cannot have got by being read.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ class HalfDoneCommit:
     top: Path
     copied: int
     """Guest bytes at the beginning of top's data that base has already, at least."""
+    is_certain: bool
+    """Whether base has the marks of a writer that died."""
 
 
 def half_done_commit(top: Path, access: Access) -> HalfDoneCommit | None:
@@ -64,11 +69,10 @@ def half_done_commit(top: Path, access: Access) -> HalfDoneCommit | None:
             return None
         with open_chain(chain) as opened:
             index = chain.base_index
-            if not _died_writing(opened.images[index]):
-                return None
             copied = _copied(opened.view(index + 1), opened.view(index, index + 1))
             if copied is not None:
-                return HalfDoneCommit(base.path, chain.top.path, copied)
+                is_certain = _died_writing(opened.images[index])
+                return HalfDoneCommit(base.path, chain.top.path, copied, is_certain)
     return None
 
 
@@ -87,6 +91,8 @@ def _copied(top: GuestView, base: GuestView) -> int | None:
     """How much of the beginning of top's data base has; None where that proves nothing."""
     copied = 0
     for start, end in _data(top):
+        if start >= base.virtual_size:
+            break
         ours, theirs = top.read(start, end - start), base.read(start, end - start)
         if ours != theirs:
             return copied if copied >= _CONVINCING else None

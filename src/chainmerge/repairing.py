@@ -176,7 +176,8 @@ def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -
     with FileReadable(path) as readable:
         info = _describe(path, readable, access)
         relatives = _relatives(info, access)
-        commits = () if merges else tuple(_half_done_commits(info, relatives, access))
+        suspected = () if merges else tuple(_half_done_commits(info, relatives, access))
+        commits = tuple(one for one in suspected if one.is_certain)
         written_to = [one.written for one in merges if one.ending is Ending.FINISH]
         written_to += [one.base for one in commits]
         circumstances = Circumstances(
@@ -193,8 +194,10 @@ def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -
         actions.append(f"finish it: merge {commit.top} into {commit.base}; {commit.top} is left")
     if diagnosis.treatment is Treatment.NONE and not merges and not commits:
         findings += _unusable(info, relatives, access)
-    warnings = tuple(_warnings(relatives)) if diagnosis.bitmaps is not None else ()
-    return _Case(info, diagnosis, merges, commits, tuple(findings), tuple(actions), warnings)
+    warnings = [_suspicion(one) for one in suspected if not one.is_certain]
+    if diagnosis.bitmaps is not None:
+        warnings += _warnings(relatives)
+    return _Case(info, diagnosis, merges, commits, tuple(findings), tuple(actions), tuple(warnings))
 
 
 def _describe(path: Path, readable: FileReadable, access: Access) -> ImageInfo:
@@ -280,6 +283,14 @@ def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
         f"{commit.copied} bytes of the data, from the beginning on, are in {commit.base} already"
     )
     return RepairFinding("half-done-commit", sentence, repairable=True)
+
+
+def _suspicion(commit: HalfDoneCommit) -> str:
+    return (
+        f"{commit.copied} bytes of the data of {commit.top}, from the beginning on, are in "
+        f"{commit.base} as well: should a commit have been interrupted, `chainmerge merge` "
+        "finishes it; a guest that wrote the same again does as much"
+    )
 
 
 def _unusable(info: ImageInfo, relatives: Relatives, access: Access) -> Iterator[RepairFinding]:

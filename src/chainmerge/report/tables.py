@@ -124,7 +124,10 @@ def prune_report(report: PruneReport) -> RenderableType:
 def repair_report(report: RepairReport) -> RenderableType:
     """What is wrong with an image, what was or would be done about it, and what that costs."""
     if not report.findings:
-        return words(f"{report.image}: nothing to repair", layout.GOOD)
+        return Group(
+            words(f"{report.image}: nothing to repair", layout.GOOD),
+            *layout.warnings_section(report.warnings),
+        )
     return Group(
         words(f"{report.image}: {count(len(report.findings), 'finding')}"),
         layout.section("Found", _findings(report)),
