@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse
+from chainmerge.errors import Failed
 
 
 @dataclass(eq=False)
@@ -45,17 +45,3 @@ class ReportNotDelivered(Failed):
         "a success is of little use to a program, so the exit status is that of a failure."
     )
     reason: str
-
-
-@dataclass(eq=False)
-class ConsentMissing(Misuse):
-    """Something would be thrown away and nobody is there to be asked."""
-
-    code: ClassVar[str] = "consent-missing"
-    template: ClassVar[str] = "nobody is there to be asked whether to go on with {image}"
-    hint: ClassVar[str] = "look at the findings with --dry-run, then say --yes"
-    explanation: ClassVar[str] = (
-        "`chainmerge repair` shows what it found and asks before it changes the image. "
-        "Where standard input is no terminal, or the report is JSON, it takes --yes for the answer."
-    )
-    image: str

@@ -52,6 +52,7 @@ _L1_ENTRY_SIZE = 8
 _MIN_V3_SNAPSHOT_EXTRA = 16
 _L2_WINDOW_BYTES = 1 << 20
 _CLUSTERS_AT_ONCE = 1 << 20
+_COPIED_PROBLEM = "the COPIED flag does not say whether the refcount is 1"
 _UNIQUE_AT_ONCE = 1 << 20
 
 # Marks of a cluster.
@@ -151,6 +152,11 @@ def count_references(image: Qcow2Image, findings: Findings) -> ReferenceCounts:
         TooManyClusters: the file is larger than QEMU would check.
     """
     return _Counting(image, findings).run()
+
+
+def is_about_copied(message: str) -> bool:
+    """Whether a message of :class:`Findings` is about COPIED flags."""
+    return message.endswith(_COPIED_PROBLEM)
 
 
 class _Counting:
@@ -528,7 +534,7 @@ class _Counting:
 
     def _record_copied(self, count: int, table: str) -> None:
         self._findings.copied_mismatches += count
-        message = f"{count} {table} entries: the COPIED flag does not say whether the refcount is 1"
+        message = f"{count} {table} entries: {_COPIED_PROBLEM}"
         self._findings.corrupt(count, message)
 
     def _record_overlap(self, what: str, clusters: IndexArray) -> None:

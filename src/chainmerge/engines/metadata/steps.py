@@ -5,7 +5,9 @@
 FILL       new clusters, and header bytes that the old header does not use
 COUNT      refcounts of new clusters, 0 to 1, in the refcount blocks there are
 LINK       new refcount blocks into the refcount table (left out without any)
+DISTRUST   COPIED flags that are not true any more are cleared (repairs only)
 SWITCH     the first 512 bytes of the image: old until here, new from here
+TRUST      COPIED flags that are true now are set (repairs only)
 RELEASE    refcounts of what only the old metadata used, 1 to 0
 =========  ===========================================================================
 
@@ -65,7 +67,9 @@ class StepName(StrEnum):
     FILL = "fill"
     COUNT = "count"
     LINK = "link"
+    DISTRUST = "distrust"
     SWITCH = "switch"
+    TRUST = "trust"
     RELEASE = "release"
 
 
