@@ -14,8 +14,9 @@ endif
 BIN := .venv/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
-.PHONY: help setup demo test test-vm soak bench lint format schema clean
+.PHONY: help setup demo test test-vm soak fuzz bench lint format schema clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -23,6 +24,7 @@ help:
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
 	@echo 'make soak    the test suite with its long runs'
+	@echo 'make fuzz    all commands on damaged images (FUZZ_ARGS="--minutes 60 --seed 1")'
 	@echo 'make bench   measurements against QEMU'\''s own tools'
 	@echo 'make lint    style, types, layers'
 	@echo 'make format  rewrite the sources in the project'\''s style'
@@ -48,6 +50,9 @@ test-vm: setup
 
 soak: setup
 	@CHAINMERGE_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --timeout=0 $(PYTEST_ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: setup
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -362,7 +362,7 @@ def test_base_that_cannot_hold_bitmaps(tmp_path: Path, kind: str) -> None:
         ("\x1b]0;owned\x07\x1b[2J", "backing-file-missing"),
         ("a-directory", "backing-file-missing"),
         ("a-pipe", "backing-file-missing"),
-        ("/dev/null", "backing-file-missing"),
+        ("/dev/null", "backing-file-outside"),
         ("top.qcow2", "backing-cycle"),
         ("base.qcow2", "backing-cycle"),
         ("file:root.qcow2", "backing-name-unusable"),

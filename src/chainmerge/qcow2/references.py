@@ -239,6 +239,8 @@ class _Counting:
                 self._findings.incomplete(f"{what} is too large")
                 continue
             self._count_region(what, snapshot.l1_offset, size)
+            if snapshot.l1_offset >= self._file_end:
+                continue
             data = self._image.readable.read(snapshot.l1_offset, size)
             tables.add(self._judge_l1(what, np.frombuffer(data, ">u8").astype(np.uint64)))
         return tables
@@ -277,6 +279,7 @@ class _Counting:
             return
         offset, size = extension.directory_offset, extension.directory_size
         self._count_region("the bitmap directory", offset, size)
+        room = self._file_end
         for entry in entries:
             what = f"bitmap {entry.name!r}"
             if entry.unknown:
@@ -284,6 +287,11 @@ class _Counting:
                 self._findings.corrupt(1, message)
             size = entry.table_size * bitmaps.TABLE_ENTRY_SIZE
             self._count_region(f"the table of {what}", entry.table_offset, size)
+            room -= size
+            if entry.table_offset >= self._file_end or room < 0:
+                # As above: what is not there, or lies over something else, is not read.
+                self._findings.incomplete(f"the table of {what} is not within the file")
+                continue
             try:
                 table = bitmaps.load_table(self._image, entry)
             except BadBitmapTable as error:
