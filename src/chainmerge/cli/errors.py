@@ -59,3 +59,16 @@ class ConsentMissing(Misuse):
         "Where standard input is no terminal, or the report is JSON, it takes --yes for the answer."
     )
     image: str
+
+
+@dataclass(eq=False)
+class DiskNotNamed(Misuse):
+    """A command for a running VM does not say which disk of which VM."""
+
+    code: ClassVar[str] = "disk-not-named"
+    template: ClassVar[str] = "which disk of which VM is not said, or said twice"
+    hint: ClassVar[str] = "give --qmp SOCKET and either --device ID or --node NODE"
+    explanation: ClassVar[str] = (
+        "A live merge is done by the VM's own QEMU, which is reached by its monitor. --qmp names "
+        "the monitor's socket; --device or --node says which of its disks is meant."
+    )

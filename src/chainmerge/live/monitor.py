@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import struct
 from pathlib import Path
@@ -47,7 +48,7 @@ class Monitor:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(socket.socket(socket.AF_UNIX))
             try:
-                connection.connect(path)
+                _connect(connection, path)
             except OSError as error:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
             self._peer = _peer_of(connection)
@@ -111,6 +112,15 @@ class Monitor:
     def _disconnect(self) -> None:
         with contextlib.suppress(VmUnreachable):
             self._run(self._client.disconnect(), _GREETING_SECONDS)
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    """Connect to a socket, however long its name is: sun_path takes 107 bytes."""
+    directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_CLOEXEC)  # noqa: PTH120
+    try:
+        connection.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")  # noqa: PTH119
+    finally:
+        os.close(directory)
 
 
 def _peer_of(connection: socket.socket) -> int:

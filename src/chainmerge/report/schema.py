@@ -24,6 +24,7 @@ from chainmerge.types import (
     BitmapListing,
     ChainReport,
     CheckResult,
+    LiveStatusReport,
     Measurement,
     MergeReport,
     ProgressEvent,
@@ -48,6 +49,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
         f"repair-{REPORT_VERSION}": RepairReport,
         f"status-{REPORT_VERSION}": StatusReport,
+        f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )
