@@ -55,7 +55,7 @@ class LiveTestVm:
         image: dict[str, Any] | None = disk["inserted"]["image"]
         names = []
         while image is not None:
-            names.append(Path(image["filename"]).name)
+            names.append(_file_name(image["filename"]))
             image = image.get("backing-image")
         return names
 
@@ -65,7 +65,7 @@ class LiveTestVm:
         node = next(
             node
             for node in nodes
-            if Path(node["file"]).name == image and node["drv"] not in ("file", "host_device")
+            if _file_name(node["file"]) == image and node["drv"] not in ("file", "host_device")
         )
         return {
             bitmap["name"]: bitmap for bitmap in node.get("dirty-bitmaps", ()) if "name" in bitmap
@@ -113,6 +113,13 @@ class LiveTestVm:
     def alive(self) -> bool:
         """Whether QEMU runs."""
         return self.process.poll() is None
+
+
+def _file_name(filename: str) -> str:
+    """The file's name, from what QEMU tells where a header has it differently."""
+    if filename.startswith("json:"):
+        filename = json.loads(filename.removeprefix("json:"))["file"]["filename"]
+    return Path(filename).name
 
 
 def separate_nodes(images: Sequence[Path]) -> list[str]:

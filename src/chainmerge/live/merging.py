@@ -260,7 +260,7 @@ def _record(live: LiveTarget, journal: LiveJournal) -> None:
 def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
     """What a cold merge needs to know of base's checkpoints, should the VM end in the middle."""
     index = live.target.base_index
-    if not any(kept.in_base for kept in journal.kept) and len(journal.overlays) == 1:
+    if not journal.kept:
         return None
     with open_chain(live.target.chain) as opened:
         base, overlay = opened.images[index], opened.images[index + 1]

@@ -41,6 +41,7 @@ from chainmerge.live_journal import (
     enter,
     save_live_journal,
 )
+from chainmerge.live_leftovers import LivePivotUnclear
 from chainmerge.merge_job import volume_at
 from chainmerge.options import LiveOptions
 from chainmerge.types import ProgressEvent, Stage
@@ -330,6 +331,9 @@ def _dismiss(drive: Drive) -> None:
     if drive.failure is None and (job.error or drive.journal.state is LiveState.UNDOING):
         reason = job.error or "it had been given up by an earlier run"
         drive.failure = _failed(drive, reason)
+    if job.error:
+        # It took no effect, and once it is dismissed nothing would tell.
+        drive.enter(LiveState.UNDOING)
     drive.vm.dismiss(drive.journal.job)
 
 
@@ -350,6 +354,9 @@ def _restore(drive: Drive) -> None:
 
     Raises the reason why.
     """
+    if drive.journal.took_effect and drive.journal.is_active:
+        # Only another QEMU does not know of the job any more, and it was given top again.
+        raise LivePivotUnclear(drive.top, drive.base)
     failure = drive.failure or _failed(drive, "the job was cancelled, or the VM started anew")
     drive.enter(LiveState.UNDOING)
     _unthrottle(drive)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges in a running VM whose guest writes all the time: content and bitmaps to the bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chainmerge import live
+from chainmerge.options import LiveOptions
+from tests.conftest import SOAK
+from tests.support.live_scenario import DISK, assert_closed_right, build, leftovers
+from tests.support.live_vm import DEVICE, Guest, one_drive, running_vm, separate_nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+SEEDS = range(50 if SOAK else 1)
+KINDS = ("internal", "active")
+LINES = {"nodes": separate_nodes, "drive": one_drive}
+
+
+def merge_while_writing(
+    directory: Path,
+    seed: int,
+    kind: str,
+    levels: int,
+    command_line: Callable[[Sequence[Path]], list[str]] = separate_nodes,
+) -> None:
+    scenario = build(directory / "chain", seed, levels=levels, active=kind == "active")
+    with running_vm(directory / "vm", scenario.images, command_line) as vm:
+        with Guest(vm, seed, DISK) as guest:
+            with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+                plan = live.plan(disk, scenario.top, scenario.base)
+                assert not plan.refusals
+                # Slow enough for the guest to write in between.
+                options = LiveOptions(delete=True, bandwidth=64 << 20)
+                report = live.merge(disk, scenario.top, scenario.base, options=options)
+            during = len(guest.journal)
+            guest.wait_for(during + 10)
+        assert during > 1
+        assert vm.chain() == [scenario.result.name, "base.qcow2"][: 1 if kind == "active" else 2]
+        assert vm.jobs() == []
+        assert set(report.deleted) == {str(path) for path in scenario.merged}
+        assert not any(path.exists() for path in scenario.merged)
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("levels", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_lost_while_the_guest_writes(
+    tmp_path: Path, kind: str, levels: int, seed: int
+) -> None:
+    merge_while_writing(tmp_path, seed, kind, levels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nodes_whose_names_qemu_made_up(tmp_path: Path, kind: str) -> None:
+    merge_while_writing(tmp_path, 7, kind, 2, one_drive)
