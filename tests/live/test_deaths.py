@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manager dies at any moment and is run again; the VM dies, and the cold path goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import chainmerge
+from chainmerge import live
+from chainmerge.errors import ChainmergeError, ExitCode
+from chainmerge.live.errors import NothingUnfinished
+from chainmerge.options import LiveOptions, MergeOptions
+from tests.conftest import SOAK
+from tests.support.cli import environment
+from tests.support.dying import DyingVm, Moment
+from tests.support.live_scenario import (
+    DISK,
+    LiveScenario,
+    assert_closed_right,
+    build,
+    leftovers,
+    stored_bits,
+)
+from tests.support.live_vm import DEVICE, Guest, LiveTestVm, running_vm
+from tests.support.qemu import assert_clean, content
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.timeout(120)
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("internal", "active")
+# The calls of a merge, one by one, are some dozens; how many depends on how long it takes.
+LATEST_CALL = 60
+
+
+def moments(count: int, seed: int) -> Iterator[tuple[int, Moment]]:
+    random_ = random.Random(seed)
+    for _ in range(count):
+        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
+
+
+MOMENTS = list(moments(50 if SOAK else 3, 11))
+
+
+def run_and_die(vm: LiveTestVm, scenario: LiveScenario, call: int, moment: Moment) -> bool:
+    """Run a manager that dies at a call; whether it came to that."""
+    done = vm.directory / "calls"
+    command = (
+        sys.executable, "-m", "tests.support.dying", str(vm.qmp), DEVICE, str(scenario.top),
+        str(scenario.base), str(call), moment, str(done),
+    )  # fmt: skip
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode in (0, -9), result.stderr
+    return result.returncode != 0
+
+
+def carry_on(vm: LiveTestVm, scenario: LiveScenario) -> None:
+    """What an operator does: resume; where there is nothing to resume, see whether it is done."""
+    with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+        with contextlib.suppress(NothingUnfinished):
+            live.resume(disk)
+            return
+        if len(vm.chain()) != (1 if scenario.is_active else 2):
+            live.merge(disk, scenario.top, scenario.base, options=LiveOptions(delete=True))
+
+
+@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manager_that_was_killed_is_run_again(
+    tmp_path: Path, kind: str, call: int, moment: Moment
+) -> None:
+    seed = call * 2 + (moment == "after")
+    scenario = build(tmp_path / "chain", seed, levels=1 + seed % 2, active=kind == "active")
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        with Guest(vm, seed, DISK) as guest:
+            run_and_die(vm, scenario, call, moment)
+            assert vm.alive
+            carry_on(vm, scenario)
+            guest.wait_for(len(guest.journal) + 5)
+        assert vm.jobs() == []
+        assert vm.chain() == [scenario.result.name, "base.qcow2"][: 1 if scenario.is_active else 2]
+        assert not any(path.exists() for path in scenario.merged)
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["killed", "ended in order"])
+def test_a_vm_that_died_is_merged_cold(
+    tmp_path: Path, end: str, kind: str, call: int, moment: Moment
+) -> None:
+    seed = call * 2 + (moment == "after")
+    scenario = build(tmp_path / "chain", seed, levels=1 + seed % 2, active=kind == "active")
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        guest = Guest(vm, seed, DISK, flushes=end == "killed")
+        with guest:
+            die = vm.kill if end == "killed" else lambda: quit_with_guest(vm, guest)
+            merge_until_it_dies(vm, scenario, call, moment, die)
+            if vm.alive:
+                die()
+    assert_merged_cold(scenario, guest, in_order=end != "killed")
+
+
+def quit_with_guest(vm: LiveTestVm, guest: Guest) -> None:
+    """End the VM in order, after the guest's last write unless that is what a job holds up."""
+    if "pending" in vm.jobs():
+        vm.quit()
+    guest.stop()
+    vm.quit()
+
+
+def merge_until_it_dies(
+    vm: LiveTestVm,
+    scenario: LiveScenario,
+    call: int,
+    moment: Moment,
+    die: Callable[[], None],
+) -> None:
+    try:
+        with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            dying = DyingVm(disk, call, moment, die)
+            options = LiveOptions(bandwidth=64 << 20)
+            live.merge(dying, scenario.top, scenario.base, options=options)
+    except ChainmergeError as error:
+        died = error
+    else:
+        return
+    # It says that it does not know, unless nothing had been begun.
+    assert died.exit_code in (ExitCode.UNKNOWN, ExitCode.REFUSED), died
+    assert not vm.alive
+
+
+def assert_merged_cold(scenario: LiveScenario, guest: Guest, *, in_order: bool) -> None:
+    """Merge what the VM has left, if it is not merged; then nothing that was flushed is missing."""
+    chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    assert not any(path.exists() for path in scenario.merged)
+    assert leftovers(scenario) == []
+    now = content(scenario.result)
+    assert guest.may_be(scenario.before, now)
+    assert_clean(scenario.base)
+    if in_order:
+        if now != guest.applied_to(scenario.before):
+            guest.count_what_is_under_way()
+        assert_closed_right(scenario, guest)
+    elif not scenario.is_active:
+        # The guest's image lost its own; base has what it is to have.
+        bits = stored_bits(scenario.base)
+        assert bits == {
+            "everywhere": set(scenario.everywhere),
+            "in-top": set(scenario.in_top),
+        }
