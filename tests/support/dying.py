@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from chainmerge import live
 from chainmerge.options import LiveOptions
 
 Moment = Literal["before", "after"]
+MOMENTS: Final[dict[str, Moment]] = {"before": "before", "after": "after"}
 
 
 @dataclass
@@ -61,9 +62,8 @@ def kill_ourselves() -> None:
 
 def main() -> None:
     socket, device, top, base, call, moment, count_file = sys.argv[1:]
-    assert moment in {"before", "after"}
     with live.QmpVm(socket, device=device) as disk:
-        dying = DyingVm(disk, int(call), moment, kill_ourselves)
+        dying = DyingVm(disk, int(call), MOMENTS[moment], kill_ourselves)
         options = LiveOptions(delete=True, bandwidth=64 << 20)
         live.merge(dying, top, base, options=options)
     Path(count_file).write_text(str(dying.calls), encoding="ascii")
