@@ -238,6 +238,7 @@ class Guest:
         disk_size: Bytes of the disk.
         largest: Bytes of a write at most.
         flushes: Whether every write is made durable before it counts.
+        interval: Seconds that it does something else after a write.
         under_way: The write that is not answered yet.
     """
 
@@ -246,6 +247,7 @@ class Guest:
     disk_size: int
     largest: int = 64 << 10
     flushes: bool = False
+    interval: float = 0.002
     under_way: Written | None = None
     journal: list[Written] = field(default_factory=list)
     error: BaseException | None = None
@@ -286,7 +288,7 @@ class Guest:
                 while not self._stop.is_set():
                     self._write_once(disk, random_)
                     # Guests do other things, too; without this the copy never catches up.
-                    self._stop.wait(0.002)
+                    self._stop.wait(self.interval)
         except BaseException as error:
             self.error = error
         finally:

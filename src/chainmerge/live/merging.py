@@ -267,6 +267,10 @@ def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
         node = live.nodes[index + 1]
         bitmaps = []
         for kept in journal.kept:
+            if kept.in_base and not live.base.read_only:
+                # An active merge that was undone can leave base writable: then nothing but the
+                # VM knows its bits.
+                continue
             in_overlay = None
             if 0 in kept.sources and node.read_only:
                 in_overlay = overlay.bits(kept.name)

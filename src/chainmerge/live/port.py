@@ -14,10 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from typing import Protocol, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +283,17 @@ class LiveVm(Protocol):
         :class:`DisableBitmap` is always allowed.
         """
 
-    def writable(self, node: str) -> AbstractContextManager[None]:
-        """Make an image that is open for reading only writable for a while: a reopen.
+    def make_read_only(self, node: str) -> None:
+        """Make an image that nobody writes to read-only, by a reopen; its bitmaps are stored.
 
-        For repairs only: QEMU forgets options of the node that it does not tell.
+        After a merge that was undone only: QEMU forgets options of the node that it does not
+        tell.
+        """
+
+    def make_writable(self, node: str) -> None:
+        """Make an image that is open for reading only writable, by a reopen.
+
+        After a merge that was undone only, as above.
         """
 
     def start_commit(self, order: CommitOrder) -> None:

@@ -7,7 +7,6 @@ Who uses which node is told by ``x-debug-query-block-graph`` (QEMU 4.0 and newer
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from pathlib import Path
 from types import MappingProxyType
@@ -187,17 +186,16 @@ class QmpVm:
             steps = [_as_qmp(action) for action in actions]
             self._monitor.execute("transaction", {"actions": steps})
 
-    @contextlib.contextmanager
-    def writable(self, node: str) -> Iterator[None]:
+    def make_read_only(self, node: str) -> None:
         """See :class:`chainmerge.live.port.LiveVm`.
 
         Raises VmRefused for a node whose name QEMU made up: it cannot be told to reopen that.
         """
+        self._reopen(node, "ro")
+
+    def make_writable(self, node: str) -> None:
+        """See :class:`chainmerge.live.port.LiveVm`, and :meth:`make_read_only`."""
         self._reopen(node, "rw")
-        try:
-            yield
-        finally:
-            self._reopen(node, "ro")
 
     def _reopen(self, name: str, mode: str) -> None:
         if name.startswith(_AUTOMATIC):

@@ -47,7 +47,7 @@ from chainmerge.options import LiveOptions
 from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:
-    from chainmerge.live.port import JobState
+    from chainmerge.live.port import BlockNode, JobState
 
 # Events make it shorter; this is how often progress is looked at.
 SECONDS_BETWEEN_LOOKS: Final = 0.25
@@ -360,24 +360,40 @@ def _restore(drive: Drive) -> None:
     failure = drive.failure or _failed(drive, "the job was cancelled, or the VM started anew")
     drive.enter(LiveState.UNDOING)
     _unthrottle(drive)
-    place = _place(drive)
-    actions = undo_actions(drive.journal, place.base)
-    if actions:
-        try:
-            with drive.vm.writable(place.base.name):
-                drive.vm.change_bitmaps(actions)
-        except VmRefused as refused:
-            # The saved bitmaps stay, and the next merge of these images while they are closed
-            # takes base's from there.
-            forget(drive.journal, keep_saved=bool(drive.journal.kept))
-            names = ", ".join(repr(kept.name) for kept in drive.journal.kept)
-            reason = (
-                f"{_reason_of(failure)}; base's bitmaps {names} could not be switched on again "
-                f"({refused.reason}): they are saved beside base, and a cold merge restores them"
-            )
-            raise _failed(drive, reason) from failure
+    base = _place(drive).base
+    actions = undo_actions(drive.journal, base)
+    if not actions:
+        _close_again(drive, base)
+        forget(drive.journal, keep_saved=False)
+        raise failure
+    try:
+        if base.read_only:
+            drive.vm.make_writable(base.name)
+        drive.vm.change_bitmaps(actions)
+        drive.vm.make_read_only(base.name)
+    except VmRefused as refused:
+        # The saved bitmaps stay, and the next merge of these images while they are closed
+        # takes base's from there.
+        forget(drive.journal, keep_saved=True)
+        names = ", ".join(repr(kept.name) for kept in drive.journal.kept)
+        reason = (
+            f"{_reason_of(failure)}; base's bitmaps {names} could not be switched on again "
+            f"({refused.reason}): they are saved beside base, and a cold merge restores them"
+        )
+        raise _failed(drive, reason) from failure
     forget(drive.journal, keep_saved=False)
     raise failure
+
+
+def _close_again(drive: Drive, base: BlockNode) -> None:
+    """Make base read-only again, which QEMU forgets of an active commit that was cancelled.
+
+    Where it cannot be told to (a node whose name it made up), base's bitmaps are stored when
+    the VM ends.
+    """
+    if not base.read_only:
+        with contextlib.suppress(VmRefused):
+            drive.vm.make_read_only(base.name)
 
 
 def _reason_of(error: ChainmergeError) -> str:
