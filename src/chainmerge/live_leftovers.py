@@ -94,6 +94,21 @@ def _names_base(access: Access, top: Path, base: Path | None) -> bool:
         return False
 
 
+def require_clear(request: Request, record: MergedRecord | None) -> None:
+    """Make sure that top is not what a live merge has left, and somebody has written to since.
+
+    Raises LivePivotUnclear, unless ``active`` says that top is what the guest wrote to.
+    """
+    if record is None or record.superseded is None or not request.top.exists():
+        return
+    left = record.superseded.images[0].identity
+    if not same_image(identify(request.top), left):
+        return
+    active = request.access.active
+    if active is None or os.path.realpath(active) != os.path.realpath(request.top):
+        raise LivePivotUnclear(str(request.top), record.base)
+
+
 def journal_of(target: Target) -> LiveJournal | None:
     """The journal that a live merge has left for these images; None where there is none.
 

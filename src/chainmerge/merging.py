@@ -36,7 +36,12 @@ from chainmerge.journal import (
     same_image,
 )
 from chainmerge.live_journal import forget_live_journal
-from chainmerge.live_leftovers import finish_pivot, journal_of, without_base_as_active
+from chainmerge.live_leftovers import (
+    finish_pivot,
+    journal_of,
+    require_clear,
+    without_base_as_active,
+)
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
 from chainmerge.merge_journal import JournalState, enter, forget_journal
 from chainmerge.native_facts import (
@@ -60,7 +65,14 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
 from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
-from chainmerge.settle import SettleSteps, delete_recorded, finished_before, give_back, settle
+from chainmerge.settle import (
+    SettleSteps,
+    delete_recorded,
+    delete_superseded,
+    finished_before,
+    give_back,
+    settle,
+)
 from chainmerge.space_facts import SpaceSurvey, survey_space
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -168,6 +180,7 @@ def merge(
     record = load_merged_record(request.top)
     if record is not None and finished_before(record, request.top, request.base, request.options):
         return _report_finished(request, record)
+    require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
     allow_open_files(_locks_held(target))
@@ -522,6 +535,8 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
 
 def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     deleted = delete_recorded(record)
+    if request.options.delete:
+        deleted += delete_superseded(record)
     _forget_bitmaps_saved_for(record)
     warnings = tuple(finish_recorded(request, record))
     verified = (VERIFIED_BEFORE,)

@@ -47,6 +47,10 @@ def test_the_way_of_a_merge(vm: LiveTestVm, scenario: LiveScenario) -> None:
     assert events[-1]["deleted"] == [str(scenario.top)]
     assert vm.chain() == ["1.qcow2", "base.qcow2"]
 
+    again = chainmerge("live", "merge", scenario.top, *vm.arguments, "--delete", "--json")
+    assert again.status == ExitCode.DONE, again.err
+    assert again.json["outcome"] == "already-merged"
+
     status = chainmerge("live", "status", *vm.arguments, "--json")
     assert status.status == ExitCode.DONE
     assert status.json["merges"] == []

@@ -7,6 +7,7 @@ import contextlib
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ import pytest
 import chainmerge
 from chainmerge import live
 from chainmerge.errors import ChainmergeError, ExitCode
-from chainmerge.live.errors import NothingUnfinished
-from chainmerge.options import LiveOptions, MergeOptions
+from chainmerge.live.errors import NothingUnfinished, VmLost
+from chainmerge.live_leftovers import LivePivotUnclear
+from chainmerge.options import Access, LiveOptions, MergeOptions
 from tests.conftest import SOAK
 from tests.support.cli import environment
 from tests.support.dying import DyingVm, Moment
@@ -29,7 +31,7 @@ from tests.support.live_scenario import (
     stored_bits,
 )
 from tests.support.live_vm import DEVICE, Guest, LiveTestVm, running_vm
-from tests.support.qemu import assert_clean, content
+from tests.support.qemu import assert_clean, content, qemu_img, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -162,3 +164,68 @@ def assert_merged_cold(scenario: LiveScenario, guest: Guest, *, in_order: bool) 
             "everywhere": set(scenario.everywhere),
             "in-top": set(scenario.in_top),
         }
+
+
+def left_by_a_live_merge(directory: Path, kind: str) -> tuple[LiveScenario, Guest]:
+    """A merge that came to its end with top left in place, and a guest that wrote on."""
+    scenario = build(directory / "chain", 21, levels=2, active=kind == "active")
+    with running_vm(directory / "vm", scenario.images) as vm:
+        with Guest(vm, 21, DISK) as guest:
+            with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+                live.merge(disk, scenario.top, scenario.base)
+            guest.wait_for(len(guest.journal) + 20)
+        vm.quit()
+    return scenario, guest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_merged_again_from_what_a_live_merge_has_left(tmp_path: Path, kind: str) -> None:
+    scenario, guest = left_by_a_live_merge(tmp_path, kind)
+    report = chainmerge.merge(scenario.top, scenario.base)
+    assert report.outcome == "already-merged"
+    assert_closed_right(scenario, guest)
+    report = chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    assert set(report.deleted) == {str(path) for path in scenario.merged}
+    assert_closed_right(scenario, guest)
+
+
+def test_what_was_written_to_since_is_not_merged_unasked(tmp_path: Path) -> None:
+    scenario, guest = left_by_a_live_merge(tmp_path, "active")
+    qemu_io(scenario.top, "write -q -P 9 0 64k")
+    with pytest.raises(LivePivotUnclear):
+        chainmerge.merge(scenario.top, scenario.base)
+    assert content(scenario.base) == guest.applied_to(scenario.before)
+    # Somebody who has started the VM from top again knows better.
+    wanted = content(scenario.top)
+    chainmerge.merge(scenario.top, scenario.base, access=Access(active=str(scenario.top)))
+    assert content(scenario.base) == wanted
+
+
+@dataclass
+class DiesOnceMerged:
+    """Ends the VM when the merge has taken effect and the guest has written on."""
+
+    vm: LiveTestVm
+    guest: Guest
+
+    def __call__(self) -> None:
+        self.guest.wait_for(len(self.guest.journal) + 10)
+        self.vm.kill()
+
+
+def test_after_the_pivot_base_is_right_even_where_top_was_touched(tmp_path: Path) -> None:
+    scenario = build(tmp_path / "chain", 22, levels=1, active=True)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        guest = Guest(vm, 22, DISK, flushes=True)
+        with guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            dying = DyingVm(disk, 0, "before", DiesOnceMerged(vm, guest), name_of_call="dismiss")
+            with pytest.raises(VmLost):
+                live.merge(dying, scenario.top)
+    # As a VM that is started from top once more and ended at once does.
+    qemu_img("bitmap", "--add", scenario.top, "touched")
+    with pytest.raises(LivePivotUnclear):
+        chainmerge.merge(scenario.top)
+    report = chainmerge.merge(scenario.top, access=Access(active=str(scenario.base)))
+    assert report.outcome == "already-merged"
+    assert guest.may_be(scenario.before, content(scenario.base))
+    assert leftovers(scenario) == []

@@ -16,6 +16,7 @@ from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveImageInUse,
     LiveJobRunning,
+    LiveMergeDriven,
     LiveMergeStalled,
     LiveOtherChildren,
     NoSuchDisk,
@@ -24,6 +25,7 @@ from chainmerge.live.errors import (
     UnfinishedMergeFound,
     VmUnreachable,
 )
+from chainmerge.live.exclusive import sole_driver
 from chainmerge.live_journal import LiveJournalDamaged, live_journal_file
 from chainmerge.options import LiveOptions
 from chainmerge.plan_errors import BaseHasOtherChildren
@@ -179,6 +181,17 @@ def test_a_monitor_that_talks_to_somebody_else(
         pytest.raises(VmUnreachable, match="no answer"),
     ):
         live.QmpVm(str(vm.qmp), device=DEVICE)
+
+
+def test_two_managers(vm: LiveTestVm, scenario: LiveScenario) -> None:
+    with (
+        sole_driver(identify(scenario.base)),
+        live.QmpVm(str(vm.qmp), device=DEVICE) as disk,
+        pytest.raises(LiveMergeDriven),
+    ):
+        live.merge(disk, scenario.top)
+    with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+        live.merge(disk, scenario.top)
 
 
 def test_nothing_to_resume(vm: LiveTestVm) -> None:

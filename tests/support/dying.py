@@ -24,12 +24,16 @@ MOMENTS: Final[dict[str, Moment]] = {"before": "before", "after": "after"}
 
 @dataclass
 class DyingVm:
-    """Passes calls on to *vm*; *die* is called before or after the one with the number *call*."""
+    """Passes calls on to *vm*; *die* is called before or after one of them.
+
+    It is the one with the number *call*, or the first one of that name.
+    """
 
     vm: Any
     call: int
     moment: Moment
     die: Callable[[], None]
+    name_of_call: str = ""
     calls: int = field(default=0)
 
     @property
@@ -45,7 +49,7 @@ class DyingVm:
 
         def called(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
-            fatal = self.calls == self.call
+            fatal = self.calls == self.call or name == self.name_of_call
             if fatal and self.moment == "before":
                 self.die()
             result = passed_on(*args, **kwargs)

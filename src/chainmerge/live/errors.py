@@ -312,3 +312,17 @@ class NothingUnfinished(Refused):
         "image of this disk, so the last merge came to its end, or was undone."
     )
     vm: str
+
+
+@dataclass(eq=False)
+class LiveMergeDriven(Refused):
+    """Another process carries on a merge into the same base."""
+
+    code: ClassVar[str] = "live-merge-driven"
+    template: ClassVar[str] = "another chainmerge is merging into {base} right now"
+    hint: ClassVar[str] = "let it come to its end; `chainmerge live status` shows how far it is"
+    explanation: ClassVar[str] = (
+        "Two processes that carry on the same merge would both tell the VM what to do next. The "
+        "second one was refused and has changed nothing."
+    )
+    base: str

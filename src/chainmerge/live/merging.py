@@ -14,6 +14,8 @@ from chainmerge.inspection import open_chain
 from chainmerge.journal import (
     SavedBitmap,
     SavedBitmaps,
+    identify,
+    load_merged_record,
     load_saved_bitmaps,
     save_bitmaps,
     saved_bitmaps_file,
@@ -23,9 +25,11 @@ from chainmerge.live.errors import (
     NothingUnfinished,
     UnfinishedMergeFound,
 )
+from chainmerge.live.exclusive import sole_driver
 from chainmerge.live.inspection import LiveTarget, locate, path_of
 from chainmerge.live.planning import LivePlan, plan_live
 from chainmerge.live.sequence import Drive, carry_on
+from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
 from chainmerge.live_journal import (
     LiveJournal,
@@ -40,6 +44,7 @@ from chainmerge.planning import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.settle import finished_before
 from chainmerge.storage.files import FileReadable
 from chainmerge.types import (
     REPORT_VERSION,
@@ -119,19 +124,24 @@ def merge(
     access, options = access or Access(), options or LiveOptions()
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
+    record = load_merged_record(Path(top))
+    if finished_before(record, Path(top), _path(base), options.as_merge):
+        assert record is not None
+        return _done_before(vm, Path(record.result), caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
-        return _drive(vm, unfinished, options, caller, None, ())
+        with sole_driver(unfinished.base):
+            return _drive(vm, unfinished, options, caller, None)
     live = locate(vm, Path(top), _path(base), access)
-    for obstacle in _left_behind(live):
-        raise obstacle
-    decided = plan_live(vm, live, options)
-    for refusal in decided.refusals:
-        raise refusal
-    _extend(decided, options, caller)
-    _record(live, decided.journal)
-    plan_done = decided.plan
-    return _drive(vm, decided.journal, options, caller, plan_done, plan_done.warnings)
+    with sole_driver(identify(live.target.base.real_path)):
+        for obstacle in _left_behind(live):
+            raise obstacle
+        decided = plan_live(vm, live, options)
+        for refusal in decided.refusals:
+            raise refusal
+        _extend(decided, options, caller)
+        _record(live, decided.journal)
+        return _drive(vm, decided.journal, options, caller, decided.plan)
 
 
 def resume(
@@ -151,7 +161,8 @@ def resume(
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
     for journal in _journals(vm):
-        return _drive(vm, journal, options or LiveOptions(), caller, None, ())
+        with sole_driver(journal.base):
+            return _drive(vm, journal, options or LiveOptions(), caller, None)
     raise NothingUnfinished(vm.name)
 
 
@@ -290,7 +301,6 @@ def _drive(
     options: LiveOptions,
     caller: _Caller,
     plan_done: MergePlan | None,
-    warnings: tuple[str, ...],
 ) -> MergeReport:
     drive = Drive(
         vm=vm,
@@ -300,8 +310,29 @@ def _drive(
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
     )
-    settled = carry_on(drive)
-    return _report(drive, settled, caller, plan_done, warnings)
+    return _report(drive, carry_on(drive), caller, plan_done)
+
+
+def _done_before(vm: LiveVm, base: Path, caller: _Caller) -> MergeReport:
+    """The report of a merge after which top was deleted."""
+    graph = vm.graph()
+    node = next((one for one in graph.chain() if path_of(one, graph) == base), None)
+    size = base.stat().st_size
+    return MergeReport(
+        version=REPORT_VERSION,
+        outcome=MergeOutcome.ALREADY_MERGED,
+        plan=None,
+        bitmaps=tuple(results_of(node)) if node is not None else (),
+        bytes_copied=0,
+        seconds=time.monotonic() - caller.started,
+        image_end=size,
+        volume_size=size,
+        verified=("an earlier run merged and verified it",),
+        repointed=(),
+        deleted=(),
+        renamed=None,
+        warnings=(),
+    )
 
 
 def _report(
@@ -309,8 +340,8 @@ def _report(
     settled: Settled,
     caller: _Caller,
     plan_done: MergePlan | None,
-    warnings: tuple[str, ...],
 ) -> MergeReport:
+    warnings = plan_done.warnings if plan_done is not None else ()
     base = Path(drive.base)
     verified = list(settled.verified)
     if drive.journal.is_active and drive.held_seconds:

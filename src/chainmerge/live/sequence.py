@@ -177,7 +177,7 @@ def _pause(drive: Drive) -> None:
     # It may come to its end in the meantime, which is as good.
     with contextlib.suppress(VmRefused):
         drive.vm.pause(drive.journal.job)
-    _wait_while(drive, JobPhase.RUNNING)
+    _wait_while(drive, JobPhase.RUNNING, JobPhase.READY)
 
 
 def _prepare(drive: Drive) -> None:
@@ -314,7 +314,13 @@ def _switch(drive: Drive) -> None:
     if drive.journal.state is not LiveState.SWITCHING:
         since = data_changed(Path(drive.top))
         drive.journal = msgspec.structs.replace(drive.journal, top_since=since)
-    drive.enter(LiveState.SWITCHING)
+    try:
+        drive.enter(LiveState.SWITCHING)
+    except ChainmergeError as error:
+        # Whatever else may have to wait, the guest must not.
+        drive.failure = error
+        _undo(drive)
+        return
     drive.vm.finalize(drive.journal.job)
     _wait_while(drive, JobPhase.HELD, JobPhase.ENDING)
     drive.held_seconds = time.monotonic() - started

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.model import ImageFormat
+from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.checkpoints import BitmapState
 from chainmerge.engines.metadata import StoredBitmap
 from chainmerge.inspection import open_chain
 from chainmerge.journal import (
     DoomedImage,
     MergedRecord,
-    forget_merged_record,
+    Superseded,
     forget_saved_bitmaps,
     identify,
     load_saved_bitmaps,
@@ -27,10 +29,11 @@ from chainmerge.journal import (
 from chainmerge.live.bitmaps import faults
 from chainmerge.live.errors import LiveVerificationFailed, VmRefused
 from chainmerge.live.situation import place_of
-from chainmerge.live_journal import forget_live_journal
+from chainmerge.live_journal import data_changed, forget_live_journal
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.settle import delete_recorded
+from chainmerge.storage.files import FileReadable
 from chainmerge.types import BitmapResult, ProgressEvent, Stage
 from chainmerge.verify import verify_bitmaps, verify_content, verify_soundness
 
@@ -81,9 +84,11 @@ def settle(
     deleted: tuple[str, ...] = ()
     if journal.delete:
         deleted = _delete(vm, journal, warnings)
+    else:
+        _record_superseded(journal)
     place = _merged_place(vm, journal)
     forget(journal, keep_saved=False)
-    return Settled(tuple(_results(place.base)), tuple(verified), deleted, tuple(warnings))
+    return Settled(tuple(results_of(place.base)), tuple(verified), deleted, tuple(warnings))
 
 
 def forget(journal: LiveJournal, *, keep_saved: bool) -> None:
@@ -190,26 +195,18 @@ def _close(vm: LiveVm, place: Place) -> Iterator[str]:
 
 def _delete(vm: LiveVm, journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
     """Delete the merged images, upper ones first, if nobody has them open."""
-    place = _merged_place(vm, journal)
-    if place.left_over:
+    if _merged_place(vm, journal).left_over:
         warnings.append("merged images that the VM keeps open were not deleted")
+        _record_superseded(journal)
         return ()
-    doomed = [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+    doomed = _doomed(journal)
     devices = [one.path for one in doomed if Path(one.path).is_block_device()]
     if devices:
         warnings.append(f"block devices are not deleted: {', '.join(devices)}")
-    record = MergedRecord(
-        top=journal.top.path,
-        base=journal.base.path,
-        result=journal.base.path,
-        result_format="qcow2",
-        result_identity=journal.base,
-        keep_name=False,
-        delete=[one for one in doomed if one.path not in devices],
-    )
-    top = Path(journal.top.path)
-    forget_merged_record(top)
-    record_merged(top, record)
+        _record_superseded(journal)
+        return ()
+    record = _record(journal, doomed, None)
+    record_merged(Path(journal.top.path), record)
     try:
         return delete_recorded(record)
     except OSError as error:
@@ -217,7 +214,43 @@ def _delete(vm: LiveVm, journal: LiveJournal, warnings: list[str]) -> tuple[str,
         return ()
 
 
-def _results(base: BlockNode) -> Iterator[BitmapResult]:
+def _record_superseded(journal: LiveJournal) -> None:
+    """Record that nothing may be merged from what is left: the guest writes to base, or above.
+
+    In top's header nothing tells of that. Merged again, it would put old data over new.
+    """
+    top = Path(journal.top.path)
+    if top.exists() and same_image(identify(top), journal.top):
+        superseded = Superseded(_doomed(journal), data_changed(top))
+        record_merged(top, _record(journal, [], superseded))
+
+
+def _doomed(journal: LiveJournal) -> list[DoomedImage]:
+    return [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+
+
+def _record(
+    journal: LiveJournal, doomed: list[DoomedImage], superseded: Superseded | None
+) -> MergedRecord:
+    return MergedRecord(
+        top=journal.top.path,
+        base=journal.base.path,
+        result=journal.base.path,
+        result_format=_format_of(Path(journal.base.path)),
+        result_identity=journal.base,
+        keep_name=False,
+        delete=doomed,
+        superseded=superseded,
+    )
+
+
+def _format_of(base: Path) -> str:
+    with FileReadable(base) as readable:
+        return ImageFormat.QCOW2 if begins_as_qcow2(readable) else ImageFormat.RAW
+
+
+def results_of(base: BlockNode) -> Iterator[BitmapResult]:
+    """The bitmaps of a node, for a report."""
     for bitmap in sorted(base.bitmaps, key=lambda one: one.name):
         state = BitmapState.VALID if bitmap.recording else BitmapState.DISABLED
         if bitmap.inconsistent:
