@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from chainmerge.chain import discover
 from chainmerge.checkpoints import BitmapState
+from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
 from chainmerge.inspection import policy_of
 from chainmerge.journal import (
@@ -36,6 +37,7 @@ from chainmerge.live_journal import (
 from chainmerge.qcow2.check import check
 from chainmerge.results import bitmap_results
 from chainmerge.settle import delete_recorded
+from chainmerge.storage.files import WritablePort
 from chainmerge.types import REPORT_VERSION, MergeOutcome, MergeReport, Stage
 from chainmerge.verify import verify_soundness
 from chainmerge.view import first_difference
@@ -109,6 +111,17 @@ def require_clear(request: Request, record: MergedRecord | None) -> None:
         raise LivePivotUnclear(str(request.top), record.base)
 
 
+def forget_left_behind(record: MergedRecord) -> None:
+    """Remove what a live merge has kept beside base, once its record says that it is done."""
+    base = Path(record.base)
+    journal = load_live_journal(base)
+    if journal is None or not same_image(journal.base, record.result_identity):
+        return
+    if journal.top.path == record.top:
+        forget_saved_bitmaps(base)
+        forget_live_journal(base)
+
+
 def journal_of(target: Target) -> LiveJournal | None:
     """The journal that a live merge has left for these images; None where there is none.
 
@@ -161,6 +174,9 @@ def _finish(
     if image is not None:
         verify_soundness(image)
         verified.append("refcounts of base recomputed from the tables: no corruption")
+        # What QEMU had taken and not used yet when it died.
+        with WritablePort(base.real_path) as port:
+            reclaim_leaks(port)
     request.announce(Stage.SETTLE)
     deleted: tuple[str, ...] = ()
     if request.options.delete or journal.delete:

@@ -38,6 +38,7 @@ from chainmerge.journal import (
 from chainmerge.live_journal import forget_live_journal
 from chainmerge.live_leftovers import (
     finish_pivot,
+    forget_left_behind,
     journal_of,
     require_clear,
     without_base_as_active,
@@ -538,6 +539,7 @@ def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     if request.options.delete:
         deleted += delete_superseded(record)
     _forget_bitmaps_saved_for(record)
+    forget_left_behind(record)
     warnings = tuple(finish_recorded(request, record))
     verified = (VERIFIED_BEFORE,)
     result = Path(record.result)

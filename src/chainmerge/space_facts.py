@@ -139,14 +139,17 @@ def survey_for_live(
             virtual_size_after=max(image.header.virtual_size, top_size),
         )
     )
-    # Each removal writes a directory beside the one before.
+    # Each removal writes a directory beside the one before, into what was freed. The last one
+    # cuts a run of free clusters in two, and the first of these can end too early for a request.
     directory = 0 if image.header.bitmaps is None else image.header.bitmaps.directory_size
-    slack = 2 * -(-directory // image.header.cluster_size) * image.header.cluster_size
+    wasted = min(arrivals.largest - 1, len(freed))
+    clusters = 2 * -(-directory // image.header.cluster_size) + wasted
+    slack = clusters * image.header.cluster_size if stale else 0
     space = _facts(need)
     space = replace(
         space,
         required=space.required + slack,
-        breakdown={**space.breakdown, **({"directories": slack} if slack else {})},
+        breakdown={**space.breakdown, **({"removals": slack} if slack else {})},
         new_clusters=arrivals.likely_clusters,
         new_l2_tables=arrivals.l2_tables,
     )

@@ -252,7 +252,7 @@ def _extend(decided: LivePlan, options: LiveOptions, caller: _Caller) -> None:
     back: that is done by truncating it.
     """
     space = decided.plan.space
-    if space.grow_to is None or space.kind == "file":
+    if space.grow_to is None:
         return
     caller.report(ProgressEvent(Stage.EXTEND))
     volume = volume_at(Path(decided.journal.base.path), options.as_merge)
@@ -313,6 +313,14 @@ def _drive(
     return _report(drive, carry_on(drive), caller, plan_done)
 
 
+def _copied(drive: Drive, plan_done: MergePlan | None) -> int:
+    """Guest bytes that went into base. The job of an internal merge counts what it passes over."""
+    if drive.journal.is_active or plan_done is None:
+        return drive.copied
+    moved = plan_done.movement
+    return moved.data_bytes + moved.zero_bytes + moved.compressed_bytes
+
+
 def _done_before(vm: LiveVm, base: Path, caller: _Caller) -> MergeReport:
     """The report of a merge after which top was deleted."""
     graph = vm.graph()
@@ -359,7 +367,7 @@ def _report(
         outcome=MergeOutcome.MERGED,
         plan=plan_done,
         bitmaps=settled.bitmaps,
-        bytes_copied=drive.copied,
+        bytes_copied=_copied(drive, plan_done),
         seconds=time.monotonic() - caller.started,
         image_end=end,
         volume_size=size,

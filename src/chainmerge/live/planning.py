@@ -27,6 +27,7 @@ from chainmerge.qcow2.errors import FormatError
 from chainmerge.readability import require_readable
 from chainmerge.space import BitmapShape
 from chainmerge.space_facts import survey_for_live
+from chainmerge.storage.volumes import VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -108,9 +109,16 @@ def _plan(vm: LiveVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
         warnings=tuple(_warnings(live)),
     )
-    plan = make_plan(facts, asked)
+    plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)
     return LivePlan(plan, find_refusals(facts, asked), journal)
+
+
+def _as_it_grows(plan: MergePlan) -> MergePlan:
+    """Files are not extended beforehand: the VM's QEMU makes them longer as it writes."""
+    if plan.space.kind != VolumeKind.FILE:
+        return plan
+    return replace(plan, space=replace(plan.space, grow_to=None))
 
 
 def _relatives(live: LiveTarget) -> Relatives:
