@@ -386,8 +386,9 @@ class UnfinishedMerge:
         base: The image merged into.
         top: The uppermost image that is merged, None where no file names it.
         state: The journal's last entry (``prepared``, ``switching``, ``switched``, ``repoint``,
-            ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``), ``unknown`` where there is
-            no journal that can be used.
+            ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``; of a live merge
+            ``preparing``, ``copying``, ``switching``, ``settling``, ``undoing``), ``unknown`` where
+            there is no journal that can be used.
         progress: How far it came, in a sentence.
         base_holds_data: Whether base holds the data of all merged images already, None where only
             a look at all of it could tell.

@@ -130,9 +130,12 @@ def lost(vm: LiveVm, journal: LiveJournal, reason: str) -> VmLost:
 
 def _situation(drive: Drive) -> Situation:
     place = _place(drive)
+    job = drive.vm.job(drive.journal.job)
+    if job is not None:
+        drive.copied = job.done
     return Situation(
         state=drive.journal.state,
-        job=drive.vm.job(drive.journal.job),
+        job=job,
         merged=place.merged,
         active=drive.journal.is_active,
     )
@@ -209,7 +212,6 @@ def _follow(drive: Drive) -> None:
     job = drive.vm.job(drive.journal.job)
     if job is None:
         return
-    drive.copied = job.done
     drive.convergence.observe(job)
     rate = int(drive.convergence.rate)
     drive.report(ProgressEvent(Stage.COPY, job.done, job.total, rate))
