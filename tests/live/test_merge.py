@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import chainmerge
 from chainmerge import live
 from chainmerge.options import LiveOptions
 from tests.conftest import SOAK
-from tests.support.live_scenario import DISK, assert_closed_right, build, leftovers
+from tests.support.live_scenario import (
+    COARSE,
+    DISK,
+    assert_closed_right,
+    build,
+    leftovers,
+    stored_bits,
+)
 from tests.support.live_vm import DEVICE, Guest, one_drive, running_vm, separate_nodes
+from tests.support.qemu import content, create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,3 +71,48 @@ def test_nothing_is_lost_while_the_guest_writes(
 @pytest.mark.parametrize("kind", KINDS)
 def test_nodes_whose_names_qemu_made_up(tmp_path: Path, kind: str) -> None:
     merge_while_writing(tmp_path, 7, kind, 2, one_drive)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_raw_base(tmp_path: Path, kind: str) -> None:
+    base = create(tmp_path / "base.raw", DISK, fmt="raw")
+    qemu_io(base, "write -q -P 1 0 8M", fmt="raw")
+    top = create(tmp_path / "top.qcow2", backing=base, backing_format="raw")
+    qemu_io(top, "write -q -P 2 4M 8M")
+    images = [base, top]
+    if kind == "internal":
+        images.append(create(tmp_path / "leaf.qcow2", backing=top))
+    before = content(images[-1])
+    with running_vm(tmp_path / "vm", images, one_drive) as vm:
+        with Guest(vm, 1, DISK) as guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            live.merge(disk, top, options=LiveOptions(delete=True))
+        vm.quit()
+    result, fmt = (base, "raw") if kind == "active" else (images[-1], "qcow2")
+    assert content(result, fmt) == guest.applied_to(before)
+    assert not top.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_has_grown(tmp_path: Path, kind: str) -> None:
+    small = DISK // 2
+    base = create(tmp_path / "base.qcow2", small)
+    for name in ("everywhere", "stale"):
+        chainmerge.bitmaps_add(base, name)
+    qemu_io(base, "write -q -P 1 0 1M")
+    top = create(tmp_path / "top.qcow2", DISK, backing=base)
+    images = [base, top]
+    if kind == "internal":
+        images.append(create(tmp_path / "leaf.qcow2", backing=top))
+    for image in images[1:]:
+        chainmerge.bitmaps_add(image, "everywhere")
+    qemu_io(top, f"write -q -P 2 {small} 1M")
+    before = content(images[-1])
+    with running_vm(tmp_path / "vm", images) as vm:
+        with Guest(vm, 1, DISK) as guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            live.merge(disk, top, options=LiveOptions(delete=True))
+        vm.quit()
+    assert content(images[-1] if kind == "internal" else base) == guest.applied_to(before)
+    wanted = {*range(16), *range(small // COARSE, small // COARSE + 16)}
+    if kind == "active":
+        wanted |= guest.dirty(COARSE)
+    assert stored_bits(base) == {"everywhere": wanted}

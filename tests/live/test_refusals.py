@@ -26,9 +26,16 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.exclusive import sole_driver
-from chainmerge.live_journal import LiveJournalDamaged, live_journal_file
+from chainmerge.live_journal import (
+    LiveJournal,
+    LiveJournalDamaged,
+    LiveState,
+    enter,
+    live_journal_file,
+)
 from chainmerge.options import LiveOptions
 from chainmerge.plan_errors import BaseHasOtherChildren
+from chainmerge.storage.errors import WriteFailed
 from chainmerge.types import Stage
 from tests.support.live_scenario import (
     DISK,
@@ -249,6 +256,30 @@ def test_a_merge_that_is_to_stop_is_undone(
         with Guest(vm, 6, DISK) as again, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
             live.merge(disk, scenario.top, scenario.base, options=LiveOptions(delete=True))
         guest.journal += again.journal
+        vm.quit()
+    assert_closed_right(scenario, guest)
+
+
+@pytest.mark.parametrize("kind", ["internal", "active"])
+def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    scenario = build(tmp_path / "chain", 8, levels=1, active=kind == "active")
+
+    def full_at_the_switch(journal: LiveJournal, state: LiveState) -> LiveJournal:
+        if state is LiveState.SWITCHING:
+            raise WriteFailed(str(scenario.base), 0, 0, "No space left on device")
+        return enter(journal, state)
+
+    monkeypatch.setattr("chainmerge.live.sequence.enter", full_at_the_switch)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        with Guest(vm, 8, DISK) as guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            with pytest.raises(WriteFailed):
+                live.merge(disk, scenario.top)
+            guest.wait_for(len(guest.journal) + 5)
+            assert vm.jobs() == []
+            monkeypatch.undo()
+            live.merge(disk, scenario.top, options=LiveOptions(delete=True))
         vm.quit()
     assert_closed_right(scenario, guest)
 

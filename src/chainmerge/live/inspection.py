@@ -91,18 +91,6 @@ def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:
     return protocol.filename if protocol.driver in _PLAIN_PROTOCOLS else None
 
 
-def node_of(identity: Identity, graph: BlockGraph) -> BlockNode | None:
-    """The image of the VM, in the disk's chain or left over, that lies in a file."""
-    return next(
-        (
-            node
-            for node in graph.nodes.values()
-            if node.file is not None and _identity_at(path_of(node, graph)) == identity
-        ),
-        None,
-    )
-
-
 def locate(vm: LiveVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
     """Find the merge that was asked for in the VM and on disk.
 

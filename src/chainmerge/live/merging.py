@@ -125,8 +125,11 @@ def merge(
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
     record = load_merged_record(Path(top))
-    if finished_before(record, Path(top), _path(base), options.as_merge):
-        assert record is not None
+    if (
+        record is not None
+        and finished_before(record, Path(top), _path(base), options.as_merge)
+        and not _reads(vm, Path(top))
+    ):
         return _done_before(vm, Path(record.result), caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
@@ -214,6 +217,11 @@ def _paths(vm: LiveVm) -> Iterator[Path]:
         path = path_of(node, graph)
         if path is not None:
             yield path
+
+
+def _reads(vm: LiveVm, image: Path) -> bool:
+    """Whether the disk reads an image, by whatever name."""
+    return any(path.exists() and image.exists() and path.samefile(image) for path in _paths(vm))
 
 
 def _journals(vm: LiveVm) -> Iterator[LiveJournal]:
@@ -375,5 +383,5 @@ def _report(
         repointed=(above.path,) if above is not None else (),
         deleted=settled.deleted,
         renamed=None,
-        warnings=(*warnings, *settled.warnings),
+        warnings=(*warnings, *drive.warnings, *settled.warnings),
     )

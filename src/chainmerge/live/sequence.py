@@ -81,6 +81,7 @@ class Drive:
     stuck_at: int | None = None
     completing: bool = False
     announced: set[Stage] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
 
     def announce(self, stage: Stage) -> None:
         """Report that a stage begins, the first time."""
@@ -260,7 +261,13 @@ def _unthrottle(drive: Drive) -> None:
     saved = drive.journal.limits
     if saved is None:
         return
-    drive.vm.limit_disk(DiskLimits(saved.limits, saved.group))
+    try:
+        drive.vm.limit_disk(DiskLimits(saved.limits, saved.group))
+    except VmRefused as refused:
+        drive.warnings.append(
+            f"the guest's disk may still be slowed down, as its limits could not be set to what "
+            f"they were: {refused.reason}"
+        )
     drive.journal = msgspec.structs.replace(drive.journal, limits=None)
     save_live_journal(drive.journal)
 
