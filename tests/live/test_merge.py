@@ -14,6 +14,7 @@ from tests.conftest import SOAK
 from tests.support.live_scenario import (
     COARSE,
     DISK,
+    MIB,
     assert_closed_right,
     build,
     leftovers,
@@ -97,14 +98,14 @@ def test_a_disk_that_has_grown(tmp_path: Path, kind: str) -> None:
     small = DISK // 2
     base = create(tmp_path / "base.qcow2", small)
     for name in ("everywhere", "stale"):
-        chainmerge.bitmaps_add(base, name)
+        chainmerge.bitmaps_add(base, name, granularity=COARSE)
     qemu_io(base, "write -q -P 1 0 1M")
     top = create(tmp_path / "top.qcow2", DISK, backing=base)
     images = [base, top]
     if kind == "internal":
         images.append(create(tmp_path / "leaf.qcow2", backing=top))
     for image in images[1:]:
-        chainmerge.bitmaps_add(image, "everywhere")
+        chainmerge.bitmaps_add(image, "everywhere", granularity=COARSE)
     qemu_io(top, f"write -q -P 2 {small} 1M")
     before = content(images[-1])
     with running_vm(tmp_path / "vm", images) as vm:
@@ -112,7 +113,8 @@ def test_a_disk_that_has_grown(tmp_path: Path, kind: str) -> None:
             live.merge(disk, top, options=LiveOptions(delete=True))
         vm.quit()
     assert content(images[-1] if kind == "internal" else base) == guest.applied_to(before)
-    wanted = {*range(16), *range(small // COARSE, small // COARSE + 16)}
+    first = small // COARSE
+    wanted = {*range(MIB // COARSE), *range(first, first + MIB // COARSE)}
     if kind == "active":
         wanted |= guest.dirty(COARSE)
     assert stored_bits(base) == {"everywhere": wanted}

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 DISK = 48 * MIB
-COARSE, FINE = 64 << 10, 4 << 10
+# Finer than a cluster, so that bits for what was merely copied would show.
+COARSE, FINE = 16 << 10, 4 << 10
 
 
 @dataclass(frozen=True)
