@@ -294,8 +294,8 @@ def _usable_saved(
 ) -> tuple[dict[str, BitSet | None], tuple[str, ...]]:
     """What an interrupted merge saved of base's bitmaps, as far as it belongs to this chain.
 
-    None stands for a name that base did not have: where base has it now, the interrupted
-    merge has stored it.
+    None stands for a name that base did not have: where base has it now, in whatever state, the
+    interrupted merge has put it there.
     """
     if saved is None:
         return {}, ()
@@ -309,7 +309,7 @@ def _usable_saved(
         state = base.state(bitmap.name)
         needed = state in (BitmapState.DISABLED, BitmapState.IN_USE)
         if bitmap.in_base is None:
-            if same and state is BitmapState.VALID:
+            if same and state is not BitmapState.ABSENT:
                 usable[bitmap.name] = None
         elif needed and same and _still_covers(opened, target, overlay, bitmap):
             usable[bitmap.name] = bitmap.in_base

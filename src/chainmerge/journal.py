@@ -166,8 +166,19 @@ class Pulled(msgspec.Struct, frozen=True):
     backing: str | None
 
 
+class Superseded(msgspec.Struct, frozen=True):
+    """Images that a live merge has left in place, and that nothing may be merged from any more.
+
+    The guest writes to base, or to an image on base. ``since`` is what the times of change of
+    top said when the VM had closed it, empty where they say nothing.
+    """
+
+    images: list[DoomedImage]
+    since: str
+
+
 class MergedRecord(msgspec.Struct, frozen=True):
-    """A merge whose top is about to be deleted or replaced."""
+    """A merge whose top is about to be deleted or replaced, or of no use any more."""
 
     top: str
     base: str
@@ -177,6 +188,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
     keep_name: bool
     delete: list[DoomedImage]
     pulled: Pulled | None = None
+    superseded: Superseded | None = None
 
 
 def identify(path: Path) -> ImageIdentity:

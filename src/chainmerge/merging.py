@@ -35,6 +35,14 @@ from chainmerge.journal import (
     load_saved_bitmaps,
     same_image,
 )
+from chainmerge.live_journal import forget_live_journal
+from chainmerge.live_leftovers import (
+    finish_pivot,
+    forget_left_behind,
+    journal_of,
+    require_clear,
+    without_base_as_active,
+)
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
 from chainmerge.merge_journal import JournalState, enter, forget_journal
 from chainmerge.native_facts import (
@@ -58,7 +66,14 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
 from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
-from chainmerge.settle import SettleSteps, delete_recorded, finished_before, give_back, settle
+from chainmerge.settle import (
+    SettleSteps,
+    delete_recorded,
+    delete_superseded,
+    finished_before,
+    give_back,
+    settle,
+)
 from chainmerge.space_facts import SpaceSurvey, survey_space
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -166,13 +181,19 @@ def merge(
     record = load_merged_record(request.top)
     if record is not None and finished_before(record, request.top, request.base, request.options):
         return _report_finished(request, record)
+    require_clear(request, record)
     request.announce(Stage.LOCK)
-    target = find_target(request.top, request.base, request.access)
+    target = _find(request)
     allow_open_files(_locks_held(target))
     with contextlib.ExitStack() as stack:
         locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
         _forget_cached(target, request.options)
         target = _same_target(target, request)
+        if journal_of(target) is not None:
+            with open_chain(target.chain, locks) as opened:
+                finished = finish_pivot(request, target, opened)
+            if finished is not None:
+                return finished
         resumed = resume(request, target)
         if resumed.report is not None:
             return resumed.report
@@ -265,9 +286,14 @@ def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeE
             yield error
 
 
+def _find(request: Request) -> Target:
+    access = without_base_as_active(request.access, request.top, request.base)
+    return find_target(request.top, request.base, access)
+
+
 def _same_target(before: Target, request: Request) -> Target:
     """Look again, now that nobody else can change the chain any more."""
-    target = find_target(request.top, request.base, request.access)
+    target = _find(request)
     for old, new in zip(before.chain.images, target.chain.images, strict=False):
         if old.identity != new.identity:
             raise ImageReplaced(str(new.path))
@@ -377,11 +403,20 @@ def _gather_to_merge(
 ) -> _Found:
     found = _gather(target, opened, request.options, request.should_stop)
     facts = found.facts
-    merged = _is_merged(target, opened, facts, found.bitmaps, request)
+    commits = facts.direction is Direction.COMMIT
+    bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
+    # Who stands on base can be one that is re-pointed already, bitmaps or not.
+    worth_comparing = bitmaps_are_there or bool(commits and target.relatives.siblings)
+    equal = worth_comparing and _holds_content(target, opened, facts, request)
+    merged = equal and bitmaps_are_there
     damage = () if merged else tuple(_damaged_sources(opened, facts))
     obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
     facts = replace(
-        facts, obstacles=obstacles, merged=merged, warnings=(*warnings, *facts.warnings)
+        facts,
+        obstacles=obstacles,
+        merged=merged,
+        content_merged=equal,
+        warnings=(*warnings, *facts.warnings),
     )
     return replace(found, facts=facts)
 
@@ -405,27 +440,24 @@ def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[Chainmerg
             yield ImageDamaged(path, report.corruptions + report.overlaps, first)
 
 
-def _is_merged(
-    target: Target,
-    opened: OpenChain,
-    facts: MergeFacts,
-    bitmaps: BitmapFacts,
-    request: Request,
-) -> bool:
-    """Whether base is what the merge would make it: an earlier run came to its end.
+def _holds_bitmaps(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> bool:
+    """Whether base has the bitmaps that the merge would give it."""
+    image = opened.images[target.base_index].image
+    if image is None:
+        return True
+    return bitmap_difference(image, final_set(bitmaps, target.base.virtual_size)) is None
+
+
+def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request: Request) -> bool:
+    """Whether base shows what top shows: an earlier run has copied everything.
 
     The tables can rule it out in most cases; else content is compared up to the first
     difference.
     """
-    if facts.direction is Direction.PULL:
-        return False
     base, top = target.base, target.chain.top
     if facts.undefined_bytes or base.virtual_size < top.virtual_size:
         return False
     if facts.result_check is not None and not facts.result_check.sound:
-        return False
-    image = opened.images[target.base_index].image
-    if image is not None and bitmap_difference(image, final_set(bitmaps, base.virtual_size)):
         return False
     difference = first_difference(
         opened.view(0, target.base_index + 1),
@@ -491,6 +523,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     enter(journal, JournalState.GIVE_BACK)
     warnings += give_back(steps.result, job.base.format, request.options)
     forget_journal(job.base.real_path)
+    forget_live_journal(job.base.real_path)
     return _report(
         request,
         plan,
@@ -519,7 +552,10 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
 
 def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     deleted = delete_recorded(record)
+    if request.options.delete:
+        deleted += delete_superseded(record)
     _forget_bitmaps_saved_for(record)
+    forget_left_behind(record)
     warnings = tuple(finish_recorded(request, record))
     verified = (VERIFIED_BEFORE,)
     result = Path(record.result)

@@ -18,6 +18,7 @@ EngineChoice = Literal["auto", "native", "qemu"]
 DataChoice = Literal["auto", "cow", "in-place"]
 DirectionChoice = Literal["auto", "commit", "pull"]
 VolumeChoice = Literal["auto", "file", "block", "lvm"]
+StallChoice = Literal["wait", "throttle", "abort"]
 
 
 class Direction(StrEnum):
@@ -106,3 +107,45 @@ class MergeOptions:
     volume: VolumeChoice = "auto"
     shrink: bool = False
     discard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LiveOptions:
+    """How to merge in a running VM.
+
+    Attributes:
+        verify: ``full`` also compares the guest-visible content of base with top's view, where
+            the guest does not write to base; ``metadata`` trusts QEMU with the copy.
+        delete: Delete the merged images once the VM has closed them and all is verified.
+        drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        bandwidth: Limit for the copy in bytes per second; None for no limit.
+        deadline: Seconds in which the copy is to catch up with what the guest writes; None for
+            no limit. What happens then is up to ``on_stall``.
+        on_stall: What to do when the copy does not catch up: go on (``wait``), slow down what the
+            guest writes until it does (``throttle``), or undo the merge (``abort``).
+        size_limit: Bytes that base's file must not grow past; None for no limit.
+        volume: What base lies on; ``auto`` finds out.
+    """
+
+    verify: VerifyLevel = "full"
+    delete: bool = False
+    drop_bitmaps: bool = False
+    bandwidth: int | None = None
+    deadline: float | None = None
+    on_stall: StallChoice = "wait"
+    size_limit: int | None = None
+    volume: VolumeChoice = "auto"
+
+    @property
+    def as_merge(self) -> MergeOptions:
+        """What of it the planning of every merge asks for."""
+        return MergeOptions(
+            verify=self.verify,
+            delete=self.delete,
+            drop_bitmaps=self.drop_bitmaps,
+            engine="qemu",
+            direction="commit",
+            bandwidth=self.bandwidth,
+            size_limit=self.size_limit,
+            volume=self.volume,
+        )

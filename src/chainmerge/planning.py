@@ -131,6 +131,8 @@ class MergeFacts:
     spaces: Mapping[Placement, SpaceFacts]
     obstacles: tuple[ChainmergeError, ...]
     warnings: tuple[str, ...]
+    content_merged: bool | None = None
+    """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
 
     @property
     def base(self) -> ImageInfo:
@@ -624,8 +626,8 @@ def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
         return
     base, top, relatives = facts.base, facts.top, facts.relatives
     # With all of top's data in base already, base does not change any more; the others are
-    # then children of top that an interrupted run has re-pointed.
-    if relatives.siblings and not facts.merged:
+    # then children of top that an interrupted run, or the VM in a live merge, has re-pointed.
+    if relatives.siblings and not (facts.merged or facts.content_merged):
         yield BaseHasOtherChildren(str(base.path), _names(relatives.siblings))
     if relatives.middle_children:
         yield MiddleHasOtherChildren(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from chainmerge.chain import ImageInfo
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
@@ -21,12 +23,14 @@ from chainmerge.journal import (
     DoomedImage,
     MergedRecord,
     Pulled,
+    Superseded,
     forget_merged_record,
     forget_saved_bitmaps,
     identify,
     record_merged,
     same_image,
 )
+from chainmerge.live_journal import data_changed
 from chainmerge.merge_job import volume_at
 from chainmerge.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.planning import MergeFacts, MergePlan, Repoint
@@ -198,9 +202,29 @@ def finished_before(
         return False
     if record.pulled is not None:
         return _stands_on(Path(record.result), record.pulled.backing)
+    if record.superseded is not None:
+        return _is_superseded(record.superseded, top)
     if record.keep_name:
         return True
     return not top.exists()
+
+
+def _is_superseded(superseded: Superseded, top: Path) -> bool:
+    """Whether *top* is what a live merge has left, or nothing is left of it."""
+    try:
+        is_left = same_image(identify(top), superseded.images[0].identity)
+    except OSError:
+        return True
+    return is_left and superseded.since in ("", data_changed(top))
+
+
+def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
+    """Delete what a live merge has left in place, as if that had been asked for then."""
+    if record.superseded is None:
+        return ()
+    devices = {one.path for one in record.superseded.images if Path(one.path).is_block_device()}
+    doomed = [one for one in record.superseded.images if one.path not in devices]
+    return delete_recorded(msgspec.structs.replace(record, delete=doomed))
 
 
 def _may_pull(options: MergeOptions) -> bool:

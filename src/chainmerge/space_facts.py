@@ -89,6 +89,73 @@ def survey_space(
     return SpaceSurvey(native.spaces, native.needs, report, None)
 
 
+def survey_for_live(
+    target: Target, opened: OpenChain, stale: frozenset[str], stored: Sequence[BitmapShape]
+) -> SpaceSurvey:
+    """Work out how large base must be for a copy by the QEMU of a running VM.
+
+    That QEMU does all of it: it removes the stale bitmaps, and when base is closed it stores the
+    others beside what they have taken so far. An upper bound for data that is on disk already;
+    the guest can add to it.
+
+    Args:
+        target: the merge.
+        opened: its images.
+        stale: names of base's bitmaps that are removed.
+        stored: the bitmaps that base has in the end.
+    """
+    base = opened.images[target.base_index]
+    top_size = target.chain.top.virtual_size
+    if base.image is None:
+        size_after = max(base.info.virtual_size, top_size)
+        facts = _facts(raw_space_need(base.info.file_size, size_after))
+        return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+    image = base.image
+    report, references = check_with_references(image)
+    if not report.sound:
+        return _without_figures(report, None)
+    layout = _layout(image, references.counts)
+    about = BaseFacts(
+        image=image.name,
+        header=image.header,
+        backing_size=_backing_size(target),
+        shared=layout.shared,
+    )
+    obstacle = growth_obstacle(about, top_size) or _end_obstacle(image, about, top_size)
+    if obstacle is not None:
+        return _without_figures(report, obstacle)
+    arrivals = _arrivals(target, opened, about)
+    staying = [name for name in base.entries if name not in stale]
+    freed = bitmap_clusters(image, staying) if stale else np.zeros(0, dtype=np.int64)
+    need = space_need(
+        MergeDemand(
+            header=image.header,
+            layout=layout,
+            old_bitmaps=_runs_of(freed),
+            prunes=bool(stale),
+            stand_ins=(),
+            final_bitmaps=tuple(stored),
+            arrivals=arrivals,
+            virtual_size_after=max(image.header.virtual_size, top_size),
+        )
+    )
+    # Each removal writes a directory beside the one before, into what was freed. The last one
+    # cuts a run of free clusters in two, and the first of these can end too early for a request.
+    directory = 0 if image.header.bitmaps is None else image.header.bitmaps.directory_size
+    wasted = min(arrivals.largest - 1, len(freed))
+    clusters = 2 * -(-directory // image.header.cluster_size) + wasted
+    slack = clusters * image.header.cluster_size if stale else 0
+    space = _facts(need)
+    space = replace(
+        space,
+        required=space.required + slack,
+        breakdown={**space.breakdown, **({"removals": slack} if slack else {})},
+        new_clusters=arrivals.likely_clusters,
+        new_l2_tables=arrivals.l2_tables,
+    )
+    return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
+
+
 def _survey_for_qemu(
     target: Target,
     opened: OpenChain,

@@ -28,6 +28,8 @@ __all__ = [
     "ChainReport",
     "CheckResult",
     "ImageReport",
+    "LiveMergeStatus",
+    "LiveStatusReport",
     "Measurement",
     "MergeOptions",
     "MergeOutcome",
@@ -70,11 +72,14 @@ class ProgressEvent:
         stage: What is going on.
         done: Bytes dealt with so far.
         total: Bytes to deal with; 0 for a stage without a measure.
+        rate: Bytes a second that were dealt with lately; 0 where nobody measures it. In a running
+            VM *total* can grow, so that *done* and *total* alone say little of what remains.
     """
 
     stage: Stage
     done: int = 0
     total: int = 0
+    rate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,8 +423,9 @@ class UnfinishedMerge:
         base: The image merged into.
         top: The uppermost image that is merged, None where no file names it.
         state: The journal's last entry (``prepared``, ``switching``, ``switched``, ``repoint``,
-            ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``), ``unknown`` where there is
-            no journal that can be used.
+            ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``; of a live merge
+            ``preparing``, ``copying``, ``switching``, ``settling``, ``undoing``), ``unknown`` where
+            there is no journal that can be used.
         progress: How far it came, in a sentence.
         base_holds_data: Whether base holds the data of all merged images already, None where only
             a look at all of it could tell.
@@ -453,3 +459,53 @@ class StatusReport:
     version: int
     searched: tuple[str, ...]
     merges: tuple[UnfinishedMerge, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMergeStatus:
+    """A live merge that did not come to its end.
+
+    Attributes:
+        base: The image merged into.
+        top: The uppermost image that is merged.
+        active: Whether top is, or was, what the guest writes to.
+        state: The journal's last entry (``preparing``, ``copying``, ``switching``, ``settling``,
+            ``undoing``).
+        job: Where the VM's job is (``running``, ``paused``, ``ready``, ``held``, ``ending``,
+            ``done``), None where there is none.
+        bytes_done: Guest bytes that the job has copied.
+        bytes_total: Guest bytes that it is to copy, as far as it is known.
+        merged: Whether the VM's chain lacks the merged images already.
+        guest_waits: Whether the guest's requests wait for the merge to be carried on.
+        error: Why the job failed, None where it did not.
+        command: What carries the merge on, for a shell.
+    """
+
+    base: str
+    top: str
+    active: bool
+    state: str
+    job: str | None
+    bytes_done: int
+    bytes_total: int
+    merged: bool
+    guest_waits: bool
+    error: str | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveStatusReport:
+    """Live merges of one disk that did not come to their end.
+
+    Attributes:
+        version: Version of this document.
+        vm: The VM, as messages call it.
+        chain: The images of the disk, the active one first.
+        merges: What was found.
+    """
+
+    version: int
+    vm: str
+    chain: tuple[str, ...]
+    merges: tuple[LiveMergeStatus, ...]

@@ -21,6 +21,8 @@ from chainmerge.journal import (
     read_saved_bitmaps,
     same_image,
 )
+from chainmerge.live_journal import SUFFIX as LIVE_SUFFIX
+from chainmerge.live_journal import LiveState, read_live_journal
 from chainmerge.merge_journal import (
     SUFFIX,
     Asked,
@@ -42,6 +44,7 @@ UNKNOWN: Final = "unknown"
 _SAVED: Final = ".chainmerge-saved"
 _MERGED: Final = ".chainmerge-merged"
 _JOURNAL: Final = f".{SUFFIX}"
+_LIVE: Final = f".{LIVE_SUFFIX}"
 _HOLDS: Final = "base holds everything, verified"
 _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
     {
@@ -55,6 +58,16 @@ _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
         JournalState.DELETE: f"{_HOLDS}; merged images were being deleted",
         JournalState.TIDY: f"{_HOLDS}; tombstones that nothing needs were being removed",
         JournalState.GIVE_BACK: f"{_HOLDS}; space was being given back",
+    }
+)
+
+_LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
+    {
+        LiveState.PREPARING: "a running VM was about to copy data",
+        LiveState.COPYING: "a running VM was copying data",
+        LiveState.SWITCHING: "base holds everything, and a running VM was about to go over to it",
+        LiveState.SETTLING: "base holds everything, and a running VM uses it",
+        LiveState.UNDOING: "it was given up in a running VM; base's bitmaps were being put back",
     }
 )
 
@@ -144,7 +157,7 @@ def _files(directory: Path) -> list[Path]:
         raise SearchPathUnusable(str(directory), error.strerror or str(error)) from error
     return [
         file
-        for suffix in (_JOURNAL, _MERGED, _SAVED)
+        for suffix in (_JOURNAL, _LIVE, _MERGED, _SAVED)
         for file in files
         if file.name.endswith(suffix)
     ]
@@ -169,6 +182,8 @@ def _read(file: Path) -> UnfinishedMerge | None:
     try:
         if file.name.endswith(_JOURNAL):
             return _of_journal(file)
+        if file.name.endswith(_LIVE):
+            return _of_live_merge(file)
         if file.name.endswith(_SAVED):
             return _of_saved(file)
         return _of_record(file)
@@ -224,6 +239,27 @@ def _where_base_is(journal: Journal) -> Path | None:
     return None
 
 
+def _of_live_merge(file: Path) -> UnfinishedMerge | None:
+    journal = read_live_journal(file)
+    if journal is None:
+        return None
+    base, top = journal.base.path, journal.top.path
+    asked = Asked(journal.delete, keep_name=False, shrink=False, discard=False)
+    there = _is_there(base, journal.base)
+    resume = shlex.join(["chainmerge", "live", "resume", *journal.address])
+    return UnfinishedMerge(
+        base=base,
+        top=top,
+        state=journal.state,
+        progress=_LIVE_PROGRESS[journal.state],
+        base_holds_data=journal.took_effect if there else None,
+        base_is_locked=False,
+        command=command_for(base, top, asked) if there else None,
+        files=(str(file),),
+        warnings=(f"if the VM still runs, `{resume}` is what carries it on",),
+    )
+
+
 def _of_saved(file: Path) -> UnfinishedMerge | None:
     saved = read_saved_bitmaps(file)
     if saved is None:
@@ -270,7 +306,7 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     """A file of which not even the image can be told, but by its own name."""
-    suffix = next(one for one in (_JOURNAL, _MERGED, _SAVED) if file.name.endswith(one))
+    suffix = next(one for one in (_JOURNAL, _LIVE, _MERGED, _SAVED) if file.name.endswith(one))
     name = file.name.removesuffix(suffix)
     beside = file.with_name(name.removeprefix("."))
     is_image = file.parent != small_files.STATE_DIRECTORY

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed
+from chainmerge.errors import Failed, Misuse
 
 
 @dataclass(eq=False)
@@ -45,3 +45,16 @@ class ReportNotDelivered(Failed):
         "a success is of little use to a program, so the exit status is that of a failure."
     )
     reason: str
+
+
+@dataclass(eq=False)
+class DiskNotNamed(Misuse):
+    """A command for a running VM does not say which disk of which VM."""
+
+    code: ClassVar[str] = "disk-not-named"
+    template: ClassVar[str] = "which disk of which VM is not said, or said twice"
+    hint: ClassVar[str] = "give --qmp SOCKET and either --device ID or --node NODE"
+    explanation: ClassVar[str] = (
+        "A live merge is done by the VM's own QEMU, which is reached by its monitor. --qmp names "
+        "the monitor's socket; --device or --node says which of its disks is meant."
+    )

@@ -25,6 +25,7 @@ _COMMANDS: Final = MappingProxyType(
     {
         "plan": ("chainmerge.cli.plan", "plan"),
         "merge": ("chainmerge.cli.merge", "merge"),
+        "live": ("chainmerge.cli.live", "live"),
         "status": ("chainmerge.cli.status", "status"),
         "bitmaps": ("chainmerge.cli.bitmaps", "bitmaps"),
         "repair": ("chainmerge.cli.repair", "repair"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One ``qemu-storage-daemon`` process and the QMP connection to it.
 
-This is the only module that knows the ``qemu.qmp`` package: its asynchronous client
-becomes a few synchronous methods, and its exceptions become ours.
+Only this module and :mod:`chainmerge.live.monitor` know the ``qemu.qmp`` package: its
+asynchronous client becomes a few synchronous methods, and its exceptions become ours.
 
 What the process inherits and why:
 

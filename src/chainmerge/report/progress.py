@@ -100,6 +100,9 @@ class LineProgress:
         if event.total:
             percent = 100 * event.done // event.total
             line += f": {rough_size(event.done)} of {rough_size(event.total)} ({percent} %)"
+        if event.rate:
+            seconds = (event.total - event.done) // event.rate
+            line += f", {rough_size(event.rate)}/s, {seconds} s left"
         self._stream.write(f"{line}\n")
         self._stream.flush()
 

@@ -24,6 +24,7 @@ from chainmerge.types import (
     BitmapListing,
     ChainReport,
     CheckResult,
+    LiveStatusReport,
     Measurement,
     MergeReport,
     ProgressEvent,
@@ -50,6 +51,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"repair-{REPORT_VERSION}": RepairReport,
         f"repair-undo-{REPORT_VERSION}": UndoReport,
         f"status-{REPORT_VERSION}": StatusReport,
+        f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )

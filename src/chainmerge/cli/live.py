@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``chainmerge live``: merges in a running VM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, get_args
+
+import rich_click as click
+
+from chainmerge import live as api
+from chainmerge.cli.commands import Command, Group
+from chainmerge.cli.errors import DiskNotNamed
+from chainmerge.cli.options import access_options, base_option, json_option, top_argument
+from chainmerge.cli.params import SIZE
+from chainmerge.cli.signals import stopped_by_signals
+from chainmerge.errors import ExitCode
+from chainmerge.options import LiveOptions, StallChoice, VerifyLevel, VolumeChoice
+from chainmerge.report.live_tables import live_status_report
+from chainmerge.report.plan_tables import plan_report
+from chainmerge.report.tables import merge_report
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from chainmerge.cli.output import Output
+    from chainmerge.options import Access
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Function = Callable[..., R]
+
+_DISK: Final = "The disk"
+_MERGING: Final = "How to merge"
+_LIVE_FIELDS: Final = tuple(LiveOptions.__dataclass_fields__)
+
+
+def disk_options(function: Function[R]) -> Function[R]:
+    """Add the options that lead to a disk of a VM; the command gets ``disk``, to be entered."""
+
+    @click.option(
+        "--qmp",
+        type=click.Path(),
+        metavar="SOCKET",
+        help="The VM's QMP socket, a Unix socket.",
+        panel=_DISK,
+    )
+    @click.option(
+        "--device",
+        metavar="ID",
+        help="The disk, by the id of the guest's device or of its drive.",
+        panel=_DISK,
+    )
+    @click.option(
+        "--node", metavar="NODE", help="The disk, by the node name of its image.", panel=_DISK
+    )
+    @wraps(function)
+    def command(
+        *args: Any, qmp: str | None, device: str | None, node: str | None, **kwargs: Any
+    ) -> R:
+        return function(*args, disk=_disk(qmp, device, node), **kwargs)
+
+    return command
+
+
+def _disk(
+    qmp: str | None, device: str | None, node: str | None
+) -> Callable[[], AbstractContextManager[api.LiveVm]]:
+    if qmp is None or (device is None) == (node is None):
+        raise DiskNotNamed
+    return lambda: api.QmpVm(qmp, device=device, node=node)
+
+
+def pace_options(function: Function[R]) -> Function[R]:
+    """Add the options that say how fast to merge in a VM, and on what; see LiveOptions."""
+    defaults = LiveOptions()
+
+    @click.option(
+        "--bandwidth",
+        type=SIZE,
+        metavar="RATE",
+        help="Bytes per second to copy at most, as 100M.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--deadline",
+        type=click.FloatRange(min=0, max=86400 * 365),
+        metavar="SECONDS",
+        help="How long the copy may take to catch up with what the guest writes.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--on-stall",
+        type=click.Choice(get_args(StallChoice)),
+        default=defaults.on_stall,
+        show_default=True,
+        help="What to do where it does not: go on, slow the guest's disk down, or undo the merge.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--volume",
+        type=click.Choice(get_args(VolumeChoice)),
+        default=defaults.volume,
+        show_default=True,
+        help="What base lies on.",
+        panel=_MERGING,
+    )
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> R:
+        return function(*args, **kwargs)
+
+    return command
+
+
+def result_options(function: Function[R]) -> Function[R]:
+    """Add the options that say what is to come of a merge in a VM; see LiveOptions."""
+    defaults = LiveOptions()
+
+    @click.option(
+        "--verify",
+        type=click.Choice(get_args(VerifyLevel)),
+        default=defaults.verify,
+        show_default=True,
+        help="Compare base's content with top's as well (full), where the guest does not write "
+        "to base, or bitmaps and metadata only.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--delete",
+        is_flag=True,
+        help="Delete the merged images once the VM has closed them and all is verified.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--drop-bitmaps",
+        is_flag=True,
+        help="Go on where base cannot hold bitmaps: the next backup will be a full one.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--size-limit",
+        type=SIZE,
+        metavar="SIZE",
+        help="Refuse a merge after which base's file could be larger than SIZE.",
+        panel=_MERGING,
+    )
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> R:
+        return function(*args, **kwargs)
+
+    return command
+
+
+def gathered(function: Function[R]) -> Function[R]:
+    """Give the command one object, ``options``, for the options above that it has."""
+
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> R:
+        chosen = {name: kwargs.pop(name) for name in _LIVE_FIELDS if name in kwargs}
+        return function(*args, options=LiveOptions(**chosen), **kwargs)
+
+    return command
+
+
+@click.group(cls=Group)
+def live() -> None:
+    """Merge images of a running VM, by its own QEMU."""
+
+
+@live.command(cls=Command)
+@top_argument
+@base_option
+@disk_options
+@result_options
+@pace_options
+@gathered
+@access_options
+@json_option
+def plan(
+    *,
+    top: str,
+    base: str | None,
+    disk: Callable[[], AbstractContextManager[api.LiveVm]],
+    options: LiveOptions,
+    access: Access,
+    output: Output,
+) -> ExitCode:
+    """Show what a merge of TOP in the VM would do, and change nothing.
+
+    The exit status is 3 if the merge would be refused.
+    """
+    with disk() as vm:
+        decided = api.plan(vm, top, base, access, options)
+    output.document(decided, plan_report)
+    return ExitCode.DONE if decided.feasible else ExitCode.REFUSED
+
+
+@live.command(cls=Command)
+@top_argument
+@base_option
+@disk_options
+@result_options
+@pace_options
+@gathered
+@access_options
+@json_option
+def merge(
+    *,
+    top: str,
+    base: str | None,
+    disk: Callable[[], AbstractContextManager[api.LiveVm]],
+    options: LiveOptions,
+    access: Access,
+    output: Output,
+) -> None:
+    """Merge TOP, and all images between, into BASE while the VM runs.
+
+    Ends with status 0 only when the VM says so, and what it does not write to was read back. A
+    merge that was interrupted or killed is carried on by the same command, or by `live resume`.
+    Ctrl-C undoes it.
+    """
+    with (
+        stopped_by_signals() as should_stop,
+        output.progress() as progress,
+        disk() as vm,
+    ):
+        report = api.merge(
+            vm, top, base, access, options, on_progress=progress.update, should_stop=should_stop
+        )
+    output.last_event(report, merge_report)
+
+
+@live.command(cls=Command)
+@disk_options
+@pace_options
+@gathered
+@json_option
+def resume(
+    *,
+    disk: Callable[[], AbstractContextManager[api.LiveVm]],
+    options: LiveOptions,
+    output: Output,
+) -> None:
+    """Carry on the merge of this disk that was interrupted.
+
+    What it was to do stays as it was asked for; how fast, and until when, is asked anew.
+    """
+    with (
+        stopped_by_signals() as should_stop,
+        output.progress() as progress,
+        disk() as vm,
+    ):
+        report = api.resume(vm, options, on_progress=progress.update, should_stop=should_stop)
+    output.last_event(report, merge_report)
+
+
+@live.command(cls=Command)
+@disk_options
+@json_option
+def status(*, disk: Callable[[], AbstractContextManager[api.LiveVm]], output: Output) -> None:
+    """Show which merges of this disk are unfinished, and change nothing."""
+    with disk() as vm:
+        found = api.status(vm)
+    output.document(found, live_status_report)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges in a running VM, done by its own QEMU; see docs/live-merge.md.
+
+>>> from chainmerge import live
+>>> with live.QmpVm("/run/vm/qmp", device="disk0") as vm:     # doctest: +SKIP
+...     report = live.merge(vm, "/images/snap1.qcow2")
+
+Another way to reach a VM is another class with the methods of :class:`LiveVm`.
+"""
+
+from __future__ import annotations
+
+from chainmerge.live.merging import merge, plan, resume, status
+from chainmerge.live.port import LiveVm
+from chainmerge.live.qmp_vm import QmpVm
+from chainmerge.options import LiveOptions
+
+__all__ = ["LiveOptions", "LiveVm", "QmpVm", "merge", "plan", "resume", "status"]

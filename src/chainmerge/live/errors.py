@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong between us and a running VM.
+
+::
+
+    VmUnreachable       Refused         no connection, before anything was changed
+    VmRefused           Failed          it answered a command with an error
+    VmLost              OutcomeUnknown  it went away in the middle of a merge
+    ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed, Misuse, OutcomeUnknown, Refused
+
+_GUEST = (
+    "The guest reads and writes its disk all the time, and does not notice. "
+    "The active image is what it was."
+)
+
+
+@dataclass(eq=False)
+class VmUnreachable(Refused):
+    """The VM does not answer."""
+
+    code: ClassVar[str] = "vm-unreachable"
+    template: ClassVar[str] = "{vm} does not answer: {reason}"
+    hint: ClassVar[str] = (
+        "see whether the VM runs and nobody else is connected to this monitor; the images of a "
+        "VM that does not run are merged by `chainmerge merge`"
+    )
+    explanation: ClassVar[str] = (
+        "A live merge is done by the VM's own QEMU, which is told so over its monitor (QMP). A "
+        "monitor talks to one client at a time: others wait until that one has gone. Nothing "
+        "was changed."
+    )
+    vm: str
+    reason: str
+
+
+@dataclass(eq=False)
+class VmRefused(Failed):
+    """The VM answered a command with an error."""
+
+    code: ClassVar[str] = "vm-refused"
+    template: ClassVar[str] = "{vm} refused {command}: {reason}"
+    hint: ClassVar[str] = (
+        "remove the reason that QEMU gives, then run the same command again; `chainmerge live "
+        "status` tells what is unfinished"
+    )
+    explanation: ClassVar[str] = (
+        "QEMU was asked to do something and declined, with the reason shown. A command that was "
+        "refused has changed nothing by itself. " + _GUEST
+    )
+    vm: str
+    command: str
+    reason: str
+
+
+@dataclass(eq=False)
+class VmLost(OutcomeUnknown):
+    """The VM, or the connection to it, went away in the middle of a merge."""
+
+    code: ClassVar[str] = "vm-lost"
+    template: ClassVar[str] = (
+        "{vm} went away while {top} was being merged into {base}: {reason}; what it did last is "
+        "not known"
+    )
+    hint: ClassVar[str] = "if the VM runs: {resume}; if it does not: {cold}"
+    explanation: ClassVar[str] = (
+        "The connection to the VM broke, or it did not answer in time. The VM may run and go on "
+        "with the merge, or be dead: both leave images that are right. What was done so far is in "
+        "a journal beside base; the command for the one case looks at the VM and goes on, the one "
+        "for the other looks at the images."
+    )
+    vm: str
+    base: str
+    top: str
+    reason: str
+    resume: str
+    cold: str
+
+
+@dataclass(eq=False)
+class NoSuchDisk(Misuse):
+    """The VM has no such disk."""
+
+    code: ClassVar[str] = "vm-no-such-disk"
+    template: ClassVar[str] = "{vm} has no disk {wanted!r}; it has: {known}"
+    hint: ClassVar[str] = "name one of those with --device, or the active image's node with --node"
+    explanation: ClassVar[str] = (
+        "--device takes the id of the guest's device (or, in older command lines, of its drive), "
+        "--node the node name of its active image, as `query-block` and `query-named-block-nodes` "
+        "show them."
+    )
+    vm: str
+    wanted: str
+    known: str
+
+
+@dataclass(eq=False)
+class NotInVm(Misuse):
+    """The image is not one of the VM's disk."""
+
+    code: ClassVar[str] = "live-not-in-vm"
+    template: ClassVar[str] = "{image} is not an image of this disk of {vm}, which reads: {chain}"
+    hint: ClassVar[str] = (
+        "name one of those; an image that the VM does not have open is merged by `chainmerge merge`"
+    )
+    explanation: ClassVar[str] = (
+        "A live merge is done inside the VM, so top and base must be images that the VM's disk "
+        "consists of. Images are compared by what they are, not by their names."
+    )
+    vm: str
+    image: str
+    chain: str
+
+
+@dataclass(eq=False)
+class LiveChainDiffers(Refused):
+    """The VM's chain is not the one that the images on disk tell of."""
+
+    code: ClassVar[str] = "live-chain-differs"
+    template: ClassVar[str] = "{vm} and the images on disk do not agree: {difference}"
+    hint: ClassVar[str] = (
+        "find out who changed the images, or their headers, while the VM ran; nothing was changed"
+    )
+    explanation: ClassVar[str] = (
+        "Before a live merge the VM's block graph is compared with what the images' headers say: "
+        "the same files in the same order, with the same bitmaps where nobody writes. Where they "
+        "differ, somebody works on this disk, or has: a plan that rests on the one would be "
+        "carried out on the other."
+    )
+    vm: str
+    difference: str
+
+
+@dataclass(eq=False)
+class LiveJobRunning(Refused):
+    """A block job works on the chain."""
+
+    code: ClassVar[str] = "live-job-running"
+    template: ClassVar[str] = "{vm} has jobs on this chain: {jobs}"
+    hint: ClassVar[str] = (
+        "wait for them; a merge that was interrupted is carried on by `chainmerge live resume`"
+    )
+    explanation: ClassVar[str] = (
+        "Backups, mirrors, other merges and the like hold images of this chain. A merge beside "
+        "them would change what they read."
+    )
+    vm: str
+    jobs: str
+
+
+@dataclass(eq=False)
+class LiveImageInUse(Refused):
+    """Something else in the VM uses an image of the merged range."""
+
+    code: ClassVar[str] = "live-image-in-use"
+    template: ClassVar[str] = "in {vm}, {image} is also used by {users}"
+    hint: ClassVar[str] = "end that use first (an export, another disk, another chain)"
+    explanation: ClassVar[str] = (
+        "Base changes while data is copied into it, and the merged images are gone from the VM "
+        "afterwards. Whoever else reads them inside the same VM would see that."
+    )
+    vm: str
+    image: str
+    users: str
+
+
+@dataclass(eq=False)
+class LiveOtherChildren(Refused):
+    """Images that the VM does not have open stand on the merged range."""
+
+    code: ClassVar[str] = "live-other-children"
+    template: ClassVar[str] = "{others} stand on {top}, and are no images of {vm}"
+    hint: ClassVar[str] = (
+        "merge or delete them first, or merge with `chainmerge merge` while the VM is stopped"
+    )
+    explanation: ClassVar[str] = (
+        "A cold merge re-points all children of top. In a running VM only its own image can be "
+        "re-pointed, and the others would be left on images that the guest's writes go past."
+    )
+    vm: str
+    top: str
+    others: str
+
+
+@dataclass(eq=False)
+class LiveUnsuited(Refused):
+    """The chain is one that is merged cold only."""
+
+    code: ClassVar[str] = "live-unsuited"
+    template: ClassVar[str] = "{image} cannot be merged while {vm} runs: {reason}"
+    hint: ClassVar[str] = "stop the VM and use `chainmerge merge`"
+    explanation: ClassVar[str] = (
+        "A running QEMU cannot resize an image that holds broken bitmaps, unite bitmaps of disks "
+        "of different sizes, or be told names that are no UTF-8. All that is no obstacle to a "
+        "merge of closed images."
+    )
+    vm: str
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LiveBitmapBusy(Refused):
+    """A backup uses a bitmap of the merged range."""
+
+    code: ClassVar[str] = "live-bitmap-busy"
+    template: ClassVar[str] = "in {vm}, bitmaps of {image} are in use: {names}"
+    hint: ClassVar[str] = "wait for the backup to end"
+    explanation: ClassVar[str] = (
+        "A bitmap that a backup job or an export uses cannot be changed until that is over."
+    )
+    vm: str
+    image: str
+    names: str
+
+
+@dataclass(eq=False)
+class UnfinishedMergeFound(Refused):
+    """An earlier merge into base left something that this one must not go past."""
+
+    code: ClassVar[str] = "live-other-unfinished"
+    template: ClassVar[str] = "an interrupted merge into {base} has left {file}"
+    hint: ClassVar[str] = (
+        "`chainmerge live status` and `chainmerge status` tell what it was; finish it, or remove "
+        "the file if its merge is of no interest any more"
+    )
+    explanation: ClassVar[str] = (
+        "A merge of other images into the same base, or one of closed images, was interrupted. "
+        "Its file holds what it needs to be finished, such as the only good copy of a bitmap."
+    )
+    base: str
+    file: str
+
+
+@dataclass(eq=False)
+class LiveMergeFailed(Failed):
+    """The merge did not come about, and what had been changed was put back."""
+
+    code: ClassVar[str] = "live-merge-failed"
+    template: ClassVar[str] = (
+        "merging {top} into {base} in {vm} failed: {reason}; the VM runs on {top} as before"
+    )
+    hint: ClassVar[str] = "remove the reason that QEMU gives, then run the same command again"
+    explanation: ClassVar[str] = (
+        "The job that copies in the VM failed, or was cancelled by somebody. The chain is what it "
+        "was. Base may hold a part of the copy, which the images above hide; its bitmaps record "
+        "again, stale ones stay pruned. " + _GUEST
+    )
+    vm: str
+    base: str
+    top: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LiveMergeStalled(Failed):
+    """The copy did not catch up with the guest, and the merge was undone as asked."""
+
+    code: ClassVar[str] = "live-merge-stalled"
+    template: ClassVar[str] = (
+        "merging {top} into {base} did not catch up with what the guest writes: {remaining} bytes "
+        "were left after {seconds:.0f} s; it was undone"
+    )
+    hint: ClassVar[str] = (
+        "try again when the guest writes less, with more --bandwidth, or with --on-stall throttle"
+    )
+    explanation: ClassVar[str] = (
+        "While the active image is merged the guest goes on writing to it. If that is faster than "
+        "the copy, there is no end to it. --on-stall says what to do then: wait, slow the guest's "
+        "disk down until the copy has caught up, or undo the merge, as was done here. " + _GUEST
+    )
+    base: str
+    top: str
+    remaining: int
+    seconds: float
+
+
+@dataclass(eq=False)
+class LiveVerificationFailed(Failed):
+    """What the VM has after the merge is not what was planned."""
+
+    code: ClassVar[str] = "live-verification-failed"
+    template: ClassVar[str] = "after the merge {base} is not as planned: {difference}"
+    hint: ClassVar[str] = (
+        "nothing was deleted; make a full backup, and look at {base} with `chainmerge check` and "
+        "`chainmerge bitmaps list` once the VM is stopped"
+    )
+    explanation: ClassVar[str] = (
+        "After a live merge the VM is asked what its chain and its bitmaps are, and where the VM "
+        "does not write to base, base is read back. One of these did not agree."
+    )
+    base: str
+    difference: str
+
+
+@dataclass(eq=False)
+class NothingUnfinished(Refused):
+    """There is no live merge to be carried on."""
+
+    code: ClassVar[str] = "live-nothing-unfinished"
+    template: ClassVar[str] = "no live merge of this disk of {vm} is unfinished"
+    hint: ClassVar[str] = "`chainmerge live merge` starts one"
+    explanation: ClassVar[str] = (
+        "A live merge keeps a journal beside base until it is settled. There is none beside any "
+        "image of this disk, so the last merge came to its end, or was undone."
+    )
+    vm: str
+
+
+@dataclass(eq=False)
+class LiveMergeDriven(Refused):
+    """Another process carries on a merge into the same base."""
+
+    code: ClassVar[str] = "live-merge-driven"
+    template: ClassVar[str] = "another chainmerge is merging into {base} right now"
+    hint: ClassVar[str] = "let it come to its end; `chainmerge live status` shows how far it is"
+    explanation: ClassVar[str] = (
+        "Two processes that carry on the same merge would both tell the VM what to do next. The "
+        "second one was refused and has changed nothing."
+    )
+    base: str

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at a running VM and at its images on disk, and makes sure that they are the same chain."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chainmerge.chain import Chain, ImageInfo, discover, identity_of
+from chainmerge.checkpoints import BitmapState, LayerBitmaps, Occurrence
+from chainmerge.inspection import Target, bitmaps_of, find_target, policy_of
+from chainmerge.live.errors import (
+    LiveBitmapBusy,
+    LiveChainDiffers,
+    LiveImageInUse,
+    LiveJobRunning,
+    LiveOtherChildren,
+    LiveUnsuited,
+    NotInVm,
+)
+from chainmerge.live.port import BlockGraph, BlockNode, LiveVm, NodeBitmap, UserKind
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from chainmerge.chain import Identity
+    from chainmerge.errors import ChainmergeError
+    from chainmerge.inspection import OpenChain
+    from chainmerge.options import Access
+
+_PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTarget:
+    """A merge in a running VM: the images on disk, and their nodes.
+
+    Attributes:
+        target: The chain on disk up to top, base's place in it, and who else is around.
+        graph: The VM's block graph.
+        nodes: The nodes of the chain's images, root first.
+        above: The images on top in the VM, the one directly on top first.
+        nodes_above: Their nodes.
+    """
+
+    target: Target
+    graph: BlockGraph
+    nodes: tuple[BlockNode, ...]
+    above: tuple[ImageInfo, ...]
+    nodes_above: tuple[BlockNode, ...]
+
+    @property
+    def base(self) -> BlockNode:
+        """Base's node."""
+        return self.nodes[self.target.base_index]
+
+    @property
+    def merged(self) -> tuple[BlockNode, ...]:
+        """The nodes of the merged images, lowest first."""
+        return self.nodes[self.target.base_index + 1 :]
+
+    @property
+    def top(self) -> BlockNode:
+        """Top's node."""
+        return self.nodes[-1]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether top is what the guest writes to."""
+        return not self.above
+
+    @property
+    def active(self) -> BlockNode:
+        """The node that the guest writes to."""
+        return self.nodes_above[-1] if self.nodes_above else self.top
+
+    @property
+    def merged_images(self) -> tuple[ImageInfo, ...]:
+        """The merged images, lowest first."""
+        return self.target.chain.images[self.target.base_index + 1 :]
+
+
+def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:
+    """The file of an image; None where it lies in none, or behind something unknown."""
+    if node.file is None:
+        return None
+    protocol = graph.nodes[node.file]
+    return protocol.filename if protocol.driver in _PLAIN_PROTOCOLS else None
+
+
+def locate(vm: LiveVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
+    """Find the merge that was asked for in the VM and on disk.
+
+    Raises:
+        NotInVm: top or base is no image of this disk.
+        LiveChainDiffers: the images on disk are not the VM's chain.
+        ChainmergeError: what discovery raises.
+    """
+    graph = vm.graph()
+    chain = graph.chain()
+    paths = [_required_path(vm, node, graph) for node in chain]
+    identities = [_identity_at(path) for path in paths]
+    place = _place_of(vm, top, paths, identities)
+    whole = discover(paths[0], policy_of(access))
+    _compare(vm, whole, chain, identities)
+    target = find_target(top, base, access)
+    return LiveTarget(
+        target=target,
+        graph=graph,
+        nodes=tuple(reversed(chain[place:])),
+        above=tuple(reversed(_above(whole, place))),
+        nodes_above=tuple(reversed(chain[:place])),
+    )
+
+
+def _above(whole: Chain, place: int) -> tuple[ImageInfo, ...]:
+    """The images above the one at *place*, counted from the active one, active first."""
+    return tuple(reversed(whole.images))[:place]
+
+
+def _required_path(vm: LiveVm, node: BlockNode, graph: BlockGraph) -> Path:
+    path = path_of(node, graph)
+    if path is None:
+        driver = "nothing" if node.file is None else graph.nodes[node.file].driver
+        reason = f"node {node.name} lies in {driver}, which is no plain file or block device"
+        raise LiveUnsuited(vm.name, node.name, reason)
+    return path
+
+
+def _place_of(
+    vm: LiveVm, image: Path, paths: Sequence[Path], identities: Sequence[Identity | None]
+) -> int:
+    # Whether there is such an image at all, discovery says better.
+    with FileReadable(image) as readable:
+        wanted = identity_of(os.fstat(readable.fd))
+    if wanted not in identities:
+        raise NotInVm(vm.name, str(image), ", ".join(map(str, paths)))
+    return identities.index(wanted)
+
+
+def _compare(
+    vm: LiveVm, whole: Chain, chain: Sequence[BlockNode], identities: Sequence[Identity | None]
+) -> None:
+    on_disk = tuple(reversed(whole.images))
+    for image, node, identity in zip(on_disk, chain, identities, strict=False):
+        if image.identity != identity:
+            difference = f"where the VM has node {node.name}, the headers lead to {image.path}"
+            raise LiveChainDiffers(vm.name, difference)
+        if image.format != node.driver:
+            difference = f"{image.path} is {image.format}, and the VM reads it as {node.driver}"
+            raise LiveChainDiffers(vm.name, difference)
+    if len(on_disk) != len(chain):
+        difference = f"the VM's chain has {len(chain)} images, that on disk has {len(on_disk)}"
+        raise LiveChainDiffers(vm.name, difference)
+
+
+def _identity_at(path: Path | None) -> Identity | None:
+    try:
+        return None if path is None else identity_of(path.stat())
+    except OSError:
+        return None
+
+
+def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
+    """The bitmaps of all images of the chain, root first, as the rules see them.
+
+    The VM tells of them; what is on disk of an image that is open for writing is marked in-use,
+    and may lack what was added since. Only of bitmaps that nothing vouches for the VM knows
+    nothing: it has passed them over.
+    """
+    return tuple(
+        bitmaps_of(image)
+        if image.info.bitmaps and not image.info.bitmaps_trusted
+        else LayerBitmaps(
+            str(image.info.path),
+            {
+                bitmap.name: Occurrence(
+                    state_of(bitmap),
+                    bitmap.granularity,
+                    bitmap.dirty_bytes == 0 if not bitmap.recording else None,
+                )
+                for bitmap in node.bitmaps
+                if bitmap.persistent
+            },
+            image.info.supports_bitmaps,
+        )
+        for node, image in zip(live.nodes, opened.images, strict=True)
+    )
+
+
+def state_of(bitmap: NodeBitmap) -> BitmapState:
+    """The state of a bitmap in the VM, as it will be stored."""
+    if bitmap.inconsistent:
+        return BitmapState.IN_USE
+    return BitmapState.VALID if bitmap.recording else BitmapState.DISABLED
+
+
+def obstacles(vm: LiveVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
+    """What speaks against a merge in this VM, besides what speaks against any."""
+    yield from _jobs(vm, live)
+    yield from _other_users(vm, live)
+    yield from _other_images(vm, live)
+    yield from _bitmap_obstacles(vm, live, opened)
+    yield from _size_obstacles(vm, live)
+
+
+def _jobs(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    jobs = {job for node in (*live.nodes, *live.nodes_above) for job in node.jobs}
+    if jobs:
+        yield LiveJobRunning(vm.name, ", ".join(sorted(jobs)))
+
+
+def _other_users(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    inner = live.nodes[live.target.base_index :]
+    over = (*inner[1:], *live.nodes_above[:1])
+    images = live.target.chain.images[live.target.base_index :]
+    for node, above, image in zip(inner, over, images, strict=False):
+        others = [
+            f"{user.kind} {user.name}".rstrip()
+            for user in node.users
+            if user.kind is not UserKind.JOB and (user.name, user.role) != (above.name, "backing")
+        ]
+        if others:
+            yield LiveImageInUse(vm.name, str(image.path), ", ".join(others))
+
+
+def _other_images(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    known = {image.identity for image in live.above[:1]}
+    others = [
+        str(child.path) for child in live.target.relatives.children if child.identity not in known
+    ]
+    if others:
+        yield LiveOtherChildren(vm.name, str(live.target.chain.top.path), ", ".join(others))
+
+
+def _bitmap_obstacles(vm: LiveVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
+    first = live.target.base_index
+    for node, image in zip(live.nodes[first:], opened.images[first:], strict=True):
+        path = str(image.info.path)
+        busy = [bitmap.name for bitmap in node.bitmaps if bitmap.busy]
+        if busy:
+            yield LiveBitmapBusy(vm.name, path, ", ".join(map(repr, busy)))
+        unspeakable = [entry.name for entry in image.info.bitmaps if not _is_utf8(entry.name)]
+        if unspeakable:
+            reason = f"the name of bitmap {unspeakable[0]!r} is no UTF-8"
+            yield LiveUnsuited(vm.name, path, reason)
+        elif node.read_only and image.info.bitmaps_trusted:
+            yield from _bitmap_differences(vm, node, bitmaps_of(image))
+
+
+def _bitmap_differences(
+    vm: LiveVm, node: BlockNode, on_disk: LayerBitmaps
+) -> Iterator[ChainmergeError]:
+    in_vm = {bitmap.name: state_of(bitmap) for bitmap in node.bitmaps if bitmap.persistent}
+    names = sorted(in_vm.keys() | on_disk.occurrences.keys())
+    for name in names:
+        there, here = in_vm.get(name, BitmapState.ABSENT), on_disk.state(name)
+        if there is not here:
+            difference = (
+                f"bitmap {name!r} of {on_disk.image} is {there} in the VM and {here} on disk"
+            )
+            yield LiveChainDiffers(vm.name, difference)
+
+
+def _size_obstacles(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    base, merged = live.base, live.merged
+    size = max(base.virtual_size, live.top.virtual_size)
+    broken = [bitmap.name for bitmap in base.bitmaps if bitmap.inconsistent]
+    path = str(live.target.base.path)
+    if base.virtual_size < size and broken:
+        reason = f"it would have to grow, and its bitmap {broken[0]!r} is in-use"
+        yield LiveUnsuited(vm.name, path, reason)
+    uneven = [node for node in merged if node.virtual_size != size and node.bitmaps]
+    if uneven:
+        reason = (
+            f"its disk has {uneven[0].virtual_size} bytes, the merged one {size}, "
+            "and there are bitmaps to unite"
+        )
+        index = live.nodes.index(uneven[0])
+        yield LiveUnsuited(vm.name, str(live.target.chain.images[index].path), reason)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

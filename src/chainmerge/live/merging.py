@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations on a running VM: plan, merge, carry on, and say what is unfinished."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.inspection import open_chain
+from chainmerge.journal import (
+    SavedBitmap,
+    SavedBitmaps,
+    identify,
+    load_merged_record,
+    load_saved_bitmaps,
+    save_bitmaps,
+    saved_bitmaps_file,
+)
+from chainmerge.live.convergence import Convergence
+from chainmerge.live.errors import (
+    NothingUnfinished,
+    UnfinishedMergeFound,
+)
+from chainmerge.live.exclusive import sole_driver
+from chainmerge.live.inspection import LiveTarget, locate, path_of
+from chainmerge.live.planning import LivePlan, plan_live
+from chainmerge.live.sequence import Drive, carry_on
+from chainmerge.live.settling import results_of
+from chainmerge.live.situation import place_of
+from chainmerge.live_journal import (
+    LiveJournal,
+    live_journal_file,
+    load_live_journal,
+    save_live_journal,
+)
+from chainmerge.merge_job import volume_at
+from chainmerge.merge_journal import journal_file, load_journal
+from chainmerge.options import Access, LiveOptions
+from chainmerge.planning import Finding, MergePlan
+from chainmerge.qcow2.bits import BitSet
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.settle import finished_before
+from chainmerge.storage.files import FileReadable
+from chainmerge.types import (
+    REPORT_VERSION,
+    LiveMergeStatus,
+    LiveStatusReport,
+    MergeOutcome,
+    MergeReport,
+    ProgressEvent,
+    Stage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.errors import ChainmergeError
+    from chainmerge.live.port import LiveVm
+    from chainmerge.live.settling import Settled
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who asked, and how to talk to them."""
+
+    report: Callable[[ProgressEvent], None]
+    should_stop: Callable[[], bool]
+    started: float
+
+
+def plan(
+    vm: LiveVm,
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: LiveOptions | None = None,
+) -> MergePlan:
+    """Say what a merge in a running VM would do. Nothing is changed.
+
+    What would refuse the merge is in the plan's ``refusals``.
+
+    Raises:
+        ChainmergeError: the VM does not answer, the chain cannot be read, or the VM's is another.
+    """
+    live = locate(vm, Path(top), _path(base), access or Access())
+    decided = plan_live(vm, live, options or LiveOptions())
+    more = [Finding(one.code, one.sentence, one.advice) for one in _left_behind(live)]
+    return replace(decided.plan, refusals=(*more, *decided.plan.refusals))
+
+
+def merge(
+    vm: LiveVm,
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: LiveOptions | None = None,
+    on_progress: Callable[[ProgressEvent], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> MergeReport:
+    """Merge *top* into *base* (by default top's backing file) while the VM runs.
+
+    A merge that was interrupted is carried on by the same call.
+
+    Args:
+        vm: one disk of a running VM.
+        top: the overlay whose data goes down, as long as the VM has it open.
+        base: the image below it that takes the data; images between are merged too.
+        access: how images may be found and reached.
+        options: how to merge.
+        on_progress: called as the work goes on.
+        should_stop: asked as the work goes on; the merge is undone soon after it says yes.
+
+    Raises:
+        Refused: nothing was changed.
+        Interrupted: *should_stop* said yes.
+        Failed: the merge was undone, or something is wrong with what came of it.
+        VmLost: it is not known what the VM did last.
+    """
+    access, options = access or Access(), options or LiveOptions()
+    caller = _caller(on_progress, should_stop)
+    caller.report(ProgressEvent(Stage.PLAN))
+    record = load_merged_record(Path(top))
+    if (
+        record is not None
+        and finished_before(record, Path(top), _path(base), options.as_merge)
+        and not _reads(vm, Path(top))
+    ):
+        return _done_before(vm, Path(record.result), caller)
+    unfinished = _journal_for(vm, Path(top), _path(base))
+    if unfinished is not None:
+        with sole_driver(unfinished.base):
+            return _drive(vm, unfinished, options, caller, None)
+    live = locate(vm, Path(top), _path(base), access)
+    with sole_driver(identify(live.target.base.real_path)):
+        for obstacle in _left_behind(live):
+            raise obstacle
+        decided = plan_live(vm, live, options)
+        for refusal in decided.refusals:
+            raise refusal
+        _extend(decided, options, caller)
+        _record(live, decided.journal)
+        return _drive(vm, decided.journal, options, caller, decided.plan)
+
+
+def resume(
+    vm: LiveVm,
+    options: LiveOptions | None = None,
+    on_progress: Callable[[ProgressEvent], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> MergeReport:
+    """Carry on the merge of this disk that was interrupted.
+
+    What was asked for then stands: ``delete`` and ``verify`` of *options* are not looked at.
+
+    Raises:
+        NothingUnfinished: there is none.
+        Otherwise as :func:`merge`.
+    """
+    caller = _caller(on_progress, should_stop)
+    caller.report(ProgressEvent(Stage.PLAN))
+    for journal in _journals(vm):
+        with sole_driver(journal.base):
+            return _drive(vm, journal, options or LiveOptions(), caller, None)
+    raise NothingUnfinished(vm.name)
+
+
+def status(vm: LiveVm) -> LiveStatusReport:
+    """Say which merges of this disk are unfinished, and how their jobs are."""
+    return LiveStatusReport(
+        version=REPORT_VERSION,
+        vm=vm.name,
+        chain=tuple(str(path) for path in _paths(vm)),
+        merges=tuple(_status_of(vm, journal) for journal in _journals(vm)),
+    )
+
+
+def _status_of(vm: LiveVm, journal: LiveJournal) -> LiveMergeStatus:
+    job = vm.job(journal.job)
+    place = place_of(vm.graph(), journal)
+    merged = place is not None and place.merged
+    return LiveMergeStatus(
+        base=journal.base.path,
+        top=journal.top.path,
+        active=journal.is_active,
+        state=journal.state,
+        job=None if job is None else job.phase,
+        bytes_done=0 if job is None else job.done,
+        bytes_total=0 if job is None else job.total,
+        merged=merged,
+        guest_waits=journal.is_active and job is not None and job.phase == "held",
+        error=None if job is None else job.error,
+        command=shlex.join(["chainmerge", "live", "resume", *vm.address]),
+    )
+
+
+def _caller(
+    on_progress: Callable[[ProgressEvent], None] | None, should_stop: Callable[[], bool] | None
+) -> _Caller:
+    return _Caller(
+        on_progress or (lambda _event: None), should_stop or (lambda: False), time.monotonic()
+    )
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _paths(vm: LiveVm) -> Iterator[Path]:
+    """The files of the disk's chain, the active one first."""
+    graph = vm.graph()
+    for node in graph.chain():
+        path = path_of(node, graph)
+        if path is not None:
+            yield path
+
+
+def _reads(vm: LiveVm, image: Path) -> bool:
+    """Whether the disk reads an image, by whatever name."""
+    return any(path.exists() and image.exists() and path.samefile(image) for path in _paths(vm))
+
+
+def _journals(vm: LiveVm) -> Iterator[LiveJournal]:
+    """The journals beside images of this disk that belong to them."""
+    for path in _paths(vm):
+        journal = load_live_journal(path)
+        if journal is not None and place_of(vm.graph(), journal) is not None:
+            yield journal
+
+
+def _journal_for(vm: LiveVm, top: Path, base: Path | None) -> LiveJournal | None:
+    """The journal of the merge that is asked for, if it was begun before."""
+    for journal in _journals(vm):
+        if journal.top.path != str(top.resolve()):
+            continue
+        if base is None or journal.base.path == str(base.resolve()):
+            return journal
+    return None
+
+
+def _left_behind(live: LiveTarget) -> Iterator[ChainmergeError]:
+    """What other merges have left beside base that must not be lost."""
+    base = live.target.base.real_path
+    if load_live_journal(base) is not None:
+        yield UnfinishedMergeFound(str(base), str(live_journal_file(base)))
+    if load_journal(base) is not None:
+        yield UnfinishedMergeFound(str(base), str(journal_file(base)))
+    elif load_saved_bitmaps(base) is not None:
+        yield UnfinishedMergeFound(str(base), str(saved_bitmaps_file(base)))
+
+
+def _extend(decided: LivePlan, options: LiveOptions, caller: _Caller) -> None:
+    """Extend base's volume to what the plan says. A file grows as it is written to.
+
+    Reserving space behind the end of a file that somebody else writes to could not be taken
+    back: that is done by truncating it.
+    """
+    space = decided.plan.space
+    if space.grow_to is None:
+        return
+    caller.report(ProgressEvent(Stage.EXTEND))
+    volume = volume_at(Path(decided.journal.base.path), options.as_merge)
+    volume.grow_to(space.required)
+    volume.make_growth_durable()
+
+
+def _record(live: LiveTarget, journal: LiveJournal) -> None:
+    """Save what base has of the kept bitmaps, and note what is about to be done."""
+    saved = _to_save(live, journal)
+    if saved is not None:
+        save_bitmaps(live.target.base.real_path, saved)
+    save_live_journal(journal)
+
+
+def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
+    """What a cold merge needs to know of base's checkpoints, should the VM end in the middle."""
+    index = live.target.base_index
+    if not journal.kept:
+        return None
+    with open_chain(live.target.chain) as opened:
+        base, overlay = opened.images[index], opened.images[index + 1]
+        node = live.nodes[index + 1]
+        bitmaps = []
+        for kept in journal.kept:
+            if kept.in_base and not live.base.read_only:
+                # An active merge that was undone can leave base writable: then nothing but the
+                # VM knows its bits.
+                continue
+            in_overlay = None
+            if 0 in kept.sources and node.read_only:
+                in_overlay = overlay.bits(kept.name)
+            elif 0 in kept.sources:
+                # The guest writes to it: what it had then, it has in any case.
+                found = node.bitmap(kept.name)
+                assert found is not None
+                in_overlay = BitSet.empty(overlay.info.virtual_size, found.granularity)
+            bits = base.bits(kept.name) if kept.in_base else None
+            bitmaps.append(SavedBitmap(kept.name, bits, in_overlay))
+    return SavedBitmaps(journal.base, journal.overlays[0], tuple(bitmaps))
+
+
+def _drive(
+    vm: LiveVm,
+    journal: LiveJournal,
+    options: LiveOptions,
+    caller: _Caller,
+    plan_done: MergePlan | None,
+) -> MergeReport:
+    drive = Drive(
+        vm=vm,
+        journal=journal,
+        options=options,
+        report=caller.report,
+        should_stop=caller.should_stop,
+        convergence=Convergence(options.on_stall, options.deadline),
+    )
+    return _report(drive, carry_on(drive), caller, plan_done)
+
+
+def _copied(drive: Drive, plan_done: MergePlan | None) -> int:
+    """Guest bytes that went into base. The job of an internal merge counts what it passes over."""
+    if drive.journal.is_active or plan_done is None:
+        return drive.copied
+    moved = plan_done.movement
+    return moved.data_bytes + moved.zero_bytes + moved.compressed_bytes
+
+
+def _done_before(vm: LiveVm, base: Path, caller: _Caller) -> MergeReport:
+    """The report of a merge after which top was deleted."""
+    graph = vm.graph()
+    node = next((one for one in graph.chain() if path_of(one, graph) == base), None)
+    size = base.stat().st_size
+    return MergeReport(
+        version=REPORT_VERSION,
+        outcome=MergeOutcome.ALREADY_MERGED,
+        plan=None,
+        bitmaps=tuple(results_of(node)) if node is not None else (),
+        bytes_copied=0,
+        seconds=time.monotonic() - caller.started,
+        image_end=size,
+        volume_size=size,
+        verified=("an earlier run merged and verified it",),
+        repointed=(),
+        deleted=(),
+        renamed=None,
+        warnings=(),
+    )
+
+
+def _report(
+    drive: Drive,
+    settled: Settled,
+    caller: _Caller,
+    plan_done: MergePlan | None,
+) -> MergeReport:
+    warnings = plan_done.warnings if plan_done is not None else ()
+    base = Path(drive.base)
+    verified = list(settled.verified)
+    if drive.journal.is_active and drive.held_seconds:
+        verified.append(f"the guest's requests waited {drive.held_seconds * 1000:.0f} ms for it")
+    if drive.extensions:
+        verified.append(f"the volume was extended {drive.extensions} times while data was copied")
+    with FileReadable(base) as readable:
+        size = readable.size
+        end = size
+        if not drive.journal.is_active and readable.read(0, 4) == b"QFI\xfb":
+            end = check(Qcow2Image(readable)).image_end_offset
+    above = drive.journal.above
+    return MergeReport(
+        version=REPORT_VERSION,
+        outcome=MergeOutcome.MERGED,
+        plan=plan_done,
+        bitmaps=settled.bitmaps,
+        bytes_copied=_copied(drive, plan_done),
+        seconds=time.monotonic() - caller.started,
+        image_end=end,
+        volume_size=size,
+        verified=tuple(verified),
+        repointed=(above.path,) if above is not None else (),
+        deleted=settled.deleted,
+        renamed=None,
+        warnings=(*warnings, *drive.warnings, *settled.warnings),
+    )

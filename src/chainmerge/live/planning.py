@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a chain in a running VM to the plan of its merge: the same plan as that of a cold one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from chainmerge.chain.relatives import Descent, ImageAbove
+from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, decide
+from chainmerge.errors import ChainmergeError
+from chainmerge.inspection import (
+    measure_guest_bytes,
+    movement_of,
+    names_above,
+    open_chain,
+    storable_granularity,
+)
+from chainmerge.journal import identify
+from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
+from chainmerge.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
+from chainmerge.merge_job import volume_of
+from chainmerge.options import Direction, LiveOptions
+from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
+from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.qcow2.errors import FormatError
+from chainmerge.readability import require_readable
+from chainmerge.space import BitmapShape
+from chainmerge.space_facts import survey_for_live
+from chainmerge.storage.volumes import VolumeKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.chain import Relatives
+    from chainmerge.inspection import OpenChain
+    from chainmerge.live.port import LiveVm
+
+_REASON: Final = "the VM has the images open: its own QEMU copies"
+# The guest may have its QEMU write the tables that are being read.
+_ATTEMPTS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LivePlan:
+    """A merge in a running VM as it will be done.
+
+    Attributes:
+        plan: The plan for people and programs.
+        refusals: Why it will not, the most fundamental first.
+        journal: What there is to do in the VM.
+    """
+
+    plan: MergePlan
+    refusals: tuple[ChainmergeError, ...]
+    journal: LiveJournal
+
+
+def plan_live(vm: LiveVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
+    """Look at the images and decide on everything that the merge will do.
+
+    Raises:
+        ChainmergeError: an image cannot be read.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _plan(vm, live, options)
+        except FormatError:
+            continue
+    return _plan(vm, live, options)
+
+
+def _plan(vm: LiveVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
+    asked = options.as_merge
+    target = replace(live.target, relatives=_relatives(live))
+    live = replace(live, target=target)
+    with open_chain(target.chain) as opened:
+        require_readable(target, opened)
+        layers = layers_of(live, opened)
+        decisions = tuple(_decided(live, layers, options))
+        final_bits = dict(_known_bits(live, opened, decisions))
+        volumes = measure_guest_bytes(target, opened)
+        survey = survey_for_live(
+            target,
+            opened,
+            frozenset(_stale(live, decisions)),
+            tuple(_shapes(live, decisions, final_bits)),
+        )
+        found = tuple(obstacles(vm, live, opened))
+    facts = MergeFacts(
+        chain=target.chain,
+        base_index=target.base_index,
+        relatives=target.relatives,
+        decisions=decisions,
+        final_bits=final_bits,
+        recovered=frozenset(),
+        interrupted=False,
+        result_check=survey.check,
+        movement=movement_of(volumes),
+        pull_bytes=volumes.pull,
+        undefined_bytes=volumes.undefined,
+        merged=None,
+        volume=volume_of(target.base, asked).facts(),
+        engine=EngineName.QEMU,
+        engine_reason=_REASON,
+        direction=Direction.COMMIT,
+        pull_obstacle="the VM's QEMU commits",
+        spaces=survey.spaces,
+        obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
+        warnings=tuple(_warnings(live)),
+    )
+    plan = _as_it_grows(make_plan(facts, asked))
+    journal = _journal(vm, live, decisions, options, plan)
+    return LivePlan(plan, find_refusals(facts, asked), journal)
+
+
+def _as_it_grows(plan: MergePlan) -> MergePlan:
+    """Files are not extended beforehand: the VM's QEMU makes them longer as it writes."""
+    if plan.space.kind != VolumeKind.FILE:
+        return plan
+    return replace(plan, space=replace(plan.space, grow_to=None))
+
+
+def _relatives(live: LiveTarget) -> Relatives:
+    """What was found on disk, and what stands on top in the VM, wherever it lies."""
+    found = live.target.relatives
+    above = []
+    way: Descent | None = None
+    for image in live.above:
+        above.append(ImageAbove(image, way))
+        way = Descent(image.path, way)
+    in_vm = {image.identity for image in live.above}
+    others = tuple(one for one in found.above if one.image.identity not in in_vm)
+    children = tuple(child for child in found.children if child.identity not in in_vm)
+    return replace(found, children=(*live.above[:1], *children), above=(*above, *others))
+
+
+def _decided(
+    live: LiveTarget, layers: Sequence[LayerBitmaps], options: LiveOptions
+) -> Iterator[Decision]:
+    in_vm = {bitmap.name for node in live.nodes_above for bitmap in node.bitmaps}
+    above = names_above(live.target.relatives) | in_vm
+    base = layers[live.target.base_index]
+    size = max(live.base.virtual_size, live.top.virtual_size)
+    for decision in decide(layers, live.target.base_index, above, top_stays=not options.delete):
+        if decision.granularity is None:
+            yield decision
+            continue
+        # QEMU does not change the granularity of a bitmap, and base's has to stay throughout.
+        has = base.occurrence(decision.name)
+        granularity = has.granularity or storable_granularity(size, decision.granularity)
+        yield replace(decision, granularity=granularity)
+
+
+def _known_bits(
+    live: LiveTarget, opened: OpenChain, decisions: Sequence[Decision]
+) -> Iterator[tuple[str, BitSet]]:
+    """The bits that kept bitmaps will have, where nobody writes to any of the images."""
+    if live.is_active:
+        return
+    size = max(live.base.virtual_size, live.top.virtual_size)
+    for decision in decisions:
+        if decision.granularity is not None:
+            sources = (opened.images[index].bits(decision.name) for index in decision.sources)
+            yield decision.name, union_all(sources, size, decision.granularity)
+
+
+def _stale(live: LiveTarget, decisions: Sequence[Decision]) -> Iterator[str]:
+    """The names that go from base and leave nothing behind."""
+    for decision in decisions:
+        if decision.fate is Fate.KEEP or decision.tombstone_while_top_exists:
+            continue
+        if live.base.bitmap(decision.name) is not None:
+            yield decision.name
+
+
+def _shapes(
+    live: LiveTarget, decisions: Sequence[Decision], known: dict[str, BitSet]
+) -> Iterator[BitmapShape]:
+    """What base's bitmaps will take at most when they are stored."""
+    if not live.target.base.supports_bitmaps:
+        return
+    header = live.target.base.header
+    assert header is not None
+    size = max(live.base.virtual_size, live.top.virtual_size)
+    for decision in decisions:
+        length = len(decision.name.encode("utf-8", "surrogateescape"))
+        if decision.fate is Fate.KEEP:
+            assert decision.granularity is not None
+            bits = known.get(decision.name)
+            if bits is None:
+                # The guest can write anywhere until the end.
+                whole = BitSet(size, decision.granularity).packed_size
+                clusters = -(-whole // header.cluster_size)
+            else:
+                clusters = len(bits.dirty_parts(header.cluster_size))
+            yield BitmapShape(length, decision.granularity, clusters)
+        elif decision.tombstone_while_top_exists:
+            yield BitmapShape(length, _granularity_of(decision.name, live, size))
+
+
+def _granularity_of(name: str, live: LiveTarget, size: int) -> int:
+    """The granularity that a name has in the chain, for its tombstone."""
+    found = (bitmap.granularity for node in live.nodes if (bitmap := node.bitmap(name)))
+    return storable_granularity(size, next(found, 1 << 16))
+
+
+def _warnings(live: LiveTarget) -> Iterator[str]:
+    for node, image in zip(live.merged, live.merged_images, strict=True):
+        passing = [bitmap.name for bitmap in node.bitmaps if not bitmap.persistent]
+        if passing and live.is_active and node == live.top:
+            names = ", ".join(map(repr, passing))
+            yield (
+                f"the bitmaps {names} of {image.path} are not persistent: they end with the merge"
+            )
+    if live.is_active:
+        yield (
+            "the guest goes on writing: figures count what is on disk already, and base grows "
+            "further where it does"
+        )
+
+
+def _journal(
+    vm: LiveVm,
+    live: LiveTarget,
+    decisions: Sequence[Decision],
+    options: LiveOptions,
+    plan: MergePlan,
+) -> LiveJournal:
+    first = live.target.base_index + 1
+    size = max(live.base.virtual_size, live.top.virtual_size)
+    holds = live.target.base.supports_bitmaps
+    base_states = {d.name: d.states[live.target.base_index] for d in decisions}
+    above = live.above[0] if live.above else None
+    return LiveJournal(
+        version=VERSION,
+        address=list(vm.address),
+        job=f"chainmerge-{live.target.base.identity[1]:x}",
+        base=identify(live.target.base.real_path),
+        overlays=[identify(image.real_path) for image in live.merged_images],
+        above=None if above is None else identify(above.real_path),
+        backing_name=None if above is None else _new_name(plan, str(above.path)),
+        kept=[
+            KeptName(
+                name=decision.name,
+                granularity=decision.granularity,
+                in_base=base_states[decision.name] is BitmapState.VALID,
+                sources=[index - first for index in decision.sources if index >= first],
+            )
+            for decision in decisions
+            if decision.granularity is not None
+        ],
+        stale=list(_stale(live, decisions)) if holds else [],
+        tombstones=[
+            TombstoneName(
+                name=decision.name,
+                granularity=_granularity_of(decision.name, live, size),
+                in_base=live.base.bitmap(decision.name) is not None,
+            )
+            for decision in decisions
+            if decision.tombstone_while_top_exists and holds
+        ],
+        delete=options.delete,
+        full_verify=options.verify == "full",
+    )
+
+
+def _new_name(plan: MergePlan, child: str) -> str:
+    """How the header of the image on top is to name base."""
+    names = (repoint.new_backing for repoint in plan.repoint if repoint.child == child)
+    return next(names, plan.base)

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a live merge asks of a running VM, whoever stands between: a QMP socket or libvirt.
+
+The merge itself (:mod:`chainmerge.live.sequence`) knows nothing but :class:`LiveVm`. Sizes and
+offsets are in bytes, times in seconds.
+
+A node is one layer of the VM's block graph: a *format* node (qcow2, raw) gives guest data and
+stands on a *protocol* node (file, host_device), which is the file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBitmap:
+    """A named dirty bitmap of a node, as the VM has it in memory.
+
+    Attributes:
+        name: The bitmap's name.
+        granularity: Guest bytes that one bit stands for.
+        dirty_bytes: Guest bytes that are marked dirty.
+        recording: Whether it is enabled. One of a node that is open for reading only is, too.
+        persistent: Whether it is stored in the image when that is closed.
+        inconsistent: Whether it was found in-use when the image was opened: worthless.
+        busy: Whether a backup or an export uses it.
+    """
+
+    name: str
+    granularity: int
+    dirty_bytes: int
+    recording: bool
+    persistent: bool
+    inconsistent: bool
+    busy: bool
+
+
+class UserKind(StrEnum):
+    """What uses a node."""
+
+    NODE = "node"
+    JOB = "job"
+    DEVICE = "device"
+    """The guest's device, an export, or whatever else reaches in from outside the graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUser:
+    """One user of a node: its name, what it is, and what the node is to it (``backing``, ...)."""
+
+    name: str
+    kind: UserKind
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNode:
+    """A node of the block graph.
+
+    Attributes:
+        name: Its node name.
+        driver: QEMU's name of its driver: ``qcow2``, ``raw``, ``file``, ``host_device``, ...
+        filename: What QEMU opened, absolute; None where that is no plain path.
+        read_only: Whether it is open for reading only now.
+        virtual_size: Bytes that it gives to its users.
+        backing: The name of the node below, of a format node with a backing file.
+        file: The name of the node that holds its data.
+        users: Who uses it.
+        bitmaps: Its named bitmaps.
+    """
+
+    name: str
+    driver: str
+    filename: Path | None
+    read_only: bool
+    virtual_size: int
+    backing: str | None
+    file: str | None
+    users: tuple[NodeUser, ...]
+    bitmaps: tuple[NodeBitmap, ...]
+
+    def bitmap(self, name: str) -> NodeBitmap | None:
+        """The bitmap of that name."""
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """The jobs that use it, by their ids."""
+        return tuple(user.name for user in self.users if user.kind is UserKind.JOB)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGraph:
+    """All nodes of a VM at one moment, by their names; ``root`` is the one the disk reads."""
+
+    nodes: Mapping[str, BlockNode]
+    root: str
+
+    def chain(self) -> tuple[BlockNode, ...]:
+        """The images of the disk, the active one first.
+
+        Filters, such as one that limits the disk's rate or the one of a job, are left out.
+        """
+        return tuple(self._descend())
+
+    def _descend(self) -> Iterator[BlockNode]:
+        seen = set()
+        name: str | None = self.root
+        while name is not None and name not in seen:
+            seen.add(name)
+            node = self.nodes[name]
+            if node.driver in FILTERS:
+                name = node.backing or node.file
+                continue
+            yield node
+            name = node.backing
+
+
+FILTERS = frozenset(
+    {"commit_top", "mirror_top", "copy-before-write", "copy-on-read", "throttle", "preallocate"}
+)
+"""Drivers of nodes that pass data through and are no image."""
+
+
+class JobPhase(StrEnum):
+    """Where a job is; see ``JobStatus`` in QEMU's documentation of QMP."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    READY = "ready"
+    """Everything is copied, and what the guest writes goes on being copied (active merges)."""
+    HELD = "held"
+    """Everything is copied and nothing has taken effect yet. In an active merge the guest's
+    requests wait as long as this lasts."""
+    ENDING = "ending"
+    """It is on its way from one of the others to its end."""
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job at one moment.
+
+    Attributes:
+        phase: Where it is.
+        done: Guest bytes copied.
+        total: Guest bytes to copy, as far as it is known: the guest adds to it.
+        out_of_space: Whether it waits because the volume it writes to is full.
+        stopped_by_error: Whether it waits because of an error, that one included.
+        error: Why it failed, once it is done; None where it did not.
+    """
+
+    phase: JobPhase
+    done: int
+    total: int
+    out_of_space: bool = False
+    stopped_by_error: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveBitmap:
+    """Remove a bitmap from a node, and from the image."""
+
+    node: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClearBitmap:
+    """Clear all bits of a bitmap."""
+
+    node: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnableBitmap:
+    """Let a bitmap record from now on."""
+
+    node: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DisableBitmap:
+    """Let a bitmap record no more. Allowed on a node that is open for reading only."""
+
+    node: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddBitmap:
+    """Add a persistent bitmap that does not record."""
+
+    node: str
+    name: str
+    granularity: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeBitmap:
+    """Set all bits that the bitmap of the same name on *sources* (nodes) has."""
+
+    node: str
+    name: str
+    sources: tuple[str, ...]
+
+
+BitmapAction: TypeAlias = (
+    RemoveBitmap | ClearBitmap | EnableBitmap | DisableBitmap | AddBitmap | MergeBitmap
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOrder:
+    """A commit job as it is to be started.
+
+    Attributes:
+        job: Its id.
+        active: The node at the top of the disk's chain.
+        top: The uppermost node that is merged.
+        base: The node that is merged into.
+        backing_name: What the header of the image above top is to say of its new backing file;
+            None where top is the active image.
+        bandwidth: Limit in bytes a second; None for none.
+    """
+
+    job: str
+    active: str
+    top: str
+    base: str
+    backing_name: str | None
+    bandwidth: int | None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the guest writes to what is merged."""
+        return self.top == self.active
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLimits:
+    """What the guest's disk may do.
+
+    ``limits`` are by QEMU's names (``bps_wr``, ...), 0 for no limit; ``group`` is the throttle
+    group that the disk belongs to.
+    """
+
+    limits: Mapping[str, int]
+    group: str | None = None
+
+
+class LiveVm(Protocol):
+    """One disk of a running VM.
+
+    Every method raises :class:`chainmerge.live.errors.VmUnreachable` where the VM, or what
+    stands between, does not answer, and :class:`chainmerge.live.errors.VmRefused` where it
+    answers with an error.
+    """
+
+    @property
+    def name(self) -> str:
+        """The VM, as messages call it."""
+
+    @property
+    def address(self) -> tuple[str, ...]:
+        """The options of ``chainmerge live`` that lead to this disk."""
+
+    def graph(self) -> BlockGraph:
+        """The block graph as it is now."""
+
+    def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
+        """Do all of it, or nothing.
+
+        Bitmaps can only be changed while their node is writable, which a job makes of base; only
+        :class:`DisableBitmap` is always allowed.
+        """
+
+    def make_read_only(self, node: str) -> None:
+        """Make an image that nobody writes to read-only, by a reopen; its bitmaps are stored.
+
+        After a merge that was undone only: QEMU forgets options of the node that it does not
+        tell.
+        """
+
+    def make_writable(self, node: str) -> None:
+        """Make an image that is open for reading only writable, by a reopen.
+
+        After a merge that was undone only, as above.
+        """
+
+    def start_commit(self, order: CommitOrder) -> None:
+        """Start a job that goes as slowly as it can and stops at errors instead of failing.
+
+        Nothing takes effect before :meth:`finalize`, and the job stays to be looked at until
+        :meth:`dismiss`.
+        """
+
+    def job(self, job: str) -> JobState | None:
+        """How the job is; None where there is no such job."""
+
+    def pause(self, job: str) -> None:
+        """Let the job wait. Its phase tells when it does."""
+
+    def resume(self, job: str) -> None:
+        """Let it go on, also after an error."""
+
+    def limit(self, job: str, bandwidth: int | None) -> None:
+        """Limit it to so many bytes a second."""
+
+    def complete(self, job: str) -> None:
+        """Let a job that is ready come to its end: it will be held."""
+
+    def finalize(self, job: str) -> None:
+        """Let what a held job did take effect."""
+
+    def cancel(self, job: str) -> None:
+        """End the job, with nothing taking effect."""
+
+    def dismiss(self, job: str) -> None:
+        """Forget a job that is done."""
+
+    def forget_node(self, node: str) -> None:
+        """Close an image that nothing uses any more."""
+
+    def set_write_threshold(self, node: str, offset: int) -> None:
+        """Have :meth:`wait_for_event` end when the node is written to behind *offset*."""
+
+    def highest_write(self, node: str) -> int:
+        """The end of the highest write to a protocol node since it was opened."""
+
+    def disk_limits(self) -> DiskLimits:
+        """How the guest's disk is limited now.
+
+        Raises VmRefused where it cannot be limited, as for a disk without a device.
+        """
+
+    def limit_disk(self, limits: DiskLimits) -> None:
+        """Limit the guest's disk."""
+
+    def wait_for_event(self, seconds: float) -> None:
+        """Return when something may have happened, at the latest after so many seconds."""

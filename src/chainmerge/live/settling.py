@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a live merge: look at what the VM has now, close and delete what is merged.
+
+Each step can be done again, so that a rerun goes on wherever an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.model import ImageFormat
+from chainmerge.chain.reading import begins_as_qcow2
+from chainmerge.checkpoints import BitmapState
+from chainmerge.engines.metadata import StoredBitmap
+from chainmerge.inspection import open_chain
+from chainmerge.journal import (
+    DoomedImage,
+    MergedRecord,
+    Superseded,
+    forget_saved_bitmaps,
+    identify,
+    load_saved_bitmaps,
+    record_merged,
+    same_image,
+)
+from chainmerge.live.bitmaps import faults
+from chainmerge.live.errors import LiveVerificationFailed, VmRefused
+from chainmerge.live.situation import place_of
+from chainmerge.live_journal import data_changed, forget_live_journal
+from chainmerge.qcow2.bitmaps import BitmapFlag
+from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.settle import delete_recorded
+from chainmerge.storage.files import FileReadable
+from chainmerge.types import BitmapResult, ProgressEvent, Stage
+from chainmerge.verify import verify_bitmaps, verify_content, verify_soundness
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from chainmerge.inspection import OpenChain, OpenImage
+    from chainmerge.live.port import BlockNode, LiveVm
+    from chainmerge.live.situation import Place
+    from chainmerge.live_journal import LiveJournal
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What there is to report of a merge that took effect.
+
+    Attributes:
+        bitmaps: Base's, as the VM has them.
+        verified: What was checked, a sentence each.
+        deleted: Files that were deleted.
+        warnings: What the user should know, a sentence each.
+    """
+
+    bitmaps: tuple[BitmapResult, ...]
+    verified: tuple[str, ...]
+    deleted: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def settle(
+    vm: LiveVm,
+    journal: LiveJournal,
+    report: Callable[[ProgressEvent], None],
+    announce: Callable[[Stage], None],
+) -> Settled:
+    """Verify a merge that took effect, have the VM close the merged images, delete them.
+
+    Raises:
+        LiveVerificationFailed, VerificationFailed: nothing is deleted.
+    """
+    announce(Stage.VERIFY)
+    place = _merged_place(vm, journal)
+    verified = list(_verify_in_vm(journal, place))
+    if not journal.is_active:
+        verified += _verify_on_disk(journal, report)
+    announce(Stage.SETTLE)
+    warnings = list(_close(vm, place))
+    deleted: tuple[str, ...] = ()
+    if journal.delete:
+        deleted = _delete(vm, journal, warnings)
+    else:
+        _record_superseded(journal)
+    place = _merged_place(vm, journal)
+    forget(journal, keep_saved=False)
+    return Settled(tuple(results_of(place.base)), tuple(verified), deleted, tuple(warnings))
+
+
+def forget(journal: LiveJournal, *, keep_saved: bool) -> None:
+    """Remove what the merge has left beside base; the saved bitmaps only if they are not needed."""
+    base = Path(journal.base.path)
+    if not keep_saved:
+        saved = load_saved_bitmaps(base)
+        if saved is not None and same_image(saved.base, journal.base):
+            forget_saved_bitmaps(base)
+    forget_live_journal(base)
+
+
+def _merged_place(vm: LiveVm, journal: LiveJournal) -> Place:
+    place = place_of(vm.graph(), journal)
+    if place is None or not place.merged:
+        raise LiveVerificationFailed(journal.base.path, "the VM's chain is not the merged one")
+    return place
+
+
+def _verify_in_vm(journal: LiveJournal, place: Place) -> Iterator[str]:
+    if journal.is_active:
+        if place.above is not None:
+            difference = f"node {place.active.name} stands on it, and nothing should"
+            raise LiveVerificationFailed(journal.base.path, difference)
+        yield f"the guest reads and writes {journal.base.path}, as the VM says"
+    else:
+        if place.above is None or place.above.backing != place.base.name:
+            difference = "the image above does not stand on it"
+            raise LiveVerificationFailed(journal.base.path, difference)
+        yield f"{_above(journal)} stands on {journal.base.path}, as the VM says"
+    for fault in faults(journal, place.base):
+        raise LiveVerificationFailed(journal.base.path, fault)
+    yield (
+        f"bitmaps of base, as the VM says: {len(journal.kept)} kept and recording, "
+        f"{len(journal.stale)} stale ones gone"
+    )
+
+
+def _above(journal: LiveJournal) -> str:
+    return journal.above.path if journal.above is not None else ""
+
+
+def _verify_on_disk(journal: LiveJournal, report: Callable[[ProgressEvent], None]) -> Iterator[str]:
+    """Read base back: nobody writes to it now."""
+    top = Path(journal.top.path)
+    if not top.exists() or not same_image(identify(top), journal.top):
+        return
+    with open_chain(discover(top, _trusting(journal))) as opened:
+        index = next(
+            number
+            for number, image in enumerate(opened.images)
+            if same_image(identify(image.info.real_path), journal.base)
+        )
+        base = opened.images[index]
+        if base.image is not None:
+            verify_soundness(base.image)
+            yield "refcounts of base recomputed from the tables: no corruption"
+            yield verify_bitmaps(base.image, tuple(_expected(journal, opened, base)))
+        if journal.full_verify:
+            size = opened.view().virtual_size
+            yield verify_content(
+                journal.base.path,
+                opened.view(0, index + 1),
+                opened.view(),
+                lambda done: report(ProgressEvent(Stage.VERIFY, done, size)),
+                lambda: False,
+            )
+
+
+def _trusting(journal: LiveJournal) -> ChainPolicy:
+    """The VM has opened these images itself, wherever they lie."""
+    places = tuple(Path(one.path).parent for one in (journal.base, *journal.overlays))
+    return ChainPolicy(allow_backing=places)
+
+
+def _expected(journal: LiveJournal, opened: OpenChain, base: OpenImage) -> Iterator[StoredBitmap]:
+    """What base has to hold: what was saved of it, united with what the overlays hold."""
+    size = base.info.virtual_size
+    saved = load_saved_bitmaps(Path(journal.base.path))
+    before = {one.name: one.in_base for one in saved.bitmaps} if saved is not None else {}
+    at = opened.images.index(base)
+    for kept in journal.kept:
+        sources = [opened.images[at + 1 + index].bits(kept.name) for index in kept.sources]
+        own = before.get(kept.name)
+        if own is not None:
+            sources.append(own)
+        elif kept.in_base:
+            # An earlier run has settled this far and forgotten what it had saved.
+            sources.append(base.bits(kept.name))
+        yield StoredBitmap(kept.name, union_all(sources, size, kept.granularity), BitmapFlag.AUTO)
+    for tombstone in journal.tombstones:
+        granularity = base.entries[tombstone.name].granularity
+        yield StoredBitmap(tombstone.name, BitSet.empty(size, granularity), BitmapFlag(0))
+
+
+def _close(vm: LiveVm, place: Place) -> Iterator[str]:
+    """Have the VM close the merged images, the upper ones first."""
+    for node in place.left_over:
+        try:
+            vm.forget_node(node.name)
+        except VmRefused as refused:
+            yield f"the VM keeps {node.filename or node.name} open: {refused.reason}"
+
+
+def _delete(vm: LiveVm, journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
+    """Delete the merged images, upper ones first, if nobody has them open."""
+    if _merged_place(vm, journal).left_over:
+        warnings.append("merged images that the VM keeps open were not deleted")
+        _record_superseded(journal)
+        return ()
+    doomed = _doomed(journal)
+    devices = [one.path for one in doomed if Path(one.path).is_block_device()]
+    if devices:
+        warnings.append(f"block devices are not deleted: {', '.join(devices)}")
+        _record_superseded(journal)
+        return ()
+    record = _record(journal, doomed, None)
+    record_merged(Path(journal.top.path), record)
+    try:
+        return delete_recorded(record)
+    except OSError as error:
+        warnings.append(f"not all merged images could be deleted: {error}")
+        return ()
+
+
+def _record_superseded(journal: LiveJournal) -> None:
+    """Record that nothing may be merged from what is left: the guest writes to base, or above.
+
+    In top's header nothing tells of that. Merged again, it would put old data over new.
+    """
+    top = Path(journal.top.path)
+    if top.exists() and same_image(identify(top), journal.top):
+        superseded = Superseded(_doomed(journal), data_changed(top))
+        record_merged(top, _record(journal, [], superseded))
+
+
+def _doomed(journal: LiveJournal) -> list[DoomedImage]:
+    return [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+
+
+def _record(
+    journal: LiveJournal, doomed: list[DoomedImage], superseded: Superseded | None
+) -> MergedRecord:
+    return MergedRecord(
+        top=journal.top.path,
+        base=journal.base.path,
+        result=journal.base.path,
+        result_format=_format_of(Path(journal.base.path)),
+        result_identity=journal.base,
+        keep_name=False,
+        delete=doomed,
+        superseded=superseded,
+    )
+
+
+def _format_of(base: Path) -> str:
+    with FileReadable(base) as readable:
+        return ImageFormat.QCOW2 if begins_as_qcow2(readable) else ImageFormat.RAW
+
+
+def results_of(base: BlockNode) -> Iterator[BitmapResult]:
+    """The bitmaps of a node, for a report."""
+    for bitmap in sorted(base.bitmaps, key=lambda one: one.name):
+        state = BitmapState.VALID if bitmap.recording else BitmapState.DISABLED
+        if bitmap.inconsistent:
+            state = BitmapState.IN_USE
+        dirty = None if bitmap.inconsistent else bitmap.dirty_bytes
+        yield BitmapResult(
+            name=bitmap.name,
+            state=state,
+            granularity=bitmap.granularity,
+            dirty_bytes=dirty,
+            tombstone=state is BitmapState.DISABLED and dirty == 0,
+        )

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a live merge came, in a file that outlives the process that drives it.
+
+``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.journal`) from before the
+first change until base is settled. Whoever finds it looks at the VM, and at the disk where the
+VM is dead: the journal says what was intended, not what has happened. One thing only it can
+say. In an active merge the guest writes to top until the pivot and to base after it, and an
+image does not tell which came first. So the job is held with both equal and the guest waiting,
+:attr:`LiveState.SWITCHING` is written, and then the pivot is let go: from that entry on base is
+right, whether or not the pivot came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import msgspec
+
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.journal import ImageIdentity, beside, make_directory, remove_durably
+from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.files import FileReadable, write_file_durably
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VERSION: Final = 1
+SUFFIX: Final = "chainmerge-live"
+# 65,535 bitmaps with the longest names there are, escaped.
+_LARGEST: Final = 512 << 20
+
+
+@dataclass(eq=False)
+class LiveJournalDamaged(Refused):
+    """The journal of a live merge cannot be read."""
+
+    code: ClassVar[str] = "live-journal-damaged"
+    template: ClassVar[str] = "{file}: the journal of a live merge cannot be used: {why}"
+    hint: ClassVar[str] = (
+        "find out from which image the guest runs (`chainmerge live status`), then remove {file}"
+    )
+    explanation: ClassVar[str] = (
+        "While images are merged in a running VM, a small file beside base says what is "
+        "intended. Without it nobody can tell whether the guest has written to base already, so "
+        "nothing is done. If the VM runs and its disk ends in top, or in an image above it, the "
+        "merge has not taken effect, and can be started again once the file is removed and the "
+        "job, if there is one, is cancelled."
+    )
+    file: str
+    why: str
+
+
+class LiveState(StrEnum):
+    """How far a live merge came; in the order in which it happens."""
+
+    PREPARING = "preparing"
+    """Base's bitmaps may be as they were, or as they are to be while data is copied."""
+    COPYING = "copying"
+    """They are as they are to be while data is copied."""
+    SWITCHING = "switching"
+    """Base holds everything; what is right is in base from here on."""
+    SETTLING = "settling"
+    """It has taken effect in the VM."""
+    UNDOING = "undoing"
+    """It was given up; base's bitmaps are being put back into their places."""
+
+
+class KeptName(msgspec.Struct, frozen=True):
+    """A checkpoint that survives.
+
+    ``in_base`` says whether base had it before, ``sources`` which overlays have it (indexes,
+    lowest first).
+    """
+
+    name: str
+    granularity: int
+    in_base: bool
+    sources: list[int]
+
+
+class TombstoneName(msgspec.Struct, frozen=True):
+    """A tombstone that base is to have; ``in_base`` says whether base had the name before."""
+
+    name: str
+    granularity: int
+    in_base: bool
+
+
+class SavedLimits(msgspec.Struct, frozen=True):
+    """How the guest's disk was limited before we limited it."""
+
+    limits: dict[str, int]
+    group: str | None
+
+
+class LiveJournal(msgspec.Struct, frozen=True):
+    """A live merge and how far it came.
+
+    ``address`` are the options of ``chainmerge live`` that lead to the disk. ``overlays`` are the
+    merged images, lowest first; ``above`` is the one that stands on top, None in an active merge.
+    ``stale`` are the names that go from base. ``limits`` are set while the guest is slowed down.
+    """
+
+    version: int
+    address: list[str]
+    job: str
+    base: ImageIdentity
+    overlays: list[ImageIdentity]
+    above: ImageIdentity | None
+    backing_name: str | None
+    kept: list[KeptName]
+    stale: list[str]
+    tombstones: list[TombstoneName]
+    delete: bool
+    full_verify: bool
+    state: LiveState = LiveState.PREPARING
+    limits: SavedLimits | None = None
+    top_since: str = ""
+    """What top's times of change were when the merge was about to take effect; empty where they
+    say nothing."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether top is what the guest writes to."""
+        return self.above is None
+
+    @property
+    def top(self) -> ImageIdentity:
+        """The uppermost image that is merged."""
+        return self.overlays[-1]
+
+    @property
+    def took_effect(self) -> bool:
+        """Whether base is the image that is right, come what may."""
+        return self.state in (LiveState.SWITCHING, LiveState.SETTLING)
+
+
+def live_journal_file(base: Path) -> Path:
+    """Where the journal of a live merge into *base* stands, whether or not there is one."""
+    return beside(base, SUFFIX)
+
+
+def save_live_journal(journal: LiveJournal) -> None:
+    """Write the journal durably.
+
+    Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
+    """
+    target = live_journal_file(Path(journal.base.path))
+    make_directory(target.parent)
+    # Not by msgspec: names of files may be no UTF-8.
+    text = json.dumps(msgspec.to_builtins(journal), ensure_ascii=True)
+    write_file_durably(target, text.encode("ascii") + b"\n", 0o600)
+
+
+def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
+    """Record, durably, that what *state* names begins; returns the journal as it is now."""
+    if journal.state is state:
+        return journal
+    entered = msgspec.structs.replace(journal, state=state)
+    save_live_journal(entered)
+    return entered
+
+
+def load_live_journal(base: Path) -> LiveJournal | None:
+    """The journal that a live merge left for *base*; None where there is none.
+
+    Raises LiveJournalDamaged.
+    """
+    return read_live_journal(live_journal_file(base))
+
+
+def read_live_journal(file: Path) -> LiveJournal | None:
+    """The journal in *file*; None where there is no such file.
+
+    Raises LiveJournalDamaged.
+    """
+    try:
+        journal = msgspec.convert(json.loads(_content_of(file)), type=LiveJournal)
+        problem = next(_problems(journal), None)
+    except ImageMissing:
+        return None
+    except LiveJournalDamaged:
+        raise
+    except ChainmergeError as error:
+        raise LiveJournalDamaged(str(file), error.sentence) from error
+    except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
+        why = f"it makes no sense ({type(error).__name__})"
+        raise LiveJournalDamaged(str(file), why) from error
+    if problem is not None:
+        raise LiveJournalDamaged(str(file), problem)
+    return journal
+
+
+def _content_of(file: Path) -> bytes:
+    with FileReadable(file) as readable:
+        if readable.size > _LARGEST:
+            raise LiveJournalDamaged(str(file), f"it has {readable.size} bytes")
+        return readable.read(0, readable.size)
+
+
+def _problems(journal: LiveJournal) -> Iterator[str]:
+    if journal.version != VERSION:
+        yield f"it is of version {journal.version}"
+    if not journal.overlays:
+        yield "it names no overlay"
+    images = [journal.base, *journal.overlays, *([journal.above] if journal.above else [])]
+    if not all(one.path.startswith("/") and b"\0" not in os.fsencode(one.path) for one in images):
+        yield "it names what is no path"
+    last = len(journal.overlays)
+    if any(not 0 <= index < last for kept in journal.kept for index in kept.sources):
+        yield "it names an overlay that there is not"
+
+
+def forget_live_journal(base: Path) -> None:
+    """Remove the journal of *base*, durably; nothing happens where there is none."""
+    remove_durably(live_journal_file(base))
+
+
+def data_changed(image: Path) -> str:
+    """What is another text after every write to *image*; empty where nothing tells."""
+    try:
+        status = image.stat()
+    except OSError:
+        return ""
+    return f"{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a live merge has left behind, for a cold merge of the same images to finish.
+
+Before the journal says that the merge takes effect (:attr:`LiveState.SWITCHING`), a cold merge
+does it all again: top is right, base's bitmaps are saved. After that base is right. Where top
+was not what the guest wrote to, both hold the same, and a cold merge finds that. In an active
+merge the guest writes to base from then on, and nothing must be copied from top any more.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from chainmerge.chain import discover
+from chainmerge.checkpoints import BitmapState
+from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.errors import ChainmergeError, OutcomeUnknown
+from chainmerge.inspection import policy_of
+from chainmerge.journal import (
+    DoomedImage,
+    MergedRecord,
+    forget_saved_bitmaps,
+    identify,
+    record_merged,
+    same_image,
+)
+from chainmerge.live_journal import (
+    LiveJournal,
+    data_changed,
+    forget_live_journal,
+    load_live_journal,
+)
+from chainmerge.qcow2.check import check
+from chainmerge.results import bitmap_results
+from chainmerge.settle import delete_recorded
+from chainmerge.storage.files import WritablePort
+from chainmerge.types import REPORT_VERSION, MergeOutcome, MergeReport, Stage
+from chainmerge.verify import verify_soundness
+from chainmerge.view import first_difference
+
+if TYPE_CHECKING:
+    from chainmerge.inspection import OpenChain, Target
+    from chainmerge.merge_job import Request
+    from chainmerge.options import Access
+
+
+@dataclass(eq=False)
+class LivePivotUnclear(OutcomeUnknown):
+    """Top or base is what the guest has written to last, and the images do not tell which."""
+
+    code: ClassVar[str] = "live-pivot-unclear"
+    template: ClassVar[str] = (
+        "a live merge of {top} into {base} was about to take effect; the two differ, and {top} "
+        "may have been written to since"
+    )
+    hint: ClassVar[str] = (
+        "find out from which of them the VM ran last, and name it: `chainmerge merge {top} "
+        "--active {base}` if it was {base} (which is so unless the VM was started anew with "
+        "{top}), else `--active {top}`"
+    )
+    explanation: ClassVar[str] = (
+        "When the active image has been merged, the VM goes over from top to base, which the "
+        "journal of the merge announces right before. From then on base is the right one, unless "
+        "the VM ended and was started with top again. Times of change tell that of files that "
+        "nobody has touched since, and of block devices nothing does. Copying top into base "
+        "could destroy what the guest has written. Nothing was changed."
+    )
+    top: str
+    base: str
+
+
+def without_base_as_active(access: Access, top: Path, base: Path | None) -> Access:
+    """The same, without ``active`` where that names base.
+
+    Nothing that stands on top is found below it. Who names base says that the guest writes to
+    it, which only :func:`finish_pivot` has to know.
+    """
+    if access.active is None or not _names_base(access, top, base):
+        return access
+    return replace(access, active=None)
+
+
+def _names_base(access: Access, top: Path, base: Path | None) -> bool:
+    assert access.active is not None
+    if base is not None:
+        return os.path.realpath(base) == os.path.realpath(access.active)
+    try:
+        chain = discover(top, policy_of(access))
+        return len(chain.images) > 1 and chain.index_of(Path(access.active)) == chain.base_index
+    except ChainmergeError:
+        # Whatever is wrong there will be said where it matters.
+        return False
+
+
+def require_clear(request: Request, record: MergedRecord | None) -> None:
+    """Make sure that top is not what a live merge has left, and somebody has written to since.
+
+    Raises LivePivotUnclear, unless ``active`` says that top is what the guest wrote to.
+    """
+    if record is None or record.superseded is None or not request.top.exists():
+        return
+    left = record.superseded.images[0].identity
+    if not same_image(identify(request.top), left):
+        return
+    active = request.access.active
+    if active is None or os.path.realpath(active) != os.path.realpath(request.top):
+        raise LivePivotUnclear(str(request.top), record.base)
+
+
+def forget_left_behind(record: MergedRecord) -> None:
+    """Remove what a live merge has kept beside base, once its record says that it is done."""
+    base = Path(record.base)
+    journal = load_live_journal(base)
+    if journal is None or not same_image(journal.base, record.result_identity):
+        return
+    if journal.top.path == record.top:
+        forget_saved_bitmaps(base)
+        forget_live_journal(base)
+
+
+def journal_of(target: Target) -> LiveJournal | None:
+    """The journal that a live merge has left for these images; None where there is none.
+
+    Raises LiveJournalDamaged.
+    """
+    journal = load_live_journal(target.base.real_path)
+    if journal is None or not same_image(journal.base, identify(target.base.real_path)):
+        return None
+    return journal
+
+
+def finish_pivot(request: Request, target: Target, opened: OpenChain) -> MergeReport | None:
+    """Finish an active merge that took effect; None where there is none to finish.
+
+    Raises LivePivotUnclear.
+    """
+    journal = journal_of(target)
+    if journal is None or not journal.took_effect or not journal.is_active:
+        return None
+    top = target.chain.top
+    if not same_image(journal.top, identify(top.real_path)):
+        return None
+    if not _base_is_right(request, journal, target, opened):
+        return None
+    return _finish(request, journal, target, opened)
+
+
+def _base_is_right(
+    request: Request, journal: LiveJournal, target: Target, opened: OpenChain
+) -> bool:
+    top, base = target.chain.top, target.base
+    active = request.access.active
+    if active is not None:
+        return os.path.realpath(active) == str(base.real_path)
+    if journal.top_since and journal.top_since == data_changed(top.real_path):
+        return True
+    merged, whole = opened.view(0, target.base_index + 1), opened.view()
+    size = whole.virtual_size
+    if first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None:
+        return True
+    raise LivePivotUnclear(str(top.path), str(base.path))
+
+
+def _finish(
+    request: Request, journal: LiveJournal, target: Target, opened: OpenChain
+) -> MergeReport:
+    base = target.base
+    verified = ["a live merge came to its end: the guest wrote to base from then on"]
+    image = opened.images[target.base_index].image
+    if image is not None:
+        verify_soundness(image)
+        verified.append("refcounts of base recomputed from the tables: no corruption")
+        # What QEMU had taken and not used yet when it died.
+        with WritablePort(base.real_path) as port:
+            reclaim_leaks(port)
+    request.announce(Stage.SETTLE)
+    deleted: tuple[str, ...] = ()
+    if request.options.delete or journal.delete:
+        record = MergedRecord(
+            top=str(target.chain.top.real_path),
+            base=str(base.real_path),
+            result=str(base.real_path),
+            result_format=base.format,
+            result_identity=identify(base.real_path),
+            keep_name=False,
+            delete=[
+                DoomedImage(one.path, one)
+                for one in reversed(journal.overlays)
+                if not Path(one.path).is_block_device()
+            ],
+        )
+        record_merged(target.chain.top.real_path, record)
+        deleted = delete_recorded(record)
+    forget_saved_bitmaps(base.real_path)
+    forget_live_journal(base.real_path)
+    bitmaps = bitmap_results(image) if image is not None else ()
+    broken = [one.name for one in bitmaps if one.state == BitmapState.IN_USE]
+    warnings = []
+    if broken:
+        names = ", ".join(map(repr, broken))
+        warnings.append(
+            f"the VM did not end in order, so the bitmaps {names} are lost: the next backup that "
+            "builds on them must be a full one (`chainmerge repair` removes them)"
+        )
+    readable = opened.images[target.base_index].readable
+    return MergeReport(
+        version=REPORT_VERSION,
+        outcome=MergeOutcome.ALREADY_MERGED,
+        plan=None,
+        bitmaps=bitmaps,
+        bytes_copied=0,
+        seconds=time.monotonic() - request.started,
+        image_end=check(image).image_end_offset if image is not None else readable.size,
+        volume_size=readable.size,
+        verified=tuple(verified),
+        repointed=(),
+        deleted=deleted,
+        renamed=None,
+        warnings=tuple(warnings),
+    )

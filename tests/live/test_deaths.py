@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manager dies at any moment and is run again; the VM dies, and the cold path goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import chainmerge
+from chainmerge import live
+from chainmerge.errors import ChainmergeError, ExitCode
+from chainmerge.live.errors import NothingUnfinished, VmLost
+from chainmerge.live_leftovers import LivePivotUnclear
+from chainmerge.options import Access, LiveOptions, MergeOptions
+from tests.conftest import SOAK
+from tests.support.cli import environment
+from tests.support.dying import DyingVm, Moment
+from tests.support.live_scenario import (
+    DISK,
+    LiveScenario,
+    assert_closed_right,
+    build,
+    leftovers,
+    stored_bits,
+)
+from tests.support.live_vm import DEVICE, Guest, LiveTestVm, running_vm
+from tests.support.qemu import assert_clean, check, content, qemu_img, qemu_io
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.timeout(120)
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("internal", "active")
+# A merge is about 40 calls, more where it takes longer.
+LATEST_CALL = 44
+
+
+def moments(count: int, seed: int) -> Iterator[tuple[int, Moment]]:
+    random_ = random.Random(seed)
+    for _ in range(count):
+        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
+
+
+MOMENTS = list(moments(50 if SOAK else 3, 11))
+
+
+def run_and_die(vm: LiveTestVm, scenario: LiveScenario, call: int, moment: Moment) -> bool:
+    """Run a manager that dies at a call; whether it came to that."""
+    done = vm.directory / "calls"
+    command = (
+        sys.executable, "-m", "tests.support.dying", str(vm.qmp), DEVICE, str(scenario.top),
+        str(scenario.base), str(call), moment, str(done),
+    )  # fmt: skip
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode in (0, -9), result.stderr
+    return result.returncode != 0
+
+
+def carry_on(vm: LiveTestVm, scenario: LiveScenario) -> None:
+    """What an operator does: resume; where there is nothing to resume, see whether it is done."""
+    with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+        with contextlib.suppress(NothingUnfinished):
+            live.resume(disk)
+            return
+        if len(vm.chain()) != (1 if scenario.is_active else 2):
+            live.merge(disk, scenario.top, scenario.base, options=LiveOptions(delete=True))
+
+
+@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manager_that_was_killed_is_run_again(
+    tmp_path: Path, kind: str, call: int, moment: Moment
+) -> None:
+    seed = call * 2 + (moment == "after")
+    scenario = build(tmp_path / "chain", seed, levels=1 + seed % 2, active=kind == "active")
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        with Guest(vm, seed, DISK) as guest:
+            run_and_die(vm, scenario, call, moment)
+            assert vm.alive
+            carry_on(vm, scenario)
+            guest.wait_for(len(guest.journal) + 5)
+        assert vm.jobs() == []
+        assert vm.chain() == [scenario.result.name, "base.qcow2"][: 1 if scenario.is_active else 2]
+        assert not any(path.exists() for path in scenario.merged)
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["killed", "ended in order"])
+def test_a_vm_that_died_is_merged_cold(
+    tmp_path: Path, end: str, kind: str, call: int, moment: Moment
+) -> None:
+    seed = call * 2 + (moment == "after")
+    scenario = build(tmp_path / "chain", seed, levels=1 + seed % 2, active=kind == "active")
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        guest = Guest(vm, seed, DISK, flushes=end == "killed")
+        with guest:
+            die = vm.kill if end == "killed" else lambda: quit_with_guest(vm, guest)
+            merge_until_it_dies(vm, scenario, call, moment, die)
+            if vm.alive:
+                die()
+    assert_merged_cold(scenario, guest, in_order=end != "killed")
+
+
+def quit_with_guest(vm: LiveTestVm, guest: Guest) -> None:
+    """End the VM in order, after the guest's last write unless that is what a job holds up."""
+    if "pending" in vm.jobs():
+        vm.quit()
+    guest.stop()
+    vm.quit()
+
+
+def merge_until_it_dies(
+    vm: LiveTestVm,
+    scenario: LiveScenario,
+    call: int,
+    moment: Moment,
+    die: Callable[[], None],
+) -> None:
+    try:
+        with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            dying = DyingVm(disk, call, moment, die)
+            options = LiveOptions(bandwidth=64 << 20)
+            live.merge(dying, scenario.top, scenario.base, options=options)
+    except ChainmergeError as error:
+        died = error
+    else:
+        return
+    # It says that it does not know, unless nothing had been begun.
+    assert died.exit_code in (ExitCode.UNKNOWN, ExitCode.REFUSED), died
+    assert not vm.alive
+
+
+def assert_merged_cold(scenario: LiveScenario, guest: Guest, *, in_order: bool) -> None:
+    """Merge what the VM has left, if it is not merged; then nothing that was flushed is missing."""
+    options = MergeOptions(delete=True)
+    report = chainmerge.merge(scenario.top, scenario.base, options=options)
+    assert not any(path.exists() for path in scenario.merged)
+    assert leftovers(scenario) == []
+    now = content(scenario.result)
+    assert guest.may_be(scenario.before, now)
+    if not in_order and report.outcome == "already-merged":
+        # Base was what the VM wrote to when it was killed, which leaks clusters.
+        assert check(scenario.base)["corruptions"] == 0
+    else:
+        assert_clean(scenario.base)
+    if in_order:
+        if now != guest.applied_to(scenario.before):
+            guest.count_what_is_under_way()
+        assert_closed_right(scenario, guest)
+    elif not scenario.is_active:
+        # The guest's image lost its own; base has what it is to have.
+        bits = stored_bits(scenario.base)
+        assert bits == {
+            "everywhere": set(scenario.everywhere),
+            "in-top": set(scenario.in_top),
+        }
+
+
+def left_by_a_live_merge(directory: Path, kind: str) -> tuple[LiveScenario, Guest]:
+    """A merge that came to its end with top left in place, and a guest that wrote on."""
+    scenario = build(directory / "chain", 21, levels=2, active=kind == "active")
+    with running_vm(directory / "vm", scenario.images) as vm:
+        with Guest(vm, 21, DISK) as guest:
+            with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+                live.merge(disk, scenario.top, scenario.base)
+            guest.wait_for(len(guest.journal) + 20)
+        vm.quit()
+    return scenario, guest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_merged_again_from_what_a_live_merge_has_left(tmp_path: Path, kind: str) -> None:
+    scenario, guest = left_by_a_live_merge(tmp_path, kind)
+    report = chainmerge.merge(scenario.top, scenario.base)
+    assert report.outcome == "already-merged"
+    assert_closed_right(scenario, guest)
+    report = chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    assert set(report.deleted) == {str(path) for path in scenario.merged}
+    assert_closed_right(scenario, guest)
+
+
+def test_what_was_written_to_since_is_not_merged_unasked(tmp_path: Path) -> None:
+    scenario, guest = left_by_a_live_merge(tmp_path, "active")
+    qemu_io(scenario.top, "write -q -P 9 0 64k")
+    with pytest.raises(LivePivotUnclear):
+        chainmerge.merge(scenario.top, scenario.base)
+    assert content(scenario.base) == guest.applied_to(scenario.before)
+    # Somebody who has started the VM from top again knows better.
+    wanted = content(scenario.top)
+    chainmerge.merge(scenario.top, scenario.base, access=Access(active=str(scenario.top)))
+    assert content(scenario.base) == wanted
+
+
+@dataclass
+class DiesOnceMerged:
+    """Ends the VM when the merge has taken effect and the guest has written on."""
+
+    vm: LiveTestVm
+    guest: Guest
+
+    def __call__(self) -> None:
+        self.guest.wait_for(len(self.guest.journal) + 10)
+        self.vm.kill()
+
+
+def test_after_the_pivot_base_is_right_even_where_top_was_touched(tmp_path: Path) -> None:
+    scenario = build(tmp_path / "chain", 22, levels=1, active=True)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        guest = Guest(vm, 22, DISK, flushes=True)
+        with guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            dying = DyingVm(disk, 0, "before", DiesOnceMerged(vm, guest), name_of_call="dismiss")
+            with pytest.raises(VmLost):
+                live.merge(dying, scenario.top)
+    # As a VM that is started from top once more and ended at once does.
+    qemu_img("bitmap", "--add", scenario.top, "touched")
+    with pytest.raises(LivePivotUnclear):
+        chainmerge.merge(scenario.top)
+    report = chainmerge.merge(scenario.top, access=Access(active=str(scenario.base)))
+    assert report.outcome == "already-merged"
+    assert guest.may_be(scenario.before, content(scenario.base))
+    assert leftovers(scenario) == []

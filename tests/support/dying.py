@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk of a VM at which something dies at a chosen call: the merge, or the VM.
+
+As a program it is a manager that kills itself:
+``python -m tests.support.dying SOCKET DEVICE TOP BASE CALL before|after COUNT-FILE``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from chainmerge import live
+from chainmerge.options import LiveOptions
+
+Moment = Literal["before", "after"]
+MOMENTS: Final[dict[str, Moment]] = {"before": "before", "after": "after"}
+
+
+@dataclass
+class DyingVm:
+    """Passes calls on to *vm*; *die* is called before or after one of them.
+
+    It is the one with the number *call*, or the first one of that name.
+    """
+
+    vm: Any
+    call: int
+    moment: Moment
+    die: Callable[[], None]
+    name_of_call: str = ""
+    calls: int = field(default=0)
+
+    @property
+    def name(self) -> str:
+        return str(self.vm.name)
+
+    @property
+    def address(self) -> tuple[str, ...]:
+        return tuple(self.vm.address)
+
+    def __getattr__(self, name: str) -> Any:
+        passed_on = getattr(self.vm, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            fatal = self.calls == self.call or name == self.name_of_call
+            if fatal and self.moment == "before":
+                self.die()
+            result = passed_on(*args, **kwargs)
+            if fatal and self.moment == "after":
+                self.die()
+            return result
+
+        return called
+
+
+def kill_ourselves() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    socket, device, top, base, call, moment, count_file = sys.argv[1:]
+    with live.QmpVm(socket, device=device) as disk:
+        dying = DyingVm(disk, int(call), MOMENTS[moment], kill_ourselves)
+        options = LiveOptions(delete=True, bandwidth=64 << 20)
+        live.merge(dying, top, base, options=options)
+    Path(count_file).write_text(str(dying.calls), encoding="ascii")
+
+
+if __name__ == "__main__":
+    main()
