@@ -11,6 +11,7 @@ from demo.outcome import look_at, same_content
 from demo.scenario import VOLUME_SIZE, Workshop
 from demo.volumes import FixedVolume, LimitedFile, loop_volume
 from demo.ways import merge_with_chainmerge, merge_with_qemu_img
+from tests.support.machine import qemu_major
 from tests.support.qemu import assert_clean, bitmap_names, dirty_ranges
 
 if TYPE_CHECKING:
@@ -68,9 +69,13 @@ def test_the_limit_of_a_plain_file_is_kept(one_good: Workshop, tmp_path: Path) -
     assert volume.path.stat().st_size <= VOLUME_SIZE
 
 
+# Newer versions of QEMU say by an exit status that a bitmap was lost; 7.2 on standard error alone.
+LOST = 1 if qemu_major() >= 10 else 0
+
+
 @pytest.mark.parametrize(
     ("stale", "statuses", "state", "content_right"),
-    [(5, [0, 0, 0], "valid", True), (6, [0, 0, 0], "in-use", True), (14, [1], "absent", False)],
+    [(5, [0, 0, 0], "valid", True), (6, [0, 0, LOST], "in-use", True), (14, [1], "absent", False)],
 )
 def test_the_scenario_is_as_hard_as_it_claims(
     loop: FixedVolume,

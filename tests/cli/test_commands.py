@@ -116,7 +116,7 @@ def test_an_interrupted_merge_is_finished_by_the_same_command(
 ) -> None:
     base, top = chain
     expected = qemu.content(top)
-    command = [*COMMAND, "merge", "--json", "--bandwidth", "2M", str(top)]
+    command = [*COMMAND, "merge", "--json", "--bandwidth", "256K", str(top)]
     # A session of its own is what a terminal's Ctrl-C would reach as a whole.
     with subprocess.Popen(
         command,
@@ -150,7 +150,7 @@ def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path
     expected = qemu.content(top)
     assert "no unfinished merges" in chainmerge("status", base.parent).out
     with subprocess.Popen(
-        [*COMMAND, "merge", "--json", "--delete", "--bandwidth", "2M", str(top)],
+        [*COMMAND, "merge", "--json", "--delete", "--bandwidth", "256K", str(top)],
         stdout=subprocess.PIPE,
         env=environment(),
         text=True,

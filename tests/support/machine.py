@@ -27,6 +27,12 @@ def qemu_version() -> str:
     return first_line.removeprefix("qemu-img version ") or f"qemu-img exits {result.returncode}"
 
 
+def qemu_major() -> int:
+    """The first number of qemu-img's version; 0 where there is none."""
+    number = qemu_version().partition(".")[0]
+    return int(number) if number.isdigit() else 0
+
+
 @cache
 def has_loop_devices() -> bool:
     """Whether a loop device can be had: by asking for one, for a node alone says little."""
