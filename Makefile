@@ -9,6 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 QEMU ?=
 ifneq ($(QEMU),)
 export PATH := $(QEMU):$(PATH)
+export CHAINMERGE_OTHER_QEMU := $(QEMU)
 endif
 
 BIN := .venv/bin

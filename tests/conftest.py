@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pytest
 
 SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
+OTHER_QEMU = "CHAINMERGE_OTHER_QEMU" in os.environ
 
 # An example runs real processes on real images: how long one takes says nothing.
 _patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,10 +31,9 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take the long runs out unless they were asked for; a deselected test is no skipped one."""
-    if SOAK:
-        return
-    long_runs = [item for item in items if item.get_closest_marker("soak")]
-    if long_runs:
-        config.hook.pytest_deselected(items=long_runs)
-        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    """Take out what was not asked for; a deselected test is no skipped one."""
+    unasked = {name for name, asked in (("soak", SOAK), ("two_qemus", OTHER_QEMU)) if not asked}
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
