@@ -110,6 +110,7 @@ def random_fault(choice: random.Random, sectors: int, target: str) -> str:
     return choice.choice(kinds)
 
 
+@pytest.mark.timeout(36_000)
 def test_faults_at_random_moments(ward: Ward, capsys: pytest.CaptureFixture[str]) -> None:
     ward.refill()
     started = time.monotonic()
