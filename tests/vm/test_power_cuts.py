@@ -16,7 +16,7 @@ import pytest
 from tests.support import qemu
 from tests.vm.power.cases import CASES, LVM
 from tests.vm.power.judge import FilesJudge, Judge, VolumesJudge
-from tests.vm.power.log_writes import Flags, read_log, states
+from tests.vm.power.log_writes import SECTOR, Flags, read_log, states
 from tests.vm.power.media import FileMedium, MemoryMedium
 from tests.vm.power.recordings import directory_of
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
 SUBSETS = 40 if SOAK else 3
 SUBSETS_OF_FILES = 10 if SOAK else 1
+# What file systems rely on having as a whole or not at all.
+BLOCK = 4096
 
 
 @pytest.mark.timeout(3600)
@@ -41,14 +43,14 @@ def test_power_cuts(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str
     if case.storage == LVM:
         medium = MemoryMedium((recording / "before").read_bytes())
         judge = VolumesJudge(case, medium, log, tmp_path, thorough=SOAK)
-        subsets = SUBSETS
+        subsets, unit = SUBSETS, SECTOR
     else:
         copy = tmp_path / "medium"
         qemu.run("cp", "--sparse=always", recording / "before", copy)
         files = FileMedium(copy)
         judge = FilesJudge(case, files, log, tmp_path, thorough=SOAK)
-        subsets = SUBSETS_OF_FILES
-    judge_all(judge, log, subsets)
+        subsets, unit = SUBSETS_OF_FILES, BLOCK
+    judge_all(judge, log, subsets, unit)
     judge.assert_all_was_met()
     with capsys.disabled():
         print(f"\n{name}: {judge.summary()}")
@@ -66,6 +68,6 @@ def test_a_flush_that_is_missing_is_seen(tmp_path: Path) -> None:
         judge_all(judge, without, subsets=200)
 
 
-def judge_all(judge: Judge, log: Sequence[Entry], subsets: int) -> None:
-    for state in states(judge.medium, log, subsets=subsets, seed=1):
+def judge_all(judge: Judge, log: Sequence[Entry], subsets: int, unit: int = SECTOR) -> None:
+    for state in states(judge.medium, log, subsets=subsets, seed=1, unit=unit):
         judge.judge(state)

@@ -139,11 +139,13 @@ class State:
     number: int
 
 
-def states(medium: Medium, log: Sequence[Entry], *, subsets: int, seed: int) -> Iterator[State]:
+def states(
+    medium: Medium, log: Sequence[Entry], *, subsets: int, seed: int, unit: int = SECTOR
+) -> Iterator[State]:
     """Put the medium, step by step, into the states in which a power cut can leave it.
 
     After every entry there is one. Between two flushes there are besides, *subsets* times, a
-    random part of the writes, each of them entirely or any of its sectors.
+    random part of the writes, each of them entirely or any of its units of so many bytes.
     """
     choice = random.Random(seed)
     marks: frozenset[str] = frozenset()
@@ -160,7 +162,7 @@ def states(medium: Medium, log: Sequence[Entry], *, subsets: int, seed: int) -> 
         undo = _Undo(medium)
         for sample in range(subsets if any(each.changes for each in window) else 0):
             for each in window:
-                for offset, data in _part_of(each, choice):
+                for offset, data in _part_of(each, choice, unit):
                     undo.write(offset, data)
             number += 1
             label = f"a random part ({sample}) of entries {first} to {index}"
@@ -206,14 +208,14 @@ def _all_of(entry: Entry) -> Iterator[tuple[int, bytes]]:
         yield start, bytes(min(_DISCARD_PIECE, end - start))
 
 
-def _part_of(entry: Entry, choice: random.Random) -> Iterator[tuple[int, bytes]]:
-    """What is left of a write: all, nothing, or any of its sectors."""
+def _part_of(entry: Entry, choice: random.Random, unit: int) -> Iterator[tuple[int, bytes]]:
+    """What is left of a write: all, nothing, or any of its units."""
     fate = choice.random()
     if fate < 0.3 or not entry.changes:
         return
     if fate < 0.6 or entry.flags & Flags.DISCARD:
         yield from _all_of(entry)
         return
-    for start in range(0, len(entry.data), SECTOR):
+    for start in range(0, len(entry.data), unit):
         if choice.random() < 0.5:
-            yield entry.offset + start, entry.data[start : start + SECTOR]
+            yield entry.offset + start, entry.data[start : start + unit]
