@@ -163,7 +163,10 @@ def _backups(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.chainmerge-repair-*"))
 
 
-@pytest.mark.parametrize("name", [WORST, "COPIED flags are set on what a snapshot shares"])
+FOREIGN_WRITER: Final = "a program that does not know bitmaps wrote to the image"
+
+
+@pytest.mark.parametrize("name", [WORST, FOREIGN_WRITER])
 def test_killed_before_any_write_or_flush(template: Victim, tmp_path: Path, name: str) -> None:
     """The same command mends it, and undoing both repairs brings back the damage."""
     damaged = template.copy_to(tmp_path / "damaged")
@@ -189,8 +192,9 @@ def test_killed_before_any_write_or_flush(template: Victim, tmp_path: Path, name
 
 
 def test_killed_while_undoing(template: Victim, tmp_path: Path) -> None:
+    """Of a repair that wrote to one place twice: the last write has to go first."""
     damaged = template.copy_to(tmp_path / "damaged")
-    BY_NAME[WORST].inflict(damaged.base)
+    BY_NAME[FOREIGN_WRITER].inflict(damaged.base)
     survives = 0
     while True:
         victim = damaged.copy_to(tmp_path / str(survives))
