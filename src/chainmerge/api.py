@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from chainmerge.information import inspect
     from chainmerge.merging import measure, merge, plan
     from chainmerge.repairing import plan_repair, repair, undo_repair
+    from chainmerge.several_disks import merge_disks, plan_disks
     from chainmerge.unfinished import status
 
 __all__ = [
@@ -38,7 +39,9 @@ __all__ = [
     "inspect",
     "measure",
     "merge",
+    "merge_disks",
     "plan",
+    "plan_disks",
     "plan_repair",
     "prune",
     "repair",
@@ -58,7 +61,9 @@ _MODULES: Final = MappingProxyType(
         "inspect": "chainmerge.information",
         "measure": "chainmerge.merging",
         "merge": "chainmerge.merging",
+        "merge_disks": "chainmerge.several_disks",
         "plan": "chainmerge.merging",
+        "plan_disks": "chainmerge.several_disks",
         "plan_repair": "chainmerge.repairing",
         "prune": "chainmerge.bitmap_ops",
         "repair": "chainmerge.repairing",

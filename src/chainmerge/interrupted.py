@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _JOURNAL: Final = f".{SUFFIX}"
 _SAVED: Final = ".chainmerge-saved"
+_MERGED: Final = ".chainmerge-merged"
 
 
 class Ending(Enum):
@@ -91,7 +92,10 @@ def forget(merge: InterruptedMerge) -> None:
 
 
 def _judged(unfinished: UnfinishedMerge) -> Iterator[InterruptedMerge]:
-    """One that is what the first of its files says: a journal says the most."""
+    """One that is what the first of its files says: a journal says the most.
+
+    One that is only known to be one of several disks has not begun, and its images are whole.
+    """
     file = Path(unfinished.files[0])
     try:
         if file.name.endswith(_JOURNAL):
@@ -100,7 +104,7 @@ def _judged(unfinished: UnfinishedMerge) -> Iterator[InterruptedMerge]:
                 yield _of_journal(unfinished, journal)
         elif file.name.endswith(_SAVED):
             yield _of_saved(unfinished, file)
-        else:
+        elif file.name.endswith(_MERGED):
             yield _of_record(unfinished, file)
     except ChainmergeError as error:
         yield _by_hand(unfinished, error.sentence)

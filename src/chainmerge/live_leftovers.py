@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,6 +44,8 @@ from chainmerge.verify import verify_soundness
 from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chainmerge.inspection import OpenChain, Target
     from chainmerge.merge_job import Request
     from chainmerge.options import Access
@@ -77,7 +80,7 @@ def without_base_as_active(access: Access, top: Path, base: Path | None) -> Acce
     """The same, without ``active`` where that names base.
 
     Nothing that stands on top is found below it. Who names base says that the guest writes to
-    it, which only :func:`finish_pivot` has to know.
+    it, which only :func:`pivot_to_finish` has to know.
     """
     if access.active is None or not _names_base(access, top, base):
         return access
@@ -133,8 +136,10 @@ def journal_of(target: Target) -> LiveJournal | None:
     return journal
 
 
-def finish_pivot(request: Request, target: Target, opened: OpenChain) -> MergeReport | None:
-    """Finish an active merge that took effect; None where there is none to finish.
+def pivot_to_finish(
+    request: Request, target: Target, opened: OpenChain
+) -> Callable[[], MergeReport] | None:
+    """What finishes an active merge that took effect; None where there is none to finish.
 
     Raises LivePivotUnclear.
     """
@@ -146,7 +151,7 @@ def finish_pivot(request: Request, target: Target, opened: OpenChain) -> MergeRe
         return None
     if not _base_is_right(request, journal, target, opened):
         return None
-    return _finish(request, journal, target, opened)
+    return partial(_finish, request, journal, target, opened)
 
 
 def _base_is_right(

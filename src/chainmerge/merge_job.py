@@ -40,6 +40,8 @@ class Request:
     report: OnProgress
     should_stop: ShouldStop
     started: float
+    claims: Mapping[str, int]
+    """Bytes that other merges which are done together with it take, by the pool they come from."""
 
     def announce(self, stage: Stage) -> None:
         """Report that a stage begins; stop here if the caller wants to."""

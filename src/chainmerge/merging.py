@@ -7,11 +7,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.chain.errors import ImageReplaced
+from chainmerge.disks_journal import forget_entry
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
@@ -37,9 +39,9 @@ from chainmerge.journal import (
 )
 from chainmerge.live_journal import forget_live_journal
 from chainmerge.live_leftovers import (
-    finish_pivot,
     forget_left_behind,
     journal_of,
+    pivot_to_finish,
     require_clear,
     without_base_as_active,
 )
@@ -65,7 +67,12 @@ from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
 from chainmerge.results import bitmap_results
-from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
+from chainmerge.resuming import (
+    VERIFIED_BEFORE,
+    find_resumption,
+    finish_journalled,
+    finish_recorded,
+)
 from chainmerge.settle import (
     SettleSteps,
     delete_recorded,
@@ -108,12 +115,34 @@ def plan(
     Raises:
         ChainmergeError: the chain cannot be found or read.
     """
-    access, options = access or Access(), options or MergeOptions()
+    return plan_beside(top, base, access or Access(), options or MergeOptions(), {})[0]
+
+
+def plan_beside(
+    top: str | Path,
+    base: str | Path | None,
+    access: Access,
+    options: MergeOptions,
+    claims: Mapping[str, int],
+) -> tuple[MergePlan, Mapping[str, int]]:
+    """As :func:`plan`, of a merge that is done together with others.
+
+    Args:
+        top: as in :func:`plan`, and so are *base*, *access* and *options*.
+        base: see there.
+        access: see there.
+        options: see there.
+        claims: bytes that the others take, by the pool that they come from.
+
+    Returns:
+        The plan, and the bytes that this merge takes by the pool that they come from.
+    """
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never).facts
-    return make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
+        facts = _gather(target, opened, options, _never, claims).facts
+    decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
+    return decided, facts.volume.claim(decided.space.required)
 
 
 def measure(
@@ -130,7 +159,7 @@ def measure(
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never).facts
+        facts = _gather(target, opened, options, _never, {}).facts
     space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
@@ -177,51 +206,87 @@ def merge(
         report=on_progress or (lambda _event: None),
         should_stop=should_stop or (lambda: False),
         started=time.monotonic(),
+        claims={},
     )
+    with contextlib.ExitStack() as stack:
+        prepared = prepare(stack, request)
+        report = prepared.carry_out()
+    forget_entry(prepared.base)
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge that is decided upon, or what an interrupted one has left to do.
+
+    Attributes:
+        base: The image merged into.
+        plan: What is going to be done; None where only the end of it is left.
+        claim: Bytes that it takes, by the pool that they come from.
+        carry_out: Does it. Raises what :func:`merge` raises, but for Refused.
+    """
+
+    base: Path
+    plan: MergePlan | None
+    claim: Mapping[str, int]
+    carry_out: Callable[[], MergeReport]
+
+
+def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
+    """Look at everything and decide on everything that a merge does; no image is written to.
+
+    What is locked and opened stays so until *stack* is closed.
+
+    Raises:
+        Refused: it will not be done.
+        Interrupted: who asked for it said so.
+    """
     record = load_merged_record(request.top)
     if record is not None and finished_before(record, request.top, request.base, request.options):
-        return _report_finished(request, record)
+        return Prepared(Path(record.base), None, {}, partial(_report_finished, request, record))
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
-    allow_open_files(_locks_held(target))
-    with contextlib.ExitStack() as stack:
-        locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
-        _forget_cached(target, request.options)
-        target = _same_target(target, request)
-        if journal_of(target) is not None:
-            with open_chain(target.chain, locks) as opened:
-                finished = finish_pivot(request, target, opened)
-            if finished is not None:
-                return finished
-        resumed = resume(request, target)
-        if resumed.report is not None:
-            return resumed.report
-        with open_chain(target.chain, locks) as opened:
-            request.announce(Stage.PLAN)
-            found = _gather_to_merge(target, opened, request, resumed.warnings)
-            for refusal in find_refusals(found.facts, request.options):
-                raise refusal
-            return _run(
-                Job(
-                    request,
-                    target,
-                    found.facts,
-                    found.bitmaps,
-                    found.needs,
-                    found.zeroes,
-                    make_plan(found.facts, request.options),
-                    opened,
-                    locks,
-                )
-            )
+    allow_open_files(locks_held(target))
+    locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
+    _forget_cached(target, request.options)
+    target = _same_target(target, request)
+    base = target.base.real_path
+    if journal_of(target) is not None:
+        opened = stack.enter_context(open_chain(target.chain, locks))
+        finish_pivot = pivot_to_finish(request, target, opened)
+        if finish_pivot is not None:
+            return Prepared(base, None, {}, finish_pivot)
+    resumption = find_resumption(request, target)
+    if resumption.journal is not None:
+        finish = partial(finish_journalled, request, target, resumption.journal)
+        return Prepared(base, None, {}, finish)
+    opened = stack.enter_context(open_chain(target.chain, locks))
+    request.announce(Stage.PLAN)
+    found = _gather_to_merge(target, opened, request, resumption.warnings)
+    for refusal in find_refusals(found.facts, request.options):
+        raise refusal
+    decided = make_plan(found.facts, request.options)
+    job = Job(
+        request,
+        target,
+        found.facts,
+        found.bitmaps,
+        found.needs,
+        found.zeroes,
+        decided,
+        opened,
+        locks,
+    )
+    claim = found.facts.volume.claim(decided.space.required)
+    return Prepared(base, decided, claim, partial(_run, job))
 
 
 def _lock_all(
     stack: contextlib.ExitStack, target: Target, wait_seconds: float, options: MergeOptions
 ) -> Iterator[ImageLock]:
     """Lock the chain from its root up, then the children that will be re-pointed."""
-    for image, mode in _locks_needed(target, options):
+    for image, mode in locks_needed(target, options):
         yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
 
 
@@ -231,7 +296,7 @@ def _forget_cached(target: Target, options: MergeOptions) -> None:
     After a write that failed the kernel goes on showing what was to be written, until it needs
     the memory. A switch that failed would be taken for one that was done, and top be deleted.
     """
-    for image, mode in _locks_needed(target, options):
+    for image, mode in locks_needed(target, options):
         if mode is not LockMode.WRITER:
             continue
         # What cannot be opened for writing is refused with all other obstacles.
@@ -240,7 +305,8 @@ def _forget_cached(target: Target, options: MergeOptions) -> None:
             port.forget_cached()
 
 
-def _locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
+def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
+    """All images that a merge has to itself, in the order in which they are locked."""
     last = len(target.chain.images) - 1
     written = set()
     if options.direction != "pull":
@@ -258,7 +324,7 @@ def _locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[Image
         yield child, LockMode.WRITER
 
 
-def _locks_held(target: Target) -> int:
+def locks_held(target: Target) -> int:
     """How many files a merge has open at least: images are read through their locks."""
     images = target.chain.images
     data_files = sum(image.data_file is not None for image in images)
@@ -268,16 +334,16 @@ def _locks_held(target: Target) -> int:
 def _obstacles(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What would keep a merge from getting the images for itself, found without waiting."""
     try:
-        allow_open_files(_locks_held(target))
+        allow_open_files(locks_held(target))
     except OpenFilesLimited as error:
         yield error
-    locks = _locks_needed(target, options)
+    locks = locks_needed(target, options)
     yield from contentions((image.path, mode) for image, mode in locks)
     yield from _not_writable(target, options)
 
 
 def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
-    for image, mode in _locks_needed(target, options):
+    for image, mode in locks_needed(target, options):
         if mode is not LockMode.WRITER:
             continue
         try:
@@ -321,7 +387,11 @@ def _never() -> bool:
 
 
 def _gather(
-    target: Target, opened: OpenChain, options: MergeOptions, should_stop: ShouldStop
+    target: Target,
+    opened: OpenChain,
+    options: MergeOptions,
+    should_stop: ShouldStop,
+    claims: Mapping[str, int],
 ) -> _Found:
     require_readable(target, opened)
     saved = load_saved(target)
@@ -356,7 +426,7 @@ def _gather(
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=_volume_facts(target, opened, way.direction, survey, options),
+        volume=_volume_facts(target, opened, way.direction, survey, options).beside(claims),
         engine=chosen.engine,
         engine_reason=chosen.reason,
         direction=way.direction,
@@ -392,7 +462,7 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
     if engine is not EngineName.QEMU:
         return None
     try:
-        allow_open_files(_locks_held(target) + len(target.chain.images))
+        allow_open_files(locks_held(target) + len(target.chain.images))
     except OpenFilesLimited as error:
         return error
     return None
@@ -401,7 +471,7 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 def _gather_to_merge(
     target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
 ) -> _Found:
-    found = _gather(target, opened, request.options, request.should_stop)
+    found = _gather(target, opened, request.options, request.should_stop, request.claims)
     facts = found.facts
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)

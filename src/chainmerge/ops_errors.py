@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Refused
+from chainmerge.errors import Failed, Misuse, Refused
 
 
 @dataclass(eq=False)
@@ -160,3 +160,37 @@ class RepairNotVerified(Failed):
     )
     image: str
     difference: str
+
+
+@dataclass(eq=False)
+class DisksMismatched(Misuse):
+    """Tops and bases of several disks do not pair up."""
+
+    code: ClassVar[str] = "disks-mismatched"
+    template: ClassVar[str] = "there are {tops} tops and {bases} bases"
+    hint: ClassVar[str] = "give --base once for each top, in the same order, or not at all"
+    explanation: ClassVar[str] = (
+        "Several disks are merged as one operation: each top into an image below it, which is its "
+        "backing file unless a base is named. Bases are named for all disks or for none."
+    )
+    tops: int
+    bases: int
+
+
+@dataclass(eq=False)
+class DisksShareImage(Refused):
+    """Two of several disks have an image in common that would be written to."""
+
+    code: ClassVar[str] = "disks-share-image"
+    template: ClassVar[str] = "{image} is part of the chains of {first} and of {second}"
+    hint: ClassVar[str] = (
+        "merge them one after the other; or into images below that they do not have in common"
+    )
+    explanation: ClassVar[str] = (
+        "Several disks are merged as one operation only if they have nothing to do with each "
+        "other: what is planned for one must still hold when another one was merged. Images that "
+        "are only read, such as a common root, may be shared. Nothing was changed."
+    )
+    image: str
+    first: str
+    second: str

@@ -68,7 +68,10 @@ class ImageDirty(Refused):
 
     code: ClassVar[str] = "image-dirty"
     template: ClassVar[str] = "{image} was not closed properly: its dirty bit is set"
-    hint: ClassVar[str] = "run `qemu-img check -r all {image}`, then this command again"
+    hint: ClassVar[str] = (
+        "`chainmerge repair {image}` shows what is wrong, and with --yes mends it; then run this "
+        "command again"
+    )
     explanation: ClassVar[str] = (
         "The dirty bit (lazy refcounts) says that the refcounts on disk may be too low. Writing "
         "into the image by them would put new data over clusters that are in use."
@@ -83,8 +86,8 @@ class ImageCorrupt(Refused):
     code: ClassVar[str] = "image-corrupt"
     template: ClassVar[str] = "{image} is marked corrupt"
     hint: ClassVar[str] = (
-        "make a copy, run `qemu-img check -r all {image}`, and look at what it says before you go "
-        "on"
+        "`chainmerge repair {image}` shows what is wrong and what of it can be mended; look at "
+        "that before you go on"
     )
     explanation: ClassVar[str] = (
         "QEMU sets the corrupt bit when it meets metadata that contradicts itself, and refuses to "
@@ -100,7 +103,8 @@ class ImageDamaged(Refused):
     code: ClassVar[str] = "image-damaged"
     template: ClassVar[str] = "{image} is damaged in {corruptions} places, the first: {first}"
     hint: ClassVar[str] = (
-        "make a copy, run `qemu-img check -r all {image}`, then this command again"
+        "`chainmerge repair {image}` shows what is wrong and what of it can be mended, and with "
+        "--yes does that; then run this command again"
     )
     explanation: ClassVar[str] = (
         "The refcounts recomputed from the image's tables do not match those stored in it, or "

@@ -8,7 +8,7 @@ repair went through, and that an interruption could have left.
 
 Layout: the line :data:`MAGIC`; a line of JSON (:class:`_Head`); records. A record is
 :data:`_RECORD`, for a write followed by the old bytes, zlib-compressed. A backup whose
-repair came to its end has a seal for its last record, or the mark of an undoing that has begun.
+repair came to its end has a seal for its last record, or says how much of an undoing is left.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class _Head(msgspec.Struct, frozen=True):
 class _Record:
     """One thing that was done to the image.
 
-    ``offset``, ``length`` and ``old_length`` are of a write, ``size`` and ``changed`` of a seal;
-    all but ``changed`` (nanoseconds) in bytes.
+    ``offset``, ``length`` and ``old_length`` are of a write, ``size`` and ``changed`` of a seal,
+    all but ``changed`` (nanoseconds) in bytes; ``left`` is of an undoing, a number of records.
     """
 
     kind: str
@@ -130,6 +130,10 @@ class _Record:
 
     @property
     def size(self) -> int:
+        return self.offset
+
+    @property
+    def left(self) -> int:
         return self.offset
 
     @property
@@ -291,8 +295,10 @@ class Backup:
         self.path = path
         with FileReadable(path) as file:
             self._head, start = _read_head(file)
-            self._records = tuple(_read_records(file, start))
-        self._end = max((one.end for one in self._records), default=start)
+            records = tuple(_read_records(file, start))
+        self._end = max((one.end for one in records), default=start)
+        self._done = tuple(one for one in records if one.kind in (_Kind.WRITE, _Kind.FLUSH))
+        self._last = records[-1] if records else None
 
     @property
     def image(self) -> Path:
@@ -302,64 +308,81 @@ class Backup:
     @property
     def bytes_kept(self) -> int:
         """How many bytes of the image it has."""
-        return sum(one.old_length for one in self._writes())
-
-    def _writes(self) -> list[_Record]:
-        return [one for one in self._records if one.kind == _Kind.WRITE]
-
-    @property
-    def _seal(self) -> _Record | None:
-        """The seal, where the undoing has not begun."""
-        last = self._records[-1] if self._records else None
-        return last if last is not None and last.kind == _Kind.SEAL else None
+        return sum(one.old_length for one in self._done)
 
     def restore(self, port: WritablePort) -> None:
         """Put back all that was overwritten, and give a file the size that it had.
 
-        Interrupted, it is finished by doing it again.
+        Interrupted, it is finished by doing it again. Nothing happens where that was done.
 
         Raises:
             ChangedSinceRepair: nothing was written.
             BackupUnusable: nothing was written.
             WriteFailed, FlushFailed: the image is somewhere between the two states.
         """
+        if self._left == 0:
+            return
         self._require_same_file(port)
-        with FileReadable(self.path) as kept:
+        with (
+            FileReadable(self.path) as kept,
+            AppendedFile.reopened(self.path, self._end) as log,
+        ):
             waiting = self._still_to_undo(port, kept)
-            with AppendedFile.reopened(self.path, self._end) as log:
-                log.append(_packed_record(_Kind.UNDO, 0, 0, 0, 0, b"", b""))
-                log.flush()
-            for record in reversed(self._records):
+            _note_left(log, self._left)
+            for number in reversed(range(self._left)):
+                record = self._done[number]
                 if record.kind == _Kind.FLUSH:
+                    # Writes that had a flush between them may be to the same place.
                     port.flush()
+                    _note_left(log, number + 1)
                 elif record in waiting:
                     port.write(record.offset, _old_bytes(self.path, kept, record))
-        port.flush()
-        if not port.is_block_device and port.size != self._head.size:
-            port.truncate_to(self._head.size)
             port.flush()
+            if not port.is_block_device and port.size != self._head.size:
+                port.truncate_to(self._head.size)
+                port.flush()
+            _note_left(log, 0)
+
+    @property
+    def _left(self) -> int:
+        """How many of the records, from the first one on, may still have to be undone."""
+        last = self._last
+        if last is not None and last.kind == _Kind.UNDO:
+            return min(last.left, len(self._done))
+        return len(self._done)
+
+    @property
+    def _seal(self) -> _Record | None:
+        """The seal, where the undoing has not begun."""
+        last = self._last
+        return last if last is not None and last.kind == _Kind.SEAL else None
 
     def _require_same_file(self, port: WritablePort) -> None:
         image = port.name
         if not same_image(identify(Path(image)), self._head.image):
             raise ChangedSinceRepair(image, "it is another file")
+        smallest = self._head.size
+        largest = max([smallest, *(one.offset + one.length for one in self._done)])
         seal = self._seal
-        if seal is None:
-            return
-        if port.size != seal.size:
-            raise ChangedSinceRepair(image, f"it has {port.size} bytes, not {seal.size}")
-        if _time_of_change(port) != seal.changed:
-            raise ChangedSinceRepair(image, "it was written to")
+        if seal is not None:
+            smallest = largest = seal.size
+            if _time_of_change(port) != seal.changed:
+                raise ChangedSinceRepair(image, "it was written to")
+        # A repair that was interrupted may have made it larger in part.
+        if not port.is_block_device and not smallest <= port.size <= largest:
+            raise ChangedSinceRepair(image, f"it has {port.size} bytes")
 
     def _still_to_undo(self, port: WritablePort, kept: FileReadable) -> frozenset[_Record]:
         """The writes that are in the image, each checked from the last one back.
 
-        Of a repair or an undoing that was interrupted, some are not.
+        Of a repair or an undoing that was interrupted, those of one step may not be.
         """
         complete = self._seal is not None
         undone = _Undone(self.path, port, kept)
         waiting = []
-        for record in reversed(self._writes()):
+        for record in reversed(self._done[: self._left]):
+            if record.kind == _Kind.FLUSH:
+                continue
             # All of them are read before any is put back.
             _old_bytes(self.path, kept, record)
             found = hashlib.sha256(undone.read(record.offset, record.length)).digest()
@@ -370,6 +393,11 @@ class Backup:
                 raise ChangedSinceRepair(port.name, place)
             undone.undo(record)
         return frozenset(waiting)
+
+
+def _note_left(log: AppendedFile, left: int) -> None:
+    log.append(_packed_record(_Kind.UNDO, left, 0, 0, 0, b"", b""))
+    log.flush()
 
 
 def _is_old(image: Readable, record: _Record) -> bool:

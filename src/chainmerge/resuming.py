@@ -52,23 +52,23 @@ VERIFIED_BEFORE: Final = "an earlier run merged and verified it"
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """What came of a journal.
+    """What a journal says of a merge.
 
-    ``report`` is None where the merge has to be done, or found to be done, by looking at the
+    ``journal`` is None where the merge has to be done, or found to be done, by looking at the
     images. ``warnings`` are for its report then.
     """
 
-    report: MergeReport | None
+    journal: Journal | None
     warnings: tuple[str, ...] = ()
 
 
-def resume(request: Request, target: Target) -> Resumption:
-    """Finish the merge if its journal says that base holds everything.
+def find_resumption(request: Request, target: Target) -> Resumption:
+    """Whether a journal of the merge says that base holds everything.
 
     All images are locked by the caller. A journal that is this merge's and of no use is
     removed; one that may be another's is left where it is.
 
-    Raises what settling a merge raises.
+    Raises what opening and reading a file raises.
     """
     base = target.base.real_path
     if request.options.direction == "pull":
@@ -88,7 +88,7 @@ def resume(request: Request, target: Target) -> Resumption:
     if not (is_switched(journal, base) and _is_as_left(journal, request, target)):
         forget_journal(base)
         return Resumption(None)
-    return Resumption(_finish(request, target, journal))
+    return Resumption(journal)
 
 
 def is_switched(journal: Journal, base: Path) -> bool:
@@ -144,7 +144,11 @@ def _is_as_left(journal: Journal, request: Request, target: Target) -> bool:
     )
 
 
-def _finish(request: Request, target: Target, journal: Journal) -> MergeReport:
+def finish_journalled(request: Request, target: Target, journal: Journal) -> MergeReport:
+    """Finish a merge of which *journal* says that base holds everything.
+
+    Raises what settling a merge raises.
+    """
     request.announce(Stage.SETTLE)
     base = target.base
     verified = [VERIFIED_BEFORE]

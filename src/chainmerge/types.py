@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from chainmerge.errors import ChainmergeError, ExitCode, OutcomeUnknown
 from chainmerge.options import Access, MergeOptions
-from chainmerge.planning import MergePlan
+from chainmerge.planning import Finding, MergePlan
 
 __all__ = [
     "REPORT_VERSION",
@@ -27,6 +28,11 @@ __all__ = [
     "BitmapVerdict",
     "ChainReport",
     "CheckResult",
+    "DiskError",
+    "DiskOutcome",
+    "DiskReport",
+    "DisksPlan",
+    "DisksReport",
     "ImageReport",
     "LiveMergeStatus",
     "LiveStatusReport",
@@ -74,12 +80,14 @@ class ProgressEvent:
         total: Bytes to deal with; 0 for a stage without a measure.
         rate: Bytes a second that were dealt with lately; 0 where nobody measures it. In a running
             VM *total* can grow, so that *done* and *total* alone say little of what remains.
+        top: The overlay that is merged, where several disks are; else empty.
     """
 
     stage: Stage
     done: int = 0
     total: int = 0
     rate: int = 0
+    top: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,109 @@ class MergeReport:
     deleted: tuple[str, ...]
     renamed: tuple[str, str] | None
     warnings: tuple[str, ...]
+
+
+class DiskOutcome(StrEnum):
+    """What became of one of several disks."""
+
+    MERGED = "merged"
+    ALREADY_MERGED = "already-merged"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+    INTERRUPTED = "interrupted"
+    NOT_BEGUN = "not-begun"
+
+    @classmethod
+    def of(cls, error: ChainmergeError) -> DiskOutcome:
+        """What an error leaves."""
+        return cls.UNKNOWN if isinstance(error, OutcomeUnknown) else cls.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class DiskError:
+    """Why a disk was not merged.
+
+    Attributes:
+        code: The error's code, for ``chainmerge explain``.
+        message: What is wrong, and what the disk holds now.
+        hint: What to do about it.
+    """
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """What became of one of several disks.
+
+    Attributes:
+        top: The overlay.
+        base: The image that it was to be merged into.
+        outcome: ``merged`` and ``already-merged`` (by an earlier run) are verified; ``failed``;
+            ``unknown``; ``interrupted``; ``not-begun``.
+        report: What the merge did, None where it did not come to its end.
+        error: Why it did not.
+    """
+
+    top: str
+    base: str
+    outcome: DiskOutcome
+    report: MergeReport | None = None
+    error: DiskError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the disk is merged."""
+        return self.outcome in (DiskOutcome.MERGED, DiskOutcome.ALREADY_MERGED)
+
+
+@dataclass(frozen=True, slots=True)
+class DisksReport:
+    """What a merge of several disks did.
+
+    Attributes:
+        version: Version of this document.
+        disks: What became of each, in the order in which they were named.
+    """
+
+    version: int
+    disks: tuple[DiskReport, ...]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0 if all are merged; else that of the worst that happened to any."""
+        outcomes = {disk.outcome for disk in self.disks}
+        for outcome, code in (
+            (DiskOutcome.UNKNOWN, ExitCode.UNKNOWN),
+            (DiskOutcome.FAILED, ExitCode.FAILED),
+            (DiskOutcome.INTERRUPTED, ExitCode.INTERRUPTED),
+        ):
+            if outcome in outcomes:
+                return code
+        return ExitCode.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class DisksPlan:
+    """What a merge of several disks would do.
+
+    Attributes:
+        version: Version of this document.
+        disks: The plan of each, in the order in which they were named; space that several take
+            from one file system or volume group is counted for all of them together.
+        refusals: What keeps the disks from being merged together, besides what is in their plans.
+    """
+
+    version: int
+    disks: tuple[MergePlan, ...]
+    refusals: tuple[Finding, ...]
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a merge of all of them would start."""
+        return not self.refusals and all(plan.feasible for plan in self.disks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,6 +544,7 @@ class UnfinishedMerge:
         command: What finishes it, for a shell; None where no file says what was asked for.
         files: The files that tell of it.
         warnings: What the user should know, a sentence each.
+        disks: The tops of all disks that are merged together, where it is one of several.
     """
 
     base: str
@@ -444,6 +556,7 @@ class UnfinishedMerge:
     command: str | None
     files: tuple[str, ...]
     warnings: tuple[str, ...]
+    disks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 from chainmerge import journal as small_files
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.errors import SearchPathUnusable
+from chainmerge.disks_journal import SUFFIX as DISKS_SUFFIX
+from chainmerge.disks_journal import read_entry
 from chainmerge.errors import ChainmergeError
 from chainmerge.journal import (
     identify,
@@ -45,6 +47,7 @@ _SAVED: Final = ".chainmerge-saved"
 _MERGED: Final = ".chainmerge-merged"
 _JOURNAL: Final = f".{SUFFIX}"
 _LIVE: Final = f".{LIVE_SUFFIX}"
+_DISKS: Final = f".{DISKS_SUFFIX}"
 _HOLDS: Final = "base holds everything, verified"
 _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
     {
@@ -157,7 +160,7 @@ def _files(directory: Path) -> list[Path]:
         raise SearchPathUnusable(str(directory), error.strerror or str(error)) from error
     return [
         file
-        for suffix in (_JOURNAL, _LIVE, _MERGED, _SAVED)
+        for suffix in (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
         for file in files
         if file.name.endswith(suffix)
     ]
@@ -171,7 +174,9 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
         top=first.top or second.top,
         progress=second.progress if first.state == second.state == UNKNOWN else first.progress,
         base_holds_data=second.base_holds_data if holds is None else holds,
-        command=first.command or second.command,
+        # What finishes all of several disks finishes this one, too.
+        command=second.command if second.disks else first.command or second.command,
+        disks=first.disks or second.disks,
         files=(*first.files, *second.files),
         warnings=(*first.warnings, *second.warnings),
     )
@@ -186,6 +191,8 @@ def _read(file: Path) -> UnfinishedMerge | None:
             return _of_live_merge(file)
         if file.name.endswith(_SAVED):
             return _of_saved(file)
+        if file.name.endswith(_DISKS):
+            return _of_disk(file)
         return _of_record(file)
     except ChainmergeError as error:
         return _unreadable(file, error)
@@ -301,6 +308,25 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         command=command_for(record.base, record.top, asked),
         files=(str(file),),
         warnings=(),
+    )
+
+
+def _of_disk(file: Path) -> UnfinishedMerge | None:
+    """One of several disks; what its own files say of it counts for more."""
+    entry = read_entry(file)
+    if entry is None or entry.done:
+        return None
+    return UnfinishedMerge(
+        base=entry.base,
+        top=entry.top,
+        state=UNKNOWN,
+        progress=f"it is one of {len(entry.disks)} disks that are merged together, and not done",
+        base_holds_data=None,
+        base_is_locked=False,
+        command=entry.command,
+        files=(str(file),),
+        warnings=(),
+        disks=tuple(entry.disks),
     )
 
 

@@ -108,7 +108,7 @@ def verify_metadata(image: Qcow2Image) -> str:
         return (
             f"refcounts recomputed from the tables: no corruption; {report.shared_leaks} clusters "
             "have too high a refcount, as they are left where QEMU was killed while it wrote to an "
-            "image with internal snapshots (`qemu-img check -r leaks` lowers it)"
+            "image with internal snapshots (`chainmerge repair` lowers it)"
         )
     return "refcounts recomputed from the tables: no corruption, no leak"
 

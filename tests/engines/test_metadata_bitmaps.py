@@ -488,7 +488,7 @@ def test_images_that_must_be_repaired_first_are_refused(tmp_path: Path) -> None:
     dirty = content[:79] + b"\1" + content[80:]
     refusal = assert_refused(dirty, bitmaps, ImageDirty)
     assert isinstance(refusal, ImageDirty)
-    assert "qemu-img check -r all" in refusal.advice
+    assert "chainmerge repair" in refusal.advice
     assert_refused(content[:79] + b"\2" + content[80:], bitmaps, ImageCorrupt)
     # The L1 table is marked free.
     refcounts = 2 * 65536

@@ -61,7 +61,9 @@ def test_plans_and_reports_can_be_read_back() -> None:
 
 def test_events_say_first_what_they_are() -> None:
     line = encode_event("progress", ProgressEvent(Stage.COPY, 5, 10))
-    assert line == '{"event": "progress", "stage": "copy", "done": 5, "total": 10, "rate": 0}'
+    assert line == (
+        '{"event": "progress", "stage": "copy", "done": 5, "total": 10, "rate": 0, "top": ""}'
+    )
 
 
 def test_errors_carry_their_facts() -> None:

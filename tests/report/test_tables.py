@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 
 from chainmerge.planning import Finding
 from chainmerge.report import tables
-from chainmerge.report.plan_tables import plan_report
+from chainmerge.report.plan_tables import disks_plan_report, plan_report
 from chainmerge.report.status_table import status_report
 from chainmerge.types import MergeOutcome
 from tests.support import reports
@@ -33,6 +33,10 @@ HOSTILE_REPORTS: dict[str, Callable[[str], RenderableType]] = {
     ),
     "merge": lambda t: tables.merge_report(
         reports.merge_report(reports.plan(base=t, top=t), name=t, words=t)
+    ),
+    "disks": lambda t: tables.disks_report(reports.disks_report(top=t, words=t)),
+    "disks plan": lambda t: disks_plan_report(
+        reports.disks_plan(name=t, base=t, top=t, words=t, refusals=(Finding(t, t, t),))
     ),
     "info": lambda t: tables.chain_report(reports.chain_report(image=t, words=t)),
     "check": lambda t: tables.check_report(reports.check_result(image=t, words=t)),

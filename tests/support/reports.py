@@ -29,6 +29,11 @@ from chainmerge.types import (
     BitmapVerdict,
     ChainReport,
     CheckResult,
+    DiskError,
+    DiskOutcome,
+    DiskReport,
+    DisksPlan,
+    DisksReport,
     ImageReport,
     Measurement,
     MergeOutcome,
@@ -258,3 +263,17 @@ def status_report(
     )
     unknown = replace(known, top=None, state="unknown", base_holds_data=None, command=None)
     return StatusReport(REPORT_VERSION, ("/disks",), (known, unknown))
+
+
+def disks_report(*, top: str = "/disks/top.qcow2", words: str = "odd") -> DisksReport:
+    done = DiskReport(top, top, DiskOutcome.MERGED, merge_report(plan(top=top, words=words)))
+    failed = DiskReport(top, top, DiskOutcome.FAILED, None, DiskError(words, words, words))
+    waiting = DiskReport(top, top, DiskOutcome.NOT_BEGUN)
+    return DisksReport(REPORT_VERSION, (done, failed, waiting))
+
+
+def disks_plan(
+    *, name: str, base: str, top: str, words: str, refusals: tuple[Finding, ...] = ()
+) -> DisksPlan:
+    disk = plan(name=name, base=base, top=top, words=words)
+    return DisksPlan(REPORT_VERSION, (disk, plan()), refusals)

@@ -11,13 +11,15 @@ from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
-    base_option,
+    bases_option,
     json_option,
     merge_options,
-    top_argument,
+    tops_argument,
 )
 from chainmerge.cli.signals import stopped_by_signals
-from chainmerge.report.tables import merge_report
+from chainmerge.errors import ExitCode
+from chainmerge.ops_errors import DisksMismatched
+from chainmerge.report.tables import disks_report, merge_report
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
@@ -25,21 +27,50 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@top_argument
-@base_option
+@tops_argument
+@bases_option
 @merge_options
 @access_options
 @json_option
 def merge(
-    *, top: str, base: str | None, options: MergeOptions, access: Access, output: Output
-) -> None:
+    *,
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    options: MergeOptions,
+    access: Access,
+    output: Output,
+) -> ExitCode:
     """Merge TOP, and all images between, into BASE.
 
     Ends with status 0 only when the result was read back and verified. A merge that was
     interrupted or killed is finished by the same command.
+
+    Several TOPs are the disks of one virtual machine: all are planned before the first image is
+    written to, and the report says what became of each.
     """
+    if len(tops) > 1:
+        return _merge_disks(tops, bases, access, options, output)
+    if len(bases) > 1:
+        raise DisksMismatched(len(tops), len(bases))
+    base = bases[0] if bases else None
     with stopped_by_signals() as should_stop, output.progress() as progress:
         report = api.merge(
-            top, base, access, options, on_progress=progress.update, should_stop=should_stop
+            tops[0], base, access, options, on_progress=progress.update, should_stop=should_stop
         )
     output.last_event(report, merge_report)
+    return ExitCode.DONE
+
+
+def _merge_disks(
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    access: Access,
+    options: MergeOptions,
+    output: Output,
+) -> ExitCode:
+    with stopped_by_signals() as should_stop, output.progress() as progress:
+        report = api.merge_disks(
+            tops, bases, access, options, on_progress=progress.update, should_stop=should_stop
+        )
+    output.last_event(report, disks_report)
+    return report.exit_code

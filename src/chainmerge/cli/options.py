@@ -54,6 +54,15 @@ json_option = click.option(
 
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
+tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
+bases_option = click.option(
+    "--base",
+    "bases",
+    type=IMAGE,
+    multiple=True,
+    help="The image to merge into: any image below TOP; once for each TOP, in their order.  "
+    "[default: TOP's backing file]",
+)
 base_option = click.option(
     "--base",
     type=IMAGE,

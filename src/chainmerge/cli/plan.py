@@ -11,13 +11,14 @@ from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
-    base_option,
+    bases_option,
     json_option,
     merge_options,
-    top_argument,
+    tops_argument,
 )
 from chainmerge.errors import ExitCode
-from chainmerge.report.plan_tables import plan_report
+from chainmerge.ops_errors import DisksMismatched
+from chainmerge.report.plan_tables import disks_plan_report, plan_report
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
@@ -25,18 +26,30 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@top_argument
-@base_option
+@tops_argument
+@bases_option
 @merge_options
 @access_options
 @json_option
 def plan(
-    *, top: str, base: str | None, options: MergeOptions, access: Access, output: Output
+    *,
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    options: MergeOptions,
+    access: Access,
+    output: Output,
 ) -> ExitCode:
     """Show what a merge of TOP would do, and change nothing.
 
-    The exit status is 3 if the merge would be refused.
+    Several TOPs are the disks of one virtual machine. The exit status is 3 if the merge would be
+    refused.
     """
-    decided = api.plan(top, base, access, options)
+    if len(tops) > 1:
+        disks = api.plan_disks(tops, bases, access, options)
+        output.document(disks, disks_plan_report)
+        return ExitCode.DONE if disks.feasible else ExitCode.REFUSED
+    if len(bases) > 1:
+        raise DisksMismatched(len(tops), len(bases))
+    decided = api.plan(tops[0], bases[0] if bases else None, access, options)
     output.document(decided, plan_report)
     return ExitCode.DONE if decided.feasible else ExitCode.REFUSED

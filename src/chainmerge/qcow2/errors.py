@@ -12,8 +12,8 @@ from typing import ClassVar
 from chainmerge.errors import Refused
 
 _CHECK_HINT = (
-    "look at the image with 'qemu-img check {image}'; if it is damaged, restore it from a backup, "
-    "or repair a copy of it with 'qemu-img check -r all'"
+    "`chainmerge repair {image}` shows what of it can be mended; what cannot has to be restored "
+    "from a backup"
 )
 
 

@@ -87,8 +87,8 @@ class BadBitmapDirectory(FormatError):
     code: ClassVar[str] = "bad-bitmap-directory"
     template: ClassVar[str] = "{image}: bitmap directory: {problem}"
     hint: ClassVar[str] = (
-        "QEMU does not open the image either; restore it from a backup, or have a copy of it "
-        "mended by someone who knows the format. The next backup of the disk must be a full one"
+        "QEMU does not open the image either; `chainmerge repair {image}` takes the bitmaps out "
+        "and keeps the guest's data. The next backup of the disk must be a full one"
     )
     explanation: ClassVar[str] = (
         "The bitmap directory lists the dirty bitmaps that the image holds for incremental "

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from chainmerge.report.progress import STAGE_WORDS, Clock, Pace
+from chainmerge.report.progress import Clock, Pace, words_for
 from chainmerge.report.text import rough_size
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ class BarProgress:
         # No automatic refresh: that would be a thread, and a process that is started
         # while a second thread runs may inherit locks that nobody will ever release.
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[amount]}"),
             _SpeedColumn(),
             console=console,
             auto_refresh=False,
         )
-        self._stage: str | None = None
+        self._stage: tuple[str, str] | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -62,12 +62,10 @@ class BarProgress:
     def update(self, event: ProgressEvent) -> None:
         if not self._pace.lets_through(event):
             return
-        if self._task is None or event.stage != self._stage:
+        if self._task is None or (event.stage, event.top) != self._stage:
             self._finish_stage()
-            self._stage = event.stage
-            self._task = self._progress.add_task(
-                STAGE_WORDS.get(event.stage, event.stage), total=None, amount=""
-            )
+            self._stage = (event.stage, event.top)
+            self._task = self._progress.add_task(words_for(event), total=None, amount="")
         if event.total:
             amount = f"{rough_size(event.done)} of {rough_size(event.total)}"
             self._progress.update(

@@ -17,6 +17,8 @@ from chainmerge.report.text import count, exact_size, human_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from chainmerge.types import DisksPlan
+
 
 _ROLE_STYLES: Final[Mapping[Role, str]] = {
     Role.BASE: "bold cyan",
@@ -50,7 +52,15 @@ def plan_report(plan: MergePlan) -> RenderableType:
     return Group(*_plan_parts(plan))
 
 
-def refusals_section(plan: MergePlan) -> Group:
+def disks_plan_report(plan: DisksPlan) -> RenderableType:
+    """The plans of several disks, one after the other."""
+    parts: list[RenderableType] = [words(f"{len(plan.disks)} disks, merged as one", layout.TITLE)]
+    for disk in plan.disks:
+        parts += [words(""), plan_report(disk)]
+    return Group(*parts, *((refusals_section(plan),) if plan.refusals else ()))
+
+
+def refusals_section(plan: MergePlan | DisksPlan) -> Group:
     """Why a plan will not be carried out, and what to do about it."""
     table = layout.grid()
     table.add_column(style=layout.BAD, no_wrap=True)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import MappingProxyType, TracebackType
 from typing import Final, Protocol, Self, TextIO
 
-from chainmerge.report.text import rough_size
+from chainmerge.report.text import printable, rough_size
 from chainmerge.types import ProgressEvent, Stage
 
 Clock = Callable[[], float]
@@ -32,6 +32,12 @@ STAGE_WORDS: Final[Mapping[str, str]] = MappingProxyType(
         Stage.SETTLE: "settling",
     }
 )
+
+
+def words_for(event: ProgressEvent) -> str:
+    """What is going on, and with which disk where there are several."""
+    stage = STAGE_WORDS.get(event.stage, event.stage)
+    return f"{printable(event.top)}: {stage}" if event.top else stage
 
 
 class ProgressDisplay(Protocol):
@@ -66,7 +72,7 @@ class Pace:
         last = self._shown
         due = (
             last is None
-            or last.stage != event.stage
+            or (last.stage, last.top) != (event.stage, event.top)
             or (0 < event.total == event.done and last != event)
             or now - self._shown_at >= self._seconds_between
         )
@@ -96,7 +102,7 @@ class LineProgress:
     def update(self, event: ProgressEvent) -> None:
         if not self._pace.lets_through(event):
             return
-        line = STAGE_WORDS.get(event.stage, event.stage)
+        line = words_for(event)
         if event.total:
             percent = 100 * event.done // event.total
             line += f": {rough_size(event.done)} of {rough_size(event.total)} ({percent} %)"

@@ -24,6 +24,8 @@ from chainmerge.types import (
     BitmapListing,
     ChainReport,
     CheckResult,
+    DisksPlan,
+    DisksReport,
     LiveStatusReport,
     Measurement,
     MergeReport,
@@ -42,6 +44,8 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"plan-{PLAN_VERSION}": MergePlan,
         f"progress-{REPORT_VERSION}": ProgressEvent,
         f"merge-{REPORT_VERSION}": MergeReport,
+        f"merge-disks-{REPORT_VERSION}": DisksReport,
+        f"plan-disks-{REPORT_VERSION}": DisksPlan,
         f"info-{REPORT_VERSION}": ChainReport,
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
@@ -60,7 +64,7 @@ _ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 # Cross references of the documentation: ":data:`~chainmerge.planning.PLAN_VERSION`".
 _ROLE: Final = re.compile(r":\w+:(`[^`]*`)")
 _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
-    {ProgressEvent: "progress", MergeReport: "report", ErrorReport: "error"}
+    {ProgressEvent: "progress", MergeReport: "report", DisksReport: "report", ErrorReport: "error"}
 )
 
 

@@ -20,6 +20,8 @@ from chainmerge.types import (
     BitmapRow,
     ChainReport,
     CheckResult,
+    DiskReport,
+    DisksReport,
     ImageReport,
     Measurement,
     MergeOutcome,
@@ -40,6 +42,37 @@ if TYPE_CHECKING:
 def merge_report(report: MergeReport) -> RenderableType:
     """What a merge did."""
     return Group(*_merge_parts(report))
+
+
+def disks_report(report: DisksReport) -> RenderableType:
+    """What became of each of several disks, and what there is to say of each."""
+    table = layout.listing("disk", "outcome", "copied")
+    for disk in report.disks:
+        copied = "" if disk.report is None else human_size(disk.report.bytes_copied)
+        style = layout.GOOD if disk.is_done else layout.BAD
+        table.add_row(words(disk.top), words(disk.outcome, style), words(copied))
+    done = sum(disk.is_done for disk in report.disks)
+    summary = f"{done} of {count(len(report.disks), 'disk')} merged"
+    parts: list[RenderableType] = [
+        words(summary, layout.GOOD if done == len(report.disks) else layout.BAD),
+        layout.indented(table),
+    ]
+    for disk in report.disks:
+        parts += [words(""), words(disk.top, layout.TITLE), *_disk_parts(disk)]
+    if done < len(report.disks):
+        parts += [words(""), words("The same command does the rest.", layout.QUIET)]
+    return Group(*parts)
+
+
+def _disk_parts(disk: DiskReport) -> Iterator[RenderableType]:
+    if disk.report is not None:
+        yield from _merge_parts(disk.report)
+    elif disk.error is not None:
+        yield words(disk.error.message, layout.BAD)
+        yield words(f"what to do: {disk.error.hint}", layout.QUIET)
+        yield words(f"more: chainmerge explain {disk.error.code}", layout.QUIET)
+    else:
+        yield words(f"this run has changed nothing in {disk.base}", layout.QUIET)
 
 
 def chain_report(report: ChainReport) -> RenderableType:

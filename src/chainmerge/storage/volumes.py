@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +33,8 @@ from chainmerge.storage.errors import (
 from chainmerge.storage.files import FileReadable, WritablePort
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from chainmerge.storage.files import StrPath
 
 
@@ -71,6 +73,8 @@ class VolumeFacts:
         free_bytes: bytes by which the file system would let it grow, an estimate: others write
             too, and metadata takes its share. None for what does not lie on a file system.
         growth_unit: sizes change by multiples of it.
+        pool: what it takes space from that it does not have yet; volumes of one pool compete
+            for it. Empty where it has all it will ever have.
     """
 
     path: str
@@ -79,6 +83,26 @@ class VolumeFacts:
     capacity_limit: int | None
     free_bytes: int | None
     growth_unit: int
+    pool: str = ""
+
+    def beside(self, claims: Mapping[str, int]) -> VolumeFacts:
+        """The same, with what others are going to take from its pool (bytes) left out."""
+        taken = claims.get(self.pool, 0) if self.pool else 0
+        if not taken:
+            return self
+        free, limit = self.free_bytes, self.capacity_limit
+        if self.kind is VolumeKind.LVM and limit is not None:
+            limit = max(self.size, limit - taken)
+        return replace(
+            self,
+            free_bytes=None if free is None else max(0, free - taken),
+            capacity_limit=limit,
+        )
+
+    def claim(self, required: int) -> dict[str, int]:
+        """What it takes from its pool to hold *required* bytes."""
+        growth = max(0, self.growth(required).size_after - self.size)
+        return {self.pool: growth} if self.pool and growth else {}
 
     def growth(self, required: int) -> Growth:
         """What it takes to hold *required* bytes."""
@@ -205,9 +229,9 @@ class FileVolume:
     def facts(self) -> VolumeFacts:
         """See :class:`Volume`."""
         with FileReadable(self.path) as file:
-            return VolumeFacts(
-                self.path, self.kind, file.size, self.size_limit, _room_to_grow(file.fd), 1
-            )
+            pool = f"file system {file.identity[0]}"
+            room = _room_to_grow(file.fd)
+            return VolumeFacts(self.path, self.kind, file.size, self.size_limit, room, 1, pool)
 
     def grow_to(self, required: int) -> None:
         """See :class:`Volume`; where space cannot be reserved, it is only looked for.
@@ -370,9 +394,9 @@ class LvmVolume:
         _discard(self.path, offset, length)
 
     def _facts_from(self, known: lvm.LogicalVolume) -> VolumeFacts:
-        return VolumeFacts(
-            self.path, self.kind, known.size, known.largest_size, None, known.growth_unit
-        )
+        pool = f"volume group {known.vg_uuid}"
+        unit = known.growth_unit
+        return VolumeFacts(self.path, self.kind, known.size, known.largest_size, None, unit, pool)
 
     def _reported(self) -> lvm.LogicalVolume:
         size = self.size

@@ -40,7 +40,7 @@ def reclaim_leaks(port: Port) -> int:
     before and nothing else. Left alone are clusters whose refcount of 2 or more should be
     1 where it is the active tables that name them, by a plain entry: its COPIED flag would
     have to change at the same instant. Only a deletion of an internal snapshot that was
-    interrupted leaves such, and 'qemu-img check -r leaks' mends them. A snapshot's entries
+    interrupted leaves such, and a rebuilding of all refcounts mends them. A snapshot's entries
     and those of compressed clusters have no such flag.
 
     Raises:

@@ -55,6 +55,7 @@ from chainmerge.qcow2.header import SECTOR, Header, Incompatible
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK
 from chainmerge.qcow2.refcounts import U64Array, refcounts_per_block
+from chainmerge.qcow2.table_errors import TooLittleMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,10 @@ def clear_marks(port: Port) -> None:
 def _free_space(readable: Readable, tables: Tables) -> FreeSpace:
     """What nothing uses, old refcounts and bitmaps included: these count until the switch."""
     header = tables.image.header
-    taken = np.zeros(len(tables.counts), np.bool_)
+    try:
+        taken = np.zeros(len(tables.counts), np.bool_)
+    except MemoryError as error:
+        raise TooLittleMemory(readable.name, len(tables.counts)) from error
     old = old_refcounts(readable, header.cluster_size)
     taken[old.table] = True
     taken[old.block] = True

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds the merges of several disks together until the last of them is done.
+
+``.BASE.chainmerge-disks`` stands beside the base of each disk, where the other small files do
+(:mod:`chainmerge.journal`). It names all disks, the command that finishes them, and whether this
+one is done. The first merge begins when all of these are durable; they go when all merges
+are done. How far a merge came is for its own files to say: these only say that it is one of
+several, and that one which has not begun yet is still to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from chainmerge.errors import ChainmergeError
+from chainmerge.journal import beside, make_directory, remove_durably
+from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.files import FileReadable, write_file_durably
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from chainmerge.merge_journal import Asked
+
+SUFFIX: Final = "chainmerge-disks"
+_LARGEST: Final = 64 << 20
+
+
+class DiskEntry(msgspec.Struct, frozen=True):
+    """One of several disks. All paths are absolute."""
+
+    base: str
+    top: str
+    disks: list[str]
+    """The tops of all disks, this one included, in the order in which they were named."""
+    command: str
+    done: bool
+
+
+def disk_file(base: Path) -> Path:
+    """Where the entry of the disk that is merged into *base* stands, if there is one."""
+    return beside(base, SUFFIX)
+
+
+def keep_entry(base: Path, entry: DiskEntry) -> None:
+    """Write an entry durably; replaces that of an earlier run.
+
+    Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
+    """
+    file = disk_file(base)
+    make_directory(file.parent)
+    # Not by msgspec: names of files may be no UTF-8.
+    text = json.dumps(msgspec.to_builtins(entry), ensure_ascii=True)
+    write_file_durably(file, text.encode("ascii") + b"\n", 0o600)
+
+
+def forget_entry(base: Path) -> None:
+    """Remove an entry, durably, if there is one; one that stays says less than it did."""
+    with contextlib.suppress(OSError, ChainmergeError):
+        remove_durably(disk_file(base))
+
+
+def read_entry(file: Path) -> DiskEntry | None:
+    """The entry in *file*; None where there is none that can be read."""
+    try:
+        with FileReadable(file) as readable:
+            content = readable.read(0, min(readable.size, _LARGEST))
+        return msgspec.convert(json.loads(content), type=DiskEntry)
+    except ImageMissing:
+        return None
+    except (ChainmergeError, ValueError, RecursionError, msgspec.MsgspecError):
+        return None
+
+
+def command_for_disks(tops: Sequence[str], bases: Sequence[str], asked: Asked) -> str:
+    """What merges all of the disks, or finishes them, as one types it into a shell."""
+    options = ("delete", "keep-name", "shrink", "discard")
+    flags = [f"--{name}" for name in options if getattr(asked, name.replace("-", "_"))]
+    named = [word for base in bases for word in ("--base", base)]
+    return shlex.join(["chainmerge", "merge", *flags, *named, "--", *tops])
