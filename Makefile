@@ -5,16 +5,26 @@ SHELL := /bin/bash
 # Debian keeps mkfs.xfs, losetup and others off the PATH of ordinary users.
 export PATH := $(PATH):/usr/sbin:/sbin
 
+# The directory of another QEMU's commands.
+QEMU ?=
+ifneq ($(QEMU),)
+export PATH := $(QEMU):$(PATH)
+endif
+
 BIN := .venv/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
-.PHONY: help setup demo test soak bench lint format schema clean
+.PHONY: help setup demo test test-vm soak fuzz bench lint format schema clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
 	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
+	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
+	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
 	@echo 'make soak    the test suite with its long runs'
+	@echo 'make fuzz    all commands on damaged images (FUZZ_ARGS="--minutes 60 --seed 1")'
 	@echo 'make bench   measurements against QEMU'\''s own tools'
 	@echo 'make lint    style, types, layers'
 	@echo 'make format  rewrite the sources in the project'\''s style'
@@ -30,8 +40,19 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
+# First what only the machine's kernel can do, then what is judged outside of it.
+test-vm: setup
+	@status=0; \
+	$(BIN)/python -m tests.vm.guest_suite $(VM_ARGS) || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --ignore=tests/vm/guest tests/vm \
+		$(PYTEST_ARGS) || status=1; \
+	exit $$status
+
 soak: setup
 	@CHAINMERGE_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --timeout=0 $(PYTEST_ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 bench: setup
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -99,6 +99,9 @@ def test_a_long_chain_is_planned_under_the_usual_limits(long_chain: LongChain) -
     assert report["movement"]["data_bytes"] == len(set().union(*overlays)) * CLUSTER
     assert report["movement"]["new_clusters"] == len(set().union(*overlays) - set(root))
     assert peak < 300 * MIB
+    (warning,) = report["warnings"]
+    paths = long_chain.paths
+    assert f"{paths[1]} to {paths[-2]} ({IMAGES - 2} images) must not be used" in warning
 
 
 def test_a_hard_limit_that_is_too_low_to_read_is_named(long_chain: LongChain) -> None:

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
         measure,
         merge,
         plan,
+        plan_repair,
         prune,
         repair,
         status,
+        undo_repair,
     )
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import Access, MergeOptions
@@ -52,9 +54,11 @@ __all__ = [
     "measure",
     "merge",
     "plan",
+    "plan_repair",
     "prune",
     "repair",
     "status",
+    "undo_repair",
 ]
 
 _ELSEWHERE = {

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
         prune,
     )
     from chainmerge.catalogue import explain
+    from chainmerge.checking import check_image
     from chainmerge.information import inspect
     from chainmerge.merging import measure, merge, plan
-    from chainmerge.repairing import check_image, repair
+    from chainmerge.repairing import plan_repair, repair, undo_repair
     from chainmerge.unfinished import status
 
 __all__ = [
@@ -38,9 +39,11 @@ __all__ = [
     "measure",
     "merge",
     "plan",
+    "plan_repair",
     "prune",
     "repair",
     "status",
+    "undo_repair",
 ]
 
 _MODULES: Final = MappingProxyType(
@@ -50,15 +53,17 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_list": "chainmerge.bitmap_ops",
         "bitmaps_merge": "chainmerge.bitmap_ops",
         "bitmaps_remove": "chainmerge.bitmap_ops",
-        "check_image": "chainmerge.repairing",
+        "check_image": "chainmerge.checking",
         "explain": "chainmerge.catalogue",
         "inspect": "chainmerge.information",
         "measure": "chainmerge.merging",
         "merge": "chainmerge.merging",
         "plan": "chainmerge.merging",
+        "plan_repair": "chainmerge.repairing",
         "prune": "chainmerge.bitmap_ops",
         "repair": "chainmerge.repairing",
         "status": "chainmerge.unfinished",
+        "undo_repair": "chainmerge.repairing",
     }
 )
 

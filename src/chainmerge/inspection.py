@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.activation import inactive_neighbours
 from chainmerge.chain import (
     Chain,
     ChainPolicy,
@@ -164,7 +165,8 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
         active=Path(access.active) if access.active else None,
         policy=policy,
     )
-    return Target(chain, base_index, relatives)
+    unreadable = (*relatives.unreadable, *inactive_neighbours(chain))
+    return Target(chain, base_index, replace(relatives, unreadable=unreadable))
 
 
 @contextlib.contextmanager

@@ -106,4 +106,6 @@ def _journal(job: Job) -> Journal:
             if decision.tombstone_while_top_exists and not decision.tombstone
         ],
         boot=this_boot(),
+        # Raw images have no place for a second copy.
+        placement="" if job.base.header is None else plan.space.placement,
     )

@@ -131,7 +131,9 @@ class Journal(msgspec.Struct, frozen=True):
     ``overlays`` are the merged images, lowest first; ``children`` those that stand on top.
     ``spent`` are the names of tombstones that only top needs. ``first_sector`` is the SHA-256
     digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
-    known. ``boot`` tells one run of the machine from another.
+    known. ``boot`` tells one run of the machine from another. ``placement`` says where data goes
+    that base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that
+    is not recorded.
     """
 
     version: int
@@ -147,6 +149,7 @@ class Journal(msgspec.Struct, frozen=True):
     boot: str
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
+    placement: str = ""
 
     @property
     def top(self) -> ImageIdentity:

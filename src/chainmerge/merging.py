@@ -14,7 +14,7 @@ from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.native import MappingNeed, ZeroRanges
-from chainmerge.errors import ChainmergeError
+from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.inspection import (
     BitmapFacts,
     OpenChain,
@@ -187,6 +187,7 @@ def merge(
     allow_open_files(_locks_held(target))
     with contextlib.ExitStack() as stack:
         locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
+        _forget_cached(target, request.options)
         target = _same_target(target, request)
         if journal_of(target) is not None:
             with open_chain(target.chain, locks) as opened:
@@ -222,6 +223,21 @@ def _lock_all(
     """Lock the chain from its root up, then the children that will be re-pointed."""
     for image, mode in _locks_needed(target, options):
         yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
+
+
+def _forget_cached(target: Target, options: MergeOptions) -> None:
+    """See what the storage holds of the images that will be written, not what the kernel has.
+
+    After a write that failed the kernel goes on showing what was to be written, until it needs
+    the memory. A switch that failed would be taken for one that was done, and top be deleted.
+    """
+    for image, mode in _locks_needed(target, options):
+        if mode is not LockMode.WRITER:
+            continue
+        # What cannot be opened for writing is refused with all other obstacles.
+        with contextlib.suppress(Refused), WritablePort(image.path) as port:
+            port.flush()
+            port.forget_cached()
 
 
 def _locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Refused
+from chainmerge.errors import Failed, Refused
 
 
 @dataclass(eq=False)
@@ -141,3 +141,22 @@ class SizesDiffer(Refused):
     source: str
     image_size: int
     source_size: int
+
+
+@dataclass(eq=False)
+class RepairNotVerified(Failed):
+    """What a repair has written is not what it should have come to."""
+
+    code: ClassVar[str] = "repair-not-verified"
+    template: ClassVar[str] = "{image} is not as it should be after the repair: {difference}"
+    hint: ClassVar[str] = (
+        "`chainmerge repair --undo BACKUP` puts back what was there, BACKUP being the newest "
+        "file beside the image that has its name and ends in a number; look at the storage below it"
+    )
+    explanation: ClassVar[str] = (
+        "After a repair the image is read back: its refcounts are recomputed and its bitmaps "
+        "compared with what was planned. Something did not agree. What the repair has overwritten "
+        "is in its backup. The tables that say what the guest sees were not changed but for flags."
+    )
+    image: str
+    difference: str

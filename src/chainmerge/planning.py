@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain import Chain, ImageInfo, Relatives
 from chainmerge.checkpoints import Decision
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from chainmerge.options import MergeOptions
 
 PLAN_VERSION = 1
+_NAMED_ONE_BY_ONE: Final = 3
 
 
 class EngineName(StrEnum):
@@ -593,7 +594,7 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         )
     middle = facts.merged_images[:-1]
     if middle and not options.delete and facts.direction is Direction.COMMIT:
-        names = _names(middle)
+        names = _run_of_images(middle)
         yield f"after the merge {names} must not be used any more: the data below is another"
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
@@ -696,6 +697,13 @@ def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
 
 def _names(images: tuple[ImageInfo, ...]) -> str:
     return ", ".join(str(image.path) for image in images)
+
+
+def _run_of_images(images: tuple[ImageInfo, ...]) -> str:
+    """Images that follow each other in the chain: by name while a reader can take them in."""
+    if len(images) <= _NAMED_ONE_BY_ONE:
+        return _names(images)
+    return f"{images[0].path} to {images[-1].path} ({len(images)} images)"
 
 
 def _quoted(names: list[str]) -> str:

@@ -1,198 +1,426 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mends what others, or a kill, left behind in one image: broken bitmaps, leaked clusters."""
+"""Mends what others, or a kill, left behind in one image.
+
+Look (:mod:`chainmerge.diagnosis`, :mod:`chainmerge.interrupted`,
+:mod:`chainmerge.foreign_commit`), then mend the image, each write of it preceded by one to the
+backup, then look again, then finish the merges that can be finished. ``docs/repair.md`` says
+what becomes of which damage.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from chainmerge.chain import ImageInfo, Relatives, discover, find_relatives
-from chainmerge.checkpoints import BitmapState
-from chainmerge.engines.metadata import StoredBitmap, reclaim_leaks, replace_bitmaps
-from chainmerge.inspection import (
-    OpenImage,
-    bitmaps_of,
-    names_above,
-    open_chain,
-    policy_of,
+from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, find_relatives, identity_of
+from chainmerge.chain.errors import TopFormatUnknown, WrongFormat
+from chainmerge.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
+from chainmerge.engines.metadata import (
+    StoredBitmap,
+    clear_marks,
+    rebuild,
+    reclaim_leaks,
+    replace_bitmaps,
+    tables_of,
 )
-from chainmerge.journal import load_saved_bitmaps, saved_bitmaps_file
-from chainmerge.options import Access
-from chainmerge.qcow2.check import CheckReport, check
-from chainmerge.storage.files import WritablePort
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.foreign_commit import HalfDoneCommit, half_done_commit
+from chainmerge.inspection import policy_of
+from chainmerge.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
+from chainmerge.merging import merge, plan
+from chainmerge.ops_errors import RepairNotVerified
+from chainmerge.options import Access, MergeOptions
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.header import MAGIC
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.repair_backup import Backup, RecordedPort, new_backup
+from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
-from chainmerge.tombstones import tombstone
-from chainmerge.types import REPORT_VERSION, CheckResult, RepairFinding, RepairReport
+from chainmerge.types import (
+    REPORT_VERSION,
+    UNUSABLE_BITMAP,
+    RepairFinding,
+    RepairReport,
+    UndoReport,
+)
+from chainmerge.unusable_bitmaps import unusable_bitmaps
+from chainmerge.verify import bitmap_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
-def check_image(image: str | Path, access: Access | None = None) -> CheckResult:
-    """Recompute an image's refcounts and compare them with the stored ones; writes nothing.
+def plan_repair(image: str | Path, access: Access | None = None) -> RepairReport:
+    """Say what is wrong with an image, and what :func:`repair` would do about it.
+
+    Args:
+        image: the image to look at. Others may be reading it.
+        access: how images may be found and reached.
 
     Raises:
-        Refused: the image cannot be read, or has no refcounts.
+        Refused: the image cannot be read, or somebody has it open for writing.
     """
     access = access or Access()
-    chain = discover(Path(image), policy_of(access))
-    with open_chain(chain) as opened:
-        top = opened.images[-1]
-        if top.image is None:
-            return CheckResult(REPORT_VERSION, str(image), 0, 0, (), top.info.file_size)
-        report = check(top.image)
-    return CheckResult(
-        version=REPORT_VERSION,
-        image=str(image),
-        corruptions=report.corruptions + report.overlaps,
-        leaks=report.leaks,
-        messages=report.messages,
-        image_end_offset=report.image_end_offset,
-    )
+    merges = interrupted_merges(Path(image))
+    with lock_image(image, LockMode.READER, access.lock_wait):
+        case = _examine(Path(image), access, merges)
+    return _report(str(image), _with_foreseen_refusals(case, access), dry_run=True)
 
 
 def repair(
-    image: str | Path, access: Access | None = None, *, dry_run: bool = False
+    image: str | Path,
+    access: Access | None = None,
+    backup_directory: str | Path | None = None,
 ) -> RepairReport:
-    """Remove broken bitmaps from an image, and reclaim its leaked clusters.
+    """Mend an image, and bring merges to their end that were interrupted.
 
-    Bitmaps that an interrupted merge has saved are left alone: running the merge again
-    brings them back.
+    What the guest sees does not change. What is overwritten is kept in a file, which
+    :func:`undo_repair` takes; interrupted, the same call goes on.
 
     Args:
         image: the image to mend.
         access: how images may be found and reached.
-        dry_run: only say what would be done.
+        backup_directory: where to keep what is overwritten; None for beside the image, or for
+            a block device in ``/var/lib/chainmerge``.
 
     Raises:
-        Refused: nothing was changed; an image with corruptions is none of ours to mend.
+        Refused: nothing was changed.
+        Failed, OutcomeUnknown: the message says what the disk holds now; the image may be
+            mended in part, and the same call goes on.
     """
     access = access or Access()
+    merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.WRITER, access.lock_wait):
-        chain = discover(Path(image), policy_of(access))
-        relatives = find_relatives(
-            chain,
-            len(chain.images) - 1,
-            tuple(map(Path, access.search)),
-            Path(access.active) if access.active else None,
-            policy=policy_of(access),
-        )
-        with open_chain(chain) as opened:
-            wrong = _examine(opened.images[-1], relatives)
-        if not dry_run and wrong.actions:
-            _mend(wrong)
-    return RepairReport(
-        version=REPORT_VERSION,
-        image=str(image),
-        dry_run=dry_run,
-        findings=wrong.findings,
-        actions=wrong.actions,
-        consequences=wrong.consequences,
+        case = _examine(Path(image), access, merges)
+        directory = None if backup_directory is None else Path(backup_directory)
+        backup, verified = _mend(case, directory)
+        for unfinished in case.to_forget:
+            forget(unfinished)
+    finished = _finish(case, access)
+    report = _report(str(image), finished.case, dry_run=False)
+    return replace(
+        report,
+        backup=None if backup is None else str(backup),
+        verified=(*verified, *finished.verified),
+        warnings=(*report.warnings, *finished.warnings),
     )
+
+
+def undo_repair(backup: str | Path, access: Access | None = None) -> UndoReport:
+    """Put back what a repair has overwritten, to the last byte.
+
+    Args:
+        backup: the file that the repair's report names.
+        access: how long to wait for the image.
+
+    Raises:
+        Refused: nothing was changed; the image was written to since, or the file is damaged.
+        Failed: some of it is put back; the same call goes on.
+    """
+    access = access or Access()
+    kept = Backup(Path(backup))
+    with (
+        lock_image(kept.image, LockMode.WRITER, access.lock_wait),
+        WritablePort(kept.image) as port,
+    ):
+        kept.restore(port)
+    return UndoReport(REPORT_VERSION, str(kept.image), str(backup), kept.bytes_kept)
 
 
 @dataclass(frozen=True, slots=True)
-class _Wrong:
-    """What is wrong with an image, and what is to be stored in its place."""
+class _Case:
+    """An image, what is wrong with it, and with merges in which it takes part."""
 
     info: ImageInfo
+    diagnosis: Diagnosis
+    merges: tuple[InterruptedMerge, ...]
+    commits: tuple[HalfDoneCommit, ...]
     findings: tuple[RepairFinding, ...]
     actions: tuple[str, ...]
-    consequences: tuple[str, ...]
-    sound_bitmaps: tuple[StoredBitmap, ...] | None
-    leaks: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def to_forget(self) -> tuple[InterruptedMerge, ...]:
+        """The merges of which nothing has taken effect in this image."""
+        return tuple(one for one in self.merges if _is_to_forget(one, self.info))
+
+    @property
+    def to_finish(self) -> tuple[tuple[Path, Path, MergeOptions], ...]:
+        """The merges that are to be done to their end: top, base, and how."""
+        ours = tuple(
+            (one.top, one.base, one.options)
+            for one in self.merges
+            if one.ending is Ending.FINISH and one.top is not None
+        )
+        commit = MergeOptions(direction="commit")
+        return ours + tuple((one.top, one.base, commit) for one in self.commits)
 
 
-def _examine(opened: OpenImage, relatives: Relatives) -> _Wrong:
-    info, image = opened.info, opened.image
-    if image is None:
-        return _Wrong(info, (), (), (), None, leaks=False)
-    findings: list[RepairFinding] = []
-    actions: list[str] = []
-    consequences: list[str] = []
-    broken = _broken_bitmaps(opened)
-    if _is_merge_pending(info):
-        findings.append(
-            RepairFinding(
-                "interrupted-merge",
-                f"a merge into {info.path} was interrupted; its bitmaps are saved in "
-                f"{saved_bitmaps_file(info.real_path)}: run the same merge again",
-                repairable=False,
-            )
+def _is_to_forget(merge_: InterruptedMerge, info: ImageInfo) -> bool:
+    return merge_.ending is Ending.UNDO and _is_at(merge_.written, info)
+
+
+def _is_at(path: Path, info: ImageInfo) -> bool:
+    try:
+        return identity_of(path.stat()) == info.identity
+    except OSError:
+        return False
+
+
+# Looking
+
+
+def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -> _Case:
+    with FileReadable(path) as readable:
+        info = _describe(path, readable, access)
+        relatives = _relatives(info, access)
+        suspected = () if merges else tuple(_half_done_commits(info, relatives, access))
+        commits = tuple(one for one in suspected if one.is_certain)
+        written_to = [one.written for one in merges if one.ending is Ending.FINISH]
+        written_to += [one.base for one in commits]
+        circumstances = Circumstances(
+            guarded=_guarded(relatives),
+            merge_pending=any(_is_at(one, info) for one in written_to),
         )
-        broken = ()
-    guarded = names_above(relatives)
-    for name in broken:
-        findings.append(
-            RepairFinding("broken-bitmap", f"bitmap {name!r} is in-use", repairable=True)
-        )
-        actions.append(
-            f"replace the bitmap {name!r} by a tombstone, because an image above has the name"
-            if name in guarded
-            else f"remove the bitmap {name!r}"
-        )
-        consequences.append(
-            f"the next backup that builds on the checkpoint {name!r} must be a full one"
-        )
-    report = check(image)
-    findings.extend(_check_findings(report))
-    if report.leaks and report.sound:
-        actions.append(f"reclaim {report.leaks} leaked clusters")
-    return _Wrong(
-        info=info,
-        findings=tuple(findings),
-        actions=tuple(actions),
-        consequences=tuple(consequences),
-        sound_bitmaps=_sound_bitmaps(opened, broken, guarded) if broken else None,
-        leaks=bool(report.leaks),
+        diagnosis = Diagnosis() if info.header is None else diagnose(readable, circumstances)
+    findings, actions = [*diagnosis.findings], [*diagnosis.actions]
+    for one in merges:
+        findings.append(_finding_of(one, info))
+        actions += _actions_of(one, info)
+    for commit in commits:
+        findings.append(_finding_of_commit(commit))
+        actions.append(f"finish it: merge {commit.top} into {commit.base}; {commit.top} is left")
+    if diagnosis.treatment is Treatment.NONE and not merges and not commits:
+        findings += _unusable(info, relatives, access)
+    warnings = [_suspicion(one) for one in suspected if not one.is_certain]
+    if diagnosis.bitmaps is not None:
+        warnings += _warnings(relatives)
+    return _Case(info, diagnosis, merges, commits, tuple(findings), tuple(actions), tuple(warnings))
+
+
+def _describe(path: Path, readable: FileReadable, access: Access) -> ImageInfo:
+    """The image as it is, whatever is wrong with it; its header without its refcount table."""
+    given = policy_of(access).formats
+    declared = {os.path.realpath(one): name for one, name in given.items()}
+    image_format = declared.get(os.path.realpath(path))
+    begins_as_qcow2 = readable.read(0, len(MAGIC)) == MAGIC
+    if image_format is None and not begins_as_qcow2:
+        raise TopFormatUnknown(str(path))
+    if image_format == ImageFormat.QCOW2 and not begins_as_qcow2:
+        raise WrongFormat(str(path), "the format given for it")
+    header = None
+    if image_format in (None, ImageFormat.QCOW2):
+        header = tables_of(readable).image.header
+    return ImageInfo(
+        path=path.absolute(),
+        real_path=Path(os.path.realpath(path)),
+        identity=identity_of(os.fstat(readable.fd)),
+        is_block_device=readable.is_block_device,
+        format=image_format or ImageFormat.QCOW2,
+        format_declared=image_format is not None,
+        header=header,
+        file_size=readable.size,
+        guest_size=readable.size if header is None else header.virtual_size,
+        backing_name=None if header is None else header.backing_name,
     )
 
 
-def _broken_bitmaps(opened: OpenImage) -> tuple[str, ...]:
-    layer = bitmaps_of(opened)
-    return tuple(
-        sorted(name for name in layer.occurrences if layer.state(name) is BitmapState.IN_USE)
+def _relatives(info: ImageInfo, access: Access) -> Relatives:
+    return find_relatives(
+        Chain((info,)),
+        0,
+        tuple(map(Path, access.search)),
+        Path(access.active) if access.active else None,
+        policy=policy_of(access),
     )
 
 
-def _sound_bitmaps(
-    opened: OpenImage, broken: tuple[str, ...], guarded: frozenset[str]
-) -> tuple[StoredBitmap, ...]:
-    """What stands in the image once the broken bitmaps are out of it.
+def _guarded(relatives: Relatives) -> dict[str, int]:
+    """Names of bitmaps in the images above, with the finest granularity of each in bytes."""
+    found: dict[str, int] = {}
+    for above in relatives.above:
+        for entry in above.image.bitmaps:
+            found[entry.name] = min(entry.granularity, found.get(entry.name, entry.granularity))
+    return found
 
-    Without a tombstone, an image above that has the name too could pass the chain test with
-    its own bits alone.
+
+def _half_done_commits(
+    info: ImageInfo, relatives: Relatives, access: Access
+) -> Iterator[HalfDoneCommit]:
+    """Commits of others of which the image is the top or the base."""
+    if info.backing_name is not None:
+        found = half_done_commit(info.path, access)
+        if found is not None:
+            yield found
+    for child in relatives.children:
+        found = half_done_commit(child.path, access)
+        if found is not None:
+            yield found
+
+
+def _finding_of(one: InterruptedMerge, info: ImageInfo) -> RepairFinding:
+    repairable = one.ending is Ending.FINISH or _is_to_forget(one, info)
+    sentence = one.sentence
+    if one.ending is Ending.BY_HAND:
+        sentence += "; run the same merge again"
+    elif not repairable:
+        sentence += f"; `chainmerge repair {one.written}` undoes it"
+    return RepairFinding("interrupted-merge", sentence, repairable)
+
+
+def _actions_of(one: InterruptedMerge, info: ImageInfo) -> Iterator[str]:
+    if _is_to_forget(one, info):
+        yield f"undo the merge of {one.top}: forget it, as nothing of it has taken effect"
+    elif one.ending is Ending.FINISH:
+        yield f"finish the merge of {one.top} into {one.base}, as far as it is not done"
+
+
+def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
+    sentence = (
+        f"a commit of {commit.top} into {commit.base} by another program was interrupted: "
+        f"{commit.copied} bytes of the data, from the beginning on, are in {commit.base} already"
+    )
+    return RepairFinding("half-done-commit", sentence, repairable=True)
+
+
+def _suspicion(commit: HalfDoneCommit) -> str:
+    return (
+        f"{commit.copied} bytes of the data of {commit.top}, from the beginning on, are in "
+        f"{commit.base} as well: should a commit have been interrupted, `chainmerge merge` "
+        "finishes it; a guest that wrote the same again does as much"
+    )
+
+
+def _unusable(info: ImageInfo, relatives: Relatives, access: Access) -> Iterator[RepairFinding]:
+    if info.header is None or info.header.bitmaps is None:
+        return
+    for name, reason in unusable_bitmaps(info, relatives, access).items():
+        sentence = (
+            f"no chain can use the bitmap {name!r}: it is {reason}; `chainmerge bitmaps prune` "
+            "removes such"
+        )
+        yield RepairFinding(UNUSABLE_BITMAP, sentence, repairable=False)
+
+
+def _warnings(relatives: Relatives) -> Iterator[str]:
+    for path, reason in relatives.unreadable:
+        yield (
+            f"{path} cannot be read ({reason}): should it stand on this image, it must not be "
+            "used for an incremental backup before a full one"
+        )
+
+
+def _with_foreseen_refusals(case: _Case, access: Access) -> _Case:
+    """The same, with what would keep merges from being finished, as far as it shows by now."""
+    if case.diagnosis.treatment in (Treatment.MARKS, Treatment.REBUILD):
+        return case
+    refused = []
+    for top, base, options in case.to_finish:
+        try:
+            reasons = [one.sentence for one in plan(top, base, access, options).refusals]
+        except ChainmergeError as error:
+            # A merge whose top is gone already has no plan, but can be finished.
+            reasons = [error.sentence] if top.exists() else []
+        refused += [_finding_of_refusal(top, base, reason) for reason in reasons]
+    return replace(case, findings=(*case.findings, *refused))
+
+
+def _finding_of_refusal(top: Path, base: Path, reason: str) -> RepairFinding:
+    sentence = f"the merge of {top} into {base} cannot be finished now: {reason}"
+    return RepairFinding("interrupted-merge", sentence, repairable=False)
+
+
+# Mending
+
+
+def _mend(case: _Case, backup_directory: Path | None) -> tuple[Path | None, tuple[str, ...]]:
+    """Treat the image; returns the backup, if there is one, and what was verified."""
+    diagnosis, image = case.diagnosis, case.info.real_path
+    if diagnosis.treatment is Treatment.NONE:
+        return None, ()
+    backup = new_backup(image, backup_directory)
+    with WritablePort(image) as file:
+        port = RecordedPort(file, backup)
+        try:
+            _treat(port, diagnosis)
+            port.seal()
+        finally:
+            port.close()
+    return (backup if port.wrote else None), tuple(_verify(image, diagnosis))
+
+
+def _treat(port: RecordedPort, diagnosis: Diagnosis) -> None:
+    bitmaps = diagnosis.bitmaps
+    match diagnosis.treatment:
+        case Treatment.MARKS:
+            clear_marks(port)
+        case Treatment.REBUILD:
+            assert bitmaps is not None
+            rebuild(port, [one for one in bitmaps if isinstance(one, StoredBitmap)])
+        case Treatment.BITMAPS:
+            if bitmaps is not None:
+                replace_bitmaps(port, bitmaps)
+            reclaim_leaks(port)
+
+
+def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
+    """Look at the image anew, and believe nothing else.
+
+    Raises:
+        RepairNotVerified
     """
-    size = opened.info.virtual_size
-    return tuple(
-        tombstone(entry.name, size, entry.granularity)
-        if entry.name in broken
-        else StoredBitmap(entry.name, opened.bits(entry.name), entry.flags)
-        for entry in opened.info.bitmaps
-        if entry.name not in broken or entry.name in guarded
+    with FileReadable(path) as readable:
+        image = Qcow2Image(readable)
+        report = check(image)
+        if not report.clean or image.header.dirty or image.header.corrupt:
+            first = next(iter(report.messages), "it is still marked dirty or corrupt")
+            raise RepairNotVerified(str(path), first)
+        yield "refcounts recomputed from the tables: no corruption, no leak"
+        if diagnosis.bitmaps is None:
+            return
+        stored = [one for one in diagnosis.bitmaps if isinstance(one, StoredBitmap)]
+        if len(stored) == len(diagnosis.bitmaps):
+            difference = bitmap_difference(image, stored)
+            if difference is not None:
+                raise RepairNotVerified(str(path), difference)
+        yield f"{len(diagnosis.bitmaps)} bitmaps re-read"
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What came of finishing merges."""
+
+    case: _Case
+    verified: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def _finish(case: _Case, access: Access) -> _Finished:
+    """Finish what can be finished; a merge that is refused is left as it is, and reported."""
+    verified: list[str] = []
+    warnings: list[str] = []
+    refused: list[RepairFinding] = []
+    for top, base, options in case.to_finish:
+        try:
+            report = merge(top, base, access, options)
+        except Refused as error:
+            refused.append(_finding_of_refusal(top, base, error.sentence))
+            continue
+        verified += report.verified
+        warnings += report.warnings
+    case = replace(case, findings=(*case.findings, *refused))
+    return _Finished(case, tuple(verified), tuple(warnings))
+
+
+def _report(image: str, case: _Case, *, dry_run: bool) -> RepairReport:
+    return RepairReport(
+        version=REPORT_VERSION,
+        image=image,
+        dry_run=dry_run,
+        findings=case.findings,
+        actions=case.actions,
+        consequences=case.diagnosis.consequences,
+        warnings=case.warnings,
     )
-
-
-def _is_merge_pending(info: ImageInfo) -> bool:
-    return load_saved_bitmaps(info.real_path) is not None
-
-
-def _check_findings(report: CheckReport) -> list[RepairFinding]:
-    findings = []
-    if report.leaks:
-        findings.append(
-            RepairFinding(
-                "leaked-clusters",
-                f"{report.leaks} clusters are marked used, and nothing uses them",
-                repairable=report.sound,
-            )
-        )
-    if not report.sound:
-        findings.extend(
-            RepairFinding("corruption", message, repairable=False) for message in report.messages
-        )
-    return findings
-
-
-def _mend(wrong: _Wrong) -> None:
-    with WritablePort(wrong.info.real_path) as port:
-        if wrong.sound_bitmaps is not None:
-            replace_bitmaps(port, wrong.sound_bitmaps)
-        reclaim_leaks(port)

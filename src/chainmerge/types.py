@@ -42,10 +42,13 @@ __all__ = [
     "RepairReport",
     "Stage",
     "StatusReport",
+    "UndoReport",
     "UnfinishedMerge",
 ]
 
 REPORT_VERSION = 1
+UNUSABLE_BITMAP = "unusable-bitmap"
+"""The kind of a finding that is no damage: a bitmap that no chain can use."""
 
 
 class Stage(StrEnum):
@@ -347,9 +350,12 @@ class RepairFinding:
     """Something wrong with an image.
 
     Attributes:
-        kind: ``broken-bitmap``, ``leaked-clusters``, ``interrupted-merge``, ...
+        kind: ``broken-bitmap``, ``broken-bitmap-directory``, ``unusable-bitmap``,
+            ``leaked-clusters``, ``wrong-refcounts``, ``dirty-bit``, ``corrupt-bit``,
+            ``interrupted-merge``, ``half-done-commit``, ``corruption``, ``lost-data``, or the
+            code of the error that keeps the image from being repaired.
         sentence: What is wrong.
-        repairable: Whether ``repair`` can do something about it.
+        repairable: Whether ``repair`` does something about it.
     """
 
     kind: str
@@ -368,6 +374,10 @@ class RepairReport:
         findings: What was wrong.
         actions: What was done about it (with ``dry_run``: what would be), a sentence each.
         consequences: What it means for backups, a sentence each.
+        backup: The file that ``repair --undo`` takes to put back what was overwritten, None where
+            nothing was. Merges that were finished cannot be undone.
+        verified: What was checked afterwards, a sentence each.
+        warnings: What the user should know, a sentence each.
     """
 
     version: int
@@ -376,6 +386,33 @@ class RepairReport:
     findings: tuple[RepairFinding, ...]
     actions: tuple[str, ...]
     consequences: tuple[str, ...]
+    backup: str | None = None
+    verified: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def leaves_damage(self) -> bool:
+        """Whether something is wrong that is not repaired here."""
+        return any(
+            not finding.repairable and finding.kind != UNUSABLE_BITMAP for finding in self.findings
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UndoReport:
+    """What ``repair --undo`` put back.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        backup: The file that held what was overwritten.
+        restored_bytes: How many bytes were put back.
+    """
+
+    version: int
+    image: str
+    backup: str
+    restored_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

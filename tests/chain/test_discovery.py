@@ -242,7 +242,7 @@ def test_a_missing_backing_file(images: Path) -> None:
     assert "qemu-img rebase -u" in error.advice
 
 
-@pytest.mark.parametrize("name", ["pipe", "directory", "/dev/null", "loop"])
+@pytest.mark.parametrize("name", ["pipe", "directory", "loop"])
 def test_backing_files_that_are_no_files(images: Path, name: str) -> None:
     os.mkfifo(images / "pipe")
     (images / "directory").mkdir()
@@ -250,6 +250,26 @@ def test_backing_files_that_are_no_files(images: Path, name: str) -> None:
     overlay(images / "strange", name)
     error = refusal(BackingFileMissing, images, lambda: discover(images / "strange", PLAIN))
     assert error.name == name
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "../outside", "link"])
+def test_what_may_not_be_used_is_not_even_opened(
+    images: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Tapes rewind, and automounts mount, when they are opened."""
+    (images.parent / "outside").write_bytes(b"secret")
+    (images / "link").symlink_to("../outside")
+    overlay(images / "strange", name)
+    opened: list[str] = []
+
+    def watched(path: str, *arguments: int, **more: int) -> int:
+        opened.append(os.fspath(path))
+        return os_open(path, *arguments, **more)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", watched)
+    refusal(BackingFileOutside, images, lambda: discover(images / "strange", PLAIN))
+    assert {Path(path) for path in opened} == {images / "strange"}
 
 
 def test_the_image_asked_for_must_be_a_file(images: Path) -> None:

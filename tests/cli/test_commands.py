@@ -27,9 +27,11 @@ from chainmerge.types import (
     RepairReport,
     Stage,
     StatusReport,
+    UndoReport,
 )
 from tests.support import qemu
 from tests.support.cli import COMMAND, Ran, chainmerge, environment
+from tests.support.surgery import L1_OFFSET
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -255,20 +257,40 @@ def test_bitmaps_prune(chain: tuple[Path, Path]) -> None:
     assert list(qemu.bitmap_names(base)) == ["daily"]
 
 
-def test_repair_shows_first_and_asks(chain: tuple[Path, Path]) -> None:
+def test_repair_shows_first(chain: tuple[Path, Path]) -> None:
     base, _ = chain
     _leave_in_use(base)
     broken = base.read_bytes()
-    shown = document(chainmerge("repair", "--json", "--dry-run", base), RepairReport)
-    assert shown.findings
-    assert shown.consequences
-    unasked = document(chainmerge("repair", "--json", base), ErrorReport, ExitCode.USAGE)
-    assert unasked.code == "consent-missing"
-    assert base.read_bytes() == broken
-    document(chainmerge("repair", "--json", "--yes", base), RepairReport)
+    for options in ((), ("--dry-run",)):
+        shown = document(chainmerge("repair", "--json", *options, base), RepairReport)
+        assert shown.findings
+        assert shown.consequences
+        assert base.read_bytes() == broken
+    assert f"chainmerge repair --yes {base}" in chainmerge("repair", base).out
+    done = document(chainmerge("repair", "--json", "--yes", base), RepairReport)
     # Top still has the name, and must not pass for a good one without base's bits.
     assert {name: b["flags"] for name, b in qemu.bitmap_names(base).items()} == {"daily": []}
     assert "nothing to repair" in chainmerge("repair", base).out
+    assert done.backup is not None
+    undone = document(chainmerge("repair", "--json", "--undo", done.backup), UndoReport)
+    assert undone.image == str(base)
+    assert base.read_bytes() == broken
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--yes",), ("--yes", "--dry-run", "x"), ("--undo", "b", "x"), ("--undo", "b", "--yes")],
+)
+def test_repair_that_makes_no_sense(arguments: tuple[str, ...]) -> None:
+    assert chainmerge("repair", *arguments).status == ExitCode.USAGE
+
+
+def test_repair_that_leaves_damage_fails(chain: tuple[Path, Path]) -> None:
+    base, _ = chain
+    L1_OFFSET.put(base, L1_OFFSET.get(base) - 65536)
+    ran = chainmerge("repair", base)
+    assert (ran.status, "cannot be repaired here" in ran.out) == (ExitCode.DONE, True), ran
+    assert chainmerge("repair", "--yes", base).status == ExitCode.FAILED
 
 
 def _leave_in_use(image: Path) -> None:

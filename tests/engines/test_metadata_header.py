@@ -22,7 +22,7 @@ from chainmerge.engines.metadata.header import (
 from chainmerge.plan_errors import ImageCorrupt
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet
-from chainmerge.qcow2.header import BitmapsExtension, Header, parse_header
+from chainmerge.qcow2.header import BitmapsExtension, Header, Incompatible, parse_header
 from chainmerge.qcow2.readable import BytesReadable
 from tests.support import qemu
 from tests.support.crash import RecordingPort, Written
@@ -97,6 +97,7 @@ def contents(draw: st.DrawFn, header: Header) -> HeaderContent:
         bitmaps = None
     name = draw(st.one_of(st.just(header.backing_name), st.none(), names(300), names(1023)))
     formats = st.one_of(st.just(header.backing_format), st.none(), st.just("host_device"))
+    marks = st.sampled_from((header.incompatible, Incompatible.DIRTY, Incompatible.CORRUPT))
     return HeaderContent(
         virtual_size=draw(st.sampled_from((header.virtual_size, 512, 3 * MIB))),
         l1_size=draw(st.sampled_from((header.l1_size, 200))),
@@ -107,6 +108,7 @@ def contents(draw: st.DrawFn, header: Header) -> HeaderContent:
         refcount_table_clusters=draw(st.integers(1, 3)),
         backing_name=name,
         backing_format=draw(formats),
+        incompatible=draw(marks) if header.version >= 3 else header.incompatible,
     )
 
 

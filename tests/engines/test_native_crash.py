@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.metadata import change_backing, reclaim_leaks, replace_bitmaps
 from chainmerge.engines.metadata.errors import NotEnoughSpace, ReleaseFailed, SwitchUnknown
 from chainmerge.engines.native.errors import MergeNotWritten
 from chainmerge.errors import Interrupted
@@ -608,6 +608,35 @@ def expected_error(
     if switch is None or flushes < switch:
         return MergeNotWritten
     return SwitchUnknown if flushes == switch else ReleaseFailed
+
+
+class LosingPort(RecordingPort):
+    """Storage that never gets the first sector, and says it has: the kernel's cache has it."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._stored = content[:SECTOR]
+
+    def forget_cached(self) -> None:
+        self.content[:SECTOR] = self._stored
+
+
+def test_a_switch_that_the_storage_loses_is_found_out(tmp_path: Path, built: Builder) -> None:
+    merge = built("bitmaps united")
+    start = start_of(merge, device=False)
+    port = LosingPort(start)
+    with pytest.raises(SwitchUnknown, match="does not have it"):
+        run(merge, port)
+    judge = Judge(merge, start, tmp_path, device=False)
+    judge.assert_rerun_completes(bytes(port.content), "the switch was lost")
+
+
+def test_a_lost_switch_of_bitmaps_or_a_backing_file_is_found_out(built: Builder) -> None:
+    content = start_of(built("bitmaps united"), device=False)
+    with pytest.raises(SwitchUnknown, match="does not have it"):
+        replace_bitmaps(LosingPort(content), [])
+    with pytest.raises(SwitchUnknown, match="does not have it"):
+        change_backing(LosingPort(content), "elsewhere.qcow2", "qcow2")
 
 
 # The exact size

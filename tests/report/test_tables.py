@@ -41,6 +41,7 @@ HOSTILE_REPORTS: dict[str, Callable[[str], RenderableType]] = {
     "change": lambda t: tables.bitmap_change(reports.bitmap_change(image=t, name=t)),
     "prune": lambda t: tables.prune_report(reports.prune_report(image=t, name=t, words=t)),
     "repair": lambda t: tables.repair_report(reports.repair_report(image=t, words=t)),
+    "undo": lambda t: tables.undo_report(reports.undo_report(image=t)),
     "status": lambda t: status_report(reports.status_report(base=t, top=t, words=t)),
 }
 

@@ -60,7 +60,7 @@ def mounted_file_system(
     mount_point.mkdir()
     with loop_device(directory / f"{kind}-backing", size, *losetup) as device:
         run(f"mkfs.{kind}", "-q", *options, device)
-        with _mounted("-t", kind, device, mount_point):
+        with mounted("-t", kind, device, mount_point):
             yield mount_point
 
 
@@ -69,7 +69,7 @@ def mounted_tmpfs(directory: Path, size: int) -> Iterator[Path]:
     """An empty file system in memory that holds *size* bytes and not one more."""
     mount_point = directory / "tmpfs-mounted"
     mount_point.mkdir()
-    with _mounted("-t", "tmpfs", "-o", f"size={size}", "none", mount_point):
+    with mounted("-t", "tmpfs", "-o", f"size={size}", "none", mount_point):
         yield mount_point
 
 
@@ -78,7 +78,7 @@ def mounted_ramfs(directory: Path) -> Iterator[Path]:
     """A file system in memory that has no fallocate: neither reserving space nor holes."""
     mount_point = directory / "ramfs-mounted"
     mount_point.mkdir()
-    with _mounted("-t", "ramfs", "none", mount_point):
+    with mounted("-t", "ramfs", "none", mount_point):
         yield mount_point
 
 
@@ -96,7 +96,8 @@ def device_that_loses_writes(directory: Path, size: int, kept: int) -> Iterator[
 
 
 @contextmanager
-def _mounted(*arguments: str | Path) -> Iterator[None]:
+def mounted(*arguments: str | Path) -> Iterator[None]:
+    """Mount as the arguments of ``mount`` say, the last one being where."""
     mount_point = arguments[-1]
     _make_mounts_private()
     run("mount", *arguments)

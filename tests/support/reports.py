@@ -38,6 +38,7 @@ from chainmerge.types import (
     RepairFinding,
     RepairReport,
     StatusReport,
+    UndoReport,
     UnfinishedMerge,
 )
 
@@ -200,7 +201,14 @@ def repair_report(*, image: str = "/disks/base.qcow2", words: str = "is broken")
         findings=(RepairFinding("broken-bitmap", words, repairable=True),),
         actions=(words,),
         consequences=(words,),
+        backup=f"{image}.chainmerge-repair-1",
+        verified=(words,),
+        warnings=(words,),
     )
+
+
+def undo_report(*, image: str = "/disks/base.qcow2") -> UndoReport:
+    return UndoReport(REPORT_VERSION, image, f"{image}.chainmerge-repair-1", 3 * MIB)
 
 
 def _image(path: str, role: Role, parent: str | None, words: str) -> PlannedImage:

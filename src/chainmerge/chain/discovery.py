@@ -96,13 +96,17 @@ class _Walk:
         self, child: ImageInfo, path: Path, seen: Mapping[Identity, ImageInfo]
     ) -> ImageInfo:
         name = child.backing_name or ""
+        # Some files do something when they are opened, so what may not be used is not opened.
+        self._check_place(child, name, path)
         try:
             readable = FileReadable(path)
         except Refused as error:
             raise BackingFileMissing(str(child.path), name, printable(error.sentence)) from error
         with readable:
-            # Nothing is read before it is known that it may be.
-            self._check_place(child, name, path, readable)
+            # Nothing is read before it is known that what was opened is what was looked at.
+            self._check_place(child, name, path)
+            if identity_at(settled(path)) != identity_of_opened(readable):
+                raise ImageReplaced(str(path))
             twin = seen.get(identity_of_opened(readable))
             if twin is not None:
                 raise BackingCycle(str(child.path), name, str(twin.path))
@@ -143,15 +147,12 @@ class _Walk:
             return DeclaredFormat(ImageFormat.QCOW2, None)
         raise FormatMissing(str(child.path), child.backing_name or "", str(path))
 
-    def _check_place(self, child: ImageInfo, name: str, path: Path, readable: FileReadable) -> None:
+    def _check_place(self, child: ImageInfo, name: str, path: Path) -> None:
         named, actual = reached(path), settled(path)
         if not self.territory.holds(named):
             outside, how = named, f"is {str(named)!r}"
         elif not self.territory.holds(actual):
             outside, how = actual, f"is a symbolic link that leads to {str(actual)!r}"
-        elif identity_at(actual) != identity_of_opened(readable):
-            # A link was changed after the file was opened.
-            raise ImageReplaced(str(path))
         else:
             return
         directories = ", ".join(sorted(map(str, self.territory.directories)))

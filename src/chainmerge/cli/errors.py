@@ -48,20 +48,6 @@ class ReportNotDelivered(Failed):
 
 
 @dataclass(eq=False)
-class ConsentMissing(Misuse):
-    """Something would be thrown away and nobody is there to be asked."""
-
-    code: ClassVar[str] = "consent-missing"
-    template: ClassVar[str] = "nobody is there to be asked whether to go on with {image}"
-    hint: ClassVar[str] = "look at the findings with --dry-run, then say --yes"
-    explanation: ClassVar[str] = (
-        "`chainmerge repair` shows what it found and asks before it changes the image. "
-        "Where standard input is no terminal, or the report is JSON, it takes --yes for the answer."
-    )
-    image: str
-
-
-@dataclass(eq=False)
 class DiskNotNamed(Misuse):
     """A command for a running VM does not say which disk of which VM."""
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Final, ParamSpec, TypeVar, get_args
 
@@ -108,13 +109,36 @@ def access_options(function: Function[R]) -> Function[R]:
         help="How long to wait for images that others have locked.",
         panel=_REACHING,
     )
+    @click.option(
+        "--activate",
+        is_flag=True,
+        help="Activate the chain's logical volumes where they are not, and deactivate them "
+        "afterwards.",
+        panel=_REACHING,
+    )
     @wraps(function)
-    def command(*args: Any, **kwargs: Any) -> R:
+    def command(*args: Any, activate: bool, **kwargs: Any) -> R:
         chosen = {name: kwargs.pop(name) for name in _ACCESS_FIELDS}
         chosen["formats"] = dict(chosen["formats"])
-        return function(*args, access=Access(**chosen), **kwargs)
+        access = Access(**chosen)
+        with contextlib.ExitStack() as stack:
+            if activate:
+                stack.enter_context(_volumes_activated(access, kwargs))
+            return function(*args, access=access, **kwargs)
 
     return command
+
+
+def _volumes_activated(
+    access: Access, arguments: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[object]:
+    """The volumes of the chain that a command is for, from its uppermost image down."""
+    from chainmerge.activation import volumes_activated  # noqa: PLC0415 (few commands need it)
+    from chainmerge.inspection import policy_of  # noqa: PLC0415
+
+    top = access.active or arguments.get("top") or arguments.get("image")
+    assert top is not None
+    return volumes_activated(top, policy_of(access))
 
 
 def merge_options(function: Function[R]) -> Function[R]:

@@ -3,44 +3,69 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from chainmerge import api
 from chainmerge.cli.commands import Command
-from chainmerge.cli.errors import ConsentMissing
-from chainmerge.cli.options import access_options, image_argument, json_option
-from chainmerge.cli.output import JsonOutput, Output
+from chainmerge.cli.options import access_options, json_option
+from chainmerge.cli.params import IMAGE
 from chainmerge.errors import ExitCode
-from chainmerge.report.tables import repair_report
+from chainmerge.report.tables import repair_report, undo_report
 
 if TYPE_CHECKING:
+    from chainmerge.cli.output import Output
     from chainmerge.options import Access
 
 
 @click.command(cls=Command)
-@image_argument
-@click.option("--dry-run", is_flag=True, help="Show what is wrong and change nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask before changing the image.")
+@click.argument("image", type=IMAGE, required=False)
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be done and change nothing.  [default]"
+)
+@click.option("--yes", is_flag=True, help="Do it.")
+@click.option(
+    "--backup",
+    type=click.Path(),
+    metavar="DIR",
+    help="Where to keep what is overwritten.  [default: beside the image]",
+)
+@click.option(
+    "--undo",
+    type=click.Path(),
+    metavar="BACKUP",
+    help="Put back what a repair has overwritten; BACKUP is the file that its report names.",
+)
 @access_options
 @json_option
-def repair(*, image: str, dry_run: bool, yes: bool, access: Access, output: Output) -> ExitCode:
-    """Remove what is broken in IMAGE: bitmaps nobody can trust, and leaked clusters.
+def repair(
+    *,
+    image: str | None,
+    dry_run: bool,
+    yes: bool,
+    backup: str | None,
+    undo: str | None,
+    access: Access,
+    output: Output,
+) -> ExitCode:
+    """Mend IMAGE: broken bitmaps, wrong refcounts, leaks, merges that were interrupted.
 
-    Shows what it found first, says which backups will be full because of it, and asks.
+    Shows what is wrong and what would be done about it; with --yes it does it. What the guest
+    sees does not change. The exit status of --yes is 1 if damage is left.
     """
-    if yes or dry_run:
-        output.document(api.repair(image, access, dry_run=dry_run), repair_report)
+    if undo is not None:
+        if image is not None or yes or dry_run or backup is not None:
+            raise click.UsageError("--undo takes nothing but the backup, which names the image")
+        output.document(api.undo_repair(undo, access), undo_report)
         return ExitCode.DONE
-    findings = api.repair(image, access, dry_run=True)
-    if not findings.actions:
-        output.document(findings, repair_report)
+    if image is None:
+        raise click.UsageError("name the image to look at, or a backup with --undo")
+    if yes and dry_run:
+        raise click.UsageError("--yes and --dry-run contradict each other")
+    if not yes:
+        output.document(api.plan_repair(image, access), repair_report)
         return ExitCode.DONE
-    if isinstance(output, JsonOutput) or not sys.stdin.isatty():
-        raise ConsentMissing(image)
-    output.document(findings, repair_report)
-    click.confirm("Go on?", abort=True, err=True)
-    output.document(api.repair(image, access, dry_run=False), repair_report)
-    return ExitCode.DONE
+    report = api.repair(image, access, backup)
+    output.document(report, repair_report)
+    return ExitCode.FAILED if report.leaves_damage else ExitCode.DONE

@@ -130,16 +130,56 @@ def read_directory(image: Qcow2Image) -> tuple[BitmapEntry, ...]:
     Raises:
         BadBitmapDirectory: the directory is one with which QEMU would not open the image.
     """
+    entries = []
+    for entry in _listed_entries(image):
+        problem = _misplaced(image, entry)
+        if problem is not None:
+            _refuse(image, problem)
+        entries.append(entry)
+    return tuple(entries)
+
+
+@dataclass(frozen=True, slots=True)
+class SalvagedDirectory:
+    """What a directory lists, as far as it can be told.
+
+    Attributes:
+        entries: The bitmaps whose tables are where a table can be.
+        lost: What is wrong with each of the others, by name.
+    """
+
+    entries: tuple[BitmapEntry, ...]
+    lost: dict[str, str]
+
+
+def salvage_directory(image: Qcow2Image) -> SalvagedDirectory:
+    """As :func:`read_directory`, for an image that QEMU need not open.
+
+    Raises:
+        BadBitmapDirectory: it cannot be told which bitmaps the directory lists.
+    """
+    entries = []
+    lost = {}
+    for entry in _listed_entries(image):
+        problem = _misplaced(image, entry)
+        if problem is None:
+            entries.append(entry)
+        else:
+            lost[entry.name] = problem
+    return SalvagedDirectory(tuple(entries), lost)
+
+
+def _listed_entries(image: Qcow2Image) -> Iterator[BitmapEntry]:
+    """What the directory lists, wherever the tables are. Raises BadBitmapDirectory."""
     extension = image.header.bitmaps
     if extension is None:
-        return ()
+        return
     _check_extension(image, extension)
     directory = image.readable.read(extension.directory_offset, extension.directory_size)
-    entries: list[BitmapEntry] = []
     names: set[str] = set()
     position = 0
     while position < len(directory):
-        if len(entries) == extension.count:
+        if len(names) == extension.count:
             _refuse(image, f"it holds more than the {extension.count} bitmaps that it should hold")
         entry, length = _parse_entry(image, directory, position)
         # QEMU cuts names at a NUL byte.
@@ -147,11 +187,10 @@ def read_directory(image: Qcow2Image) -> tuple[BitmapEntry, ...]:
         if name in names:
             _refuse(image, f"two bitmaps have the name {name!r}")
         names.add(name)
-        entries.append(entry)
+        yield entry
         position += length
-    if len(entries) != extension.count:
-        _refuse(image, f"it holds {len(entries)} bitmaps, but should hold {extension.count}")
-    return tuple(entries)
+    if len(names) != extension.count:
+        _refuse(image, f"it holds {len(names)} bitmaps, but should hold {extension.count}")
 
 
 def read_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
@@ -267,35 +306,33 @@ def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[Bi
         extra_data=extra,
         type=kind,
     )
-    _check_table_place(image, entry)
     return entry, length
 
 
-def _check_table_place(image: Qcow2Image, entry: BitmapEntry) -> None:
+def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
+    """Why the bitmap's table cannot be what the entry says, None where it can."""
     header = image.header
     most = min(MAX_TABLE_ENTRIES, MAX_PACKED_SIZE // header.cluster_size)
     if not 1 <= entry.table_size <= most:
-        _refuse(
-            image,
+        return (
             f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
-            f"but can have 1 to {most}",
+            f"but can have 1 to {most}"
         )
     if entry.table_offset == 0 or entry.table_offset % header.cluster_size:
-        _refuse(
-            image,
+        return (
             f"the table of bitmap {entry.name!r} is at offset {entry.table_offset:#x}, "
-            "which is not where a cluster starts",
+            "which is not where a cluster starts"
         )
     if entry.in_use or not entry.readable:
         # QEMU marks bitmaps in use at once, and resizes them when it closes the image.
-        return
+        return None
     needed = table_entries(header, entry.granularity)
     if entry.table_size != needed:
-        _refuse(
-            image,
+        return (
             f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
-            f"but a disk of {header.virtual_size} bytes needs {needed}",
+            f"but a disk of {header.virtual_size} bytes needs {needed}"
         )
+    return None
 
 
 def _refuse_entries(

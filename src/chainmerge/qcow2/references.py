@@ -52,6 +52,7 @@ _L1_ENTRY_SIZE = 8
 _MIN_V3_SNAPSHOT_EXTRA = 16
 _L2_WINDOW_BYTES = 1 << 20
 _CLUSTERS_AT_ONCE = 1 << 20
+_COPIED_PROBLEM = "the COPIED flag does not say whether the refcount is 1"
 _UNIQUE_AT_ONCE = 1 << 20
 
 # Marks of a cluster.
@@ -153,6 +154,11 @@ def count_references(image: Qcow2Image, findings: Findings) -> ReferenceCounts:
     return _Counting(image, findings).run()
 
 
+def is_about_copied(message: str) -> bool:
+    """Whether a message of :class:`Findings` is about COPIED flags."""
+    return message.endswith(_COPIED_PROBLEM)
+
+
 class _Counting:
     """The counts of one image while they are being made."""
 
@@ -233,6 +239,8 @@ class _Counting:
                 self._findings.incomplete(f"{what} is too large")
                 continue
             self._count_region(what, snapshot.l1_offset, size)
+            if snapshot.l1_offset >= self._file_end:
+                continue
             data = self._image.readable.read(snapshot.l1_offset, size)
             tables.add(self._judge_l1(what, np.frombuffer(data, ">u8").astype(np.uint64)))
         return tables
@@ -271,6 +279,7 @@ class _Counting:
             return
         offset, size = extension.directory_offset, extension.directory_size
         self._count_region("the bitmap directory", offset, size)
+        room = self._file_end
         for entry in entries:
             what = f"bitmap {entry.name!r}"
             if entry.unknown:
@@ -278,6 +287,11 @@ class _Counting:
                 self._findings.corrupt(1, message)
             size = entry.table_size * bitmaps.TABLE_ENTRY_SIZE
             self._count_region(f"the table of {what}", entry.table_offset, size)
+            room -= size
+            if entry.table_offset >= self._file_end or room < 0:
+                # As above: what is not there, or lies over something else, is not read.
+                self._findings.incomplete(f"the table of {what} is not within the file")
+                continue
             try:
                 table = bitmaps.load_table(self._image, entry)
             except BadBitmapTable as error:
@@ -528,7 +542,7 @@ class _Counting:
 
     def _record_copied(self, count: int, table: str) -> None:
         self._findings.copied_mismatches += count
-        message = f"{count} {table} entries: the COPIED flag does not say whether the refcount is 1"
+        message = f"{count} {table} entries: {_COPIED_PROBLEM}"
         self._findings.corrupt(count, message)
 
     def _record_overlap(self, what: str, clusters: IndexArray) -> None:

@@ -31,6 +31,7 @@ from chainmerge.types import (
     PruneReport,
     RepairReport,
     StatusReport,
+    UndoReport,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
         f"repair-{REPORT_VERSION}": RepairReport,
+        f"repair-undo-{REPORT_VERSION}": UndoReport,
         f"status-{REPORT_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"error-{REPORT_VERSION}": ErrorReport,

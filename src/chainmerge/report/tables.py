@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size, rough_size
 from chainmerge.types import (
+    UNUSABLE_BITMAP,
     BitmapChange,
     BitmapListing,
     BitmapResult,
@@ -25,6 +27,7 @@ from chainmerge.types import (
     PrunedBitmap,
     PruneReport,
     RepairReport,
+    UndoReport,
 )
 
 if TYPE_CHECKING:
@@ -121,13 +124,37 @@ def prune_report(report: PruneReport) -> RenderableType:
 def repair_report(report: RepairReport) -> RenderableType:
     """What is wrong with an image, what was or would be done about it, and what that costs."""
     if not report.findings:
-        return words(f"{report.image}: nothing to repair", layout.GOOD)
+        return Group(
+            words(f"{report.image}: nothing to repair", layout.GOOD),
+            *layout.warnings_section(report.warnings),
+        )
     return Group(
         words(f"{report.image}: {count(len(report.findings), 'finding')}"),
         layout.section("Found", _findings(report)),
         *_listed("Would be done" if report.dry_run else "Done", report.actions),
         *_listed("What it means for backups", report.consequences),
+        *_listed("Verified", report.verified),
+        *_listed("What was there before", _ways_back(report)),
+        *layout.warnings_section(report.warnings),
+        *_next_step(report),
     )
+
+
+def undo_report(report: UndoReport) -> RenderableType:
+    """What was put back."""
+    restored = exact_size(report.restored_bytes)
+    return words(f"{report.image} is what it was before the repair: {restored} put back")
+
+
+def _ways_back(report: RepairReport) -> Iterator[str]:
+    if report.backup is not None:
+        yield f"`chainmerge repair --undo {shlex.quote(report.backup)}` puts it back"
+
+
+def _next_step(report: RepairReport) -> Iterator[Text]:
+    if report.dry_run and report.actions:
+        command = f"chainmerge repair --yes {shlex.quote(report.image)}"
+        yield words(f"Nothing was changed. `{command}` does it.", layout.QUIET)
 
 
 def _merge_parts(report: MergeReport) -> Iterator[RenderableType]:
@@ -250,7 +277,8 @@ def _findings(report: RepairReport) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in report.findings:
-        style = layout.CAUTION if finding.repairable else layout.BAD
-        remark = "" if finding.repairable else " (cannot be repaired here)"
+        is_damage = not finding.repairable and finding.kind != UNUSABLE_BITMAP
+        style = layout.BAD if is_damage else layout.CAUTION
+        remark = " (cannot be repaired here)" if is_damage else ""
         table.add_row(words(finding.kind, style), words(f"{finding.sentence}{remark}"))
     return table

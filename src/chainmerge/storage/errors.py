@@ -37,8 +37,8 @@ class ImageMissing(Refused):
     code: ClassVar[str] = "image-missing"
     template: ClassVar[str] = "{image}: there is no such file"
     hint: ClassVar[str] = (
-        "check the name; if the image's storage is not mounted, or its logical volume not active, "
-        "see to that first"
+        "check the name; if the image's storage is not mounted, see to that first; a logical "
+        "volume that is not active is activated with --activate"
     )
     explanation: ClassVar[str] = (
         "The name was given on the command line, or stands in another image as that of its "

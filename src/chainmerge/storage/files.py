@@ -233,6 +233,90 @@ class WritablePort(FileReadable):
             raise FlushFailed(self.name, self._failed_flush.reason)
 
 
+class AppendedFile:
+    """A file of our own that only ever grows, such as a log.
+
+    Attributes:
+        name: the path as it was given.
+    """
+
+    def __init__(self, path: StrPath, fd: int) -> None:
+        """Adopt a descriptor; see :meth:`created` and :meth:`reopened`."""
+        self.name = os.fspath(path)
+        self._fd = fd
+
+    @classmethod
+    def created(cls, path: StrPath) -> Self:
+        """A new file that only its owner can read; its name is not durable yet.
+
+        Raises:
+            CannotOpen, AccessDenied, ImageReadOnly: it cannot be made, or is there already.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return cls(path, os.open(path, flags, 0o600))
+        except (OSError, ValueError) as error:
+            raise _open_error(os.fspath(path), "writing", error) from error
+
+    @classmethod
+    def reopened(cls, path: StrPath, size: int) -> Self:
+        """A file that is there; what it has behind its first *size* bytes is cut off.
+
+        Raises:
+            CannotOpen, AccessDenied, ImageReadOnly, ImageMissing: it cannot be opened.
+            WriteFailed
+        """
+        fd = _open(os.fspath(path), os.O_WRONLY, "writing")
+        try:
+            os.ftruncate(fd, size)
+            os.lseek(fd, size, os.SEEK_SET)
+        except OSError as error:
+            os.close(fd)
+            raise write_error(os.fspath(path), size, 0, error) from error
+        return cls(path, fd)
+
+    def append(self, data: bytes) -> None:
+        """Write *data* behind all that is there.
+
+        Raises:
+            NoSpaceLeft, WriteFailed
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            raise write_error(self.name, 0, len(rest), error) from error
+
+    def flush(self) -> None:
+        """Return when all of it is durable.
+
+        Raises:
+            FlushFailed
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise FlushFailed(self.name, reason_of(error)) from error
+
+    def close(self) -> None:
+        """Close the file. May be called more than once."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 def fsync_directory(path: StrPath) -> None:
     """Return when the names in a directory are durable.
 

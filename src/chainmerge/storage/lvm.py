@@ -169,6 +169,55 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
     return volume
 
 
+def is_active(image: str, path: str) -> bool:
+    """Whether the kernel has the volume with a path; *image* is what messages call it.
+
+    Raises:
+        NotALogicalVolume: LVM does not know it.
+        LvmMissing, LvmFailed: there is no report.
+    """
+    try:
+        rows = _report(image, "lvs", "-o", "lv_active", "--", path)
+    except LvmFailed as error:
+        raise NotALogicalVolume(image, error.reason) from error
+    return any(row.get("lv_active") for row in rows)
+
+
+def activate(image: str, path: str) -> None:
+    """Have the kernel bring a volume up; its names are there when this returns.
+
+    Raises:
+        LvmMissing, LvmFailed, LvmUnfinished: it is not up.
+    """
+    # -K also brings up thin snapshots, which else are left out.
+    _run(image, "lvchange", "-ay", "-K", "--", path)
+
+
+def deactivate(image: str, path: str) -> None:
+    """Take a volume down that nobody has open.
+
+    Raises:
+        LvmMissing, LvmFailed, LvmUnfinished: it is not down.
+    """
+    _run(image, "lvchange", "-an", "--", path)
+
+
+def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
+    """The paths that inactive volumes of these volume groups have when they are active.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
+    rows = _report(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
+    return [
+        row["lv_path"]
+        for row in rows
+        if row.get("vg_uuid", "").replace("-", "") in vg_uuids
+        and row.get("lv_path")
+        and not row.get("lv_active")
+    ]
+
+
 def extend(image: str, volume: LogicalVolume, size: int) -> None:
     """Make a volume larger; *size* is one that :meth:`LogicalVolume.size_after_growth` gave.
 

@@ -10,6 +10,13 @@ from __future__ import annotations
 from chainmerge.engines.metadata.backing import change_backing
 from chainmerge.engines.metadata.bitmap_set import AnyBitmap, KeptBitmap, StoredBitmap
 from chainmerge.engines.metadata.leaks import reclaim_leaks
+from chainmerge.engines.metadata.preconditions import without_bitmaps
+from chainmerge.engines.metadata.rebuilding import (
+    clear_marks,
+    count_doubles,
+    plan_rebuild,
+    rebuild,
+)
 from chainmerge.engines.metadata.replacement import (
     MetadataRewrite,
     RewriteOutcome,
@@ -17,6 +24,14 @@ from chainmerge.engines.metadata.replacement import (
     names_kept,
     plan_bitmap_set,
     replace_bitmaps,
+)
+from chainmerge.engines.metadata.salvage import (
+    Tables,
+    clusters_of_bitmap,
+    directory_clusters,
+    overwritten_metadata,
+    tables_of,
+    tables_with_bitmaps,
 )
 from chainmerge.engines.metadata.steps import Port
 
@@ -27,10 +42,21 @@ __all__ = [
     "Port",
     "RewriteOutcome",
     "StoredBitmap",
+    "Tables",
     "change_backing",
+    "clear_marks",
+    "clusters_of_bitmap",
+    "count_doubles",
+    "directory_clusters",
     "kept_where_unchanged",
     "names_kept",
+    "overwritten_metadata",
     "plan_bitmap_set",
+    "plan_rebuild",
+    "rebuild",
     "reclaim_leaks",
     "replace_bitmaps",
+    "tables_of",
+    "tables_with_bitmaps",
+    "without_bitmaps",
 ]

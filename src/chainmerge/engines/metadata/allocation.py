@@ -231,11 +231,58 @@ def allocate(space: FreeSpace, demand: Demand) -> Allocation:
             blocks = 0
 
 
+def allocate_with_all_blocks(space: FreeSpace, demand: Demand, counted: Clusters) -> Allocation:
+    """Find clusters for *demand*, and for refcounts that are written anew as a whole.
+
+    Args:
+        space: What is free; its refcount table does not matter.
+        demand: What is wanted besides.
+        counted: Indexes of the refcount blocks, ascending, that what is in use needs.
+
+    Returns:
+        An allocation with a new table and every block that there is to be in it.
+
+    Raises:
+        RefcountTableFull: the refcount table would need more than the 8 MiB that QEMU reads.
+    """
+    header = space.header
+    blocks = len(counted)
+    entries = int(counted[-1]) + 1 if len(counted) else 1
+    while True:
+        table_clusters = _table_clusters(space.name, header, entries)
+        attempt = _attempt(space, demand, blocks, table_clusters)
+        needed = np.union1d(counted, blocks_touched(attempt.everything, header))
+        if len(needed) <= blocks and int(needed[-1]) < entries:
+            break
+        # Both only ever grow, and what they are can touch no more ranges than there are.
+        blocks = max(blocks, len(needed))
+        entries = max(entries, int(needed[-1]) + 1)
+    kept, homes = split_runs(attempt.scattered, demand.scattered)
+    homes, surplus = split_runs(homes, len(needed))
+    return Allocation(
+        scattered=kept,
+        contiguous=attempt.contiguous[:-1],
+        blocks=NewBlocks(needed, homes.expanded()),
+        table_start=int(attempt.contiguous[-1]),
+        table_clusters=table_clusters,
+        everything=without_runs(attempt.everything, surplus),
+    )
+
+
+def _table_clusters(name: str, header: Header, entries: int) -> int:
+    """How many clusters a refcount table of at least *entries* entries takes."""
+    clusters = -(-entries * _TABLE_ENTRY_BYTES // header.cluster_size)
+    if clusters * header.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+        raise RefcountTableFull(name, MAX_REFCOUNT_TABLE_BYTES)
+    return clusters
+
+
 class _NewTable:
     """How long a refcount table that replaces the old one has to be."""
 
     def __init__(self, space: FreeSpace) -> None:
         self._name = space.name
+        self._header = space.header
         self._cluster_size = space.header.cluster_size
         self._old_clusters = space.header.refcount_table_clusters
         self._entries = len(space.table)
@@ -246,9 +293,7 @@ class _NewTable:
         entries = int(missing[-1]) + 1 if len(missing) else 0
         if entries <= self._entries:
             return False
-        needed = -(-entries * _TABLE_ENTRY_BYTES // self._cluster_size)
-        if needed * self._cluster_size > MAX_REFCOUNT_TABLE_BYTES:
-            raise RefcountTableFull(self._name, MAX_REFCOUNT_TABLE_BYTES)
+        needed = _table_clusters(self._name, self._header, entries)
         self._entries = needed * self._cluster_size // _TABLE_ENTRY_BYTES
         self.clusters = needed
         return True

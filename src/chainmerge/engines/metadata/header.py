@@ -29,6 +29,7 @@ from chainmerge.qcow2.header import (
     BitmapsExtension,
     ExtensionType,
     Header,
+    Incompatible,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _L1_TABLE_FIELD = struct.Struct(">IQ")
 _L1_TABLE_AT = 36
 _REFCOUNT_TABLE_FIELD = struct.Struct(">QI")
 _REFCOUNT_TABLE_AT = 48
+_INCOMPATIBLE_FIELD = struct.Struct(">Q")
+_INCOMPATIBLE_AT = 72
 _AUTOCLEAR_FIELD = struct.Struct(">Q")
 _AUTOCLEAR_AT = 88
 _EXTENSION = struct.Struct(">II")
@@ -64,6 +67,7 @@ class HeaderContent:
         refcount_table_clusters: Its size in clusters.
         backing_name: As in :class:`chainmerge.qcow2.header.Header`.
         backing_format: The format's name, None for an image that does not say.
+        incompatible: The feature bits of that kind; version 2 has none.
     """
 
     virtual_size: int
@@ -75,6 +79,7 @@ class HeaderContent:
     refcount_table_clusters: int
     backing_name: str | None
     backing_format: str | None
+    incompatible: Incompatible
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,7 @@ def content_of(header: Header) -> HeaderContent:
         refcount_table_clusters=header.refcount_table_clusters,
         backing_name=header.backing_name,
         backing_format=header.backing_format,
+        incompatible=header.incompatible,
     )
 
 
@@ -173,6 +179,7 @@ def _fields(cluster: bytes, header: Header, content: HeaderContent, name: bytes)
         if content.bitmaps_trusted:
             autoclear |= Autoclear.BITMAPS
         _AUTOCLEAR_FIELD.pack_into(fields, _AUTOCLEAR_AT, autoclear)
+        _INCOMPATIBLE_FIELD.pack_into(fields, _INCOMPATIBLE_AT, content.incompatible)
     return bytes(fields)
 
 

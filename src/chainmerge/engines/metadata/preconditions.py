@@ -13,6 +13,7 @@ from chainmerge.qcow2.readable import Readable
 
 # The autoclear bits are header bytes 88 to 95, the most significant first.
 _LOWEST_AUTOCLEAR_BYTE = 95
+_VERSION_AT = 4
 
 
 def require_sound(image: Qcow2Image) -> bool:
@@ -58,7 +59,14 @@ def require_sound_report(report: CheckReport) -> None:
 
 def without_bitmaps(image: Qcow2Image) -> Qcow2Image:
     """The same image as a program sees it that does not trust its bitmaps."""
-    return Qcow2Image(_UntrustedBitmaps(image.readable))
+    return Qcow2Image(readable_without_bitmaps(image.readable))
+
+
+def readable_without_bitmaps(image: Readable) -> Readable:
+    """The same file, its header saying that its bitmaps cannot be trusted."""
+    # Version 2 has something else in that byte, and no bitmaps.
+    has_bitmaps = int.from_bytes(image.read(_VERSION_AT, 4)) >= 3
+    return _UntrustedBitmaps(image) if has_bitmaps else image
 
 
 @dataclass(frozen=True, slots=True)

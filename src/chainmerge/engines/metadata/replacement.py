@@ -151,9 +151,9 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[AnyBitmap]) -> RewriteOutcome:
         bitmaps = [_copied(image, bitmap) for bitmap in bitmaps]
     old = bitmap_clusters(image, names_kept(bitmaps)) if bitmaps_sound else _NONE
     rewrite = _planned(image, bitmaps, old)
-    reserve(port, rewrite.required_size, _ranges(rewrite.allocated, rewrite.cluster_size))
+    reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
     written = execute(port, rewrite.steps)
-    freed = _ranges(runs_of(rewrite.released), rewrite.cluster_size)
+    freed = ranges_of(runs_of(rewrite.released), rewrite.cluster_size)
     return RewriteOutcome(rewrite.required_size, written, freed)
 
 
@@ -163,7 +163,8 @@ def _copied(image: Qcow2Image, bitmap: AnyBitmap) -> StoredBitmap:
     return StoredBitmap(bitmap.name, read_bits(image, bitmap.entry), bitmap.flags)
 
 
-def _ranges(runs: Runs, cluster_size: int) -> tuple[tuple[int, int], ...]:
+def ranges_of(runs: Runs, cluster_size: int) -> tuple[tuple[int, int], ...]:
+    """Runs of clusters as file ranges (offset, length in bytes)."""
     return tuple(
         (start * cluster_size, length * cluster_size)
         for start, length in zip(runs.start.tolist(), runs.length.tolist(), strict=True)

@@ -5,7 +5,9 @@
 FILL       new clusters, and header bytes that the old header does not use
 COUNT      refcounts of new clusters, 0 to 1, in the refcount blocks there are
 LINK       new refcount blocks into the refcount table (left out without any)
+DISTRUST   COPIED flags that are not true any more are cleared (repairs only)
 SWITCH     the first 512 bytes of the image: old until here, new from here
+TRUST      COPIED flags that are true now are set (repairs only)
 RELEASE    refcounts of what only the old metadata used, 1 to 0
 =========  ===========================================================================
 
@@ -65,7 +67,9 @@ class StepName(StrEnum):
     FILL = "fill"
     COUNT = "count"
     LINK = "link"
+    DISTRUST = "distrust"
     SWITCH = "switch"
+    TRUST = "trust"
     RELEASE = "release"
 
 
@@ -123,11 +127,29 @@ def execute(port: Port, steps: Sequence[Step]) -> int:
                 port.write(offset, data)
                 written += len(data)
             port.flush()
+            if step.name is StepName.SWITCH:
+                require_stored(port, step.writes())
         except (OSError, Failed) as error:
             reason = str(getattr(error, "reason", error))
             raise _failure(port.name, step.name, reason, switched=switched) from error
         switched = switched or step.name is StepName.SWITCH
     return written
+
+
+def require_stored(port: Port, writes: Iterable[Write]) -> None:
+    """Make sure that what was written and flushed is what the storage has.
+
+    For the switch, after which things are destroyed that only the old image needs: storage can
+    lose a write and say that it is done.
+
+    Raises:
+        WriteFailed: it has something else.
+        ReadFailed: it cannot be read.
+    """
+    port.forget_cached()
+    for offset, data in writes:
+        if port.read(offset, len(data)) != data:
+            raise WriteFailed(port.name, offset, len(data), "the storage does not have it")
 
 
 def _failure(image: str, step: StepName, reason: str, *, switched: bool) -> ChainmergeError:

@@ -42,7 +42,7 @@ from chainmerge.engines.metadata.header import HeaderWrite, compose_header, cont
 from chainmerge.engines.metadata.leaks import reclaim_leaks
 from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
 from chainmerge.engines.metadata.replacement import names_kept
-from chainmerge.engines.metadata.steps import Port, StepName, reserve
+from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.engines.native.decisions import (
     Change,
@@ -52,7 +52,7 @@ from chainmerge.engines.native.decisions import (
     old_hosts,
     place_data,
 )
-from chainmerge.engines.native.errors import MergeNotWritten
+from chainmerge.engines.native.errors import MergeNotWritten, reason_of
 from chainmerge.engines.native.moves import (
     Moves,
     Segments,
@@ -492,8 +492,9 @@ def _switch(port: Port, head: HeaderWrite) -> None:
     try:
         port.write(0, head.sector)
         port.flush()
+        require_stored(port, [(0, head.sector)])
     except (OSError, Failed) as error:
-        raise SwitchUnknown(port.name, _reason(error)) from error
+        raise SwitchUnknown(port.name, reason_of(error, port.name)) from error
 
 
 def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
@@ -519,7 +520,7 @@ def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> 
             port.write(offset, data)
         port.flush()
     except (OSError, Failed, Refused) as error:
-        raise ReleaseFailed(port.name, _reason(error)) from error
+        raise ReleaseFailed(port.name, reason_of(error, port.name)) from error
     if not port.is_block_device:
         # The merge is complete; space that cannot be given back is only that.
         with contextlib.suppress(ChainmergeError):
@@ -585,11 +586,7 @@ def _step(port: Port, step: StepName) -> Iterator[None]:
     try:
         yield
     except (OSError, Failed, Refused) as error:
-        raise MergeNotWritten(port.name, step, _reason(error)) from error
-
-
-def _reason(error: OSError | ChainmergeError) -> str:
-    return str(getattr(error, "reason", error))
+        raise MergeNotWritten(port.name, step, reason_of(error, port.name)) from error
 
 
 def _undo(port: Port, placed: PlacedTree, old_size: int) -> None:

@@ -13,7 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed
+from chainmerge.errors import ChainmergeError, Failed
+
+
+def reason_of(error: OSError | ChainmergeError, written: str) -> str:
+    """What went wrong, without the name of the image that is *written*, but with any other's."""
+    if getattr(error, "image", None) == written:
+        return str(getattr(error, "reason", error))
+    return str(error)
 
 
 @dataclass(eq=False)
@@ -26,7 +33,8 @@ class MergeNotWritten(Failed):
         "is untouched and still gives the right content"
     )
     hint: ClassVar[str] = (
-        "remove the reason (the kernel's log tells of I/O errors), then run the same command again"
+        "remove the reason (the kernel's log tells of I/O errors; data that is damaged itself "
+        "needs a backup), then run the same command again"
     )
     explanation: ClassVar[str] = (
         "Everything new is written to clusters that base does not use, and base's first sector "

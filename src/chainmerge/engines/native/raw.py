@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.steps import StepName
-from chainmerge.engines.native.errors import MergeNotWritten
+from chainmerge.engines.native.errors import MergeNotWritten, reason_of
 from chainmerge.engines.native.moves import Segments, by_source, items_of, moves_into
 from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.errors import Failed, Refused
@@ -99,5 +99,4 @@ def _writing(port: Port) -> Iterator[None]:
     try:
         yield
     except (OSError, Failed, Refused) as error:
-        reason = str(getattr(error, "reason", error))
-        raise MergeNotWritten(port.name, StepName.FILL, reason) from error
+        raise MergeNotWritten(port.name, StepName.FILL, reason_of(error, port.name)) from error

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logical volumes of a chain that are not active: brought up for a while, or at least known of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from chainmerge.chain import Chain, discover
+from chainmerge.chain.errors import BackingFileMissing
+from chainmerge.chain.territory import reached, territory_of
+from chainmerge.errors import ChainmergeError, Failed, Refused
+from chainmerge.storage import lvm
+from chainmerge.storage.errors import ImageMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.chain import ChainPolicy
+
+
+@dataclass(eq=False)
+class VolumeStaysActive(Failed):
+    """A logical volume that was activated cannot be deactivated again."""
+
+    code: ClassVar[str] = "volume-stays-active"
+    template: ClassVar[str] = (
+        "{volume} was activated for this and cannot be deactivated: {reason}; all else is done"
+    )
+    hint: ClassVar[str] = "see who has it open, then deactivate it with 'lvchange -an {volume}'"
+    explanation: ClassVar[str] = (
+        "With --activate, logical volumes of the chain that are not active are activated, and "
+        "deactivated when the command ends. Somebody has opened the volume in the meantime. What "
+        "the command was to do is done."
+    )
+    volume: str
+    reason: str
+
+
+@contextlib.contextmanager
+def volumes_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[str, ...]]:
+    """Have the logical volumes of *top*'s chain active in the block; gives those that were not.
+
+    A volume that an image names is activated only if it may serve as a backing file.
+
+    Raises:
+        Refused: what discovery raises, for a reason other than an inactive volume.
+        LvmMissing, LvmFailed, LvmUnfinished: a volume cannot be activated.
+        VolumeStaysActive: one cannot be deactivated afterwards.
+    """
+    activated: list[str] = []
+    try:
+        while (path := _inactive(Path(top).absolute(), policy)) is not None:
+            lvm.activate(path, path)
+            activated.append(path)
+        yield tuple(activated)
+    except BaseException:
+        for path in reversed(activated):
+            with contextlib.suppress(ChainmergeError):
+                lvm.deactivate(path, path)
+        raise
+    for path in reversed(activated):
+        try:
+            lvm.deactivate(path, path)
+        except ChainmergeError as error:
+            reason = str(getattr(error, "reason", error.sentence))
+            raise VolumeStaysActive(path, reason) from error
+
+
+def _inactive(top: Path, policy: ChainPolicy) -> str | None:
+    """The path of the first volume of the chain that is not active; None where all are.
+
+    Raises what discovery raises.
+    """
+    cause: Refused
+    try:
+        discover(top, policy)
+    except ImageMissing as error:
+        missing, cause = Path(error.image), error
+    except BackingFileMissing as error:
+        if not isinstance(error.__cause__, ImageMissing):
+            raise
+        missing, cause = Path(error.__cause__.image), error
+        # A guest may name what it likes.
+        if not territory_of([top], policy.allow_backing).holds(reached(missing)):
+            raise
+    else:
+        return None
+    path = os.path.normpath(missing)
+    try:
+        # One that is active, and yet has no such name, would be activated for ever.
+        active = lvm.is_active(path, path)
+    except Refused:
+        raise cause from None
+    if active:
+        raise cause
+    return path
+
+
+def inactive_neighbours(chain: Chain) -> tuple[tuple[Path, str], ...]:
+    """Inactive volumes beside those of the chain, each with why nothing is known of it.
+
+    They can hold images that stand on images of the chain.
+    """
+    groups = frozenset(
+        name.vg_uuid
+        for image in chain.images
+        if image.is_block_device
+        and (name := lvm.device_mapper_name(image.path.stat().st_rdev)) is not None
+    )
+    if not groups:
+        return ()
+    try:
+        paths = lvm.inactive_volumes(str(chain.top.path), groups)
+    except ChainmergeError:
+        # What needs LVM will say that it does not work.
+        return ()
+    return tuple((Path(path), "the logical volume is not active") for path in sorted(paths))
