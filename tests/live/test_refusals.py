@@ -17,6 +17,7 @@ from chainmerge.live.errors import (
     LiveImageInUse,
     LiveJobRunning,
     LiveMergeDriven,
+    LiveMergeFailed,
     LiveMergeStalled,
     LiveOtherChildren,
     NoSuchDisk,
@@ -199,6 +200,34 @@ def test_two_managers(vm: LiveTestVm, scenario: LiveScenario) -> None:
         live.merge(disk, scenario.top)
     with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
         live.merge(disk, scenario.top)
+
+
+def read_only_for_good(images: Sequence[Path]) -> list[str]:
+    """Command line: the files of all images but the active one may never be written to."""
+    options = separate_nodes(images)
+    writable = str(images[-1])
+    return [
+        option.replace('"auto-read-only": true', '"read-only": true')
+        if '"filename"' in option and writable not in option
+        else option
+        for option in options
+    ]
+
+
+@pytest.mark.parametrize("kind", ["internal", "active"])
+def test_a_base_that_qemu_may_not_write_to(tmp_path: Path, kind: str) -> None:
+    scenario = build(tmp_path / "chain", 4, levels=1, active=kind == "active")
+    with running_vm(tmp_path / "vm", scenario.images, read_only_for_good) as vm:
+        before = vm.bitmaps("base.qcow2")
+        with (
+            live.QmpVm(str(vm.qmp), device=DEVICE) as disk,
+            pytest.raises(LiveMergeFailed, match="read-only"),
+        ):
+            live.merge(disk, scenario.top)
+        assert vm.bitmaps("base.qcow2") == before
+        assert vm.jobs() == []
+        assert leftovers(scenario) == []
+        vm.quit()
 
 
 def test_nothing_to_resume(vm: LiveTestVm) -> None:

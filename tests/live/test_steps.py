@@ -48,10 +48,8 @@ def job(phase: JobPhase, *, out_of_space: bool = False, stopped_by_error: bool =
     return JobState(phase, 1, 2, out_of_space, stopped_by_error)
 
 
-def situation(
-    state: LiveState, found: JobState | None, *, merged: bool = False, active: bool = True
-) -> Situation:
-    return Situation(state, found, merged, active)
+def situation(state: LiveState, found: JobState | None, *, merged: bool = False) -> Situation:
+    return Situation(state, found, merged)
 
 
 @pytest.mark.parametrize(("state", "phase"), list(product(LiveState, JobPhase)))

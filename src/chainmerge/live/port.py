@@ -229,7 +229,6 @@ class CommitOrder:
         base: The node that is merged into.
         backing_name: What the header of the image above top is to say of its new backing file;
             None where top is the active image.
-        bandwidth: Limit in bytes a second; None for none.
     """
 
     job: str
@@ -237,12 +236,6 @@ class CommitOrder:
     top: str
     base: str
     backing_name: str | None
-    bandwidth: int | None
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the guest writes to what is merged."""
-        return self.top == self.active
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +273,8 @@ class LiveVm(Protocol):
         """Do all of it, or nothing.
 
         Bitmaps can only be changed while their node is writable, which a job makes of base; only
-        :class:`DisableBitmap` is always allowed.
+        :class:`DisableBitmap` and :class:`EnableBitmap` are always allowed, and stored if it
+        becomes writable later.
         """
 
     def make_read_only(self, node: str) -> None:

@@ -138,7 +138,6 @@ def _situation(drive: Drive) -> Situation:
         state=drive.journal.state,
         job=job,
         merged=place.merged,
-        active=drive.journal.is_active,
     )
 
 
@@ -164,15 +163,14 @@ def _start(drive: Drive) -> None:
         top=place.merged_nodes[-1].name,
         base=place.base.name,
         backing_name=drive.journal.backing_name,
-        bandwidth=drive.options.bandwidth,
     )
     try:
         drive.vm.change_bitmaps(silence_actions(drive.journal, place.base))
         drive.vm.start_commit(order)
     except VmRefused as refused:
         # Nothing is stored of it yet: base has been read-only all the time.
-        drive.failure = _failed(drive, refused.reason)
-        drive.enter(LiveState.UNDOING)
+        drive.vm.change_bitmaps(undo_actions(drive.journal, _place(drive).base))
+        _give_up(drive, _failed(drive, refused.reason))
         return
     _pause(drive)
 

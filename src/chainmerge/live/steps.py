@@ -56,13 +56,11 @@ class Situation:
         state: What the journal says.
         job: How the job is; None where there is none.
         merged: Whether the VM's chain lacks the merged images already.
-        active: Whether top is what the guest writes to.
     """
 
     state: LiveState
     job: JobState | None
     merged: bool
-    active: bool
 
 
 def next_step(situation: Situation) -> Step:
