@@ -8,13 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.engines.metadata.errors import (
+    BackingNameUnfit,
+    BitmapSetUnfit,
+    HeaderFull,
+    NotEnoughSpace,
+    RefcountTableFull,
+)
 from chainmerge.engines.native import MappingNeed, ZeroRanges
-from chainmerge.errors import ChainmergeError
+from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.inspection import (
     BitmapFacts,
     OpenChain,
@@ -30,13 +37,16 @@ from chainmerge.inspection import (
 from chainmerge.job_journal import record_switched
 from chainmerge.journal import (
     MergedRecord,
+    StateDirectoryUnusable,
     forget_saved_bitmaps,
     load_merged_record,
     load_saved_bitmaps,
+    merged_record_file,
     same_image,
+    saved_bitmaps_file,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
-from chainmerge.merge_journal import JournalState, enter, forget_journal
+from chainmerge.merge_journal import JournalState, enter, forget_journal, journal_file
 from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
@@ -44,7 +54,7 @@ from chainmerge.native_facts import (
     shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
-from chainmerge.plan_errors import ImageDamaged
+from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
 from chainmerge.planning import (
     EngineName,
     MergeFacts,
@@ -60,8 +70,8 @@ from chainmerge.results import bitmap_results
 from chainmerge.resuming import VERIFIED_BEFORE, finish_recorded, resume
 from chainmerge.settle import SettleSteps, delete_recorded, finished_before, give_back, settle
 from chainmerge.space_facts import SpaceSurvey, survey_space
-from chainmerge.storage.errors import OpenFilesLimited
-from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
+from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
 from chainmerge.types import (
@@ -77,6 +87,18 @@ from chainmerge.view import first_difference
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
     from chainmerge.storage.volumes import VolumeFacts
+
+
+_REFUSED_IN_TIME: Final = (
+    CannotGrow,
+    NotEnoughSpace,
+    HeaderFull,
+    RefcountTableFull,
+    BitmapSetUnfit,
+    BackingNameUnfit,
+    StateDirectoryUnusable,
+)
+"""What the engines find out before they write, or while what they wrote can be given back."""
 
 
 def plan(
@@ -168,31 +190,86 @@ def merge(
         return _report_finished(request, record)
     request.announce(Stage.LOCK)
     target = find_target(request.top, request.base, request.access)
+    if _left_something(target):
+        _read_anew(target)
+        target = find_target(request.top, request.base, request.access)
+    with _in_possession(request, target) as held:
+        resumed = resume(request, held.target)
+        if resumed.report is not None:
+            return resumed.report
+        request.announce(Stage.PLAN)
+        report = _merge_unless_merged(request, held, resumed.warnings)
+        if report is not None:
+            return report
+    # By a run of which nothing else is known, not even whether it could flush.
+    _read_anew(target)
+    target = find_target(request.top, request.base, request.access)
+    with _in_possession(request, target) as held:
+        return _merge_or_settle(request, held, resumed.warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Possession:
+    """What is locked, and looked at again since."""
+
+    target: Target
+    locks: tuple[ImageLock, ...]
+
+
+@contextlib.contextmanager
+def _in_possession(request: Request, target: Target) -> Iterator[_Possession]:
+    """Have all images locked."""
     allow_open_files(_locks_held(target))
     with contextlib.ExitStack() as stack:
         locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
-        target = _same_target(target, request)
-        resumed = resume(request, target)
-        if resumed.report is not None:
-            return resumed.report
-        with open_chain(target.chain, locks) as opened:
-            request.announce(Stage.PLAN)
-            found = _gather_to_merge(target, opened, request, resumed.warnings)
-            for refusal in find_refusals(found.facts, request.options):
-                raise refusal
-            return _run(
-                Job(
-                    request,
-                    target,
-                    found.facts,
-                    found.bitmaps,
-                    found.needs,
-                    found.zeroes,
-                    make_plan(found.facts, request.options),
-                    opened,
-                    locks,
-                )
-            )
+        yield _Possession(_same_target(target, request), locks)
+
+
+def _left_something(target: Target) -> bool:
+    """Whether an earlier run has left a file that says that it did not come to its end."""
+    base, top = target.base.real_path, target.chain.top.real_path
+    files = (journal_file(base), saved_bitmaps_file(base), merged_record_file(top))
+    return any(file.exists() for file in files)
+
+
+def _read_anew(target: Target) -> None:
+    """Have what an earlier run may have written read from the storage, not from the cache."""
+    relatives = target.relatives
+    images = (target.base, target.chain.top, *relatives.children, *relatives.siblings)
+    for image in images:
+        read_anew(image.real_path)
+
+
+def _merge_unless_merged(
+    request: Request, held: _Possession, warnings: Sequence[str]
+) -> MergeReport | None:
+    """Merge; None where base seems to hold everything already."""
+    with open_chain(held.target.chain, held.locks) as opened:
+        found = _gather_to_merge(held.target, opened, request, warnings)
+        return None if found.facts.merged else _start(_job_of(request, held, found, opened))
+
+
+def _merge_or_settle(request: Request, held: _Possession, warnings: Sequence[str]) -> MergeReport:
+    """Merge, or settle what is merged."""
+    with open_chain(held.target.chain, held.locks) as opened:
+        found = _gather_to_merge(held.target, opened, request, warnings)
+        return _start(_job_of(request, held, found, opened))
+
+
+def _job_of(request: Request, held: _Possession, found: _Found, opened: OpenChain) -> Job:
+    for refusal in find_refusals(found.facts, request.options):
+        raise refusal
+    return Job(
+        request,
+        held.target,
+        found.facts,
+        found.bitmaps,
+        found.needs,
+        found.zeroes,
+        make_plan(found.facts, request.options),
+        opened,
+        held.locks,
+    )
 
 
 def _lock_all(
@@ -421,12 +498,33 @@ def _is_merged(
     return difference is None
 
 
-def _run(job: Job) -> MergeReport:
+def _start(job: Job) -> MergeReport:
+    """Merge and settle; what refuses that when something has changed is no refusal."""
+    try:
+        merged = _do(job)
+    except _REFUSED_IN_TIME:
+        raise
+    except Refused as error:
+        raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
+    try:
+        return _settle(job, merged.copied, merged.verified)
+    except Refused as error:
+        raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """How many guest bytes were copied, and what was verified, in sentences."""
+
+    copied: int
+    verified: tuple[str, ...]
+
+
+def _do(job: Job) -> _Merged:
     if job.facts.merged:
         reclaim(job)
-        return _settle(job, 0, ("base holds all of top's data and bitmaps already",))
-    copied, verified = _writer(job.plan.engine)(job)
-    return _settle(job, copied, verified)
+        return _Merged(0, ("base holds all of top's data and bitmaps already",))
+    return _Merged(*_writer(job.plan.engine)(job))
 
 
 def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
@@ -466,6 +564,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         repoint=plan.repoint,
         doomed=tuple(by_path[path] for path in plan.delete),
         keep_name=plan.rename is not None,
+        above=(*facts.relatives.children, facts.top),
     )
     settled = settle(steps, journal)
     warnings = list(plan.warnings)
