@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives
+from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives, open_for_writing
 from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, chain_test
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, StoredBitmap, replace_bitmaps
 from chainmerge.inspection import (
@@ -41,7 +41,7 @@ from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import bitmap_results
-from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.files import FileReadable, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.tombstones import tombstone
@@ -233,6 +233,7 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
     target = find_target(top, base, access)
     _require_support(target.base)
     with lock_image(target.base.path, LockMode.WRITER, access.lock_wait):
+        read_anew(target.base.path)
         target = find_target(top, base, access)
         with open_chain(target.chain) as opened:
             decisions = gather_bitmaps(target, opened, load_saved(target), top_stays=True).decisions
@@ -280,6 +281,10 @@ def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport
             stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
             for image in chain.images[first:]
         ]
+        # What an earlier run removed and could not flush would come back below what this one
+        # removes, and pass for whole.
+        for image in chain.images[first:]:
+            read_anew(image.path)
         opened = stack.enter_context(open_chain(discover(active, policy), locks))
         layers = [bitmaps_of(one) for one in opened.images]
         broken = _broken_names(layers)
@@ -387,7 +392,7 @@ class _Edit:
         self, bitmaps: Sequence[AnyBitmap], action: str, names: tuple[str, ...]
     ) -> BitmapChange:
         """Store a set, and read it back."""
-        with WritablePort(self.info.real_path) as port:
+        with open_for_writing(self.info) as port:
             replace_bitmaps(port, bitmaps)
         with FileReadable(self.info.real_path) as readable:
             results = bitmap_results(Qcow2Image(readable))
@@ -398,6 +403,7 @@ class _Edit:
 def _editable(image: str | Path, access: Access) -> Iterator[_Edit]:
     policy = policy_of(access)
     with lock_image(image, LockMode.WRITER, access.lock_wait):
+        read_anew(image)
         chain = discover(Path(image), policy)
         _require_support(chain.top)
         relatives = find_relatives(

@@ -7,6 +7,7 @@ import contextlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.chain import open_for_writing
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.native import (
     Backing,
@@ -32,7 +33,6 @@ from chainmerge.options import Direction
 from chainmerge.planning import new_backing
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.settle import record_pull
-from chainmerge.storage.files import WritablePort
 from chainmerge.storage.transfer import ReadBack, Transfer, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import ProgressEvent, Stage
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainmerge.merge_job import Job
+    from chainmerge.storage.files import WritablePort
     from chainmerge.view import GuestView
 
 _READ_BACK: Final = MappingProxyType({"full": ReadBack.COMPARED, "metadata": ReadBack.OMITTED})
@@ -64,7 +65,7 @@ def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
         reclaim(job)
         _make_room(job)
         _note_what_base_lacks(job)
-        with WritablePort(job.result.real_path) as port:
+        with open_for_writing(job.result) as port:
             if job.result.header is None:
                 return _merge_into_raw(job, port)
             return _merge_into_qcow2(job, port)
@@ -85,7 +86,7 @@ def _make_room(job: Job) -> None:
     if not job.plan.space.prune_first:
         return
     job.request.announce(Stage.PRUNE)
-    with WritablePort(job.result.real_path) as port:
+    with open_for_writing(job.result) as port:
         remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps, job.facts.direction)
         if remaining is not None:
             replace_bitmaps(port, remaining)
@@ -138,7 +139,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         # The merge is complete; a file that is longer than it has to be is only that.
         with contextlib.suppress(ChainmergeError):
             cut_to_image_end(port)
-    with WritablePort(job.result.real_path) as written:
+    with open_for_writing(job.result) as written:
         verified.insert(0, verify_metadata(Qcow2Image(written)))
     return outcome.moved, tuple(verified)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmap_sets import final_set, stand_ins
+from chainmerge.chain import open_for_writing
 from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.inspection import find_target, open_chain
@@ -13,7 +14,6 @@ from chainmerge.journal import save_bitmaps
 from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.files import WritablePort
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import bitmap_difference, verify_bitmaps, verify_content, verify_metadata
 
@@ -42,7 +42,7 @@ def _put_bitmaps_aside(job: Job) -> None:
     saved = bitmaps_to_save(job)
     if saved is not None:
         save_bitmaps(job.base.real_path, saved)
-    with WritablePort(job.base.real_path) as port:
+    with open_for_writing(job.base) as port:
         between = stand_ins(job.bitmaps, job.base.virtual_size)
         if bitmap_difference(Qcow2Image(port), between) is None:
             return
@@ -72,7 +72,7 @@ def _copy(job: Job) -> int:
         job.request.should_stop,
         bandwidth=job.request.options.bandwidth,
     )
-    with WritablePort(job.base.real_path) as port:
+    with open_for_writing(job.base) as port:
         port.flush()
     return total
 
@@ -89,7 +89,7 @@ def _image_spec(image: ImageInfo) -> qemu.ImageSpec:
 def _store_bitmaps(job: Job) -> None:
     if job.base.supports_bitmaps:
         job.request.report(ProgressEvent(Stage.BITMAPS))
-        with WritablePort(job.base.real_path) as port:
+        with open_for_writing(job.base) as port:
             final = final_set(job.bitmaps, job.plan.virtual_size_after)
             if bitmap_difference(Qcow2Image(port), final) is not None:
                 replace_bitmaps(port, final)

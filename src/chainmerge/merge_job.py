@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.chain import open_for_writing
 from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
@@ -17,7 +18,6 @@ from chainmerge.inspection import BitmapFacts, OpenChain, Target
 from chainmerge.journal import SavedBitmap, SavedBitmaps, identify
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.planning import MergeFacts, MergePlan
-from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import ProgressEvent, Stage
@@ -114,7 +114,7 @@ def reclaim(job: Job) -> None:
     """Free what an interrupted run has leaked; the plan counts on it being free."""
     report = job.facts.result_check
     if report is not None and (report.leaks or report.hidden_leaks):
-        with WritablePort(job.result.real_path) as port:
+        with open_for_writing(job.result) as port:
             reclaim_leaks(port)
 
 

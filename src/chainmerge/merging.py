@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.disks_journal import forget_entry
 from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.engines.metadata.errors import (
+    BackingNameUnfit,
+    BitmapSetUnfit,
+    HeaderFull,
+    NotEnoughSpace,
+    RefcountTableFull,
+)
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.inspection import (
@@ -32,10 +39,13 @@ from chainmerge.inspection import (
 from chainmerge.job_journal import record_switched
 from chainmerge.journal import (
     MergedRecord,
+    StateDirectoryUnusable,
     forget_saved_bitmaps,
     load_merged_record,
     load_saved_bitmaps,
+    merged_record_file,
     same_image,
+    saved_bitmaps_file,
 )
 from chainmerge.live_journal import forget_live_journal
 from chainmerge.live_leftovers import (
@@ -46,7 +56,7 @@ from chainmerge.live_leftovers import (
     without_base_as_active,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
-from chainmerge.merge_journal import JournalState, enter, forget_journal
+from chainmerge.merge_journal import JournalState, enter, forget_journal, journal_file
 from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
@@ -54,7 +64,7 @@ from chainmerge.native_facts import (
     shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
-from chainmerge.plan_errors import ImageDamaged
+from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
 from chainmerge.planning import (
     EngineName,
     MergeFacts,
@@ -82,8 +92,8 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
-from chainmerge.storage.errors import OpenFilesLimited
-from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
+from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
 from chainmerge.types import (
@@ -99,6 +109,18 @@ from chainmerge.view import first_difference
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
     from chainmerge.storage.volumes import VolumeFacts
+
+
+_REFUSED_IN_TIME: Final = (
+    CannotGrow,
+    NotEnoughSpace,
+    HeaderFull,
+    RefcountTableFull,
+    BitmapSetUnfit,
+    BackingNameUnfit,
+    StateDirectoryUnusable,
+)
+"""What the engines find out before they write, or while what they wrote can be given back."""
 
 
 def plan(
@@ -249,7 +271,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     target = _find(request)
     allow_open_files(locks_held(target))
     locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
-    _forget_cached(target, request.options)
+    _read_from_storage(target, request.options)
     target = _same_target(target, request)
     base = target.base.real_path
     if journal_of(target) is not None:
@@ -279,7 +301,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         locks,
     )
     claim = found.facts.volume.claim(decided.space.required)
-    return Prepared(base, decided, claim, partial(_run, job))
+    return Prepared(base, decided, claim, partial(_start, job))
 
 
 def _lock_all(
@@ -290,19 +312,27 @@ def _lock_all(
         yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
 
 
-def _forget_cached(target: Target, options: MergeOptions) -> None:
+def _read_from_storage(target: Target, options: MergeOptions) -> None:
     """See what the storage holds of the images that will be written, not what the kernel has.
 
     After a write that failed the kernel goes on showing what was to be written, until it needs
     the memory. A switch that failed would be taken for one that was done, and top be deleted.
     """
-    for image, mode in locks_needed(target, options):
-        if mode is not LockMode.WRITER:
-            continue
+    images = [image for image, mode in locks_needed(target, options) if mode is LockMode.WRITER]
+    if _left_something(target):
+        # Children of top that an earlier run has put on base are siblings of top now.
+        images += target.relatives.siblings
+    for image in images:
         # What cannot be opened for writing is refused with all other obstacles.
-        with contextlib.suppress(Refused), WritablePort(image.path) as port:
-            port.flush()
-            port.forget_cached()
+        with contextlib.suppress(Refused):
+            read_anew(image.real_path)
+
+
+def _left_something(target: Target) -> bool:
+    """Whether an earlier run has left a file that says that it did not come to its end."""
+    base, top = target.base.real_path, target.chain.top.real_path
+    files = (journal_file(base), saved_bitmaps_file(base), merged_record_file(top))
+    return any(file.exists() for file in files)
 
 
 def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
@@ -539,12 +569,33 @@ def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request
     return difference is None
 
 
-def _run(job: Job) -> MergeReport:
+def _start(job: Job) -> MergeReport:
+    """Merge and settle; what refuses that when something has changed is no refusal."""
+    try:
+        merged = _do(job)
+    except _REFUSED_IN_TIME:
+        raise
+    except Refused as error:
+        raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
+    try:
+        return _settle(job, merged.copied, merged.verified)
+    except Refused as error:
+        raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """How many guest bytes were copied, and what was verified, in sentences."""
+
+    copied: int
+    verified: tuple[str, ...]
+
+
+def _do(job: Job) -> _Merged:
     if job.facts.merged:
         reclaim(job)
-        return _settle(job, 0, ("base holds all of top's data and bitmaps already",))
-    copied, verified = _writer(job.plan.engine)(job)
-    return _settle(job, copied, verified)
+        return _Merged(0, ("base holds all of top's data and bitmaps already",))
+    return _Merged(*_writer(job.plan.engine)(job))
 
 
 def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
@@ -584,6 +635,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         repoint=plan.repoint,
         doomed=tuple(by_path[path] for path in plan.delete),
         keep_name=plan.rename is not None,
+        above=(*facts.relatives.children, facts.top),
     )
     settled = settle(steps, journal)
     warnings = list(plan.warnings)

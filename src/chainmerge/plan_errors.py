@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Misuse, Refused
+from chainmerge.errors import Failed, Misuse, Refused
 
 
 @dataclass(eq=False)
@@ -22,6 +22,29 @@ class BaseNotBelowTop(Misuse):
     )
     base: str
     top: str
+
+
+@dataclass(eq=False)
+class MergeUnfinished(Failed):
+    """A merge that had begun could not go on."""
+
+    code: ClassVar[str] = "merge-unfinished"
+    template: ClassVar[str] = (
+        "the merge of {top} began and could not go on: {reason}; what the guest sees, and its "
+        "checkpoints, are whole"
+    )
+    hint: ClassVar[str] = (
+        "remove the cause that the message names, then run the same command again: it finds out "
+        "how far this one came and finishes the job"
+    )
+    explanation: ClassVar[str] = (
+        "Something that was there when the merge was planned was not there any more when it was "
+        "needed: a file that could not be opened again, a limit on open files, storage that went "
+        "away. Images may have changed by then, each of them in one atomic step. 'chainmerge "
+        "status' shows how far the merge came."
+    )
+    top: str
+    reason: str
 
 
 @dataclass(eq=False)
@@ -41,6 +64,32 @@ class BaseHasOtherChildren(Refused):
     )
     base: str
     others: str
+
+
+@dataclass(eq=False)
+class RelativeUnknown(Refused):
+    """A file beside the images could be another user of them, and cannot be looked at."""
+
+    code: ClassVar[str] = "relative-unknown"
+    template: ClassVar[str] = (
+        "{image} could stand on {base} or {top}, or on an image between them, and cannot be looked "
+        "at: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "see to it that {image} can be read (as root, where only permissions are missing), or move "
+        "it to another directory if it has nothing to do with these images"
+    )
+    explanation: ClassVar[str] = (
+        "Images do not know who builds on them, so the headers of all files in their directories "
+        "are read. An overlay that is missed would be left with a backing file that is deleted, or "
+        "that has other data: its guest's disk would be destroyed. One file could not be opened or "
+        "read, so it cannot be told. Files that are damaged as images do not count: QEMU does not "
+        "open them either."
+    )
+    image: str
+    base: str
+    top: str
+    reason: str
 
 
 @dataclass(eq=False)

@@ -33,6 +33,7 @@ from chainmerge.plan_errors import (
     ImageDirty,
     MiddleHasOtherChildren,
     PlacementUnavailable,
+    RelativeUnknown,
     SnapshotsWouldGo,
     UnguardedBitmaps,
 )
@@ -344,6 +345,7 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
     return (
         *facts.obstacles,
         *_damage(facts),
+        *_others_unknown(facts, options),
         *_others_at_risk(facts),
         *_bitmap_refusals(facts, options),
         *_settle_refusals(facts, options),
@@ -619,6 +621,15 @@ def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
         first = next(iter(facts.result_check.messages), "see chainmerge check")
         damage = facts.result_check.corruptions + facts.result_check.overlaps
         yield ImageDamaged(path, damage, first)
+
+
+def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """What may be a sibling or a child, and would be destroyed if it was."""
+    if facts.direction is Direction.PULL and not options.delete:
+        return
+    for path, reason in facts.relatives.unreadable:
+        if path in facts.relatives.unknown:
+            yield RelativeUnknown(str(path), str(facts.base.path), str(facts.top.path), reason)
 
 
 def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from chainmerge.chain import open_for_writing
+from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
@@ -154,7 +156,7 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     verified = [VERIFIED_BEFORE]
     if base.header is not None:
         if journal.state is JournalState.SWITCHING:
-            with WritablePort(base.real_path) as port:
+            with open_for_writing(base) as port:
                 reclaim_leaks(port)
         with FileReadable(base.real_path) as readable:
             verified.append(verify_metadata(Qcow2Image(readable)))
@@ -189,6 +191,7 @@ def _steps(target: Target, journal: Journal) -> SettleSteps:
         ),
         doomed=tuple(image for image in reversed(overlays) if str(image.real_path) in doomed),
         keep_name=journal.asked.keep_name,
+        above=(*target.relatives.children, top),
     )
 
 
@@ -238,8 +241,10 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
 def _give_back_after_pull(request: Request, top: Path) -> Iterator[str]:
     """Free what only the old image used; where top is in use by now, that is for repair."""
     try:
-        with lock_image(top, LockMode.WRITER, request.access.lock_wait):
+        with lock_image(top, LockMode.WRITER, request.access.lock_wait) as lock:
             with WritablePort(top) as port:
+                if port.identity != lock.identity:
+                    raise ImageReplaced(str(top))
                 reclaim_leaks(port)
             yield from give_back(top, "qcow2", request.options)
     except ChainmergeError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.chain import ImageInfo
+from chainmerge.chain import ImageInfo, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.journal import (
@@ -36,7 +36,7 @@ from chainmerge.merge_journal import Journal, JournalledRepoint, JournalState, e
 from chainmerge.planning import MergeFacts, MergePlan, Repoint
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.files import FileReadable, WritablePort, fsync_directory
+from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ class SettleSteps:
     """What is left to do once base holds everything.
 
     ``doomed`` are the images to be deleted, in that order. With ``keep_name`` base takes the
-    name of top.
+    name of top. ``above`` are the images that ``repoint`` may name, all of them locked.
     """
 
     base: ImageInfo
@@ -57,6 +57,7 @@ class SettleSteps:
     repoint: tuple[Repoint | JournalledRepoint, ...]
     doomed: tuple[ImageInfo, ...]
     keep_name: bool
+    above: tuple[ImageInfo, ...]
 
     @property
     def result(self) -> Path:
@@ -81,7 +82,7 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     """
     base = steps.base.real_path
     journal = enter(journal, JournalState.REPOINT)
-    repointed = repoint(steps.repoint)
+    repointed = repoint(steps.repoint, steps.above)
     journal = enter(journal, JournalState.RECORD)
     record = record_intent(steps)
     if steps.keep_name:
@@ -97,13 +98,16 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     return Settled(repointed, deleted, record is not None, journal)
 
 
-def repoint(repoints: Sequence[Repoint | JournalledRepoint]) -> tuple[str, ...]:
+def repoint(
+    repoints: Sequence[Repoint | JournalledRepoint], above: Sequence[ImageInfo]
+) -> tuple[str, ...]:
     """Give images another backing file; returns their paths.
 
-    Raises what :func:`chainmerge.engines.metadata.change_backing` raises.
+    Raises what :func:`chainmerge.engines.metadata.change_backing` raises, ImageReplaced.
     """
+    by_path = {str(image.path): image for image in above}
     for change in repoints:
-        with WritablePort(change.child) as port:
+        with open_for_writing(by_path[change.child]) as port:
             change_backing(port, change.new_backing, change.new_format)
     return tuple(change.child for change in repoints)
 
@@ -150,7 +154,7 @@ def _doomed(image: ImageInfo) -> DoomedImage:
 
 
 def rename_base(base: ImageInfo, top: ImageInfo) -> None:
-    """Give base the name of top, whose file this deletes.
+    """Give base the name of top, whose file this deletes, with top's owner and permissions.
 
     A backing name in base that counts from base's directory is first changed to count from
     top's.
@@ -161,8 +165,10 @@ def rename_base(base: ImageInfo, top: ImageInfo) -> None:
         if not stored.startswith("/"):
             header = base.header
             assert header is not None
-            with WritablePort(base.real_path) as port:
+            with open_for_writing(base) as port:
                 change_backing(port, str(base.backing.resolve()), header.backing_format)
+    with open_for_writing(base) as port:
+        take_on_access(port, target)
     base.real_path.rename(target)
     fsync_directory(target.parent)
     if target.parent != base.real_path.parent:
@@ -201,6 +207,7 @@ def finished_before(
     except FileNotFoundError:
         return False
     if record.pulled is not None:
+        read_anew(record.result)
         return _stands_on(Path(record.result), record.pulled.backing)
     if record.superseded is not None:
         return _is_superseded(record.superseded, top)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
     from chainmerge.chain.relatives import ImageAbove
 
-NONE = Relatives((), (), (), (), ())
+NONE = Relatives((), (), (), (), (), frozenset())
 
 
 @pytest.fixture
@@ -193,6 +194,25 @@ def test_what_cannot_be_read_is_named(images: Path) -> None:
     assert found.children == ()
     assert [path for path, _ in found.unreadable] == [images / "cut"]
     assert all(reason for _, reason in found.unreadable)
+    # QEMU does not open it either.
+    assert found.unknown == set()
+
+
+def test_what_could_not_be_looked_at_is_not_taken_for_a_stranger(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay(images / "child", "top")
+    pread = os.pread
+
+    def failing(fd: int, length: int, offset: int) -> bytes:
+        if Path(f"/proc/self/fd/{fd}").readlink() == images / "child":
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    found = relatives_of(images / "top")
+    assert found.children == ()
+    assert found.unknown == {images / "child"}
 
 
 def test_a_child_with_broken_bitmaps_is_still_a_child(images: Path) -> None:

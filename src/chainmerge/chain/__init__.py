@@ -3,7 +3,7 @@
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
-from chainmerge.chain.reading import open_image
+from chainmerge.chain.reading import open_for_writing, open_image
 from chainmerge.chain.relatives import ImageAbove, Relatives, find_relatives
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "discover",
     "find_relatives",
     "identity_of",
+    "open_for_writing",
     "open_image",
 ]

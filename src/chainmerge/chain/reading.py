@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from chainmerge.qcow2.bitmaps import BitmapEntry, read_directory
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import MAGIC, CryptMethod, Header, Incompatible
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.files import FileReadable
+from chainmerge.storage.files import FileReadable, WritablePort
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _SECTOR = 512
+_NOBODY_CAN_TELL = {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EINTR, errno.ETIMEDOUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,41 @@ def open_image(image: ImageInfo) -> FileReadable:
     return readable
 
 
+def open_for_writing(image: ImageInfo) -> WritablePort:
+    """Open an image of a chain to be written, making sure that it is still the same file.
+
+    Between its being found, or locked, and this, somebody could have put another file or a link
+    under its name.
+
+    Raises:
+        Refused: it cannot be opened, by an error of the storage layer.
+        ImageReplaced: it is not there any more, but something else is.
+    """
+    port = WritablePort(image.real_path)
+    if identity_of_opened(port) != image.identity:
+        port.close()
+        raise ImageReplaced(str(image.path))
+    return port
+
+
 def identity_of_opened(readable: FileReadable) -> Identity:
     """The identity of an open file or block device."""
     return identity_of(os.fstat(readable.fd))
 
 
 def identity_at(path: Path) -> Identity | None:
-    """The identity of what *path* leads to, None if that is nothing."""
+    """The identity of what *path* leads to, None if that is nothing.
+
+    Raises:
+        OSError: nobody can tell.
+    """
     try:
         return identity_of(path.stat())
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as error:
+        if error.errno in _NOBODY_CAN_TELL:
+            raise
         return None
 
 

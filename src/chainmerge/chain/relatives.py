@@ -28,6 +28,7 @@ from chainmerge.chain.reading import (
 )
 from chainmerge.chain.territory import reached, settled, territory_of
 from chainmerge.errors import ChainmergeError
+from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import parse_header
 from chainmerge.storage.files import FileReadable
 
@@ -87,6 +88,9 @@ class Relatives:
     stands on those, and so on."""
     unreadable: tuple[tuple[Path, str], ...]
     """Files that may be qcow2 images but cannot be read, and why: they could be relatives."""
+    unknown: frozenset[Path]
+    """Those files of them that could not be looked at. Others are damaged: QEMU does not open them
+    either. Or they are devices, of which there are many under /dev that nobody can read."""
 
 
 def find_relatives(
@@ -184,6 +188,7 @@ class _Survey:
         self._users: dict[Identity, dict[Identity, Path]] = defaultdict(dict)
         self._known: dict[Identity, ImageInfo] = {}
         self.unreadable: dict[Path, str] = {}
+        self.unknown: set[Path] = set()
 
     def add_line(self, images: Sequence[ImageInfo]) -> None:
         """Add images that are known already, each followed by its backing file."""
@@ -205,17 +210,31 @@ class _Survey:
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 self.unreadable[path] = error.strerror or str(error)
+                self._note_unknown(path)
             return
         except ChainmergeError as error:
             cause = error.__cause__
             if not (isinstance(cause, OSError) and cause.errno in _NOTHING_THERE):
-                self.unreadable[path] = error.sentence
+                self._note(path, error)
             return
         name = self._backing_names[identity]
         for backing in possible_backing_paths(path, name or ""):
             used = identity_at(backing)
             if used is not None:
                 self._users[used].setdefault(identity, path)
+
+    def _note(self, path: Path, error: ChainmergeError) -> None:
+        self.unreadable[path] = error.sentence
+        if not isinstance(error, FormatError):
+            self._note_unknown(path)
+
+    def _note_unknown(self, path: Path) -> None:
+        try:
+            is_device = path.is_block_device()
+        except OSError:
+            is_device = False
+        if not is_device:
+            self.unknown.add(path)
 
     def users_of(self, identity: Identity) -> list[tuple[Identity, Path]]:
         """The images outside the chain whose backing file this is, in order of their paths."""
@@ -234,7 +253,7 @@ class _Survey:
             with FileReadable(path) as readable:
                 image = describe(path, readable, DeclaredFormat(ImageFormat.QCOW2, None))
         except ChainmergeError as error:
-            self.unreadable[path] = error.sentence
+            self._note(path, error)
             return None
         leads_to = (
             candidate
@@ -283,6 +302,7 @@ def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
         children=tuple(found.image for found in above if found.way is None),
         above=tuple(above),
         unreadable=tuple(sorted(survey.unreadable.items())),
+        unknown=frozenset(survey.unknown),
     )
 
 

@@ -17,11 +17,15 @@ from click.exceptions import Exit
 from chainmerge.cli.errors import InternalError, ReportNotDelivered
 from chainmerge.cli.output import Output, TextOutput
 from chainmerge.cli.streams import write_message
-from chainmerge.errors import ChainmergeError, ExitCode
+from chainmerge.errors import ChainmergeError, ExitCode, Failed
 from chainmerge.report.text import printable
+from chainmerge.storage.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+# What the dynamic linker says, and numpy and others that see no more than an error of importing.
+_NO_MEMORY: Final = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
 
 # What click raises to end a command, in an orderly way.
 _CLICK_ENDINGS: Final = (click.ClickException, Exit, click.Abort)
@@ -42,8 +46,12 @@ class Command(click.RichCommand):
             return _end(ctx, output, bug_report(error))
 
 
-def bug_report(error: Exception) -> InternalError:
+def bug_report(error: Exception) -> Failed:
     """Return an exception that nobody meant to raise as an error for the user."""
+    # Parts of the program are loaded when they are needed, which takes memory, too.
+    said = str(error)
+    if isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY):
+        return OutOfMemory()
     bug = InternalError(type(error).__name__, str(error))
     bug.__cause__ = error
     return bug

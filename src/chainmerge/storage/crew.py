@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from chainmerge.storage.direct import ALIGNMENT, aligned_buffer
+from chainmerge.storage.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,10 +94,17 @@ class Crew:
         self._begin_anew()
 
     def _hire(self) -> None:
-        arguments = (self._to_do, self._done, self._buffer_bytes)
-        # Nobody waits for it where the program ends because of an error that is not ours.
-        thread = threading.Thread(target=_labour, args=arguments, name="transfer", daemon=True)
-        thread.start()
+        try:
+            arguments = (self._to_do, self._done, aligned_buffer(self._buffer_bytes))
+            # Nobody waits for it where the program ends because of an error that is not ours.
+            thread = threading.Thread(target=_labour, args=arguments, name="transfer", daemon=True)
+            thread.start()
+        except (MemoryError, RuntimeError) as error:
+            # No memory for it, or no more threads for this process: those that there are do.
+            if not self._threads:
+                raise OutOfMemory from error
+            self._size = len(self._threads)
+            return
         self._threads.append(thread)
 
     def _finish_one(self) -> None:
@@ -105,8 +113,7 @@ class Crew:
         rest()
 
 
-def _labour(to_do: SimpleQueue[_Work | None], done: SimpleQueue[_Rest], buffer_bytes: int) -> None:
-    buffer = aligned_buffer(buffer_bytes)
+def _labour(to_do: SimpleQueue[_Work | None], done: SimpleQueue[_Rest], buffer: memoryview) -> None:
     while (work := to_do.get()) is not None:
         try:
             rest = work(buffer)

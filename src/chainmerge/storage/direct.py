@@ -34,8 +34,15 @@ def round_up(value: int, unit: int) -> int:
 
 
 def aligned_buffer(length: int) -> memoryview:
-    """Memory of at least *length* bytes, zeros, that begins at a multiple of :data:`ALIGNMENT`."""
-    return memoryview(mmap.mmap(-1, round_up(max(length, 1), ALIGNMENT)))
+    """Memory of at least *length* bytes, zeros, that begins at a multiple of :data:`ALIGNMENT`.
+
+    Raises:
+        MemoryError: there is not as much.
+    """
+    try:
+        return memoryview(mmap.mmap(-1, round_up(max(length, 1), ALIGNMENT)))
+    except OSError as error:
+        raise MemoryError from error
 
 
 class DirectFile:

@@ -12,6 +12,7 @@
         └── DeviceTooSmall, VolumeGroupFull
     Failed
     ├── ReadFailed, WriteFailed, NoSpaceLeft, FlushFailed, ReadBackDiffers
+    ├── SystemCallFailed, OutOfMemory
     └── DiscardFailed, CannotShrink, LvmFailed
     OutcomeUnknown
     └── LvmUnfinished
@@ -292,6 +293,43 @@ class ReadBackDiffers(Failed):
     image: str
     offset: int
     length: int
+
+
+@dataclass(eq=False)
+class SystemCallFailed(Failed):
+    """The operating system did not do what it does for every program."""
+
+    code: ClassVar[str] = "system-call-failed"
+    template: ClassVar[str] = "{file}: the operating system reports: {reason}"
+    hint: ClassVar[str] = (
+        "remove the cause (the kernel's log, 'dmesg', tells of faults of the storage), then run "
+        "the same command again: it finds out how far this one came"
+    )
+    explanation: ClassVar[str] = (
+        "Looking at a file's properties, renaming it, removing it or something of that kind failed "
+        "with the operating system's error that the message quotes. Every change to images takes "
+        "effect in one atomic step, and nothing is removed before all that depends on it is done, "
+        "so images and checkpoints are whole. 'chainmerge status' shows a merge that is unfinished."
+    )
+    file: str
+    reason: str
+
+
+@dataclass(eq=False)
+class OutOfMemory(Failed):
+    """There is not enough memory."""
+
+    code: ClassVar[str] = "out-of-memory"
+    template: ClassVar[str] = "there is not enough memory to go on"
+    hint: ClassVar[str] = (
+        "raise the limit under which the command runs ('ulimit -v', the container's, the "
+        "service's MemoryMax), or free memory, then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "Tables of images are read in pieces, so what is needed depends little on their size; a "
+        "few hundred MiB are enough. The operating system did not give that much. Every change to "
+        "images takes effect in one atomic step, so images and checkpoints are whole."
+    )
 
 
 @dataclass(eq=False)

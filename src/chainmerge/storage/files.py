@@ -63,14 +63,18 @@ class FileReadable:
             ImageMissing, WrongFileType, AccessDenied, CannotOpen: it cannot be opened.
         """
         self.name = os.fspath(path)
-        self._adopt(_open_for_reading(self.name))
+        self._adopt(_open_for_reading(self.name), "reading")
 
-    def _adopt(self, fd: int) -> None:
-        status = os.fstat(fd)
+    def _adopt(self, fd: int, access: str) -> None:
         self.fd = fd
-        self.identity = (status.st_dev, status.st_ino)
-        self.is_block_device = stat.S_ISBLK(status.st_mode)
-        self.size = self.current_size()
+        try:
+            status = os.fstat(fd)
+            self.identity = (status.st_dev, status.st_ino)
+            self.is_block_device = stat.S_ISBLK(status.st_mode)
+            self.size = self.current_size()
+        except OSError as error:
+            self.close()
+            raise _open_error(self.name, access, error) from error
 
     def current_size(self) -> int:
         """Bytes, as of now."""
@@ -135,7 +139,7 @@ class WritablePort(FileReadable):
         """
         self.name = os.fspath(path)
         self._failed_flush: FlushFailed | None = None
-        self._adopt(_open_for_writing(self.name))
+        self._adopt(_open_for_writing(self.name), "writing")
 
     def read(self, offset: int, length: int) -> bytes:
         """As :meth:`FileReadable.read`; sees what was written through this object."""
@@ -216,7 +220,9 @@ class WritablePort(FileReadable):
 
     def forget_cached(self) -> None:
         """Have what was flushed read from the storage again, and not from the page cache."""
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        # Where that is not possible, what is read is what it would be without this.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def refresh_size(self) -> None:
         """Take into account that a regular file was written to past this object."""
@@ -317,6 +323,47 @@ class AppendedFile:
         self.close()
 
 
+def take_on_access(file: FileReadable, other: StrPath) -> None:
+    """Give an open regular file the owner, group and permissions of the one that it replaces.
+
+    Where only root could do that, it keeps its own: permissions that were meant for other
+    owners are not given to these.
+
+    Raises:
+        WriteFailed: the storage reported an error.
+    """
+    try:
+        wanted, own = os.stat(other), os.fstat(file.fd)  # noqa: PTH116
+        if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
+            os.fchown(file.fd, wanted.st_uid, wanted.st_gid)
+        os.fchmod(file.fd, stat.S_IMODE(wanted.st_mode))
+    except PermissionError:
+        return
+    except OSError as error:
+        raise write_error(file.name, 0, 0, error) from error
+
+
+def read_anew(path: StrPath) -> None:
+    """Have a file or device read from the storage from now on, as after a restart of the machine.
+
+    For what an earlier process wrote and may not have been able to flush. Linux reports a flush
+    that failed once, drops nothing, and takes the pages for clean: they show what the storage
+    does not have, until they make room for others. Nothing happens where the file cannot be
+    written to: then it was not.
+
+    Raises:
+        ImageMissing, WrongFileType, CannotOpen: it cannot be opened.
+        FlushFailed: what is to be written still cannot be.
+    """
+    try:
+        port = WritablePort(path)
+    except (AccessDenied, ImageReadOnly):
+        return
+    with port:
+        port.flush()
+        port.forget_cached()
+
+
 def fsync_directory(path: StrPath) -> None:
     """Return when the names in a directory are durable.
 
@@ -398,7 +445,12 @@ def _open_for_reading(path: str) -> int:
 
 def _open_for_writing(path: str) -> int:
     fd = _open(path, os.O_RDWR, "writing")
-    if stat.S_ISBLK(os.fstat(fd).st_mode) and block.is_read_only(fd):
+    try:
+        is_read_only = stat.S_ISBLK(os.fstat(fd).st_mode) and block.is_read_only(fd)
+    except OSError as error:
+        os.close(fd)
+        raise _open_error(path, "writing", error) from error
+    if is_read_only:
         os.close(fd)
         raise ImageReadOnly(path, "the block device is set read-only")
     return fd
@@ -415,6 +467,9 @@ def _open(path: str, flags: int, access: str) -> int:
     try:
         _require_image_type(path, os.fstat(fd))
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    except OSError as error:
+        os.close(fd)
+        raise _open_error(path, access, error) from error
     except BaseException:
         os.close(fd)
         raise
