@@ -124,6 +124,8 @@ class LiveJournal(msgspec.Struct, frozen=True):
     top_since: str = ""
     """What top's times of change were when the merge was about to take effect; empty where they
     say nothing."""
+    guest_to_resume: bool = False
+    """Whether the guest was suspended for the merge to take effect, and has to run again."""
 
     @property
     def is_active(self) -> bool:

@@ -53,8 +53,11 @@ class DiskNotNamed(Misuse):
 
     code: ClassVar[str] = "disk-not-named"
     template: ClassVar[str] = "which disk of which VM is not said, or said twice"
-    hint: ClassVar[str] = "give --qmp SOCKET and either --device ID or --node NODE"
+    hint: ClassVar[str] = (
+        "give --qmp SOCKET and --device ID or --node NODE, or --domain NAME and --disk TARGET"
+    )
     explanation: ClassVar[str] = (
         "A live merge is done by the VM's own QEMU, which is reached by its monitor. --qmp names "
-        "the monitor's socket; --device or --node says which of its disks is meant."
+        "the monitor's socket; --device or --node says which of its disks is meant. The QEMU of "
+        "a domain is reached through libvirt alone: --domain and --disk say which disk is meant."
     )

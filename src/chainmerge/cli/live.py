@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar, get_args
 
 import rich_click as click
 
@@ -36,6 +36,9 @@ _MERGING: Final = "How to merge"
 _LIVE_FIELDS: Final = tuple(LiveOptions.__dataclass_fields__)
 
 
+_Opener: TypeAlias = "Callable[[], AbstractContextManager[api.LiveDisk]]"
+
+
 def disk_options(function: Function[R]) -> Function[R]:
     """Add the options that lead to a disk of a VM; the command gets ``disk``, to be entered."""
 
@@ -55,21 +58,46 @@ def disk_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--node", metavar="NODE", help="The disk, by the node name of its image.", panel=_DISK
     )
+    @click.option("--domain", metavar="NAME", help="The VM, a domain of libvirt.", panel=_DISK)
+    @click.option(
+        "--disk", "target", metavar="TARGET", help="Its disk, by the target: vda.", panel=_DISK
+    )
+    @click.option(
+        "--connect",
+        metavar="URI",
+        help=f"The libvirt that runs it; {api.DEFAULT_URI} if not given.",
+        panel=_DISK,
+    )
     @wraps(function)
     def command(
-        *args: Any, qmp: str | None, device: str | None, node: str | None, **kwargs: Any
+        *args: Any,
+        qmp: str | None,
+        device: str | None,
+        node: str | None,
+        domain: str | None,
+        target: str | None,
+        connect: str | None,
+        **kwargs: Any,
     ) -> R:
-        return function(*args, disk=_disk(qmp, device, node), **kwargs)
+        by_qmp, by_libvirt = (qmp, device, node), (domain, target, connect)
+        if any(by_qmp) == any(by_libvirt):
+            raise DiskNotNamed
+        disk = _disk_of_socket(*by_qmp) if any(by_qmp) else _disk_of_domain(*by_libvirt)
+        return function(*args, disk=disk, **kwargs)
 
     return command
 
 
-def _disk(
-    qmp: str | None, device: str | None, node: str | None
-) -> Callable[[], AbstractContextManager[api.LiveVm]]:
+def _disk_of_socket(qmp: str | None, device: str | None, node: str | None) -> _Opener:
     if qmp is None or (device is None) == (node is None):
         raise DiskNotNamed
     return lambda: api.QmpVm(qmp, device=device, node=node)
+
+
+def _disk_of_domain(domain: str | None, target: str | None, connect: str | None) -> _Opener:
+    if domain is None or target is None:
+        raise DiskNotNamed
+    return lambda: api.DomainDisk(domain, target, connect or api.DEFAULT_URI)
 
 
 def pace_options(function: Function[R]) -> Function[R]:
@@ -181,7 +209,7 @@ def plan(
     *,
     top: str,
     base: str | None,
-    disk: Callable[[], AbstractContextManager[api.LiveVm]],
+    disk: _Opener,
     options: LiveOptions,
     access: Access,
     output: Output,
@@ -209,7 +237,7 @@ def merge(
     *,
     top: str,
     base: str | None,
-    disk: Callable[[], AbstractContextManager[api.LiveVm]],
+    disk: _Opener,
     options: LiveOptions,
     access: Access,
     output: Output,
@@ -238,7 +266,7 @@ def merge(
 @json_option
 def resume(
     *,
-    disk: Callable[[], AbstractContextManager[api.LiveVm]],
+    disk: _Opener,
     options: LiveOptions,
     output: Output,
 ) -> None:
@@ -258,7 +286,7 @@ def resume(
 @live.command(cls=Command)
 @disk_options
 @json_option
-def status(*, disk: Callable[[], AbstractContextManager[api.LiveVm]], output: Output) -> None:
+def status(*, disk: _Opener, output: Output) -> None:
     """Show which merges of this disk are unfinished, and change nothing."""
     with disk() as vm:
         found = api.status(vm)

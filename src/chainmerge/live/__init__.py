@@ -4,15 +4,30 @@
 >>> from chainmerge import live
 >>> with live.QmpVm("/run/vm/qmp", device="disk0") as vm:     # doctest: +SKIP
 ...     report = live.merge(vm, "/images/snap1.qcow2")
+>>> with live.DomainDisk("web", "vda") as disk:               # doctest: +SKIP
+...     report = live.merge(disk, "/images/snap1.qcow2")
 
 Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 """
 
 from __future__ import annotations
 
-from chainmerge.live.merging import merge, plan, resume, status
+from chainmerge.live.domain import DomainDisk
+from chainmerge.live.domain_connection import DEFAULT_URI
+from chainmerge.live.merging import LiveDisk, merge, plan, resume, status
 from chainmerge.live.port import LiveVm
 from chainmerge.live.qmp_vm import QmpVm
 from chainmerge.options import LiveOptions
 
-__all__ = ["LiveOptions", "LiveVm", "QmpVm", "merge", "plan", "resume", "status"]
+__all__ = [
+    "DEFAULT_URI",
+    "DomainDisk",
+    "LiveDisk",
+    "LiveOptions",
+    "LiveVm",
+    "QmpVm",
+    "merge",
+    "plan",
+    "resume",
+    "status",
+]

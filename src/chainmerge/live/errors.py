@@ -326,3 +326,35 @@ class LiveMergeDriven(Refused):
         "second one was refused and has changed nothing."
     )
     base: str
+
+
+@dataclass(eq=False)
+class LibvirtMissing(Misuse):
+    """libvirt's Python package is not there."""
+
+    code: ClassVar[str] = "libvirt-missing"
+    template: ClassVar[str] = "libvirt's Python package cannot be used: {reason}"
+    hint: ClassVar[str] = "pip install 'chainmerge[libvirt]'"
+    explanation: ClassVar[str] = (
+        "--domain reaches a VM through libvirt, by the package 'libvirt' of Python. It is an "
+        "optional part of chainmerge, for merges of closed images and by --qmp do without it."
+    )
+    reason: str
+
+
+@dataclass(eq=False)
+class NoSuchDomain(Misuse):
+    """libvirt runs no such domain."""
+
+    code: ClassVar[str] = "vm-no-such-domain"
+    template: ClassVar[str] = "libvirt runs no domain {domain!r}; it runs: {known}"
+    hint: ClassVar[str] = (
+        "name one of those with --domain; the images of a domain that does not run are merged "
+        "by `chainmerge merge`; --connect names another libvirt"
+    )
+    explanation: ClassVar[str] = (
+        "A live merge needs a domain that runs. With --connect a libvirt is named that is not "
+        "qemu:///system, by its URI."
+    )
+    domain: str
+    known: str

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from chainmerge.live.port import LiveVm
+from chainmerge.live.port import WatchedVm
 from chainmerge.storage.volumes import Volume, VolumeKind
 
 # How many seconds of writing an extension is to be ahead of.
@@ -36,7 +36,7 @@ class Headroom:
         extensions: how often the volume was extended so far.
     """
 
-    vm: LiveVm
+    vm: WatchedVm
     node: str
     volume: Volume
     clock: Callable[[], float] = time.monotonic

@@ -19,7 +19,7 @@ from chainmerge.live.errors import (
     LiveUnsuited,
     NotInVm,
 )
-from chainmerge.live.port import BlockGraph, BlockNode, LiveVm, NodeBitmap, UserKind
+from chainmerge.live.port import BlockGraph, BlockNode, InspectedVm, NodeBitmap, UserKind
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:
     return protocol.filename if protocol.driver in _PLAIN_PROTOCOLS else None
 
 
-def locate(vm: LiveVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
+def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
     """Find the merge that was asked for in the VM and on disk.
 
     Raises:
@@ -121,7 +121,7 @@ def _above(whole: Chain, place: int) -> tuple[ImageInfo, ...]:
     return tuple(reversed(whole.images))[:place]
 
 
-def _required_path(vm: LiveVm, node: BlockNode, graph: BlockGraph) -> Path:
+def _required_path(vm: InspectedVm, node: BlockNode, graph: BlockGraph) -> Path:
     path = path_of(node, graph)
     if path is None:
         driver = "nothing" if node.file is None else graph.nodes[node.file].driver
@@ -131,7 +131,7 @@ def _required_path(vm: LiveVm, node: BlockNode, graph: BlockGraph) -> Path:
 
 
 def _place_of(
-    vm: LiveVm, image: Path, paths: Sequence[Path], identities: Sequence[Identity | None]
+    vm: InspectedVm, image: Path, paths: Sequence[Path], identities: Sequence[Identity | None]
 ) -> int:
     # Whether there is such an image at all, discovery says better.
     with FileReadable(image) as readable:
@@ -142,7 +142,7 @@ def _place_of(
 
 
 def _compare(
-    vm: LiveVm, whole: Chain, chain: Sequence[BlockNode], identities: Sequence[Identity | None]
+    vm: InspectedVm, whole: Chain, chain: Sequence[BlockNode], identities: Sequence[Identity | None]
 ) -> None:
     on_disk = tuple(reversed(whole.images))
     for image, node, identity in zip(on_disk, chain, identities, strict=False):
@@ -198,7 +198,7 @@ def state_of(bitmap: NodeBitmap) -> BitmapState:
     return BitmapState.VALID if bitmap.recording else BitmapState.DISABLED
 
 
-def obstacles(vm: LiveVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
+def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
     yield from _jobs(vm, live)
     yield from _other_users(vm, live)
@@ -207,13 +207,13 @@ def obstacles(vm: LiveVm, live: LiveTarget, opened: OpenChain) -> Iterator[Chain
     yield from _size_obstacles(vm, live)
 
 
-def _jobs(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+def _jobs(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
     jobs = {job for node in (*live.nodes, *live.nodes_above) for job in node.jobs}
     if jobs:
         yield LiveJobRunning(vm.name, ", ".join(sorted(jobs)))
 
 
-def _other_users(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
     inner = live.nodes[live.target.base_index :]
     over = (*inner[1:], *live.nodes_above[:1])
     images = live.target.chain.images[live.target.base_index :]
@@ -227,7 +227,7 @@ def _other_users(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
             yield LiveImageInUse(vm.name, str(image.path), ", ".join(others))
 
 
-def _other_images(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+def _other_images(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
     known = {image.identity for image in live.above[:1]}
     others = [
         str(child.path) for child in live.target.relatives.children if child.identity not in known
@@ -236,7 +236,9 @@ def _other_images(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
         yield LiveOtherChildren(vm.name, str(live.target.chain.top.path), ", ".join(others))
 
 
-def _bitmap_obstacles(vm: LiveVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
+def _bitmap_obstacles(
+    vm: InspectedVm, live: LiveTarget, opened: OpenChain
+) -> Iterator[ChainmergeError]:
     first = live.target.base_index
     for node, image in zip(live.nodes[first:], opened.images[first:], strict=True):
         path = str(image.info.path)
@@ -252,7 +254,7 @@ def _bitmap_obstacles(vm: LiveVm, live: LiveTarget, opened: OpenChain) -> Iterat
 
 
 def _bitmap_differences(
-    vm: LiveVm, node: BlockNode, on_disk: LayerBitmaps
+    vm: InspectedVm, node: BlockNode, on_disk: LayerBitmaps
 ) -> Iterator[ChainmergeError]:
     in_vm = {bitmap.name: state_of(bitmap) for bitmap in node.bitmaps if bitmap.persistent}
     names = sorted(in_vm.keys() | on_disk.occurrences.keys())
@@ -265,7 +267,7 @@ def _bitmap_differences(
             yield LiveChainDiffers(vm.name, difference)
 
 
-def _size_obstacles(vm: LiveVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+def _size_obstacles(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
     base, merged = live.base, live.merged
     size = max(base.virtual_size, live.top.virtual_size)
     broken = [bitmap.name for bitmap in base.bitmaps if bitmap.inconsistent]

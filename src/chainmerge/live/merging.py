@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from chainmerge.inspection import open_chain
 from chainmerge.journal import (
@@ -21,6 +21,8 @@ from chainmerge.journal import (
     saved_bitmaps_file,
 )
 from chainmerge.live.convergence import Convergence
+from chainmerge.live.domain import DomainDisk
+from chainmerge.live.domain_sequence import DomainDrive, carry_on_in_domain
 from chainmerge.live.errors import (
     NothingUnfinished,
     UnfinishedMergeFound,
@@ -28,6 +30,7 @@ from chainmerge.live.errors import (
 from chainmerge.live.exclusive import sole_driver
 from chainmerge.live.inspection import LiveTarget, locate, path_of
 from chainmerge.live.planning import LivePlan, plan_live
+from chainmerge.live.port import LiveVm
 from chainmerge.live.sequence import Drive, carry_on
 from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
@@ -60,8 +63,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.errors import ChainmergeError
-    from chainmerge.live.port import LiveVm
     from chainmerge.live.settling import Settled
+
+
+LiveDisk: TypeAlias = LiveVm | DomainDisk
+"""A disk of a running VM, whichever way it is reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class _Caller:
 
 
 def plan(
-    vm: LiveVm,
+    vm: LiveDisk,
     top: str | Path,
     base: str | Path | None = None,
     access: Access | None = None,
@@ -94,7 +100,7 @@ def plan(
 
 
 def merge(
-    vm: LiveVm,
+    vm: LiveDisk,
     top: str | Path,
     base: str | Path | None = None,
     access: Access | None = None,
@@ -148,7 +154,7 @@ def merge(
 
 
 def resume(
-    vm: LiveVm,
+    vm: LiveDisk,
     options: LiveOptions | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -169,7 +175,7 @@ def resume(
     raise NothingUnfinished(vm.name)
 
 
-def status(vm: LiveVm) -> LiveStatusReport:
+def status(vm: LiveDisk) -> LiveStatusReport:
     """Say which merges of this disk are unfinished, and how their jobs are."""
     return LiveStatusReport(
         version=REPORT_VERSION,
@@ -179,9 +185,9 @@ def status(vm: LiveVm) -> LiveStatusReport:
     )
 
 
-def _status_of(vm: LiveVm, journal: LiveJournal) -> LiveMergeStatus:
+def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
     job = vm.job(journal.job)
-    place = place_of(vm.graph(), journal)
+    place = place_of(vm.layout(), journal)
     merged = place is not None and place.merged
     return LiveMergeStatus(
         base=journal.base.path,
@@ -192,7 +198,8 @@ def _status_of(vm: LiveVm, journal: LiveJournal) -> LiveMergeStatus:
         bytes_done=0 if job is None else job.done,
         bytes_total=0 if job is None else job.total,
         merged=merged,
-        guest_waits=journal.is_active and job is not None and job.phase == "held",
+        guest_waits=journal.guest_to_resume
+        or (journal.is_active and job is not None and job.phase == "held"),
         error=None if job is None else job.error,
         command=shlex.join(["chainmerge", "live", "resume", *vm.address]),
     )
@@ -210,29 +217,29 @@ def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _paths(vm: LiveVm) -> Iterator[Path]:
+def _paths(vm: LiveDisk) -> Iterator[Path]:
     """The files of the disk's chain, the active one first."""
-    graph = vm.graph()
-    for node in graph.chain():
-        path = path_of(node, graph)
+    layout = vm.layout()
+    for node in layout.chain():
+        path = path_of(node, layout)
         if path is not None:
             yield path
 
 
-def _reads(vm: LiveVm, image: Path) -> bool:
+def _reads(vm: LiveDisk, image: Path) -> bool:
     """Whether the disk reads an image, by whatever name."""
     return any(path.exists() and image.exists() and path.samefile(image) for path in _paths(vm))
 
 
-def _journals(vm: LiveVm) -> Iterator[LiveJournal]:
+def _journals(vm: LiveDisk) -> Iterator[LiveJournal]:
     """The journals beside images of this disk that belong to them."""
     for path in _paths(vm):
         journal = load_live_journal(path)
-        if journal is not None and place_of(vm.graph(), journal) is not None:
+        if journal is not None and place_of(vm.layout(), journal) is not None:
             yield journal
 
 
-def _journal_for(vm: LiveVm, top: Path, base: Path | None) -> LiveJournal | None:
+def _journal_for(vm: LiveDisk, top: Path, base: Path | None) -> LiveJournal | None:
     """The journal of the merge that is asked for, if it was begun before."""
     for journal in _journals(vm):
         if journal.top.path != str(top.resolve()):
@@ -304,12 +311,14 @@ def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
 
 
 def _drive(
-    vm: LiveVm,
+    vm: LiveDisk,
     journal: LiveJournal,
     options: LiveOptions,
     caller: _Caller,
     plan_done: MergePlan | None,
 ) -> MergeReport:
+    if isinstance(vm, DomainDisk):
+        return _drive_domain(vm, journal, options, caller, plan_done)
     drive = Drive(
         vm=vm,
         journal=journal,
@@ -321,7 +330,25 @@ def _drive(
     return _report(drive, carry_on(drive), caller, plan_done)
 
 
-def _copied(drive: Drive, plan_done: MergePlan | None) -> int:
+def _drive_domain(
+    disk: DomainDisk,
+    journal: LiveJournal,
+    options: LiveOptions,
+    caller: _Caller,
+    plan_done: MergePlan | None,
+) -> MergeReport:
+    drive = DomainDrive(
+        disk=disk,
+        journal=journal,
+        options=options,
+        report=caller.report,
+        should_stop=caller.should_stop,
+        convergence=Convergence(options.on_stall, options.deadline),
+    )
+    return _report(drive, carry_on_in_domain(drive), caller, plan_done)
+
+
+def _copied(drive: Drive | DomainDrive, plan_done: MergePlan | None) -> int:
     """Guest bytes that went into base. The job of an internal merge counts what it passes over."""
     if drive.journal.is_active or plan_done is None:
         return drive.copied
@@ -329,7 +356,7 @@ def _copied(drive: Drive, plan_done: MergePlan | None) -> int:
     return moved.data_bytes + moved.zero_bytes + moved.compressed_bytes
 
 
-def _done_before(vm: LiveVm, base: Path, caller: _Caller) -> MergeReport:
+def _done_before(vm: LiveDisk, base: Path, caller: _Caller) -> MergeReport:
     """The report of a merge after which top was deleted."""
     graph = vm.graph()
     node = next((one for one in graph.chain() if path_of(one, graph) == base), None)
@@ -352,7 +379,7 @@ def _done_before(vm: LiveVm, base: Path, caller: _Caller) -> MergeReport:
 
 
 def _report(
-    drive: Drive,
+    drive: Drive | DomainDrive,
     settled: Settled,
     caller: _Caller,
     plan_done: MergePlan | None,

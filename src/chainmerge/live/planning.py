@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from chainmerge.chain import Relatives
     from chainmerge.inspection import OpenChain
-    from chainmerge.live.port import LiveVm
+    from chainmerge.live.port import InspectedVm
 
 _REASON: Final = "the VM has the images open: its own QEMU copies"
 # The guest may have its QEMU write the tables that are being read.
@@ -56,7 +56,7 @@ class LivePlan:
     journal: LiveJournal
 
 
-def plan_live(vm: LiveVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
+def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     """Look at the images and decide on everything that the merge will do.
 
     Raises:
@@ -70,7 +70,7 @@ def plan_live(vm: LiveVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     return _plan(vm, live, options)
 
 
-def _plan(vm: LiveVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
+def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     asked = options.as_merge
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
@@ -221,7 +221,7 @@ def _warnings(live: LiveTarget) -> Iterator[str]:
 
 
 def _journal(
-    vm: LiveVm,
+    vm: InspectedVm,
     live: LiveTarget,
     decisions: Sequence[Decision],
     options: LiveOptions,

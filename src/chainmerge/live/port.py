@@ -250,6 +250,37 @@ class DiskLimits:
     group: str | None = None
 
 
+class InspectedVm(Protocol):
+    """What planning asks of one disk of a running VM."""
+
+    @property
+    def name(self) -> str:
+        """The VM, as messages call it."""
+
+    @property
+    def address(self) -> tuple[str, ...]:
+        """The options of ``chainmerge live`` that lead to this disk."""
+
+    def graph(self) -> BlockGraph:
+        """The block graph as it is now."""
+
+    def layout(self) -> BlockGraph:
+        """The same, and what costs time to find out, such as bitmaps, may be missing."""
+
+    def job(self, job: str) -> JobState | None:
+        """How a job is; None where there is no such job."""
+
+
+class WatchedVm(Protocol):
+    """What keeping a volume ahead of what is written to it asks of a running VM."""
+
+    def set_write_threshold(self, node: str, offset: int) -> None:
+        """Have those told who listen once the node is written to behind *offset*."""
+
+    def highest_write(self, node: str) -> int:
+        """The end of the highest write to a protocol node since it was opened."""
+
+
 class LiveVm(Protocol):
     """One disk of a running VM.
 
@@ -268,6 +299,9 @@ class LiveVm(Protocol):
 
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
+
+    def layout(self) -> BlockGraph:
+        """The same."""
 
     def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
         """Do all of it, or nothing.

@@ -128,6 +128,10 @@ class QmpVm:
         nodes = {info["node-name"]: self._described(info, edges) for info in infos}
         return BlockGraph(nodes, self._root(nodes))
 
+    def layout(self) -> BlockGraph:
+        """See :class:`chainmerge.live.port.LiveVm`."""
+        return self.graph()
+
     def _described(self, info: dict[str, Any], edges: _Edges) -> BlockNode:
         name = info["node-name"]
         children = edges.children[name]

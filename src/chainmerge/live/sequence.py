@@ -29,7 +29,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.headroom import Headroom
-from chainmerge.live.port import CommitOrder, DiskLimits, JobPhase, LiveVm
+from chainmerge.live.port import CommitOrder, DiskLimits, InspectedVm, JobPhase, LiveVm
 from chainmerge.live.settling import Settled, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
@@ -122,7 +122,7 @@ def carry_on(drive: Drive) -> Settled:
         raise lost(drive.vm, drive.journal, error.reason) from error
 
 
-def lost(vm: LiveVm, journal: LiveJournal, reason: str) -> VmLost:
+def lost(vm: InspectedVm, journal: LiveJournal, reason: str) -> VmLost:
     """The error for a VM that went away, with what to run next."""
     resume = shlex.join(["chainmerge", "live", "resume", *vm.address])
     cold = shlex.join(["chainmerge", "merge", "--base", journal.base.path, "--", journal.top.path])

@@ -78,14 +78,13 @@ def settle(
     place = _merged_place(vm, journal)
     verified = list(_verify_in_vm(journal, place))
     if not journal.is_active:
-        verified += _verify_on_disk(journal, report)
+        verified += verify_on_disk(journal, report)
     announce(Stage.SETTLE)
     warnings = list(_close(vm, place))
-    deleted: tuple[str, ...] = ()
-    if journal.delete:
-        deleted = _delete(vm, journal, warnings)
-    else:
-        _record_superseded(journal)
+    is_closed = not _merged_place(vm, journal).left_over
+    if journal.delete and not is_closed:
+        warnings.append("merged images that the VM keeps open were not deleted")
+    deleted = take_leave(journal, warnings) if is_closed else record_superseded(journal)
     place = _merged_place(vm, journal)
     forget(journal, keep_saved=False)
     return Settled(tuple(results_of(place.base)), tuple(verified), deleted, tuple(warnings))
@@ -131,7 +130,7 @@ def _above(journal: LiveJournal) -> str:
     return journal.above.path if journal.above is not None else ""
 
 
-def _verify_on_disk(journal: LiveJournal, report: Callable[[ProgressEvent], None]) -> Iterator[str]:
+def verify_on_disk(journal: LiveJournal, report: Callable[[ProgressEvent], None]) -> Iterator[str]:
     """Read base back: nobody writes to it now."""
     top = Path(journal.top.path)
     if not top.exists() or not same_image(identify(top), journal.top):
@@ -193,18 +192,23 @@ def _close(vm: LiveVm, place: Place) -> Iterator[str]:
             yield f"the VM keeps {node.filename or node.name} open: {refused.reason}"
 
 
-def _delete(vm: LiveVm, journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
-    """Delete the merged images, upper ones first, if nobody has them open."""
-    if _merged_place(vm, journal).left_over:
-        warnings.append("merged images that the VM keeps open were not deleted")
-        _record_superseded(journal)
-        return ()
+def take_leave(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
+    """Delete the merged images, upper ones first, or record that nothing may come from them.
+
+    Args:
+        journal: of the merge, whose images the VM has closed.
+        warnings: gets what could not be deleted, and why.
+
+    Returns:
+        What was deleted.
+    """
+    if not journal.delete:
+        return record_superseded(journal)
     doomed = _doomed(journal)
     devices = [one.path for one in doomed if Path(one.path).is_block_device()]
     if devices:
         warnings.append(f"block devices are not deleted: {', '.join(devices)}")
-        _record_superseded(journal)
-        return ()
+        return record_superseded(journal)
     record = _record(journal, doomed, None)
     record_merged(Path(journal.top.path), record)
     try:
@@ -214,7 +218,7 @@ def _delete(vm: LiveVm, journal: LiveJournal, warnings: list[str]) -> tuple[str,
         return ()
 
 
-def _record_superseded(journal: LiveJournal) -> None:
+def record_superseded(journal: LiveJournal) -> tuple[()]:
     """Record that nothing may be merged from what is left: the guest writes to base, or above.
 
     In top's header nothing tells of that. Merged again, it would put old data over new.
@@ -223,6 +227,7 @@ def _record_superseded(journal: LiveJournal) -> None:
     if top.exists() and same_image(identify(top), journal.top):
         superseded = Superseded(_doomed(journal), data_changed(top))
         record_merged(top, _record(journal, [], superseded))
+    return ()
 
 
 def _doomed(journal: LiveJournal) -> list[DoomedImage]:

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge in a domain of libvirt from the journal's first entry to its last.
+
+libvirt's block commit copies, unites the bitmaps and moves the domain's description along; we
+see to what comes before and after it. Stale bitmaps go first, while no job is in the way. The end
+of an active merge comes while the guest is suspended: top and base are the same when the journal
+says that base is right from now on. docs/live-merge.md has the order, and what a death in each
+step leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.live.convergence import Convergence, Remedy
+from chainmerge.live.domain import DomainDisk, DomainJob, DomainJobKind
+from chainmerge.live.domain_settling import settle_in_domain
+from chainmerge.live.errors import (
+    LiveChainDiffers,
+    LiveMergeFailed,
+    LiveMergeStalled,
+    VmRefused,
+    VmUnreachable,
+)
+from chainmerge.live.headroom import Headroom
+from chainmerge.live.port import DiskLimits, JobPhase, JobState
+from chainmerge.live.sequence import lost
+from chainmerge.live.settling import Settled, forget
+from chainmerge.live.situation import Place, place_of
+from chainmerge.live_journal import (
+    LiveJournal,
+    LiveState,
+    SavedLimits,
+    data_changed,
+    enter,
+    save_live_journal,
+)
+from chainmerge.merge_job import volume_at
+from chainmerge.options import LiveOptions
+from chainmerge.types import ProgressEvent, Stage
+
+SECONDS_BETWEEN_LOOKS: Final = 0.25
+# With the guest suspended only what it had written already is to be copied.
+_SECONDS_TO_CATCH_UP: Final = 30.0
+_SECONDS_BETWEEN_SHORT_LOOKS: Final = 0.02
+_LOOKS_FOR_THE_CHAIN: Final = 40
+
+
+@dataclass(slots=True)
+class DomainDrive:
+    """A merge in a domain that is being driven by this process.
+
+    Attributes:
+        disk: The domain's disk.
+        journal: As it is on disk.
+        options: How to merge.
+        report: Told of progress.
+        should_stop: Asked whether to stop.
+        copied: Guest bytes that were copied.
+        extensions: How often the volume was extended while data was copied.
+        held_seconds: How long the guest was suspended.
+        warnings: What the user should know, a sentence each.
+    """
+
+    disk: DomainDisk
+    journal: LiveJournal
+    options: LiveOptions
+    report: Callable[[ProgressEvent], None]
+    should_stop: Callable[[], bool]
+    convergence: Convergence
+    headroom: Headroom | None = None
+    copied: int = 0
+    extensions: int = 0
+    held_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    announced: set[Stage] = field(default_factory=set)
+
+    def announce(self, stage: Stage) -> None:
+        """Report that a stage begins, the first time."""
+        if stage not in self.announced:
+            self.announced.add(stage)
+            self.report(ProgressEvent(stage))
+
+    @property
+    def base(self) -> str:
+        """Base's path."""
+        return self.journal.base.path
+
+    @property
+    def top(self) -> str:
+        """Top's path."""
+        return self.journal.top.path
+
+    def enter(self, state: LiveState) -> None:
+        """Record that what *state* names begins."""
+        self.journal = enter(self.journal, state)
+
+    def place(self) -> Place:
+        """Where the images stand now."""
+        place = place_of(self.disk.layout(), self.journal)
+        if place is None:
+            difference = f"{self.base} is not in the domain's chain any more"
+            raise LiveChainDiffers(self.disk.name, difference)
+        return place
+
+    def failed(self, reason: str) -> LiveMergeFailed:
+        """The error of a merge that did not come about."""
+        return LiveMergeFailed(self.disk.name, self.base, self.top, reason)
+
+
+def carry_on_in_domain(drive: DomainDrive) -> Settled:
+    """Drive the merge that the journal tells of to its end, from wherever it is.
+
+    Raises:
+        LiveMergeFailed, LiveMergeStalled, Interrupted: it did not come about. The journal is gone.
+        VmLost: libvirt does not answer any more, or the domain is gone.
+        Failed: the merge took effect, and something is wrong with it.
+    """
+    try:
+        _drive(drive)
+        return settle_in_domain(drive.disk, drive.journal, drive.report, drive.announce)
+    except VmUnreachable as error:
+        raise lost(drive.disk, drive.journal, error.reason) from error
+
+
+def _drive(drive: DomainDrive) -> None:
+    try:
+        _merge(drive)
+    except (VmRefused, LiveMergeFailed, LiveMergeStalled, Interrupted) as failure:
+        _give_up(drive)
+        if isinstance(failure, VmRefused):
+            raise drive.failed(failure.reason) from failure
+        raise
+    _let_guest_run(drive)
+    _unthrottle(drive)
+    if drive.headroom is not None:
+        drive.extensions = drive.headroom.extensions
+
+
+def _merge(drive: DomainDrive) -> None:
+    if drive.journal.state is LiveState.UNDOING:
+        raise drive.failed("it had been given up by an earlier run")
+    if drive.journal.state is LiveState.PREPARING:
+        _prune(drive)
+        drive.enter(LiveState.COPYING)
+    while not drive.place().merged:
+        # The chain is what counts: an earlier run may have come further than the domain did.
+        drive.enter(LiveState.COPYING)
+        _copy(drive)
+        if drive.journal.is_active and not drive.place().merged:
+            _switch(drive)
+    drive.enter(LiveState.SETTLING)
+
+
+def _give_up(drive: DomainDrive) -> None:
+    """End the job, if there is one, and have everything as it was but for the stale bitmaps."""
+    drive.enter(LiveState.UNDOING)
+    job = drive.disk.block_job()
+    if job is not None and job.kind is not DomainJobKind.OTHER:
+        # It may end by itself in between.
+        with contextlib.suppress(VmRefused):
+            drive.disk.cancel()
+    _let_guest_run(drive)
+    _unthrottle(drive)
+    forget(drive.journal, keep_saved=False)
+
+
+def _prune(drive: DomainDrive) -> None:
+    drive.announce(Stage.PRUNE)
+    there = set(drive.disk.stored_names(drive.place().base))
+    for name in (*drive.journal.stale, *(one.name for one in drive.journal.tombstones)):
+        if name in there:
+            drive.disk.remove_everywhere(name)
+
+
+def _copy(drive: DomainDrive) -> None:
+    """Have libvirt copy until nothing is left, or the chain is merged."""
+    drive.announce(Stage.COPY)
+    extensions: int | None = None
+    while not drive.place().merged:
+        job = drive.disk.block_job()
+        if job is None:
+            if extensions is not None and _is_merged_soon(drive):
+                return
+            # Where it ends early, as for want of space, it can go on from where it was; but only
+            # if there is more space now than when it began.
+            now = _room(drive).extensions
+            if now == extensions:
+                raise drive.failed("libvirt's block commit ended early (see its log and QEMU's)")
+            extensions = now
+            _start(drive)
+            continue
+        if job.kind is DomainJobKind.OTHER:
+            raise drive.failed("another block job runs on this disk")
+        if job.kind is DomainJobKind.ACTIVE_COMMIT and job.caught_up:
+            drive.copied = job.done
+            return
+        _look_at(drive, job)
+        drive.disk.wait_for_event(SECONDS_BETWEEN_LOOKS)
+
+
+def _is_merged_soon(drive: DomainDrive) -> bool:
+    """Whether a job has ended well. libvirt describes the chain anew some time after its end."""
+    for _ in range(_LOOKS_FOR_THE_CHAIN):
+        if drive.place().merged:
+            return True
+        if drive.disk.block_job() is not None:
+            return False
+        drive.disk.wait_for_event(SECONDS_BETWEEN_LOOKS)
+    return False
+
+
+def _start(drive: DomainDrive) -> None:
+    place = drive.place()
+    drive.disk.start_commit(place.merged_nodes[-1], place.base, drive.options.bandwidth)
+
+
+def _look_at(drive: DomainDrive, job: DomainJob) -> None:
+    drive.copied = job.done
+    state = JobState(JobPhase.RUNNING, job.done, job.total)
+    drive.convergence.observe(state)
+    drive.report(ProgressEvent(Stage.COPY, job.done, job.total, int(drive.convergence.rate)))
+    if drive.should_stop():
+        stopped = (
+            f"the merge in {drive.disk.name} was undone: it runs on {drive.top} as before, and "
+            "what stale bitmaps were pruned stay so"
+        )
+        raise Interrupted(stopped)
+    try:
+        _room(drive).keep()
+    except VmUnreachable:
+        raise
+    except ChainmergeError as error:
+        raise drive.failed(error.sentence) from error
+    if drive.journal.is_active:
+        _converge(drive, state)
+
+
+def _converge(drive: DomainDrive, job: JobState) -> None:
+    match drive.convergence.judge(job):
+        case Remedy.ABORT:
+            remaining = max(job.total - job.done, 0)
+            seconds = drive.convergence.seconds
+            raise LiveMergeStalled(drive.base, drive.top, remaining, seconds)
+        case Remedy.THROTTLE:
+            _throttle(drive)
+        case Remedy.NOTHING:
+            pass
+
+
+def _throttle(drive: DomainDrive) -> None:
+    """Slow the guest's disk down; what it was limited to before is recorded first."""
+    limit = drive.convergence.limit
+    assert limit is not None
+    now = drive.disk.disk_limits()
+    if drive.journal.limits is None:
+        _note(drive, limits=SavedLimits(dict(now.limits), now.group))
+    slower = {**now.limits, "bps_wr": limit, "bps": 0, "bps_max": 0, "bps_wr_max": 0}
+    drive.disk.limit_disk(DiskLimits(slower, now.group))
+
+
+def _unthrottle(drive: DomainDrive) -> None:
+    saved = drive.journal.limits
+    if saved is not None:
+        drive.disk.limit_disk(DiskLimits(saved.limits, saved.group))
+        _note(drive, limits=None)
+
+
+def _switch(drive: DomainDrive) -> None:
+    """Have the guest go on with base. It is suspended from when both are the same on."""
+    started = time.monotonic()
+    drive.announce(Stage.BITMAPS)
+    if not drive.disk.is_suspended():
+        _note(drive, guest_to_resume=True)
+        drive.disk.suspend()
+    _wait_until_caught_up(drive)
+    _note(drive, top_since=data_changed(Path(drive.top)))
+    drive.enter(LiveState.SWITCHING)
+    drive.disk.pivot()
+    _let_guest_run(drive)
+    drive.held_seconds = time.monotonic() - started
+
+
+def _wait_until_caught_up(drive: DomainDrive) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_CATCH_UP
+    while True:
+        job = drive.disk.block_job()
+        if job is None:
+            raise drive.failed("the block commit ended before it could take effect")
+        if job.caught_up:
+            return
+        if time.monotonic() > deadline:
+            raise drive.failed("the copy did not end although the guest was suspended")
+        drive.disk.wait_for_event(_SECONDS_BETWEEN_SHORT_LOOKS)
+
+
+def _let_guest_run(drive: DomainDrive) -> None:
+    if drive.journal.guest_to_resume:
+        if drive.disk.is_suspended():
+            drive.disk.let_run()
+        _note(drive, guest_to_resume=False)
+
+
+def _note(drive: DomainDrive, **changed: Any) -> None:  # fields of the journal
+    drive.journal = msgspec.structs.replace(drive.journal, **changed)
+    save_live_journal(drive.journal)
+
+
+def _room(drive: DomainDrive) -> Headroom:
+    if drive.headroom is None:
+        volume = volume_at(Path(drive.base), drive.options.as_merge)
+        node = drive.place().base.file
+        assert node is not None
+        drive.headroom = Headroom(drive.disk, node, volume)
+    return drive.headroom

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges in domains of a real libvirt, with a guest that writes all the time."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chainmerge import live
+from chainmerge.errors import ChainmergeError, ExitCode
+from chainmerge.live.errors import NothingUnfinished
+from chainmerge.options import LiveOptions
+from tests.conftest import SOAK
+from tests.live.test_deaths import assert_merged_cold
+from tests.support.cli import environment
+from tests.support.domain_vm import TestDomain, let_die, running_domain
+from tests.support.libvirtd import libvirtd
+from tests.support.live_scenario import (
+    LiveScenario,
+    assert_closed_right,
+    build,
+    leftovers,
+    stored_bits,
+)
+from tests.support.qemu import create
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.dying import Moment
+
+pytestmark = pytest.mark.timeout(180)
+
+ROOT = Path(__file__).parents[2]
+SEEDS = range(50 if SOAK else 1)
+KINDS = ("internal", "active")
+LATEST_CALL = 60
+
+
+def moments(count: int) -> Iterator[tuple[int, Moment]]:
+    random_ = random.Random(3)
+    for _ in range(count):
+        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
+
+
+MOMENTS = list(moments(50 if SOAK else 2))
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with libvirtd(tmp_path_factory.mktemp("libvirt")) as uri:
+        yield uri
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("levels", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_lost_while_the_guest_writes(
+    tmp_path: Path, uri: str, kind: str, levels: int, seed: int
+) -> None:
+    scenario = build(tmp_path / "chain", seed, levels=levels, active=kind == "active")
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        with vm.guest(seed) as guest:
+            with vm.disk() as disk:
+                plan = live.plan(disk, scenario.top, scenario.base)
+                assert not plan.refusals
+                # Slow enough for the guest to write in between.
+                options = LiveOptions(delete=True, bandwidth=64 << 20)
+                report = live.merge(disk, scenario.top, scenario.base, options=options)
+            during = len(guest.journal)
+            guest.wait_for(during + 10)
+        assert during > 1
+        assert set(report.deleted) == {str(path) for path in scenario.merged}
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+def run_and_die(vm: TestDomain, scenario: LiveScenario, call: int, moment: Moment) -> None:
+    """Run a manager that dies at a call, if it comes to that."""
+    command = (
+        sys.executable, "-m", "tests.support.domain_vm", str(vm.directory), vm.uri, vm.name,
+        str(scenario.top), str(scenario.base), str(call), moment,
+    )  # fmt: skip
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode in (0, -9), result.stderr
+
+
+@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manager_that_was_killed_is_run_again(
+    tmp_path: Path, uri: str, kind: str, call: int, moment: Moment
+) -> None:
+    seed = call * 2 + (moment == "after")
+    scenario = build(tmp_path / "chain", seed, levels=1 + seed % 2, active=kind == "active")
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        with vm.guest(seed) as guest:
+            run_and_die(vm, scenario, call, moment)
+            assert vm.alive
+            with vm.disk() as disk:
+                try:
+                    live.resume(disk)
+                except NothingUnfinished:
+                    if scenario.top.exists():
+                        options = LiveOptions(delete=True)
+                        live.merge(disk, scenario.top, scenario.base, options=options)
+            assert not vm.is_suspended()
+            guest.wait_for(len(guest.journal) + 5)
+        assert not any(path.exists() for path in scenario.merged)
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+@pytest.mark.parametrize(("call", "moment"), MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_domain_that_died_is_merged_cold(
+    tmp_path: Path, uri: str, kind: str, call: int, moment: Moment
+) -> None:
+    seed = call * 2 + (moment == "after")
+    scenario = build(tmp_path / "chain", seed, levels=1 + seed % 2, active=kind == "active")
+    with (
+        running_domain(tmp_path / "vm", uri, scenario.images) as vm,
+        vm.guest(seed, flushes=True) as guest,
+    ):
+        died = merge_until_it_dies(vm, scenario, call, moment)
+        # It says that it does not know, unless nothing had been begun.
+        if died is not None:
+            assert died.exit_code in (ExitCode.UNKNOWN, ExitCode.REFUSED), died
+        if vm.alive:
+            vm.kill()
+    assert_merged_cold(scenario, guest, in_order=False)
+
+
+def merge_until_it_dies(
+    vm: TestDomain, scenario: LiveScenario, call: int, moment: Moment
+) -> ChainmergeError | None:
+    with vm.disk() as disk:
+        let_die(disk, call, moment, vm.kill)
+        options = LiveOptions(bandwidth=64 << 20)
+        try:
+            live.merge(disk, scenario.top, scenario.base, options=options)
+        except ChainmergeError as error:
+            return error
+    return None
+
+
+def test_a_checkpoint_that_libvirt_was_not_told_of_is_kept(tmp_path: Path, uri: str) -> None:
+    """Managers redefine checkpoints when they make a backup, and not before."""
+    scenario = build(tmp_path / "chain", 5, levels=1, active=True)
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        assert vm.checkpoints() == set()
+        with vm.disk() as disk:
+            live.merge(disk, scenario.top, scenario.base)
+        assert vm.checkpoints() == set()
+        vm.quit()
+    assert set(stored_bits(scenario.base)) == {"everywhere", "in-top"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_incremental_backup_by_libvirt_after_a_merge(
+    tmp_path: Path, uri: str, kind: str
+) -> None:
+    """Full backup, snapshot, merge, incremental backup: restored, it is the disk."""
+    base = create(tmp_path / "base.qcow2", 64 << 20)
+    with running_domain(tmp_path / "vm", uri, [base]) as vm:
+        with vm.guest(7) as guest:
+            guest.wait_for(20)
+            vm.backup(tmp_path / "full.qcow2", checkpoint="first")
+            guest.wait_for(len(guest.journal) + 20)
+            vm.snapshot(tmp_path / "s1.qcow2")
+            guest.wait_for(len(guest.journal) + 20)
+            if kind == "internal":
+                vm.snapshot(tmp_path / "s2.qcow2")
+                guest.wait_for(len(guest.journal) + 20)
+            with vm.disk() as disk:
+                live.merge(disk, tmp_path / "s1.qcow2", options=LiveOptions(delete=True))
+            guest.wait_for(len(guest.journal) + 20)
+        assert vm.checkpoints() == {"first"}
+        vm.backup(tmp_path / "increment.qcow2", checkpoint="second", since="first")
+        vm.quit()
+    restored = vm.restored(tmp_path / "full.qcow2", tmp_path / "increment.qcow2")
+    assert restored == guest.applied_to(bytes(64 << 20))

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A domain of a real libvirt with a disk and without a guest system; see ``live_vm``."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+from xml.sax.saxutils import escape
+
+import libvirt
+import libvirt_qemu
+
+from chainmerge import live
+from chainmerge.options import LiveOptions
+from tests.support.dying import Moment, kill_ourselves
+from tests.support.live_scenario import DISK
+from tests.support.live_vm import Guest
+from tests.support.nbd import NbdClient
+from tests.support.qemu import content, qemu_img
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator, Sequence
+
+TARGET: Final = "vda"
+_numbers = itertools.count()
+
+
+@dataclass
+class TestDomain:
+    """A running domain; what a guest would write comes in by an NBD export of its disk.
+
+    The monitor is talked to by the test alone: it stands for the guest's processor.
+    """
+
+    __test__ = False
+
+    directory: Path
+    uri: str
+    connection: Any
+    domain: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.domain.name())
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The options of ``chainmerge live`` that lead to the disk."""
+        return ("--domain", self.name, "--disk", TARGET, "--connect", self.uri)
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command; underscores in the names of arguments become dashes."""
+        plain = {name.replace("_", "-"): value for name, value in arguments.items()}
+        text = json.dumps({"execute": command, "arguments": plain})
+        answer = json.loads(libvirt_qemu.qemuMonitorCommand(self.domain, text, 0))
+        assert "error" not in answer, answer
+        return answer["return"]
+
+    def export(self) -> None:
+        """Let an NBD client be the guest, on the node that the disk reads now."""
+        address = {"type": "unix", "data": {"path": str(self.nbd)}}
+        self.execute("nbd-server-start", addr=address)
+        (disk,) = self.execute("query-block")
+        self.execute(
+            "block-export-add",
+            id="guest",
+            type="nbd",
+            name="disk",
+            writable=True,
+            node_name=disk["inserted"]["node-name"],
+        )
+
+    @property
+    def nbd(self) -> Path:
+        return self.directory / f"{self.name}.nbd"
+
+    def client(self) -> NbdClient:
+        """A connection to the guest's disk."""
+        return NbdClient(self.nbd, "disk")
+
+    def checkpoint(self, name: str) -> None:
+        """Have libvirt make a checkpoint now."""
+        self.domain.checkpointCreateXML(
+            f"<domaincheckpoint><name>{escape(name)}</name><disks>"
+            f"<disk name='{TARGET}' checkpoint='bitmap'/></disks></domaincheckpoint>"
+        )
+
+    def checkpoints(self) -> set[str]:
+        return {each.getName() for each in self.domain.listAllCheckpoints()}
+
+    def snapshot(self, path: Path) -> None:
+        """Have libvirt put a new overlay on top of the disk."""
+        self.domain.snapshotCreateXML(
+            f"<domainsnapshot><name>{escape(path.name)}</name><disks>"
+            f"<disk name='{TARGET}' snapshot='external'><source file='{escape(str(path))}'/></disk>"
+            "</disks></domainsnapshot>",
+            libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+        )
+
+    def backup(self, target: Path, *, checkpoint: str, since: str | None = None) -> None:
+        """Have libvirt write a backup and make a checkpoint; returns when it is done."""
+        increment = "" if since is None else f"<incremental>{escape(since)}</incremental>"
+        self.domain.backupBegin(
+            f"<domainbackup mode='push'>{increment}<disks>"
+            f"<disk name='{TARGET}' type='file'><target file='{escape(str(target))}'/>"
+            "<driver type='qcow2'/></disk></disks></domainbackup>",
+            f"<domaincheckpoint><name>{escape(checkpoint)}</name></domaincheckpoint>",
+        )
+        self._wait_for_job()
+
+    def _wait_for_job(self) -> None:
+        # libvirt answers with the type 0 once no job runs.
+        nap = threading.Event()
+        while self.domain.jobStats()["type"] != libvirt.VIR_DOMAIN_JOB_NONE:
+            nap.wait(0.05)
+
+    def restored(self, full: Path, increment: Path) -> bytes:
+        """What an increment over a full backup holds."""
+        qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", full, increment)
+        return content(increment)
+
+    @property
+    def alive(self) -> bool:
+        try:
+            return bool(self.domain.isActive())
+        except libvirt.libvirtError:
+            return False
+
+    def is_suspended(self) -> bool:
+        return bool(self.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+
+    def disk(self) -> DiskOfGuest:
+        """The domain's disk, for a merge."""
+        return DiskOfGuest(self.directory, self.name, self.uri)
+
+    def guest(self, seed: int, *, flushes: bool = False) -> DomainGuest:
+        """Somebody who writes to the disk."""
+        return DomainGuest(self, seed, DISK, flushes=flushes)  # type: ignore[arg-type]
+
+    def kill(self) -> None:
+        """As a crash of the machine, as far as its memory goes."""
+        self.domain.destroy()
+
+    def quit(self) -> None:
+        """An orderly end: images are closed, bitmaps stored."""
+        self.domain.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
+
+
+@contextlib.contextmanager
+def processor(directory: Path) -> Iterator[None]:
+    """For a request of the guest's, or for stopping it: never both at once."""
+    with (directory / "processor").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class DomainGuest(Guest):
+    """A guest that does nothing while its domain is suspended, as one with a processor would."""
+
+    vm: TestDomain  # type: ignore[assignment]
+
+    def _write_once(self, disk: NbdClient, random_: random.Random) -> None:
+        with processor(self.vm.directory):
+            if self.vm.is_suspended():
+                return
+            super()._write_once(disk, random_)
+
+
+class DiskOfGuest(live.DomainDisk):
+    """Suspends the writer of the test with the domain's own processor."""
+
+    def __init__(self, vm_directory: Path, domain: str, uri: str) -> None:
+        super().__init__(domain, TARGET, uri)
+        self._vm_directory = vm_directory
+
+    def suspend(self) -> None:
+        with processor(self._vm_directory):
+            super().suspend()
+
+
+@contextlib.contextmanager
+def running_domain(directory: Path, uri: str, images: Sequence[Path]) -> Iterator[TestDomain]:
+    """A domain whose disk is the chain *images*, root first; it is destroyed at the end."""
+    directory.mkdir(parents=True, exist_ok=True)
+    connection = libvirt.open(uri)
+    try:
+        domain = connection.createXML(_described(f"vm{next(_numbers)}", images))
+        vm = TestDomain(directory, uri, connection, domain)
+        try:
+            vm.export()
+            yield vm
+        finally:
+            if vm.alive:
+                vm.kill()
+    finally:
+        connection.close()
+
+
+def _described(name: str, images: Sequence[Path]) -> str:
+    kind, attribute = ("block", "dev") if images[-1].is_block_device() else ("file", "file")
+    return f"""
+<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <on_poweroff>destroy</on_poweroff>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='{kind}' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source {attribute}='{escape(str(images[-1]))}'/>
+      <target dev='{TARGET}' bus='virtio'/>
+      <alias name='ua-disk'/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+  </devices>
+  <qemu:override>
+    <qemu:device alias='ua-disk'><qemu:frontend>
+      <qemu:property name='share-rw' type='bool' value='true'/>
+    </qemu:frontend></qemu:device>
+  </qemu:override>
+</domain>"""
+
+
+def let_die(disk: live.DomainDisk, call: int, moment: Moment, die: Callable[[], None]) -> None:
+    """Have *die* called before or after the public call to *disk* with the number *call*."""
+    numbers = itertools.count(1)
+
+    def watched(passed_on: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            fatal = next(numbers) == call
+            if fatal and moment == "before":
+                die()
+            result = passed_on(*args, **kwargs)
+            if fatal and moment == "after":
+                die()
+            return result
+
+        return called
+
+    for name, method in vars(live.DomainDisk).items():
+        if callable(method) and not name.startswith("_"):
+            setattr(disk, name, watched(getattr(disk, name)))
+
+
+def main() -> None:
+    """A manager that kills itself at a call, as that of :mod:`tests.support.dying`."""
+    directory, uri, domain, top, base, call, moment = sys.argv[1:]
+    with DiskOfGuest(Path(directory), domain, uri) as disk:
+        let_die(disk, int(call), cast("Moment", moment), kill_ourselves)
+        live.merge(disk, top, base, options=LiveOptions(delete=True, bandwidth=64 << 20))
+
+
+if __name__ == "__main__":
+    main()
