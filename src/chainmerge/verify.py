@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from chainmerge.errors import Failed
 from chainmerge.qcow2.bitmaps import BitmapEntry, BitmapFlag, read_bits, read_directory
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from chainmerge.engines.metadata import StoredBitmap
+    from chainmerge.qcow2.bits import BitSet
     from chainmerge.qcow2.image import Qcow2Image
+
+# How the bits found differ from those that were planned; None where they do not.
+_BitsDiffer: TypeAlias = "Callable[[BitSet, BitSet], str | None]"
 
 
 @dataclass(eq=False)
@@ -43,6 +47,12 @@ def bitmap_difference(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> st
 
     Raises FormatError where they cannot be read.
     """
+    return _set_difference(image, expected, _bits_differ)
+
+
+def _set_difference(
+    image: Qcow2Image, expected: Sequence[StoredBitmap], bits_differ: _BitsDiffer
+) -> str | None:
     entries = {entry.name: entry for entry in read_directory(image)}
     if entries and not image.header.bitmaps_trusted:
         return "its bitmaps are not marked as consistent"
@@ -52,23 +62,34 @@ def bitmap_difference(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> st
             return f"bitmap {name!r} is missing"
         if name not in wanted:
             return f"bitmap {name!r} should not be there"
-        difference = _one_difference(image, entries[name], wanted[name])
+        difference = _one_difference(image, entries[name], wanted[name], bits_differ)
         if difference is not None:
             return f"bitmap {name!r} {difference}"
     return None
 
 
-def _one_difference(image: Qcow2Image, entry: BitmapEntry, wanted: StoredBitmap) -> str | None:
+def _one_difference(
+    image: Qcow2Image, entry: BitmapEntry, wanted: StoredBitmap, bits_differ: _BitsDiffer
+) -> str | None:
     if entry.in_use or not entry.readable:
         return "is in-use: it was not stored properly"
     if entry.auto != bool(wanted.flags & BitmapFlag.AUTO):
         return "is enabled" if entry.auto else "is disabled"
     if entry.granularity != wanted.bits.granularity:
         return f"has granularity {entry.granularity}, not {wanted.bits.granularity}"
-    found = read_bits(image, entry)
-    if found != wanted.bits:
-        return f"has {found.count()} dirty bits, not the {wanted.bits.count()} planned, or others"
-    return None
+    return bits_differ(read_bits(image, entry), wanted.bits)
+
+
+def _bits_differ(found: BitSet, wanted: BitSet) -> str | None:
+    if found == wanted:
+        return None
+    return f"has {found.count()} dirty bits, not the {wanted.count()} planned, or others"
+
+
+def _bits_lack(found: BitSet, wanted: BitSet) -> str | None:
+    if found.covers(wanted):
+        return None
+    return f"has {found.count()} dirty bits and lacks some of the {wanted.count()} planned"
 
 
 def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
@@ -80,6 +101,22 @@ def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
     if difference is not None:
         raise VerificationFailed(image.name, difference)
     return f"{len(expected)} bitmaps re-read and compared bit by bit"
+
+
+def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
+    """Make sure that an image's bitmaps have all bits that were planned; a backup is not smaller.
+
+    For merges that somebody else does, who lets bitmaps record what is merely copied.
+
+    Raises VerificationFailed.
+    """
+    difference = _set_difference(image, expected, _bits_lack)
+    if difference is not None:
+        raise VerificationFailed(image.name, difference)
+    found = {entry.name: read_bits(image, entry).dirty_bytes() for entry in read_directory(image)}
+    more = sum(found.values()) - sum(bitmap.bits.dirty_bytes() for bitmap in expected)
+    surplus = f", with {more} bytes more than need be" if more else ""
+    return f"{len(expected)} bitmaps re-read: every bit is there{surplus}"
 
 
 def verify_soundness(image: Qcow2Image) -> None:

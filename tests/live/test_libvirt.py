@@ -22,7 +22,7 @@ from tests.support.domain_vm import TestDomain, let_die, running_domain
 from tests.support.libvirtd import libvirtd
 from tests.support.live_scenario import (
     LiveScenario,
-    assert_closed_right,
+    assert_closed_safe,
     build,
     leftovers,
     stored_bits,
@@ -77,7 +77,7 @@ def test_nothing_is_lost_while_the_guest_writes(
         assert during > 1
         assert set(report.deleted) == {str(path) for path in scenario.merged}
         vm.quit()
-    assert_closed_right(scenario, guest)
+    assert_closed_safe(scenario, guest)
     assert leftovers(scenario) == []
 
 
@@ -115,7 +115,7 @@ def test_a_manager_that_was_killed_is_run_again(
             guest.wait_for(len(guest.journal) + 5)
         assert not any(path.exists() for path in scenario.merged)
         vm.quit()
-    assert_closed_right(scenario, guest)
+    assert_closed_safe(scenario, guest)
     assert leftovers(scenario) == []
 
 

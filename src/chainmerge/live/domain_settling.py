@@ -18,6 +18,7 @@ from chainmerge.live.settling import (
 )
 from chainmerge.live.situation import Place, place_of
 from chainmerge.types import ProgressEvent, Stage
+from chainmerge.verify import verify_bitmaps_cover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +42,8 @@ def settle_in_domain(
     place = _merged_place(disk, journal)
     verified = list(_verify_in_domain(disk, journal, place))
     if not journal.is_active:
-        verified += verify_on_disk(journal, report)
+        # libvirt has base's bitmaps record what is copied, in whole clusters.
+        verified += verify_on_disk(journal, report, verify_bitmaps_cover)
     announce(Stage.SETTLE)
     warnings: list[str] = []
     deleted = take_leave(journal, warnings)
