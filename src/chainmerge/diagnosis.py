@@ -23,6 +23,7 @@ from chainmerge.engines.metadata import (
     clusters_of_bitmap,
     count_doubles,
     directory_clusters,
+    image_without_refcounts,
     overwritten_metadata,
     plan_rebuild,
     tables_of,
@@ -30,7 +31,7 @@ from chainmerge.engines.metadata import (
     without_bitmaps,
 )
 from chainmerge.errors import Refused
-from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, salvage_directory
+from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, read_table, salvage_directory
 from chainmerge.qcow2.check import CheckReport, check
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.image import Qcow2Image
@@ -145,7 +146,7 @@ class _Examination:
         bitmaps = self._bitmaps(self._circumstances)
         marked = header.dirty or header.corrupt
         if not report.sound or report.shared_leaks or (marked and (report.leaks or bitmaps.lost)):
-            return self._to_be_rebuilt()
+            return self._to_be_rebuilt(bitmaps)
         findings = (*bitmaps.findings, *self._leaks(), *self._marks())
         if marked:
             return Diagnosis(findings, Treatment.MARKS, actions=self._actions_of_marks())
@@ -162,9 +163,10 @@ class _Examination:
             bitmaps.consequences,
         )
 
-    def _to_be_rebuilt(self) -> Diagnosis:
-        # A bitmap without content cannot be written anew, whoever else would deal with it.
-        bitmaps = self._bitmaps(replace(self._circumstances, merge_pending=False))
+    def _to_be_rebuilt(self, bitmaps: _Bitmaps) -> Diagnosis:
+        if self._circumstances.merge_pending:
+            # A bitmap without content cannot be written anew, whoever else would deal with it.
+            bitmaps = self._bitmaps(replace(self._circumstances, merge_pending=False))
         findings = (
             *bitmaps.findings,
             *self._leaks(),
@@ -289,20 +291,20 @@ def _judge_bitmaps(readable: Readable, circumstances: Circumstances, *, counted:
         circumstances: What matters of other images.
         counted: Whether a check has found that the bitmaps contradict nothing.
     """
-    tables = tables_with_bitmaps(readable)
-    image = tables.image
+    image = image_without_refcounts(readable)
     if image.header.bitmaps is None:
         return _Bitmaps()
     try:
         directory = salvage_directory(image)
     except BadBitmapDirectory as error:
         return _all_lost(image, circumstances, error.sentence)
-    if not counted and _shares_clusters(tables, directory_clusters(image)):
+    tables = None if counted else tables_with_bitmaps(readable)
+    if tables is not None and _shares_clusters(tables, directory_clusters(image)):
         why = f"{image.name}: the bitmap directory is where something else is"
         return _all_lost(image, circumstances, why)
     broken = dict(directory.lost)
     for entry in directory.entries:
-        problem = _problem(tables, entry, counted=counted)
+        problem = _problem(image, entry, tables)
         if problem is not None:
             broken[entry.name] = problem
     if circumstances.merge_pending and counted:
@@ -356,21 +358,24 @@ def _all_lost(image: Qcow2Image, circumstances: Circumstances, problem: str) -> 
     )
 
 
-def _problem(tables: Tables, entry: BitmapEntry, *, counted: bool) -> str | None:
-    """Why a bitmap cannot be relied on; None where it can."""
-    image, name = tables.image, repr(entry.name)
+def _problem(image: Qcow2Image, entry: BitmapEntry, tables: Tables | None) -> str | None:
+    """Why a bitmap cannot be relied on; None where it can.
+
+    *tables* has the counts to judge it by, None where a check has found it to contradict nothing.
+    """
+    name = repr(entry.name)
     if state_of(image, entry) is BitmapState.IN_USE:
         if entry.in_use:
             return f"bitmap {name} is in-use: a writer died before it could store it"
         if not image.header.bitmaps_trusted:
             return f"bitmap {name} is void: a program that does not know bitmaps wrote to the image"
         return f"bitmap {name} cannot be used: {entry.unknown or 'its name cannot be one'}"
+    if tables is None:
+        return None
     try:
-        read_bits(image, entry)
+        read_table(image, entry)
     except FormatError as error:
         return error.sentence
-    if counted:
-        return None
     clusters = clusters_of_bitmap(image, entry)
     if clusters is None or _shares_clusters(tables, clusters):
         return f"bitmap {name} is where something else is as well"

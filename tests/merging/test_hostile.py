@@ -213,7 +213,9 @@ def test_nothing_is_written_to_a_damaged_image(victim: Victim, wound: str) -> No
         ran = chainmerge(*command, victim.base)
         assert_civil(ran)
         if victim.base.read_bytes() != damaged:
-            assert ran.status == ExitCode.DONE
+            # Where two places have the same data, one of them has lost its own.
+            mended = ExitCode.FAILED if "lost-data" in ran.out else ExitCode.DONE
+            assert ran.status == mended
             assert qemu.check(victim.base)["corruptions"] == 0
             victim.base.write_bytes(damaged)
 

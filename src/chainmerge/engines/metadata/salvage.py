@@ -87,6 +87,15 @@ def tables_with_bitmaps(readable: Readable) -> Tables:
     return _counted(readable, _without_refcounts(readable))
 
 
+def image_without_refcounts(readable: Readable) -> Qcow2Image:
+    """The image as if it had no refcounts; nothing is counted.
+
+    Raises:
+        FormatError: the header is damaged in more than its refcount table.
+    """
+    return Qcow2Image(_without_refcounts(readable))
+
+
 def _counted(readable: Readable, masked: Readable) -> Tables:
     image = Qcow2Image(masked)
     findings = Findings()
