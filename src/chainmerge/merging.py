@@ -269,6 +269,10 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
+    if _left_something(target):
+        # What an earlier run put on base may turn out to be a child of top, to be locked, too.
+        _read_from_storage(target, request.options)
+        target = _find(request)
     allow_open_files(locks_held(target))
     locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
     _read_from_storage(target, request.options)

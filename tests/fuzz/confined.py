@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from chainmerge.journal import STATE_DIRECTORY
 from chainmerge.storage.files import FileReadable
 from tests.support.hostile import chainmerge
 
@@ -41,6 +42,7 @@ _PROGRAM: Final = tuple(
         "/proc",
         "/sys",
         "/dev/null",
+        STATE_DIRECTORY,
     )
 )
 

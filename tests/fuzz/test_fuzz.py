@@ -27,6 +27,7 @@ FOUND = (
     # A bitmap's table, or a snapshot's L1 table, behind the end of the file was read all the same.
     "101-166",
     "101-574",
+    "104-313",
     # The place of a backing file was judged after it was opened.
     "1-36",
     "1-58",

@@ -80,12 +80,15 @@ class Images:
 class Operation:
     """What is done to the images; *gone* are those that are not there in the end.
 
-    *base* is what the base of the chain is: a file, a block device or a raw file.
+    *base* is what the base of the chain is: a file, a block device or a raw file. *may_leak*:
+    where the old set could not be released the rerun finds nothing to do, and says so; what is
+    left is for repair.
     """
 
     run: Callable[[Images], object]
     gone: frozenset[str] = frozenset()
     base: str = "file"
+    may_leak: bool = False
 
 
 def _merge(top: str, base: str | None = None, **options: object) -> Callable[[Images], object]:
@@ -132,8 +135,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "raw": Operation(_merge("middle"), base="raw"),
     "raw, delete": Operation(_merge("middle", delete=True), frozenset({"middle"}), base="raw"),
-    "prune": Operation(_prune),
-    "unite bitmaps": Operation(_unite),
+    "prune": Operation(_prune, may_leak=True),
+    "unite bitmaps": Operation(_unite, may_leak=True),
 }
 
 
@@ -193,7 +196,9 @@ class Stage:
         found = checkpoints_of(self.images.leaf)
         assert found.keys() == self.checkpoints.keys()
         assert all(covers(found[name], bits) for name, bits in self.checkpoints.items())
-        assert all(report["corruptions"] == report["leaks"] == 0 for report in self._checks())
+        reports = list(self._checks())
+        assert all(report["corruptions"] == 0 for report in reports), reports
+        assert self.operation.may_leak or all(report["leaks"] == 0 for report in reports), reports
 
     def _checks(self) -> Iterator[dict[str, Any]]:
         return (check(image) for image in chain_of(self.images.leaf) if is_qcow2(image))

@@ -214,8 +214,11 @@ def load_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
     """As :func:`read_table`, for who judges himself whether the clusters are in the file.
 
     Raises:
-        BadBitmapTable: an entry is not 0, 1, or a multiple of the cluster size.
+        BadBitmapTable: the table is behind the end of the file, or an entry is not 0, 1, or a
+            multiple of the cluster size.
     """
+    if entry.table_offset >= image.readable.size:
+        raise BadBitmapTable(image.name, entry.name, "its table is behind the end of the file")
     data = image.readable.read(entry.table_offset, entry.table_size * TABLE_ENTRY_SIZE)
     table = np.frombuffer(data, dtype=">u8").astype(np.uint64)
     offset = table & np.uint64(TABLE_OFFSET_MASK)
