@@ -18,7 +18,7 @@ from tests.vm.rig import MIB, PROJECT, Disk, booted
 # The parent's conftest takes in what the guest is better off without, such as hypothesis.
 _PYTEST: Final = (
     "python3", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p",
-    "no:hypothesispytest", "--confcutdir=tests/vm/guest", "--timeout=600",
+    "no:hypothesispytest", "--confcutdir=tests/vm/guest", "--timeout=1800",
 )  # fmt: skip
 
 

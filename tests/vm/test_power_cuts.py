@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import qemu
+from tests.vm.conftest import POWER_CUTS
 from tests.vm.power.cases import CASES, LVM
 from tests.vm.power.judge import FilesJudge, Judge, VolumesJudge
 from tests.vm.power.log_writes import SECTOR, Flags, read_log, states
@@ -21,7 +22,7 @@ from tests.vm.power.media import FileMedium, MemoryMedium
 from tests.vm.power.recordings import directory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from tests.vm.power.log_writes import Entry
@@ -35,7 +36,9 @@ BLOCK = 4096
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
-def test_power_cuts(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_power_cuts(
+    tmp_path: Path, name: str, record_property: Callable[[str, object], None]
+) -> None:
     case, recording = CASES[name], directory_of(name)
     assert recording.exists(), "nothing is recorded; make test-vm does that first"
     log = read_log(recording / "log")
@@ -52,8 +55,7 @@ def test_power_cuts(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str
         subsets, unit = SUBSETS_OF_FILES, BLOCK
     judge_all(judge, log, subsets, unit)
     judge.assert_all_was_met()
-    with capsys.disabled():
-        print(f"\n{name}: {judge.summary()}")
+    record_property(POWER_CUTS, judge.summary())
 
 
 def test_a_flush_that_is_missing_is_seen(tmp_path: Path) -> None:
