@@ -120,10 +120,10 @@ def test_a_vm_that_died_is_merged_cold(
 
 def quit_with_guest(vm: LiveTestVm, guest: Guest) -> None:
     """End the VM in order, after the guest's last write unless that is what a job holds up."""
-    if "pending" in vm.jobs():
-        vm.quit()
-    guest.stop()
+    while not guest.has_stopped(within=0.2) and "pending" not in vm.jobs():
+        pass
     vm.quit()
+    guest.stop()
 
 
 def merge_until_it_dies(
