@@ -264,6 +264,13 @@ class Guest:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def has_stopped(self, within: float) -> bool:
+        """Ask it to stop, and say whether its last write is answered within so many seconds."""
+        self._stop.set()
+        assert self._thread is not None
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
     def stop(self) -> None:
         """End the last write, and raise what the guest has met."""
         self._stop.set()

@@ -30,7 +30,7 @@ from chainmerge.live.errors import (
 )
 from chainmerge.live.headroom import Headroom
 from chainmerge.live.port import CommitOrder, DiskLimits, InspectedVm, JobPhase, LiveVm
-from chainmerge.live.settling import Settled, forget, settle
+from chainmerge.live.settling import Settled, close_merged, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
 from chainmerge.live_journal import (
@@ -418,6 +418,11 @@ def _settle(drive: Drive) -> Settled:
     _unthrottle(drive)
     if drive.headroom is not None:
         drive.extensions = drive.headroom.extensions
+    drive.warnings += close_merged(drive.vm, drive.journal)
+    # Closing top has changed it. Whatever else does from now on is no doing of this merge.
+    since = data_changed(Path(drive.top))
+    drive.journal = msgspec.structs.replace(drive.journal, top_since=since)
+    save_live_journal(drive.journal)
     return settle(drive.vm, drive.journal, drive.report, drive.announce)
 
 

@@ -70,7 +70,7 @@ def settle(
     report: Callable[[ProgressEvent], None],
     announce: Callable[[Stage], None],
 ) -> Settled:
-    """Verify a merge that took effect, have the VM close the merged images, delete them.
+    """Verify a merge that took effect, and delete the merged images, which the VM has closed.
 
     Raises:
         LiveVerificationFailed, VerificationFailed: nothing is deleted.
@@ -81,7 +81,7 @@ def settle(
     if not journal.is_active:
         verified += verify_on_disk(journal, report, verify_bitmaps)
     announce(Stage.SETTLE)
-    warnings = list(_close(vm, place))
+    warnings: list[str] = []
     is_closed = not _merged_place(vm, journal).left_over
     if journal.delete and not is_closed:
         warnings.append("merged images that the VM keeps open were not deleted")
@@ -191,9 +191,9 @@ def _expected(journal: LiveJournal, opened: OpenChain, base: OpenImage) -> Itera
         yield StoredBitmap(tombstone.name, BitSet.empty(size, granularity), BitmapFlag(0))
 
 
-def _close(vm: LiveVm, place: Place) -> Iterator[str]:
-    """Have the VM close the merged images, the upper ones first."""
-    for node in place.left_over:
+def close_merged(vm: LiveVm, journal: LiveJournal) -> Iterator[str]:
+    """Have the VM close the merged images, the upper ones first; yields warnings."""
+    for node in _merged_place(vm, journal).left_over:
         try:
             vm.forget_node(node.name)
         except VmRefused as refused:
