@@ -69,11 +69,18 @@ def half_done_commit(top: Path, access: Access) -> HalfDoneCommit | None:
             return None
         with open_chain(chain) as opened:
             index = chain.base_index
+            if not all(_can_be_compared(image) for image in opened.images[index:]):
+                return None
             copied = _copied(opened.view(index + 1), opened.view(index, index + 1))
             if copied is not None:
                 is_certain = _died_writing(opened.images[index])
                 return HalfDoneCommit(base.path, chain.top.path, copied, is_certain)
     return None
+
+
+def _can_be_compared(image: OpenImage) -> bool:
+    """Whether what an image's tables lead to is its own."""
+    return image.image is None or not check(image.image).corruptions
 
 
 def _died_writing(base: OpenImage) -> bool:
