@@ -9,8 +9,9 @@ from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.chain import open_for_writing
 from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.errors import Refused
 from chainmerge.inspection import find_target, open_chain
-from chainmerge.journal import save_bitmaps
+from chainmerge.journal import StateDirectoryUnusable, save_bitmaps, saved_bitmaps_file
 from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
@@ -41,7 +42,11 @@ def _put_bitmaps_aside(job: Job) -> None:
     job.request.announce(Stage.PRUNE)
     saved = bitmaps_to_save(job)
     if saved is not None:
-        save_bitmaps(job.base.real_path, saved)
+        try:
+            save_bitmaps(job.base.real_path, saved)
+        except Refused as error:
+            place = saved_bitmaps_file(job.base.real_path).parent
+            raise StateDirectoryUnusable(str(place), error.sentence) from error
     with open_for_writing(job.base) as port:
         between = stand_ins(job.bitmaps, job.base.virtual_size)
         if bitmap_difference(Qcow2Image(port), between) is None:

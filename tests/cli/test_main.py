@@ -58,7 +58,7 @@ def test_every_command_has_help(name: str) -> None:
         ["merge", "--frobnicate", "x"],
         ["merge", "x", "--size-limit", "much"],
         ["merge", "x", "--verify", "hardly"],
-        ["plan", "x", "y"],
+        ["check", "x", "y"],
         ["plan", "x", "--format", "raw"],
     ],
 )

@@ -372,8 +372,15 @@ def volume(
 class TestLogicalVolume:
     def test_what_it_is(self, volume: LvmVolume) -> None:
         assert volume.facts() == VolumeFacts(
-            volume.path, VolumeKind.LVM, 3 * EXTENT, 8 * EXTENT, None, EXTENT
+            volume.path,
+            VolumeKind.LVM,
+            3 * EXTENT,
+            8 * EXTENT,
+            None,
+            EXTENT,
+            volume.facts().pool,
         )
+        assert volume.facts().pool.startswith("volume group ")
 
     def test_growing(self, volume: LvmVolume, fake_lvm: FakeLvm) -> None:
         required = 4 * EXTENT + 1

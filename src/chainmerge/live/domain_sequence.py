@@ -148,13 +148,15 @@ def _drive(drive: DomainDrive) -> None:
 def _merge(drive: DomainDrive) -> None:
     if drive.journal.state is LiveState.UNDOING:
         raise drive.failed("it had been given up by an earlier run")
-    if drive.journal.state is LiveState.PREPARING:
+    begun = drive.journal.state is not LiveState.PREPARING
+    if not begun:
         _prune(drive)
         drive.enter(LiveState.COPYING)
     while not drive.place().merged:
         # The chain is what counts: an earlier run may have come further than the domain did.
         drive.enter(LiveState.COPYING)
-        _copy(drive)
+        _copy(drive, begun=begun)
+        begun = True
         if drive.journal.is_active and not drive.place().merged:
             _switch(drive)
     drive.enter(LiveState.SETTLING)
@@ -181,14 +183,19 @@ def _prune(drive: DomainDrive) -> None:
             drive.disk.remove_everywhere(name)
 
 
-def _copy(drive: DomainDrive) -> None:
-    """Have libvirt copy until nothing is left, or the chain is merged."""
+def _copy(drive: DomainDrive, *, begun: bool) -> None:
+    """Have libvirt copy until nothing is left, or the chain is merged.
+
+    Args:
+        drive: The merge.
+        begun: Whether a job may have been started before, and ended in the meantime.
+    """
     drive.announce(Stage.COPY)
     extensions: int | None = None
     while not drive.place().merged:
         job = drive.disk.block_job()
         if job is None:
-            if extensions is not None and _is_merged_soon(drive):
+            if begun and _is_merged_soon(drive):
                 return
             # Where it ends early, as for want of space, it can go on from where it was; but only
             # if there is more space now than when it began.
@@ -197,6 +204,7 @@ def _copy(drive: DomainDrive) -> None:
                 raise drive.failed("libvirt's block commit ended early (see its log and QEMU's)")
             extensions = now
             _start(drive)
+            begun = True
             continue
         if job.kind is DomainJobKind.OTHER:
             raise drive.failed("another block job runs on this disk")
