@@ -17,7 +17,7 @@ from chainmerge.live.errors import NothingUnfinished
 from chainmerge.options import LiveOptions
 from tests.conftest import SOAK
 from tests.live.test_deaths import assert_merged_cold
-from tests.support.cli import environment
+from tests.support.cli import chainmerge, environment
 from tests.support.domain_vm import TestDomain, let_die, running_domain
 from tests.support.libvirtd import libvirtd
 from tests.support.live_scenario import (
@@ -189,3 +189,22 @@ def test_an_incremental_backup_by_libvirt_after_a_merge(
         vm.quit()
     restored = vm.restored(tmp_path / "full.qcow2", tmp_path / "increment.qcow2")
     assert restored == guest.applied_to(bytes(64 << 20))
+
+
+def test_the_commands(tmp_path: Path, uri: str) -> None:
+    scenario = build(tmp_path / "chain", 9, levels=1, active=True)
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        planned = chainmerge("live", "plan", *vm.arguments, scenario.top)
+        assert planned.status == ExitCode.DONE, planned
+        assert "stale-0" in planned.out
+        merged = chainmerge("live", "merge", "--delete", *vm.arguments, scenario.top)
+        assert merged.status == ExitCode.DONE, merged
+        assert f"the guest reads and writes {scenario.base}, as libvirt says" in merged.out
+        assert "2 kept, 3 stale ones removed from the chain" in merged.out
+        assert chainmerge("live", "status", *vm.arguments).status == ExitCode.DONE
+        nothing = chainmerge("live", "resume", *vm.arguments)
+        assert nothing.status == ExitCode.REFUSED, nothing
+        other = chainmerge("live", "status", "--domain", "none", *vm.arguments[2:])
+        assert other.status == ExitCode.USAGE
+        assert vm.name in other.err
+        vm.quit()
