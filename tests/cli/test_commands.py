@@ -116,7 +116,9 @@ def test_an_interrupted_merge_is_finished_by_the_same_command(
 ) -> None:
     base, top = chain
     expected = qemu.content(top)
-    command = [*COMMAND, "merge", "--json", "--bandwidth", "256K", str(top)]
+    # A shell lets its background jobs, and all that they start, ignore SIGINT.
+    listening = ("env", "--default-signal=INT")
+    command = [*listening, *COMMAND, "merge", "--json", "--bandwidth", "256K", str(top)]
     # A session of its own is what a terminal's Ctrl-C would reach as a whole.
     with subprocess.Popen(
         command,
