@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from chainmerge.errors import ChainmergeError, Interrupted
-from chainmerge.live.convergence import Convergence, Remedy
+from chainmerge.live.convergence import Remedy
 from chainmerge.live.domain import DomainDisk, DomainJob, DomainJobKind
 from chainmerge.live.domain_settling import settle_in_domain
+from chainmerge.live.driving import Driven, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
@@ -36,15 +36,11 @@ from chainmerge.live.sequence import lost
 from chainmerge.live.settling import Settled, forget
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live_journal import (
-    LiveJournal,
     LiveState,
-    SavedLimits,
     data_changed,
-    enter,
     save_live_journal,
 )
 from chainmerge.merge_job import volume_at
-from chainmerge.options import LiveOptions
 from chainmerge.types import ProgressEvent, Stage
 
 SECONDS_BETWEEN_LOOKS: Final = 0.25
@@ -54,54 +50,11 @@ _SECONDS_BETWEEN_SHORT_LOOKS: Final = 0.02
 _LOOKS_FOR_THE_CHAIN: Final = 40
 
 
-@dataclass(slots=True)
-class DomainDrive:
-    """A merge in a domain that is being driven by this process.
-
-    Attributes:
-        disk: The domain's disk.
-        journal: As it is on disk.
-        options: How to merge.
-        report: Told of progress.
-        should_stop: Asked whether to stop.
-        copied: Guest bytes that were copied.
-        extensions: How often the volume was extended while data was copied.
-        held_seconds: How long the guest was suspended.
-        warnings: What the user should know, a sentence each.
-    """
+@dataclass(slots=True, kw_only=True)
+class DomainDrive(Driven):
+    """A merge that is driven through libvirt."""
 
     disk: DomainDisk
-    journal: LiveJournal
-    options: LiveOptions
-    report: Callable[[ProgressEvent], None]
-    should_stop: Callable[[], bool]
-    convergence: Convergence
-    headroom: Headroom | None = None
-    copied: int = 0
-    extensions: int = 0
-    held_seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-    announced: set[Stage] = field(default_factory=set)
-
-    def announce(self, stage: Stage) -> None:
-        """Report that a stage begins, the first time."""
-        if stage not in self.announced:
-            self.announced.add(stage)
-            self.report(ProgressEvent(stage))
-
-    @property
-    def base(self) -> str:
-        """Base's path."""
-        return self.journal.base.path
-
-    @property
-    def top(self) -> str:
-        """Top's path."""
-        return self.journal.top.path
-
-    def enter(self, state: LiveState) -> None:
-        """Record that what *state* names begins."""
-        self.journal = enter(self.journal, state)
 
     def place(self) -> Place:
         """Where the images stand now."""
@@ -259,20 +212,9 @@ def _converge(drive: DomainDrive, job: JobState) -> None:
             seconds = drive.convergence.seconds
             raise LiveMergeStalled(drive.base, drive.top, remaining, seconds)
         case Remedy.THROTTLE:
-            _throttle(drive)
+            slow_disk_down(drive, drive.disk)
         case Remedy.NOTHING:
             pass
-
-
-def _throttle(drive: DomainDrive) -> None:
-    """Slow the guest's disk down; what it was limited to before is recorded first."""
-    limit = drive.convergence.limit
-    assert limit is not None
-    now = drive.disk.disk_limits()
-    if drive.journal.limits is None:
-        _note(drive, limits=SavedLimits(dict(now.limits), now.group))
-    slower = {**now.limits, "bps_wr": limit, "bps": 0, "bps_max": 0, "bps_wr_max": 0}
-    drive.disk.limit_disk(DiskLimits(slower, now.group))
 
 
 def _unthrottle(drive: DomainDrive) -> None:

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.errors import ChainmergeError
+    from chainmerge.live.driving import Driven
     from chainmerge.live.settling import Settled
 
 
@@ -348,7 +349,7 @@ def _drive_domain(
     return _report(drive, carry_on_in_domain(drive), caller, plan_done)
 
 
-def _copied(drive: Drive | DomainDrive, plan_done: MergePlan | None) -> int:
+def _copied(drive: Driven, plan_done: MergePlan | None) -> int:
     """Guest bytes that went into base. The job of an internal merge counts what it passes over."""
     if drive.journal.is_active or plan_done is None:
         return drive.copied
@@ -379,7 +380,7 @@ def _done_before(vm: LiveDisk, base: Path, caller: _Caller) -> MergeReport:
 
 
 def _report(
-    drive: Drive | DomainDrive,
+    drive: Driven,
     settled: Settled,
     caller: _Caller,
     plan_done: MergePlan | None,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +18,8 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.bitmaps import silence_actions, switch_actions, undo_actions, window_actions
-from chainmerge.live.convergence import Convergence, Remedy
+from chainmerge.live.convergence import Remedy
+from chainmerge.live.driving import Driven, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
@@ -36,14 +36,11 @@ from chainmerge.live.steps import Situation, Step, next_step
 from chainmerge.live_journal import (
     LiveJournal,
     LiveState,
-    SavedLimits,
     data_changed,
-    enter,
     save_live_journal,
 )
 from chainmerge.live_leftovers import LivePivotUnclear
 from chainmerge.merge_job import volume_at
-from chainmerge.options import LiveOptions
 from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:
@@ -55,53 +52,14 @@ SECONDS_BETWEEN_LOOKS: Final = 0.25
 _ENOUGH_LOOKS: Final = 40
 
 
-@dataclass(slots=True)
-class Drive:
-    """A live merge that is being driven by this process.
-
-    Attributes:
-        vm: The VM.
-        journal: As it is on disk.
-        options: How to merge.
-        report: Told of progress.
-        should_stop: Asked whether to stop.
-    """
+@dataclass(slots=True, kw_only=True)
+class Drive(Driven):
+    """A live merge that is driven over the VM's monitor."""
 
     vm: LiveVm
-    journal: LiveJournal
-    options: LiveOptions
-    report: Callable[[ProgressEvent], None]
-    should_stop: Callable[[], bool]
-    convergence: Convergence
-    headroom: Headroom | None = None
     failure: ChainmergeError | None = None
-    copied: int = 0
-    extensions: int = 0
-    held_seconds: float = 0.0
     stuck_at: int | None = None
     completing: bool = False
-    announced: set[Stage] = field(default_factory=set)
-    warnings: list[str] = field(default_factory=list)
-
-    def announce(self, stage: Stage) -> None:
-        """Report that a stage begins, the first time."""
-        if stage not in self.announced:
-            self.announced.add(stage)
-            self.report(ProgressEvent(stage))
-
-    @property
-    def top(self) -> str:
-        """Top's path."""
-        return self.journal.top.path
-
-    @property
-    def base(self) -> str:
-        """Base's path."""
-        return self.journal.base.path
-
-    def enter(self, state: LiveState) -> None:
-        """Record that what *state* names begins."""
-        self.journal = enter(self.journal, state)
 
 
 def carry_on(drive: Drive) -> Settled:
@@ -240,17 +198,8 @@ def _converge(drive: Drive, job: JobState) -> None:
 
 
 def _throttle(drive: Drive) -> None:
-    """Slow the guest's disk down; what it was limited to before is recorded first."""
-    limit = drive.convergence.limit
-    assert limit is not None
     try:
-        now = drive.vm.disk_limits()
-        if drive.journal.limits is None:
-            saved = SavedLimits(dict(now.limits), now.group)
-            drive.journal = msgspec.structs.replace(drive.journal, limits=saved)
-            save_live_journal(drive.journal)
-        slower = {**now.limits, "bps_wr": limit, "bps": 0, "bps_max": 0, "bps_wr_max": 0}
-        drive.vm.limit_disk(DiskLimits(slower, now.group))
+        slow_disk_down(drive, drive.vm)
     except VmRefused as refused:
         _give_up(drive, _failed(drive, f"the guest cannot be slowed down: {refused.reason}"))
 
