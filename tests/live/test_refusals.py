@@ -300,7 +300,7 @@ def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(
             raise WriteFailed(str(scenario.base), 0, 0, "No space left on device")
         return enter(journal, state)
 
-    monkeypatch.setattr("chainmerge.live.sequence.enter", full_at_the_switch)
+    monkeypatch.setattr("chainmerge.live.driving.enter", full_at_the_switch)
     with running_vm(tmp_path / "vm", scenario.images) as vm:
         with Guest(vm, 8, DISK) as guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
             with pytest.raises(WriteFailed):
