@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chainmerge import view
@@ -107,6 +107,7 @@ def test_a_chain_reads_as_qemu_reads_it(plans: list[ImagePlan], data: st.DataObj
         assert_well_formed(list(chain.resolve(start, start + length)), start, start + length, 5)
 
 
+@settings(max_examples=15)
 @given(plans=chain_plans(), small=st.data())
 def test_small_portions_make_no_difference(plans: list[ImagePlan], small: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:

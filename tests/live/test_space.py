@@ -140,7 +140,7 @@ def test_a_volume_grows_ahead_of_a_guest_that_writes(
         with running_vm(tmp_path / "vm", (device, top)) as vm:
             guest = BusyGuest(vm, 64 * MIB, 80 * MIB)
             with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
-                options = LiveOptions(volume="lvm", bandwidth=8 * MIB)
+                options = LiveOptions(volume="lvm", bandwidth=16 * MIB)
                 report = live.merge(
                     disk, top, access=DEVICES, options=options, on_progress=guest.on_progress
                 )
@@ -169,7 +169,7 @@ def test_a_full_volume_undoes_the_merge_and_the_guest_goes_on(tmp_path: Path) ->
         with running_vm(tmp_path / "vm", (device, top)) as vm:
             guest = BusyGuest(vm, 64 * MIB, 48 * MIB)
             with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
-                options = LiveOptions(bandwidth=4 * MIB)
+                options = LiveOptions(bandwidth=8 * MIB)
                 with pytest.raises(LiveMergeFailed, match="48"):
                     live.merge(
                         disk, top, access=DEVICES, options=options, on_progress=guest.on_progress

@@ -69,6 +69,7 @@ def test_hundreds_of_random_merges_on_devices_of_the_exact_size(case: MergeCase)
     assert_does_what_it_should(case)
 
 
+@settings(max_examples=12)
 @given(merge_cases("qemu"))
 def test_random_merges_by_qemu(case: MergeCase) -> None:
     assert_does_what_it_should(case)

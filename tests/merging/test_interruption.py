@@ -192,7 +192,7 @@ ENGINES: tuple[EngineChoice, ...] = ("native", "qemu")
 def test_killed_at_random_moments(
     scenario_template: Scenario, tmp_path: Path, engine: EngineChoice
 ) -> None:
-    _kill_at_random_moments(replace(scenario_template, engine=engine), tmp_path, kills=8)
+    _kill_at_random_moments(replace(scenario_template, engine=engine), tmp_path, kills=5)
 
 
 @pytest.mark.soak
