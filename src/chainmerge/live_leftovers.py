@@ -37,7 +37,7 @@ from chainmerge.live_journal import (
 )
 from chainmerge.qcow2.check import check
 from chainmerge.results import bitmap_results
-from chainmerge.settle import delete_recorded
+from chainmerge.settle import delete_recorded, require_no_users
 from chainmerge.storage.files import WritablePort
 from chainmerge.types import REPORT_VERSION, MergeOutcome, MergeReport, Stage
 from chainmerge.verify import verify_soundness
@@ -141,7 +141,7 @@ def pivot_to_finish(
 ) -> Callable[[], MergeReport] | None:
     """What finishes an active merge that took effect; None where there is none to finish.
 
-    Raises LivePivotUnclear.
+    Raises LivePivotUnclear, LeftoverInUse.
     """
     journal = journal_of(target)
     if journal is None or not journal.took_effect or not journal.is_active:
@@ -151,6 +151,9 @@ def pivot_to_finish(
         return None
     if not _base_is_right(request, journal, target, opened):
         return None
+    if request.options.delete or journal.delete:
+        overlays = [Path(one.path) for one in journal.overlays]
+        require_no_users(str(target.base.path), overlays, request.access)
     return partial(_finish, request, journal, target, opened)
 
 

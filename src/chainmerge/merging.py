@@ -89,6 +89,7 @@ from chainmerge.settle import (
     delete_superseded,
     finished_before,
     give_back,
+    require_unused,
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
@@ -265,6 +266,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     """
     record = load_merged_record(request.top)
     if record is not None and finished_before(record, request.top, request.base, request.options):
+        require_unused(record, request.access, request.options)
         return Prepared(Path(record.base), None, {}, partial(_report_finished, request, record))
     require_clear(request, record)
     request.announce(Stage.LOCK)

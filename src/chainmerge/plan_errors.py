@@ -359,3 +359,25 @@ class DoomedInUse(Refused):
     )
     doomed: str
     others: str
+
+
+@dataclass(eq=False)
+class LeftoverInUse(Refused):
+    """An image that only has to be deleted is the backing file of others by now."""
+
+    code: ClassVar[str] = "leftover-in-use"
+    template: ClassVar[str] = (
+        "the merge into {base} is done, but {doomed} cannot be deleted: {others} stands on it"
+    )
+    hint: ClassVar[str] = (
+        "delete {others} or give it another backing file, then run the same command again; or "
+        "leave {doomed} where it is"
+    )
+    explanation: ClassVar[str] = (
+        "All of the image's data is in base, and all that was left to do is to delete it. But "
+        "somebody has made an overlay on it since, which could not be read without it. Nothing "
+        "was changed."
+    )
+    base: str
+    doomed: str
+    others: str

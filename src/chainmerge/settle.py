@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.chain import ImageInfo, open_for_writing
+from chainmerge.chain import ImageInfo, find_users, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.journal import (
@@ -33,15 +33,17 @@ from chainmerge.journal import (
 from chainmerge.live_journal import data_changed
 from chainmerge.merge_job import volume_at
 from chainmerge.merge_journal import Journal, JournalledRepoint, JournalState, enter
+from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import MergeFacts, MergePlan, Repoint
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
+from chainmerge.storage.locks import LockMode, contentions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.options import MergeOptions
+    from chainmerge.options import Access, MergeOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,16 +177,45 @@ def rename_base(base: ImageInfo, top: ImageInfo) -> None:
         fsync_directory(base.real_path.parent)
 
 
+def require_unused(record: MergedRecord, access: Access, options: MergeOptions) -> None:
+    """Make sure that nobody has come to need what *record* says is to be deleted.
+
+    Raises:
+        LeftoverInUse: an overlay stands on it.
+        ImageLocked: somebody has it open.
+        Refused: what :func:`chainmerge.chain.find_users` raises.
+    """
+    doomed = list(record.delete)
+    if options.delete and record.superseded is not None:
+        doomed += record.superseded.images
+    paths = [Path(one.path) for one in doomed if _is_still(one)]
+    if not paths:
+        return
+    require_no_users(record.base, paths, access)
+    for refusal in contentions((path, LockMode.WRITER) for path in paths):
+        raise refusal
+
+
+def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
+    """Raise LeftoverInUse where an image outside of *doomed* stands on one of them."""
+    users = find_users(doomed, [Path(place) for place in access.search])
+    if users:
+        raise LeftoverInUse(base, ", ".join(map(str, doomed)), ", ".join(map(str, users)))
+
+
+def _is_still(doomed: DoomedImage) -> bool:
+    try:
+        return same_image(identify(Path(doomed.path)), doomed.identity)
+    except FileNotFoundError:
+        return False
+
+
 def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
     """Delete the images that a record names, each only if it is still the same file."""
     deleted = []
     for doomed in record.delete:
-        path = Path(doomed.path)
-        try:
-            is_same = same_image(identify(path), doomed.identity)
-        except FileNotFoundError:
-            continue
-        if is_same:
+        if _is_still(doomed):
+            path = Path(doomed.path)
             path.unlink()
             fsync_directory(path.parent)
             deleted.append(doomed.path)

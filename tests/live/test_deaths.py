@@ -19,6 +19,9 @@ from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.live.errors import NothingUnfinished, VmLost
 from chainmerge.live_leftovers import LivePivotUnclear
 from chainmerge.options import Access, LiveOptions, MergeOptions
+from chainmerge.plan_errors import LeftoverInUse
+from chainmerge.storage.errors import ImageLocked
+from chainmerge.storage.locks import LockMode, lock_image
 from tests.conftest import SOAK
 from tests.support.cli import environment
 from tests.support.dying import DyingVm, Moment
@@ -32,7 +35,7 @@ from tests.support.live_scenario import (
     stored_bits,
 )
 from tests.support.live_vm import DEVICE, Guest, LiveTestVm, running_vm
-from tests.support.qemu import assert_clean, check, content, qemu_img, qemu_io
+from tests.support.qemu import assert_clean, check, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,6 +211,29 @@ def test_nothing_is_merged_again_from_what_a_live_merge_has_left(tmp_path: Path,
     report = chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
     assert set(report.deleted) == {str(path) for path in scenario.merged}
     assert_closed_right(scenario, guest)
+
+
+def test_what_is_left_stays_where_it_is_needed_by_now(tmp_path: Path) -> None:
+    scenario, guest = left_by_a_live_merge(tmp_path, "active")
+    clone = create(scenario.top.with_name("clone.qcow2"), backing=scenario.top.name)
+    wanted = content(clone)
+    with pytest.raises(LeftoverInUse, match="clone"):
+        chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    assert content(clone) == wanted
+    clone.unlink()
+    with lock_image(scenario.top, LockMode.READER, 0), pytest.raises(ImageLocked):
+        chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    report = chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    assert set(report.deleted) == {str(path) for path in scenario.merged}
+    assert_closed_right(scenario, guest)
+
+
+def test_what_is_left_is_not_needed_by_who_stands_on_base(tmp_path: Path) -> None:
+    scenario, _guest = left_by_a_live_merge(tmp_path, "active")
+    clone = create(scenario.base.with_name("clone.qcow2"), backing=scenario.base.name)
+    chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
+    assert not scenario.top.exists()
+    assert content(clone) == content(scenario.base)
 
 
 def test_what_was_written_to_since_is_not_merged_unasked(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from chainmerge import by_native, merge_journal, merging, resuming, settle
 from chainmerge.errors import Interrupted
 from chainmerge.journal import saved_bitmaps_file
 from chainmerge.merge_journal import JournalState, journal_file, load_journal
-from chainmerge.options import MergeOptions
+from chainmerge.options import Access, MergeOptions
+from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import EngineName
 from chainmerge.types import MergeOutcome, MergeReport, ProgressEvent, Stage, UnfinishedMerge
 from chainmerge.unfinished import UNKNOWN
@@ -278,6 +279,28 @@ def test_killed_after_the_switch(
     assert _outcome(images, options) == outcomes[levels, name]
     assert not _small_files(images, ("journal", "saved"))
     assert not _unfinished(images.directory)
+
+
+@pytest.mark.parametrize("place", ["beside it", "elsewhere"])
+def test_an_image_that_is_left_to_be_deleted_got_an_overlay(
+    templates: dict[int, Images], tmp_path: Path, place: str
+) -> None:
+    images = _copy(templates[2], tmp_path / "it")
+    options = MergeOptions(delete=True)
+    _killed(images, options, AFTER_SWITCH["deleted one"])
+    left = images.directory / "mid.qcow2"
+    assert not images.top.exists()
+    directory = tmp_path / place
+    directory.mkdir()
+    overlay = create(directory / "new.qcow2", backing=left)
+    if place == "beside it":
+        overlay = overlay.rename(images.directory / overlay.name)
+    access = Access(search=(str(directory),))
+    with pytest.raises(LeftoverInUse, match=r"mid\.qcow2.*new\.qcow2"):
+        images.merge(options, access=access)
+    assert left.exists()
+    overlay.unlink()
+    assert images.merge(options, access=access).deleted == (str(left),)
 
 
 @pytest.mark.parametrize(("levels", "name", "point"), POINTS)

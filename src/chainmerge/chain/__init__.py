@@ -4,7 +4,7 @@
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
 from chainmerge.chain.reading import open_for_writing, open_image
-from chainmerge.chain.relatives import ImageAbove, Relatives, find_relatives
+from chainmerge.chain.relatives import ImageAbove, Relatives, find_relatives, find_users
 
 __all__ = [
     "Chain",
@@ -16,6 +16,7 @@ __all__ = [
     "Relatives",
     "discover",
     "find_relatives",
+    "find_users",
     "identity_of",
     "open_for_writing",
     "open_image",

@@ -126,9 +126,34 @@ def find_relatives(
     survey = _Survey(frozenset(image.identity for image in chain.images))
     if active is not None:
         survey.add_line(_line_to_top(chain, active, policy or ChainPolicy()))
-    for path in _files([*_directories(chain), *search], max_files):
+    images = [image.path for image in chain.images]
+    for path in _files([*_directories(images), *search], max_files):
         survey.look_at(path)
     return _judge(chain, base_index, survey)
+
+
+def find_users(
+    images: Sequence[Path], search: Sequence[Path] = (), *, max_files: int = MAX_FILES
+) -> tuple[Path, ...]:
+    """Find the other images whose backing file is one of *images*, whatever their chains are.
+
+    Args:
+        images: images that exist.
+        search: as in :func:`find_relatives`, and so is *max_files*.
+        max_files: see there.
+
+    Returns:
+        Their paths, in order.
+
+    Raises:
+        SearchPathUnusable, TooManyFiles
+    """
+    identities = [identity for path in images if (identity := identity_at(path)) is not None]
+    survey = _Survey(frozenset(identities))
+    for path in _files([*_directories(images), *search], max_files):
+        survey.look_at(path)
+    users = {path for identity in identities for _, path in survey.users_of(identity)}
+    return tuple(sorted(users))
 
 
 def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageInfo]:
@@ -143,13 +168,8 @@ def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageI
     raise ActiveElsewhere(str(active), str(chain.top.path))
 
 
-def _directories(chain: Chain) -> list[Path]:
-    places = {
-        place.parent
-        for image in chain.images
-        for place in (reached(image.path), settled(image.path))
-    }
-    return sorted(places)
+def _directories(images: Iterable[Path]) -> list[Path]:
+    return sorted({place.parent for path in images for place in (reached(path), settled(path))})
 
 
 def _files(places: Iterable[Path], limit: int) -> Iterator[Path]:
