@@ -24,8 +24,7 @@ from chainmerge.journal import (
 )
 from chainmerge.merge_journal import SUFFIX, Journal, forget_journal, read_journal
 from chainmerge.options import MergeOptions, Placement
-from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.files import FileReadable
+from chainmerge.settle import stands_on
 from chainmerge.unfinished import status
 
 if TYPE_CHECKING:
@@ -171,16 +170,11 @@ def _of_record(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
         sentence = f"a merge of {top} into {base} was interrupted: {unfinished.progress}"
         return InterruptedMerge(base, top, base, Ending.FINISH, options, sentence)
     options = MergeOptions(direction="pull", delete=delete)
-    done = _backing_name(top) == record.pulled.backing
+    done = stands_on(top, record.pulled.backing)
     how_far = "all of it is there; merged images are left" if done else "nothing had taken effect"
     sentence = f"a pull from {base} up into {top} was interrupted: {how_far}"
     ending = Ending.FINISH if done else Ending.UNDO
     return InterruptedMerge(base, top, top, ending, options, sentence)
-
-
-def _backing_name(image: Path) -> str | None:
-    with FileReadable(image) as readable:
-        return Qcow2Image(readable).header.backing_name
 
 
 def _is_there(identity: ImageIdentity) -> bool:

@@ -239,7 +239,7 @@ def finished_before(
         return False
     if record.pulled is not None:
         read_anew(record.result)
-        return _stands_on(Path(record.result), record.pulled.backing)
+        return stands_on(Path(record.result), record.pulled.backing)
     if record.superseded is not None:
         return _is_superseded(record.superseded, top)
     if record.keep_name:
@@ -269,7 +269,7 @@ def _may_pull(options: MergeOptions) -> bool:
     return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
 
 
-def _stands_on(image: Path, backing: str | None) -> bool:
+def stands_on(image: Path, backing: str | None) -> bool:
     """Whether the image's header names *backing* as its backing file."""
     with FileReadable(image) as readable:
         return Qcow2Image(readable).header.backing_name == backing

@@ -18,6 +18,7 @@ from chainmerge.disks_journal import SUFFIX as DISKS_SUFFIX
 from chainmerge.disks_journal import read_entry
 from chainmerge.errors import ChainmergeError
 from chainmerge.journal import (
+    Pulled,
     identify,
     read_merged_record,
     read_saved_bitmaps,
@@ -34,6 +35,8 @@ from chainmerge.merge_journal import (
     first_sector_of,
     read_journal,
 )
+from chainmerge.options import Direction
+from chainmerge.settle import stands_on
 from chainmerge.storage.locks import LockMode, contentions
 from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
 
@@ -296,19 +299,36 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
     if not (left or unnamed):
         # The record of a merge that came to its end stays: the same command finds it.
         return None
-    words = "base has yet to be given the name of top" if unnamed else "merged images are left"
     asked = Asked(bool(record.delete), record.keep_name, shrink=False, discard=False)
+    command = command_for(record.base, record.top, asked)
+    if record.pulled is not None:
+        holds, progress = False, _how_far_pulled(Path(record.result), record.pulled)
+        command = command_for(record.base, record.top, asked, Direction.PULL)
+    else:
+        words = "base has yet to be given the name of top" if unnamed else "merged images are left"
+        holds = _is_there(record.result, record.result_identity) or unnamed
+        progress = f"{_HOLDS}; {words}"
     return UnfinishedMerge(
         base=record.base,
         top=record.top,
         state=UNKNOWN,
-        progress=f"{_HOLDS}; {words}",
-        base_holds_data=_is_there(record.result, record.result_identity) or unnamed,
+        progress=progress,
+        base_holds_data=holds,
         base_is_locked=False,
-        command=command_for(record.base, record.top, asked),
+        command=command,
         files=(str(file),),
         warnings=(),
     )
+
+
+def _how_far_pulled(top: Path, pulled: Pulled) -> str:
+    try:
+        switched = stands_on(top, pulled.backing)
+    except ChainmergeError as error:
+        return f"data was being pulled into top, which cannot be read: {error.sentence}"
+    if switched:
+        return "top holds everything, verified; merged images are left"
+    return "data was being pulled into top, beside what top holds"
 
 
 def _of_disk(file: Path) -> UnfinishedMerge | None:
@@ -354,10 +374,12 @@ def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     )
 
 
-def command_for(base: str, top: str, asked: Asked) -> str:
+def command_for(base: str, top: str, asked: Asked, direction: Direction = Direction.COMMIT) -> str:
     """What does a merge, or finishes it, as one types it into a shell."""
     options = ("delete", "keep-name", "shrink", "discard")
     flags = [f"--{name}" for name in options if getattr(asked, name.replace("-", "_"))]
+    if direction is Direction.PULL:
+        flags[:0] = ["--direction", "pull"]
     return shlex.join(["chainmerge", "merge", *flags, "--base", base, "--", top])
 
 

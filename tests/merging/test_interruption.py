@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -26,8 +29,9 @@ from tests.support.qemu import assert_clean, bitmap_names, content, create, info
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+# The package has a function of that name.
+native_commit = importlib.import_module("chainmerge.engines.native.commit")
 NATIVE_STAGES = (Stage.LOCK, Stage.PLAN, Stage.COPY, Stage.VERIFY, Stage.SETTLE)
 QEMU_STAGES = (
     Stage.LOCK,
@@ -222,6 +226,37 @@ def test_a_cancelled_merge_does_not_leave_a_larger_file(scenario: Scenario) -> N
     after = scenario.base.stat()
     assert after.st_size == before.st_size
     assert after.st_blocks <= before.st_blocks
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_the_status_of_a_pull_and_its_command(scenario: Scenario, switched: bool) -> None:
+    options = MergeOptions(direction="pull", delete=True)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if switched:
+                    patch.setattr(Path, "unlink", _die)
+                else:
+                    patch.setattr(native_commit, "_switch", _die)
+                chainmerge.merge(scenario.top, options=options)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    (found,) = chainmerge.status([scenario.directory]).merges
+    assert found.progress.startswith("top holds everything" if switched else "data was being")
+    assert found.base_holds_data is False
+    assert found.command is not None
+    argv = shlex.split(found.command)
+    subprocess.run([sys.executable, "-m", *argv], check=True, stdout=subprocess.DEVNULL)
+    assert not scenario.base.exists()
+    assert content(scenario.top) == scenario.expected_content
+    assert chainmerge.status([scenario.directory]).merges == ()
+
+
+def _die(*_args: object, **_more: object) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def test_finished_merge_says_so(scenario: Scenario) -> None:

@@ -22,7 +22,7 @@ from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.convergence import Remedy
 from chainmerge.live.domain import DomainDisk, DomainJob, DomainJobKind
 from chainmerge.live.domain_settling import settle_in_domain
-from chainmerge.live.driving import Driven, slow_disk_down
+from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
@@ -31,7 +31,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.headroom import Headroom
-from chainmerge.live.port import DiskLimits, JobPhase, JobState
+from chainmerge.live.port import JobPhase, JobState
 from chainmerge.live.sequence import lost
 from chainmerge.live.settling import Settled, forget
 from chainmerge.live.situation import Place, place_of
@@ -93,7 +93,7 @@ def _drive(drive: DomainDrive) -> None:
             raise drive.failed(failure.reason) from failure
         raise
     _let_guest_run(drive)
-    _unthrottle(drive)
+    let_disk_go(drive, drive.disk)
     if drive.headroom is not None:
         drive.extensions = drive.headroom.extensions
 
@@ -124,7 +124,7 @@ def _give_up(drive: DomainDrive) -> None:
         with contextlib.suppress(VmRefused):
             drive.disk.cancel()
     _let_guest_run(drive)
-    _unthrottle(drive)
+    let_disk_go(drive, drive.disk)
     forget(drive.journal, keep_saved=False)
 
 
@@ -215,13 +215,6 @@ def _converge(drive: DomainDrive, job: JobState) -> None:
             slow_disk_down(drive, drive.disk)
         case Remedy.NOTHING:
             pass
-
-
-def _unthrottle(drive: DomainDrive) -> None:
-    saved = drive.journal.limits
-    if saved is not None:
-        drive.disk.limit_disk(DiskLimits(saved.limits, saved.group))
-        _note(drive, limits=None)
 
 
 def _switch(drive: DomainDrive) -> None:

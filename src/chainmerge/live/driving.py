@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 
 from chainmerge.live.convergence import Convergence
+from chainmerge.live.errors import VmRefused
 from chainmerge.live.headroom import Headroom
 from chainmerge.live.port import DiskLimits
 from chainmerge.live_journal import (
@@ -95,3 +96,19 @@ def slow_disk_down(drive: Driven, disk: LimitedDisk) -> None:
         save_live_journal(drive.journal)
     slower = {**now.limits, "bps_wr": limit, "bps": 0, "bps_max": 0, "bps_wr_max": 0}
     disk.limit_disk(DiskLimits(slower, now.group))
+
+
+def let_disk_go(drive: Driven, disk: LimitedDisk) -> None:
+    """Put back what :func:`slow_disk_down` has recorded, or warn that this cannot be done."""
+    saved = drive.journal.limits
+    if saved is None:
+        return
+    try:
+        disk.limit_disk(DiskLimits(saved.limits, saved.group))
+    except VmRefused as refused:
+        drive.warnings.append(
+            f"the guest's disk may still be slowed down, as its limits could not be set to what "
+            f"they were: {refused.reason}"
+        )
+    drive.journal = msgspec.structs.replace(drive.journal, limits=None)
+    save_live_journal(drive.journal)

@@ -19,7 +19,7 @@ import msgspec
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.bitmaps import silence_actions, switch_actions, undo_actions, window_actions
 from chainmerge.live.convergence import Remedy
-from chainmerge.live.driving import Driven, slow_disk_down
+from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
@@ -29,7 +29,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.headroom import Headroom
-from chainmerge.live.port import CommitOrder, DiskLimits, InspectedVm, JobPhase, LiveVm
+from chainmerge.live.port import CommitOrder, InspectedVm, JobPhase, LiveVm
 from chainmerge.live.settling import Settled, close_merged, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
@@ -204,21 +204,6 @@ def _throttle(drive: Drive) -> None:
         _give_up(drive, _failed(drive, f"the guest cannot be slowed down: {refused.reason}"))
 
 
-def _unthrottle(drive: Drive) -> None:
-    saved = drive.journal.limits
-    if saved is None:
-        return
-    try:
-        drive.vm.limit_disk(DiskLimits(saved.limits, saved.group))
-    except VmRefused as refused:
-        drive.warnings.append(
-            f"the guest's disk may still be slowed down, as its limits could not be set to what "
-            f"they were: {refused.reason}"
-        )
-    drive.journal = msgspec.structs.replace(drive.journal, limits=None)
-    save_live_journal(drive.journal)
-
-
 def _make_room(drive: Drive) -> None:
     """The volume is full: extend it, or find out that what was freed since is enough."""
     job = drive.vm.job(drive.journal.job)
@@ -321,7 +306,7 @@ def _restore(drive: Drive) -> None:
         raise LivePivotUnclear(drive.top, drive.base)
     failure = drive.failure or _failed(drive, "the job was cancelled, or the VM started anew")
     drive.enter(LiveState.UNDOING)
-    _unthrottle(drive)
+    let_disk_go(drive, drive.vm)
     base = _place(drive).base
     actions = undo_actions(drive.journal, base)
     if not actions:
@@ -364,7 +349,7 @@ def _reason_of(error: ChainmergeError) -> str:
 
 def _settle(drive: Drive) -> Settled:
     drive.enter(LiveState.SETTLING)
-    _unthrottle(drive)
+    let_disk_go(drive, drive.vm)
     if drive.headroom is not None:
         drive.extensions = drive.headroom.extensions
     drive.warnings += close_merged(drive.vm, drive.journal)
