@@ -146,7 +146,7 @@ def separate_nodes(images: Sequence[Path]) -> list[str]:
     return [
         *options,
         "-device",
-        f"virtio-blk-pci,id={DEVICE},drive=image{len(images) - 1},share-rw=on",
+        f"virtio-blk-pci,id={DEVICE},drive=image{len(images) - 1},serial={DEVICE},share-rw=on",
     ]
 
 

@@ -116,6 +116,7 @@ def booted(
     disks: Sequence[Disk] = (),
     environment: Mapping[str, str] | None = None,
     echo: IO[str] | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[Machine]:
     """A machine that boots and runs *command*; it is ended when the block is left.
 
@@ -124,6 +125,7 @@ def booted(
         disks: of the machine, besides the one it boots from.
         environment: additional variables for the command.
         echo: where the command's output goes as it comes, besides ``Machine.output``.
+        more: arguments for QEMU.
     """
     with (
         tempfile.TemporaryDirectory(prefix="chainmerge-vm-") as scratch,
@@ -139,7 +141,7 @@ def booted(
         status, status_there = socket.socketpair()
         console = directory / "console"
         argv = [
-            *_machine(directory, disks), *share, "-serial", f"file:{console}",
+            *_machine(directory, disks), *share, *more, "-serial", f"file:{console}",
             *_port(1, "rig.output", output_there), *_port(2, "rig.status", status_there),
         ]  # fmt: skip
         with output_there, status_there:
