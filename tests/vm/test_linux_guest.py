@@ -15,10 +15,12 @@ import pytest
 
 import chainmerge
 from chainmerge import live
+from chainmerge.live.monitor import Monitor
 from chainmerge.options import LiveOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
+from chainmerge.types import ProgressEvent, Stage
 from tests.support.live_vm import DEVICE, separate_nodes
 from tests.support.qemu import assert_clean, content, info, qemu_img, run
 from tests.vm.rig import MIB, PROJECT, Machine, booted
@@ -39,8 +41,7 @@ def test_linux_writes_through_a_whole_merge(tmp_path: Path, kind: str, levels: i
     images = build(tmp_path, levels, active=kind == "active")
     before = content(images[0])
     top = images[levels]
-    enough = PROJECT / "build" / "vm" / f"enough-{tmp_path.name}"
-    enough.parent.mkdir(parents=True, exist_ok=True)
+    enough = enough_for(tmp_path)
     with working_machine(images, enough) as (machine, qmp):
         wait_for_work(machine, BEFORE)
         with live.QmpVm(str(qmp), device=DEVICE) as disk:
@@ -53,13 +54,53 @@ def test_linux_writes_through_a_whole_merge(tmp_path: Path, kind: str, levels: i
         enough.touch()
         assert machine.wait(600) == 0, machine.output[-20:]
     assert during > 0
+    assert_right(machine, images, top)
+    if kind == "active":
+        assert_incremental_backup_is_right(before, images[0])
+
+
+def test_linux_is_slowed_down_until_the_copy_catches_up(tmp_path: Path) -> None:
+    images = build(tmp_path, 1, active=True)
+    before = content(images[0])
+    # Linux writes faster than that, so that what remains would never become less.
+    options = LiveOptions(delete=True, bandwidth=MIB, deadline=2.0, on_stall="throttle")
+    enough = enough_for(tmp_path)
+    seen: list[int] = []
+    with working_machine(images, enough) as (machine, qmp):
+        wait_for_work(machine, BEFORE)
+        with live.QmpVm(str(qmp), device=DEVICE) as disk, Monitor(f"{qmp}-of-test") as monitor:
+
+            def look(event: ProgressEvent) -> None:
+                if event.stage is Stage.COPY:
+                    devices = monitor.execute("query-block")
+                    (its,) = (one for one in devices if DEVICE in one["qdev"])
+                    seen.append(its["inserted"]["bps_wr"])
+
+            limits = disk.disk_limits()
+            live.merge(disk, images[1], images[0], options=options, on_progress=look)
+            assert disk.disk_limits() == limits
+        enough.touch()
+        assert machine.wait(600) == 0, machine.output[-20:]
+    assert seen[0] == 0
+    assert 0 < seen[-1] < MIB
+    assert_right(machine, images, images[1])
+    assert_incremental_backup_is_right(before, images[0])
+
+
+def enough_for(directory: Path) -> Path:
+    """What the guest looks for, in a directory that it sees."""
+    enough = PROJECT / "build" / "vm" / f"enough-{directory.name}"
+    enough.parent.mkdir(parents=True, exist_ok=True)
+    return enough
+
+
+def assert_right(machine: Machine, images: Sequence[Path], top: Path) -> None:
+    """All that the guest has said, and what is on disk afterwards."""
     assert machine.output[-1].startswith("right: "), machine.output[-20:]
-    result = images[0] if kind == "active" else images[-1]
-    assert {*tmp_path.glob("*.qcow2")} == {images[0], result}
+    result = images[0] if top == images[-1] else images[-1]
+    assert {*images[0].parent.glob("*.qcow2")} == {images[0], result}
     assert_clean(images[0])
     assert_file_system_is_whole(result)
-    if kind == "active":
-        assert_incremental_backup_is_right(before, result)
 
 
 def build(directory: Path, levels: int, *, active: bool) -> list[Path]:
@@ -108,7 +149,9 @@ def working_machine(images: Sequence[Path], enough: Path) -> Iterator[tuple[Mach
     command = ["python3", "-m", "tests.vm.guest.writing", str(enough)]
     with tempfile.TemporaryDirectory(prefix="chainmerge-vm-") as sockets:
         qmp = Path(sockets) / "qmp"
-        more = [*separate_nodes(images), "-qmp", f"unix:{qmp},server=on,wait=off"]
+        more = [*separate_nodes(images)]
+        for path in (qmp, f"{qmp}-of-test"):
+            more += ["-qmp", f"unix:{path},server=on,wait=off"]
         try:
             with booted(command, environment={"PYTHONPATH": str(PROJECT)}, more=more) as machine:
                 yield machine, qmp
