@@ -38,11 +38,13 @@ def stopped_by_signals() -> Iterator[Callable[[], bool]]:
 
     def note(_number: int, _frame: FrameType | None) -> None:
         nonlocal requested
-        if not requested:
-            # Not through sys.stderr: the signal may have come while that is being written.
-            with suppress(OSError):
-                os.write(2, _NOTICE)
+        if requested:
+            return
+        # First of all: the next signal may come while the notice is being written.
         requested = True
+        # Not through sys.stderr: the signal may have come while that is being written.
+        with suppress(OSError):
+            os.write(2, _NOTICE)
 
     with _handled_by(note):
         yield lambda: requested
