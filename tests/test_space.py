@@ -17,7 +17,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
-from chainmerge.engines.qemu import ImageSpec, commit
+from chainmerge.engines.qemu import commit
+from chainmerge.engines.qemu_nodes import ImageSpec
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check

@@ -7,21 +7,27 @@ from typing import TYPE_CHECKING
 
 from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.chain import open_for_writing
+from chainmerge.encrypted import encrypted_difference, has_encrypted, image_specs
 from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
-from chainmerge.inspection import find_target, open_chain
+from chainmerge.inspection import Target, find_target, open_chain
 from chainmerge.journal import StateDirectoryUnusable, save_bitmaps, saved_bitmaps_file
 from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.types import ProgressEvent, Stage
-from chainmerge.verify import bitmap_difference, verify_bitmaps, verify_content, verify_metadata
+from chainmerge.verify import (
+    VerificationFailed,
+    bitmap_difference,
+    verify_bitmaps,
+    verify_content,
+    verify_metadata,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.chain import ImageInfo
     from chainmerge.merge_job import Job
 
 
@@ -70,7 +76,7 @@ def _copy(job: Job) -> int:
         job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))
 
     qemu.commit(
-        [_image_spec(image) for image in job.target.chain.images],
+        image_specs(job.target.chain, job.request.options),
         job.target.base_index,
         [lock.share_with_child() for lock in job.locks],
         on_progress,
@@ -80,15 +86,6 @@ def _copy(job: Job) -> int:
     with open_for_writing(job.base) as port:
         port.flush()
     return total
-
-
-def _image_spec(image: ImageInfo) -> qemu.ImageSpec:
-    return qemu.ImageSpec(
-        path=str(image.real_path),
-        format=image.format,
-        is_block_device=image.is_block_device,
-        data_file=str(image.data_file) if image.data_file else None,
-    )
 
 
 def _store_bitmaps(job: Job) -> None:
@@ -111,7 +108,9 @@ def _verify(job: Job) -> Iterator[str]:
         if image is not None and job.base.supports_bitmaps:
             final = final_set(job.bitmaps, job.plan.virtual_size_after)
             yield verify_bitmaps(image, final)
-        if job.request.options.verify == "full":
+        if job.request.options.verify == "full" and has_encrypted(target.chain):
+            yield _verify_encrypted(job, target)
+        elif job.request.options.verify == "full":
             size = opened.view().virtual_size
             yield verify_content(
                 str(target.base.path),
@@ -120,3 +119,14 @@ def _verify(job: Job) -> Iterator[str]:
                 lambda done: job.request.report(ProgressEvent(Stage.VERIFY, done, size)),
                 job.request.should_stop,
             )
+
+
+def _verify_encrypted(job: Job, target: Target) -> str:
+    """Compare what base and top show, as only QEMU can read it."""
+    request, size = job.request, target.chain.top.virtual_size
+    difference = encrypted_difference(
+        target.chain, target.base_index, request.options, request.should_stop
+    )
+    if difference is not None:
+        raise VerificationFailed(str(target.base.path), f"qemu-img compare: {difference}")
+    return f"content of all {size} guest bytes compared with what top shows, by qemu-img"

@@ -14,6 +14,12 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.disks_journal import forget_entry
+from chainmerge.encrypted import (
+    encrypted_difference,
+    has_encrypted,
+    key_obstacles,
+    require_keys_that_fit,
+)
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.metadata.errors import (
     BackingNameUnfit,
@@ -294,6 +300,8 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     found = _gather_to_merge(target, opened, request, resumption.warnings)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
+    if has_encrypted(target.chain):
+        require_keys_that_fit(target.chain, request.options)
     decided = make_plan(found.facts, request.options)
     job = Job(
         request,
@@ -448,6 +456,7 @@ def _gather(
         chosen.obstacle,
         survey.obstacle,
         _too_many_files(target, chosen.engine),
+        *key_obstacles(target.chain, options),
     )
     facts = MergeFacts(
         chain=target.chain,
@@ -565,14 +574,18 @@ def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request
         return False
     if facts.result_check is not None and not facts.result_check.sound:
         return False
-    difference = first_difference(
-        opened.view(0, target.base_index + 1),
-        opened.view(),
-        0,
-        top.virtual_size,
-        should_stop=request.should_stop,
-    )
-    return difference is None
+    if has_encrypted(target.chain):
+        return _holds_encrypted_content(target, request)
+    merged, whole, size = opened.view(0, target.base_index + 1), opened.view(), top.virtual_size
+    return first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
+
+
+def _holds_encrypted_content(target: Target, request: Request) -> bool:
+    options = request.options
+    if any(key_obstacles(target.chain, options)):
+        return False
+    where = target.base_index
+    return encrypted_difference(target.chain, where, options, request.should_stop) is None
 
 
 def _start(job: Job) -> MergeReport:

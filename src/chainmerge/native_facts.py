@@ -11,6 +11,7 @@ import numpy as np
 
 from chainmerge.bitmap_sets import final_set, lasting_set, stand_ins
 from chainmerge.checkpoints import BitmapState, Fate
+from chainmerge.encrypted import has_encrypted
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, kept_where_unchanged, names_kept
 from chainmerge.engines.metadata.allocation import (
     Demand,
@@ -48,6 +49,7 @@ from chainmerge.storage.transfer import can_reflink
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
+    from chainmerge.chain import Chain
     from chainmerge.engines.metadata import StoredBitmap
     from chainmerge.inspection import BitmapFacts, OpenChain, Target, Volumes
     from chainmerge.options import MergeOptions
@@ -73,7 +75,7 @@ def choose_engine(
     base = opened.images[target.result_index(direction)]
     if direction is Direction.PULL:
         return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
-    reason = _native_obstacle(base.image)
+    reason = _native_obstacle(target.chain, base.image)
     if wanted == "qemu":
         return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as asked for")
     if reason is None:
@@ -82,13 +84,13 @@ def choose_engine(
     return EngineChosen(EngineName.QEMU, f"qemu-storage-daemon copies, because {reason}", obstacle)
 
 
-def _native_obstacle(base: Qcow2Image | None) -> str | None:
+def _native_obstacle(chain: Chain, base: Qcow2Image | None) -> str | None:
+    if has_encrypted(chain):
+        return "images are encrypted, and QEMU has what it takes to read them"
     if base is None:
         return None
     if base.header.external_data_file:
         return "base's guest data is in an external data file"
-    if base.header.encrypted:
-        return "base is encrypted"
     return None
 
 
@@ -115,7 +117,7 @@ def choose_direction(
     By itself a merge is a commit: what else uses base's or top's name relies on that. Where
     top's name is to be kept, both ways end alike, and the one that moves less is taken.
     """
-    reason = _pull_obstacle(opened.images[-1].image, options)
+    reason = _pull_obstacle(target.chain, opened.images[-1].image, options)
     if options.direction == "pull":
         obstacle = None
         if reason is not None:
@@ -136,10 +138,12 @@ def _is_free(target: Target) -> bool:
     return not (others or holds_snapshots or base.is_block_device)
 
 
-def _pull_obstacle(top: Qcow2Image | None, options: MergeOptions) -> str | None:
+def _pull_obstacle(chain: Chain, top: Qcow2Image | None, options: MergeOptions) -> str | None:
     if options.engine == "qemu":
         return "the qemu engine commits only"
-    if top is None or top.header.external_data_file or top.header.encrypted:
+    if has_encrypted(chain):
+        return "images are encrypted, and the qemu engine commits only"
+    if top is None or top.header.external_data_file:
         return "the native engine does not write into top"
     return None
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Literal
+from typing import Final, Literal
 
 VerifyLevel = Literal["full", "metadata"]
 EngineChoice = Literal["auto", "native", "qemu"]
@@ -37,6 +37,10 @@ class Placement(StrEnum):
     """To a new cluster: base alone stays what it was until the switch."""
     IN_PLACE = "in-place"
     """Over the old content, which top hides: this takes no second copy."""
+
+
+ANY_IMAGE: Final = "*"
+"""In place of an image's path: all images that nothing else is said of."""
 
 
 def _nothing_declared() -> Mapping[str, str]:
@@ -92,6 +96,8 @@ class MergeOptions:
         volume: What base lies on; ``auto`` finds out.
         shrink: Reduce a logical volume to the optimal size afterwards.
         discard: Discard what was freed on the volume.
+        key_files: Files that hold the passphrases of encrypted images, by image path; that of
+            ``ANY_IMAGE`` counts for all others.
     """
 
     verify: VerifyLevel = "full"
@@ -107,6 +113,7 @@ class MergeOptions:
     volume: VolumeChoice = "auto"
     shrink: bool = False
     discard: bool = False
+    key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,17 +235,36 @@ class ChildSeesMore(Refused):
 
 @dataclass(eq=False)
 class EncryptedImage(Refused):
-    """An image of the chain is encrypted."""
+    """An image of the chain is encrypted, and its content cannot be read."""
 
     code: ClassVar[str] = "image-encrypted"
-    template: ClassVar[str] = "{image} is encrypted"
+    template: ClassVar[str] = "{image} is encrypted, {problem}"
     hint: ClassVar[str] = (
-        "merge it with `qemu-img commit` and the key; `chainmerge bitmaps` works on it without one"
+        "name a file that holds the passphrase: --key-file {image}=FILE, or --key-file FILE for "
+        "all images; `chainmerge bitmaps` works on encrypted images without one"
     )
     explanation: ClassVar[str] = (
         "Guest data of an encrypted image can be read, and so moved and verified, only with its "
-        "key, which chainmerge does not handle."
+        "key. It is QEMU that does so: chainmerge passes the names of the files on and never "
+        "reads them. Images with LUKS encryption can be merged like that, those of QEMU's old AES "
+        "scheme cannot: convert them by `qemu-img convert`."
     )
+    image: str
+    problem: str
+
+
+@dataclass(eq=False)
+class KeyFileUnusable(Refused):
+    """The file with an image's passphrase cannot be read."""
+
+    code: ClassVar[str] = "key-file-unusable"
+    template: ClassVar[str] = "{key_file} cannot be read, which has the passphrase of {image}"
+    hint: ClassVar[str] = "look at what was given with --key-file, and at the file's permissions"
+    explanation: ClassVar[str] = (
+        "QEMU reads the passphrases of encrypted images from files. One of these is not there, or "
+        "may not be read. Nothing was changed."
+    )
+    key_file: str
     image: str
 
 

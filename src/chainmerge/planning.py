@@ -27,7 +27,6 @@ from chainmerge.plan_errors import (
     CannotRename,
     ChildSeesMore,
     DoomedInUse,
-    EncryptedImage,
     ImageCorrupt,
     ImageDamaged,
     ImageDirty,
@@ -598,6 +597,11 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     if middle and not options.delete and facts.direction is Direction.COMMIT:
         names = _run_of_images(middle)
         yield f"after the merge {names} must not be used any more: the data below is another"
+    revealed = tuple(image for image in facts.merged_images if image.encrypted)
+    if revealed and not facts.result.encrypted:
+        yield (
+            f"{facts.result.path} is not encrypted: what {_names(revealed)} holds can be read there"
+        )
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
     for image in facts.merged_images:
@@ -606,10 +610,6 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
-    # Those below base too: QEMU opens the whole chain, and verification reads it.
-    for image in facts.chain.images:
-        if image.encrypted:
-            yield EncryptedImage(str(image.path))
     header, path = facts.result.header, str(facts.result.path)
     if header is None:
         return

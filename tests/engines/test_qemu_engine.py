@@ -20,7 +20,8 @@ import pytest
 
 from chainmerge.engines import qmp
 from chainmerge.engines.errors import CommandRefused, CommitFailed, DaemonFailed, DaemonMissing
-from chainmerge.engines.qemu import CopyProgress, ImageSpec, commit
+from chainmerge.engines.qemu import CopyProgress, commit
+from chainmerge.engines.qemu_nodes import ImageSpec
 from chainmerge.engines.qmp import StorageDaemon
 from chainmerge.errors import Interrupted
 from tests.support.qemu import (
@@ -407,7 +408,8 @@ def is_locked(descriptor: int) -> bool:
 
 MERGE_FOREVER = """
 import fcntl, os, sys
-from chainmerge.engines.qemu import ImageSpec, commit
+from chainmerge.engines.qemu import commit
+from chainmerge.engines.qemu_nodes import ImageSpec
 base, top, lock_file, lock = sys.argv[1:]
 descriptor = os.open(lock_file, os.O_RDWR)
 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, bytes.fromhex(lock))

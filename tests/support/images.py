@@ -202,10 +202,13 @@ LUKS_ATTEMPTS = 50
 LUKS_SECRET = ("--object", "secret,id=key,data=secret")
 
 
-def create_encrypted(image: Path, size: int) -> Path:
-    """Create an image with LUKS encryption, its key in the secret of LUKS_SECRET."""
+def create_encrypted(
+    image: Path, size: int, *, secret: Sequence[str] = LUKS_SECRET, backing: Path | None = None
+) -> Path:
+    """Create an image with LUKS encryption, its key in the secret of that name."""
     options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
-    create = ("qemu-img", "create", "-q", "-f", "qcow2", *LUKS_SECRET, "-o", options)
+    below = ("-u", "-b", str(backing), "-F", "qcow2") if backing is not None else ()
+    create = ("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options, *below)
     # QEMU 7.2 measures how fast it can hash by the kernel's clock ticks, and gives up where
     # that took less than one.
     for _ in range(LUKS_ATTEMPTS - 1):

@@ -11,7 +11,7 @@ from typing import Any, Final, ParamSpec, TypeVar, get_args
 import rich_click as click
 
 from chainmerge.cli.output import JsonOutput, Output, TextOutput
-from chainmerge.cli.params import IMAGE, PATH_FORMAT, SIZE
+from chainmerge.cli.params import IMAGE, KEY_FILE, PATH_FORMAT, SIZE
 from chainmerge.options import (
     Access,
     DataChoice,
@@ -243,9 +243,19 @@ def merge_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--discard", is_flag=True, help="Discard what was freed on the volume.", panel=_MERGING
     )
+    @click.option(
+        "--key-file",
+        "key_files",
+        type=KEY_FILE,
+        multiple=True,
+        metavar="[IMAGE=]FILE",
+        help="A file with the passphrase of an encrypted image, or of all of them.",
+        panel=_REACHING,
+    )
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> R:
         chosen = {name: kwargs.pop(name) for name in _MERGE_FIELDS}
+        chosen["key_files"] = dict(chosen["key_files"])
         return function(*args, options=MergeOptions(**chosen), **kwargs)
 
     return command

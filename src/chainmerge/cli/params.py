@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Final
 
 import click
+
+from chainmerge.options import ANY_IMAGE
 
 _SIZE: Final = re.compile(r"(\d+)([kmgtpe]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
 _SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
@@ -56,7 +59,30 @@ class PathFormat(click.ParamType[tuple[str, str]]):
         return path, image_format
 
 
+class KeyFile(click.ParamType[tuple[str, str]]):
+    """A file with a passphrase, for all images or, as ``disk.qcow2=key``, for one."""
+
+    name = "key file"
+
+    def convert(
+        self,
+        value: str | tuple[str, str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        # A path may hold an equals sign, too.
+        image, found, key_file = value.rpartition("=")
+        if not found or Path(value).exists():
+            return ANY_IMAGE, value
+        if not (image and key_file):
+            self.fail(f"{value!r} is not of the form [IMAGE=]FILE", param, ctx)
+        return image, key_file
+
+
 SIZE: Final = Size()
+KEY_FILE: Final = KeyFile()
 PATH_FORMAT: Final = PathFormat()
 # Only for completion in the shell. Whether an image is there and what it is, the API
 # says better.

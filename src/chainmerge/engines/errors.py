@@ -8,6 +8,7 @@
     CommandRefused   Failed    it answered a command with an error and still runs
     ConnectionLost   Failed    it went away in the middle of something
     CommitFailed     Failed    the merge of one base did not come to its end, for any of these
+    ImageNotOpened   Refused   it cannot read an image, such as for lack of the right key
 """
 
 from __future__ import annotations
@@ -105,4 +106,22 @@ class CommitFailed(Failed):
     )
     base: str
     top: str
+    reason: str
+
+
+@dataclass(eq=False)
+class ImageNotOpened(Refused):
+    """QEMU cannot read the images of a chain."""
+
+    code: ClassVar[str] = "qemu-cannot-read"
+    template: ClassVar[str] = "QEMU cannot read {image} or what it stands on: {reason}"
+    hint: ClassVar[str] = (
+        "where a passphrase is wrong: each encrypted image has its own, see --key-file; the file "
+        "must hold it to the byte, without a newline at its end"
+    )
+    explanation: ClassVar[str] = (
+        "The content of encrypted images is read by QEMU, which is given the files with the "
+        "passphrases. It could not open an image, or not read it to its end. Nothing was changed."
+    )
+    image: str
     reason: str

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain.relatives import Descent, ImageAbove
 from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, decide
+from chainmerge.encrypted import has_encrypted
 from chainmerge.errors import ChainmergeError
 from chainmerge.inspection import (
     measure_guest_bytes,
@@ -218,6 +219,8 @@ def _warnings(live: LiveTarget) -> Iterator[str]:
             "the guest goes on writing: figures count what is on disk already, and base grows "
             "further where it does"
         )
+    if has_encrypted(live.target.chain):
+        yield "images are encrypted, with keys that only the VM has: content will not be compared"
 
 
 def _journal(
@@ -261,7 +264,7 @@ def _journal(
             if decision.tombstone_while_top_exists and holds
         ],
         delete=options.delete,
-        full_verify=options.verify == "full",
+        full_verify=options.verify == "full" and not has_encrypted(live.target.chain),
     )
 
 
