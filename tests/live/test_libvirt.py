@@ -19,7 +19,6 @@ from tests.conftest import SOAK
 from tests.live.test_deaths import assert_merged_cold
 from tests.support.cli import chainmerge, environment
 from tests.support.domain_vm import TestDomain, let_die, running_domain
-from tests.support.libvirtd import libvirtd
 from tests.support.live_scenario import (
     LiveScenario,
     assert_closed_safe,
@@ -50,12 +49,6 @@ def moments(count: int) -> Iterator[tuple[int, Moment]]:
 
 
 MOMENTS = list(moments(50 if SOAK else 2))
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with libvirtd(tmp_path_factory.mktemp("libvirt")) as uri:
-        yield uri
 
 
 @pytest.mark.parametrize("seed", SEEDS)

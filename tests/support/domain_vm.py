@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
+from xml.etree import ElementTree as ET
 from xml.sax.saxutils import escape
 
 import libvirt
@@ -142,9 +143,34 @@ class TestDomain:
         """The domain's disk, for a merge."""
         return DiskOfGuest(self.directory, self.name, self.uri)
 
-    def guest(self, seed: int, *, flushes: bool = False) -> DomainGuest:
+    def guest(self, seed: int, disk_size: int = DISK, *, flushes: bool = False) -> DomainGuest:
         """Somebody who writes to the disk."""
-        return DomainGuest(self, seed, DISK, flushes=flushes)  # type: ignore[arg-type]
+        return DomainGuest(self, seed, disk_size, flushes=flushes)  # type: ignore[arg-type]
+
+    def write_on(self, client: NbdClient, offset: int, data: bytes) -> None:
+        """Have the guest write, once it runs."""
+        nap = threading.Event()
+        while True:
+            with processor(self.directory):
+                if not self.is_suspended():
+                    client.write(offset, data)
+                    return
+            nap.wait(0.05)
+
+    def chain(self) -> list[str]:
+        """The names of the files of the disk's chain, the active one first."""
+        root = ET.fromstring(self.domain.XMLDesc())
+        (layer,) = (one for one in root.iter("disk") if one.find("target") is not None)
+        names = []
+        found: ET.Element | None = layer
+        while found is not None and (source := found.find("source")) is not None:
+            names.append(Path(source.get("file") or source.get("dev") or "").name)
+            found = found.find("backingStore")
+        return names
+
+    def jobs(self) -> list[str]:
+        """A word for the block job that there may be."""
+        return ["running"] if self.domain.blockJobInfo(TARGET) else []
 
     def kill(self) -> None:
         """As a crash of the machine, as far as its memory goes."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from chainmerge import live
 from chainmerge.live.monitor import Monitor
 from tests.support.nbd import NbdClient
 
@@ -97,6 +98,19 @@ class LiveTestVm:
     def client(self) -> NbdClient:
         """A connection to the guest's disk."""
         return NbdClient(self.nbd, "disk")
+
+    def disk(self) -> live.QmpVm:
+        """The VM's disk, for a merge."""
+        return live.QmpVm(str(self.qmp), device=DEVICE)
+
+    def guest(self, seed: int, disk_size: int) -> Guest:
+        """Somebody who writes to the disk."""
+        return Guest(self, seed, disk_size)
+
+    @staticmethod
+    def write_on(client: NbdClient, offset: int, data: bytes) -> None:
+        """Have the guest write."""
+        client.write(offset, data)
 
     def kill(self) -> None:
         """As a crash of the machine, as far as its memory goes."""

@@ -132,22 +132,22 @@ def access_options(function: Function[R]) -> Function[R]:
         access = Access(**chosen)
         with contextlib.ExitStack() as stack:
             if activate:
-                stack.enter_context(_volumes_activated(access, kwargs))
+                _activate_volumes(stack, access, kwargs)
             return function(*args, access=access, **kwargs)
 
     return command
 
 
-def _volumes_activated(
-    access: Access, arguments: Mapping[str, Any]
-) -> contextlib.AbstractContextManager[object]:
-    """The volumes of the chain that a command is for, from its uppermost image down."""
+def _activate_volumes(
+    stack: contextlib.ExitStack, access: Access, arguments: Mapping[str, Any]
+) -> None:
+    """Have the volumes of the chains that a command is for active until *stack* is closed."""
     from chainmerge.activation import volumes_activated  # noqa: PLC0415 (few commands need it)
     from chainmerge.inspection import policy_of  # noqa: PLC0415
 
-    top = access.active or arguments.get("top") or arguments.get("image")
-    assert top is not None
-    return volumes_activated(top, policy_of(access))
+    tops = arguments.get("tops") or (arguments.get("top") or arguments["image"],)
+    for top in (access.active,) if access.active else tops:
+        stack.enter_context(volumes_activated(top, policy_of(access)))
 
 
 def merge_options(function: Function[R]) -> Function[R]:

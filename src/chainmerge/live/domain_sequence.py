@@ -154,7 +154,9 @@ def _copy(drive: DomainDrive, *, begun: bool) -> None:
             # if there is more space now than when it began.
             now = _room(drive).extensions
             if now == extensions:
-                raise drive.failed("libvirt's block commit ended early (see its log and QEMU's)")
+                raise _ended_early(drive)
+            if begun:
+                _room(drive).widen()
             extensions = now
             _start(drive)
             begun = True
@@ -166,6 +168,15 @@ def _copy(drive: DomainDrive, *, begun: bool) -> None:
             return
         _look_at(drive, job)
         drive.disk.wait_for_event(SECONDS_BETWEEN_LOOKS)
+
+
+def _ended_early(drive: DomainDrive) -> LiveMergeFailed:
+    """Libvirt does not tell why a job has failed."""
+    room = _room(drive)
+    why = "see its log and QEMU's"
+    if room.is_full:
+        why = f"{drive.base} of {room.volume.size} bytes is full"
+    return drive.failed(f"libvirt's block commit ended early ({why})")
 
 
 def _is_merged_soon(drive: DomainDrive) -> bool:

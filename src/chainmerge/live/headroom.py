@@ -22,6 +22,8 @@ LEAD_SECONDS: Final = 10.0
 # What is written at once at most: 16 requests of 1 MiB, and tables.
 LEAST_MARGIN: Final = 32 << 20
 _SMOOTHING: Final = 0.5
+# A write that did not fit is not among those that count as the highest one.
+_REQUESTS: Final = 2 << 20
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Headroom:
     volume: Volume
     clock: Callable[[], float] = time.monotonic
     extensions: int = 0
+    _wider: int = 1
     _rate: float = 0.0
     _seen: tuple[float, int] | None = field(default=None)
     _threshold: int = 0
@@ -72,6 +75,17 @@ class Headroom:
                 self._grow(target)
         self._watch(max(self.volume.size - margin, 1))
 
+    def widen(self) -> None:
+        """Be ahead by twice as much from here on, as it was not enough."""
+        self._wider *= 2
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more than a request or two was left at the highest write so far."""
+        if self.volume.kind is VolumeKind.FILE:
+            return False
+        return self.vm.highest_write(self.node) + _REQUESTS > self.volume.size
+
     def make_room(self) -> None:
         """Extend a volume that is full.
 
@@ -94,7 +108,7 @@ class Headroom:
         self.extensions += 1
 
     def _margin(self, unit: int) -> int:
-        wanted = max(int(self._rate * LEAD_SECONDS), LEAST_MARGIN)
+        wanted = max(int(self._rate * LEAD_SECONDS), LEAST_MARGIN) * self._wider
         return -(-wanted // unit) * unit
 
     def _observe(self, highest: int) -> None:
