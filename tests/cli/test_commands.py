@@ -321,3 +321,17 @@ def _at(image: Path, offset: int, length: int) -> bytes:
 
 def _at_number(image: Path, offset: int) -> int:
     return int.from_bytes(_at(image, offset, 8))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("plan",), ("merge",), ("bitmaps", "list"), ("info",), ("check",), ("bitmaps", "prune")],
+    ids=" ".join,
+)
+def test_with_nothing_to_activate(chain: tuple[Path, Path], arguments: tuple[str, ...]) -> None:
+    _, top = chain
+    ran = chainmerge(*arguments, "--activate", top)
+    assert ran.status == ExitCode.DONE, ran
+    if arguments == ("plan",):
+        ran = chainmerge(*arguments, "--activate", top, top)
+        assert "internal error" not in ran.err, ran
