@@ -124,7 +124,7 @@ class BusyGuest:
 
     In a thread of its own and all on one connection. While it goes over from one image to
     another, QEMU holds back the requests of guests, and of the connections that there are. Not
-    so those of a new one: what is written by it then goes to the old image (7.2).
+    so those of one that comes in at that moment: what it wrote was found to be lost (7.2).
     """
 
     PIECE: Final = 4 * MIB
