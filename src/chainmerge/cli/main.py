@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -54,8 +55,16 @@ def cli(debug: bool) -> None:  # noqa: FBT001 (read from the context where error
 
 
 def main() -> NoReturn:
-    """Run the command that the process was started with, and end the process."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the command that the process was started with, and end the process.
+
+    At once: all is written and closed by then, and to take the interpreter down object by object
+    takes a tenth of the time of a small command.
+    """
+    status = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
