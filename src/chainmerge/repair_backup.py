@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
+from chainmerge import journal as small_files
 from chainmerge.errors import Refused
 from chainmerge.journal import (
-    STATE_DIRECTORY,
     ImageIdentity,
     identify,
     make_directory,
@@ -254,7 +254,7 @@ def new_backup(image: Path, directory: Path | None) -> Path:
     if directory is None:
         directory = real.parent
         if real.is_block_device():
-            directory = STATE_DIRECTORY
+            directory = small_files.STATE_DIRECTORY
             name = str(real).strip("/").replace("/", "-")
             make_directory(directory)
     # File names have at most 255 bytes.

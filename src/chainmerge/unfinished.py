@@ -90,7 +90,7 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
         SearchPathUnusable: a directory cannot be read.
     """
     searches = [_search(Path(path)) for path in (paths or (".",))]
-    searches.append(_search_of_devices(searches) if paths else _ALL_DEVICES)
+    searches.append(_search_of_devices(searches) if paths else _search_of_all_devices())
     found: dict[str, UnfinishedMerge] = {}
     for search in searches:
         for merge in _found_in(search.directories):
@@ -118,7 +118,8 @@ class _Search:
         return merge.top is not None and Path(merge.top).parent in self.tops_in
 
 
-_ALL_DEVICES = _Search((small_files.STATE_DIRECTORY,), None)
+def _search_of_all_devices() -> _Search:
+    return _Search((small_files.STATE_DIRECTORY,), None)
 
 
 def _search_of_devices(searches: Sequence[_Search]) -> _Search:
