@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 # QEMU has at most 16 MiB of a commit under way at a time.
 _LOOK_AT: Final = 64 << 20
 _PIECE: Final = 1 << 20
-# A guest that writes what is there already does not write so much of it.
+# A guest that writes what is there already does not write so much of it, in so many places.
 _CONVINCING: Final = 1 << 20
+_CONVINCING_CLUSTERS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +97,19 @@ def _died_writing(base: OpenImage) -> bool:
 
 def _copied(top: GuestView, base: GuestView) -> int | None:
     """How much of the beginning of top's data base has; None where that proves nothing."""
+    # What a guest does not write of a cluster is copied up from base, and is the same there.
+    cluster = max(layer.cluster_size for layer in top.layers)
+    convincing = max(_CONVINCING, _CONVINCING_CLUSTERS * cluster)
     copied = 0
     for start, end in _data(top):
         if start >= base.virtual_size:
             break
         ours, theirs = top.read(start, end - start), base.read(start, end - start)
         if ours != theirs:
-            return copied if copied >= _CONVINCING else None
+            return copied if copied >= convincing else None
         if any(ours):
             copied += end - start
-        if copied >= _LOOK_AT:
+        if copied >= max(_LOOK_AT, convincing):
             return copied
     return copied or None
 

@@ -217,3 +217,21 @@ def test_a_snapshot_of_an_image_with_broken_bitmaps_is_no_commit(tmp_path: Path)
     report = chainmerge.repair(base)
     assert {finding.kind for finding in report.findings} == {"broken-bitmap"}
     assert content(base) == before
+
+
+def test_what_large_clusters_have_copied_up_is_no_commit(tmp_path: Path) -> None:
+    """Of each cluster the guest has written a little; the rest is what base has, too."""
+    from tests.support.damage import mark_in_use
+
+    base = create(tmp_path / "base.qcow2", 16 * MIB)
+    qemu_img("bitmap", "--add", base, "cp")
+    qemu_io(base, "write -P 5 0 16M")
+    mark_in_use(base, "cp")
+    top = tmp_path / "top.qcow2"
+    named = ("-b", base.name, "-F", "qcow2", "-o", "cluster_size=2M")
+    qemu_img("create", "-q", "-f", "qcow2", *named, top)
+    qemu_io(top, "write -P 6 5800k 64k", "write -P 5 2M 64k", "write -P 5 0 64k")
+    before = content(base)
+    report = chainmerge.repair(base)
+    assert {finding.kind for finding in report.findings} == {"broken-bitmap"}
+    assert content(base) == before
