@@ -223,9 +223,21 @@ def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
 
 
 def finished_before(
-    record: MergedRecord | None, top: Path, base: Path | None, options: MergeOptions
+    record: MergedRecord | None,
+    top: Path,
+    base: Path | None,
+    options: MergeOptions,
+    active: Path | None,
 ) -> bool:
-    """Whether *record* says that the merge which is asked for was done, but for deletions."""
+    """Whether *record* says that the merge which is asked for was done, but for deletions.
+
+    Args:
+        record: what was recorded under top's name.
+        top: as it was asked for, and so are *base* and *options*.
+        base: see there.
+        options: see there.
+        active: what the guest is said to write to; None if nobody has said.
+    """
     if record is None:
         return False
     if record.pulled is not None and not _may_pull(options):
@@ -241,19 +253,26 @@ def finished_before(
         read_anew(record.result)
         return stands_on(Path(record.result), record.pulled.backing)
     if record.superseded is not None:
-        return _is_superseded(record.superseded, top)
+        in_base = active is not None and os.path.realpath(active) == record.base
+        return _is_superseded(record.superseded, top, in_base=in_base)
     if record.keep_name:
         return True
     return not top.exists()
 
 
-def _is_superseded(superseded: Superseded, top: Path) -> bool:
-    """Whether *top* is what a live merge has left, or nothing is left of it."""
+def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
+    """Whether *top* is what a live merge has left, or nothing is left of it.
+
+    *in_base* says that the guest writes to base. Only that tells of a block device: it may have
+    become another overlay in the meantime, of which nothing is merged.
+    """
     try:
         is_left = same_image(identify(top), superseded.images[0].identity)
     except OSError:
         return True
-    return is_left and superseded.since in ("", data_changed(top))
+    if not superseded.since:
+        return is_left and in_base
+    return is_left and superseded.since == data_changed(top)
 
 
 def delete_superseded(record: MergedRecord) -> tuple[str, ...]:

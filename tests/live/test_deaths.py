@@ -35,6 +35,7 @@ from tests.support.live_scenario import (
     stored_bits,
 )
 from tests.support.live_vm import DEVICE, Guest, LiveTestVm, running_vm
+from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, check, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
@@ -211,6 +212,36 @@ def test_nothing_is_merged_again_from_what_a_live_merge_has_left(tmp_path: Path,
     report = chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
     assert set(report.deleted) == {str(path) for path in scenario.merged}
     assert_closed_right(scenario, guest)
+
+
+def test_of_a_device_nothing_tells_whether_it_was_written_to_since(tmp_path: Path) -> None:
+    base = create(tmp_path / "base.qcow2", DISK)
+    qemu_io(base, "write -q -P 1 0 1M")
+    (tmp_path / "elsewhere").mkdir()
+    with loop_device(tmp_path / "elsewhere" / "volume", 64 << 20) as device:
+        create(device, backing=base)
+        qemu_io(device, "write -q -P 2 1M 1M")
+        devices = Access(allow_backing=(str(tmp_path),))
+        with running_vm(tmp_path / "vm", (base, device)) as vm:
+            with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+                for _ in range(2):
+                    live.merge(disk, device, base, access=devices)
+            vm.quit()
+        with pytest.raises(LivePivotUnclear):
+            chainmerge.merge(device, base, access=devices)
+        told = Access(allow_backing=(str(tmp_path),), active=str(base))
+        report = chainmerge.merge(device, base, access=told)
+        assert report.outcome == "already-merged"
+        # The volume is used again, for the next snapshot of the same disk.
+        create(device, backing=base)
+        qemu_io(device, "write -q -P 3 1M 1M")
+        wanted = content(device)
+        with pytest.raises(LivePivotUnclear):
+            chainmerge.merge(device, base, access=devices)
+        told = Access(allow_backing=(str(tmp_path),), active=str(device))
+        report = chainmerge.merge(device, base, access=told)
+        assert report.outcome == "merged"
+        assert content(base) == wanted
 
 
 def test_what_is_left_stays_where_it_is_needed_by_now(tmp_path: Path) -> None:

@@ -134,8 +134,10 @@ def merge(
     record = load_merged_record(Path(top))
     if (
         record is not None
-        and finished_before(record, Path(top), _path(base), options.as_merge)
         and not _reads(vm, Path(top))
+        and finished_before(
+            record, Path(top), _path(base), options.as_merge, active=Path(record.base)
+        )
     ):
         return _done_before(vm, Path(record.result), caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
