@@ -198,12 +198,21 @@ def identify(path: Path) -> ImageIdentity:
     """
     status = path.stat()
     if stat.S_ISBLK(status.st_mode):
-        node = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        uuid = Path(f"/sys/dev/block/{node}/dm/uuid")
-        birth = uuid.read_text(encoding="ascii").strip() if uuid.exists() else ""
+        birth = _birth_of_device(status.st_rdev)
         number = 0 if birth else status.st_rdev
         return ImageIdentity(str(path.resolve()), "block", number, birth)
     return ImageIdentity(str(path.resolve()), "file", status.st_ino, _birth_time(path))
+
+
+def _birth_of_device(device: int) -> str:
+    """What a device of the same number was not before; empty where nothing tells."""
+    node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    uuid, loop_file = node / "dm" / "uuid", node / "loop" / "backing_file"
+    if uuid.exists():
+        return uuid.read_text(encoding="ascii").strip()
+    if loop_file.exists():
+        return f"loop-{hashlib.sha256(loop_file.read_bytes()).hexdigest()}"
+    return ""
 
 
 def same_image(one: ImageIdentity, other: ImageIdentity) -> bool:

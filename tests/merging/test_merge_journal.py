@@ -17,13 +17,14 @@ import pytest
 import chainmerge
 from chainmerge import by_native, merge_journal, merging, resuming, settle
 from chainmerge.errors import Interrupted
-from chainmerge.journal import saved_bitmaps_file
+from chainmerge.journal import identify, same_image, saved_bitmaps_file
 from chainmerge.merge_journal import JournalState, journal_file, load_journal
 from chainmerge.options import Access, MergeOptions
 from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import EngineName
 from chainmerge.types import MergeOutcome, MergeReport, ProgressEvent, Stage, UnfinishedMerge
 from chainmerge.unfinished import UNKNOWN
+from tests.support.loopdev import loop_device
 from tests.support.qemu import (
     assert_clean,
     bitmap_names,
@@ -574,3 +575,13 @@ def test_saved_bitmaps_wait_until_the_end(templates: dict[int, Images], tmp_path
     assert saved_bitmaps_file(images.base).exists()
     merge = _only(_unfinished(images.top))
     assert len(merge.files) == 2
+
+
+def test_a_loop_device_is_known_by_its_file(tmp_path: Path) -> None:
+    seen = []
+    for name in ("one", "other", "one"):
+        with loop_device(tmp_path / name, MIB) as device:
+            seen.append(identify(device))
+    one, other, again = seen
+    assert same_image(one, again)
+    assert not same_image(one, other)
