@@ -20,8 +20,7 @@ from chainmerge.engines.native import (
 )
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import journal_kept, record_switching
-from chainmerge.journal import save_bitmaps
-from chainmerge.merge_job import bitmaps_to_save, extended, reclaim
+from chainmerge.merge_job import extended, note_what_base_lacks, reclaim
 from chainmerge.native_facts import (
     bitmaps_to_store,
     bitmaps_without_stale,
@@ -64,7 +63,8 @@ def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
     with journal_kept(job), _enough_space(job):
         reclaim(job)
         _make_room(job)
-        _note_what_base_lacks(job)
+        if job.facts.direction is Direction.COMMIT:
+            note_what_base_lacks(job)
         with open_for_writing(job.result) as port:
             if job.result.header is None:
                 return _merge_into_raw(job, port)
@@ -90,16 +90,6 @@ def _make_room(job: Job) -> None:
         remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps, job.facts.direction)
         if remaining is not None:
             replace_bitmaps(port, remaining)
-
-
-def _note_what_base_lacks(job: Job) -> None:
-    """Where a rerun could take a name that base gets for one with a gap below it, write it down."""
-    if job.facts.direction is Direction.PULL:
-        return
-    if len(job.facts.merged_images) > 1 and job.base.supports_bitmaps:
-        saved = bitmaps_to_save(job)
-        if saved is not None:
-            save_bitmaps(job.base.real_path, saved)
 
 
 def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import BitmapFacts, OpenChain, Target
-from chainmerge.journal import SavedBitmap, SavedBitmaps, identify
+from chainmerge.journal import SavedBitmap, SavedBitmaps, identify, save_bitmaps
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.planning import MergeFacts, MergePlan
 from chainmerge.storage.locks import ImageLock
@@ -146,3 +146,11 @@ def bitmaps_to_save(job: Job) -> SavedBitmaps | None:
             for name in names
         ),
     )
+
+
+def note_what_base_lacks(job: Job) -> None:
+    """Where a rerun could take a name that base gets for one with a gap below it, write it down."""
+    if len(job.facts.merged_images) > 1 and job.base.supports_bitmaps:
+        saved = bitmaps_to_save(job)
+        if saved is not None:
+            save_bitmaps(job.base.real_path, saved)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmap_sets import final_set, lasting_set
+from chainmerge.by_bitmaps import merge_bitmaps
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.disks_journal import forget_entry
 from chainmerge.encrypted import (
@@ -617,6 +618,10 @@ def _do(job: Job) -> _Merged:
     if job.facts.merged:
         reclaim(job)
         return _Merged(0, ("base holds all of top's data and bitmaps already",))
+    if job.facts.content_merged and job.base.supports_bitmaps:
+        verified = merge_bitmaps(job)
+        if verified is not None:
+            return _Merged(0, verified)
     return _Merged(*_writer(job.plan.engine)(job))
 
 

@@ -334,3 +334,23 @@ def test_a_file_ends_where_its_image_does(tmp_path: Path, data: DataChoice) -> N
     report = chainmerge.merge(top, options=MergeOptions(data=data))
     assert content(base) == expected
     assert base.stat().st_size == report.image_end == check(base)["image-end-offset"]
+
+
+def test_a_range_that_is_merged_once_more_is_not_copied_again(tmp_path: Path) -> None:
+    """What was between stands on base by now, as if it had been re-pointed: it gets a tombstone."""
+    base = create(tmp_path / "base.qcow2", 16 << 20)
+    middle = create(tmp_path / "middle.qcow2", backing=base.name)
+    top = create(tmp_path / "top.qcow2", backing=middle.name)
+    for image in (middle, top):
+        qemu_img("bitmap", "--add", image, "cp")
+    qemu_io(top, "write -P 3 0 8M")
+    qemu_img("bitmap", "--disable", top, "cp")
+    expected = content(top)
+    assert chainmerge.merge(top, base).bytes_copied > 0
+    before = base.stat().st_size
+    again = chainmerge.merge(top, base)
+    assert again.bytes_copied == 0
+    assert [(bitmap.name, bitmap.tombstone) for bitmap in again.bitmaps] == [("cp", True)]
+    assert base.stat().st_size <= before + (1 << 20)
+    assert content(base) == expected
+    assert chainmerge.merge(top, base).outcome is MergeOutcome.ALREADY_MERGED
