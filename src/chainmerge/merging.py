@@ -31,6 +31,7 @@ from chainmerge.engines.metadata.errors import (
 )
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.header_room import header_obstacle
 from chainmerge.inspection import (
     BitmapFacts,
     OpenChain,
@@ -484,6 +485,9 @@ def _gather(
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
     )
+    no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
+    if no_room is not None:
+        facts = replace(facts, obstacles=(*facts.obstacles, no_room))
     return _Found(facts, bitmaps, survey.needs, zeroes)
 
 

@@ -35,6 +35,8 @@ FOUND = (
     "104-506",
     # What large clusters had copied up was taken for a commit of somebody else.
     "7202611-99",
+    # Leaks were reclaimed in an image whose header turned out to have no room.
+    "7202612-5089",
 )
 """Cases that once found something."""
 
