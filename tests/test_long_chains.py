@@ -36,13 +36,11 @@ SOFT_LIMIT: Final = 1024
 # that begins with what the process that started this one had.
 PLAN: Final = """
 import resource, sys
-from chainmerge.cli.main import main
+from chainmerge.cli.main import run
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
-del sys.argv[1:3]
-try:
-    main()
-finally:
-    print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))
+status = run(sys.argv[3:])
+print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))
+sys.exit(status)
 """
 
 
