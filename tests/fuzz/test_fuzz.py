@@ -37,6 +37,8 @@ FOUND = (
     "7202611-99",
     # Leaks were reclaimed in an image whose header turned out to have no room.
     "7202612-5089",
+    # The place of a table without entries was not looked at as QEMU does.
+    "7202613-2349",
 )
 """Cases that once found something."""
 

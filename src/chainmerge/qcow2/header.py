@@ -40,6 +40,7 @@ SECTOR = 512
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
+_LARGEST_FILE_BYTES = (1 << 63) - 1
 MIN_SNAPSHOT_ENTRY = 40
 MAX_NAME_BYTES = 1023
 MAX_BACKING_FORMAT_BYTES = 15
@@ -584,6 +585,9 @@ def _check_place(
     if offset % header.cluster_size:
         problem = f"is not aligned to clusters of {header.cluster_size} bytes"
         raise BadOffset(image.name, structure, offset, problem)
+    # So it is with one that no file can have.
+    if offset > _LARGEST_FILE_BYTES - length:
+        raise BadOffset(image.name, structure, offset, "is behind the end of any file")
     if length == 0:
         return
     if offset == 0:
