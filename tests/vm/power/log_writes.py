@@ -162,7 +162,10 @@ def states(
         undo = _Undo(medium)
         for sample in range(subsets if any(each.changes for each in window) else 0):
             for each in window:
-                for offset, data in _part_of(each, choice, unit):
+                # Without a flush, too, a write that forces unit access is there once it is done.
+                is_there = each.flags & Flags.FUA and each is not entry
+                part = _all_of(each) if is_there else _part_of(each, choice, unit)
+                for offset, data in part:
                     undo.write(offset, data)
             number += 1
             label = f"a random part ({sample}) of entries {first} to {index}"
