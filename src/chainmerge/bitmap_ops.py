@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives, open_for_writing
 from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, chain_test
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, StoredBitmap, replace_bitmaps
+from chainmerge.errors import Refused
 from chainmerge.inspection import (
     OpenChain,
     OpenImage,
@@ -29,6 +30,7 @@ from chainmerge.inspection import (
 from chainmerge.ops_errors import (
     BitmapExists,
     BitmapMissing,
+    BitmapsChanged,
     BitmapsImpossible,
     BitmapWorthless,
     BrokenBitmapsInTheWay,
@@ -294,6 +296,8 @@ def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport
                 continue
             edit = _Edit(opened.images[index], relatives)
             edit.replace_by(edit.stored_but(here), "prune", tuple(here))
+            # From here on no other image can be refused as if nothing had been changed.
+            stack.enter_context(_refusals_after_a_change_of(edit.info))
             removed += [
                 PrunedBitmap(
                     str(edit.info.path),
@@ -342,6 +346,15 @@ def _above_branches(chain: Chain, relatives: Relatives) -> int:
             if image.identity in identities:
                 first = max(first, identities[image.identity] + 1)
     return first
+
+
+@contextlib.contextmanager
+def _refusals_after_a_change_of(image: ImageInfo) -> Iterator[None]:
+    """To be refused means that nothing was changed."""
+    try:
+        yield
+    except Refused as error:
+        raise BitmapsChanged(str(image.path), error.sentence) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +407,10 @@ class _Edit:
         """Store a set, and read it back."""
         with open_for_writing(self.info) as port:
             replace_bitmaps(port, bitmaps)
-        with FileReadable(self.info.real_path) as readable:
+        with (
+            _refusals_after_a_change_of(self.info),
+            FileReadable(self.info.real_path) as readable,
+        ):
             results = bitmap_results(Qcow2Image(readable))
         return BitmapChange(REPORT_VERSION, str(self.info.path), action, names, results)
 

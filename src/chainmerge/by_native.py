@@ -20,7 +20,12 @@ from chainmerge.engines.native import (
 )
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import journal_kept, record_switching
-from chainmerge.merge_job import extended, note_what_base_lacks, reclaim
+from chainmerge.merge_job import (
+    extended,
+    note_what_base_lacks,
+    reclaim,
+    unfinished_where_refused,
+)
 from chainmerge.native_facts import (
     bitmaps_to_store,
     bitmaps_without_stale,
@@ -60,9 +65,11 @@ _WORDS_FOR_READ_BACK: Final = MappingProxyType(
 
 def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were moved, and what was verified, in sentences."""
-    with journal_kept(job), _enough_space(job):
-        reclaim(job)
-        _make_room(job)
+    with journal_kept(job), _enough_space(job), contextlib.ExitStack() as changed:
+        if reclaim(job):
+            changed.enter_context(unfinished_where_refused(job))
+        if _make_room(job):
+            changed.enter_context(unfinished_where_refused(job))
         if job.facts.direction is Direction.COMMIT:
             note_what_base_lacks(job)
         with open_for_writing(job.result) as port:
@@ -81,15 +88,20 @@ def _enough_space(job: Job) -> Iterator[None]:
         yield
 
 
-def _make_room(job: Job) -> None:
-    """Take stale bitmaps out by a switch of their own, where the plan needs their clusters."""
+def _make_room(job: Job) -> bool:
+    """Take stale bitmaps out by a switch of their own, where the plan needs their clusters.
+
+    Returns whether there were any.
+    """
     if not job.plan.space.prune_first:
-        return
+        return False
     job.request.announce(Stage.PRUNE)
     with open_for_writing(job.result) as port:
         remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps, job.facts.direction)
-        if remaining is not None:
-            replace_bitmaps(port, remaining)
+        if remaining is None:
+            return False
+        replace_bitmaps(port, remaining)
+    return True
 
 
 def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:

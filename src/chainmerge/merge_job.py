@@ -13,10 +13,11 @@ from chainmerge.chain import open_for_writing
 from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
-from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.inspection import BitmapFacts, OpenChain, Target
 from chainmerge.journal import SavedBitmap, SavedBitmaps, identify, save_bitmaps
 from chainmerge.options import Access, MergeOptions, Placement
+from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
 from chainmerge.storage.locks import ImageLock
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
@@ -110,12 +111,26 @@ def extended(job: Job) -> Iterator[None]:
             volume.release_reservation()
 
 
-def reclaim(job: Job) -> None:
-    """Free what an interrupted run has leaked; the plan counts on it being free."""
+def reclaim(job: Job) -> bool:
+    """Free what an interrupted run has leaked; the plan counts on it being free.
+
+    Returns whether there was anything.
+    """
     report = job.facts.result_check
-    if report is not None and (report.leaks or report.hidden_leaks):
-        with open_for_writing(job.result) as port:
-            reclaim_leaks(port)
+    if report is None or not (report.leaks or report.hidden_leaks):
+        return False
+    with open_for_writing(job.result) as port:
+        reclaim_leaks(port)
+    return True
+
+
+@contextlib.contextmanager
+def unfinished_where_refused(job: Job) -> Iterator[None]:
+    """For what comes after a first change: to be refused means that nothing was changed."""
+    try:
+        yield
+    except Refused as error:
+        raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
 
 
 def bitmaps_to_save(job: Job) -> SavedBitmaps | None:

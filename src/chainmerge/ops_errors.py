@@ -194,3 +194,22 @@ class DisksShareImage(Refused):
     image: str
     first: str
     second: str
+
+
+@dataclass(eq=False)
+class BitmapsChanged(Failed):
+    """Bitmaps were changed, and then something failed that has nothing to do with them."""
+
+    code: ClassVar[str] = "bitmaps-changed"
+    template: ClassVar[str] = "the bitmaps of {image} were changed, and then: {reason}"
+    hint: ClassVar[str] = (
+        "remove the cause that the message names; `chainmerge bitmaps list {image}` then shows "
+        "what there is, and the same command does what is left, if anything is"
+    )
+    explanation: ClassVar[str] = (
+        "The bitmaps of an image are replaced in one atomic step. It was done, and durable, when "
+        "what came after it failed: to read them back for the report, or the same in another "
+        "image of the chain."
+    )
+    image: str
+    reason: str
