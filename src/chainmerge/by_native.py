@@ -22,8 +22,8 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import journal_kept, record_switching
 from chainmerge.merge_job import (
     extended,
+    leaks_reclaimed,
     note_what_base_lacks,
-    reclaim,
     unfinished_where_refused,
 )
 from chainmerge.native_facts import (
@@ -65,11 +65,7 @@ _WORDS_FOR_READ_BACK: Final = MappingProxyType(
 
 def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were moved, and what was verified, in sentences."""
-    with journal_kept(job), _enough_space(job), contextlib.ExitStack() as changed:
-        if reclaim(job):
-            changed.enter_context(unfinished_where_refused(job))
-        if _make_room(job):
-            changed.enter_context(unfinished_where_refused(job))
+    with journal_kept(job), _enough_space(job), leaks_reclaimed(job), _room_made(job):
         if job.facts.direction is Direction.COMMIT:
             note_what_base_lacks(job)
         with open_for_writing(job.result) as port:
@@ -88,20 +84,19 @@ def _enough_space(job: Job) -> Iterator[None]:
         yield
 
 
-def _make_room(job: Job) -> bool:
-    """Take stale bitmaps out by a switch of their own, where the plan needs their clusters.
-
-    Returns whether there were any.
-    """
+@contextlib.contextmanager
+def _room_made(job: Job) -> Iterator[None]:
+    """Have stale bitmaps out by a switch of their own, where the plan needs their clusters."""
     if not job.plan.space.prune_first:
-        return False
+        yield
+        return
     job.request.announce(Stage.PRUNE)
     with open_for_writing(job.result) as port:
         remaining = bitmaps_without_stale(Qcow2Image(port), job.bitmaps, job.facts.direction)
-        if remaining is None:
-            return False
-        replace_bitmaps(port, remaining)
-    return True
+        if remaining is not None:
+            replace_bitmaps(port, remaining)
+    with contextlib.nullcontext() if remaining is None else unfinished_where_refused(job):
+        yield
 
 
 def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:

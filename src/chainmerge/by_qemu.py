@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmap_sets import final_set, stand_ins
@@ -14,7 +13,7 @@ from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.inspection import Target, find_target, open_chain
 from chainmerge.journal import StateDirectoryUnusable, save_bitmaps, saved_bitmaps_file
-from chainmerge.merge_job import bitmaps_to_save, extended, reclaim, unfinished_where_refused
+from chainmerge.merge_job import bitmaps_to_save, extended, leaks_reclaimed
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.types import ProgressEvent, Stage
@@ -34,9 +33,7 @@ if TYPE_CHECKING:
 
 def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
-    with extended(job), contextlib.ExitStack() as changed:
-        if reclaim(job):
-            changed.enter_context(unfinished_where_refused(job))
+    with extended(job), leaks_reclaimed(job):
         _put_bitmaps_aside(job)
         copied = _copy(job)
         _store_bitmaps(job)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from chainmerge.engines.qemu_nodes import ImageSpec
 from chainmerge.options import ANY_IMAGE
 from chainmerge.plan_errors import EncryptedImage, KeyFileUnusable
 from chainmerge.qcow2.header import CryptMethod
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainmerge.chain import Chain, ImageInfo
+    from chainmerge.engines.qemu_nodes import ImageSpec
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import MergeOptions
 
@@ -53,6 +53,9 @@ def _key_file_of(image: ImageInfo, options: MergeOptions) -> str | None:
 
 def image_specs(chain: Chain, options: MergeOptions) -> list[ImageSpec]:
     """The chain as QEMU is to open it, from its root to top."""
+    # Most chains have no use for it, nor for what compares them.
+    from chainmerge.engines.qemu_nodes import ImageSpec  # noqa: PLC0415
+
     return [
         ImageSpec(
             path=str(image.real_path),

@@ -133,6 +133,16 @@ def unfinished_where_refused(job: Job) -> Iterator[None]:
         raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
 
 
+@contextlib.contextmanager
+def leaks_reclaimed(job: Job) -> Iterator[None]:
+    """Reclaim, for the block; where that changed something, nothing in it is refused any more."""
+    if not reclaim(job):
+        yield
+        return
+    with unfinished_where_refused(job):
+        yield
+
+
 def bitmaps_to_save(job: Job) -> SavedBitmaps | None:
     """What a rerun has to know of the kept checkpoints; None where the images tell it all.
 

@@ -273,9 +273,8 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         Interrupted: who asked for it said so.
     """
     record = load_merged_record(request.top)
-    active = Path(request.access.active) if request.access.active is not None else None
     if record is not None and finished_before(
-        record, request.top, request.base, request.options, active
+        record, request.top, request.base, request.options, request.access.active
     ):
         require_unused(record, request.access, request.options)
         return Prepared(Path(record.base), None, {}, partial(_report_finished, request, record))

@@ -227,7 +227,7 @@ def finished_before(
     top: Path,
     base: Path | None,
     options: MergeOptions,
-    active: Path | None,
+    active: str | None,
 ) -> bool:
     """Whether *record* says that the merge which is asked for was done, but for deletions.
 

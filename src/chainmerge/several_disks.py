@@ -178,8 +178,7 @@ def _request(
 def _target(disk: _Disk, access: Access, options: MergeOptions) -> Target | None:
     """The disk's chain; None where an earlier run merged it, and top may be gone."""
     record = load_merged_record(disk.top)
-    active = Path(access.active) if access.active is not None else None
-    if record is not None and finished_before(record, disk.top, disk.base, options, active):
+    if record is not None and finished_before(record, disk.top, disk.base, options, access.active):
         return None
     return find_target(disk.top, disk.base, access)
 

@@ -7,6 +7,7 @@ top's to ``qemu-img compare``, which neither sees the files nor the keys.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ from chainmerge.engines.qmp import StorageDaemon
 from chainmerge.errors import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 PROGRAM: Final = "qemu-img"
 _SECONDS_BETWEEN_QUESTIONS: Final = 0.25
@@ -49,15 +50,9 @@ def require_openable(images: Sequence[ImageSpec]) -> None:
         ImageNotOpened: QEMU cannot, for the reason that it gives.
         DaemonMissing: qemu-storage-daemon or qemu-img is not installed.
     """
-    if shutil.which(PROGRAM) is None:
-        raise DaemonMissing(PROGRAM)
-    with speakable_names(images) as names:
-        try:
-            with StorageDaemon(names.descriptors) as daemon:
-                open_nodes(daemon, NodeChain(images, None, names))
-        except (CommandRefused, ConnectionLost, DaemonFailed) as error:
-            reason = error.reason
-            raise ImageNotOpened(images[-1].path, names.in_message(reason)) from error
+    _program()
+    with _opened(images):
+        pass
 
 
 def content_difference(
@@ -79,18 +74,30 @@ def content_difference(
         ImageNotOpened: QEMU cannot read an image.
         DaemonMissing: qemu-storage-daemon or qemu-img is not installed.
     """
-    with (
-        speakable_names(images) as names,
-        tempfile.TemporaryDirectory(prefix="chainmerge-") as directory,
-    ):
+    with tempfile.TemporaryDirectory(prefix="chainmerge-") as directory:
         socket = Path(directory) / "nbd"
+        with _opened(images) as daemon:
+            _export(daemon, socket, base_index, len(images) - 1)
+            return _compared(images[-1].path, size, socket, should_stop)
+
+
+@contextlib.contextmanager
+def _opened(images: Sequence[ImageSpec]) -> Iterator[StorageDaemon]:
+    """A daemon that has a chain open for reading; whatever it fails with is ImageNotOpened."""
+    with speakable_names(images) as names:
         try:
             with StorageDaemon(names.descriptors) as daemon:
                 open_nodes(daemon, NodeChain(images, None, names))
-                _export(daemon, socket, base_index, len(images) - 1)
-                return _compared(images[-1].path, size, socket, should_stop)
+                yield daemon
         except (CommandRefused, ConnectionLost, DaemonFailed) as error:
             raise ImageNotOpened(images[-1].path, names.in_message(error.reason)) from error
+
+
+def _program() -> str:
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise DaemonMissing(PROGRAM)
+    return program
 
 
 def _export(daemon: StorageDaemon, socket: Path, base: int, top: int) -> None:
@@ -103,12 +110,9 @@ def _export(daemon: StorageDaemon, socket: Path, base: int, top: int) -> None:
 
 
 def _compared(top: str, size: int, socket: Path, should_stop: Callable[[], bool]) -> str | None:
-    program = shutil.which(PROGRAM)
-    if program is None:
-        raise DaemonMissing(PROGRAM)
     exports = [f"nbd+unix:///{name}?socket={quote(str(socket))}" for name in ("base", "top")]
     process = subprocess.Popen(
-        [program, "compare", "-f", "raw", "-F", "raw", *exports],
+        [_program(), "compare", "-f", "raw", "-F", "raw", *exports],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

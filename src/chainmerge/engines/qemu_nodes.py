@@ -218,7 +218,7 @@ def speakable_names(images: Sequence[ImageSpec]) -> Iterator[Names]:
     with contextlib.ExitStack() as opened:
         for path in paths:
             absolute = os.path.abspath(path)  # noqa: PTH100 (must not resolve symbolic links)
-            if not _is_utf8(absolute):
+            if not is_utf8(absolute):
                 descriptors.append(os.open(absolute, os.O_PATH | os.O_CLOEXEC))
                 opened.callback(os.close, descriptors[-1])
                 absolute = f"/proc/self/fd/{descriptors[-1]}"
@@ -226,7 +226,8 @@ def speakable_names(images: Sequence[ImageSpec]) -> Iterator[Names]:
         yield Names(by_path, tuple(descriptors))
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Whether JSON, which is Unicode, has room for a file's name."""
     try:
         name.encode()
     except UnicodeEncodeError:

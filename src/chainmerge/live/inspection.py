@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.chain import Chain, ImageInfo, discover, identity_of
 from chainmerge.checkpoints import BitmapState, LayerBitmaps, Occurrence
+from chainmerge.engines.qemu_nodes import is_utf8
 from chainmerge.inspection import Target, bitmaps_of, find_target, policy_of
 from chainmerge.live.errors import (
     LiveBitmapBusy,
@@ -245,7 +246,7 @@ def _bitmap_obstacles(
         busy = [bitmap.name for bitmap in node.bitmaps if bitmap.busy]
         if busy:
             yield LiveBitmapBusy(vm.name, path, ", ".join(map(repr, busy)))
-        unspeakable = [entry.name for entry in image.info.bitmaps if not _is_utf8(entry.name)]
+        unspeakable = [entry.name for entry in image.info.bitmaps if not is_utf8(entry.name)]
         if unspeakable:
             reason = f"the name of bitmap {unspeakable[0]!r} is no UTF-8"
             yield LiveUnsuited(vm.name, path, reason)
@@ -283,11 +284,3 @@ def _size_obstacles(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeErr
         )
         index = live.nodes.index(uneven[0])
         yield LiveUnsuited(vm.name, str(live.target.chain.images[index].path), reason)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -135,9 +135,7 @@ def merge(
     if (
         record is not None
         and not _reads(vm, Path(top))
-        and finished_before(
-            record, Path(top), _path(base), options.as_merge, active=Path(record.base)
-        )
+        and finished_before(record, Path(top), _path(base), options.as_merge, active=record.base)
     ):
         return _done_before(vm, Path(record.result), caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
