@@ -168,6 +168,7 @@ def _die(*_args: object, **_more: object) -> NoReturn:
 
 
 def _dies_once_called(module: Any, name: str) -> Callable[[], None]:
+    assert hasattr(module, name)
     return lambda: setattr(module, name, _die)
 
 
@@ -205,7 +206,7 @@ AFTER_SWITCH: dict[str, Callable[[], None]] = {
     "end": _dies_once_called(merging, "forget_journal"),
 }
 BEFORE_SWITCH: dict[str, Callable[[], None]] = {
-    "prepared": _dies_once_called(by_native, "reclaim"),
+    "prepared": _dies_once_called(by_native, "leaks_reclaimed"),
     "written": _dies_once_called(by_native, "record_switching"),
     "switching": _dies_after(by_native, "record_switching"),
 }
