@@ -12,7 +12,7 @@ from chainmerge.chain import open_for_writing
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.inspection import find_target, open_chain
-from chainmerge.merge_job import Job, note_what_base_lacks, reclaim
+from chainmerge.merge_job import Job, leaks_reclaimed, note_what_base_lacks
 from chainmerge.types import Stage
 from chainmerge.verify import verify_bitmaps, verify_metadata
 
@@ -27,14 +27,14 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
     VerificationFailed.
     """
     job.request.announce(Stage.BITMAPS)
-    reclaim(job)
-    note_what_base_lacks(job)
     final = final_set(job.bitmaps, job.plan.virtual_size_after)
-    try:
-        with open_for_writing(job.base) as port:
-            replace_bitmaps(port, final)
-    except NotEnoughSpace:
-        return None
+    with leaks_reclaimed(job):
+        note_what_base_lacks(job)
+        try:
+            with open_for_writing(job.base) as port:
+                replace_bitmaps(port, final)
+        except NotEnoughSpace:
+            return None
     job.request.announce(Stage.VERIFY)
     target = find_target(job.request.top, job.request.base, job.request.access)
     with open_chain(target.chain, job.locks) as opened:

@@ -84,9 +84,8 @@ from chainmerge.planning import (
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
-from chainmerge.results import bitmap_results
+from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
-    VERIFIED_BEFORE,
     find_resumption,
     finish_journalled,
     finish_recorded,
@@ -709,7 +708,8 @@ def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
     _forget_bitmaps_saved_for(record)
     forget_left_behind(record)
     warnings = tuple(finish_recorded(request, record))
-    verified = (VERIFIED_BEFORE,)
+    images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
+    verified = (verified_before(*images),)
     result = Path(record.result)
     return _report(request, None, result, record.result_format, 0, verified, (), deleted, warnings)
 

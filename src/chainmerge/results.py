@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
 
 
+def verified_before(source: str, target: str) -> str:
+    """What a report says of an image whose data an earlier run took to another one."""
+    return f"an earlier run merged {source} into {target} and verified it"
+
+
 def state_of(image: Qcow2Image, entry: BitmapEntry) -> BitmapState:
     """The state of a stored bitmap.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -35,7 +35,7 @@ from chainmerge.merge_journal import (
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.results import bitmap_results
+from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from chainmerge.inspection import Target
     from chainmerge.journal import MergedRecord
     from chainmerge.merge_job import Request
-
-VERIFIED_BEFORE: Final = "an earlier run merged and verified it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     """
     request.announce(Stage.SETTLE)
     base = target.base
-    verified = [VERIFIED_BEFORE]
+    verified = [verified_before(str(target.chain.top.path), str(base.path))]
     if base.header is not None:
         if journal.state is JournalState.SWITCHING:
             with open_for_writing(base) as port:

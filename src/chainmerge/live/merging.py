@@ -47,6 +47,7 @@ from chainmerge.planning import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.results import verified_before
 from chainmerge.settle import finished_before
 from chainmerge.storage.files import FileReadable
 from chainmerge.types import (
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.errors import ChainmergeError
+    from chainmerge.journal import MergedRecord
     from chainmerge.live.driving import Driven
     from chainmerge.live.settling import Settled
 
@@ -137,7 +139,7 @@ def merge(
         and not _reads(vm, Path(top))
         and finished_before(record, Path(top), _path(base), options.as_merge, active=record.base)
     ):
-        return _done_before(vm, Path(record.result), caller)
+        return _done_before(vm, record, caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
         with sole_driver(unfinished.base):
@@ -357,9 +359,9 @@ def _copied(drive: Driven, plan_done: MergePlan | None) -> int:
     return moved.data_bytes + moved.zero_bytes + moved.compressed_bytes
 
 
-def _done_before(vm: LiveDisk, base: Path, caller: _Caller) -> MergeReport:
+def _done_before(vm: LiveDisk, record: MergedRecord, caller: _Caller) -> MergeReport:
     """The report of a merge after which top was deleted."""
-    graph = vm.graph()
+    base, graph = Path(record.result), vm.graph()
     node = next((one for one in graph.chain() if path_of(one, graph) == base), None)
     size = base.stat().st_size
     return MergeReport(
@@ -371,7 +373,7 @@ def _done_before(vm: LiveDisk, base: Path, caller: _Caller) -> MergeReport:
         seconds=time.monotonic() - caller.started,
         image_end=size,
         volume_size=size,
-        verified=("an earlier run merged and verified it",),
+        verified=(verified_before(record.top, record.base),),
         repointed=(),
         deleted=(),
         renamed=None,
