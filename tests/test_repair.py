@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -250,6 +251,14 @@ def test_the_backup_is_where_it_was_asked_for(image: Path, tmp_path: Path) -> No
     assert Path(report.backup).parent == elsewhere
     assert Path(report.backup).stat().st_mode & 0o777 == 0o600
     assert list(image.parent.glob("disk.qcow2?*")) == []
+
+
+def test_an_image_whose_name_is_no_utf8(image: Path) -> None:
+    leak_clusters(image, 5)
+    odd = image.rename(image.with_name(os.fsdecode(b"caf\xe9")))
+    before = odd.read_bytes()
+    _undo(chainmerge.repair(odd))
+    assert odd.read_bytes() == before
 
 
 def test_no_place_for_the_backup(image: Path, tmp_path: Path) -> None:

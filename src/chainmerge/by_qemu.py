@@ -12,10 +12,11 @@ from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.inspection import Target, find_target, open_chain
-from chainmerge.journal import StateDirectoryUnusable, save_bitmaps, saved_bitmaps_file
+from chainmerge.journal import save_bitmaps, saved_bitmaps_file
 from chainmerge.merge_job import bitmaps_to_save, extended, leaks_reclaimed
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.state_files import StateDirectoryUnusable
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import (
     VerificationFailed,

@@ -2,8 +2,8 @@
 """What holds the merges of several disks together until the last of them is done.
 
 ``.BASE.chainmerge-disks`` stands beside the base of each disk, where the other small files do
-(:mod:`chainmerge.journal`). It names all disks, the command that finishes them, and whether this
-one is done. The first merge begins when all of these are durable; they go when all merges
+(:mod:`chainmerge.state_files`). It names all disks, the command that finishes them, and whether
+this one is done. The first merge begins when all of these are durable; they go when all merges
 are done. How far a merge came is for its own files to say: these only say that it is one of
 several, and that one which has not begun yet is still to be done.
 """
@@ -11,16 +11,19 @@ several, and that one which has not begun yet is still to be done.
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.journal import beside, make_directory, remove_durably
-from chainmerge.storage.errors import ImageMissing
-from chainmerge.storage.files import FileReadable, write_file_durably
+from chainmerge.state_files import (
+    UnusableState,
+    beside,
+    read_state,
+    remove_durably,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from chainmerge.merge_journal import Asked
 
 SUFFIX: Final = "chainmerge-disks"
-_LARGEST: Final = 64 << 20
 
 
 class DiskEntry(msgspec.Struct, frozen=True):
@@ -53,11 +55,7 @@ def keep_entry(base: Path, entry: DiskEntry) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    file = disk_file(base)
-    make_directory(file.parent)
-    # Not by msgspec: names of files may be no UTF-8.
-    text = json.dumps(msgspec.to_builtins(entry), ensure_ascii=True)
-    write_file_durably(file, text.encode("ascii") + b"\n", 0o600)
+    write_state(disk_file(base), entry)
 
 
 def forget_entry(base: Path) -> None:
@@ -69,12 +67,8 @@ def forget_entry(base: Path) -> None:
 def read_entry(file: Path) -> DiskEntry | None:
     """The entry in *file*; None where there is none that can be read."""
     try:
-        with FileReadable(file) as readable:
-            content = readable.read(0, min(readable.size, _LARGEST))
-        return msgspec.convert(json.loads(content), type=DiskEntry)
-    except ImageMissing:
-        return None
-    except (ChainmergeError, ValueError, RecursionError, msgspec.MsgspecError):
+        return read_state(file, DiskEntry)
+    except UnusableState:
         return None
 
 

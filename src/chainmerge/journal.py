@@ -17,8 +17,7 @@ Two small files, each written to a temporary name, synced and renamed:
 
 A third one, the journal of a merge, is in :mod:`chainmerge.merge_journal`.
 
-They stand beside the image, so that any host that sees the image sees them; for block
-devices they stand in :data:`STATE_DIRECTORY`.
+Where they stand: :mod:`chainmerge.state_files`.
 
 Saved bitmaps are only good for the chain that they were taken from. Were the overlay
 deleted by hand and another one put on base, base may have been written in between with
@@ -48,15 +47,23 @@ import numpy as np
 
 from chainmerge.errors import Refused
 from chainmerge.qcow2.bits import BitSet
+from chainmerge.state_files import (
+    UnusableState,
+    beside,
+    decoded,
+    encoded,
+    make_directory,
+    read_state,
+    remove_durably,
+    write_state,
+)
 from chainmerge.storage.errors import ImageMissing
-from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
+from chainmerge.storage.files import FileReadable, write_file_durably
 
 MAGIC: Final = b"chainmerge saved bitmaps 1\n"
-STATE_DIRECTORY: Final = Path("/var/lib/chainmerge")
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
-_LONGEST_NAME: Final = 200
 
 
 @dataclass(eq=False)
@@ -77,22 +84,6 @@ class SavedBitmapsDamaged(Refused):
     )
     file: str
     why: str
-
-
-@dataclass(eq=False)
-class StateDirectoryUnusable(Refused):
-    """There is no place for what must outlive the process."""
-
-    code: ClassVar[str] = "state-directory-unusable"
-    template: ClassVar[str] = "{directory} cannot be used: {reason}"
-    hint: ClassVar[str] = "run as root, or make {directory} a directory that you can write to"
-    explanation: ClassVar[str] = (
-        "While guest data is copied into base, base's checkpoints are kept in a small file, so "
-        "that a kill cannot cost them. For an image file it stands beside the image, for a block "
-        "device in /var/lib/chainmerge. Nothing was changed in the images."
-    )
-    directory: str
-    reason: str
 
 
 class ImageIdentity(msgspec.Struct, frozen=True):
@@ -236,7 +227,7 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
         name = list(bitmap.name.encode("utf-8", "surrogateescape"))
         in_base, in_overlay = _announce(bitmap.in_base, blobs), _announce(bitmap.in_overlay, blobs)
         names.append(_SavedName(name, in_base, in_overlay))
-    header = msgspec.json.encode(_SavedHeader(saved.base, saved.overlay, names)) + b"\n"
+    header = encoded(_SavedHeader(saved.base, saved.overlay, names))
     document = b"".join([MAGIC, header, *blobs])
     target = saved_bitmaps_file(base)
     make_directory(target.parent)
@@ -266,13 +257,15 @@ def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
         raise SavedBitmapsDamaged(str(file), "it is of another version")
     try:
         return _decode(document)
-    except (ValueError, msgspec.MsgspecError, struct.error, zlib.error, MemoryError) as error:
+    except UnusableState as error:
+        raise SavedBitmapsDamaged(str(file), str(error)) from error
+    except (ValueError, struct.error, zlib.error, MemoryError) as error:
         raise SavedBitmapsDamaged(str(file), f"it makes no sense ({error})") from error
 
 
 def _decode(document: bytes) -> SavedBitmaps:
     header_end = document.index(b"\n", len(MAGIC)) + 1
-    header = msgspec.json.decode(document[len(MAGIC) : header_end], type=_SavedHeader)
+    header = decoded(document[len(MAGIC) : header_end], _SavedHeader)
     blobs = memoryview(document)[header_end:]
     bitmaps = []
     for entry in header.bitmaps:
@@ -311,9 +304,7 @@ def merged_record_file(top: Path) -> Path:
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
-    target = merged_record_file(top)
-    make_directory(target.parent)
-    write_file_durably(target, msgspec.json.encode(record) + b"\n", 0o600)
+    write_state(merged_record_file(top), record)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
@@ -328,9 +319,8 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 def read_merged_record(file: Path) -> MergedRecord | None:
     """The record in *file*; None where there is none that can be read."""
     try:
-        content = _read_file(file)
-        return None if content is None else msgspec.json.decode(content, type=MergedRecord)
-    except (OSError, msgspec.MsgspecError):
+        return read_state(file, MergedRecord)
+    except (OSError, UnusableState):
         return None
 
 
@@ -339,47 +329,12 @@ def forget_merged_record(top: Path) -> None:
     remove_durably(merged_record_file(top))
 
 
-def beside(image: Path, suffix: str) -> Path:
-    """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
-    # Path.resolve() of Python 3.11 fails where links form a loop.
-    real = Path(os.path.realpath(image))
-    if real.is_block_device():
-        return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
-    return real.with_name(f".{_short(real.name)}.{suffix}")
-
-
-def _short(name: str) -> str:
-    """A name to which something can be added: file names have at most 255 bytes."""
-    encoded = os.fsencode(name)
-    return name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
-
-
 def _read_file(file: Path) -> bytes | None:
     try:
         with FileReadable(file) as readable:
             return readable.read(0, readable.size)
     except ImageMissing:
         return None
-
-
-def make_directory(directory: Path) -> None:
-    """Make sure that there is a directory for what must outlive the process.
-
-    Raises StateDirectoryUnusable.
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StateDirectoryUnusable(str(directory), error.strerror or str(error)) from error
-
-
-def remove_durably(file: Path) -> None:
-    """Remove a file for good; nothing happens where there is none."""
-    try:
-        file.unlink()
-    except FileNotFoundError:
-        return
-    fsync_directory(file.parent)
 
 
 def _pack(bits: BitSet) -> bytes:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a live merge came, in a file that outlives the process that drives it.
 
-``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.journal`) from before the
+``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.state_files`) from before the
 first change until base is settled. Whoever finds it looks at the VM, and at the disk where the
 VM is dead: the journal says what was intended, not what has happened. One thing only it can
 say. In an active merge the guest writes to top until the pivot and to base after it, and an
@@ -12,7 +12,6 @@ right, whether or not the pivot came.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from dataclasses import dataclass
@@ -22,18 +21,21 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
-from chainmerge.errors import ChainmergeError, Refused
-from chainmerge.journal import ImageIdentity, beside, make_directory, remove_durably
-from chainmerge.storage.errors import ImageMissing
-from chainmerge.storage.files import FileReadable, write_file_durably
+from chainmerge.errors import Refused
+from chainmerge.journal import ImageIdentity
+from chainmerge.state_files import (
+    UnusableState,
+    beside,
+    read_state,
+    remove_durably,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSION: Final = 1
 SUFFIX: Final = "chainmerge-live"
-# 65,535 bitmaps with the longest names there are, escaped.
-_LARGEST: Final = 512 << 20
 
 
 @dataclass(eq=False)
@@ -153,11 +155,7 @@ def save_live_journal(journal: LiveJournal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    target = live_journal_file(Path(journal.base.path))
-    make_directory(target.parent)
-    # Not by msgspec: names of files may be no UTF-8.
-    text = json.dumps(msgspec.to_builtins(journal), ensure_ascii=True)
-    write_file_durably(target, text.encode("ascii") + b"\n", 0o600)
+    write_state(live_journal_file(Path(journal.base.path)), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -183,27 +181,9 @@ def read_live_journal(file: Path) -> LiveJournal | None:
     Raises LiveJournalDamaged.
     """
     try:
-        journal = msgspec.convert(json.loads(_content_of(file)), type=LiveJournal)
-        problem = next(_problems(journal), None)
-    except ImageMissing:
-        return None
-    except LiveJournalDamaged:
-        raise
-    except ChainmergeError as error:
-        raise LiveJournalDamaged(str(file), error.sentence) from error
-    except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
-        why = f"it makes no sense ({type(error).__name__})"
-        raise LiveJournalDamaged(str(file), why) from error
-    if problem is not None:
-        raise LiveJournalDamaged(str(file), problem)
-    return journal
-
-
-def _content_of(file: Path) -> bytes:
-    with FileReadable(file) as readable:
-        if readable.size > _LARGEST:
-            raise LiveJournalDamaged(str(file), f"it has {readable.size} bytes")
-        return readable.read(0, readable.size)
+        return read_state(file, LiveJournal, _problems)
+    except UnusableState as error:
+        raise LiveJournalDamaged(str(file), str(error)) from error
 
 
 def _problems(journal: LiveJournal) -> Iterator[str]:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a native merge: how far it came, so that a rerun need not find out.
 
-``.BASE.chainmerge-journal`` stands where the files of :mod:`chainmerge.journal` stand, and is
-written as they are: to a temporary name, synced, renamed. It is one line of JSON,
+``.BASE.chainmerge-journal`` stands where :mod:`chainmerge.state_files` says, and holds a
 :class:`Journal`. Its state only ever moves down this list, and may leave out any but the first:
 
 ===========  ===================================================================
@@ -37,7 +36,6 @@ without any journal.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from dataclasses import dataclass
@@ -48,18 +46,22 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError, Refused
-from chainmerge.journal import ImageIdentity, beside, identify, make_directory, remove_durably
+from chainmerge.journal import ImageIdentity, identify
 from chainmerge.qcow2.header import SECTOR
-from chainmerge.storage.errors import ImageMissing
-from chainmerge.storage.files import FileReadable, write_file_durably
+from chainmerge.state_files import (
+    UnusableState,
+    beside,
+    read_state,
+    remove_durably,
+    write_state,
+)
+from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOURNAL_VERSION: Final = 1
 SUFFIX: Final = "chainmerge-journal"
-# Ten thousand images of the longest paths there are.
-_LARGEST: Final = 64 << 20
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -167,11 +169,7 @@ def save_journal(journal: Journal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    target = journal_file(Path(journal.base.path))
-    make_directory(target.parent)
-    # Not by msgspec: names of files may be no UTF-8.
-    text = json.dumps(msgspec.to_builtins(journal), ensure_ascii=True)
-    write_file_durably(target, text.encode("ascii") + b"\n", 0o600)
+    write_state(journal_file(Path(journal.base.path)), journal)
 
 
 def keep_journal(journal: Journal) -> Journal | None:
@@ -200,28 +198,9 @@ def read_journal(file: Path) -> Journal | None:
     Raises MergeJournalDamaged.
     """
     try:
-        content = _content_of(file)
-        journal = msgspec.convert(json.loads(content), type=Journal)
-        problem = next(_problems(journal), None)
-    except ImageMissing:
-        return None
-    except MergeJournalDamaged:
-        raise
-    except ChainmergeError as error:
-        raise MergeJournalDamaged(str(file), error.sentence) from error
-    except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
-        why = f"it makes no sense ({type(error).__name__})"
-        raise MergeJournalDamaged(str(file), why) from error
-    if problem is not None:
-        raise MergeJournalDamaged(str(file), problem)
-    return journal
-
-
-def _content_of(file: Path) -> bytes:
-    with FileReadable(file) as readable:
-        if readable.size > _LARGEST:
-            raise MergeJournalDamaged(str(file), f"it has {readable.size} bytes")
-        return readable.read(0, readable.size)
+        return read_state(file, Journal, _problems)
+    except UnusableState as error:
+        raise MergeJournalDamaged(str(file), str(error)) from error
 
 
 def _problems(journal: Journal) -> Iterator[str]:

@@ -47,7 +47,6 @@ from chainmerge.inspection import (
 from chainmerge.job_journal import record_switched
 from chainmerge.journal import (
     MergedRecord,
-    StateDirectoryUnusable,
     forget_saved_bitmaps,
     load_merged_record,
     load_saved_bitmaps,
@@ -100,6 +99,7 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
+from chainmerge.state_files import StateDirectoryUnusable
 from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files

@@ -25,15 +25,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge import journal as small_files
+from chainmerge import state_files
 from chainmerge.errors import Refused
-from chainmerge.journal import (
-    ImageIdentity,
-    identify,
-    make_directory,
-    remove_durably,
-    same_image,
-)
+from chainmerge.journal import ImageIdentity, identify, same_image
+from chainmerge.state_files import UnusableState, decoded, encoded, make_directory, remove_durably
 from chainmerge.storage.errors import CannotOpen
 from chainmerge.storage.files import AppendedFile, FileReadable, WritablePort, fsync_directory
 
@@ -157,7 +152,7 @@ class RecordedPort:
         self._backup = AppendedFile.created(backup)
         identity = identify(Path(port.name))
         head = _Head(identity, port.size, port.is_block_device)
-        self._backup.append(MAGIC + msgspec.json.encode(head) + b"\n")
+        self._backup.append(MAGIC + encoded(head))
         self._backup.flush()
         fsync_directory(backup.parent)
         self._wrote = False
@@ -243,7 +238,7 @@ def new_backup(image: Path, directory: Path | None) -> Path:
     Args:
         image: the image that is repaired.
         directory: where to put it; None for beside the image, or for a block device in
-            :data:`chainmerge.journal.STATE_DIRECTORY`.
+            :data:`chainmerge.state_files.STATE_DIRECTORY`.
 
     Raises:
         CannotOpen: all names are taken.
@@ -254,7 +249,7 @@ def new_backup(image: Path, directory: Path | None) -> Path:
     if directory is None:
         directory = real.parent
         if real.is_block_device():
-            directory = small_files.STATE_DIRECTORY
+            directory = state_files.STATE_DIRECTORY
             name = str(real).strip("/").replace("/", "-")
             make_directory(directory)
     # File names have at most 255 bytes.
@@ -452,9 +447,9 @@ def _read_head(file: FileReadable) -> tuple[_Head, int]:
     if not start.startswith(MAGIC) or end < 0:
         raise BackupUnusable(file.name, "it does not begin as one")
     try:
-        head = msgspec.json.decode(start[len(MAGIC) : end], type=_Head)
-    except (ValueError, msgspec.MsgspecError) as error:
-        raise BackupUnusable(file.name, f"it makes no sense ({error})") from error
+        head = decoded(start[len(MAGIC) : end], _Head)
+    except UnusableState as error:
+        raise BackupUnusable(file.name, str(error)) from error
     if not head.image.path.startswith("/") or "\0" in head.image.path or head.size < 0:
         raise BackupUnusable(file.name, "it does not say of which image it is")
     return head, end + 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from chainmerge import journal as small_files
+from chainmerge import state_files
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.errors import SearchPathUnusable
 from chainmerge.disks_journal import SUFFIX as DISKS_SUFFIX
@@ -119,7 +119,7 @@ class _Search:
 
 
 def _search_of_all_devices() -> _Search:
-    return _Search((small_files.STATE_DIRECTORY,), None)
+    return _Search((state_files.STATE_DIRECTORY,), None)
 
 
 def _search_of_devices(searches: Sequence[_Search]) -> _Search:
@@ -127,7 +127,7 @@ def _search_of_devices(searches: Sequence[_Search]) -> _Search:
     images = frozenset(image for search in searches for image in search.images or ())
     whole = [search for search in searches if search.images is None]
     directories = frozenset(directory for search in whole for directory in search.directories)
-    return _Search((small_files.STATE_DIRECTORY,), images, directories)
+    return _Search((state_files.STATE_DIRECTORY,), images, directories)
 
 
 def _search(path: Path) -> _Search:
@@ -159,7 +159,7 @@ def _files(directory: Path) -> list[Path]:
     try:
         files = sorted(directory.iterdir())
     except OSError as error:
-        if directory == small_files.STATE_DIRECTORY:
+        if directory == state_files.STATE_DIRECTORY:
             return []
         raise SearchPathUnusable(str(directory), error.strerror or str(error)) from error
     return [
@@ -356,7 +356,7 @@ def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     suffix = next(one for one in (_JOURNAL, _LIVE, _MERGED, _SAVED) if file.name.endswith(one))
     name = file.name.removesuffix(suffix)
     beside = file.with_name(name.removeprefix("."))
-    is_image = file.parent != small_files.STATE_DIRECTORY
+    is_image = file.parent != state_files.STATE_DIRECTORY
     only_slower = isinstance(error, MergeJournalDamaged)
     return UnfinishedMerge(
         base=str(beside) if is_image else name,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from chainmerge import journal as small_files
+from chainmerge import state_files
 from chainmerge.storage.files import FileReadable
 from tests.support.hostile import chainmerge
 
@@ -97,7 +97,7 @@ def _wait(child: int) -> int:
 def _be_confined(directory: Path, commands: Sequence[tuple[str, ...]], report: int) -> NoReturn:
     try:
         # What others on this machine do with their devices is no business of this case.
-        small_files.STATE_DIRECTORY = directory / "state"  # type: ignore[misc]
+        state_files.STATE_DIRECTORY = directory / "state"  # type: ignore[misc]
         _watch_opens(directory, report)
         _watch_reads(report)
         _limit()

@@ -25,7 +25,6 @@ import chainmerge
 from chainmerge.chain.names import backing_path
 from chainmerge.checkpoints import BitmapState
 from chainmerge.errors import ExitCode
-from chainmerge.journal import STATE_DIRECTORY
 from chainmerge.options import Access, MergeOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
@@ -33,6 +32,7 @@ from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import state_of
+from chainmerge.state_files import STATE_DIRECTORY
 from chainmerge.storage.files import FileReadable
 from tests.conftest import SOAK
 from tests.support.faults import Fault, Lost, Run, faults_of, run_with

@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import pytest
 
@@ -557,6 +557,23 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     create(top, backing=base.name)
     chainmerge.merge(top)
     assert not journal_file(base).exists()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("engine", ["native", "qemu"])
+def test_a_directory_whose_name_is_no_utf8(
+    templates: dict[int, Images],
+    outcomes: dict[tuple[int, str], Outcome],
+    tmp_path: Path,
+    engine: Literal["native", "qemu"],
+    name: str,
+) -> None:
+    """It is in the paths of all that is kept for a rerun."""
+    images = _copy(templates[2], tmp_path / os.fsdecode(b"caf\xe9"))
+    options = replace(OPTIONS[name], engine=engine)
+    assert images.merge(options).outcome is MergeOutcome.MERGED
+    assert _outcome(images, options) == outcomes[2, name]
+    assert images.merge(options).outcome is MergeOutcome.ALREADY_MERGED
 
 
 def test_states_only_move_down_the_list(switched: Images) -> None:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small files that outlive the process: where they stand, how they are written and read.
+
+They stand beside the image, so that any host that sees the image sees them; for block devices
+they stand in :data:`STATE_DIRECTORY`. Each holds one document as a line of JSON, written to a
+temporary name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
+
+import msgspec
+
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+STATE_DIRECTORY: Final = Path("/var/lib/chainmerge")
+_LONGEST_NAME: Final = 200
+# 65,535 bitmaps with the longest names there are, escaped.
+_LARGEST: Final = 512 << 20
+
+Document = TypeVar("Document", bound=msgspec.Struct)
+
+
+class UnusableState(Exception):
+    """A file that cannot be read or holds no such document; the message says why."""
+
+
+@dataclass(eq=False)
+class StateDirectoryUnusable(Refused):
+    """There is no place for what must outlive the process."""
+
+    code: ClassVar[str] = "state-directory-unusable"
+    template: ClassVar[str] = "{directory} cannot be used: {reason}"
+    hint: ClassVar[str] = "run as root, or make {directory} a directory that you can write to"
+    explanation: ClassVar[str] = (
+        "While guest data is copied into base, base's checkpoints are kept in a small file, so "
+        "that a kill cannot cost them. For an image file it stands beside the image, for a block "
+        "device in /var/lib/chainmerge. Nothing was changed in the images."
+    )
+    directory: str
+    reason: str
+
+
+def beside(image: Path, suffix: str) -> Path:
+    """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
+    # Path.resolve() of Python 3.11 fails where links form a loop.
+    real = Path(os.path.realpath(image))
+    if real.is_block_device():
+        return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
+    return real.with_name(f".{_short(real.name)}.{suffix}")
+
+
+def _short(name: str) -> str:
+    """A name to which something can be added: file names have at most 255 bytes."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
+
+
+def make_directory(directory: Path) -> None:
+    """Make sure that there is a directory for what must outlive the process.
+
+    Raises StateDirectoryUnusable.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateDirectoryUnusable(str(directory), error.strerror or str(error)) from error
+
+
+def write_state(file: Path, document: msgspec.Struct) -> None:
+    """Write a document durably; replaces what is there.
+
+    Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
+    """
+    make_directory(file.parent)
+    write_file_durably(file, encoded(document), 0o600)
+
+
+def read_state(
+    file: Path,
+    form: type[Document],
+    problems: Callable[[Document], Iterator[str]] = lambda _document: iter(()),
+) -> Document | None:
+    """The document in *file*; None where there is no such file.
+
+    Raises UnusableState, also with the first of the *problems* that the document has.
+    """
+    try:
+        with FileReadable(file) as readable:
+            content = readable.read(0, min(readable.size, _LARGEST + 1))
+    except ImageMissing:
+        return None
+    except ChainmergeError as error:
+        raise UnusableState(error.sentence) from error
+    if len(content) > _LARGEST:
+        raise UnusableState(f"it has more than {_LARGEST} bytes")
+    document = decoded(content, form)
+    for problem in problems(document):
+        raise UnusableState(problem)
+    return document
+
+
+def remove_durably(file: Path) -> None:
+    """Remove a file for good; nothing happens where there is none."""
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return
+    fsync_directory(file.parent)
+
+
+def encoded(document: msgspec.Struct) -> bytes:
+    """The document as a line of JSON, line feed included."""
+    # Not by msgspec: names of files may be no UTF-8.
+    text = json.dumps(msgspec.to_builtins(document), ensure_ascii=True)
+    return text.encode("ascii") + b"\n"
+
+
+def decoded(text: bytes, form: type[Document]) -> Document:
+    """The document that :func:`encoded` made *text* of. Raises UnusableState."""
+    try:
+        return msgspec.convert(json.loads(text), type=form)
+    except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
+        raise UnusableState(f"it makes no sense ({type(error).__name__})") from error
