@@ -18,6 +18,7 @@ from chainmerge.cli.commands import Command
 from chainmerge.cli.options import json_option
 from chainmerge.errors import ExitCode, Failed, Interrupted, Misuse, OutcomeUnknown, Refused
 from tests.support.cli import COMMAND, chainmerge, environment
+from tests.support.qemu import assert_clean, content, create, qemu_io
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,6 +126,24 @@ def test_a_report_that_cannot_be_written_is_a_failure(more: list[str]) -> None:
     assert result.returncode == ExitCode.FAILED
     assert b"No space left on device" in result.stderr
     assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_failure(tmp_path: Path, closed: str) -> None:
+    base = create(tmp_path / "base", 8 << 20)
+    top = create(tmp_path / "top", backing=base.name)
+    qemu_io(top, "write -P 5 0 1M")
+    expected = content(top)
+    script = f'exec "$@" {closed}'
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND, "merge", str(top)],
+        capture_output=True,
+        check=False,
+        env=environment(),
+    )
+    assert result.returncode == ExitCode.DONE, result
+    assert content(base) == expected
+    assert_clean(base)
 
 
 @pytest.mark.parametrize("terminal", ["dumb", "xterm"])

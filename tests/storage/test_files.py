@@ -410,3 +410,29 @@ def _refusal(opener: type[FileReadable], path: str | Path) -> ChainmergeError:
 def _touch(path: Path) -> Path:
     path.touch()
     return path
+
+
+def test_no_image_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Whatever is printed would be written into it."""
+    image = tmp_path / "image"
+    image.write_bytes(b"image")
+    script = """
+import os, sys
+from chainmerge.storage.direct import DirectFile
+from chainmerge.storage.files import WritablePort
+os.closerange(0, 3)
+with WritablePort(sys.argv[1]) as port:
+    direct = DirectFile(port, os.O_RDWR)
+    for fd in range(3):
+        try:
+            os.write(fd, b"noise")
+        except OSError:
+            continue
+        os._exit(1)
+    assert port.read(0, port.size) == b"image"
+os._exit(0)
+"""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", script, str(image)], check=False, env=environ)
+    assert ended.returncode == 0
+    assert image.read_bytes() == b"image"

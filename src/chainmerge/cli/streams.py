@@ -27,11 +27,26 @@ _ENDLESS: Final = 10_000
 
 
 def prepare_streams() -> None:
-    """Make the standard streams take every character, whatever the locale."""
+    """Have standard streams that take every character, whatever the locale."""
+    _open_closed_streams()
     codecs.register_error(_ERROR_HANDLER, _plain_characters)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ERROR_HANDLER)
+
+
+def _open_closed_streams() -> None:
+    """Put nothing where a stream is closed: that number would go to the next file opened."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python has None for what was closed.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
 
 
 def console_on(stream: TextIO) -> Console:

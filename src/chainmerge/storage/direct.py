@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.storage import block
 from chainmerge.storage.errors import ReadFailed, WriteFailed, reason_of
-from chainmerge.storage.files import write_error
+from chainmerge.storage.files import open_clear_of_streams, write_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +68,7 @@ class DirectFile:
         self._fd = -1
         # The same file, even if another has its name by now.
         with contextlib.suppress(OSError):
-            self._fd = os.open(
+            self._fd = open_clear_of_streams(
                 f"/proc/self/fd/{file.fd}", access | os.O_DIRECT | os.O_CLOEXEC | os.O_NOCTTY
             )
         self._is_direct = self._fd >= 0

@@ -36,6 +36,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 # The kernel's limit for a file offset (loff_t).
 _MAX_OFFSET: Final = (1 << 63) - 1
+_LAST_STREAM: Final = 2
 
 _FILE_TYPES: Final = {
     stat.S_IFDIR: "a directory",
@@ -461,7 +462,7 @@ def _open(path: str, flags: int, access: str) -> int:
         # Looking before opening spares devices that act on being opened; O_NONBLOCK and the
         # second look are for a name that becomes that of a pipe in between.
         _require_image_type(path, os.stat(path))  # noqa: PTH116
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        fd = open_clear_of_streams(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise _open_error(path, access, error) from error
     try:
@@ -474,6 +475,23 @@ def _open(path: str, flags: int, access: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def open_clear_of_streams(path: str, flags: int) -> int:
+    """A descriptor that is none of the three on which programs print.
+
+    In a process that was started with one of these closed, or has closed it, the next file that
+    is opened gets its number, and whatever prints then, writes into that file.
+
+    Raises what :func:`os.open` raises.
+    """
+    fd = os.open(path, flags)
+    if fd > _LAST_STREAM:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LAST_STREAM + 1)
+    finally:
+        os.close(fd)
 
 
 def _require_image_type(path: str, status: os.stat_result) -> None:
