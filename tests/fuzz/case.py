@@ -26,6 +26,9 @@ _SECONDS_FOR_QEMU: Final = 30
 _LARGEST_DISK: Final = 64 << 20
 _SIZE: Final = slice(24, 32)
 
+# What the operating system was asked for in vain was too much.
+_RUDE: Final = ("Traceback", "internal-error", "out-of-memory", "system-call-failed")
+
 _WAYS: Final = (
     (),
     ("--data", "in-place"),
@@ -150,7 +153,7 @@ def _offences(chain: Chain, case: Case, before: Path) -> Iterator[str]:
     outcome = run_confined(chain.directory, [*looking, (*last, "--lock-wait", "0")])
     yield from outcome.offences
     for ended in outcome.ended:
-        yield from _rudeness(ended)
+        yield from rudeness(ended)
     for ended in outcome.ended[: len(looking)]:
         if ended.status is None:
             return
@@ -166,12 +169,14 @@ def _offences(chain: Chain, case: Case, before: Path) -> Iterator[str]:
         yield from _wrong_merge(done, chain, case, before, corrupt)
 
 
-def _rudeness(ended: Ended) -> Iterator[str]:
+def rudeness(ended: Ended) -> Iterator[str]:
+    """What no command may say, whatever it is given."""
     command = " ".join(ended.command[:2])
     if ended.status is None:
         yield f"{command}: {ended.err}"
     said = ended.out + ended.err
-    if "Traceback" in said or "internal-error" in said:
+    # Error codes are in what is said to the end: "chainmerge explain CODE".
+    if any(word in said for word in _RUDE):
         yield f"{command}: {said.strip().splitlines()[0][:300]}"
     if any(not (letter.isprintable() or letter == "\n") for letter in said):
         yield f"{command}: says what no terminal should be told: {said!r}"

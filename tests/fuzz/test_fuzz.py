@@ -14,9 +14,10 @@ from chainmerge.storage.files import FileReadable
 from tests.conftest import SOAK
 from tests.fuzz import confined
 from tests.fuzz.anatomy import anatomy_of
-from tests.fuzz.case import Stable, case_of, findings_of
+from tests.fuzz.case import Stable, case_of, findings_of, rudeness
 from tests.fuzz.confined import run_confined
 from tests.fuzz.corpus import BREEDS, ROLES, Breed
+from tests.support import surgery
 from tests.support.images import Geometry
 from tests.support.qemu import content
 
@@ -72,6 +73,17 @@ def test_every_kind_of_target_is_there(stable: Stable, breed: Breed) -> None:
         if breed.geometries[ROLES.index(role)] != Geometry(4096, compat="0.10"):
             assert {"extension", "bitmap directory", "bitmap table", "bitmap data"} <= kinds
     assert len(content(chain.image("top"))) == breed.disk
+
+
+def test_a_bitmap_directory_as_large_as_a_disk(stable: Stable, tmp_path: Path) -> None:
+    """All of its clusters were listed, to see whether the guest's tables lead there."""
+    image = tmp_path / "top"
+    image.write_bytes(stable.chain(BREEDS[1]).image("root").read_bytes())
+    extension = surgery.extension_at(image, surgery.BITMAPS_EXTENSION)
+    surgery.put_bytes(image, extension + 8, (4 << 40).to_bytes(8))
+    for command in ("check", "repair"):
+        (ended,) = run_confined(tmp_path, [(command, str(image))]).ended
+        assert not list(rudeness(ended))
 
 
 # That the oracles can see

@@ -156,12 +156,12 @@ def clusters_of_bitmap(image: Qcow2Image, entry: BitmapEntry) -> Clusters | None
 
 
 def directory_clusters(image: Qcow2Image) -> Clusters:
-    """Clusters of the bitmap directory, wherever the header says it is."""
+    """Clusters of the bitmap directory that the file has, wherever the header says it is."""
     extension = image.header.bitmaps
     if extension is None:
         return _NONE
     size = image.header.cluster_size
-    end = extension.directory_offset + extension.directory_size
+    end = min(extension.directory_offset + extension.directory_size, image.readable.size)
     return np.arange(extension.directory_offset // size, -(-end // size), dtype=np.int64)
 
 

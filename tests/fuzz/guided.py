@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make fuzz-guided``: damaged images that lead into code to which no other one has led.
+
+What only looks at images is run in this process, and atheris keeps the images that take a way
+through the program that is new. Whatever is no error of ours is a finding: another exception,
+memory or time without bound (libFuzzer's ``-rss_limit_mb`` and ``-timeout``), a read of what is
+not there. The image of a finding is left in the current directory; ``python -m
+tests.fuzz.guided FILE`` looks at it again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import atheris
+
+with atheris.instrument_imports(include=["chainmerge"]):
+    import chainmerge
+    import chainmerge.bitmap_ops
+    import chainmerge.checking
+    import chainmerge.information
+    import chainmerge.merging
+    import chainmerge.repairing
+    from chainmerge import state_files
+    from chainmerge.options import Access
+    from chainmerge.storage.errors import OutOfMemory, SystemCallFailed
+    from chainmerge.storage.files import FileReadable
+
+from tests.fuzz.anatomy import Anatomy, anatomy_of
+from tests.fuzz.corpus import BREEDS, Chain, build
+from tests.fuzz.mutation import mutate
+
+_LARGEST: Final = 512 << 10
+_LONGEST_READ: Final = 64 << 20
+_NO_WAITING: Final = Access(lock_wait=0)
+_LIMITS: Final = ("-rss_limit_mb=2048", "-timeout=30", f"-max_len={_LARGEST}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in which chain an image stands that is damaged, and what it is when it is sound."""
+
+    chain: Chain
+    role: str
+    sound: bytes
+    anatomy: Anatomy
+
+
+class Fuzzer:
+    """The places, and what is done with an image in one of them.
+
+    An input is the number of a place in its first byte, and then the image.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        chains = [build(directory / str(number), breed) for number, breed in enumerate(BREEDS)]
+        self.places = [
+            Place(chain, role, sound, anatomy_of(sound))
+            for chain in chains
+            for role in chain.qcow2_roles
+            if len(sound := chain.image(role).read_bytes()) < _LARGEST
+        ]
+
+    def seeds(self) -> list[bytes]:
+        return [bytes([number]) + place.sound for number, place in enumerate(self.places)]
+
+    def look_at(self, given: bytes) -> None:
+        """Let everything that looks at images look at a chain with this one in it."""
+        if not given:
+            return
+        place = self.places[given[0] % len(self.places)]
+        image, top = place.chain.image(place.role), place.chain.image("top")
+        image.write_bytes(given[1:])
+        try:
+            for look, path in (
+                (chainmerge.check_image, image),
+                (chainmerge.plan_repair, image),
+                (chainmerge.inspect, top),
+                (chainmerge.bitmaps_list, top),
+                (chainmerge.plan, top),
+            ):
+                try:
+                    look(path, access=_NO_WAITING)
+                except (OutOfMemory, SystemCallFailed):
+                    raise
+                except chainmerge.ChainmergeError as error:
+                    if not (error.sentence and error.advice):
+                        raise AssertionError(path) from error
+        finally:
+            image.write_bytes(place.sound)
+
+    def mutate(self, given: bytes, longest: int, seed: int) -> bytes:
+        """Another input: where metadata is, or anywhere."""
+        chance = random.Random(seed)
+        if not given or chance.random() < 0.3:
+            return bytes(atheris.Mutate(given, longest))
+        place = self.places[given[0] % len(self.places)]
+        image, _ = mutate(given[1:], place.anatomy, chance)
+        return (given[:1] + image)[:longest]
+
+
+def _watch_reads() -> None:
+    read = FileReadable._pread
+
+    def watched(self: FileReadable, offset: int, length: int) -> bytes:
+        end = os.fstat(self.fd).st_size
+        assert length <= _LONGEST_READ
+        assert offset <= end + (2 << 20)
+        return read(self, offset, length)
+
+    FileReadable._pread = watched  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Run libFuzzer with the arguments that it is given."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="chainmerge-guided-", dir=memory) as scratch:
+        directory = Path(scratch)
+        state_files.STATE_DIRECTORY = directory / "state"  # type: ignore[misc]
+        fuzzer = Fuzzer(directory)
+        seeds = directory / "seeds"
+        seeds.mkdir()
+        for number, seed in enumerate(fuzzer.seeds()):
+            (seeds / str(number)).write_bytes(seed)
+        _watch_reads()
+        arguments = [sys.argv[0], *_LIMITS, *sys.argv[1:]]
+        if not any(Path(argument).is_file() for argument in sys.argv[1:]):
+            arguments.append(str(seeds))
+        atheris.Setup(arguments, fuzzer.look_at, custom_mutator=fuzzer.mutate)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
