@@ -106,7 +106,11 @@ def read_state(
     if len(content) > _LARGEST:
         raise UnusableState(f"it has more than {_LARGEST} bytes")
     document = decoded(content, form)
-    for problem in problems(document):
+    try:
+        problem = next(problems(document), None)
+    except UnicodeEncodeError as error:
+        raise UnusableState("it names what no file can be called") from error
+    if problem is not None:
         raise UnusableState(problem)
     return document
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import pytest
 
 import chainmerge
-from chainmerge import by_native, merge_journal, merging, resuming, settle
+from chainmerge import by_native, merge_journal, merging, resuming, settle, state_files
 from chainmerge.errors import Interrupted
 from chainmerge.journal import identify, same_image, saved_bitmaps_file
 from chainmerge.merge_journal import JournalState, journal_file, load_journal
@@ -485,7 +485,7 @@ def test_damaged_journal(switched: Images, monkeypatch: pytest.MonkeyPatch, dama
     damaged = DAMAGE[damage](file.read_bytes())
     file.write_bytes(damaged)
     if damage == "huge":
-        monkeypatch.setattr(merge_journal, "_LARGEST", len(damaged) - 101)
+        monkeypatch.setattr(state_files, "_LARGEST", len(damaged) - 101)
     merge = _only(_unfinished(switched.directory))
     assert (merge.base, merge.state) == (str(switched.base), UNKNOWN)
     assert any("cannot be used" in warning for warning in merge.warnings)
