@@ -261,7 +261,7 @@ def gather_bitmaps(
         _with_saved(on_disk[base_index], saved_bits),
         *on_disk[base_index + 1 :],
     )
-    decisions = decide(layers, base_index, names_above(target.relatives), top_stays=top_stays)
+    decisions = decide(layers, base_index, names_above(target), top_stays=top_stays)
     kept = [decision for decision in decisions if decision.fate is Fate.KEEP]
     on_base = opened.images[base_index]
     base_bits = {
@@ -276,14 +276,16 @@ def gather_bitmaps(
     return BitmapFacts(layers, decisions, final, base_bits, frozenset(saved_bits), warnings)
 
 
-def names_above(relatives: Relatives) -> frozenset[str]:
+def names_above(target: Target) -> frozenset[str]:
     """Names of bitmaps in images that read base without being part of the merge.
 
     Siblings count: where they are allowed at all, they are children of top that an
-    interrupted run has re-pointed already.
+    interrupted run has re-pointed already. Before that it has left in base what keeps their
+    broken checkpoints from looking whole, so what base does not name needs nothing.
     """
-    images = (*(above.image for above in relatives.above), *relatives.siblings)
-    return frozenset(entry.name for image in images for entry in image.bitmaps)
+    above = {entry.name for one in target.relatives.above for entry in one.image.bitmaps}
+    beside = {entry.name for image in target.relatives.siblings for entry in image.bitmaps}
+    return frozenset(above | beside & {entry.name for entry in target.base.bitmaps})
 
 
 def _usable_saved(
@@ -380,13 +382,18 @@ def load_saved(target: Target) -> SavedBitmaps | None:
 
 @dataclass(frozen=True, slots=True)
 class Volumes:
-    """Guest bytes that the merged range and base define."""
+    """Guest bytes that the merged range and base define.
+
+    ``undefined`` are those that base does not define yet, ``undefined_zeros`` those of them that
+    read as zeros in base all the same.
+    """
 
     data: int
     zero: int
     compressed: int
     pull: int
     undefined: int
+    undefined_zeros: int
 
 
 def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
@@ -400,7 +407,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
     backing_end = below_base[-1].virtual_size if below_base else 0
     merged = opened.view(target.base_index + 1)
     base = opened.view(target.base_index, target.base_index + 1)
-    data = zero = compressed = pull = undefined = 0
+    data = zero = compressed = pull = undefined = undefined_zeros = 0
     for upper, lower in in_step(merged.resolve(0, size), base.resolve(0, size)):
         require_data_in_files(merged, upper)
         by_kind = np.bincount(upper.kind, weights=upper.length, minlength=len(Kind))
@@ -417,7 +424,9 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         as_zeros = (above.kind == Kind.ZERO) | (above.kind == Kind.ZERO_ALLOCATED)
         nothing &= ~as_zeros | (bounds < backing_end)
         undefined += int(below.length[~free & nothing].sum())
-    return Volumes(data, zero, compressed, pull, undefined)
+        nothing &= (bounds >= backing_end) & (bounds < base_size)
+        undefined_zeros += int(below.length[~free & nothing].sum())
+    return Volumes(data, zero, compressed, pull, undefined, undefined_zeros)
 
 
 def movement_of(volumes: Volumes) -> Movement:

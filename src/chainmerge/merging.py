@@ -472,7 +472,8 @@ def _gather(
         result_check=survey.check,
         movement=movement_of(volumes),
         pull_bytes=volumes.pull,
-        undefined_bytes=volumes.undefined,
+        # An earlier run has made zero clusters of stored zeros, or none where none was needed.
+        undefined_bytes=volumes.undefined - options.detect_zeroes * volumes.undefined_zeros,
         merged=None,
         volume=_volume_facts(target, opened, way.direction, survey, options).beside(claims),
         engine=chosen.engine,

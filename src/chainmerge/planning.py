@@ -105,7 +105,8 @@ class MergeFacts:
     ``obstacles`` are errors that were met while looking, such as locks held by others.
     ``final_bits`` holds the union for each name that is kept. ``recovered`` are the names
     whose bits in base come from an interrupted merge. ``undefined_bytes`` counts what the
-    merged range defines and base does not; where it is 0, base may hold it all already, and
+    merged range defines and base does not, as far as an earlier run of the same merge would have
+    given it a cluster; where it is 0, base may hold it all already, and
     ``merged`` says (True, False, or None if nobody compared) whether it does. ``result_check``
     is the consistency check of the image that is written, ``spaces`` has the ways in which the
     engine can place data in it.

@@ -46,7 +46,6 @@ BLOCK = 4096
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from collections.abc import Set as AbstractSet
 
     from chainmerge.types import MergeReport
 
@@ -197,25 +196,6 @@ class Before:
     plan: MergePlan
 
 
-def tombstones_of_a_rerun(built: BuiltCase, before: MergeReport) -> set[str]:
-    """Merge once more: there is nothing to do, but perhaps to leave tombstones, which it returns.
-
-    The lowest image between base and top stands on base now, as would one that an interrupted run
-    has re-pointed. So its names get tombstones.
-    """
-    again = merge(built)
-    if again.outcome is MergeOutcome.ALREADY_MERGED:
-        return set()
-    names = {bitmap.name for bitmap in before.bitmaps}
-    more = [bitmap for bitmap in again.bitmaps if bitmap.name not in names]
-    assert more
-    assert all(bitmap.tombstone for bitmap in more)
-    lowest = built.case.layers[built.case.base + 1]
-    assert {bitmap.name for bitmap in more} <= {bitmap.name for bitmap in lowest.bitmaps}
-    assert merge(built).outcome is MergeOutcome.ALREADY_MERGED
-    return {bitmap.name for bitmap in more}
-
-
 def look(built: BuiltCase) -> Before:
     untouched = everything(built)
     before = Before(
@@ -243,17 +223,17 @@ def assert_merges(built: BuiltCase) -> None:
         assert before.old_base[: len(before.view)] == before.view
     assert_merged(built, before)
     if built.case.twice:
-        assert_merged(built, before, tombstones_of_a_rerun(built, report))
+        # What was between base and top stands on base now, as if a run had been interrupted.
+        assert merge(built).outcome is MergeOutcome.ALREADY_MERGED
+        assert_merged(built, before)
 
 
-def assert_merged(
-    built: BuiltCase, before: Before, tombstones: AbstractSet[str] = frozenset()
-) -> None:
+def assert_merged(built: BuiltCase, before: Before) -> None:
     renamed = built.case.options.keep_name or built.case.pulls
     result = built.top if renamed else built.base
     assert_content(built, before, result)
     assert_children(built, before)
-    assert_bitmaps(built, result, tombstones)
+    assert_bitmaps(built, result)
     assert_files(built, before, result)
 
 
@@ -306,7 +286,7 @@ def assert_files(built: BuiltCase, before: Before, result: Path) -> None:
     assert not list(built.directory.glob(".*.chainmerge-saved"))
 
 
-def assert_bitmaps(built: BuiltCase, result: Path, tombstones: AbstractSet[str]) -> None:
+def assert_bitmaps(built: BuiltCase, result: Path) -> None:
     expected = expected_bitmaps(built.case)
     note(f"expected bitmaps: {expected}")
     if built.case.result.geometry is None:
@@ -316,7 +296,7 @@ def assert_bitmaps(built: BuiltCase, result: Path, tombstones: AbstractSet[str])
     assert found.keys() == listed.keys()
     left = found.keys() - expected.keys()
     # On a device of the exact size there may be no room to get rid of them.
-    assert left <= tombstones | (spent_tombstones(built.case) if built.case.on_device else set())
+    assert left <= (spent_tombstones(built.case) if built.case.on_device else set())
     assert all(listed[name]["flags"] == [] for name in left)
     assert found.keys() - left == expected.keys()
     for name, wanted in expected.items():

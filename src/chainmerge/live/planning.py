@@ -140,7 +140,7 @@ def _decided(
     live: LiveTarget, layers: Sequence[LayerBitmaps], options: LiveOptions
 ) -> Iterator[Decision]:
     in_vm = {bitmap.name for node in live.nodes_above for bitmap in node.bitmaps}
-    above = names_above(live.target.relatives) | in_vm
+    above = names_above(live.target) | in_vm
     base = layers[live.target.base_index]
     size = max(live.base.virtual_size, live.top.virtual_size)
     for decision in decide(layers, live.target.base_index, above, top_stays=not options.delete):
