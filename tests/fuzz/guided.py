@@ -39,7 +39,7 @@ from tests.fuzz.mutation import mutate
 _LARGEST: Final = 512 << 10
 _LONGEST_READ: Final = 64 << 20
 _NO_WAITING: Final = Access(lock_wait=0)
-_LIMITS: Final = ("-rss_limit_mb=4096", "-timeout=30", f"-max_len={_LARGEST}")
+_LIMITS: Final = ("-rss_limit_mb=8192", "-timeout=30", f"-max_len={_LARGEST}")
 
 
 @dataclass(frozen=True)
