@@ -279,12 +279,12 @@ def gather_bitmaps(
 def names_above(target: Target) -> frozenset[str]:
     """Names of bitmaps in images that read base without being part of the merge.
 
-    Siblings count: where they are allowed at all, they are children of top that an
-    interrupted run has re-pointed already. Before that it has left in base what keeps their
-    broken checkpoints from looking whole, so what base does not name needs nothing.
+    Siblings count, with what stands on them: where they are allowed at all, they are children
+    of top that an interrupted run has re-pointed already. Before that it has left in base what
+    keeps their broken checkpoints from looking whole, so what base does not name needs nothing.
     """
     above = {entry.name for one in target.relatives.above for entry in one.image.bitmaps}
-    beside = {entry.name for image in target.relatives.siblings for entry in image.bitmaps}
+    beside = {entry.name for image in target.relatives.beside for entry in image.bitmaps}
     return frozenset(above | beside & {entry.name for entry in target.base.bitmaps})
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
     from chainmerge.chain.relatives import ImageAbove
 
-NONE = Relatives((), (), (), (), (), frozenset())
+NONE = Relatives((), (), (), (), (), (), frozenset())
 
 
 @pytest.fixture
@@ -325,7 +325,11 @@ def test_relatives_of_any_tree(tree: Tree) -> None:
     def numbers(images: Iterable[ImageInfo]) -> list[int]:
         return [int(image.path.name) for image in images]
 
+    def all_above(image: int) -> set[int]:
+        return {one for user in outside(image) for one in (user, *all_above(user))}
+
     assert numbers(found.siblings) == outside(line[tree.base_steps])
+    assert set(numbers(found.beside)) == all_above(line[tree.base_steps])
     assert sorted(numbers(found.middle_children)) == sorted(
         user for image in between for user in outside(image)
     )

@@ -369,3 +369,18 @@ def test_zeros_that_were_stored_are_merged_once(tmp_path: Path) -> None:
     options = MergeOptions(detect_zeroes=True)
     assert chainmerge.merge(top, base, options=options).outcome is MergeOutcome.MERGED
     assert chainmerge.merge(top, base, options=options).outcome is MergeOutcome.ALREADY_MERGED
+
+
+def test_a_tombstone_stays_for_an_image_that_is_two_levels_up(tmp_path: Path) -> None:
+    """The child of top is on base by now. What stands on it has a checkpoint that is broken."""
+    base = create(tmp_path / "base.qcow2", 16 << 20)
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    child = create(tmp_path / "child.qcow2", backing=top.name)
+    leaf = create(tmp_path / "leaf.qcow2", backing=child.name)
+    for image in (base, leaf):
+        qemu_img("bitmap", "--add", image, "cp")
+    qemu_io(top, "write -P 3 0 1M")
+    for outcome in (MergeOutcome.MERGED, MergeOutcome.ALREADY_MERGED):
+        report = chainmerge.merge(top)
+        assert report.outcome is outcome
+        assert [(bitmap.name, bitmap.tombstone) for bitmap in report.bitmaps] == [("cp", True)]

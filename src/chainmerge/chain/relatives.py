@@ -56,11 +56,11 @@ class Descent:
 
 @dataclass(frozen=True, slots=True)
 class ImageAbove:
-    """An image that stands on top."""
+    """An image that stands on another one: on top, unless something else is said."""
 
     image: ImageInfo
     way: Descent | None
-    """None for a child of top."""
+    """None for a child of that one."""
 
     @property
     def between(self) -> tuple[Path, ...]:
@@ -79,6 +79,9 @@ class Relatives:
 
     siblings: tuple[ImageInfo, ...]
     """Their backing file is base."""
+    beside: tuple[ImageInfo, ...]
+    """Everything that stands on base without being part of the chain: the siblings, then what
+    stands on those, and so on."""
     middle_children: tuple[ImageInfo, ...]
     """Their backing file is an image between base and top."""
     children: tuple[ImageInfo, ...]
@@ -309,7 +312,7 @@ def _is_suspended(device: int) -> bool:
 
 
 def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
-    siblings = survey.describe_users_of(chain.images[base_index].identity)
+    beside = _above(chain.images[base_index].identity, survey)
     middle = [
         user
         for image in chain.middle(base_index)
@@ -317,7 +320,8 @@ def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
     ]
     above = _above(chain.top.identity, survey)
     return Relatives(
-        siblings=siblings,
+        siblings=tuple(found.image for found in beside if found.way is None),
+        beside=tuple(found.image for found in beside),
         middle_children=tuple(middle),
         children=tuple(found.image for found in above if found.way is None),
         above=tuple(above),
@@ -326,11 +330,11 @@ def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
     )
 
 
-def _above(top: Identity, survey: _Survey) -> list[ImageAbove]:
-    """Everything that stands on top, nearest first."""
+def _above(lowest: Identity, survey: _Survey) -> list[ImageAbove]:
+    """Everything outside the chain that stands on one of its images, nearest first."""
     found: list[ImageAbove] = []
-    seen = {top}
-    pending: deque[tuple[Identity, Descent | None]] = deque([(top, None)])
+    seen = {lowest}
+    pending: deque[tuple[Identity, Descent | None]] = deque([(lowest, None)])
     while pending:
         below, way = pending.popleft()
         for user, path in survey.users_of(below):
