@@ -13,7 +13,13 @@ from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.inspection import Target, find_target, open_chain
 from chainmerge.journal import save_bitmaps, saved_bitmaps_file
-from chainmerge.merge_job import bitmaps_to_save, extended, leaks_reclaimed
+from chainmerge.merge_job import (
+    bitmaps_to_save,
+    extended,
+    forget_what_was_noted,
+    leaks_reclaimed,
+    unfinished_where_refused,
+)
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.state_files import StateDirectoryUnusable
@@ -36,8 +42,9 @@ def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
     with extended(job), leaks_reclaimed(job):
         _put_bitmaps_aside(job)
-        copied = _copy(job)
-        _store_bitmaps(job)
+        with unfinished_where_refused(job):
+            copied = _copy(job)
+            _store_bitmaps(job)
     return copied, tuple(_verify(job))
 
 
@@ -57,11 +64,16 @@ def _put_bitmaps_aside(job: Job) -> None:
         between = stand_ins(job.bitmaps, job.base.virtual_size)
         if bitmap_difference(Qcow2Image(port), between) is None:
             return
-        replace_bitmaps(port, between)
+        try:
+            replace_bitmaps(port, between)
+        except Refused:
+            forget_what_was_noted(job)
+            raise
         if between:
             # Once more, now that the old set's clusters are free: low, so that QEMU finds
             # what is left of the volume in one piece.
-            replace_bitmaps(port, between)
+            with unfinished_where_refused(job):
+                replace_bitmaps(port, between)
 
 
 def _copy(job: Job) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from chainmerge.journal import identify
+from chainmerge.merge_job import forget_what_was_noted
 from chainmerge.merge_journal import (
     JOURNAL_VERSION,
     Asked,
@@ -45,11 +46,13 @@ def asked_of(options: MergeOptions) -> Asked:
 def journal_kept(job: Job) -> Iterator[None]:
     """Keep a journal; where the merge ends before the switch there is none afterwards.
 
-    None is kept of a pull, which has little to settle: its record tells of that.
+    Nor is there what was noted for a rerun, where base is what it was. No journal is kept of a
+    pull, which has little to settle: its record tells of that.
     """
     if job.facts.direction is Direction.PULL:
         yield
         return
+    before = first_sector_of(job.base.real_path)
     keep_journal(_journal(job))
     try:
         yield
@@ -57,6 +60,8 @@ def journal_kept(job: Job) -> Iterator[None]:
         # Where base cannot be read now, a rerun will have to tell.
         with contextlib.suppress(Exception):
             _forget_unless_switched(job)
+            if first_sector_of(job.base.real_path) == before:
+                forget_what_was_noted(job)
         raise
 
 

@@ -15,7 +15,13 @@ from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.inspection import BitmapFacts, OpenChain, Target
-from chainmerge.journal import SavedBitmap, SavedBitmaps, identify, save_bitmaps
+from chainmerge.journal import (
+    SavedBitmap,
+    SavedBitmaps,
+    forget_saved_bitmaps,
+    identify,
+    save_bitmaps,
+)
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
@@ -179,3 +185,9 @@ def note_what_base_lacks(job: Job) -> None:
         saved = bitmaps_to_save(job)
         if saved is not None:
             save_bitmaps(job.base.real_path, saved)
+
+
+def forget_what_was_noted(job: Job) -> None:
+    """Remove what this run saved of base's bitmaps, but not what an earlier one has left."""
+    if not job.facts.interrupted:
+        forget_saved_bitmaps(job.base.real_path)

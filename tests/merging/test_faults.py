@@ -380,6 +380,20 @@ def test_every_call_fails_once(
     assert count["injected"]
 
 
+@pytest.mark.parametrize("name", ["a range", "by QEMU", "by QEMU, a range, delete"])
+def test_a_disk_that_is_full_at_any_reservation(
+    tmp_path: Path, name: str, template: Callable[[str], Path]
+) -> None:
+    """Refused before the first change, with nothing left beside base; unfinished after it."""
+    count: Counter[str] = Counter()
+    with set_up(tmp_path, OPERATIONS[name], template) as stage:
+        for number in range(stage.run(None).calls["fallocate"]):
+            fault = Fault("fallocate", number, errno.ENOSPC)
+            with _naming(fault):
+                count += judge(stage, fault)
+    assert count["failed"]
+
+
 @pytest.mark.parametrize("name", ["delete", "raw, delete"])
 def test_no_rerun_believes_what_a_flush_has_lost(
     tmp_path: Path, name: str, template: Callable[[str], Path]
