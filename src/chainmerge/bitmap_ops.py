@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives, open_for_writing
-from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, chain_test
+from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, Occurrence, chain_test
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, StoredBitmap, replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.inspection import (
     OpenChain,
     OpenImage,
+    Target,
     bitmaps_of,
     find_target,
     gather_bitmaps,
@@ -58,7 +59,7 @@ from chainmerge.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListing:
@@ -218,9 +219,10 @@ def prune(
     """Remove bitmaps that no chain can use.
 
     Of *base* those that are stale: not valid in *top*, so nothing that reads top can use
-    them. With ``access.active`` also the names that are broken anywhere in the chain of the
-    active image: they are removed from every image of it, the active one first, so that no
-    part of them passes for a whole checkpoint in between.
+    them, and not a part of what another image on base has. With ``access.active`` also the
+    names that are broken anywhere in the chain of the active image: they are removed from
+    every image of it, the active one first, so that no part of them passes for a whole
+    checkpoint in between.
 
     Raises:
         Refused: nothing was changed.
@@ -240,9 +242,13 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
         with open_chain(target.chain) as opened:
             decisions = gather_bitmaps(target, opened, load_saved(target), top_stays=True).decisions
             edit = _Edit(opened.images[target.base_index], target.relatives)
-            stale = {d.name: d for d in decisions if d.fate is Fate.PRUNE}
-            tombstones = {name for name, d in stale.items() if d.tombstone}
             before = bitmaps_of(edit.opened).occurrences
+            stale = {
+                d.name: d
+                for d in decisions
+                if d.fate is Fate.PRUNE and not _is_part_of_another(d.name, before, target)
+            }
+            tombstones = {name for name, d in stale.items() if d.tombstone}
             removed = tuple(
                 PrunedBitmap(
                     str(target.base.path),
@@ -268,6 +274,12 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
         kept=tuple(sorted(before.keys() - stale.keys())),
         tombstones=tuple(sorted(tombstones)),
     )
+
+
+def _is_part_of_another(name: str, in_base: Mapping[str, Occurrence], target: Target) -> bool:
+    """Whether an image on base that is not in the chain may have the name from base on."""
+    is_valid = in_base[name].state is BitmapState.VALID
+    return is_valid and bool(target.relatives.siblings_with(name))
 
 
 def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport:

@@ -67,6 +67,30 @@ class BaseHasOtherChildren(Refused):
 
 
 @dataclass(eq=False)
+class CheckpointOfOthers(Refused):
+    """Base holds a part of a checkpoint of an image outside the chain."""
+
+    code: ClassVar[str] = "checkpoint-of-others"
+    template: ClassVar[str] = (
+        "{base} has the bitmap {name!r}, which no chain that reads {top} can use, and {others} can"
+    )
+    hint: ClassVar[str] = (
+        "pull instead (--direction pull), which leaves {base} as it is; or, if that checkpoint of "
+        "{others} is not needed, remove the bitmap from there (chainmerge bitmaps remove)"
+    )
+    explanation: ClassVar[str] = (
+        "Base holds all that top shows already, so another image on base sees the same as before. "
+        "But the merge would take a bitmap out of base that is stale for top, and a part of a "
+        "checkpoint for the other image. An image that stood on top before, and was put on base by "
+        "hand, looks the same; its checkpoint is then a broken one, and has to be removed."
+    )
+    base: str
+    name: str
+    top: str
+    others: str
+
+
+@dataclass(eq=False)
 class RelativeUnknown(Refused):
     """A file beside the images could be another user of them, and cannot be looked at."""
 

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain import Chain, ImageInfo, Relatives
-from chainmerge.checkpoints import Decision
+from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
 from chainmerge.plan_errors import (
@@ -25,6 +25,7 @@ from chainmerge.plan_errors import (
     BaseHasOtherChildren,
     CannotDeleteVolume,
     CannotRename,
+    CheckpointOfOthers,
     ChildSeesMore,
     DoomedInUse,
     ImageCorrupt,
@@ -633,6 +634,17 @@ def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
             yield RelativeUnknown(str(path), str(facts.base.path), str(facts.top.path), reason)
 
 
+def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    for decision in facts.decisions:
+        name = decision.name
+        if decision.fate is Fate.KEEP or decision.states[facts.base_index] is not BitmapState.VALID:
+            continue
+        others = facts.relatives.siblings_with(name)
+        if others:
+            base, top = str(facts.base.path), str(facts.top.path)
+            yield CheckpointOfOthers(base, name, top, _names(others))
+
+
 def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
     if facts.direction is Direction.PULL:
         return
@@ -641,6 +653,8 @@ def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
     # then children of top that an interrupted run, or the VM in a live merge, has re-pointed.
     if relatives.siblings and not (facts.merged or facts.content_merged):
         yield BaseHasOtherChildren(str(base.path), _names(relatives.siblings))
+    elif not facts.merged:
+        yield from _checkpoints_at_risk(facts)
     if relatives.middle_children:
         yield MiddleHasOtherChildren(
             str(base.path), str(top.path), _names(relatives.middle_children)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -14,11 +14,13 @@ from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
     BaseNotBelowTop,
+    CheckpointOfOthers,
     ChildSeesMore,
     DoomedInUse,
     MiddleHasOtherChildren,
 )
 from chainmerge.types import MergeOutcome, ProgressEvent, Stage
+from tests.chain.unchanged import unchanged
 from tests.support.merge_scenario import MIB, Scenario, dirty_granules
 from tests.support.qemu import (
     assert_clean,
@@ -384,3 +386,34 @@ def test_a_tombstone_stays_for_an_image_that_is_two_levels_up(tmp_path: Path) ->
         report = chainmerge.merge(top)
         assert report.outcome is outcome
         assert [(bitmap.name, bitmap.tombstone) for bitmap in report.bitmaps] == [("cp", True)]
+
+
+@pytest.fixture
+def branches(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A base with a checkpoint that only the second image on it has, and what is on it."""
+    base = create(tmp_path / "base.qcow2", 16 << 20)
+    qemu_img("bitmap", "--add", base, "cp")
+    qemu_io(base, "write -P 1 1M 64k")
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    other = create(tmp_path / "other.qcow2", backing=base.name)
+    qemu_img("bitmap", "--add", other, "cp")
+    return base, top, other
+
+
+@pytest.mark.parametrize("engine", ["native", "qemu"])
+def test_an_empty_overlay_does_not_cost_another_one_its_checkpoint(
+    branches: tuple[Path, Path, Path], engine: Literal["native", "qemu"]
+) -> None:
+    """Base's content is what top shows, so the other image would see no difference."""
+    base, top, other = branches
+    with unchanged(base.parent), pytest.raises(CheckpointOfOthers, match=str(other)):
+        chainmerge.merge(top, options=MergeOptions(engine=engine))
+
+
+def test_prune_leaves_what_another_branch_can_use(branches: tuple[Path, Path, Path]) -> None:
+    base, top, other = branches
+    report = chainmerge.prune(top)
+    assert (report.removed, report.kept) == ((), ("cp",))
+    assert dirty_granules(base, "cp")
+    qemu_img("bitmap", "--remove", other, "cp")
+    assert [pruned.name for pruned in chainmerge.prune(top).removed] == ["cp"]
