@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """``make fuzz-guided``: damaged images that lead into code to which no other one has led.
 
-What only looks at images is run in this process, and atheris keeps the images that take a way
-through the program that is new. Whatever is no error of ours is a finding: another exception,
-memory or time without bound (libFuzzer's ``-rss_limit_mb`` and ``-timeout``), a read of what is
-not there. The image of a finding is left in the current directory; ``python -m
-tests.fuzz.guided FILE`` looks at it again.
+What looks at images is run in this process, and for some of them, on a copy, what writes to
+them. atheris keeps the images that take a way through the program that is new. Whatever is no
+error of ours is a finding: another exception, memory or time without bound (libFuzzer's
+``-rss_limit_mb`` and ``-timeout``), a read of what is not there. The image of a finding is left
+in the current directory; ``python -m tests.fuzz.guided FILE`` tries it again.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import atheris
 
@@ -36,8 +38,13 @@ from tests.fuzz.anatomy import Anatomy, anatomy_of
 from tests.fuzz.corpus import BREEDS, Chain, build
 from tests.fuzz.mutation import mutate
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _LARGEST: Final = 512 << 10
 _LONGEST_READ: Final = 64 << 20
+# Of how many inputs one is written to: that takes ten times as long.
+_WRITTEN_TO: Final = 8
 _NO_WAITING: Final = Access(lock_wait=0)
 _LIMITS: Final = ("-rss_limit_mb=8192", "-timeout=30", f"-max_len={_LARGEST}")
 
@@ -59,6 +66,7 @@ class Fuzzer:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         chains = [build(directory / str(number), breed) for number, breed in enumerate(BREEDS)]
         self.places = [
             Place(chain, role, sound, anatomy_of(sound))
@@ -70,30 +78,22 @@ class Fuzzer:
     def seeds(self) -> list[bytes]:
         return [bytes([number]) + place.sound for number, place in enumerate(self.places)]
 
-    def look_at(self, given: bytes) -> None:
-        """Let everything that looks at images look at a chain with this one in it."""
+    def try_out(self, given: bytes) -> None:
+        """Run what looks at images, and perhaps what writes to them, on a chain with this one."""
         if not given:
             return
         place = self.places[given[0] % len(self.places)]
-        image, top = place.chain.image(place.role), place.chain.image("top")
-        image.write_bytes(given[1:])
+        place.chain.image(place.role).write_bytes(given[1:])
         try:
-            for look, path in (
-                (chainmerge.check_image, image),
-                (chainmerge.plan_repair, image),
-                (chainmerge.inspect, top),
-                (chainmerge.bitmaps_list, top),
-                (chainmerge.plan, top),
-            ):
-                try:
-                    look(path, access=_NO_WAITING)
-                except (OutOfMemory, SystemCallFailed):
-                    raise
-                except chainmerge.ChainmergeError as error:
-                    if not (error.sentence and error.advice):
-                        raise AssertionError(path) from error
+            _look_at(place.chain, place.role)
+            # An input has to take the same way each time.
+            if zlib.crc32(given) % _WRITTEN_TO == 0:
+                with tempfile.TemporaryDirectory(dir=self._directory) as scratch:
+                    copy = Chain(Path(scratch) / "images", place.chain.breed)
+                    shutil.copytree(place.chain.directory, copy.directory)
+                    _write_to(copy, place.role)
         finally:
-            image.write_bytes(place.sound)
+            place.chain.image(place.role).write_bytes(place.sound)
 
     def mutate(self, given: bytes, longest: int, seed: int) -> bytes:
         """Another input: where metadata is, or anywhere."""
@@ -103,6 +103,39 @@ class Fuzzer:
         place = self.places[given[0] % len(self.places)]
         image, _ = mutate(given[1:], place.anatomy, chance)
         return (given[:1] + image)[:longest]
+
+
+def _look_at(chain: Chain, role: str) -> None:
+    image, top = chain.image(role), chain.image("top")
+    for look, path in (
+        (chainmerge.check_image, image),
+        (chainmerge.plan_repair, image),
+        (chainmerge.inspect, top),
+        (chainmerge.bitmaps_list, top),
+        (chainmerge.plan, top),
+    ):
+        _civilly(look, path)
+
+
+def _write_to(chain: Chain, role: str) -> None:
+    image, top = chain.image(role), chain.image("top")
+    for write, path in (
+        (chainmerge.prune, top),
+        (chainmerge.repair, image),
+        (chainmerge.merge, top),
+        (chainmerge.merge, top),
+    ):
+        _civilly(write, path)
+
+
+def _civilly(command: Callable[..., object], path: Path) -> None:
+    try:
+        command(path, access=_NO_WAITING)
+    except (OutOfMemory, SystemCallFailed):
+        raise
+    except chainmerge.ChainmergeError as error:
+        if not (error.sentence and error.advice):
+            raise AssertionError(path) from error
 
 
 def _watch_reads() -> None:
@@ -132,7 +165,7 @@ def main() -> None:
         arguments = [sys.argv[0], *_LIMITS, *sys.argv[1:]]
         if not any(Path(argument).is_file() for argument in sys.argv[1:]):
             arguments.append(str(seeds))
-        atheris.Setup(arguments, fuzzer.look_at, custom_mutator=fuzzer.mutate)
+        atheris.Setup(arguments, fuzzer.try_out, custom_mutator=fuzzer.mutate)
         atheris.Fuzz()
 
 
