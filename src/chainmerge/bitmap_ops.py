@@ -219,7 +219,7 @@ def prune(
     """Remove bitmaps that no chain can use.
 
     Of *base* those that are stale: not valid in *top*, so nothing that reads top can use
-    them, and not a part of what another image on base has. With ``access.active`` also the
+    them, and not a part of what another branch has. With ``access.active`` also the
     names that are broken anywhere in the chain of the active image: they are removed from
     every image of it, the active one first, so that no part of them passes for a whole
     checkpoint in between.
@@ -277,9 +277,9 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
 
 
 def _is_part_of_another(name: str, in_base: Mapping[str, Occurrence], target: Target) -> bool:
-    """Whether an image on base that is not in the chain may have the name from base on."""
+    """Whether an image that is not in the chain may have the name from base on."""
     is_valid = in_base[name].state is BitmapState.VALID
-    return is_valid and bool(target.relatives.siblings_with(name))
+    return is_valid and bool(target.relatives.branches_with(name))
 
 
 def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport:

@@ -639,7 +639,7 @@ def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
         name = decision.name
         if decision.fate is Fate.KEEP or decision.states[facts.base_index] is not BitmapState.VALID:
             continue
-        others = facts.relatives.siblings_with(name)
+        others = facts.relatives.branches_with(name)
         if others:
             base, top = str(facts.base.path), str(facts.top.path)
             yield CheckpointOfOthers(base, name, top, _names(others))

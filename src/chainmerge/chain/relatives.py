@@ -95,10 +95,15 @@ class Relatives:
     """Those files of them that could not be looked at. Others are damaged: QEMU does not open them
     either. Or they are devices, of which there are many under /dev that nobody can read."""
 
-    def siblings_with(self, name: str) -> tuple[ImageInfo, ...]:
-        """The siblings that have a bitmap of this name; base's may be a part of it."""
+    def branches_with(self, name: str) -> tuple[ImageInfo, ...]:
+        """The siblings, and the others on images between base and top, with a bitmap *name*.
+
+        Base's may be a part of their checkpoint.
+        """
         return tuple(
-            image for image in self.siblings if any(entry.name == name for entry in image.bitmaps)
+            image
+            for image in (*self.siblings, *self.middle_children)
+            if any(entry.name == name for entry in image.bitmaps)
         )
 
 
