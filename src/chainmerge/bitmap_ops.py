@@ -248,7 +248,13 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
                 for d in decisions
                 if d.fate is Fate.PRUNE and not _is_part_of_another(d.name, before, target)
             }
-            tombstones = {name for name, d in stale.items() if d.tombstone}
+            # Unlike in a merge, the images between stay, and a guest may go on from one of them.
+            between = target.chain.middle(target.base_index)
+            tombstones = {
+                name
+                for name, decision in stale.items()
+                if decision.tombstone or any(image.has_bitmap(name) for image in between)
+            }
             removed = tuple(
                 PrunedBitmap(
                     str(target.base.path),

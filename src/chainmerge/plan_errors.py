@@ -68,11 +68,12 @@ class BaseHasOtherChildren(Refused):
 
 @dataclass(eq=False)
 class CheckpointOfOthers(Refused):
-    """Base holds a part of a checkpoint of an image outside the chain."""
+    """What base gets or loses would change a checkpoint of an image outside the chain."""
 
     code: ClassVar[str] = "checkpoint-of-others"
     template: ClassVar[str] = (
-        "{base} has the bitmap {name!r}, which no chain that reads {top} can use, and {others} can"
+        "the merge of {top} would change which images below {others} have the bitmap {name!r}: "
+        "{base} has other children than {top}"
     )
     hint: ClassVar[str] = (
         "pull instead (--direction pull), which leaves {base} as it is; or, if that checkpoint of "
@@ -80,9 +81,10 @@ class CheckpointOfOthers(Refused):
     )
     explanation: ClassVar[str] = (
         "Base holds all that top shows already, so another image on base sees the same as before. "
-        "But the merge would take a bitmap out of base that is stale for top, and a part of a "
-        "checkpoint for the other image. An image that stood on top before, and was put on base by "
-        "hand, looks the same; its checkpoint is then a broken one, and has to be removed."
+        "But the merge would take a bitmap out of base, or put one there, of a name that the other "
+        "image has, and could make a checkpoint worthless that is good for it. An image that stood "
+        "on top before, and was put on base by hand, looks the same; its checkpoint is then a "
+        "broken one, and has to be removed."
     )
     base: str
     name: str

@@ -635,11 +635,17 @@ def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
 
 
 def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    """What base gets or loses is below the checkpoints of its other children, too."""
+    relatives = facts.relatives
     for decision in facts.decisions:
-        name = decision.name
-        if decision.fate is Fate.KEEP or decision.states[facts.base_index] is not BitmapState.VALID:
-            continue
-        others = facts.relatives.branches_with(name)
+        name, in_base = decision.name, decision.states[facts.base_index]
+        will_be_valid = decision.fate is Fate.KEEP
+        will_be_there = will_be_valid or decision.tombstone_while_top_exists
+        others: tuple[ImageInfo, ...] = ()
+        if in_base is BitmapState.VALID and not will_be_valid:
+            others = relatives.branches_with(name)
+        elif in_base is BitmapState.ABSENT and will_be_there:
+            others = tuple(one for one in relatives.beside if one.has_bitmap(name))
         if others:
             base, top = str(facts.base.path), str(facts.top.path)
             yield CheckpointOfOthers(base, name, top, _names(others))

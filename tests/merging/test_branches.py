@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of images, of which one branch is merged or pruned: the other images notice nothing.
+"""Trees of images, of which one branch is merged, pruned or repaired. The others notice nothing.
 
 Whatever an image shows, and whichever checkpoints it has by the chain test, it shows and has
 afterwards: no less, which costs a full backup, and no more, which costs data.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 import chainmerge
@@ -43,7 +43,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Case:
-    """A tree, the range of it that is merged or pruned, and how."""
+    """A tree, the range of it that is merged or pruned, or of which base is repaired, and how."""
 
     images: tuple[Image, ...]
     base: int
@@ -53,6 +53,7 @@ class Case:
 
 PRUNE_BASE: Final = "prune base"
 PRUNE_CHAIN: Final = "prune the chain"
+REPAIR: Final = "repair base"
 
 STATES: st.SearchStrategy[State] = st.sampled_from(
     ("valid", "valid", "absent", "absent", "disabled", "in use")
@@ -76,8 +77,8 @@ def cases(draw: st.DrawFn) -> Case:
     line = [below[top]]
     while below[line[-1]] >= 0:
         line.append(below[line[-1]])
-    prunes = [PRUNE_BASE] if top in below else [PRUNE_BASE, PRUNE_CHAIN]
-    command = draw(MERGES | MERGES | MERGES | st.sampled_from(prunes))
+    others = [PRUNE_BASE, REPAIR] if top in below else [PRUNE_BASE, REPAIR, PRUNE_CHAIN]
+    command = draw(MERGES | MERGES | st.sampled_from(others))
     return Case(images, draw(st.sampled_from(line)), top, command)
 
 
@@ -110,20 +111,33 @@ def run(command: MergeOptions | str, top: Path, base: Path) -> str:
     """What came of it."""
     if isinstance(command, MergeOptions):
         return chainmerge.merge(top, base, options=command).outcome
+    if command == REPAIR:
+        return f"{command}: {bool(chainmerge.repair(base).actions)}"
     active = str(top) if command == PRUNE_CHAIN else None
     report = chainmerge.prune(top, base, Access(active=active))
     return f"{command}: {bool(report.removed)}"
 
 
+def tree(*bitmaps: tuple[int, str]) -> tuple[Image, ...]:
+    """Empty images, by the image below and the initials of its valid bitmaps."""
+    states: dict[bool, State] = {True: "valid", False: "absent"}
+    return tuple(
+        Image(below, (states["m" in names], states["s" in names]), writes=False)
+        for below, names in bitmaps
+    )
+
+
 @settings(max_examples=1000 if SOAK else 20)
 @given(cases())
+@example(Case(tree((-1, "m"), (0, "m"), (1, "m"), (1, "")), 0, 3, PRUNE_BASE))
+@example(Case(tree((-1, ""), (0, ""), (0, "m"), (1, "m")), 0, 2, MergeOptions()))
 def test_the_other_images_notice_nothing(case: Case) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths = build(Path(scratch), case.images)
         base, top = paths[case.base], paths[case.top]
         merged = chain_of(top)
         merged = merged[: merged.index(base) + 1]
-        before = views([path for path in paths if path not in merged[1:]])
+        before = views(paths)
         for _ in range(2):
             untouched = state(Path(scratch))
             try:
@@ -131,9 +145,13 @@ def test_the_other_images_notice_nothing(case: Case) -> None:
             except Refused as refusal:
                 event(refusal.code)
                 assert state(Path(scratch)) == untouched
-            after = views([path for path in before if path.exists()])
-            assert before.keys() - after.keys() <= {top}
-            for path, (shown, checkpoints) in after.items():
-                assert shown == before[path][0]
-                assert checkpoints.keys() == before[path][1].keys(), path
-                assert all(covers(checkpoints[name], before[path][1][name]) for name in checkpoints)
+            after = views([path for path in paths if path.exists()])
+            assert before.keys() - after.keys() <= set(merged)
+            others = after.keys() - set(merged[1:])
+            for path in others:
+                assert after[path][0] == before[path][0]
+                found, wanted = after[path][1], before[path][1]
+                assert found.keys() == wanted.keys(), path
+                assert all(covers(found[name], wanted[name]) for name in wanted), path
+            if not isinstance(case.command, MergeOptions):
+                assert all(after[path][1].keys() <= before[path][1].keys() for path in after)

@@ -103,6 +103,10 @@ class ImageInfo:
         """Whether bitmaps can be stored in the image: qcow2 version 3."""
         return self.header is not None and self.header.version >= 3
 
+    def has_bitmap(self, name: str) -> bool:
+        """Whether the bitmap directory has an entry of this name, in whatever state."""
+        return any(entry.name == name for entry in self.bitmaps)
+
     @property
     def encrypted(self) -> bool:
         """Whether guest data is encrypted (LUKS, or the old AES scheme)."""

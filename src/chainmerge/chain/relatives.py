@@ -79,13 +79,13 @@ class Relatives:
 
     siblings: tuple[ImageInfo, ...]
     """Their backing file is base."""
-    beside: tuple[ImageInfo, ...]
-    """Everything that stands on base without being part of the chain: the siblings, then what
-    stands on those, and so on."""
     middle_children: tuple[ImageInfo, ...]
     """Their backing file is an image between base and top."""
     children: tuple[ImageInfo, ...]
     """Their backing file is top."""
+    beside: tuple[ImageInfo, ...]
+    """Everything that stands on base, or on an image between base and top, past top and without
+    being part of the chain: the siblings and the middle children, and what stands on those."""
     above: tuple[ImageAbove, ...]
     """Everything that stands on top, over any number of steps: the children, then what
     stands on those, and so on."""
@@ -101,9 +101,7 @@ class Relatives:
         Base's may be a part of their checkpoint.
         """
         return tuple(
-            image
-            for image in (*self.siblings, *self.middle_children)
-            if any(entry.name == name for entry in image.bitmaps)
+            image for image in (*self.siblings, *self.middle_children) if image.has_bitmap(name)
         )
 
 
@@ -274,11 +272,6 @@ class _Survey:
         """The images outside the chain whose backing file this is, in order of their paths."""
         return sorted(self._users.get(identity, {}).items(), key=itemgetter(1))
 
-    def describe_users_of(self, identity: Identity) -> tuple[ImageInfo, ...]:
-        """The same, read in full; one that fails that goes to ``unreadable``."""
-        described = (self.describe(user, path, identity) for user, path in self.users_of(identity))
-        return tuple(image for image in described if image is not None)
-
     def describe(self, identity: Identity, path: Path, backing: Identity) -> ImageInfo | None:
         """Read an image in full, as one that uses *backing*."""
         if identity in self._known:
@@ -323,22 +316,24 @@ def _is_suspended(device: int) -> bool:
 
 
 def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
-    beside = _above(chain.images[base_index].identity, survey)
-    middle = [
-        user
-        for image in chain.middle(base_index)
-        for user in survey.describe_users_of(image.identity)
+    on_base = _above(chain.images[base_index].identity, survey)
+    on_middle = [
+        found for image in chain.middle(base_index) for found in _above(image.identity, survey)
     ]
     above = _above(chain.top.identity, survey)
     return Relatives(
-        siblings=tuple(found.image for found in beside if found.way is None),
-        beside=tuple(found.image for found in beside),
-        middle_children=tuple(middle),
-        children=tuple(found.image for found in above if found.way is None),
+        siblings=_children(on_base),
+        middle_children=_children(on_middle),
+        children=_children(above),
+        beside=tuple(found.image for found in (*on_base, *on_middle)),
         above=tuple(above),
         unreadable=tuple(sorted(survey.unreadable.items())),
         unknown=frozenset(survey.unknown),
     )
+
+
+def _children(above: Iterable[ImageAbove]) -> tuple[ImageInfo, ...]:
+    return tuple(found.image for found in above if found.way is None)
 
 
 def _above(lowest: Identity, survey: _Survey) -> list[ImageAbove]:
