@@ -473,7 +473,8 @@ def _gather(
         movement=movement_of(volumes),
         pull_bytes=volumes.pull,
         # An earlier run has made zero clusters of stored zeros, or none where none was needed.
-        undefined_bytes=volumes.undefined - options.detect_zeroes * volumes.undefined_zeros,
+        undefined_bytes=volumes.undefined
+        - (volumes.undefined_zeros if options.detect_zeroes else 0),
         merged=None,
         volume=_volume_facts(target, opened, way.direction, survey, options).beside(claims),
         engine=chosen.engine,

@@ -657,10 +657,11 @@ def _others_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
     base, top, relatives = facts.base, facts.top, facts.relatives
     # With all of top's data in base already, base does not change any more; the others are
     # then children of top that an interrupted run, or the VM in a live merge, has re-pointed.
-    if relatives.siblings and not (facts.merged or facts.content_merged):
-        yield BaseHasOtherChildren(str(base.path), _names(relatives.siblings))
-    elif not facts.merged:
-        yield from _checkpoints_at_risk(facts)
+    if relatives.siblings and not facts.merged:
+        if facts.content_merged:
+            yield from _checkpoints_at_risk(facts)
+        else:
+            yield BaseHasOtherChildren(str(base.path), _names(relatives.siblings))
     if relatives.middle_children:
         yield MiddleHasOtherChildren(
             str(base.path), str(top.path), _names(relatives.middle_children)
