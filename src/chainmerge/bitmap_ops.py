@@ -119,7 +119,7 @@ def bitmaps_add(
     """
     with _editable(image, access or Access()) as edit:
         size = edit.info.virtual_size
-        if any(entry.name == name for entry in edit.info.bitmaps):
+        if edit.info.has_bitmap(name):
             raise BitmapExists(str(image), name)
         if granularity & (granularity - 1) or granularity != storable_granularity(
             size, granularity

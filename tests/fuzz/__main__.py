@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import tempfile
@@ -12,13 +11,14 @@ import time
 from pathlib import Path
 
 from tests.fuzz.case import Stable, findings_of
+from tests.fuzz.corpus import memory
 
 
 def main() -> int:
     """Run cases; the exit status is 1 where one of them found something."""
     options = _options()
     found = 0
-    with tempfile.TemporaryDirectory(prefix="chainmerge-fuzz-", dir=_memory()) as scratch:
+    with tempfile.TemporaryDirectory(prefix="chainmerge-fuzz-", dir=memory()) as scratch:
         stable = Stable(Path(scratch))
         if options.case:
             for seed in options.case:
@@ -53,11 +53,6 @@ def _balance(cases: int, found: int) -> str:
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
     return f"{cases} cases, {seconds / 3600:.2f} hours of CPU, {found} findings"
-
-
-def _memory() -> str | None:
-    memory = "/dev/shm"
-    return memory if os.access(memory, os.W_OK) else None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from chainmerge.storage.files import FileReadable
 from tests.support.hostile import chainmerge
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # Beyond what the parent has: sixteen threads of the crew, their stacks and their buffers.
 MEMORY_BYTES: Final = 1 << 30
@@ -99,7 +99,7 @@ def _be_confined(directory: Path, commands: Sequence[tuple[str, ...]], report: i
         # What others on this machine do with their devices is no business of this case.
         state_files.STATE_DIRECTORY = directory / "state"  # type: ignore[misc]
         _watch_opens(directory, report)
-        _watch_reads(report)
+        watch_reads(lambda what: _write(report, offence=f"{what} by {_callers()}"))
         _limit()
         for command in commands:
             ran = chainmerge(*command)
@@ -146,14 +146,14 @@ def _watch_opens(directory: Path, report: int) -> None:
     sys.addaudithook(hook)
 
 
-def _watch_reads(report: int) -> None:
-    """Reads are of what the file has, and no longer than any table may be."""
+def watch_reads(complain: Callable[[str], None]) -> None:
+    """Say so of reads that are not of what the file has, or longer than any table may be."""
     read = FileReadable._pread
 
     def watched(self: FileReadable, offset: int, length: int) -> bytes:
         end = os.fstat(self.fd).st_size
         if length > LONGEST_READ or offset > end + (2 << 20):
-            _write(report, offence=f"{length} bytes read at {offset} of {end} by {_callers()}")
+            complain(f"{length} bytes read at {offset} of {end}")
         return read(self, offset, length)
 
     FileReadable._pread = watched  # type: ignore[method-assign]

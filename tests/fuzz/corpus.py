@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -87,6 +88,12 @@ class Chain:
     def qcow2_roles(self) -> tuple[str, ...]:
         by_role = dict(zip(ROLES, self.breed.geometries, strict=True))
         return tuple(role for role in self.roles if by_role[role] is not None)
+
+
+def memory() -> str | None:
+    """A directory that is kept in memory, if there is one."""
+    place = "/dev/shm"
+    return place if os.access(place, os.W_OK) else None
 
 
 def build(directory: Path, breed: Breed) -> Chain:

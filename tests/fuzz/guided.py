@@ -10,7 +10,6 @@ in the current directory; ``python -m tests.fuzz.guided FILE`` tries it again.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import sys
@@ -32,21 +31,35 @@ with atheris.instrument_imports(include=["chainmerge"]):
     from chainmerge import state_files
     from chainmerge.options import Access
     from chainmerge.storage.errors import OutOfMemory, SystemCallFailed
-    from chainmerge.storage.files import FileReadable
 
 from tests.fuzz.anatomy import Anatomy, anatomy_of
-from tests.fuzz.corpus import BREEDS, Chain, build
+from tests.fuzz.confined import watch_reads
+from tests.fuzz.corpus import BREEDS, Chain, build, memory
 from tests.fuzz.mutation import mutate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _LARGEST: Final = 512 << 10
-_LONGEST_READ: Final = 64 << 20
 # Of how many inputs one is written to: that takes ten times as long.
 _WRITTEN_TO: Final = 8
 _NO_WAITING: Final = Access(lock_wait=0)
 _LIMITS: Final = ("-rss_limit_mb=8192", "-timeout=30", f"-max_len={_LARGEST}")
+
+# Each with whether it is given the damaged image, or the top of the chain.
+_LOOKING: Final = (
+    (chainmerge.check_image, "image"),
+    (chainmerge.plan_repair, "image"),
+    (chainmerge.inspect, "chain"),
+    (chainmerge.bitmaps_list, "chain"),
+    (chainmerge.plan, "chain"),
+)
+_WRITING: Final = (
+    (chainmerge.prune, "chain"),
+    (chainmerge.repair, "image"),
+    (chainmerge.merge, "chain"),
+    (chainmerge.merge, "chain"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,13 +98,13 @@ class Fuzzer:
         place = self.places[given[0] % len(self.places)]
         place.chain.image(place.role).write_bytes(given[1:])
         try:
-            _look_at(place.chain, place.role)
+            _run(place.chain, place.role, _LOOKING)
             # An input has to take the same way each time.
             if zlib.crc32(given) % _WRITTEN_TO == 0:
                 with tempfile.TemporaryDirectory(dir=self._directory) as scratch:
                     copy = Chain(Path(scratch) / "images", place.chain.breed)
                     shutil.copytree(place.chain.directory, copy.directory)
-                    _write_to(copy, place.role)
+                    _run(copy, place.role, _WRITING)
         finally:
             place.chain.image(place.role).write_bytes(place.sound)
 
@@ -105,27 +118,9 @@ class Fuzzer:
         return (given[:1] + image)[:longest]
 
 
-def _look_at(chain: Chain, role: str) -> None:
-    image, top = chain.image(role), chain.image("top")
-    for look, path in (
-        (chainmerge.check_image, image),
-        (chainmerge.plan_repair, image),
-        (chainmerge.inspect, top),
-        (chainmerge.bitmaps_list, top),
-        (chainmerge.plan, top),
-    ):
-        _civilly(look, path)
-
-
-def _write_to(chain: Chain, role: str) -> None:
-    image, top = chain.image(role), chain.image("top")
-    for write, path in (
-        (chainmerge.prune, top),
-        (chainmerge.repair, image),
-        (chainmerge.merge, top),
-        (chainmerge.merge, top),
-    ):
-        _civilly(write, path)
+def _run(chain: Chain, role: str, commands: Sequence[tuple[Callable[..., object], str]]) -> None:
+    for command, of in commands:
+        _civilly(command, chain.image("top" if of == "chain" else role))
 
 
 def _civilly(command: Callable[..., object], path: Path) -> None:
@@ -138,22 +133,13 @@ def _civilly(command: Callable[..., object], path: Path) -> None:
             raise AssertionError(path) from error
 
 
-def _watch_reads() -> None:
-    read = FileReadable._pread
-
-    def watched(self: FileReadable, offset: int, length: int) -> bytes:
-        end = os.fstat(self.fd).st_size
-        assert length <= _LONGEST_READ
-        assert offset <= end + (2 << 20)
-        return read(self, offset, length)
-
-    FileReadable._pread = watched  # type: ignore[method-assign]
+def _fail(what: str) -> None:
+    raise AssertionError(what)
 
 
 def main() -> None:
     """Run libFuzzer with the arguments that it is given."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="chainmerge-guided-", dir=memory) as scratch:
+    with tempfile.TemporaryDirectory(prefix="chainmerge-guided-", dir=memory()) as scratch:
         directory = Path(scratch)
         state_files.STATE_DIRECTORY = directory / "state"  # type: ignore[misc]
         fuzzer = Fuzzer(directory)
@@ -161,7 +147,7 @@ def main() -> None:
         seeds.mkdir()
         for number, seed in enumerate(fuzzer.seeds()):
             (seeds / str(number)).write_bytes(seed)
-        _watch_reads()
+        watch_reads(_fail)
         arguments = [sys.argv[0], *_LIMITS, *sys.argv[1:]]
         if not any(Path(argument).is_file() for argument in sys.argv[1:]):
             arguments.append(str(seeds))
