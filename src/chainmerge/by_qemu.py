@@ -12,7 +12,6 @@ from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.inspection import Target, find_target, open_chain
-from chainmerge.journal import save_bitmaps, saved_bitmaps_file
 from chainmerge.merge_job import (
     bitmaps_to_save,
     extended,
@@ -22,7 +21,8 @@ from chainmerge.merge_job import (
 )
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.state_files import StateDirectoryUnusable
+from chainmerge.records.files import StateDirectoryUnusable
+from chainmerge.records.saved_bitmaps import save_bitmaps, saved_bitmaps_file
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import (
     VerificationFailed,

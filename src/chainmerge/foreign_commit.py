@@ -24,10 +24,10 @@ from chainmerge.chain import discover
 from chainmerge.checkpoints import BitmapState
 from chainmerge.errors import ChainmergeError
 from chainmerge.inspection import OpenImage, open_chain, policy_of
-from chainmerge.journal import load_saved_bitmaps
-from chainmerge.merge_journal import journal_file
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.mapping import Kind
+from chainmerge.records.merge_journal import journal_file
+from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.results import state_of
 
 if TYPE_CHECKING:

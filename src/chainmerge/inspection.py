@@ -33,7 +33,6 @@ from chainmerge.checkpoints import (
     Occurrence,
     decide,
 )
-from chainmerge.journal import SavedBitmap, SavedBitmaps, identify, load_saved_bitmaps, same_image
 from chainmerge.options import Direction
 from chainmerge.plan_errors import BaseNotBelowTop
 from chainmerge.planning import Movement
@@ -51,6 +50,13 @@ from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.remembered import MappingMemory
 from chainmerge.readability import require_data_in_files
+from chainmerge.records.saved_bitmaps import (
+    SavedBitmap,
+    SavedBitmaps,
+    identify,
+    load_saved_bitmaps,
+    same_image,
+)
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.journal import (
+from chainmerge.options import MergeOptions, Placement
+from chainmerge.records.merge_journal import SUFFIX, Journal, forget_journal, read_journal
+from chainmerge.records.saved_bitmaps import (
     forget_merged_record,
     forget_saved_bitmaps,
     identify,
@@ -22,15 +24,13 @@ from chainmerge.journal import (
     read_saved_bitmaps,
     same_image,
 )
-from chainmerge.merge_journal import SUFFIX, Journal, forget_journal, read_journal
-from chainmerge.options import MergeOptions, Placement
 from chainmerge.settle import stands_on
 from chainmerge.unfinished import status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.journal import ImageIdentity
+    from chainmerge.records.saved_bitmaps import ImageIdentity
     from chainmerge.types import UnfinishedMerge
 
 _JOURNAL: Final = f".{SUFFIX}"

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.journal import identify
 from chainmerge.merge_job import forget_what_was_noted
-from chainmerge.merge_journal import (
+from chainmerge.options import Direction
+from chainmerge.planning import EngineName
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
     Asked,
     Journal,
@@ -25,9 +27,7 @@ from chainmerge.merge_journal import (
     load_journal,
     this_boot,
 )
-from chainmerge.options import Direction
-from chainmerge.planning import EngineName
-from chainmerge.qcow2.header import SECTOR
+from chainmerge.records.saved_bitmaps import identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,14 @@ from chainmerge.encrypted import has_encrypted
 from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
 from chainmerge.inspection import policy_of
-from chainmerge.journal import (
+from chainmerge.qcow2.check import check
+from chainmerge.records.live_journal import (
+    LiveJournal,
+    data_changed,
+    forget_live_journal,
+    load_live_journal,
+)
+from chainmerge.records.saved_bitmaps import (
     DoomedImage,
     MergedRecord,
     forget_saved_bitmaps,
@@ -30,13 +37,6 @@ from chainmerge.journal import (
     record_merged,
     same_image,
 )
-from chainmerge.live_journal import (
-    LiveJournal,
-    data_changed,
-    forget_live_journal,
-    load_live_journal,
-)
-from chainmerge.qcow2.check import check
 from chainmerge.results import bitmap_results
 from chainmerge.settle import delete_recorded, require_no_users
 from chainmerge.storage.files import WritablePort

@@ -15,16 +15,16 @@ from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.inspection import BitmapFacts, OpenChain, Target
-from chainmerge.journal import (
+from chainmerge.options import Access, MergeOptions, Placement
+from chainmerge.plan_errors import MergeUnfinished
+from chainmerge.planning import MergeFacts, MergePlan
+from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
     SavedBitmaps,
     forget_saved_bitmaps,
     identify,
     save_bitmaps,
 )
-from chainmerge.options import Access, MergeOptions, Placement
-from chainmerge.plan_errors import MergeUnfinished
-from chainmerge.planning import MergeFacts, MergePlan
 from chainmerge.storage.locks import ImageLock
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import ProgressEvent, Stage

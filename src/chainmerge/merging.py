@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.by_bitmaps import merge_bitmaps
 from chainmerge.chain.errors import ImageReplaced
-from chainmerge.disks_journal import forget_entry
 from chainmerge.encrypted import (
     encrypted_difference,
     has_encrypted,
@@ -45,16 +44,6 @@ from chainmerge.inspection import (
     open_chain,
 )
 from chainmerge.job_journal import record_switched
-from chainmerge.journal import (
-    MergedRecord,
-    forget_saved_bitmaps,
-    load_merged_record,
-    load_saved_bitmaps,
-    merged_record_file,
-    same_image,
-    saved_bitmaps_file,
-)
-from chainmerge.live_journal import forget_live_journal
 from chainmerge.live_leftovers import (
     forget_left_behind,
     journal_of,
@@ -63,7 +52,6 @@ from chainmerge.live_leftovers import (
     without_base_as_active,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
-from chainmerge.merge_journal import JournalState, enter, forget_journal, journal_file
 from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
@@ -83,6 +71,19 @@ from chainmerge.planning import (
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
+from chainmerge.records.disks import forget_entry
+from chainmerge.records.files import StateDirectoryUnusable
+from chainmerge.records.live_journal import forget_live_journal
+from chainmerge.records.merge_journal import JournalState, enter, forget_journal, journal_file
+from chainmerge.records.saved_bitmaps import (
+    MergedRecord,
+    forget_saved_bitmaps,
+    load_merged_record,
+    load_saved_bitmaps,
+    merged_record_file,
+    same_image,
+    saved_bitmaps_file,
+)
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
     find_resumption,
@@ -99,7 +100,6 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
-from chainmerge.state_files import StateDirectoryUnusable
 from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge import state_files
 from chainmerge.errors import Refused
-from chainmerge.journal import ImageIdentity, identify, same_image
-from chainmerge.state_files import UnusableState, decoded, encoded, make_directory, remove_durably
+from chainmerge.records import files as state_files
+from chainmerge.records.files import UnusableState, decoded, encoded, make_directory, remove_durably
+from chainmerge.records.saved_bitmaps import ImageIdentity, identify, same_image
 from chainmerge.storage.errors import CannotOpen
 from chainmerge.storage.files import AppendedFile, FileReadable, WritablePort, fsync_directory
 
@@ -238,7 +238,7 @@ def new_backup(image: Path, directory: Path | None) -> Path:
     Args:
         image: the image that is repaired.
         directory: where to put it; None for beside the image, or for a block device in
-            :data:`chainmerge.state_files.STATE_DIRECTORY`.
+            :data:`chainmerge.records.files.STATE_DIRECTORY`.
 
     Raises:
         CannotOpen: all names are taken.

@@ -20,8 +20,10 @@ from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
-from chainmerge.journal import identify, same_image
-from chainmerge.merge_journal import (
+from chainmerge.qcow2.bitmaps import read_directory
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.merge_journal import (
     Journal,
     JournalState,
     MergeJournalDamaged,
@@ -32,9 +34,7 @@ from chainmerge.merge_journal import (
     load_journal,
     this_boot,
 )
-from chainmerge.qcow2.bitmaps import read_directory
-from chainmerge.qcow2.check import check
-from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.saved_bitmaps import identify, same_image
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.inspection import Target
-    from chainmerge.journal import MergedRecord
     from chainmerge.merge_job import Request
+    from chainmerge.records.saved_bitmaps import MergedRecord
 
 
 @dataclass(frozen=True, slots=True)

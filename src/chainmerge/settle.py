@@ -3,7 +3,7 @@
 
 Each step is atomic and each can be done again, so that a rerun goes on wherever an
 interrupted run stopped. What is to be deleted is recorded beforehand
-(:class:`chainmerge.journal.MergedRecord`): afterwards there is nothing to tell from. The
+(:class:`chainmerge.records.saved_bitmaps.MergedRecord`): afterwards there is nothing to tell from. The
 journal, where there is one, is told of each step before it begins.
 """
 
@@ -19,7 +19,14 @@ import msgspec
 from chainmerge.chain import ImageInfo, find_users, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
-from chainmerge.journal import (
+from chainmerge.merge_job import volume_at
+from chainmerge.plan_errors import LeftoverInUse
+from chainmerge.planning import MergeFacts, MergePlan, Repoint
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.live_journal import data_changed
+from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
+from chainmerge.records.saved_bitmaps import (
     DoomedImage,
     MergedRecord,
     Pulled,
@@ -30,13 +37,6 @@ from chainmerge.journal import (
     record_merged,
     same_image,
 )
-from chainmerge.live_journal import data_changed
-from chainmerge.merge_job import volume_at
-from chainmerge.merge_journal import Journal, JournalledRepoint, JournalState, enter
-from chainmerge.plan_errors import LeftoverInUse
-from chainmerge.planning import MergeFacts, MergePlan, Repoint
-from chainmerge.qcow2.check import check
-from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
 from chainmerge.storage.locks import LockMode, contentions
 

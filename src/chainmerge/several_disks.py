@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.disks_journal import DiskEntry, command_for_disks, forget_entry, keep_entry
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import find_target
 from chainmerge.job_journal import asked_of
-from chainmerge.journal import load_merged_record
 from chainmerge.merge_job import Request
 from chainmerge.merging import Prepared, locks_held, locks_needed, plan_beside, prepare
 from chainmerge.ops_errors import DisksMismatched, DisksShareImage
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import Finding
+from chainmerge.records.disks import DiskEntry, command_for_disks, forget_entry, keep_entry
+from chainmerge.records.saved_bitmaps import load_merged_record
 from chainmerge.settle import finished_before
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode

@@ -11,22 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from chainmerge import state_files
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.errors import SearchPathUnusable
-from chainmerge.disks_journal import SUFFIX as DISKS_SUFFIX
-from chainmerge.disks_journal import read_entry
 from chainmerge.errors import ChainmergeError
-from chainmerge.journal import (
-    Pulled,
-    identify,
-    read_merged_record,
-    read_saved_bitmaps,
-    same_image,
-)
-from chainmerge.live_journal import SUFFIX as LIVE_SUFFIX
-from chainmerge.live_journal import LiveState, read_live_journal
-from chainmerge.merge_journal import (
+from chainmerge.options import Direction
+from chainmerge.records import files as state_files
+from chainmerge.records.disks import SUFFIX as DISKS_SUFFIX
+from chainmerge.records.disks import read_entry
+from chainmerge.records.live_journal import SUFFIX as LIVE_SUFFIX
+from chainmerge.records.live_journal import LiveState, read_live_journal
+from chainmerge.records.merge_journal import (
     SUFFIX,
     Asked,
     Journal,
@@ -35,7 +29,13 @@ from chainmerge.merge_journal import (
     first_sector_of,
     read_journal,
 )
-from chainmerge.options import Direction
+from chainmerge.records.saved_bitmaps import (
+    Pulled,
+    identify,
+    read_merged_record,
+    read_saved_bitmaps,
+    same_image,
+)
 from chainmerge.settle import stands_on
 from chainmerge.storage.locks import LockMode, contentions
 from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
@@ -43,7 +43,7 @@ from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from chainmerge.journal import ImageIdentity
+    from chainmerge.records.saved_bitmaps import ImageIdentity
 
 UNKNOWN: Final = "unknown"
 _SAVED: Final = ".chainmerge-saved"

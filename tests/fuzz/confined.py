@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from chainmerge import state_files
+from chainmerge.records import files as state_files
 from chainmerge.storage.files import FileReadable
 from tests.support.hostile import chainmerge
 

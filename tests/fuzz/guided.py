@@ -28,8 +28,8 @@ with atheris.instrument_imports(include=["chainmerge"]):
     import chainmerge.information
     import chainmerge.merging
     import chainmerge.repairing
-    from chainmerge import state_files
     from chainmerge.options import Access
+    from chainmerge.records import files as state_files
     from chainmerge.storage.errors import OutOfMemory, SystemCallFailed
 
 from tests.fuzz.anatomy import Anatomy, anatomy_of

@@ -11,7 +11,6 @@ import pytest
 
 from chainmerge import live
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
-from chainmerge.journal import SavedBitmaps, identify, save_bitmaps
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveImageInUse,
@@ -27,15 +26,16 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.exclusive import sole_driver
-from chainmerge.live_journal import (
+from chainmerge.options import LiveOptions
+from chainmerge.plan_errors import BaseHasOtherChildren
+from chainmerge.records.live_journal import (
     LiveJournal,
     LiveJournalDamaged,
     LiveState,
     enter,
     live_journal_file,
 )
-from chainmerge.options import LiveOptions
-from chainmerge.plan_errors import BaseHasOtherChildren
+from chainmerge.records.saved_bitmaps import SavedBitmaps, identify, save_bitmaps
 from chainmerge.storage.errors import WriteFailed
 from chainmerge.types import Stage
 from tests.support.live_scenario import (

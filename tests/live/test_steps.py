@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 
-from chainmerge.journal import ImageIdentity
 from chainmerge.live.bitmaps import (
     faults,
     silence_actions,
@@ -31,13 +30,14 @@ from chainmerge.live.port import (
     RemoveBitmap,
 )
 from chainmerge.live.steps import Situation, Step, next_step
-from chainmerge.live_journal import (
+from chainmerge.records.live_journal import (
     VERSION,
     KeptName,
     LiveJournal,
     LiveState,
     TombstoneName,
 )
+from chainmerge.records.saved_bitmaps import ImageIdentity
 
 MIB = 1 << 20
 # What must never happen while the job is in this phase: it would change what is not to change.

@@ -31,8 +31,8 @@ from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.files import STATE_DIRECTORY
 from chainmerge.results import state_of
-from chainmerge.state_files import STATE_DIRECTORY
 from chainmerge.storage.files import FileReadable
 from tests.conftest import SOAK
 from tests.support.faults import Fault, Lost, Run, faults_of, run_with

@@ -22,7 +22,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from chainmerge.errors import ExitCode
-from chainmerge.journal import saved_bitmaps_file
+from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from tests.chain.overlays import overlay
 from tests.chain.unchanged import unchanged
 from tests.support import qemu

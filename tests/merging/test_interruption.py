@@ -20,8 +20,8 @@ import pytest
 
 import chainmerge
 from chainmerge.errors import Interrupted
-from chainmerge.journal import saved_bitmaps_file
 from chainmerge.options import EngineChoice, MergeOptions
+from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from chainmerge.storage.files import WritablePort
 from chainmerge.types import MergeOutcome, ProgressEvent, Stage
 from tests.support.merge_scenario import VALID_IN_BOTH, VALID_IN_TOP, Scenario

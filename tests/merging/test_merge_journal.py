@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import pytest
 
 import chainmerge
-from chainmerge import by_native, merge_journal, merging, resuming, settle, state_files
+from chainmerge import by_native, merging, resuming, settle
 from chainmerge.errors import Interrupted
-from chainmerge.journal import identify, same_image, saved_bitmaps_file
-from chainmerge.merge_journal import JournalState, journal_file, load_journal
 from chainmerge.options import Access, MergeOptions
 from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import EngineName
+from chainmerge.records import files as state_files
+from chainmerge.records import merge_journal
+from chainmerge.records.merge_journal import JournalState, journal_file, load_journal
+from chainmerge.records.saved_bitmaps import identify, same_image, saved_bitmaps_file
 from chainmerge.types import MergeOutcome, MergeReport, ProgressEvent, Stage, UnfinishedMerge
 from chainmerge.unfinished import UNKNOWN
 from tests.support.loopdev import loop_device

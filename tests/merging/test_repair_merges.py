@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.journal import saved_bitmaps_file
-from chainmerge.merge_journal import journal_file
 from chainmerge.options import MergeOptions
+from chainmerge.records.merge_journal import journal_file
+from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from chainmerge.types import ProgressEvent, Stage
 from tests.chain.unchanged import unchanged
 from tests.support.qemu import (

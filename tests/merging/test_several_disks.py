@@ -17,10 +17,10 @@ import pytest
 
 import chainmerge
 from chainmerge import several_disks
-from chainmerge.disks_journal import SUFFIX, disk_file, keep_entry
 from chainmerge.errors import ExitCode, Failed
 from chainmerge.ops_errors import DisksMismatched, DisksShareImage
 from chainmerge.options import MergeOptions
+from chainmerge.records.disks import SUFFIX, disk_file, keep_entry
 from chainmerge.storage.errors import FileSystemFull, WriteFailed
 from chainmerge.storage.files import AppendedFile, WritablePort
 from chainmerge.types import DiskOutcome, ProgressEvent, Stage

@@ -33,7 +33,7 @@ from chainmerge.live.port import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.live_journal import KeptName, LiveJournal, TombstoneName
+    from chainmerge.records.live_journal import KeptName, LiveJournal, TombstoneName
 
 
 def silence_actions(journal: LiveJournal, base: BlockNode) -> tuple[BitmapAction, ...]:

@@ -35,12 +35,12 @@ from chainmerge.live.port import JobPhase, JobState
 from chainmerge.live.sequence import lost
 from chainmerge.live.settling import Settled, forget
 from chainmerge.live.situation import Place, place_of
-from chainmerge.live_journal import (
+from chainmerge.merge_job import volume_at
+from chainmerge.records.live_journal import (
     LiveState,
     data_changed,
     save_live_journal,
 )
-from chainmerge.merge_job import volume_at
 from chainmerge.types import ProgressEvent, Stage
 
 SECONDS_BETWEEN_LOOKS: Final = 0.25

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainmerge.live.domain import DomainDisk
-    from chainmerge.live_journal import LiveJournal
+    from chainmerge.records.live_journal import LiveJournal
 
 
 def settle_in_domain(

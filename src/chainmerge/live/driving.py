@@ -13,14 +13,14 @@ from chainmerge.live.convergence import Convergence
 from chainmerge.live.errors import VmRefused
 from chainmerge.live.headroom import Headroom
 from chainmerge.live.port import DiskLimits
-from chainmerge.live_journal import (
+from chainmerge.options import LiveOptions
+from chainmerge.records.live_journal import (
     LiveJournal,
     LiveState,
     SavedLimits,
     enter,
     save_live_journal,
 )
-from chainmerge.options import LiveOptions
 from chainmerge.types import ProgressEvent, Stage
 
 

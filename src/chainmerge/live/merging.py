@@ -11,15 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from chainmerge.inspection import open_chain
-from chainmerge.journal import (
-    SavedBitmap,
-    SavedBitmaps,
-    identify,
-    load_merged_record,
-    load_saved_bitmaps,
-    save_bitmaps,
-    saved_bitmaps_file,
-)
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.domain import DomainDisk
 from chainmerge.live.domain_sequence import DomainDrive, carry_on_in_domain
@@ -34,19 +25,28 @@ from chainmerge.live.port import LiveVm
 from chainmerge.live.sequence import Drive, carry_on
 from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
-from chainmerge.live_journal import (
-    LiveJournal,
-    live_journal_file,
-    load_live_journal,
-    save_live_journal,
-)
 from chainmerge.merge_job import volume_at
-from chainmerge.merge_journal import journal_file, load_journal
 from chainmerge.options import Access, LiveOptions
 from chainmerge.planning import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.live_journal import (
+    LiveJournal,
+    live_journal_file,
+    load_live_journal,
+    save_live_journal,
+)
+from chainmerge.records.merge_journal import journal_file, load_journal
+from chainmerge.records.saved_bitmaps import (
+    SavedBitmap,
+    SavedBitmaps,
+    identify,
+    load_merged_record,
+    load_saved_bitmaps,
+    save_bitmaps,
+    saved_bitmaps_file,
+)
 from chainmerge.results import verified_before
 from chainmerge.settle import finished_before
 from chainmerge.storage.files import FileReadable
@@ -64,9 +64,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.errors import ChainmergeError
-    from chainmerge.journal import MergedRecord
     from chainmerge.live.driving import Driven
     from chainmerge.live.settling import Settled
+    from chainmerge.records.saved_bitmaps import MergedRecord
 
 
 LiveDisk: TypeAlias = LiveVm | DomainDisk

@@ -17,15 +17,15 @@ from chainmerge.inspection import (
     open_chain,
     storable_granularity,
 )
-from chainmerge.journal import identify
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
-from chainmerge.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.readability import require_readable
+from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
+from chainmerge.records.saved_bitmaps import identify
 from chainmerge.space import BitmapShape
 from chainmerge.space_facts import survey_for_live
 from chainmerge.storage.volumes import VolumeKind

@@ -33,14 +33,14 @@ from chainmerge.live.port import CommitOrder, InspectedVm, JobPhase, LiveVm
 from chainmerge.live.settling import Settled, close_merged, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
-from chainmerge.live_journal import (
+from chainmerge.live_leftovers import LivePivotUnclear
+from chainmerge.merge_job import volume_at
+from chainmerge.records.live_journal import (
     LiveJournal,
     LiveState,
     data_changed,
     save_live_journal,
 )
-from chainmerge.live_leftovers import LivePivotUnclear
-from chainmerge.merge_job import volume_at
 from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:

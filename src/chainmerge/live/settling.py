@@ -16,7 +16,13 @@ from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.checkpoints import BitmapState
 from chainmerge.engines.metadata import StoredBitmap
 from chainmerge.inspection import open_chain
-from chainmerge.journal import (
+from chainmerge.live.bitmaps import faults
+from chainmerge.live.errors import LiveVerificationFailed, VmRefused
+from chainmerge.live.situation import place_of
+from chainmerge.qcow2.bitmaps import BitmapFlag
+from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.records.live_journal import data_changed, forget_live_journal
+from chainmerge.records.saved_bitmaps import (
     DoomedImage,
     MergedRecord,
     Superseded,
@@ -26,12 +32,6 @@ from chainmerge.journal import (
     record_merged,
     same_image,
 )
-from chainmerge.live.bitmaps import faults
-from chainmerge.live.errors import LiveVerificationFailed, VmRefused
-from chainmerge.live.situation import place_of
-from chainmerge.live_journal import data_changed, forget_live_journal
-from chainmerge.qcow2.bitmaps import BitmapFlag
-from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.settle import delete_recorded
 from chainmerge.storage.files import FileReadable
 from chainmerge.types import BitmapResult, ProgressEvent, Stage
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from chainmerge.inspection import OpenChain, OpenImage
     from chainmerge.live.port import BlockNode, LiveVm
     from chainmerge.live.situation import Place
-    from chainmerge.live_journal import LiveJournal
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.records.live_journal import LiveJournal
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.journal import identify
 from chainmerge.live.inspection import path_of
 from chainmerge.live.port import BlockNode
+from chainmerge.records.saved_bitmaps import identify
 
 if TYPE_CHECKING:
     from chainmerge.live.port import BlockGraph
-    from chainmerge.live_journal import LiveJournal
+    from chainmerge.records.live_journal import LiveJournal
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from chainmerge.live.port import JobPhase, JobState
-from chainmerge.live_journal import LiveState
+from chainmerge.records.live_journal import LiveState
 
 
 class Step(StrEnum):

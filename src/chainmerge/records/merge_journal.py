@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a native merge: how far it came, so that a rerun need not find out.
 
-``.BASE.chainmerge-journal`` stands where :mod:`chainmerge.state_files` says, and holds a
+``.BASE.chainmerge-journal`` stands where :mod:`chainmerge.records.files` says, and holds a
 :class:`Journal`. Its state only ever moves down this list, and may leave out any but the first:
 
 ===========  ===================================================================
@@ -46,15 +46,15 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError, Refused
-from chainmerge.journal import ImageIdentity, identify
 from chainmerge.qcow2.header import SECTOR
-from chainmerge.state_files import (
+from chainmerge.records.files import (
     UnusableState,
     beside,
     read_state,
     remove_durably,
     write_state,
 )
+from chainmerge.records.saved_bitmaps import ImageIdentity, identify
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ Two small files, each written to a temporary name, synced and renamed:
     taking the renamed base for a new overlay. In a pull it is written before the switch
     after which top stands on base's backing file: the same command would pull that next.
 
-A third one, the journal of a merge, is in :mod:`chainmerge.merge_journal`.
+A third one, the journal of a merge, is in :mod:`chainmerge.records.merge_journal`.
 
-Where they stand: :mod:`chainmerge.state_files`.
+Where they stand: :mod:`chainmerge.records.files`.
 
 Saved bitmaps are only good for the chain that they were taken from. Were the overlay
 deleted by hand and another one put on base, base may have been written in between with
@@ -47,7 +47,7 @@ import numpy as np
 
 from chainmerge.errors import Refused
 from chainmerge.qcow2.bits import BitSet
-from chainmerge.state_files import (
+from chainmerge.records.files import (
     UnusableState,
     beside,
     decoded,

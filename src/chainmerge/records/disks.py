@@ -2,7 +2,7 @@
 """What holds the merges of several disks together until the last of them is done.
 
 ``.BASE.chainmerge-disks`` stands beside the base of each disk, where the other small files do
-(:mod:`chainmerge.state_files`). It names all disks, the command that finishes them, and whether
+(:mod:`chainmerge.records.files`). It names all disks, the command that finishes them, and whether
 this one is done. The first merge begins when all of these are durable; they go when all merges
 are done. How far a merge came is for its own files to say: these only say that it is one of
 several, and that one which has not begun yet is still to be done.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.state_files import (
+from chainmerge.records.files import (
     UnusableState,
     beside,
     read_state,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from chainmerge.merge_journal import Asked
+    from chainmerge.records.merge_journal import Asked
 
 SUFFIX: Final = "chainmerge-disks"
 

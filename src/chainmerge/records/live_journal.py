@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a live merge came, in a file that outlives the process that drives it.
 
-``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.state_files`) from before the
+``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.records.files`) from before the
 first change until base is settled. Whoever finds it looks at the VM, and at the disk where the
 VM is dead: the journal says what was intended, not what has happened. One thing only it can
 say. In an active merge the guest writes to top until the pivot and to base after it, and an
@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import Refused
-from chainmerge.journal import ImageIdentity
-from chainmerge.state_files import (
+from chainmerge.records.files import (
     UnusableState,
     beside,
     read_state,
     remove_durably,
     write_state,
 )
+from chainmerge.records.saved_bitmaps import ImageIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
