@@ -50,13 +50,8 @@ from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.remembered import MappingMemory
 from chainmerge.readability import require_data_in_files
-from chainmerge.records.saved_bitmaps import (
-    SavedBitmap,
-    SavedBitmaps,
-    identify,
-    load_saved_bitmaps,
-    same_image,
-)
+from chainmerge.records.identity import identify, same_image
+from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, load_saved_bitmaps
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files

@@ -15,22 +15,17 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions, Placement
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.merge_journal import SUFFIX, Journal, forget_journal, read_journal
-from chainmerge.records.saved_bitmaps import (
-    forget_merged_record,
-    forget_saved_bitmaps,
-    identify,
-    read_merged_record,
-    read_saved_bitmaps,
-    same_image,
-)
+from chainmerge.records.merged_record import forget_merged_record, read_merged_record
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, read_saved_bitmaps
 from chainmerge.settle import stands_on
 from chainmerge.unfinished import status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.records.saved_bitmaps import ImageIdentity
+    from chainmerge.records.identity import ImageIdentity
     from chainmerge.types import UnfinishedMerge
 
 _JOURNAL: Final = f".{SUFFIX}"

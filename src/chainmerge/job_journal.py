@@ -13,6 +13,7 @@ from chainmerge.merge_job import forget_what_was_noted
 from chainmerge.options import Direction
 from chainmerge.planning import EngineName
 from chainmerge.qcow2.header import SECTOR
+from chainmerge.records.identity import identify
 from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
     Asked,
@@ -27,7 +28,6 @@ from chainmerge.records.merge_journal import (
     load_journal,
     this_boot,
 )
-from chainmerge.records.saved_bitmaps import identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,20 +23,15 @@ from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
 from chainmerge.inspection import policy_of
 from chainmerge.qcow2.check import check
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import (
     LiveJournal,
     data_changed,
     forget_live_journal,
     load_live_journal,
 )
-from chainmerge.records.saved_bitmaps import (
-    DoomedImage,
-    MergedRecord,
-    forget_saved_bitmaps,
-    identify,
-    record_merged,
-    same_image,
-)
+from chainmerge.records.merged_record import DoomedImage, MergedRecord, record_merged
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.results import bitmap_results
 from chainmerge.settle import delete_recorded, require_no_users
 from chainmerge.storage.files import WritablePort

@@ -18,11 +18,11 @@ from chainmerge.inspection import BitmapFacts, OpenChain, Target
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
+from chainmerge.records.identity import identify
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
     SavedBitmaps,
     forget_saved_bitmaps,
-    identify,
     save_bitmaps,
 )
 from chainmerge.storage.locks import ImageLock

@@ -73,15 +73,13 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
 from chainmerge.records.disks import forget_entry
 from chainmerge.records.files import StateDirectoryUnusable
+from chainmerge.records.identity import same_image
 from chainmerge.records.live_journal import forget_live_journal
 from chainmerge.records.merge_journal import JournalState, enter, forget_journal, journal_file
+from chainmerge.records.merged_record import MergedRecord, load_merged_record, merged_record_file
 from chainmerge.records.saved_bitmaps import (
-    MergedRecord,
     forget_saved_bitmaps,
-    load_merged_record,
     load_saved_bitmaps,
-    merged_record_file,
-    same_image,
     saved_bitmaps_file,
 )
 from chainmerge.results import bitmap_results, verified_before

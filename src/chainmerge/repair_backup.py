@@ -28,7 +28,7 @@ import numpy as np
 from chainmerge.errors import Refused
 from chainmerge.records import files as state_files
 from chainmerge.records.files import UnusableState, decoded, encoded, make_directory, remove_durably
-from chainmerge.records.saved_bitmaps import ImageIdentity, identify, same_image
+from chainmerge.records.identity import ImageIdentity, identify, same_image
 from chainmerge.storage.errors import CannotOpen
 from chainmerge.storage.files import AppendedFile, FileReadable, WritablePort, fsync_directory
 

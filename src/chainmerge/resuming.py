@@ -23,6 +23,7 @@ from chainmerge.job_journal import asked_of
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.merge_journal import (
     Journal,
     JournalState,
@@ -34,7 +35,6 @@ from chainmerge.records.merge_journal import (
     load_journal,
     this_boot,
 )
-from chainmerge.records.saved_bitmaps import identify, same_image
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from chainmerge.inspection import Target
     from chainmerge.merge_job import Request
-    from chainmerge.records.saved_bitmaps import MergedRecord
+    from chainmerge.records.merged_record import MergedRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 
 Each step is atomic and each can be done again, so that a rerun goes on wherever an
 interrupted run stopped. What is to be deleted is recorded beforehand
-(:class:`chainmerge.records.saved_bitmaps.MergedRecord`): afterwards there is nothing to tell from. The
+(:mod:`chainmerge.records.merged_record`): afterwards there is nothing to tell from. The
 journal, where there is one, is told of each step before it begins.
 """
 
@@ -24,19 +24,18 @@ from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import MergeFacts, MergePlan, Repoint
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import data_changed
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
-from chainmerge.records.saved_bitmaps import (
+from chainmerge.records.merged_record import (
     DoomedImage,
     MergedRecord,
     Pulled,
     Superseded,
     forget_merged_record,
-    forget_saved_bitmaps,
-    identify,
     record_merged,
-    same_image,
 )
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
 from chainmerge.storage.locks import LockMode, contentions
 

@@ -27,7 +27,7 @@ from chainmerge.ops_errors import DisksMismatched, DisksShareImage
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import Finding
 from chainmerge.records.disks import DiskEntry, command_for_disks, forget_entry, keep_entry
-from chainmerge.records.saved_bitmaps import load_merged_record
+from chainmerge.records.merged_record import load_merged_record
 from chainmerge.settle import finished_before
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode

@@ -18,6 +18,7 @@ from chainmerge.options import Direction
 from chainmerge.records import files as state_files
 from chainmerge.records.disks import SUFFIX as DISKS_SUFFIX
 from chainmerge.records.disks import read_entry
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import SUFFIX as LIVE_SUFFIX
 from chainmerge.records.live_journal import LiveState, read_live_journal
 from chainmerge.records.merge_journal import (
@@ -29,13 +30,8 @@ from chainmerge.records.merge_journal import (
     first_sector_of,
     read_journal,
 )
-from chainmerge.records.saved_bitmaps import (
-    Pulled,
-    identify,
-    read_merged_record,
-    read_saved_bitmaps,
-    same_image,
-)
+from chainmerge.records.merged_record import Pulled, read_merged_record
+from chainmerge.records.saved_bitmaps import read_saved_bitmaps
 from chainmerge.settle import stands_on
 from chainmerge.storage.locks import LockMode, contentions
 from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
@@ -43,7 +39,7 @@ from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from chainmerge.records.saved_bitmaps import ImageIdentity
+    from chainmerge.records.identity import ImageIdentity
 
 UNKNOWN: Final = "unknown"
 _SAVED: Final = ".chainmerge-saved"

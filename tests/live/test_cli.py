@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge.errors import ExitCode
+from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, LiveJournal, save_live_journal
-from chainmerge.records.saved_bitmaps import identify
 from tests.support.cli import chainmerge
 from tests.support.live_scenario import LiveScenario, build
 from tests.support.live_vm import LiveTestVm, running_vm

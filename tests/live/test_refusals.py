@@ -28,6 +28,7 @@ from chainmerge.live.errors import (
 from chainmerge.live.exclusive import sole_driver
 from chainmerge.options import LiveOptions
 from chainmerge.plan_errors import BaseHasOtherChildren
+from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import (
     LiveJournal,
     LiveJournalDamaged,
@@ -35,7 +36,7 @@ from chainmerge.records.live_journal import (
     enter,
     live_journal_file,
 )
-from chainmerge.records.saved_bitmaps import SavedBitmaps, identify, save_bitmaps
+from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps
 from chainmerge.storage.errors import WriteFailed
 from chainmerge.types import Stage
 from tests.support.live_scenario import (

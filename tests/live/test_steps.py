@@ -30,6 +30,7 @@ from chainmerge.live.port import (
     RemoveBitmap,
 )
 from chainmerge.live.steps import Situation, Step, next_step
+from chainmerge.records.identity import ImageIdentity
 from chainmerge.records.live_journal import (
     VERSION,
     KeptName,
@@ -37,7 +38,6 @@ from chainmerge.records.live_journal import (
     LiveState,
     TombstoneName,
 )
-from chainmerge.records.saved_bitmaps import ImageIdentity
 
 MIB = 1 << 20
 # What must never happen while the job is in this phase: it would change what is not to change.

@@ -22,8 +22,9 @@ from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import EngineName
 from chainmerge.records import files as state_files
 from chainmerge.records import merge_journal
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.merge_journal import JournalState, journal_file, load_journal
-from chainmerge.records.saved_bitmaps import identify, same_image, saved_bitmaps_file
+from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from chainmerge.types import MergeOutcome, MergeReport, ProgressEvent, Stage, UnfinishedMerge
 from chainmerge.unfinished import UNKNOWN
 from tests.support.loopdev import loop_device

@@ -18,7 +18,7 @@ from chainmerge.live.errors import LiveMergeDriven
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.records.saved_bitmaps import ImageIdentity
+    from chainmerge.records.identity import ImageIdentity
 
 
 @contextlib.contextmanager

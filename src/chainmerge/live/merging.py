@@ -31,6 +31,7 @@ from chainmerge.planning import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import (
     LiveJournal,
     live_journal_file,
@@ -38,11 +39,10 @@ from chainmerge.records.live_journal import (
     save_live_journal,
 )
 from chainmerge.records.merge_journal import journal_file, load_journal
+from chainmerge.records.merged_record import load_merged_record
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
     SavedBitmaps,
-    identify,
-    load_merged_record,
     load_saved_bitmaps,
     save_bitmaps,
     saved_bitmaps_file,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.live.driving import Driven
     from chainmerge.live.settling import Settled
-    from chainmerge.records.saved_bitmaps import MergedRecord
+    from chainmerge.records.merged_record import MergedRecord
 
 
 LiveDisk: TypeAlias = LiveVm | DomainDisk

@@ -24,8 +24,8 @@ from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.readability import require_readable
+from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
-from chainmerge.records.saved_bitmaps import identify
 from chainmerge.space import BitmapShape
 from chainmerge.space_facts import survey_for_live
 from chainmerge.storage.volumes import VolumeKind

@@ -21,17 +21,10 @@ from chainmerge.live.errors import LiveVerificationFailed, VmRefused
 from chainmerge.live.situation import place_of
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import data_changed, forget_live_journal
-from chainmerge.records.saved_bitmaps import (
-    DoomedImage,
-    MergedRecord,
-    Superseded,
-    forget_saved_bitmaps,
-    identify,
-    load_saved_bitmaps,
-    record_merged,
-    same_image,
-)
+from chainmerge.records.merged_record import DoomedImage, MergedRecord, Superseded, record_merged
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.settle import delete_recorded
 from chainmerge.storage.files import FileReadable
 from chainmerge.types import BitmapResult, ProgressEvent, Stage

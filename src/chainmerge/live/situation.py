@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.live.inspection import path_of
 from chainmerge.live.port import BlockNode
-from chainmerge.records.saved_bitmaps import identify
+from chainmerge.records.identity import identify
 
 if TYPE_CHECKING:
     from chainmerge.live.port import BlockGraph

@@ -29,7 +29,7 @@ from chainmerge.records.files import (
     remove_durably,
     write_state,
 )
-from chainmerge.records.saved_bitmaps import ImageIdentity
+from chainmerge.records.identity import ImageIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -54,7 +54,7 @@ from chainmerge.records.files import (
     remove_durably,
     write_state,
 )
-from chainmerge.records.saved_bitmaps import ImageIdentity, identify
+from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:

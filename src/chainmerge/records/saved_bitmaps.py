@@ -1,46 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must outlive the process: saved bitmaps, and which merges came to their end.
+"""Base's checkpoints while guest data is copied into it: ``.BASE.chainmerge-saved``.
 
-Two small files, each written to a temporary name, synced and renamed:
-
-``.BASE.chainmerge-saved``
-    Base's checkpoints while guest data is copied into it. QEMU marks every bitmap of
-    an image that it has open for writing as in-use, and a kill leaves them so; they
-    are therefore taken out of base before the copy (tombstones stand in for them) and
-    put back, united with top's, after it. A rerun takes them from here.
-
-``.TOP.chainmerge-merged``
-    Written before top's file is deleted or replaced, so that the same command, run
-    again, says that the merge is done instead of reporting a missing file, or worse,
-    taking the renamed base for a new overlay. In a pull it is written before the switch
-    after which top stands on base's backing file: the same command would pull that next.
-
-A third one, the journal of a merge, is in :mod:`chainmerge.records.merge_journal`.
-
-Where they stand: :mod:`chainmerge.records.files`.
+QEMU marks every bitmap of an image that it has open for writing as in-use, and a kill leaves
+them so; they are therefore taken out of base before the copy (tombstones stand in for them) and
+put back, united with top's, after it. A rerun takes them from here.
 
 Saved bitmaps are only good for the chain that they were taken from. Were the overlay
 deleted by hand and another one put on base, base may have been written in between with
-nothing recording it. So the overlay directly above base is identified by inode and time
-of birth (the device-mapper UUID, or the device number, of a block device), and its
-bitmaps must still cover what they covered: bits of a live checkpoint only ever grow.
+nothing recording it. So the overlay directly above base is identified
+(:mod:`chainmerge.records.identity`), and its bitmaps must still cover what they covered: bits
+of a live checkpoint only ever grow.
 
-Layout of the saved-bitmaps file: the line :data:`MAGIC`; a line of JSON
-(:class:`_SavedHeader`); the blobs that it announces, each zlib-compressed chunks of
-the serialised bitmap; the SHA-256 digest (32 bytes) of everything before it.
+Layout: the line :data:`MAGIC`; a line of JSON (:class:`_SavedHeader`); the blobs that it
+announces, each zlib-compressed chunks of the serialised bitmap; the SHA-256 digest (32 bytes) of
+everything before it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
-import stat
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 import numpy as np
@@ -53,12 +35,14 @@ from chainmerge.records.files import (
     decoded,
     encoded,
     make_directory,
-    read_state,
     remove_durably,
-    write_state,
 )
+from chainmerge.records.identity import ImageIdentity
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, write_file_durably
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAGIC: Final = b"chainmerge saved bitmaps 1\n"
 _CHUNK_BYTES: Final = 64 * 1024
@@ -84,20 +68,6 @@ class SavedBitmapsDamaged(Refused):
     )
     file: str
     why: str
-
-
-class ImageIdentity(msgspec.Struct, frozen=True):
-    """What tells one image from another that comes to stand under the same name."""
-
-    path: str
-    kind: str
-    number: int
-    birth: str
-
-    @property
-    def key(self) -> tuple[str, int, str]:
-        """What is the same for one image, wherever it is mounted."""
-        return self.kind, self.number, self.birth
 
 
 class _SavedBits(msgspec.Struct, frozen=True):
@@ -138,77 +108,6 @@ class SavedBitmaps:
     base: ImageIdentity
     overlay: ImageIdentity
     bitmaps: tuple[SavedBitmap, ...]
-
-
-class DoomedImage(msgspec.Struct, frozen=True):
-    """An image that is to be deleted, if it is still the same."""
-
-    path: str
-    identity: ImageIdentity
-
-
-class Pulled(msgspec.Struct, frozen=True):
-    """That the merge is a pull, and the backing file that top has once it is done.
-
-    The name is as top's header has it, None for none. Nothing else tells as well: a guest that
-    goes on writing to top between a kill and the rerun makes QEMU change the rest of the header.
-    """
-
-    backing: str | None
-
-
-class Superseded(msgspec.Struct, frozen=True):
-    """Images that a live merge has left in place, and that nothing may be merged from any more.
-
-    The guest writes to base, or to an image on base. ``since`` is what the times of change of
-    top said when the VM had closed it, empty where they say nothing.
-    """
-
-    images: list[DoomedImage]
-    since: str
-
-
-class MergedRecord(msgspec.Struct, frozen=True):
-    """A merge whose top is about to be deleted or replaced, or of no use any more."""
-
-    top: str
-    base: str
-    result: str
-    result_format: str
-    result_identity: ImageIdentity
-    keep_name: bool
-    delete: list[DoomedImage]
-    pulled: Pulled | None = None
-    superseded: Superseded | None = None
-
-
-def identify(path: Path) -> ImageIdentity:
-    """The identity of the image at *path*, the same as seen from every host.
-
-    Raises OSError where there is nothing.
-    """
-    status = path.stat()
-    if stat.S_ISBLK(status.st_mode):
-        birth = _birth_of_device(status.st_rdev)
-        number = 0 if birth else status.st_rdev
-        return ImageIdentity(str(path.resolve()), "block", number, birth)
-    return ImageIdentity(str(path.resolve()), "file", status.st_ino, _birth_time(path))
-
-
-def _birth_of_device(device: int) -> str:
-    """What a device of the same number was not before; empty where nothing tells."""
-    node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    uuid, loop_file = node / "dm" / "uuid", node / "loop" / "backing_file"
-    if uuid.exists():
-        return uuid.read_text(encoding="ascii").strip()
-    if loop_file.exists():
-        return f"loop-{hashlib.sha256(loop_file.read_bytes()).hexdigest()}"
-    return ""
-
-
-def same_image(one: ImageIdentity, other: ImageIdentity) -> bool:
-    """Whether two identities are of the same image, wherever it is mounted now."""
-    return one.key == other.key
 
 
 def saved_bitmaps_file(base: Path) -> Path:
@@ -297,38 +196,6 @@ def forget_saved_bitmaps(base: Path) -> None:
     remove_durably(saved_bitmaps_file(base))
 
 
-def merged_record_file(top: Path) -> Path:
-    """Where the record of a merge of *top* stands."""
-    return beside(top, "chainmerge-merged")
-
-
-def record_merged(top: Path, record: MergedRecord) -> None:
-    """Record, durably, that *top* has been merged, before its file goes."""
-    write_state(merged_record_file(top), record)
-
-
-def load_merged_record(top: Path) -> MergedRecord | None:
-    """The record of a finished merge of *top*; None where there is none that can be read."""
-    try:
-        return read_merged_record(merged_record_file(top))
-    except OSError:
-        # A name that no file can have.
-        return None
-
-
-def read_merged_record(file: Path) -> MergedRecord | None:
-    """The record in *file*; None where there is none that can be read."""
-    try:
-        return read_state(file, MergedRecord)
-    except (OSError, UnusableState):
-        return None
-
-
-def forget_merged_record(top: Path) -> None:
-    """Remove the record of a merge of *top*."""
-    remove_durably(merged_record_file(top))
-
-
 def _read_file(file: Path) -> bytes | None:
     try:
         with FileReadable(file) as readable:
@@ -360,38 +227,3 @@ def _unpack(blob: memoryview, disk_size: int, granularity: int) -> BitSet:
         packed[start : start + length] = np.frombuffer(content, np.uint8, length, position)
         position += length
     return BitSet.from_packed(packed, disk_size, granularity)
-
-
-class _StatxTimestamp(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("seconds", ctypes.c_int64),
-        ("nanoseconds", ctypes.c_uint32),
-        ("reserved", ctypes.c_int32),
-    ]
-
-
-class _Statx(ctypes.Structure):
-    # struct statx of statx(2), up to the one field that os.stat does not give.
-    _fields_: ClassVar = [
-        ("mask", ctypes.c_uint32),
-        ("other", ctypes.c_uint8 * 60),
-        ("accessed", _StatxTimestamp),
-        ("born", _StatxTimestamp),
-        ("rest", ctypes.c_uint8 * 160),
-    ]
-
-
-_AT_FDCWD: Final = -100
-_STATX_BTIME: Final = 0x800
-
-
-def _birth_time(path: Path) -> str:
-    """Time of birth of a file, as text; empty on file systems that do not keep it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    result = _Statx()
-    status = libc.statx(
-        _AT_FDCWD, os.fsencode(path), 0, ctypes.c_uint(_STATX_BTIME), ctypes.byref(result)
-    )
-    if status != 0 or not result.mask & _STATX_BTIME:
-        return ""
-    return f"{result.born.seconds}.{result.born.nanoseconds:09d}"
