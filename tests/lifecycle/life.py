@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.storage.errors import ImageMissing
 from tests.lifecycle.commands import KILLED, carry_out
 from tests.merging.test_faults import chain_of, checkpoints_of
 from tests.support.live_vm import running_vm
@@ -140,7 +141,10 @@ class Life:
 
     def do(self, step: Step) -> None:
         """Do a step, if it is possible, and look at everything."""
-        done = getattr(self, f"_{step.kind}")(step)
+        try:
+            done = getattr(self, f"_{step.kind}")(step)
+        except ImageMissing as error:
+            raise LifeViolated(f"something has gone that a guest needs: {error}") from error
         if done:
             self.happened[step.kind] += 1
         self.check()
@@ -531,6 +535,9 @@ class Life:
         if ended.status in (0, 1, 130, KILLED):
             for image in one.between:
                 self.shows.pop(image, None)
+        if ended.status != 0 and (words[0] == "live" or "qemu" in words):
+            # QEMU writes below top, which hides what is half done.
+            self._forget(one.base)
         if is_done and disk is None and one.base in self.shows and shown:
             self.shows[one.base] = list(shown)
         self._forget_gone()
