@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         bitmaps_list,
         bitmaps_merge,
         bitmaps_remove,
+        bitmaps_remove_all,
         prune,
     )
     from chainmerge.catalogue import explain
@@ -38,6 +39,7 @@ __all__ = [
     "bitmaps_list",
     "bitmaps_merge",
     "bitmaps_remove",
+    "bitmaps_remove_all",
     "check_image",
     "explain",
     "inspect",
@@ -60,6 +62,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_list": "chainmerge.bitmap_ops",
         "bitmaps_merge": "chainmerge.bitmap_ops",
         "bitmaps_remove": "chainmerge.bitmap_ops",
+        "bitmaps_remove_all": "chainmerge.bitmap_ops",
         "check_image": "chainmerge.checking",
         "explain": "chainmerge.catalogue",
         "inspect": "chainmerge.information",

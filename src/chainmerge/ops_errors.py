@@ -110,6 +110,29 @@ class RemovalUnsafe(Refused):
 
 
 @dataclass(eq=False)
+class ClearingUnsafe(Refused):
+    """Clearing the bitmap would leave a checkpoint that misses what it had recorded."""
+
+    code: ClassVar[str] = "clearing-unsafe"
+    template: ClassVar[str] = (
+        "the bitmap {name!r} of {image} is a part of a checkpoint only: {others} has the name, too"
+    )
+    hint: ClassVar[str] = (
+        "leave it as it is; where the checkpoint is not needed any more, remove the name from all "
+        "images, the active image first (`chainmerge bitmaps remove IMAGE NAME`)"
+    )
+    explanation: ClassVar[str] = (
+        "A checkpoint's bits are spread over the images of a chain, and a backup takes the union "
+        "of them. With those of one image cleared, the others still pass for the whole checkpoint, "
+        "and the next incremental backup misses what this image had recorded. --force clears it "
+        "all the same: a full backup has to come next then."
+    )
+    image: str
+    name: str
+    others: str
+
+
+@dataclass(eq=False)
 class GranularityInvalid(Refused):
     """No bitmap can have this granularity."""
 

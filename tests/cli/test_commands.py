@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -247,9 +249,53 @@ def test_bitmaps_merge(chain: tuple[Path, Path]) -> None:
 
 def test_bitmaps_clear(chain: tuple[Path, Path]) -> None:
     base, _ = chain
-    change = document(chainmerge("bitmaps", "clear", "--json", "--force", base), BitmapChange)
-    assert sorted(change.names) == ["daily", "stale"]
+    change = document(chainmerge("bitmaps", "clear", "--json", base, "stale"), BitmapChange)
+    assert change.names == ("stale",)
+    assert set(qemu.bitmap_names(base)) == {"daily", "stale"}
+    assert qemu.dirty_ranges(base, "stale") == []
+    before = base.read_bytes()
+    assert chainmerge("bitmaps", "clear", base).status == ExitCode.USAGE
+    assert chainmerge("bitmaps", "clear", base, "daily").status == ExitCode.REFUSED
+    assert base.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [(), ("stale", "--all"), ("--all",)])
+def test_bitmaps_are_not_removed_unasked(
+    chain: tuple[Path, Path], options: tuple[str, ...]
+) -> None:
+    base, _ = chain
+    before = base.read_bytes()
+    assert chainmerge("bitmaps", "remove", base, *options).status == ExitCode.USAGE
+    assert base.read_bytes() == before
+
+
+def test_all_bitmaps_are_removed_by_scripts(chain: tuple[Path, Path]) -> None:
+    base, _ = chain
+    remove = ("bitmaps", "remove", "--json", "--all", "--yes", "--force", base)
+    assert sorted(document(chainmerge(*remove), BitmapChange).names) == ["daily", "stale"]
     assert qemu.bitmap_names(base) == {}
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", ExitCode.DONE), ("n", ExitCode.REFUSED)])
+def test_all_bitmaps_are_removed_after_a_question(
+    chain: tuple[Path, Path], answer: str, status: ExitCode
+) -> None:
+    base, _ = chain
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "bitmaps", "remove", "--all", "--force", base],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as asked:
+        os.write(ours, f"{answer}\n".encode())
+        _, said = asked.communicate()
+    os.close(ours)
+    os.close(theirs)
+    assert asked.returncode == status, said
+    assert b"'stale'" in said
+    assert bool(qemu.bitmap_names(base)) == (status is ExitCode.REFUSED)
 
 
 def test_bitmaps_prune(chain: tuple[Path, Path]) -> None:

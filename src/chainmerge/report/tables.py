@@ -134,11 +134,12 @@ def bitmap_listing(listing: BitmapListing) -> RenderableType:
 
 def bitmap_change(change: BitmapChange) -> RenderableType:
     """What a change of an image's bitmaps led to."""
-    done = {"add": "added", "remove": "removed", "clear": "removed", "merge": "merged into"}
+    done = {"add": "added", "remove": "removed", "clear": "cleared", "merge": "merged into"}
     verb = done.get(change.action, change.action)
     return Group(
         words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
         _stored_bitmaps(change.bitmaps),
+        *layout.warnings_section(change.warnings),
     )
 
 
