@@ -23,6 +23,7 @@ from chainmerge.chain import (
     identity_of,
     open_image,
 )
+from chainmerge.chain.reading import identity_at
 from chainmerge.chain.relatives import find_relatives
 from chainmerge.checkpoints import (
     NOWHERE,
@@ -151,6 +152,9 @@ def policy_of(access: Access) -> ChainPolicy:
 def find_target(top: Path, base: Path | None, access: Access) -> Target:
     """Find the chain of *top*, base in it (top's backing file by default), and its relatives.
 
+    Where ``access.active`` names base, the guest writes to base, as after a live merge. Nothing
+    that stands on top is found from there, so it is not looked at here.
+
     Raises:
         BaseNotBelowTop, NoBackingFile, and what discovery raises.
     """
@@ -159,11 +163,14 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
     base_index = chain.base_index if base is None else chain.index_of(base)
     if base_index == len(chain.images) - 1:
         raise BaseNotBelowTop(str(base), str(top))
+    active = Path(access.active) if access.active is not None else None
+    if active is not None and identity_at(active) == chain.images[base_index].identity:
+        active = None
     relatives = find_relatives(
         chain,
         base_index,
         search=tuple(Path(path) for path in access.search),
-        active=Path(access.active) if access.active else None,
+        active=active,
         policy=policy,
     )
     unreadable = (*relatives.unreadable, *inactive_neighbours(chain))

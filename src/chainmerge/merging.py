@@ -49,7 +49,6 @@ from chainmerge.live_leftovers import (
     journal_of,
     pivot_to_finish,
     require_clear,
-    without_base_as_active,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
 from chainmerge.native_facts import (
@@ -398,8 +397,7 @@ def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeE
 
 
 def _find(request: Request) -> Target:
-    access = without_base_as_active(request.access, request.top, request.base)
-    return find_target(request.top, request.base, access)
+    return find_target(request.top, request.base, request.access)
 
 
 def _same_target(before: Target, request: Request) -> Target:

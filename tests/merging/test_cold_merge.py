@@ -9,7 +9,13 @@ import pytest
 
 import chainmerge
 from chainmerge.chain.errors import NoBackingFile, NotInChain
-from chainmerge.options import Access, DataChoice, DirectionChoice, MergeOptions
+from chainmerge.options import (
+    Access,
+    DataChoice,
+    DirectionChoice,
+    EngineChoice,
+    MergeOptions,
+)
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -417,3 +423,23 @@ def test_prune_leaves_what_another_branch_can_use(branches: tuple[Path, Path, Pa
     assert dirty_granules(base, "cp")
     qemu_img("bitmap", "--remove", other, "cp")
     assert [pruned.name for pruned in chainmerge.prune(top).removed] == ["cp"]
+
+
+@pytest.mark.parametrize("engine", ["native", "qemu"])
+@pytest.mark.parametrize("named", [True, False])
+def test_base_named_as_what_the_guest_writes_to(
+    tmp_path: Path, engine: EngineChoice, named: bool
+) -> None:
+    """As after a live merge; whoever plans, measures, merges or verifies finds the same chain."""
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    base, top = images[1], images[2]
+    expected = content(top)
+    access, options = Access(active=str(base)), MergeOptions(engine=engine)
+    name = base if named else None
+    plan = chainmerge.plan(top, name, access, options)
+    assert plan.feasible
+    assert chainmerge.measure(top, name, access, options).required == plan.space.required
+    assert chainmerge.merge(top, name, access, options).outcome is MergeOutcome.MERGED
+    assert content(base) == expected
+    again = chainmerge.merge(top, name, access, options)
+    assert again.outcome is MergeOutcome.ALREADY_MERGED
