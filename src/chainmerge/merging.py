@@ -97,7 +97,7 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
-from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
+from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
@@ -118,6 +118,7 @@ if TYPE_CHECKING:
 
 _REFUSED_IN_TIME: Final = (
     CannotGrow,
+    ExtensionRefused,
     NotEnoughSpace,
     HeaderFull,
     RefcountTableFull,

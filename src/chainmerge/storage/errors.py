@@ -461,6 +461,45 @@ class VolumeGroupFull(CannotGrow):
 
 
 @dataclass(eq=False)
+class ExtensionRefused(Refused):
+    """LVM did not extend a logical volume, which has its old size."""
+
+    code: ClassVar[str] = "lvm-extension-refused"
+    template: ClassVar[str] = (
+        "{image}: lvm did not extend the volume to {size} bytes (status {status}): {reason}"
+    )
+    hint: ClassVar[str] = (
+        "remove the cause that lvm names (a lock is let go of by whoever holds it: 'lvm lvs' works "
+        "then, too), and run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "The logical volume has to become larger before anything is written, and LVM refused that, "
+        "for example because somebody else has its volume group locked. The volume has its old "
+        "size, which was looked at. Nothing was changed."
+    )
+    image: str
+    size: int
+    status: int
+    reason: str
+
+
+@dataclass(eq=False)
+class VolumeNotActivated(Refused):
+    """LVM did not activate a logical volume."""
+
+    code: ClassVar[str] = "volume-not-activated"
+    template: ClassVar[str] = "{volume} cannot be activated: {reason}"
+    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    explanation: ClassVar[str] = (
+        "With --activate, logical volumes of the chain that are not active are activated first. "
+        "LVM refused that, for example because another host has the volume active. Nothing was "
+        "changed, and what was activated for this command is not active any more."
+    )
+    volume: str
+    reason: str
+
+
+@dataclass(eq=False)
 class LvmMissing(Refused):
     """The program that manages logical volumes cannot be run."""
 
