@@ -56,7 +56,7 @@ from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, load_sav
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files
-from chainmerge.view import GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
+from chainmerge.view import NO_LAYER, GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
 
 if TYPE_CHECKING:
     from chainmerge.options import Access
@@ -415,6 +415,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
     backing_end = below_base[-1].virtual_size if below_base else 0
     merged = opened.view(target.base_index + 1)
     base = opened.view(target.base_index, target.base_index + 1)
+    top_layer = len(merged.layers) - 1
     data = zero = compressed = pull = undefined = undefined_zeros = 0
     for upper, lower in in_step(merged.resolve(0, size), base.resolve(0, size)):
         require_data_in_files(merged, upper)
@@ -422,6 +423,9 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         data += int(by_kind[Kind.DATA])
         zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])
         compressed += int(by_kind[Kind.COMPRESSED])
+        # Data has a layer, other than zeros: that between base and top goes up as well.
+        comes_up = (upper.layer != NO_LAYER) & (upper.layer != top_layer)
+        pull += int(upper.length[comes_up].sum())
         bounds = distinct(np.concatenate([upper.guest, lower.guest]))
         above, below = upper.cut_at(bounds), lower.cut_at(bounds)
         free = above.kind == Kind.UNALLOCATED

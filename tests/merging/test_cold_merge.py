@@ -313,6 +313,29 @@ def test_keep_name_moves_less_where_it_can(scenario: Scenario) -> None:
     assert content(scenario.top) == scenario.expected_content
 
 
+@pytest.mark.parametrize("between", [0, 1, 3])
+def test_the_cost_of_a_pull_counts_what_is_between(tmp_path: Path, between: int) -> None:
+    """What it moves is what top lacks, whichever image below has it."""
+    images = [create(tmp_path / "base.qcow2", 64 * MIB)]
+    qemu_io(images[0], "write -P 1 0 1M")
+    for number in range(between):
+        images.append(create(tmp_path / f"{number}.qcow2", backing=images[-1].name))
+        # Each writes some of what the one below has, and zeros over some of base's.
+        qemu_io(images[-1], f"write -P 2 {4 + 6 * number}M 8M", "write -z 0 256k")
+    top = create(tmp_path / "top.qcow2", backing=images[-1].name)
+    qemu_io(top, "write -P 9 6M 2M", "write -P 9 40M 4M")
+    expected = content(top)
+    options = MergeOptions(keep_name=True)
+    plan = chainmerge.plan(top, images[0], options=options)
+    costs = plan.directions
+    cheaper = "pull" if costs.pull.bytes_to_copy < costs.commit.bytes_to_copy else "commit"
+    assert costs.chosen == cheaper
+    pull = MergeOptions(direction="pull")
+    report = chainmerge.merge(top, images[0], options=pull)
+    assert report.bytes_copied == costs.pull.bytes_to_copy
+    assert content(top) == expected
+
+
 def test_zeros_that_are_stored_as_data(tmp_path: Path) -> None:
     """They take no cluster in base, and none in the plan, if somebody asks to look for them."""
     base = create(tmp_path / "base.qcow2", 64 * MIB)
