@@ -327,6 +327,45 @@ class CannotRename(Refused):
 
 
 @dataclass(eq=False)
+class CannotTakeAway(Refused):
+    """A file was to be deleted, replaced or renamed, and cannot be."""
+
+    code: ClassVar[str] = "cannot-take-away"
+    template: ClassVar[str] = "{path} cannot be deleted, replaced or renamed: {reason}"
+    hint: ClassVar[str] = (
+        "find out why it is so, since somebody may have meant it; or merge without {option}, "
+        "which leaves all files where they are"
+    )
+    explanation: ClassVar[str] = (
+        "The end of the merge that was asked for is to delete or rename files. The directory may "
+        "not be written to, or the file is protected (immutable, append-only, in a sticky "
+        "directory). This is looked at before anything is written. Nothing was changed."
+    )
+    path: str
+    option: str
+    reason: str
+
+
+@dataclass(eq=False)
+class DataFileOutOfReach(Refused):
+    """--keep-name would take base away from its external data file."""
+
+    code: ClassVar[str] = "data-file-out-of-reach"
+    template: ClassVar[str] = (
+        "{base} names its external data file {name!r}, which means another file in {directory}"
+    )
+    hint: ClassVar[str] = "merge without --keep-name"
+    explanation: ClassVar[str] = (
+        "A relative name in an image counts from the image's directory. With base moved to the "
+        "directory of top, the name of its external data file would lead nowhere, or to another "
+        "file. Nothing was changed."
+    )
+    base: str
+    name: str
+    directory: str
+
+
+@dataclass(eq=False)
 class SnapshotsWouldGo(Refused):
     """--delete would delete an overlay with internal snapshots."""
 
@@ -397,7 +436,7 @@ class DoomedInUse(Refused):
 
     code: ClassVar[str] = "doomed-in-use"
     template: ClassVar[str] = "{doomed} cannot be deleted: it has other children: {others}"
-    hint: ClassVar[str] = "leave out --delete and --keep-name: a pull needs neither"
+    hint: ClassVar[str] = "leave out --delete: a pull does not need it"
     explanation: ClassVar[str] = (
         "A pull leaves base and the images between as they are, and whatever else stands on them "
         "goes on working. With them deleted it would not. Nothing was changed."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from chainmerge.chain.discovery import walk_down
 from chainmerge.chain.errors import ActiveElsewhere, SearchPathUnusable, TooManyFiles
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
-from chainmerge.chain.names import possible_backing_paths
+from chainmerge.chain.names import path_from_header, possible_backing_paths, working_directory
 from chainmerge.chain.reading import (
     DeclaredFormat,
     begins_as_qcow2,
@@ -30,6 +30,7 @@ from chainmerge.chain.territory import reached, settled, territory_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import parse_header
+from chainmerge.storage.errors import ImageMissing, WrongFileType
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -166,6 +167,47 @@ def find_users(
         survey.look_at(path)
     users = {path for identity in identities for _, path in survey.users_of(identity)}
     return tuple(sorted(users))
+
+
+def find_data_file_users(
+    data_file: Path, search: Sequence[Path] = (), *, max_files: int = MAX_FILES
+) -> tuple[Path, ...]:
+    """Find the images that keep their guest data in *data_file*, or stand on it.
+
+    Args:
+        data_file: an external data file that exists.
+        search: as in :func:`find_relatives`, besides the directory of the file, and so is
+            *max_files*.
+        max_files: see there.
+
+    Returns:
+        Their paths, in order; also those of files that cannot be read, which could be one.
+
+    Raises:
+        SearchPathUnusable, TooManyFiles
+    """
+    identity = identity_at(data_file)
+    found = set(find_users([data_file], search, max_files=max_files))
+    for path in _files([*_directories([data_file]), *search], max_files):
+        try:
+            if identity in _data_files_of(path):
+                found.add(path)
+        except (OSError, ChainmergeError) as error:
+            if not isinstance(error, FormatError | WrongFileType | ImageMissing):
+                found.add(path)
+    return tuple(sorted(found))
+
+
+def _data_files_of(path: Path) -> set[Identity | None]:
+    """What the name of an external data file in an image's header can lead to."""
+    if not path.is_file():
+        return set()
+    with FileReadable(path) as readable:
+        name = parse_header(readable).data_file_name if begins_as_qcow2(readable) else None
+    if not name or "\0" in name:
+        return set()
+    stored = path_from_header(name)
+    return {identity_at(place / stored) for place in (path.parent, *working_directory())} - {None}
 
 
 def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageInfo]:

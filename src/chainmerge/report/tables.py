@@ -235,7 +235,7 @@ def _settled(report: MergeReport) -> Iterator[str]:
         yield f"{path} is deleted"
     if report.renamed is not None:
         old, new = report.renamed
-        yield f"{old} is now {new}"
+        yield f"{old} is now {new}, in place of the file that was there"
 
 
 def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:
