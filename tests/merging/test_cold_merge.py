@@ -280,7 +280,7 @@ def test_what_has_tops_name_has_tops_mode(scenario: Scenario, direction: Directi
     options = MergeOptions(keep_name=True, direction=direction)
     chainmerge.merge(scenario.top, options=options)
     assert scenario.top.stat().st_mode & 0o777 == 0o600
-    assert not scenario.base.exists()
+    assert scenario.base.exists() == (direction == "pull")
 
 
 def test_pull_with_another_image_on_base(scenario: Scenario) -> None:
@@ -309,8 +309,31 @@ def test_keep_name_moves_less_where_it_can(scenario: Scenario) -> None:
     assert report.plan is not None
     assert report.plan.directions.chosen == "pull"
     assert report.bytes_copied == report.plan.directions.pull.bytes_to_copy
-    assert report.deleted == (str(scenario.base),)
+    assert report.deleted == ()
+    assert any("--delete" in warning for warning in report.warnings)
     assert content(scenario.top) == scenario.expected_content
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+@pytest.mark.parametrize("delete", [True, False])
+def test_keep_name_deletes_nothing_of_itself(
+    tmp_path: Path, direction: DirectionChoice, delete: bool
+) -> None:
+    """A commit has one file less: base takes the place of top's. All else takes --delete."""
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    expected = content(images[2])
+    options = MergeOptions(keep_name=True, delete=delete, direction=direction)
+    plan = chainmerge.plan(images[2], images[0], options=options)
+    report = chainmerge.merge(images[2], images[0], options=options)
+    assert content(images[2]) == expected
+    staying = {"commit": images[1:], "pull": images}[direction]
+    left = [images[2]] if delete else staying
+    assert sorted(tmp_path.glob("*.img")) == left
+    gone = set(images) - set(left) - ({images[0]} if direction == "commit" else set())
+    assert set(report.deleted) == set(plan.delete) == {str(path) for path in gone}
+    assert (report.renamed is None) == (direction == "pull")
+    again = chainmerge.merge(images[2], images[0], options=options)
+    assert again.outcome is MergeOutcome.ALREADY_MERGED
 
 
 @pytest.mark.parametrize("between", [0, 1, 3])
