@@ -10,13 +10,13 @@ interface, versioned by :data:`PLAN_VERSION`. All sizes are in bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain import Chain, ImageInfo, Relatives
+from chainmerge.chain.names import name_to_store
 from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
@@ -532,7 +532,7 @@ def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
 
 
 def _onto_base(image: ImageInfo, base: ImageInfo) -> Repoint:
-    name = _name_for(image, base)
+    name = name_to_store(image, base)
     return Repoint(str(image.path), image.backing_name or "", name, base.format)
 
 
@@ -546,21 +546,6 @@ def _repoint_one(child: ImageInfo, facts: MergeFacts, options: MergeOptions) -> 
             return None
         return Repoint(str(child.path), old, old, base_format)
     return _onto_base(child, facts.base)
-
-
-def _name_for(child: ImageInfo, base: ImageInfo) -> str:
-    """Base as the child's header should name it: relative where it named top so."""
-    stored = (child.backing_name or "").removeprefix("file:")
-    if stored.startswith("/"):
-        return str(base.path)
-    relative = os.path.relpath(base.path, child.path.parent)
-    # A relative name counts from the directory by which the child was reached. Where that
-    # is a symbolic link, `..` leads elsewhere.
-    leads = (child.path.parent / relative).resolve()
-    if leads != base.real_path:
-        return str(base.real_path)
-    # What stands before a colon would be taken for a protocol.
-    return f"./{relative}" if ":" in relative.split("/", 1)[0] else relative
 
 
 def _delete(facts: MergeFacts, options: MergeOptions) -> tuple[str, ...]:
@@ -619,7 +604,7 @@ def new_backing(facts: MergeFacts) -> tuple[str, str] | None:
     if not facts.base_index:
         return None
     below = facts.chain.images[facts.base_index - 1]
-    return _name_for(facts.top, below), below.format
+    return name_to_store(facts.top, below), below.format
 
 
 def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain import Identity
+from chainmerge.chain.data_files import find_data_file_users
 from chainmerge.chain.reading import identity_at
-from chainmerge.chain.relatives import find_data_file_users
 from chainmerge.errors import ChainmergeError
 from chainmerge.storage.removal import creation_obstacle, mount_of, removal_obstacle
 

@@ -21,6 +21,8 @@ from chainmerge.planning import Finding, MergePlan
 __all__ = [
     "REPORT_VERSION",
     "Access",
+    "BackingCandidate",
+    "BackingReport",
     "BitmapChange",
     "BitmapListing",
     "BitmapResult",
@@ -44,6 +46,7 @@ __all__ = [
     "ProgressEvent",
     "PruneReport",
     "PrunedBitmap",
+    "RelinkReport",
     "RepairFinding",
     "RepairReport",
     "Stage",
@@ -526,6 +529,65 @@ class UndoReport:
     image: str
     backup: str
     restored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackingCandidate:
+    """A file that could be a lost backing file.
+
+    Attributes:
+        path: Where it is.
+        format: What it would be read as.
+        reasons: What speaks for it, the strongest first.
+    """
+
+    path: str
+    format: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackingReport:
+    """What an image names as its backing file.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        backing: The name in its header, None for none.
+        backing_format: The format that its header declares, None where it does not.
+        problem: Why the image's chain cannot be read, None where it can.
+        candidates: Where it cannot: files that could be the backing file, the likeliest first.
+    """
+
+    version: int
+    image: str
+    backing: str | None
+    backing_format: str | None
+    problem: str | None
+    candidates: tuple[BackingCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RelinkReport:
+    """An image that has been given another backing file.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        old_backing: The name that its header held, None for none.
+        backing: The name that it holds now, None for none.
+        backing_format: The format that its header declares for it now.
+        verified: What was compared, a sentence each; empty where nothing was.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    image: str
+    old_backing: str | None
+    backing: str | None
+    backing_format: str | None
+    verified: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

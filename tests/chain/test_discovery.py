@@ -239,7 +239,7 @@ def test_a_missing_backing_file(images: Path) -> None:
     error = refusal(BackingFileMissing, images, lambda: discover(images / "top", PLAIN))
     assert (error.image, error.name) == (str(images / "middle"), "base")
     assert str(images / "base") in error.sentence
-    assert "qemu-img rebase -u" in error.advice
+    assert "chainmerge relink" in error.advice
 
 
 @pytest.mark.parametrize("name", ["pipe", "directory", "loop"])

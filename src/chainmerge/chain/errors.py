@@ -22,20 +22,23 @@ class BackingFileMissing(Refused):
         "{image} names the backing file {name!r}, which cannot be used: {reason}"
     )
     hint: ClassVar[str] = (
-        "bring the file back to that place, or make it readable; if it lives elsewhere now, tell "
-        "the image with `qemu-img rebase -u -F FORMAT -b NEW-NAME {image}`"
+        "bring the file back to that place, or make it readable; if it is elsewhere now: "
+        "`chainmerge relink {image} --backing NEW`{found}"
     )
     explanation: ClassVar[str] = (
         "An overlay holds only what was written since the snapshot; everything else is read from "
         "its backing file, so without it the disk cannot be read, let alone merged. A relative "
         "name counts from the directory of the image that holds it, by the path by which that "
-        "image was reached: QEMU does not resolve symbolic links first. `qemu-img rebase -u` only "
-        "changes the name in the header. Give it the file with the same content as before: "
-        "any other one silently corrupts the disk."
+        "image was reached: QEMU does not resolve symbolic links first. `chainmerge relink` "
+        "changes the name in the header, and compares the content where the old file can still be "
+        "read. Give it the file with the same content as before: any other one corrupts the disk "
+        "without a word. Without --backing it names files that could be the lost one."
     )
     image: str
     name: str
     reason: str
+    found: str = ""
+    """What the hint says of files that could be it."""
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from chainmerge.chain.discovery import walk_down
 from chainmerge.chain.errors import ActiveElsewhere, SearchPathUnusable, TooManyFiles
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
-from chainmerge.chain.names import path_from_header, possible_backing_paths, working_directory
+from chainmerge.chain.names import possible_backing_paths
 from chainmerge.chain.reading import (
     DeclaredFormat,
     begins_as_qcow2,
@@ -30,7 +30,6 @@ from chainmerge.chain.territory import reached, settled, territory_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import parse_header
-from chainmerge.storage.errors import ImageMissing, WrongFileType
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -169,45 +168,15 @@ def find_users(
     return tuple(sorted(users))
 
 
-def find_data_file_users(
-    data_file: Path, search: Sequence[Path] = (), *, max_files: int = MAX_FILES
-) -> tuple[Path, ...]:
-    """Find the images that keep their guest data in *data_file*, or stand on it.
-
-    Args:
-        data_file: an external data file that exists.
-        search: as in :func:`find_relatives`, besides the directory of the file, and so is
-            *max_files*.
-        max_files: see there.
-
-    Returns:
-        Their paths, in order; also those of files that cannot be read, which could be one.
+def files_around(
+    images: Sequence[Path], search: Sequence[Path] = (), *, max_files: int = MAX_FILES
+) -> Iterator[Path]:
+    """Every file that is looked at for the users of *images*; see :func:`find_relatives`.
 
     Raises:
         SearchPathUnusable, TooManyFiles
     """
-    identity = identity_at(data_file)
-    found = set(find_users([data_file], search, max_files=max_files))
-    for path in _files([*_directories([data_file]), *search], max_files):
-        try:
-            if identity in _data_files_of(path):
-                found.add(path)
-        except (OSError, ChainmergeError) as error:
-            if not isinstance(error, FormatError | WrongFileType | ImageMissing):
-                found.add(path)
-    return tuple(sorted(found))
-
-
-def _data_files_of(path: Path) -> set[Identity | None]:
-    """What the name of an external data file in an image's header can lead to."""
-    if not path.is_file():
-        return set()
-    with FileReadable(path) as readable:
-        name = parse_header(readable).data_file_name if begins_as_qcow2(readable) else None
-    if not name or "\0" in name:
-        return set()
-    stored = path_from_header(name)
-    return {identity_at(place / stored) for place in (path.parent, *working_directory())} - {None}
+    yield from _files([*_directories(images), *search], max_files)
 
 
 def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageInfo]:
