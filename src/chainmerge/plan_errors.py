@@ -102,8 +102,9 @@ class RelativeUnknown(Refused):
         "at: {reason}"
     )
     hint: ClassVar[str] = (
-        "see to it that {image} can be read (as root, where only permissions are missing), or move "
-        "it to another directory if it has nothing to do with these images"
+        "see to it that {image} can be read (as root, where only permissions are missing); as long "
+        "as it cannot, only a pull without --delete (--direction pull) leaves what it could stand "
+        "on as it is"
     )
     explanation: ClassVar[str] = (
         "Images do not know who builds on them, so the headers of all files in their directories "
@@ -198,8 +199,9 @@ class BaseCannotHoldBitmaps(Refused):
     code: ClassVar[str] = "base-cannot-hold-bitmaps"
     template: ClassVar[str] = "{base} is {format} and cannot hold the bitmaps {names}"
     hint: ClassVar[str] = (
-        "convert base to qcow2 version 3 (`qemu-img amend -o compat=1.1`), or give up the "
-        "checkpoints with --drop-bitmaps: the next backup must then be a full one"
+        "pull instead (--direction pull), which keeps them in top; or, for a version 2 image, "
+        "`qemu-img amend -o compat=1.1 {base}` first; or give up the checkpoints with "
+        "--drop-bitmaps: the next backup must then be a full one"
     )
     explanation: ClassVar[str] = (
         "Persistent dirty bitmaps exist in qcow2 version 3 only. The overlay holds valid ones; "
@@ -220,8 +222,9 @@ class UnguardedBitmaps(Refused):
         "{base} cannot hold a tombstone for {names}, which {holders} would pass for valid"
     )
     hint: ClassVar[str] = (
-        "remove those names from the images above first, the active image first: "
-        "`chainmerge bitmaps remove IMAGE NAME --force`"
+        "pull instead (--direction pull); or remove those names from the images above first, the "
+        "active image first (`chainmerge bitmaps remove IMAGE NAME`): the next backup that builds "
+        "on them must then be a full one"
     )
     explanation: ClassVar[str] = (
         "An image above holds a bitmap of this name that covers only a part of what was written. "
@@ -243,8 +246,8 @@ class ChildSeesMore(Refused):
         "ends at {top_size} bytes today, where {top} ends"
     )
     hint: ClassVar[str] = (
-        "shrink base to top's size first (`qemu-img resize --shrink {base} {top_size}`) if the "
-        "data beyond is not needed"
+        "pull instead (--direction pull), which leaves {base} as it is, and {child} as it sees "
+        "{top}"
     )
     explanation: ClassVar[str] = (
         "An overlay shorter than its backing file hides the rest: what lies on it reads zeros "
@@ -301,7 +304,8 @@ class CannotDeleteVolume(Refused):
     code: ClassVar[str] = "volume-not-a-file"
     template: ClassVar[str] = "{image} is a block device: {option} works on files only"
     hint: ClassVar[str] = (
-        "merge without {option}, then remove or rename the volume with your volume manager"
+        "merge without {option}; once that is done and verified, remove or rename the volume with "
+        "your volume manager"
     )
     explanation: ClassVar[str] = (
         "A block volume is not deleted or renamed by removing its device node; its volume manager "
@@ -454,8 +458,9 @@ class LeftoverInUse(Refused):
         "the merge into {base} is done, but {doomed} cannot be deleted: {others} stands on it"
     )
     hint: ClassVar[str] = (
-        "delete {others} or give it another backing file, then run the same command again; or "
-        "leave {doomed} where it is"
+        "leave {doomed} where it is as long as it is needed; or give what stands on it another "
+        "backing file with the same content (`chainmerge relink OVERLAY --backing {base}`, which "
+        "compares first), then run the same command again"
     )
     explanation: ClassVar[str] = (
         "All of the image's data is in base, and all that was left to do is to delete it. But "

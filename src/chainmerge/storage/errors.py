@@ -92,8 +92,9 @@ class ImageReadOnly(Refused):
     code: ClassVar[str] = "image-read-only"
     template: ClassVar[str] = "{image}: cannot be written: {reason}"
     hint: ClassVar[str] = (
-        "make the storage writable (remount the file system, or 'blockdev --setrw' the device) "
-        "if the image is meant to be changed"
+        "find out why that is so: it may be shared, or protected on purpose; if the image is meant "
+        "to be changed, make it writable again where it was made read-only (a logical volume: "
+        "'lvchange -prw VG/LV'; a file: 'chattr -i'; or remount the file system)"
     )
     explanation: ClassVar[str] = (
         "The image must be written for this operation, and its file system is mounted read-only, "
@@ -127,7 +128,9 @@ class ImageLocked(Refused):
     code: ClassVar[str] = "image-locked"
     template: ClassVar[str] = "{image}: is in use by {holder}"
     hint: ClassVar[str] = (
-        "shut the virtual machine down, or end what uses the image, and run the command again"
+        "wait for what uses the image to end (--lock-wait SECONDS); or shut the virtual machine "
+        "down in order, or merge while it runs (`chainmerge live merge`); do not kill a program "
+        "that may be writing to it"
     )
     explanation: ClassVar[str] = (
         "QEMU locks the images it has open (open file description locks on single bytes of the "
@@ -469,8 +472,8 @@ class ExtensionRefused(Refused):
         "{image}: lvm did not extend the volume to {size} bytes (status {status}): {reason}"
     )
     hint: ClassVar[str] = (
-        "remove the cause that lvm names (a lock is let go of by whoever holds it: 'lvm lvs' works "
-        "then, too), and run the same command again"
+        "remove the cause that lvm names (where somebody else has the volume group locked: wait "
+        "until they are done), then run the same command again"
     )
     explanation: ClassVar[str] = (
         "The logical volume has to become larger before anything is written, and LVM refused that, "
