@@ -149,6 +149,27 @@ def test_an_interrupted_merge_is_finished_by_the_same_command(
     qemu.assert_clean(base)
 
 
+@pytest.mark.parametrize("name", ["INT", "HUP"])
+def test_what_is_ignored_from_the_start_stays_ignored(chain: tuple[Path, Path], name: str) -> None:
+    """A background job of a shell, or one under nohup: what the terminal sends is not for it."""
+    base, top = chain
+    expected = qemu.content(top)
+    with subprocess.Popen(
+        ["env", f"--ignore-signal={name}", *COMMAND, "merge", "--json", "--bandwidth", "4M", top],
+        stdout=subprocess.PIPE,
+        env=environment(),
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("stage") == "copy":
+                process.send_signal(getattr(signal, f"SIG{name}"))
+        process.wait()
+    assert process.returncode == ExitCode.DONE
+    assert qemu.content(base) == expected
+
+
 def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path]) -> None:
     base, top = chain
     expected = qemu.content(top)
