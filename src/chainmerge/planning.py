@@ -766,16 +766,23 @@ def _no_place_for_records(facts: MergeFacts, options: MergeOptions) -> Iterator[
     images = []
     if facts.direction is Direction.PULL or options.delete or options.keep_name:
         images.append(top)
-    if (
-        facts.direction is Direction.COMMIT
-        and facts.engine is EngineName.NATIVE
-        and not facts.merged
-    ):
+    if facts.direction is Direction.COMMIT and not facts.merged and _notes_beside_base(facts):
         images.append(base)
     files = [image.real_path for image in images if not image.is_block_device]
     for place in dict.fromkeys(file.parent for file in files):
         if place in facts.removals.closed:
             yield StateDirectoryUnusable(str(place), facts.removals.closed[place])
+
+
+def _notes_beside_base(facts: MergeFacts) -> bool:
+    """Whether a journal is kept, or bitmaps are saved until QEMU has copied."""
+    if facts.engine is EngineName.NATIVE:
+        return True
+    return any(
+        decision.fate is Fate.KEEP
+        and (len(facts.merged_images) > 1 or decision.states[facts.base_index] is BitmapState.VALID)
+        for decision in facts.decisions
+    )
 
 
 def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:

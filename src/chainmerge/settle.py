@@ -213,7 +213,7 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
     if options.delete and record.superseded is not None:
         doomed += record.superseded.images
     paths = [Path(one.path) for one in doomed if _is_still(one)]
-    for path in (*paths, *(Path(link.path) for link in record.links)):
+    for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
         obstacle = removal_obstacle(path)
         if obstacle is not None:
             raise CannotTakeAway(str(path), "--delete", obstacle)
@@ -257,8 +257,12 @@ def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
 
 def _leads_nowhere(link: DoomedLink) -> bool:
     """Whether a link is still the one that was recorded, and what it led to is gone."""
+    return _is_still_there(link) and not Path(link.path).exists()
+
+
+def _is_still_there(link: DoomedLink) -> bool:
     path = Path(link.path)
-    return path.is_symlink() and os.readlink(path) == link.text and not path.exists()  # noqa: PTH115
+    return path.is_symlink() and os.readlink(path) == link.text  # noqa: PTH115
 
 
 def finished_before(

@@ -138,12 +138,14 @@ def test_a_child_that_cannot_be_written_to(tmp_path: Path, flag: str, end: dict[
     assert info(child)["backing-filename"] == "base.qcow2"
 
 
-@pytest.mark.parametrize("direction", ["commit", "pull"])
-def test_a_directory_that_takes_no_records(tmp_path: Path, direction: Any) -> None:
-    _base, top, _child = chain(tmp_path / "images")
+@pytest.mark.parametrize("way", [{}, {"direction": "pull"}, {"engine": "qemu"}])
+def test_a_directory_that_takes_no_records(tmp_path: Path, way: dict[str, Any]) -> None:
+    base, top, _child = chain(tmp_path / "images")
+    for image in (base, top):
+        chainmerge.bitmaps_add(image, "kept")
     with flagged(top.parent, "i"):
-        assert_refused(top, StateDirectoryUnusable, MergeOptions(direction=direction))
-    chainmerge.merge(top, options=MergeOptions(direction=direction))
+        assert_refused(top, StateDirectoryUnusable, MergeOptions(**way))
+    chainmerge.merge(top, options=MergeOptions(**way))
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o555])

@@ -126,7 +126,7 @@ def _ask_before_removing_all(image: str, access: Access) -> None:
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1)
 @click.option("--force", is_flag=True, help="Go on where other images have the name, too.")
 @access_options
 @json_option
@@ -138,6 +138,10 @@ def clear(
     A backup that builds on one of them then has only what is written from now on: take one
     right before. To take bitmaps away, use remove.
     """
+    if not names:
+        raise click.UsageError(
+            "name the bitmaps to clear; to take all away: chainmerge bitmaps remove IMAGE --all"
+        )
     change = api.bitmaps_clear(image, names, access, force=force)
     output.document(change, tables.bitmap_change)
 
