@@ -179,10 +179,15 @@ def rename_base(steps: SettleSteps) -> tuple[str, ...]:
     """
     base, top = steps.base, steps.top
     target = top.real_path
-    # The result is reached by the names that top had.
-    users = (child.backing for child in steps.above if child.backing is not None)
-    places = {target.parent, top.path.parent, *(path.parent for path in users)}
-    if base.backing is not None and base.backing_name and places != {base.path.parent}:
+    # The result is reached by the names that top had, of which a relative one counts from each.
+    names = [
+        target,
+        top.path,
+        *(one.backing for one in steps.above if one.backing and one.identity != top.identity),
+    ]
+    places = {os.path.realpath(name.parent) for name in names}
+    stays = places == {os.path.realpath(base.path.parent)}
+    if base.backing is not None and base.backing_name and not stays:
         stored = base.backing_name.removeprefix("file:")
         if not stored.startswith("/"):
             header = base.header

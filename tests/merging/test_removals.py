@@ -243,6 +243,25 @@ def test_links_do_not_lead_nowhere(tmp_path: Path, end: str, links: int) -> None
         assert again.outcome is MergeOutcome.ALREADY_MERGED
 
 
+def test_base_finds_its_backing_file_by_every_name_of_top(tmp_path: Path) -> None:
+    """A relative name counts from where an image was reached, and that is a link elsewhere."""
+    store, vm = tmp_path / "store", tmp_path / "vm"
+    store.mkdir()
+    vm.mkdir()
+    root = create(store / "root.qcow2", 8 * MIB)
+    qemu_io(root, "write -P 1 0 1M")
+    base = create(store / "base.qcow2", backing="root.qcow2")
+    top = create(store / "top.qcow2", backing=str(base))
+    qemu_io(top, "write -P 2 1M 1M")
+    link = vm / "disk.qcow2"
+    link.symlink_to(top)
+    expected = content(link)
+    access = Access(allow_backing=(str(store),))
+    options = MergeOptions(keep_name=True, direction="commit")
+    chainmerge.merge(link, access=access, options=options)
+    assert content(link) == content(top) == expected
+
+
 @pytest.mark.parametrize("end", ["keep-name", "pull and delete"])
 def test_a_link_to_base_does_not_lead_nowhere(tmp_path: Path, end: str) -> None:
     base, top, _child = chain(tmp_path / "images")
