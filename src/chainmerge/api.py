@@ -9,24 +9,20 @@ that work on bitmaps.
 
 from __future__ import annotations
 
-import errno
 import importlib
-import os
-from functools import cache, wraps
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-from chainmerge.storage.errors import OutOfMemory, SystemCallFailed, reason_of
+from chainmerge.boundary import at_the_boundary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from chainmerge.bitmap_ops import (
         bitmaps_add,
         bitmaps_clear,
         bitmaps_list,
         bitmaps_merge,
         bitmaps_remove,
+        bitmaps_remove_all,
         prune,
     )
     from chainmerge.catalogue import explain
@@ -45,6 +41,7 @@ __all__ = [
     "bitmaps_list",
     "bitmaps_merge",
     "bitmaps_remove",
+    "bitmaps_remove_all",
     "check_image",
     "explain",
     "find_backing",
@@ -73,6 +70,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_list": "chainmerge.bitmap_ops",
         "bitmaps_merge": "chainmerge.bitmap_ops",
         "bitmaps_remove": "chainmerge.bitmap_ops",
+        "bitmaps_remove_all": "chainmerge.bitmap_ops",
         "check_image": "chainmerge.checking",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.relinking",
@@ -99,28 +97,4 @@ _MODULES: Final = MappingProxyType(
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _civil(getattr(importlib.import_module(_MODULES[name]), name))
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@cache
-def _civil(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, for which the operating system's errors are errors of ours."""
-
-    @wraps(function)
-    def civil(*arguments: P.args, **options: P.kwargs) -> T:
-        try:
-            return function(*arguments, **options)
-        except OSError as error:
-            if error.errno == errno.ENOMEM:
-                raise OutOfMemory from error
-            name = error.filename
-            file = os.fsdecode(name) if isinstance(name, str | bytes) else "a file"
-            raise SystemCallFailed(file, reason_of(error)) from error
-        except MemoryError as error:
-            raise OutOfMemory from error
-
-    return civil
+    return at_the_boundary(getattr(importlib.import_module(_MODULES[name]), name))

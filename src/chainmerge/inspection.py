@@ -23,6 +23,7 @@ from chainmerge.chain import (
     identity_of,
     open_image,
 )
+from chainmerge.chain.reading import identity_at
 from chainmerge.chain.relatives import find_relatives
 from chainmerge.checkpoints import (
     NOWHERE,
@@ -55,7 +56,7 @@ from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, load_sav
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files
-from chainmerge.view import GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
+from chainmerge.view import NO_LAYER, GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
 
 if TYPE_CHECKING:
     from chainmerge.options import Access
@@ -151,6 +152,9 @@ def policy_of(access: Access) -> ChainPolicy:
 def find_target(top: Path, base: Path | None, access: Access) -> Target:
     """Find the chain of *top*, base in it (top's backing file by default), and its relatives.
 
+    Where ``access.active`` names base, the guest writes to base, as after a live merge. Nothing
+    that stands on top is found from there, so it is not looked at here.
+
     Raises:
         BaseNotBelowTop, NoBackingFile, and what discovery raises.
     """
@@ -159,11 +163,14 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
     base_index = chain.base_index if base is None else chain.index_of(base)
     if base_index == len(chain.images) - 1:
         raise BaseNotBelowTop(str(base), str(top))
+    active = Path(access.active) if access.active is not None else None
+    if active is not None and identity_at(active) == chain.images[base_index].identity:
+        active = None
     relatives = find_relatives(
         chain,
         base_index,
         search=tuple(Path(path) for path in access.search),
-        active=Path(access.active) if access.active else None,
+        active=active,
         policy=policy,
     )
     unreadable = (*relatives.unreadable, *inactive_neighbours(chain))
@@ -408,6 +415,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
     backing_end = below_base[-1].virtual_size if below_base else 0
     merged = opened.view(target.base_index + 1)
     base = opened.view(target.base_index, target.base_index + 1)
+    top_layer = len(merged.layers) - 1
     data = zero = compressed = pull = undefined = undefined_zeros = 0
     for upper, lower in in_step(merged.resolve(0, size), base.resolve(0, size)):
         require_data_in_files(merged, upper)
@@ -415,6 +423,9 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         data += int(by_kind[Kind.DATA])
         zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])
         compressed += int(by_kind[Kind.COMPRESSED])
+        # Data has a layer, other than zeros: that between base and top goes up as well.
+        comes_up = (upper.layer != NO_LAYER) & (upper.layer != top_layer)
+        pull += int(upper.length[comes_up].sum())
         bounds = distinct(np.concatenate([upper.guest, lower.guest]))
         above, below = upper.cut_at(bounds), lower.cut_at(bounds)
         free = above.kind == Kind.UNALLOCATED

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from chainmerge.chain import discover
 from chainmerge.checkpoints import BitmapState
 from chainmerge.encrypted import has_encrypted
 from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.errors import ChainmergeError, OutcomeUnknown
-from chainmerge.inspection import policy_of
+from chainmerge.errors import OutcomeUnknown
 from chainmerge.qcow2.check import check
 from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import (
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
 
     from chainmerge.inspection import OpenChain, Target
     from chainmerge.merge_job import Request
-    from chainmerge.options import Access
 
 
 @dataclass(eq=False)
@@ -70,29 +67,6 @@ class LivePivotUnclear(OutcomeUnknown):
     )
     top: str
     base: str
-
-
-def without_base_as_active(access: Access, top: Path, base: Path | None) -> Access:
-    """The same, without ``active`` where that names base.
-
-    Nothing that stands on top is found below it. Who names base says that the guest writes to
-    it, which only :func:`pivot_to_finish` has to know.
-    """
-    if access.active is None or not _names_base(access, top, base):
-        return access
-    return replace(access, active=None)
-
-
-def _names_base(access: Access, top: Path, base: Path | None) -> bool:
-    assert access.active is not None
-    if base is not None:
-        return os.path.realpath(base) == os.path.realpath(access.active)
-    try:
-        chain = discover(top, policy_of(access))
-        return len(chain.images) > 1 and chain.index_of(Path(access.active)) == chain.base_index
-    except ChainmergeError:
-        # Whatever is wrong there will be said where it matters.
-        return False
 
 
 def require_clear(request: Request, record: MergedRecord | None) -> None:

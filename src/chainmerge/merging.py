@@ -49,7 +49,6 @@ from chainmerge.live_leftovers import (
     journal_of,
     pivot_to_finish,
     require_clear,
-    without_base_as_active,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
 from chainmerge.native_facts import (
@@ -65,7 +64,9 @@ from chainmerge.planning import (
     MergeFacts,
     MergePlan,
     chosen_space,
+    deleted_images,
     find_refusals,
+    going,
     make_plan,
 )
 from chainmerge.qcow2.check import check
@@ -82,11 +83,13 @@ from chainmerge.records.saved_bitmaps import (
     load_saved_bitmaps,
     saved_bitmaps_file,
 )
+from chainmerge.removals import look_at_removals
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
     find_resumption,
     finish_journalled,
     finish_recorded,
+    require_removable,
 )
 from chainmerge.settle import (
     SettleSteps,
@@ -98,7 +101,7 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
-from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
+from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
@@ -119,6 +122,7 @@ if TYPE_CHECKING:
 
 _REFUSED_IN_TIME: Final = (
     CannotGrow,
+    ExtensionRefused,
     NotEnoughSpace,
     HeaderFull,
     RefcountTableFull,
@@ -168,7 +172,7 @@ def plan_beside(
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never, claims).facts
+        facts = _gather(target, opened, access, options, _never, claims).facts
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     return decided, facts.volume.claim(decided.space.required)
 
@@ -187,7 +191,7 @@ def measure(
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never, {}).facts
+        facts = _gather(target, opened, access, options, _never, {}).facts
     space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
@@ -294,6 +298,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
             return Prepared(base, None, {}, finish_pivot)
     resumption = find_resumption(request, target)
     if resumption.journal is not None:
+        require_removable(request, target, resumption.journal)
         finish = partial(finish_journalled, request, target, resumption.journal)
         return Prepared(base, None, {}, finish)
     opened = stack.enter_context(open_chain(target.chain, locks))
@@ -398,8 +403,7 @@ def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeE
 
 
 def _find(request: Request) -> Target:
-    access = without_base_as_active(request.access, request.top, request.base)
-    return find_target(request.top, request.base, access)
+    return find_target(request.top, request.base, request.access)
 
 
 def _same_target(before: Target, request: Request) -> Target:
@@ -434,6 +438,7 @@ def _never() -> bool:
 def _gather(
     target: Target,
     opened: OpenChain,
+    access: Access,
     options: MergeOptions,
     should_stop: ShouldStop,
     claims: Mapping[str, int],
@@ -482,6 +487,7 @@ def _gather(
         spaces=survey.spaces,
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
+        removals=look_at_removals(target.chain, target.base_index, access, options),
     )
     no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
     if no_room is not None:
@@ -522,7 +528,9 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 def _gather_to_merge(
     target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
 ) -> _Found:
-    found = _gather(target, opened, request.options, request.should_stop, request.claims)
+    found = _gather(
+        target, opened, request.access, request.options, request.should_stop, request.claims
+    )
     facts = found.facts
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
@@ -657,17 +665,17 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     request, facts, plan = job.request, job.facts, job.plan
     journal = record_switched(job)
     request.announce(Stage.SETTLE)
-    by_path = {str(image.path): image for image in facts.merged_images}
     steps = SettleSteps(
         base=facts.base,
         top=facts.top,
         repoint=plan.repoint,
-        doomed=tuple(by_path[path] for path in plan.delete),
+        doomed=deleted_images(facts, request.options),
         keep_name=plan.rename is not None,
         above=(*facts.relatives.children, facts.top),
+        going=going(facts, request.options),
     )
     settled = settle(steps, journal)
-    warnings = list(plan.warnings)
+    warnings = [*plan.warnings, *settled.warnings]
     journal = enter(settled.journal, JournalState.TIDY)
     if settled.top_is_gone:
         warnings += _drop_spent_tombstones(job, steps.result)

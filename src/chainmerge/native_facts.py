@@ -115,7 +115,8 @@ def choose_direction(
     """Which way the merge goes.
 
     By itself a merge is a commit: what else uses base's or top's name relies on that. Where
-    top's name is to be kept, both ways end alike, and the one that moves less is taken.
+    top's name is to be kept, both ways have the result there, and the one that moves less is
+    taken.
     """
     reason = _pull_obstacle(target.chain, opened.images[-1].image, options)
     if options.direction == "pull":
@@ -125,7 +126,8 @@ def choose_direction(
         return DirectionChosen(Direction.PULL, reason, obstacle)
     commit_bytes = volumes.data + volumes.zero + volumes.compressed
     cheaper = reason is None and volumes.pull < commit_bytes
-    if options.direction == "auto" and options.keep_name and cheaper and _is_free(target):
+    can_go = not options.delete or _is_free(target)
+    if options.direction == "auto" and options.keep_name and cheaper and can_go:
         return DirectionChosen(Direction.PULL, None)
     return DirectionChosen(Direction.COMMIT, reason)
 

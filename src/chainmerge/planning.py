@@ -25,8 +25,10 @@ from chainmerge.plan_errors import (
     BaseHasOtherChildren,
     CannotDeleteVolume,
     CannotRename,
+    CannotTakeAway,
     CheckpointOfOthers,
     ChildSeesMore,
+    DataFileOutOfReach,
     DoomedInUse,
     ImageCorrupt,
     ImageDamaged,
@@ -39,9 +41,13 @@ from chainmerge.plan_errors import (
 )
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
+from chainmerge.records.files import StateDirectoryUnusable
+from chainmerge.removals import NOTHING_GOES, Going, Removals, going_with
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from chainmerge.options import MergeOptions
 
 PLAN_VERSION = 1
@@ -135,6 +141,8 @@ class MergeFacts:
     warnings: tuple[str, ...]
     content_merged: bool | None = None
     """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
+    removals: Removals = NOTHING_GOES
+    """What is known of the names that the merge may take away."""
 
     @property
     def base(self) -> ImageInfo:
@@ -541,24 +549,51 @@ def _repoint_one(child: ImageInfo, facts: MergeFacts, options: MergeOptions) -> 
 
 
 def _delete(facts: MergeFacts, options: MergeOptions) -> tuple[str, ...]:
-    renames = _rename(facts, options) is not None
-    # The file that another one is renamed to needs no deleting.
-    doomed = [image for image in _doomed(facts, options) if not renames or image != facts.top]
-    return tuple(str(image.path) for image in reversed(doomed))
+    files = (_file_of(image, facts) for image in deleted_images(facts, options))
+    return tuple(map(str, (*files, *going(facts, options).paths)))
+
+
+def _file_of(image: ImageInfo, facts: MergeFacts) -> Path:
+    """An image's path, or, where that is a link, what it leads to."""
+    known = facts.removals.belongings.get(image.identity)
+    return image.real_path if known is not None and known.links else image.path
+
+
+def deleted_images(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
+    """The images whose files are deleted, in the order in which they are."""
+    if not options.delete:
+        return ()
+    replaced = _replaced(facts, options)
+    return tuple(image for image in reversed(facts.merged_images) if image != replaced)
+
+
+def going(facts: MergeFacts, options: MergeOptions) -> Going:
+    """What goes with the images that are deleted or renamed."""
+    deleted = deleted_images(facts, options)
+    replaced = _replaced(facts, options)
+    if replaced is None:
+        return going_with(deleted, deleted, facts.removals.belongings)
+    # Without --delete the data of an image that is replaced stays where it is a file of its own.
+    unread = (replaced, *deleted) if options.delete else ()
+    return going_with(unread, (*deleted, facts.base), facts.removals.belongings)
+
+
+def _replaced(facts: MergeFacts, options: MergeOptions) -> ImageInfo | None:
+    """The image whose file base takes the place of."""
+    return None if _rename(facts, options) is None else facts.top
 
 
 def _doomed(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
-    """The images whose content nobody will have any more."""
-    if options.delete:
-        return facts.merged_images
-    if not options.keep_name:
-        return ()
-    # One image remains under top's name, whichever way the data goes.
-    return (facts.base if facts.direction is Direction.PULL else facts.top,)
+    """The images whose files go: deleted, or replaced by base."""
+    replaced = _replaced(facts, options)
+    return (*deleted_images(facts, options), *((replaced,) if replaced is not None else ()))
 
 
 def _rename(facts: MergeFacts, options: MergeOptions) -> tuple[str, str] | None:
-    """Base's path and the one that it gets. A pull has its result under top's name anyway."""
+    """Base's path and the one that it gets, in place of top's file.
+
+    A pull has its result under top's name anyway.
+    """
     if not options.keep_name or facts.direction is Direction.PULL:
         return None
     return str(facts.base.path), str(facts.top.path)
@@ -584,6 +619,7 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     if middle and not options.delete and facts.direction is Direction.COMMIT:
         names = _run_of_images(middle)
         yield f"after the merge {names} must not be used any more: the data below is another"
+    yield from _what_stays(facts, options)
     revealed = tuple(image for image in facts.merged_images if image.encrypted)
     if revealed and not facts.result.encrypted:
         yield (
@@ -594,6 +630,21 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     for image in facts.merged_images:
         if image.header is not None and image.header.snapshot_count:
             yield f"{image.path} holds internal snapshots: they are not merged"
+
+
+def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
+    """What somebody who asked for less than that could expect to be gone."""
+    if options.keep_name and not options.delete and facts.direction is Direction.PULL:
+        what = "stays as it is" if len(facts.merged_images) == 1 else "stay as they are"
+        yield f"{_run_of_images(facts.merged_images)} {what}: --delete deletes what is pulled up"
+    for image in _doomed(facts, options):
+        known = facts.removals.belongings.get(image.identity)
+        if known is None:
+            continue
+        if known.kept_data_file is not None:
+            yield known.kept_data_file
+        elif known.data_file is not None and not options.delete:
+            yield f"{known.data_file} stays, the data file of {image.path}: --delete deletes it"
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
@@ -677,6 +728,7 @@ def _bitmap_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
 
 
 def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    yield from _no_place_for_records(facts, options)
     if not (options.delete or options.keep_name):
         return
     renames = _rename(facts, options) is not None
@@ -690,19 +742,55 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
     for image in doomed:
         if image.header is not None and image.header.snapshot_count:
             yield SnapshotsWouldGo(str(image.path), image.header.snapshot_count, option)
-    if renames and facts.base.identity[0] != facts.top.identity[0]:
-        yield CannotRename(str(facts.base.path), str(facts.top.path))
+    if renames:
+        yield from _rename_refusals(facts)
+    files = [image.real_path for image in (*doomed, *((facts.base,) if renames else ()))]
+    for path in (*files, *going(facts, options).paths):
+        if path in facts.removals.obstacles:
+            yield CannotTakeAway(str(path), option, facts.removals.obstacles[path])
+
+
+def _rename_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    base, top, mounts = facts.base, facts.top, facts.removals.mounts
+    here, there = base.real_path.parent, top.real_path.parent
+    if base.identity[0] != top.identity[0] or mounts.get(here) != mounts.get(there):
+        yield CannotRename(str(base.path), str(top.path))
+    name = base.header.data_file_name if base.header is not None else None
+    if base.data_file is not None and here != there and not (name or "").startswith("/"):
+        yield DataFileOutOfReach(str(base.path), name or "", str(there))
+
+
+def _no_place_for_records(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """Where what a rerun has to know cannot be written down."""
+    base, top = facts.base, facts.top
+    images = []
+    if facts.direction is Direction.PULL or options.delete or options.keep_name:
+        images.append(top)
+    if facts.direction is Direction.COMMIT and not facts.merged and _notes_beside_base(facts):
+        images.append(base)
+    files = [image.real_path for image in images if not image.is_block_device]
+    for place in dict.fromkeys(file.parent for file in files):
+        if place in facts.removals.closed:
+            yield StateDirectoryUnusable(str(place), facts.removals.closed[place])
+
+
+def _notes_beside_base(facts: MergeFacts) -> bool:
+    """Whether a journal is kept, or bitmaps are saved until QEMU has copied."""
+    if facts.engine is EngineName.NATIVE:
+        return True
+    return any(
+        decision.fate is Fate.KEEP
+        and (len(facts.merged_images) > 1 or decision.states[facts.base_index] is BitmapState.VALID)
+        for decision in facts.decisions
+    )
 
 
 def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What a pull leaves as it is can only be deleted if nobody else stands on it."""
-    if not _doomed(facts, options):
-        return
-    others = facts.relatives.siblings
-    if options.delete:
-        others = (*others, *facts.relatives.middle_children)
-    if others:
-        yield DoomedInUse(_names(_doomed(facts, options)), _names(others))
+    doomed = deleted_images(facts, options)
+    others = (*facts.relatives.siblings, *facts.relatives.middle_children)
+    if doomed and others:
+        yield DoomedInUse(_names(doomed), _names(others))
 
 
 def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:

@@ -20,6 +20,7 @@ from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
+from chainmerge.plan_errors import CannotTakeAway
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -35,10 +36,12 @@ from chainmerge.records.merge_journal import (
     load_journal,
     this_boot,
 )
+from chainmerge.removals import belongings_of, going_with
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.removal import removal_obstacle
 from chainmerge.types import REPORT_VERSION, BitmapResult, MergeOutcome, MergeReport, Stage
 from chainmerge.verify import verify_metadata
 
@@ -158,10 +161,10 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
                 reclaim_leaks(port)
         with FileReadable(base.real_path) as readable:
             verified.append(verify_metadata(Qcow2Image(readable)))
-    steps = _steps(target, journal)
+    steps = steps_left(request, target, journal)
     settled = settle(steps, journal)
     left = enter(settled.journal, JournalState.TIDY)
-    warnings: list[str] = []
+    warnings = list(settled.warnings)
     if settled.top_is_gone and base.header is not None:
         warnings += _drop_tombstones(steps.result, journal.spent)
     enter(left, JournalState.GIVE_BACK)
@@ -170,26 +173,46 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     return _report(request, steps, settled.repointed, settled.deleted, verified, warnings)
 
 
-def _steps(target: Target, journal: Journal) -> SettleSteps:
+def require_removable(request: Request, target: Target, journal: Journal) -> None:
+    """Raise CannotTakeAway where the end of the merge cannot be had: nothing is begun then."""
+    steps = steps_left(request, target, journal)
+    images = (*steps.doomed, *((steps.base, steps.top) if steps.keep_name else ()))
+    for path in (*(image.real_path for image in images), *steps.going.paths):
+        obstacle = removal_obstacle(path)
+        if obstacle is not None:
+            option = "--delete" if journal.asked.delete else "--keep-name"
+            raise CannotTakeAway(str(path), option, obstacle)
+
+
+def steps_left(request: Request, target: Target, journal: Journal) -> SettleSteps:
     """What the journal has planned, for the images that are there."""
-    top = target.chain.top
+    top, base = target.chain.top, target.base
     overlays = target.chain.images[target.base_index + 1 :]
     # Children that stand on base already are none of top's, and nobody has locked them.
     waiting = {str(child.real_path): str(child.path) for child in target.relatives.children}
     if len(overlays) > 1:
         waiting[str(top.real_path)] = str(top.path)
-    doomed = set(journal.delete)
+    planned = set(journal.delete)
+    doomed = tuple(image for image in reversed(overlays) if str(image.real_path) in planned)
+    asked = journal.asked
+    belongings = {
+        image.identity: belongings_of(image, target.chain, request.access)
+        for image in (base, *overlays)
+    }
+    unread = (top, *doomed) if asked.keep_name and asked.delete else doomed
+    unnamed = (*doomed, base) if asked.keep_name else doomed
     return SettleSteps(
-        base=target.base,
+        base=base,
         top=top,
         repoint=tuple(
             msgspec.structs.replace(one, child=waiting[one.child])
             for one in journal.repoint
             if one.child in waiting
         ),
-        doomed=tuple(image for image in reversed(overlays) if str(image.real_path) in doomed),
-        keep_name=journal.asked.keep_name,
+        doomed=doomed,
+        keep_name=asked.keep_name,
         above=(*target.relatives.children, top),
+        going=going_with(unread, unnamed, belongings),
     )
 
 

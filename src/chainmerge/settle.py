@@ -20,8 +20,8 @@ from chainmerge.chain import ImageInfo, find_users, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
-from chainmerge.plan_errors import LeftoverInUse
-from chainmerge.planning import MergeFacts, MergePlan, Repoint
+from chainmerge.plan_errors import CannotTakeAway, LeftoverInUse
+from chainmerge.planning import MergeFacts, Repoint, deleted_images, going
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify, same_image
@@ -29,6 +29,7 @@ from chainmerge.records.live_journal import data_changed
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.records.merged_record import (
     DoomedImage,
+    DoomedLink,
     MergedRecord,
     Pulled,
     Superseded,
@@ -36,8 +37,10 @@ from chainmerge.records.merged_record import (
     record_merged,
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
+from chainmerge.removals import Going
 from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
 from chainmerge.storage.locks import LockMode, contentions
+from chainmerge.storage.removal import removal_obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,8 +52,9 @@ if TYPE_CHECKING:
 class SettleSteps:
     """What is left to do once base holds everything.
 
-    ``doomed`` are the images to be deleted, in that order. With ``keep_name`` base takes the
-    name of top. ``above`` are the images that ``repoint`` may name, all of them locked.
+    ``doomed`` are the images to be deleted, in that order, ``going`` what goes after them. With
+    ``keep_name`` base takes the name of top. ``above`` are the images that ``repoint`` may name,
+    all of them locked.
     """
 
     base: ImageInfo
@@ -59,6 +63,7 @@ class SettleSteps:
     doomed: tuple[ImageInfo, ...]
     keep_name: bool
     above: tuple[ImageInfo, ...]
+    going: Going
 
     @property
     def result(self) -> Path:
@@ -74,6 +79,7 @@ class Settled:
     deleted: tuple[str, ...]
     top_is_gone: bool
     journal: Journal | None
+    warnings: tuple[str, ...] = ()
 
 
 def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
@@ -86,9 +92,10 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     repointed = repoint(steps.repoint, steps.above)
     journal = enter(journal, JournalState.RECORD)
     record = record_intent(steps)
+    warnings: tuple[str, ...] = ()
     if steps.keep_name:
         journal = enter(journal, JournalState.RENAME)
-        rename_base(steps.base, steps.top)
+        warnings = rename_base(steps)
     deleted: tuple[str, ...] = ()
     if record is not None:
         journal = enter(journal, JournalState.DELETE)
@@ -96,7 +103,7 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
     forget_saved_bitmaps(base)
-    return Settled(repointed, deleted, record is not None, journal)
+    return Settled(repointed, deleted, record is not None, journal, warnings)
 
 
 def repoint(
@@ -127,16 +134,17 @@ def record_intent(steps: SettleSteps) -> MergedRecord | None:
         result_format=steps.base.format,
         result_identity=identify(steps.base.real_path),
         keep_name=steps.keep_name,
-        delete=[_doomed(image) for image in steps.doomed],
+        delete=_doomed(steps.doomed, steps.going),
+        links=_links(steps.going),
     )
     record_merged(top, record)
     return record
 
 
-def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None:
+def record_pull(facts: MergeFacts, options: MergeOptions, backing: str | None) -> None:
     """Record a pull before the switch that makes *backing* top's backing file."""
     top = facts.top.real_path
-    by_path = {str(image.path): image for image in facts.merged_images}
+    goes = going(facts, options)
     record = MergedRecord(
         top=str(top),
         base=str(facts.base.real_path),
@@ -144,24 +152,42 @@ def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None
         result_format=facts.top.format,
         result_identity=identify(top),
         keep_name=False,
-        delete=[_doomed(by_path[path]) for path in plan.delete],
+        delete=_doomed(deleted_images(facts, options), goes),
         pulled=Pulled(backing),
+        links=_links(goes),
     )
     record_merged(top, record)
 
 
-def _doomed(image: ImageInfo) -> DoomedImage:
-    return DoomedImage(str(image.real_path), identify(image.real_path))
+def _doomed(images: Sequence[ImageInfo], goes: Going) -> list[DoomedImage]:
+    files = (*(image.real_path for image in images), *goes.data_files)
+    return [DoomedImage(str(file), identify(file)) for file in files]
 
 
-def rename_base(base: ImageInfo, top: ImageInfo) -> None:
-    """Give base the name of top, whose file this deletes, with top's owner and permissions.
+def _links(goes: Going) -> list[DoomedLink]:
+    return [
+        DoomedLink(str(link), os.readlink(link), os.path.realpath(link))  # noqa: PTH115
+        for link in goes.links
+    ]
+
+
+def rename_base(steps: SettleSteps) -> tuple[str, ...]:
+    """Give base the name of top, whose file this deletes, with who may use top's file.
 
     A backing name in base that counts from base's directory is first changed to count from
-    top's.
+    anywhere. Returns warnings.
     """
+    base, top = steps.base, steps.top
     target = top.real_path
-    if base.backing is not None and base.backing_name and base.path.parent != target.parent:
+    # The result is reached by the names that top had, of which a relative one counts from each.
+    names = [
+        target,
+        top.path,
+        *(one.backing for one in steps.above if one.backing and one.identity != top.identity),
+    ]
+    places = {os.path.realpath(name.parent) for name in names}
+    stays = places == {os.path.realpath(base.path.parent)}
+    if base.backing is not None and base.backing_name and not stays:
         stored = base.backing_name.removeprefix("file:")
         if not stored.startswith("/"):
             header = base.header
@@ -169,17 +195,21 @@ def rename_base(base: ImageInfo, top: ImageInfo) -> None:
             with open_for_writing(base) as port:
                 change_backing(port, str(base.backing.resolve()), header.backing_format)
     with open_for_writing(base) as port:
-        take_on_access(port, target)
+        lacking = take_on_access(port, target)
     base.real_path.rename(target)
     fsync_directory(target.parent)
     if target.parent != base.real_path.parent:
         fsync_directory(base.real_path.parent)
+    if not lacking:
+        return ()
+    return (f"{target} has not all that the file it replaced had: {', '.join(lacking)}",)
 
 
 def require_unused(record: MergedRecord, access: Access, options: MergeOptions) -> None:
     """Make sure that nobody has come to need what *record* says is to be deleted.
 
     Raises:
+        CannotTakeAway: it cannot be deleted.
         LeftoverInUse: an overlay stands on it.
         ImageLocked: somebody has it open.
         Refused: what :func:`chainmerge.chain.find_users` raises.
@@ -188,6 +218,10 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
     if options.delete and record.superseded is not None:
         doomed += record.superseded.images
     paths = [Path(one.path) for one in doomed if _is_still(one)]
+    for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
+        obstacle = removal_obstacle(path)
+        if obstacle is not None:
+            raise CannotTakeAway(str(path), "--delete", obstacle)
     if not paths:
         return
     require_no_users(record.base, paths, access)
@@ -210,7 +244,7 @@ def _is_still(doomed: DoomedImage) -> bool:
 
 
 def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
-    """Delete the images that a record names, each only if it is still the same file."""
+    """Delete the files that a record names, each only if it is still the same, then the links."""
     deleted = []
     for doomed in record.delete:
         if _is_still(doomed):
@@ -218,7 +252,22 @@ def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
             path.unlink()
             fsync_directory(path.parent)
             deleted.append(doomed.path)
+    for link in record.links:
+        if _leads_nowhere(link):
+            Path(link.path).unlink()
+            fsync_directory(Path(link.path).parent)
+            deleted.append(link.path)
     return tuple(deleted)
+
+
+def _leads_nowhere(link: DoomedLink) -> bool:
+    """Whether a link is still the one that was recorded, and what it led to is gone."""
+    return _is_still_there(link) and not Path(link.path).exists()
+
+
+def _is_still_there(link: DoomedLink) -> bool:
+    path = Path(link.path)
+    return path.is_symlink() and os.readlink(path) == link.text  # noqa: PTH115
 
 
 def finished_before(
@@ -241,7 +290,7 @@ def finished_before(
         return False
     if record.pulled is not None and not _may_pull(options):
         return False
-    if base is not None and os.path.realpath(base) != record.base:
+    if base is not None and not record.names_base(base):
         return False
     try:
         if not same_image(identify(Path(record.result)), record.result_identity):

@@ -418,6 +418,7 @@ class BitmapChange:
         action: ``add``, ``remove``, ``clear`` or ``merge``.
         names: The bitmaps that were added, removed or written to.
         bitmaps: The image's bitmaps afterwards, re-read from the closed image.
+        warnings: What the user should know, a sentence each.
     """
 
     version: int
@@ -425,6 +426,7 @@ class BitmapChange:
     action: str
     names: tuple[str, ...]
     bitmaps: tuple[BitmapResult, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ def assert_files(built: BuiltCase, before: Before, result: Path) -> None:
     left = {*built.below, *built.above, result}
     if built.case.pulls:
         merged = built.paths[built.case.base : built.case.top]
-        staying = () if options.delete else merged[1:] if options.keep_name else merged
+        staying = () if options.delete else merged
         left |= set(staying)
         contents = dict(zip(merged, before.merged, strict=True))
         assert all(path.read_bytes() == contents[path] for path in staying)

@@ -61,6 +61,11 @@ def beside(image: Path, suffix: str) -> Path:
     return real.with_name(f".{_short(real.name)}.{suffix}")
 
 
+def beside_link(link: Path, suffix: str) -> Path:
+    """As :func:`beside`, for the name of a symbolic link itself, wherever it leads."""
+    return link.with_name(f".{_short(link.name)}.{suffix}")
+
+
 def _short(name: str) -> str:
     """A name to which something can be added: file names have at most 255 bytes."""
     encoded = os.fsencode(name)

@@ -9,15 +9,23 @@ file: the same command would pull that next.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
+from typing import Final
 
 import msgspec
 
-from chainmerge.records.files import UnusableState, beside, read_state, remove_durably, write_state
+from chainmerge.records.files import (
+    UnusableState,
+    beside,
+    beside_link,
+    read_state,
+    remove_durably,
+    write_state,
+)
 from chainmerge.records.identity import ImageIdentity
 
-if TYPE_CHECKING:
-    from pathlib import Path
+_SUFFIX: Final = "chainmerge-merged"
 
 
 class DoomedImage(msgspec.Struct, frozen=True):
@@ -25,6 +33,17 @@ class DoomedImage(msgspec.Struct, frozen=True):
 
     path: str
     identity: ImageIdentity
+
+
+class DoomedLink(msgspec.Struct, frozen=True):
+    """A symbolic link that is to be deleted, once it leads nowhere.
+
+    ``text`` is what stands in it, ``file`` the file that it led to.
+    """
+
+    path: str
+    text: str
+    file: str
 
 
 class Pulled(msgspec.Struct, frozen=True):
@@ -60,16 +79,26 @@ class MergedRecord(msgspec.Struct, frozen=True):
     delete: list[DoomedImage]
     pulled: Pulled | None = None
     superseded: Superseded | None = None
+    links: list[DoomedLink] = []
+
+    def names_base(self, path: Path) -> bool:
+        """Whether *path* is base's, or that of a link to it that was deleted with it."""
+        known = {self.base, *(link.path for link in self.links if link.file == self.base)}
+        return bool({os.path.realpath(path), os.path.abspath(path)} & known)  # noqa: PTH100
 
 
 def merged_record_file(top: Path) -> Path:
     """Where the record of a merge of *top* stands."""
-    return beside(top, "chainmerge-merged")
+    return beside(top, _SUFFIX)
 
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
     write_state(merged_record_file(top), record)
+    for link in record.links:
+        # With the link gone, its name is all that the same command has.
+        if link.file == record.top:
+            write_state(beside_link(Path(link.path), _SUFFIX), record)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:

@@ -224,4 +224,4 @@ def _afterwards(plan: MergePlan) -> Iterator[str]:
         yield f"{path} is deleted"
     if plan.rename is not None:
         old, new = plan.rename
-        yield f"{old} is renamed to {new}"
+        yield f"{old} is renamed to {new}, and takes the place of that file"

@@ -136,11 +136,12 @@ def bitmap_listing(listing: BitmapListing) -> RenderableType:
 
 def bitmap_change(change: BitmapChange) -> RenderableType:
     """What a change of an image's bitmaps led to."""
-    done = {"add": "added", "remove": "removed", "clear": "removed", "merge": "merged into"}
+    done = {"add": "added", "remove": "removed", "clear": "cleared", "merge": "merged into"}
     verb = done.get(change.action, change.action)
     return Group(
         words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
         _stored_bitmaps(change.bitmaps),
+        *layout.warnings_section(change.warnings),
     )
 
 
@@ -267,7 +268,7 @@ def _settled(report: MergeReport) -> Iterator[str]:
         yield f"{path} is deleted"
     if report.renamed is not None:
         old, new = report.renamed
-        yield f"{old} is now {new}"
+        yield f"{old} is now {new}, in place of the file that was there"
 
 
 def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:
