@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,14 +22,14 @@ from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
 from chainmerge.inspection import policy_of
 from chainmerge.qcow2.check import check
-from chainmerge.records.identity import identify, same_image
+from chainmerge.records.changes import data_changed
+from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import (
     LiveJournal,
-    data_changed,
     forget_live_journal,
     load_live_journal,
 )
-from chainmerge.records.merged_record import DoomedImage, MergedRecord, record_merged
+from chainmerge.records.merged_record import DoomedImage, MergedRecord, note_deleted, record_merged
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.results import bitmap_results
 from chainmerge.settle import delete_recorded, require_no_users
@@ -40,8 +39,6 @@ from chainmerge.verify import verify_soundness
 from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from chainmerge.inspection import OpenChain, Target
     from chainmerge.merge_job import Request
     from chainmerge.options import Access
@@ -103,7 +100,7 @@ def require_clear(request: Request, record: MergedRecord | None) -> None:
     if record is None or record.superseded is None or not request.top.exists():
         return
     left = record.superseded.images[0].identity
-    if not same_image(identify(request.top), left):
+    if not may_be_same(identify(request.top), left):
         return
     active = request.access.active
     if active is None or os.path.realpath(active) != os.path.realpath(request.top):
@@ -121,36 +118,19 @@ def forget_left_behind(record: MergedRecord) -> None:
         forget_live_journal(base)
 
 
-def journal_of(target: Target) -> LiveJournal | None:
-    """The journal that a live merge has left for these images; None where there is none.
-
-    Raises LiveJournalDamaged.
-    """
-    journal = load_live_journal(target.base.real_path)
-    if journal is None or not same_image(journal.base, identify(target.base.real_path)):
-        return None
-    return journal
-
-
-def pivot_to_finish(
-    request: Request, target: Target, opened: OpenChain
-) -> Callable[[], MergeReport] | None:
-    """What finishes an active merge that took effect; None where there is none to finish.
+def took_effect(request: Request, journal: LiveJournal, target: Target, opened: OpenChain) -> bool:
+    """Whether base is what the guest wrote to last, after the live merge of *journal*.
 
     Raises LivePivotUnclear, LeftoverInUse.
     """
-    journal = journal_of(target)
-    if journal is None or not journal.took_effect or not journal.is_active:
-        return None
-    top = target.chain.top
-    if not same_image(journal.top, identify(top.real_path)):
-        return None
+    if not may_be_same(journal.top, identify(target.chain.top.real_path)):
+        return False
     if not _base_is_right(request, journal, target, opened):
-        return None
+        return False
     if request.options.delete or journal.delete:
         overlays = [Path(one.path) for one in journal.overlays]
         require_no_users(str(target.base.path), overlays, request.access)
-    return partial(_finish, request, journal, target, opened)
+    return True
 
 
 def _base_is_right(
@@ -160,7 +140,12 @@ def _base_is_right(
     active = request.access.active
     if active is not None:
         return os.path.realpath(active) == str(base.real_path)
-    if journal.top_since and journal.top_since == data_changed(top.real_path):
+    identities = (
+        (journal.base, identify(base.real_path)),
+        (journal.top, identify(top.real_path)),
+    )
+    certain = all(same_image(then, now) for then, now in identities)
+    if certain and journal.top_since and journal.top_since == data_changed(top.real_path):
         return True
     merged, whole = opened.view(0, target.base_index + 1), opened.view()
     size = whole.virtual_size
@@ -173,10 +158,14 @@ def _base_is_right(
     raise LivePivotUnclear(str(top.path), str(base.path))
 
 
-def _finish(
+def finish_pivot(
     request: Request, journal: LiveJournal, target: Target, opened: OpenChain
 ) -> MergeReport:
     base = target.base
+    """Finish an active merge that took effect in its VM: nothing is copied.
+
+    Raises what verifying and deleting raise.
+    """
     verified = ["a live merge came to its end: the guest wrote to base from then on"]
     image = opened.images[target.base_index].image
     if image is not None:
@@ -187,6 +176,7 @@ def _finish(
             reclaim_leaks(port)
     request.announce(Stage.SETTLE)
     deleted: tuple[str, ...] = ()
+    record: MergedRecord | None = None
     if request.options.delete or journal.delete:
         record = MergedRecord(
             top=str(target.chain.top.real_path),
@@ -200,11 +190,15 @@ def _finish(
                 for one in reversed(journal.overlays)
                 if not Path(one.path).is_block_device()
             ],
+            request=request.recorded(base.path),
         )
         record_merged(target.chain.top.real_path, record)
-        deleted = delete_recorded(record)
+        held = frozenset(one.identity for one in target.chain.images[target.base_index + 1 :])
+        deleted = delete_recorded(record, held)
     forget_saved_bitmaps(base.real_path)
     forget_live_journal(base.real_path)
+    if record is not None:
+        note_deleted(target.chain.top.real_path, record)
     bitmaps = bitmap_results(image) if image is not None else ()
     broken = [one.name for one in bitmaps if one.state == BitmapState.IN_USE]
     warnings = []

@@ -38,16 +38,14 @@ from chainmerge.inspection import (
     find_target,
     gather_bitmaps,
     gather_bitmaps_to_pull,
-    load_saved,
     measure_guest_bytes,
     movement_of,
     open_chain,
 )
 from chainmerge.job_journal import record_switched
 from chainmerge.live_leftovers import (
+    finish_pivot,
     forget_left_behind,
-    journal_of,
-    pivot_to_finish,
     require_clear,
     without_base_as_active,
 )
@@ -75,16 +73,16 @@ from chainmerge.records.disks import forget_entry
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.records.identity import same_image
 from chainmerge.records.live_journal import forget_live_journal
-from chainmerge.records.merge_journal import JournalState, enter, forget_journal, journal_file
-from chainmerge.records.merged_record import MergedRecord, load_merged_record, merged_record_file
-from chainmerge.records.saved_bitmaps import (
-    forget_saved_bitmaps,
-    load_saved_bitmaps,
-    saved_bitmaps_file,
-)
+from chainmerge.records.merge_journal import JournalState, enter, forget_journal
+from chainmerge.records.merged_record import MergedRecord, load_merged_record, note_deleted
+from chainmerge.records.remains import is_anything_left, read_remains
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
-    find_resumption,
+    HoldsEverything,
+    ToBeMerged,
+    TookEffectInVm,
+    find_ending,
     finish_journalled,
     finish_recorded,
 )
@@ -94,6 +92,7 @@ from chainmerge.settle import (
     delete_superseded,
     finished_before,
     give_back,
+    not_deleted,
     require_unused,
     settle,
 )
@@ -114,6 +113,7 @@ from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
+    from chainmerge.records.saved_bitmaps import SavedBitmaps
     from chainmerge.storage.volumes import VolumeFacts
 
 
@@ -167,8 +167,9 @@ def plan_beside(
     """
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
+    saved = load_saved_bitmaps(target.base.real_path)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never, claims).facts
+        facts = _gather(target, opened, options, saved, _never, claims).facts
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     return decided, facts.volume.claim(decided.space.required)
 
@@ -186,8 +187,9 @@ def measure(
     """
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
+    saved = load_saved_bitmaps(target.base.real_path)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never, {}).facts
+        facts = _gather(target, opened, options, saved, _never, {}).facts
     space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
@@ -278,7 +280,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
-    if _left_something(target):
+    if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # What an earlier run put on base may turn out to be a child of top, to be locked, too.
         _read_from_storage(target, request.options)
         target = _find(request)
@@ -287,18 +289,19 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     _read_from_storage(target, request.options)
     target = _same_target(target, request)
     base = target.base.real_path
-    if journal_of(target) is not None:
-        opened = stack.enter_context(open_chain(target.chain, locks))
-        finish_pivot = pivot_to_finish(request, target, opened)
-        if finish_pivot is not None:
-            return Prepared(base, None, {}, finish_pivot)
-    resumption = find_resumption(request, target)
-    if resumption.journal is not None:
-        finish = partial(finish_journalled, request, target, resumption.journal)
-        return Prepared(base, None, {}, finish)
+    remains = read_remains(base, target.chain.top.real_path)
     opened = stack.enter_context(open_chain(target.chain, locks))
+    match find_ending(request, target, opened, remains):
+        case TookEffectInVm(journal):
+            finish = partial(finish_pivot, request, journal, target, opened)
+            return Prepared(base, None, {}, finish)
+        case HoldsEverything(journal):
+            finish = partial(finish_journalled, request, target, journal)
+            return Prepared(base, None, {}, finish)
+        case ToBeMerged(warnings):
+            pass
     request.announce(Stage.PLAN)
-    found = _gather_to_merge(target, opened, request, resumption.warnings)
+    found = _gather_to_merge(target, opened, request, remains.usable_saved, warnings)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
     if has_encrypted(target.chain):
@@ -334,20 +337,13 @@ def _read_from_storage(target: Target, options: MergeOptions) -> None:
     the memory. A switch that failed would be taken for one that was done, and top be deleted.
     """
     images = [image for image, mode in locks_needed(target, options) if mode is LockMode.WRITER]
-    if _left_something(target):
+    if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # Children of top that an earlier run has put on base are siblings of top now.
         images += target.relatives.siblings
     for image in images:
         # What cannot be opened for writing is refused with all other obstacles.
         with contextlib.suppress(Refused):
             read_anew(image.real_path)
-
-
-def _left_something(target: Target) -> bool:
-    """Whether an earlier run has left a file that says that it did not come to its end."""
-    base, top = target.base.real_path, target.chain.top.real_path
-    files = (journal_file(base), saved_bitmaps_file(base), merged_record_file(top))
-    return any(file.exists() for file in files)
 
 
 def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
@@ -435,11 +431,11 @@ def _gather(
     target: Target,
     opened: OpenChain,
     options: MergeOptions,
+    saved: SavedBitmaps | None,
     should_stop: ShouldStop,
     claims: Mapping[str, int],
 ) -> _Found:
     require_readable(target, opened)
-    saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
     volumes = measure_guest_bytes(target, opened)
     way = choose_direction(target, opened, volumes, options)
@@ -520,9 +516,13 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 
 
 def _gather_to_merge(
-    target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
+    target: Target,
+    opened: OpenChain,
+    request: Request,
+    saved: SavedBitmaps | None,
+    warnings: Sequence[str],
 ) -> _Found:
-    found = _gather(target, opened, request.options, request.should_stop, request.claims)
+    found = _gather(target, opened, request.options, saved, request.should_stop, request.claims)
     facts = found.facts
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
@@ -640,10 +640,14 @@ def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
 
 def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     """Delete what top does not need any more; nobody has to be re-pointed."""
-    job.request.announce(Stage.SETTLE)
     top = job.facts.top
+    job.request.begin_to_settle(str(top.path))
     record = load_merged_record(top.real_path)
-    deleted = delete_recorded(record) if record is not None else ()
+    deleted: tuple[str, ...] = ()
+    if record is not None:
+        held = frozenset(image.identity for image in job.facts.merged_images)
+        deleted = delete_recorded(record, held)
+        note_deleted(top.real_path, record)
     warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
     result = top.real_path
     return _report(
@@ -656,7 +660,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         return _settle_pull(job, copied, verified)
     request, facts, plan = job.request, job.facts, job.plan
     journal = record_switched(job)
-    request.announce(Stage.SETTLE)
+    request.begin_to_settle(str(facts.base.path))
     by_path = {str(image.path): image for image in facts.merged_images}
     steps = SettleSteps(
         base=facts.base,
@@ -666,7 +670,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         keep_name=plan.rename is not None,
         above=(*facts.relatives.children, facts.top),
     )
-    settled = settle(steps, journal)
+    settled = settle(steps, journal, job.recorded_request)
     warnings = list(plan.warnings)
     journal = enter(settled.journal, JournalState.TIDY)
     if settled.top_is_gone:
@@ -707,7 +711,9 @@ def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
         deleted += delete_superseded(record)
     _forget_bitmaps_saved_for(record)
     forget_left_behind(record)
-    warnings = tuple(finish_recorded(request, record))
+    warnings = (*not_deleted(record), *finish_recorded(request, record))
+    if not any(not_deleted(record)):
+        note_deleted(request.top, record)
     images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
     verified = (verified_before(*images),)
     result = Path(record.result)

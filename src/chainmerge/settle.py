@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.chain import ImageInfo, find_users, open_for_writing
+from chainmerge.chain import ImageInfo, find_users, identity_of, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
@@ -24,8 +24,9 @@ from chainmerge.plan_errors import LeftoverInUse
 from chainmerge.planning import MergeFacts, MergePlan, Repoint
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.live_journal import data_changed
+from chainmerge.records.changes import data_changed, is_there, stands_on, what_stands_at
+from chainmerge.records.errors import LeftoverUnclear
+from chainmerge.records.identity import Sameness, identify, same_image
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.records.merged_record import (
     DoomedImage,
@@ -33,6 +34,8 @@ from chainmerge.records.merged_record import (
     Pulled,
     Superseded,
     forget_merged_record,
+    merged_record_file,
+    note_deleted,
     record_merged,
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
@@ -42,7 +45,9 @@ from chainmerge.storage.locks import LockMode, contentions
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from chainmerge.chain import Identity
     from chainmerge.options import Access, MergeOptions
+    from chainmerge.records.request import RecordedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,8 @@ class Settled:
     journal: Journal | None
 
 
-def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
-    """Do all of it.
+def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest | None) -> Settled:
+    """Do all of it. *request* is what was asked for.
 
     Raises what :func:`chainmerge.engines.metadata.change_backing` raises, OSError, Failed.
     """
@@ -85,17 +90,19 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     journal = enter(journal, JournalState.REPOINT)
     repointed = repoint(steps.repoint, steps.above)
     journal = enter(journal, JournalState.RECORD)
-    record = record_intent(steps)
+    record = record_intent(steps, request)
     if steps.keep_name:
         journal = enter(journal, JournalState.RENAME)
         rename_base(steps.base, steps.top)
     deleted: tuple[str, ...] = ()
     if record is not None:
         journal = enter(journal, JournalState.DELETE)
-        deleted = delete_recorded(record)
+        deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
     forget_saved_bitmaps(base)
+    if record is not None:
+        note_deleted(steps.top.real_path, record)
     return Settled(repointed, deleted, record is not None, journal)
 
 
@@ -113,7 +120,11 @@ def repoint(
     return tuple(change.child for change in repoints)
 
 
-def record_intent(steps: SettleSteps) -> MergedRecord | None:
+def _identities(images: Sequence[ImageInfo]) -> frozenset[Identity]:
+    return frozenset(image.identity for image in images)
+
+
+def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord | None:
     """Record what is going to be renamed and deleted; None where nothing is."""
     top = steps.top.real_path
     if not (steps.keep_name or steps.doomed):
@@ -128,14 +139,18 @@ def record_intent(steps: SettleSteps) -> MergedRecord | None:
         result_identity=identify(steps.base.real_path),
         keep_name=steps.keep_name,
         delete=[_doomed(image) for image in steps.doomed],
+        request=request,
     )
     record_merged(top, record)
     return record
 
 
-def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None:
+def record_pull(
+    facts: MergeFacts, plan: MergePlan, backing: str | None, request: RecordedRequest | None
+) -> None:
     """Record a pull before the switch that makes *backing* top's backing file."""
     top = facts.top.real_path
+    onto = None if backing is None else identify(facts.chain.images[facts.base_index - 1].real_path)
     by_path = {str(image.path): image for image in facts.merged_images}
     record = MergedRecord(
         top=str(top),
@@ -145,7 +160,8 @@ def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None
         result_identity=identify(top),
         keep_name=False,
         delete=[_doomed(by_path[path]) for path in plan.delete],
-        pulled=Pulled(backing),
+        pulled=Pulled(backing, onto),
+        request=request,
     )
     record_merged(top, record)
 
@@ -187,7 +203,7 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
     doomed = list(record.delete)
     if options.delete and record.superseded is not None:
         doomed += record.superseded.images
-    paths = [Path(one.path) for one in doomed if _is_still(one)]
+    paths = [Path(one.path) for one in doomed if is_there(one.identity)]
     if not paths:
         return
     require_no_users(record.base, paths, access)
@@ -202,23 +218,33 @@ def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
         raise LeftoverInUse(base, ", ".join(map(str, doomed)), ", ".join(map(str, users)))
 
 
-def _is_still(doomed: DoomedImage) -> bool:
-    try:
-        return same_image(identify(Path(doomed.path)), doomed.identity)
-    except FileNotFoundError:
-        return False
+def delete_recorded(
+    record: MergedRecord, held: frozenset[Identity] = frozenset()
+) -> tuple[str, ...]:
+    """Delete the images that a record names, each only if it is certainly still the same file.
 
-
-def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
-    """Delete the images that a record names, each only if it is still the same file."""
+    *held* are those that the caller has had open all the time.
+    """
     deleted = []
     for doomed in record.delete:
-        if _is_still(doomed):
-            path = Path(doomed.path)
+        path = Path(doomed.path)
+        answer = what_stands_at(path, doomed.identity)
+        is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
+        if answer is Sameness.SAME or is_held:
             path.unlink()
             fsync_directory(path.parent)
             deleted.append(doomed.path)
     return tuple(deleted)
+
+
+def not_deleted(record: MergedRecord) -> Iterator[str]:
+    """What a record names and nobody can tell whether it is still that image, a warning each."""
+    for doomed in record.delete:
+        if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
+            yield (
+                f"{doomed.path} was to be deleted, and nothing tells whether what stands there "
+                "now is still that image: it is left"
+            )
 
 
 def finished_before(
@@ -236,6 +262,9 @@ def finished_before(
         base: see there.
         options: see there.
         active: what the guest is said to write to; None if nobody has said.
+
+    Raises:
+        LeftoverUnclear: nothing tells whether the result is still the image that it was.
     """
     if record is None:
         return False
@@ -243,20 +272,40 @@ def finished_before(
         return False
     if base is not None and os.path.realpath(base) != record.base:
         return False
-    try:
-        if not same_image(identify(Path(record.result)), record.result_identity):
-            return False
-    except FileNotFoundError:
+    result = what_stands_at(record.result, record.result_identity)
+    if result is Sameness.OTHER:
         return False
     if record.pulled is not None:
         read_anew(record.result)
-        return stands_on(Path(record.result), record.pulled.backing)
+        if not is_pulled(record, record.pulled, top):
+            return False
+    elif record.superseded is None and not record.keep_name and top.exists():
+        return False
+    if result is Sameness.UNKNOWN:
+        file = str(merged_record_file(top))
+        raise LeftoverUnclear(file, record.result, "no image is changed by that")
+    if record.pulled is not None:
+        return True
     if record.superseded is not None:
         in_base = active is not None and os.path.realpath(active) == record.base
         return _is_superseded(record.superseded, top, in_base=in_base)
-    if record.keep_name:
+    return True
+
+
+def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:
+    """Whether *top*, as it is reached, stands on what it stands on once the pull is done.
+
+    Raises what opening and reading an image raises.
+    """
+    if not stands_on(top, pulled.backing):
+        return False
+    if pulled.onto is None or pulled.backing is None:
         return True
-    return not top.exists()
+    if any(is_there(one.identity) for one in record.delete):
+        # It has not come to its end, so that this is no later pull.
+        return True
+    backing = top.parent / pulled.backing.removeprefix("file:")
+    return not backing.exists() or what_stands_at(backing, pulled.onto) is not Sameness.OTHER
 
 
 def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
@@ -267,7 +316,7 @@ def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
     """
     try:
         is_left = same_image(identify(top), superseded.images[0].identity)
-    except OSError:
+    except (OSError, ValueError):
         return True
     if not superseded.since:
         return is_left and in_base
@@ -285,12 +334,6 @@ def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
 
 def _may_pull(options: MergeOptions) -> bool:
     return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
-
-
-def stands_on(image: Path, backing: str | None) -> bool:
-    """Whether the image's header names *backing* as its backing file."""
-    with FileReadable(image) as readable:
-        return Qcow2Image(readable).header.backing_name == backing
 
 
 def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:
