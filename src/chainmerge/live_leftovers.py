@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from chainmerge.chain import discover
 from chainmerge.checkpoints import BitmapState
 from chainmerge.encrypted import has_encrypted
@@ -30,6 +32,7 @@ from chainmerge.records.live_journal import (
     load_live_journal,
 )
 from chainmerge.records.merged_record import DoomedImage, MergedRecord, note_deleted, record_merged
+from chainmerge.records.request import command_of
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.results import bitmap_results
 from chainmerge.settle import delete_recorded, require_no_users
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from chainmerge.inspection import OpenChain, Target
     from chainmerge.merge_job import Request
     from chainmerge.options import Access
+    from chainmerge.records.request import RecordedRequest
 
 
 @dataclass(eq=False)
@@ -54,9 +58,8 @@ class LivePivotUnclear(OutcomeUnknown):
         "may have been written to since"
     )
     hint: ClassVar[str] = (
-        "find out from which of them the VM ran last, and name it: `chainmerge merge {top} "
-        "--active {base}` if it was {base} (which is so unless the VM was started anew with "
-        "{top}), else `--active {top}`"
+        "find out from which of them the VM ran last, and name it: `{if_base}` if it was {base} "
+        "(which is so unless the VM was started anew with {top}), else `{if_top}`"
     )
     explanation: ClassVar[str] = (
         "When the active image has been merged, the VM goes over from top to base, which the "
@@ -67,6 +70,18 @@ class LivePivotUnclear(OutcomeUnknown):
     )
     top: str
     base: str
+    if_base: str
+    if_top: str
+
+
+def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
+    """That it has to be said which image the guest wrote to, with what says it, cold."""
+    top, base = request.tops[-1], request.bases[-1]
+    if_base, if_top = (
+        command_of(msgspec.structs.replace(request, access={**request.access, "active": active}))
+        for active in (base, top)
+    )
+    return LivePivotUnclear(top, base, if_base or f"--active {base}", if_top or f"--active {top}")
 
 
 def without_base_as_active(access: Access, top: Path, base: Path | None) -> Access:
@@ -104,7 +119,7 @@ def require_clear(request: Request, record: MergedRecord | None) -> None:
         return
     active = request.access.active
     if active is None or os.path.realpath(active) != os.path.realpath(request.top):
-        raise LivePivotUnclear(str(request.top), record.base)
+        raise pivot_unclear(request.recorded(Path(record.base)))
 
 
 def forget_left_behind(record: MergedRecord) -> None:
@@ -155,7 +170,7 @@ def _base_is_right(
         first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
     ):
         return True
-    raise LivePivotUnclear(str(top.path), str(base.path))
+    raise pivot_unclear(request.recorded(base.path))
 
 
 def finish_pivot(

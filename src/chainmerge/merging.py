@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,13 +70,15 @@ from chainmerge.planning import (
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
+from chainmerge.records.changes import data_changed
 from chainmerge.records.disks import forget_entry
+from chainmerge.records.errors import MergedBefore
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.records.identity import same_image
 from chainmerge.records.live_journal import forget_live_journal
 from chainmerge.records.merge_journal import JournalState, enter, forget_journal
 from chainmerge.records.merged_record import MergedRecord, load_merged_record, note_deleted
-from chainmerge.records.remains import is_anything_left, read_remains
+from chainmerge.records.remains import Remains, is_anything_left, is_left_over, read_remains
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
@@ -168,8 +171,12 @@ def plan_beside(
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
     saved = load_saved_bitmaps(target.base.real_path)
+    record = load_merged_record(target.chain.top.real_path)
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options, saved, _never, claims).facts
+        if _was_merged_before(target, facts, record, access) and _base_changed_since(record):
+            equal = _holds_content(target, opened, facts, options, _never)
+            obstacles += () if equal else (_merged_before(target),)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     return decided, facts.volume.claim(decided.space.required)
 
@@ -301,7 +308,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         case ToBeMerged(warnings):
             pass
     request.announce(Stage.PLAN)
-    found = _gather_to_merge(target, opened, request, remains.usable_saved, warnings)
+    found = _gather_to_merge(target, opened, request, remains, warnings)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
     if has_encrypted(target.chain):
@@ -519,19 +526,23 @@ def _gather_to_merge(
     target: Target,
     opened: OpenChain,
     request: Request,
-    saved: SavedBitmaps | None,
+    remains: Remains,
     warnings: Sequence[str],
 ) -> _Found:
-    found = _gather(target, opened, request.options, saved, request.should_stop, request.claims)
+    options, should_stop = request.options, request.should_stop
+    saved = remains.usable_saved
+    found = _gather(target, opened, options, saved, should_stop, request.claims)
     facts = found.facts
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
     # Who stands on base can be one that is re-pointed already, bitmaps or not.
-    worth_comparing = bitmaps_are_there or bool(commits and target.relatives.siblings)
-    equal = worth_comparing and _holds_content(target, opened, facts, request)
+    before = _was_merged_before(target, facts, remains.record, request.access)
+    worth_comparing = bitmaps_are_there or before or bool(commits and target.relatives.siblings)
+    equal = worth_comparing and _holds_content(target, opened, facts, options, should_stop)
     merged = equal and bitmaps_are_there
     damage = () if merged else tuple(_damaged_sources(opened, facts))
-    obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
+    newer = (_merged_before(target),) if before and not equal else ()
+    obstacles = (*_not_writable(target, options), *newer, *facts.obstacles, *damage)
     facts = replace(
         facts,
         obstacles=obstacles,
@@ -569,7 +580,34 @@ def _holds_bitmaps(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> b
     return bitmap_difference(image, final_set(bitmaps, target.base.virtual_size)) is None
 
 
-def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request: Request) -> bool:
+def _was_merged_before(
+    target: Target, facts: MergeFacts, record: MergedRecord | None, access: Access
+) -> bool:
+    """Whether all of top went into base, so that what base lacks of it is old data."""
+    top = target.chain.top.real_path
+    if facts.direction is Direction.PULL or not is_left_over(record, target.base.real_path, top):
+        return False
+    return access.active is None or os.path.realpath(access.active) != str(top)
+
+
+def _base_changed_since(record: MergedRecord | None) -> bool:
+    if record is None or record.left is None:
+        return True
+    left = record.left
+    return left.base_since != data_changed(Path(record.base))
+
+
+def _merged_before(target: Target) -> MergedBefore:
+    return MergedBefore(str(target.chain.top.path), str(target.base.path))
+
+
+def _holds_content(
+    target: Target,
+    opened: OpenChain,
+    facts: MergeFacts,
+    options: MergeOptions,
+    should_stop: ShouldStop,
+) -> bool:
     """Whether base shows what top shows: an earlier run has copied everything.
 
     The tables can rule it out in most cases; else content is compared up to the first
@@ -581,17 +619,18 @@ def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request
     if facts.result_check is not None and not facts.result_check.sound:
         return False
     if has_encrypted(target.chain):
-        return _holds_encrypted_content(target, request)
+        return _holds_encrypted_content(target, options, should_stop)
     merged, whole, size = opened.view(0, target.base_index + 1), opened.view(), top.virtual_size
-    return first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
+    return first_difference(merged, whole, 0, size, should_stop=should_stop) is None
 
 
-def _holds_encrypted_content(target: Target, request: Request) -> bool:
-    options = request.options
+def _holds_encrypted_content(
+    target: Target, options: MergeOptions, should_stop: ShouldStop
+) -> bool:
     if any(key_obstacles(target.chain, options)):
         return False
     where = target.base_index
-    return encrypted_difference(target.chain, where, options, request.should_stop) is None
+    return encrypted_difference(target.chain, where, options, should_stop) is None
 
 
 def _start(job: Job) -> MergeReport:

@@ -9,6 +9,7 @@ journal, where there is one, is told of each step before it begins.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from chainmerge.records.identity import Sameness, identify, same_image
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.records.merged_record import (
     DoomedImage,
+    LeftInPlace,
     MergedRecord,
     Pulled,
     Superseded,
@@ -101,7 +103,9 @@ def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
     forget_saved_bitmaps(base)
-    if record is not None:
+    if record is None:
+        record_left(steps, request)
+    else:
         note_deleted(steps.top.real_path, record)
     return Settled(repointed, deleted, record is not None, journal)
 
@@ -131,8 +135,25 @@ def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> Merged
         # A record of an older merge under this name says nothing about this one.
         forget_merged_record(top)
         return None
-    record = MergedRecord(
-        top=str(top),
+    record = _record_of(steps, request)
+    record_merged(top, record)
+    return record
+
+
+def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
+    """Record that top stays, and that all of it is in base: who merges it again may be wrong.
+
+    Where there is no place for that a rerun looks at the images, as ever.
+    """
+    top, base = steps.top.real_path, steps.base.real_path
+    left = LeftInPlace(identify(top), data_changed(top), data_changed(base))
+    with contextlib.suppress(ChainmergeError):
+        record_merged(top, msgspec.structs.replace(_record_of(steps, request), left=left))
+
+
+def _record_of(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord:
+    return MergedRecord(
+        top=str(steps.top.real_path),
         base=str(steps.base.real_path),
         result=str(steps.result),
         result_format=steps.base.format,
@@ -141,8 +162,6 @@ def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> Merged
         delete=[_doomed(image) for image in steps.doomed],
         request=request,
     )
-    record_merged(top, record)
-    return record
 
 
 def record_pull(

@@ -32,7 +32,7 @@ from chainmerge.live.port import CommitOrder, InspectedVm, JobPhase, LiveVm
 from chainmerge.live.settling import Settled, close_merged, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
-from chainmerge.live_leftovers import LivePivotUnclear
+from chainmerge.live_leftovers import pivot_unclear
 from chainmerge.merge_job import volume_at
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveJournal, LiveState, save_live_journal
@@ -299,7 +299,7 @@ def _restore(drive: Drive) -> None:
     """
     if drive.journal.took_effect and drive.journal.is_active:
         # Only another QEMU does not know of the job any more, and it was given top again.
-        raise LivePivotUnclear(drive.top, drive.base)
+        raise pivot_unclear(drive.journal.known_request)
     failure = drive.failure or _failed(drive, "the job was cancelled, or the VM started anew")
     drive.enter(LiveState.UNDOING)
     let_disk_go(drive, drive.vm)

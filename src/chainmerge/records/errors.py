@@ -33,3 +33,27 @@ class LeftoverUnclear(Refused):
     file: str
     image: str
     consequence: str
+
+
+@dataclass(eq=False)
+class MergedBefore(Refused):
+    """Top was merged before, and base has been written to since: it would get old data."""
+
+    code: ClassVar[str] = "merged-before"
+    template: ClassVar[str] = (
+        "{top} was merged into {base} before and has not been written to since, but {base} has: "
+        "merged again, it would put old data over new"
+    )
+    hint: ClassVar[str] = (
+        "if the guest uses {base} now, nothing is left to do, and {top} can go; only if {base} "
+        "was put back as it was before that merge, go on with --active {top}"
+    )
+    explanation: ClassVar[str] = (
+        "After a merge without --delete top stays where it is, and nothing in it tells that all "
+        "of it is in base. A guest that goes on with base writes there what top does not have. The "
+        "record of the merge, a small file beside top, says which image was merged and when it was "
+        "changed last, so that the same command, run again, does not destroy that. Nothing was "
+        "changed."
+    )
+    top: str
+    base: str

@@ -174,7 +174,7 @@ _LOOP_INFO_HEAD: Final = struct.Struct("=QQQ")
 def _is_below(node: Path, status: os.stat_result) -> bool:
     """Whether the file that sysfs names is the one below a loop device.
 
-    The name is that which it had when it was attached, and may be another one's by now.
+    It may be mounted elsewhere, or not at all, where the device is seen from here.
     """
     major, minor = (int(part) for part in _read(node / "dev").split(":"))
     for path in (Path("/dev") / node.resolve().name, Path(f"/dev/block/{major}:{minor}")):

@@ -64,11 +64,24 @@ class Superseded(msgspec.Struct, frozen=True):
     since: str
 
 
+class LeftInPlace(msgspec.Struct, frozen=True):
+    """Top, where it stays although all of it is in base.
+
+    ``since`` and ``base_since`` are what the times of change of the two said then, empty where
+    they say nothing (:func:`chainmerge.records.changes.data_changed`).
+    """
+
+    identity: ImageIdentity
+    since: str
+    base_since: str
+
+
 class MergedRecord(msgspec.Struct, frozen=True):
     """A merge whose top is about to be deleted or replaced, or of no use any more.
 
     ``delete`` are the images that are still to be deleted: once that is done the list is empty.
-    ``request`` is what was asked for, where that is recorded.
+    ``left`` is top, where nothing is deleted or renamed. ``request`` is what was asked for, where
+    that is recorded.
     """
 
     top: str
@@ -81,6 +94,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
     pulled: Pulled | None = None
     superseded: Superseded | None = None
     request: RecordedRequest | None = None
+    left: LeftInPlace | None = None
 
     @property
     def known_request(self) -> RecordedRequest:
@@ -109,6 +123,8 @@ def _owner(file: Path) -> ImageIdentity | None:
         return None
     if record.superseded is not None:
         return record.superseded.images[0].identity
+    if record.left is not None:
+        return record.left.identity
     return None if record.pulled is None else record.result_identity
 
 
@@ -142,6 +158,8 @@ def _problems(record: MergedRecord) -> Iterator[str]:
         doomed += record.superseded.images
     paths = [record.top, record.base, record.result, record.result_identity.path]
     paths += [path for one in doomed for path in (one.path, one.identity.path)]
+    if record.left is not None:
+        paths.append(record.left.identity.path)
     if not all(is_path(path) for path in paths):
         yield "it names what is no path"
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chainmerge.records.identity import identify, may_be_same
+from chainmerge.records.changes import data_changed
+from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import LiveJournal, live_journal_file, load_live_journal
 from chainmerge.records.merge_journal import (
     Journal,
@@ -84,6 +85,24 @@ def read_remains(base: Path, top: Path) -> Remains:
     if live is not None and not may_be_same(live.base, identify(base)):
         live = None
     return Remains(load_merged_record(top), journal, journal_problem, live, saved, saved_problem)
+
+
+def is_left_over(record: MergedRecord | None, base: Path, top: Path) -> bool:
+    """Whether all of *top* was merged into *base*, and nobody has written to *top* since.
+
+    Only *base* can have become another one then. No where nothing tells, as of block devices.
+    """
+    if record is None:
+        return False
+    if record.left is not None:
+        then, since = record.left.identity, record.left.since
+    elif record.superseded is not None:
+        then, since = record.superseded.images[0].identity, record.superseded.since
+    else:
+        return False
+    if not since or since != data_changed(top):
+        return False
+    return same_image(identify(top), then) and same_image(identify(base), record.result_identity)
 
 
 def is_anything_left(base: Path, top: Path) -> bool:
