@@ -67,7 +67,9 @@ def journal_kept(job: Job) -> Iterator[None]:
 def record_switching(job: Job, new_base: Qcow2Image) -> None:
     """Record, durably, what base begins with once it is switched: the last act before that."""
     digest = digest_of(new_base.readable.read(0, SECTOR))
-    keep_journal(_in_state(job, JournalState.SWITCHING, digest))
+    switching = _in_state(job, JournalState.SWITCHING, digest)
+    old = first_sector_of(job.base.real_path)
+    keep_journal(msgspec.structs.replace(switching, old_sector=old))
 
 
 def record_switched(job: Job) -> Journal | None:

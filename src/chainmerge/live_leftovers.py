@@ -9,6 +9,7 @@ merge the guest writes to base from then on, and nothing must be copied from top
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, replace
@@ -31,7 +32,13 @@ from chainmerge.records.live_journal import (
     forget_live_journal,
     load_live_journal,
 )
-from chainmerge.records.merged_record import DoomedImage, MergedRecord, note_deleted, record_merged
+from chainmerge.records.merged_record import (
+    DoomedImage,
+    MergedRecord,
+    Superseded,
+    note_deleted,
+    record_merged,
+)
 from chainmerge.records.request import command_of
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.results import bitmap_results
@@ -190,30 +197,15 @@ def finish_pivot(
         with WritablePort(base.real_path) as port:
             reclaim_leaks(port)
     request.announce(Stage.SETTLE)
-    deleted: tuple[str, ...] = ()
-    record: MergedRecord | None = None
-    if request.options.delete or journal.delete:
-        record = MergedRecord(
-            top=str(target.chain.top.real_path),
-            base=str(base.real_path),
-            result=str(base.real_path),
-            result_format=base.format,
-            result_identity=identify(base.real_path),
-            keep_name=False,
-            delete=[
-                DoomedImage(one.path, one)
-                for one in reversed(journal.overlays)
-                if not Path(one.path).is_block_device()
-            ],
-            request=request.recorded(base.path),
-        )
+    record = _record_of_pivot(request, journal, target)
+    # Where nothing is deleted the record only warns who comes later.
+    with contextlib.nullcontext() if record.delete else contextlib.suppress(ChainmergeError):
         record_merged(target.chain.top.real_path, record)
-        held = frozenset(one.identity for one in target.chain.images[target.base_index + 1 :])
-        deleted = delete_recorded(record, held)
+    held = frozenset(one.identity for one in target.chain.images[target.base_index + 1 :])
+    deleted = delete_recorded(record, held)
     forget_saved_bitmaps(base.real_path)
     forget_live_journal(base.real_path)
-    if record is not None:
-        note_deleted(target.chain.top.real_path, record)
+    note_deleted(target.chain.top.real_path, record)
     bitmaps = bitmap_results(image) if image is not None else ()
     broken = [one.name for one in bitmaps if one.state == BitmapState.IN_USE]
     warnings = []
@@ -239,3 +231,24 @@ def finish_pivot(
         renamed=None,
         warnings=tuple(warnings),
     )
+
+
+def _record_of_pivot(request: Request, journal: LiveJournal, target: Target) -> MergedRecord:
+    """What is to be deleted, or, as nothing may be merged from it any more, is left."""
+    base, top = target.base, target.chain.top.real_path
+    merged = [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+    record = MergedRecord(
+        top=str(top),
+        base=str(base.real_path),
+        result=str(base.real_path),
+        result_format=base.format,
+        result_identity=identify(base.real_path),
+        keep_name=False,
+        delete=[],
+        request=request.recorded(base.path),
+    )
+    doomed = [one for one in merged if not Path(one.path).is_block_device()]
+    if doomed and (request.options.delete or journal.delete):
+        return msgspec.structs.replace(record, delete=doomed)
+    superseded = Superseded(merged, data_changed(top))
+    return msgspec.structs.replace(record, superseded=superseded)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from chainmerge.records.identity import ImageIdentity
+    from chainmerge.records.request import RecordedRequest
 
 UNKNOWN: Final = "unknown"
 _SAVED: Final = f".{saved_bitmaps.SUFFIX}"
@@ -50,6 +51,7 @@ _MERGED: Final = f".{merged_record.SUFFIX}"
 _JOURNAL: Final = f".{merge_journal.SUFFIX}"
 _LIVE: Final = f".{live_journal.SUFFIX}"
 _DISKS: Final = f".{disks.SUFFIX}"
+_SUFFIXES: Final = (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
 # A tree of images has a few; a search of "/" has to end.
 _MOST_DIRECTORIES: Final = 50_000
 _MOST_SENTENCES: Final = 20
@@ -203,16 +205,28 @@ def _found_in(directories: Iterable[Path]) -> Iterator[UnfinishedMerge]:
     for file in [file for directory in directories for file in _files(directory)]:
         merge = _read(file)
         if merge is not None:
-            before = by_base.get(merge.base)
-            by_base[merge.base] = merge if before is None else _together(before, merge)
+            key = _base_of(file, merge)
+            before = by_base.get(key)
+            by_base[key] = merge if before is None else _together(before, merge)
     for merge in by_base.values():
         yield replace(merge, base_is_locked=_is_locked(Path(merge.base)))
+
+
+def _base_of(file: Path, merge: UnfinishedMerge) -> str:
+    """What files that tell of merges into the same base have in common.
+
+    Two volumes that are not there now may have had the same name, one after the other.
+    """
+    is_filed_by_base = file.parent == state_files.STATE_DIRECTORY and file.suffix != _MERGED
+    return file.stem if is_filed_by_base else merge.base
 
 
 def _files(directory: Path) -> list[Path]:
     """The small files in a directory, journals first: they say the most."""
     try:
-        files = sorted(directory.iterdir())
+        # Names alone: there can be a great many.
+        everything = os.listdir(directory)  # noqa: PTH208
+        names = sorted(name for name in everything if name.endswith(_SUFFIXES))
     except PermissionError:
         # Below what was asked for; that it was left out is said.
         return []
@@ -220,12 +234,7 @@ def _files(directory: Path) -> list[Path]:
         if directory == state_files.STATE_DIRECTORY:
             return []
         raise SearchPathUnusable(str(directory), reason_of(error)) from error
-    return [
-        file
-        for suffix in (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
-        for file in files
-        if file.name.endswith(suffix)
-    ]
+    return [directory / name for suffix in _SUFFIXES for name in names if name.endswith(suffix)]
 
 
 def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
@@ -264,8 +273,8 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
     journal = read_journal(file)
     if journal is None:
         return None
-    base, top = journal.base.path, journal.top.path
     where = _where_base_is(journal)
+    base, top = journal.base.path if where is None else str(where), journal.top.path
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
     if where is None:
@@ -290,21 +299,29 @@ def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
     if not journal.first_sector:
         return False, _PROGRESS[journal.state]
     try:
-        switched = first_sector_of(base) == journal.first_sector
+        sector = first_sector_of(base)
     except ChainmergeError as error:
         return None, f"{_PROGRESS[journal.state]}; base cannot be read: {error.sentence}"
-    if switched:
+    if sector == journal.first_sector:
         return True, _PROGRESS[journal.state]
-    if journal.state is JournalState.SWITCHING:
+    if journal.state is JournalState.SWITCHING and journal.old_sector in ("", sector):
         return False, "everything was written and verified, and base is the old image"
+    if journal.state is JournalState.SWITCHING:
+        return None, "base was about to be switched, and its header has been changed since"
     return None, "base held everything, and its header has been changed since"
 
 
 def _where_base_is(journal: Journal) -> Path | None:
     """Where base is: under its name, or under that of top already."""
-    for path in (journal.base.path, *journal.rename[1:]):
-        if _may_be_at(path, journal.base):
-            return Path(path)
+    return _where_is(journal.base, journal.request, *journal.rename[1:])
+
+
+def _where_is(image: ImageIdentity, request: RecordedRequest | None, *more: str) -> Path | None:
+    """Where an image is now: a device can have got another number since."""
+    named = () if request is None else request.bases
+    for path in (image.path, *more, *named):
+        if _may_be_at(path, image):
+            return Path(os.path.realpath(path))
     return None
 
 
@@ -319,8 +336,9 @@ def _of_live_merge(file: Path) -> UnfinishedMerge | None:
     journal = read_live_journal(file)
     if journal is None:
         return None
-    base, top = journal.base.path, journal.top.path
-    there = _may_be_at(base, journal.base)
+    where = _where_is(journal.base, journal.request)
+    there = where is not None
+    base, top = str(where or journal.base.path), journal.top.path
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
     command, warnings = cold, [f"if the VM still runs, `{resume}` is what carries it on"]
@@ -348,7 +366,7 @@ def _of_saved(file: Path) -> UnfinishedMerge | None:
     if request is None:
         copying += ": the command that was interrupted finishes it"
     return UnfinishedMerge(
-        base=saved.base.path,
+        base=str(_where_is(saved.base, request) or saved.base.path),
         top=None if request is None else os.path.realpath(request.tops[0]),
         state=UNKNOWN,
         progress=copying,
@@ -419,7 +437,7 @@ def _of_disk(file: Path) -> UnfinishedMerge | None:
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     """A file of which not even the image can be told, but by its own name."""
-    suffix = next(one for one in (_JOURNAL, _LIVE, _MERGED, _SAVED) if file.name.endswith(one))
+    suffix = next(one for one in _SUFFIXES if file.name.endswith(one))
     name = file.name.removesuffix(suffix)
     beside = file.with_name(name.removeprefix("."))
     is_image = file.parent != state_files.STATE_DIRECTORY

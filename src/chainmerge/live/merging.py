@@ -39,13 +39,13 @@ from chainmerge.records.live_journal import (
     load_live_journal,
     save_live_journal,
 )
-from chainmerge.records.merge_journal import journal_file, load_journal
+from chainmerge.records.merge_journal import journal_file
 from chainmerge.records.merged_record import load_merged_record
+from chainmerge.records.remains import read_remains
 from chainmerge.records.request import recorded, resume_command_of
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
     SavedBitmaps,
-    load_saved_bitmaps,
     save_bitmaps,
     saved_bitmaps_file,
 )
@@ -259,11 +259,14 @@ def _journal_for(vm: LiveDisk, top: Path, base: Path | None) -> LiveJournal | No
 def _left_behind(live: LiveTarget) -> Iterator[ChainmergeError]:
     """What other merges have left beside base that must not be lost."""
     base = live.target.base.real_path
-    if load_live_journal(base) is not None:
+    remains = read_remains(base, live.target.chain.top.real_path)
+    if remains.live is not None:
         yield UnfinishedMergeFound(str(base), str(live_journal_file(base)))
-    if load_journal(base) is not None:
+    if remains.journal_problem is not None:
+        yield remains.journal_problem
+    elif remains.journal is not None:
         yield UnfinishedMergeFound(str(base), str(journal_file(base)))
-    elif load_saved_bitmaps(base) is not None:
+    elif remains.usable_saved is not None:
         yield UnfinishedMergeFound(str(base), str(saved_bitmaps_file(base)))
 
 

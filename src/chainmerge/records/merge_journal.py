@@ -134,9 +134,10 @@ class Journal(msgspec.Struct, frozen=True):
     ``overlays`` are the merged images, lowest first; ``children`` those that stand on top.
     ``spent`` are the names of tombstones that only top needs. ``first_sector`` is the SHA-256
     digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
-    known. ``boot`` tells one run of the machine from another. ``placement`` says where data goes
-    that base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that
-    is not recorded. ``request`` is what was asked for, where that is recorded.
+    known. ``old_sector`` is that of base before the switch, empty where it is not recorded.
+    ``boot`` tells one run of the machine from another. ``placement`` says where data goes that
+    base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that is not
+    recorded. ``request`` is what was asked for, where that is recorded.
     """
 
     version: int
@@ -153,6 +154,7 @@ class Journal(msgspec.Struct, frozen=True):
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
     placement: str = ""
+    old_sector: str = ""
     request: RecordedRequest | None = None
 
     @property

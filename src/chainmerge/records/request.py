@@ -207,7 +207,8 @@ def _lasting_name_of(node: str, device: int) -> str:
             continue
         for link in found:
             try:
-                if link.stat().st_rdev == device:
+                status = link.stat()
+                if stat.S_ISBLK(status.st_mode) and status.st_rdev == device:
                     return str(link)
             except OSError:
                 continue
