@@ -24,7 +24,6 @@ from chainmerge.inspection import (
     bitmaps_of,
     find_target,
     gather_bitmaps,
-    load_saved,
     open_chain,
     policy_of,
     storable_granularity,
@@ -45,6 +44,7 @@ from chainmerge.options import Access
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.results import bitmap_results
 from chainmerge.storage.files import FileReadable, read_anew
 from chainmerge.storage.limits import allow_open_files
@@ -282,7 +282,9 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
         read_anew(target.base.path)
         target = find_target(top, base, access)
         with open_chain(target.chain) as opened:
-            decisions = gather_bitmaps(target, opened, load_saved(target), top_stays=True).decisions
+            decisions = gather_bitmaps(
+                target, opened, load_saved_bitmaps(target.base.real_path), top_stays=True
+            ).decisions
             edit = _Edit(opened.images[target.base_index], target.relatives)
             before = bitmaps_of(edit.opened).occurrences
             stale = {

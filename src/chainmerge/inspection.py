@@ -51,8 +51,9 @@ from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.remembered import MappingMemory
 from chainmerge.readability import require_data_in_files
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, load_saved_bitmaps
+from chainmerge.records.errors import LeftoverUnclear
+from chainmerge.records.identity import Sameness, compare, identify
+from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, saved_bitmaps_file
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files
@@ -260,7 +261,10 @@ def gather_bitmaps_to_pull(target: Target, opened: OpenChain) -> BitmapFacts:
 def gather_bitmaps(
     target: Target, opened: OpenChain, saved: SavedBitmaps | None, *, top_stays: bool
 ) -> BitmapFacts:
-    """Decide on every bitmap, and unite the bits of those that are kept."""
+    """Decide on every bitmap, and unite the bits of those that are kept.
+
+    Raises LeftoverUnclear.
+    """
     on_disk = tuple(bitmaps_of(image) for image in opened.images)
     base_index = target.base_index
     saved_bits, warnings = _usable_saved(target, opened, on_disk, saved)
@@ -306,23 +310,32 @@ def _usable_saved(
 
     None stands for a name that base did not have: where base has it now, in whatever state, the
     interrupted merge has put it there.
+
+    Raises LeftoverUnclear.
     """
     if saved is None:
         return {}, ()
     base, overlay = on_disk[target.base_index], on_disk[target.base_index + 1]
-    same = same_image(saved.base, identify(target.base.real_path)) and same_image(
-        saved.overlay, identify(target.overlay.real_path)
+    answers = (
+        compare(saved.base, identify(target.base.real_path)),
+        compare(saved.overlay, identify(target.overlay.real_path)),
     )
+    same = all(answer is Sameness.SAME for answer in answers)
+    unclear = not same and Sameness.OTHER not in answers
     usable: dict[str, BitSet | None] = {}
     lost: list[str] = []
     for bitmap in saved.bitmaps:
         state = base.state(bitmap.name)
         needed = state in (BitmapState.DISABLED, BitmapState.IN_USE)
         if bitmap.in_base is None:
+            if state is not BitmapState.ABSENT and unclear:
+                raise _unclear(target, answers)
             if same and state is not BitmapState.ABSENT:
                 usable[bitmap.name] = None
         elif needed and same and _still_covers(opened, target, overlay, bitmap):
             usable[bitmap.name] = bitmap.in_base
+        elif needed and unclear:
+            raise _unclear(target, answers)
         elif needed:
             lost.append(bitmap.name)
     if not lost:
@@ -333,6 +346,14 @@ def _usable_saved(
         "lost, and the next backup that builds on them must be a full one"
     )
     return usable, (warning,)
+
+
+def _unclear(target: Target, answers: tuple[Sameness, Sameness]) -> LeftoverUnclear:
+    """That nothing tells whether what is saved belongs to this chain."""
+    image = target.base if answers[0] is Sameness.UNKNOWN else target.overlay
+    file = saved_bitmaps_file(target.base.real_path)
+    consequence = "the next backup that builds on the bitmaps that it holds must be a full one"
+    return LeftoverUnclear(str(file), str(image.path), consequence)
 
 
 def _still_covers(
@@ -381,11 +402,6 @@ def storable_granularity(disk_size: int, wanted: int) -> int:
     while granularity < MAX_GRANULARITY and not is_storable(disk_size, granularity):
         granularity *= 2
     return granularity
-
-
-def load_saved(target: Target) -> SavedBitmaps | None:
-    """The bitmaps that an interrupted merge into base has saved."""
-    return load_saved_bitmaps(target.base.real_path)
 
 
 @dataclass(frozen=True, slots=True)

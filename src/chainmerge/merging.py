@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,16 +39,14 @@ from chainmerge.inspection import (
     find_target,
     gather_bitmaps,
     gather_bitmaps_to_pull,
-    load_saved,
     measure_guest_bytes,
     movement_of,
     open_chain,
 )
 from chainmerge.job_journal import record_switched
 from chainmerge.live_leftovers import (
+    finish_pivot,
     forget_left_behind,
-    journal_of,
-    pivot_to_finish,
     require_clear,
 )
 from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
@@ -72,21 +71,23 @@ from chainmerge.planning import (
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
+from chainmerge.records.changes import data_changed
 from chainmerge.records.disks import forget_entry
+from chainmerge.records.errors import MergedBefore
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.records.identity import same_image
 from chainmerge.records.live_journal import forget_live_journal
-from chainmerge.records.merge_journal import JournalState, enter, forget_journal, journal_file
-from chainmerge.records.merged_record import MergedRecord, load_merged_record, merged_record_file
-from chainmerge.records.saved_bitmaps import (
-    forget_saved_bitmaps,
-    load_saved_bitmaps,
-    saved_bitmaps_file,
-)
+from chainmerge.records.merge_journal import JournalState, enter, forget_journal
+from chainmerge.records.merged_record import MergedRecord, load_merged_record, note_deleted
+from chainmerge.records.remains import Remains, is_anything_left, is_left_over, read_remains
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.removals import look_at_removals
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
-    find_resumption,
+    HoldsEverything,
+    ToBeMerged,
+    TookEffectInVm,
+    find_ending,
     finish_journalled,
     finish_recorded,
     require_removable,
@@ -97,6 +98,7 @@ from chainmerge.settle import (
     delete_superseded,
     finished_before,
     give_back,
+    not_deleted,
     require_unused,
     settle,
 )
@@ -117,6 +119,7 @@ from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
+    from chainmerge.records.saved_bitmaps import SavedBitmaps
     from chainmerge.storage.volumes import VolumeFacts
 
 
@@ -171,8 +174,13 @@ def plan_beside(
     """
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
+    saved = load_saved_bitmaps(target.base.real_path)
+    record = load_merged_record(target.chain.top.real_path)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, access, options, _never, claims).facts
+        facts = _gather(target, opened, access, options, saved, _never, claims).facts
+        if _was_merged_before(target, facts, record, access) and _base_changed_since(record):
+            equal = _holds_content(target, opened, facts, options, _never)
+            obstacles += () if equal else (_merged_before(target),)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     return decided, facts.volume.claim(decided.space.required)
 
@@ -190,8 +198,9 @@ def measure(
     """
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
+    saved = load_saved_bitmaps(target.base.real_path)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, access, options, _never, {}).facts
+        facts = _gather(target, opened, access, options, saved, _never, {}).facts
     space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
@@ -282,7 +291,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
-    if _left_something(target):
+    if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # What an earlier run put on base may turn out to be a child of top, to be locked, too.
         _read_from_storage(target, request.options)
         target = _find(request)
@@ -291,19 +300,20 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     _read_from_storage(target, request.options)
     target = _same_target(target, request)
     base = target.base.real_path
-    if journal_of(target) is not None:
-        opened = stack.enter_context(open_chain(target.chain, locks))
-        finish_pivot = pivot_to_finish(request, target, opened)
-        if finish_pivot is not None:
-            return Prepared(base, None, {}, finish_pivot)
-    resumption = find_resumption(request, target)
-    if resumption.journal is not None:
-        require_removable(request, target, resumption.journal)
-        finish = partial(finish_journalled, request, target, resumption.journal)
-        return Prepared(base, None, {}, finish)
+    remains = read_remains(base, target.chain.top.real_path)
     opened = stack.enter_context(open_chain(target.chain, locks))
+    match find_ending(request, target, opened, remains):
+        case TookEffectInVm(journal):
+            finish = partial(finish_pivot, request, journal, target, opened)
+            return Prepared(base, None, {}, finish)
+        case HoldsEverything(journal):
+            require_removable(request, target, journal)
+            finish = partial(finish_journalled, request, target, journal)
+            return Prepared(base, None, {}, finish)
+        case ToBeMerged(warnings):
+            pass
     request.announce(Stage.PLAN)
-    found = _gather_to_merge(target, opened, request, resumption.warnings)
+    found = _gather_to_merge(target, opened, request, remains, warnings)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
     if has_encrypted(target.chain):
@@ -339,20 +349,13 @@ def _read_from_storage(target: Target, options: MergeOptions) -> None:
     the memory. A switch that failed would be taken for one that was done, and top be deleted.
     """
     images = [image for image, mode in locks_needed(target, options) if mode is LockMode.WRITER]
-    if _left_something(target):
+    if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # Children of top that an earlier run has put on base are siblings of top now.
         images += target.relatives.siblings
     for image in images:
         # What cannot be opened for writing is refused with all other obstacles.
         with contextlib.suppress(Refused):
             read_anew(image.real_path)
-
-
-def _left_something(target: Target) -> bool:
-    """Whether an earlier run has left a file that says that it did not come to its end."""
-    base, top = target.base.real_path, target.chain.top.real_path
-    files = (journal_file(base), saved_bitmaps_file(base), merged_record_file(top))
-    return any(file.exists() for file in files)
 
 
 def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
@@ -440,11 +443,11 @@ def _gather(
     opened: OpenChain,
     access: Access,
     options: MergeOptions,
+    saved: SavedBitmaps | None,
     should_stop: ShouldStop,
     claims: Mapping[str, int],
 ) -> _Found:
     require_readable(target, opened)
-    saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
     volumes = measure_guest_bytes(target, opened)
     way = choose_direction(target, opened, volumes, options)
@@ -526,20 +529,26 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 
 
 def _gather_to_merge(
-    target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
+    target: Target,
+    opened: OpenChain,
+    request: Request,
+    remains: Remains,
+    warnings: Sequence[str],
 ) -> _Found:
-    found = _gather(
-        target, opened, request.access, request.options, request.should_stop, request.claims
-    )
+    options, should_stop = request.options, request.should_stop
+    saved = remains.usable_saved
+    found = _gather(target, opened, request.access, options, saved, should_stop, request.claims)
     facts = found.facts
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
     # Who stands on base can be one that is re-pointed already, bitmaps or not.
-    worth_comparing = bitmaps_are_there or bool(commits and target.relatives.siblings)
-    equal = worth_comparing and _holds_content(target, opened, facts, request)
+    before = _was_merged_before(target, facts, remains.record, request.access)
+    worth_comparing = bitmaps_are_there or before or bool(commits and target.relatives.siblings)
+    equal = worth_comparing and _holds_content(target, opened, facts, options, should_stop)
     merged = equal and bitmaps_are_there
     damage = () if merged else tuple(_damaged_sources(opened, facts))
-    obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
+    newer = (_merged_before(target),) if before and not equal else ()
+    obstacles = (*_not_writable(target, options), *newer, *facts.obstacles, *damage)
     facts = replace(
         facts,
         obstacles=obstacles,
@@ -577,7 +586,34 @@ def _holds_bitmaps(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> b
     return bitmap_difference(image, final_set(bitmaps, target.base.virtual_size)) is None
 
 
-def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request: Request) -> bool:
+def _was_merged_before(
+    target: Target, facts: MergeFacts, record: MergedRecord | None, access: Access
+) -> bool:
+    """Whether all of top went into base, so that what base lacks of it is old data."""
+    top = target.chain.top.real_path
+    if facts.direction is Direction.PULL or not is_left_over(record, target.base.real_path, top):
+        return False
+    return access.active is None or os.path.realpath(access.active) != str(top)
+
+
+def _base_changed_since(record: MergedRecord | None) -> bool:
+    if record is None or record.left is None:
+        return True
+    left = record.left
+    return left.base_since != data_changed(Path(record.base))
+
+
+def _merged_before(target: Target) -> MergedBefore:
+    return MergedBefore(str(target.chain.top.path), str(target.base.path))
+
+
+def _holds_content(
+    target: Target,
+    opened: OpenChain,
+    facts: MergeFacts,
+    options: MergeOptions,
+    should_stop: ShouldStop,
+) -> bool:
     """Whether base shows what top shows: an earlier run has copied everything.
 
     The tables can rule it out in most cases; else content is compared up to the first
@@ -589,17 +625,18 @@ def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request
     if facts.result_check is not None and not facts.result_check.sound:
         return False
     if has_encrypted(target.chain):
-        return _holds_encrypted_content(target, request)
+        return _holds_encrypted_content(target, options, should_stop)
     merged, whole, size = opened.view(0, target.base_index + 1), opened.view(), top.virtual_size
-    return first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
+    return first_difference(merged, whole, 0, size, should_stop=should_stop) is None
 
 
-def _holds_encrypted_content(target: Target, request: Request) -> bool:
-    options = request.options
+def _holds_encrypted_content(
+    target: Target, options: MergeOptions, should_stop: ShouldStop
+) -> bool:
     if any(key_obstacles(target.chain, options)):
         return False
     where = target.base_index
-    return encrypted_difference(target.chain, where, options, request.should_stop) is None
+    return encrypted_difference(target.chain, where, options, should_stop) is None
 
 
 def _start(job: Job) -> MergeReport:
@@ -648,10 +685,14 @@ def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
 
 def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     """Delete what top does not need any more; nobody has to be re-pointed."""
-    job.request.announce(Stage.SETTLE)
     top = job.facts.top
+    job.request.begin_to_settle(str(top.path))
     record = load_merged_record(top.real_path)
-    deleted = delete_recorded(record) if record is not None else ()
+    deleted: tuple[str, ...] = ()
+    if record is not None:
+        held = frozenset(image.identity for image in job.facts.merged_images)
+        deleted = delete_recorded(record, held)
+        note_deleted(top.real_path, record)
     warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
     result = top.real_path
     return _report(
@@ -664,7 +705,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         return _settle_pull(job, copied, verified)
     request, facts, plan = job.request, job.facts, job.plan
     journal = record_switched(job)
-    request.announce(Stage.SETTLE)
+    request.begin_to_settle(str(facts.base.path))
     steps = SettleSteps(
         base=facts.base,
         top=facts.top,
@@ -674,7 +715,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         above=(*facts.relatives.children, facts.top),
         going=going(facts, request.options),
     )
-    settled = settle(steps, journal)
+    settled = settle(steps, journal, job.recorded_request)
     warnings = [*plan.warnings, *settled.warnings]
     journal = enter(settled.journal, JournalState.TIDY)
     if settled.top_is_gone:
@@ -715,7 +756,9 @@ def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
         deleted += delete_superseded(record)
     _forget_bitmaps_saved_for(record)
     forget_left_behind(record)
-    warnings = tuple(finish_recorded(request, record))
+    warnings = (*not_deleted(record), *finish_recorded(request, record))
+    if not any(not_deleted(record)):
+        note_deleted(request.top, record)
     images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
     verified = (verified_before(*images),)
     result = Path(record.result)

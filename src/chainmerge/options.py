@@ -71,6 +71,8 @@ class Access:
         search: More directories to look for siblings and children in.
         active: The chain's top end, where it is not found by itself.
         lock_wait: Seconds to wait for image locks that others hold.
+        activate: Whether the caller has the chain's logical volumes active for as long as this
+            takes; who finishes an interrupted merge has to do so, too. The command line does it.
     """
 
     formats: Mapping[str, str] = field(default_factory=_nothing_declared)
@@ -79,6 +81,7 @@ class Access:
     search: tuple[str, ...] = ()
     active: str | None = None
     lock_wait: float = 10.0
+    activate: bool = False
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable for what no option can be."""

@@ -9,6 +9,7 @@ journal, where there is one, is told of each step before it begins.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.chain import ImageInfo, find_users, open_for_writing
+from chainmerge.chain import ImageInfo, find_users, identity_of, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
@@ -24,16 +25,20 @@ from chainmerge.plan_errors import CannotTakeAway, LeftoverInUse
 from chainmerge.planning import MergeFacts, Repoint, deleted_images, going
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.live_journal import data_changed
+from chainmerge.records.changes import data_changed, is_there, stands_on, what_stands_at
+from chainmerge.records.errors import LeftoverUnclear
+from chainmerge.records.identity import Sameness, identify, same_image
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.records.merged_record import (
     DoomedImage,
     DoomedLink,
+    LeftInPlace,
     MergedRecord,
     Pulled,
     Superseded,
     forget_merged_record,
+    merged_record_file,
+    note_deleted,
     record_merged,
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
@@ -45,7 +50,9 @@ from chainmerge.storage.removal import removal_obstacle
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from chainmerge.chain import Identity
     from chainmerge.options import Access, MergeOptions
+    from chainmerge.records.request import RecordedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +89,8 @@ class Settled:
     warnings: tuple[str, ...] = ()
 
 
-def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
-    """Do all of it.
+def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest | None) -> Settled:
+    """Do all of it. *request* is what was asked for.
 
     Raises what :func:`chainmerge.engines.metadata.change_backing` raises, OSError, Failed.
     """
@@ -91,7 +98,7 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     journal = enter(journal, JournalState.REPOINT)
     repointed = repoint(steps.repoint, steps.above)
     journal = enter(journal, JournalState.RECORD)
-    record = record_intent(steps)
+    record = record_intent(steps, request)
     warnings: tuple[str, ...] = ()
     if steps.keep_name:
         journal = enter(journal, JournalState.RENAME)
@@ -99,10 +106,14 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     deleted: tuple[str, ...] = ()
     if record is not None:
         journal = enter(journal, JournalState.DELETE)
-        deleted = delete_recorded(record)
+        deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
     forget_saved_bitmaps(base)
+    if record is None:
+        record_left(steps, request)
+    else:
+        note_deleted(steps.top.real_path, record)
     return Settled(repointed, deleted, record is not None, journal, warnings)
 
 
@@ -120,15 +131,36 @@ def repoint(
     return tuple(change.child for change in repoints)
 
 
-def record_intent(steps: SettleSteps) -> MergedRecord | None:
+def _identities(images: Sequence[ImageInfo]) -> frozenset[Identity]:
+    return frozenset(image.identity for image in images)
+
+
+def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord | None:
     """Record what is going to be renamed and deleted; None where nothing is."""
     top = steps.top.real_path
     if not (steps.keep_name or steps.doomed):
         # A record of an older merge under this name says nothing about this one.
         forget_merged_record(top)
         return None
-    record = MergedRecord(
-        top=str(top),
+    record = _record_of(steps, request)
+    record_merged(top, record)
+    return record
+
+
+def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
+    """Record that top stays, and that all of it is in base: who merges it again may be wrong.
+
+    Where there is no place for that a rerun looks at the images, as ever.
+    """
+    top, base = steps.top.real_path, steps.base.real_path
+    left = LeftInPlace(identify(top), data_changed(top), data_changed(base))
+    with contextlib.suppress(ChainmergeError):
+        record_merged(top, msgspec.structs.replace(_record_of(steps, request), left=left))
+
+
+def _record_of(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord:
+    return MergedRecord(
+        top=str(steps.top.real_path),
         base=str(steps.base.real_path),
         result=str(steps.result),
         result_format=steps.base.format,
@@ -136,14 +168,16 @@ def record_intent(steps: SettleSteps) -> MergedRecord | None:
         keep_name=steps.keep_name,
         delete=_doomed(steps.doomed, steps.going),
         links=_links(steps.going),
+        request=request,
     )
-    record_merged(top, record)
-    return record
 
 
-def record_pull(facts: MergeFacts, options: MergeOptions, backing: str | None) -> None:
+def record_pull(
+    facts: MergeFacts, options: MergeOptions, backing: str | None, request: RecordedRequest | None
+) -> None:
     """Record a pull before the switch that makes *backing* top's backing file."""
     top = facts.top.real_path
+    onto = None if backing is None else identify(facts.chain.images[facts.base_index - 1].real_path)
     goes = going(facts, options)
     record = MergedRecord(
         top=str(top),
@@ -153,8 +187,9 @@ def record_pull(facts: MergeFacts, options: MergeOptions, backing: str | None) -
         result_identity=identify(top),
         keep_name=False,
         delete=_doomed(deleted_images(facts, options), goes),
-        pulled=Pulled(backing),
+        pulled=Pulled(backing, onto),
         links=_links(goes),
+        request=request,
     )
     record_merged(top, record)
 
@@ -217,7 +252,7 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
     doomed = list(record.delete)
     if options.delete and record.superseded is not None:
         doomed += record.superseded.images
-    paths = [Path(one.path) for one in doomed if _is_still(one)]
+    paths = [Path(one.path) for one in doomed if is_there(one.identity)]
     for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
         obstacle = removal_obstacle(path)
         if obstacle is not None:
@@ -236,19 +271,19 @@ def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
         raise LeftoverInUse(base, ", ".join(map(str, doomed)), ", ".join(map(str, users)))
 
 
-def _is_still(doomed: DoomedImage) -> bool:
-    try:
-        return same_image(identify(Path(doomed.path)), doomed.identity)
-    except FileNotFoundError:
-        return False
+def delete_recorded(
+    record: MergedRecord, held: frozenset[Identity] = frozenset()
+) -> tuple[str, ...]:
+    """Delete the files that a record names, each only if it is certainly the same, then the links.
 
-
-def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
-    """Delete the files that a record names, each only if it is still the same, then the links."""
+    *held* are those that the caller has had open all the time.
+    """
     deleted = []
     for doomed in record.delete:
-        if _is_still(doomed):
-            path = Path(doomed.path)
+        path = Path(doomed.path)
+        answer = what_stands_at(path, doomed.identity)
+        is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
+        if answer is Sameness.SAME or is_held:
             path.unlink()
             fsync_directory(path.parent)
             deleted.append(doomed.path)
@@ -270,6 +305,16 @@ def _is_still_there(link: DoomedLink) -> bool:
     return path.is_symlink() and os.readlink(path) == link.text  # noqa: PTH115
 
 
+def not_deleted(record: MergedRecord) -> Iterator[str]:
+    """What a record names and nobody can tell whether it is still that image, a warning each."""
+    for doomed in record.delete:
+        if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
+            yield (
+                f"{doomed.path} was to be deleted, and nothing tells whether what stands there "
+                "now is still that image: it is left"
+            )
+
+
 def finished_before(
     record: MergedRecord | None,
     top: Path,
@@ -285,6 +330,9 @@ def finished_before(
         base: see there.
         options: see there.
         active: what the guest is said to write to; None if nobody has said.
+
+    Raises:
+        LeftoverUnclear: nothing tells whether the result is still the image that it was.
     """
     if record is None:
         return False
@@ -292,20 +340,40 @@ def finished_before(
         return False
     if base is not None and not record.names_base(base):
         return False
-    try:
-        if not same_image(identify(Path(record.result)), record.result_identity):
-            return False
-    except FileNotFoundError:
+    result = what_stands_at(record.result, record.result_identity)
+    if result is Sameness.OTHER:
         return False
     if record.pulled is not None:
         read_anew(record.result)
-        return stands_on(Path(record.result), record.pulled.backing)
+        if not is_pulled(record, record.pulled, top):
+            return False
+    elif record.superseded is None and not record.keep_name and top.exists():
+        return False
+    if result is Sameness.UNKNOWN:
+        file = str(merged_record_file(top))
+        raise LeftoverUnclear(file, record.result, "no image is changed by that")
+    if record.pulled is not None:
+        return True
     if record.superseded is not None:
         in_base = active is not None and os.path.realpath(active) == record.base
         return _is_superseded(record.superseded, top, in_base=in_base)
-    if record.keep_name:
+    return True
+
+
+def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:
+    """Whether *top*, as it is reached, stands on what it stands on once the pull is done.
+
+    Raises what opening and reading an image raises.
+    """
+    if not stands_on(top, pulled.backing):
+        return False
+    if pulled.onto is None or pulled.backing is None:
         return True
-    return not top.exists()
+    if any(is_there(one.identity) for one in record.delete):
+        # It has not come to its end, so that this is no later pull.
+        return True
+    backing = top.parent / pulled.backing.removeprefix("file:")
+    return not backing.exists() or what_stands_at(backing, pulled.onto) is not Sameness.OTHER
 
 
 def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
@@ -316,7 +384,7 @@ def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
     """
     try:
         is_left = same_image(identify(top), superseded.images[0].identity)
-    except OSError:
+    except (OSError, ValueError):
         return True
     if not superseded.since:
         return is_left and in_base
@@ -334,12 +402,6 @@ def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
 
 def _may_pull(options: MergeOptions) -> bool:
     return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
-
-
-def stands_on(image: Path, backing: str | None) -> bool:
-    """Whether the image's header names *backing* as its backing file."""
-    with FileReadable(image) as readable:
-        return Qcow2Image(readable).header.backing_name == backing
 
 
 def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:

@@ -605,7 +605,9 @@ class UnfinishedMerge:
         base_holds_data: Whether base holds the data of all merged images already, None where only
             a look at all of it could tell.
         base_is_locked: Whether somebody has base open now: perhaps this merge still runs.
-        command: What finishes it, for a shell; None where no file says what was asked for.
+        command: What finishes it, for a shell; None where no file says what was asked for. Of a
+            live merge it is what carries it on in the VM if somebody has base open, else what
+            finishes it without the VM; the other one is in ``warnings``.
         files: The files that tell of it.
         warnings: What the user should know, a sentence each.
         disks: The tops of all disks that are merged together, where it is one of several.
@@ -629,13 +631,16 @@ class StatusReport:
 
     Attributes:
         version: Version of this document.
-        searched: The directories that were looked at.
+        searched: The directories that were looked at. Those that were asked for were searched
+            with everything below, links left out.
         merges: What was found, in the order of base's path.
+        not_searched: What below them was not looked at, and why, a sentence each.
     """
 
     version: int
     searched: tuple[str, ...]
     merges: tuple[UnfinishedMerge, ...]
+    not_searched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

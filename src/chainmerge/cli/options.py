@@ -129,7 +129,7 @@ def access_options(function: Function[R]) -> Function[R]:
     def command(*args: Any, activate: bool, **kwargs: Any) -> R:
         chosen = {name: kwargs.pop(name) for name in _ACCESS_FIELDS}
         chosen["formats"] = dict(chosen["formats"])
-        access = Access(**chosen)
+        access = Access(**chosen, activate=activate)
         with contextlib.ExitStack() as stack:
             if activate:
                 _activate_volumes(stack, access, kwargs)
