@@ -102,8 +102,10 @@ class MergeOptions:
         verify: ``full`` reads back what was copied and compares the guest-visible content of
             base with top's view; ``metadata`` trusts the storage with the copy and checks
             bitmaps and refcounts only.
-        delete: Delete the merged images above base once the result is verified.
-        keep_name: Give base the name of top afterwards (files only).
+        delete: Delete the merged images once the result is verified; with them their external
+            data files, where nobody else uses those, and the links by which they were reached.
+        keep_name: Have the result under the name of top (files only): after a commit base takes
+            the place of top's file. Nothing else is deleted without ``delete``.
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
         engine: Who writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from

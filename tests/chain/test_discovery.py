@@ -368,7 +368,8 @@ def test_an_undeclared_raw_backing_file_is_not_guessed(images: Path) -> None:
     overlay(images / "undeclared", "disk", None)
     error = refusal(FormatMissing, images, lambda: discover(images / "undeclared", PLAIN))
     assert f"--format {images / 'disk'}=raw" in error.advice
-    assert f"qemu-img rebase -u -F raw -b 'disk' {images / 'undeclared'}" in error.advice
+    relink = f"relink {images / 'undeclared'} --backing {images / 'disk'} --format"
+    assert f"`chainmerge {relink} {images / 'disk'}=raw`" in error.advice
 
     policy = ChainPolicy(formats={images / "disk": "raw"})
     root = discover(images / "undeclared", policy).root

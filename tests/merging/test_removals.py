@@ -183,6 +183,29 @@ def test_a_name_that_is_a_mount_stays(tmp_path: Path) -> None:
         assert_refused(top, CannotTakeAway, MergeOptions(delete=True))
 
 
+@pytest.mark.parametrize("end", ["delete", "keep-name"])
+def test_top_on_a_read_only_mount(tmp_path: Path, end: str) -> None:
+    """What is only read may be there, and cannot be taken away."""
+    base = create(tmp_path / "base.qcow2", 8 * MIB)
+    place = tmp_path / "read-only"
+    place.mkdir()
+    top = create(place / "top.qcow2", backing=str(base))
+    qemu_io(top, "write -P 2 1M 1M")
+    access, expected = Access(allow_backing=(str(tmp_path),)), content(top)
+    options = MergeOptions(**ENDS[end])
+    before = base.read_bytes()
+    with mounted_over(place, place):
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        plan = chainmerge.plan(top, access=access, options=options)
+        refusals = {refusal.code: refusal.sentence for refusal in plan.refusals}
+        assert "mounted read-only" in refusals[CannotTakeAway.code]
+        with pytest.raises(Refused):
+            chainmerge.merge(top, access=access, options=options)
+        assert base.read_bytes() == before
+        chainmerge.merge(top, access=access)
+    assert content(base) == expected
+
+
 def test_no_rename_from_one_mount_to_another(tmp_path: Path) -> None:
     """Also where both are of one file system."""
     store, vm = tmp_path / "store", tmp_path / "vm"

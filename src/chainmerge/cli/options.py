@@ -165,13 +165,14 @@ def merge_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--delete",
         is_flag=True,
-        help="Delete the merged images once all is verified.",
+        help="Delete the merged images once all is verified, with their data files and with links "
+        "that would lead nowhere.",
         panel=_MERGING,
     )
     @click.option(
         "--keep-name",
         is_flag=True,
-        help="Give base the name of TOP afterwards (files only).",
+        help="Have the result under the name of TOP, in place of TOP's file (files only).",
         panel=_MERGING,
     )
     @click.option(

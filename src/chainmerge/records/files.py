@@ -171,8 +171,11 @@ def remove_durably(file: Path) -> None:
     """Remove a file for good; nothing happens where there is none."""
     try:
         file.unlink()
-    except FileNotFoundError:
-        return
+    except OSError:
+        # A file system that is mounted read-only says so before it looks for the name.
+        if not os.path.lexists(file):
+            return
+        raise
     fsync_directory(file.parent)
 
 
