@@ -17,6 +17,7 @@ from chainmerge.inspection import (
     open_chain,
     storable_granularity,
 )
+from chainmerge.internal_snapshots import look_at_snapshots_live
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
@@ -88,6 +89,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             tuple(_shapes(live, decisions, final_bits)),
         )
         found = tuple(obstacles(vm, live, opened))
+        snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -109,6 +111,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         spaces=survey.spaces,
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
         warnings=tuple(_warnings(live)),
+        snapshots=snapshots,
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)
