@@ -34,18 +34,23 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from chainmerge.chain import open_image
 from chainmerge.engines.metadata import SnapshotRemoval, plan_snapshot_removal
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction
+from chainmerge.plan_errors import ChildSeesMore
 from chainmerge.planning import SnapshotViews
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.extents import distinct
+from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.snapshots import Snapshot, image_of_snapshot, read_snapshots
 from chainmerge.view import GuestView, in_step, layer_of_qcow2
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
     from chainmerge.inspection import OpenChain, OpenImage, Target
@@ -144,6 +149,32 @@ def look_at_snapshots_live(
         )
         for index in judge.holders
     )
+
+
+def children_with_larger_snapshots(target: Target) -> Iterator[ChildSeesMore]:
+    """Children of top whose snapshots have larger disks than top, where base has one, too.
+
+    Of children that are larger themselves the plan knows already.
+    """
+    base, top = target.base, target.chain.top
+    if base.virtual_size <= top.virtual_size:
+        return
+    for child in target.relatives.children:
+        if child.header is None or not child.header.snapshot_count:
+            continue
+        with open_image(child) as readable:
+            largest = max(
+                read_snapshots(Qcow2Image(readable)), key=lambda snapshot: snapshot.disk_size
+            )
+        if largest.disk_size > top.virtual_size >= child.virtual_size:
+            yield ChildSeesMore(
+                str(base.path),
+                str(top.path),
+                f"internal snapshot {largest.label!r} of {child.path}",
+                base.virtual_size,
+                top.virtual_size,
+                largest.disk_size,
+            )
 
 
 def _removal(image: OpenImage, positions: frozenset[int]) -> SnapshotRemoval:

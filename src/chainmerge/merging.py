@@ -44,7 +44,7 @@ from chainmerge.inspection import (
     movement_of,
     open_chain,
 )
-from chainmerge.internal_snapshots import look_at_snapshots
+from chainmerge.internal_snapshots import children_with_larger_snapshots, look_at_snapshots
 from chainmerge.job_journal import record_switched
 from chainmerge.live_leftovers import (
     forget_left_behind,
@@ -504,6 +504,7 @@ def _gather(
         chosen.obstacle,
         survey.obstacle,
         *snapshots.obstacles,
+        *(children_with_larger_snapshots(target) if way.direction is Direction.COMMIT else ()),
         _too_many_files(target, chosen.engine),
         *key_obstacles(target.chain, options),
     )

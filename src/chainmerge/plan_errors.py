@@ -335,7 +335,7 @@ class SnapshotsWouldGo(Refused):
         "{option} would delete {image}, and with it the internal snapshots {names}"
     )
     hint: ClassVar[str] = (
-        "{instead}copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
         "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
     )
     explanation: ClassVar[str] = (
@@ -346,6 +346,12 @@ class SnapshotsWouldGo(Refused):
     names: str
     option: str
     instead: str
+    """Another way that changes none, as far as there is one."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.instead + super().advice
 
 
 @dataclass(eq=False)
@@ -357,7 +363,7 @@ class SnapshotsWouldChange(Refused):
         "the merge would change what the internal snapshots {names} of {image} show"
     )
     hint: ClassVar[str] = (
-        "{instead}copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
         "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
     )
     explanation: ClassVar[str] = (
@@ -370,6 +376,12 @@ class SnapshotsWouldChange(Refused):
     image: str
     names: str
     instead: str
+    """Another way that changes none, as far as there is one."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.instead + super().advice
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import chainmerge
 from chainmerge.errors import Refused
 from chainmerge.options import Access, DataChoice, DirectionChoice, EngineChoice, MergeOptions
 from chainmerge.plan_errors import (
+    ChildSeesMore,
     ImageDirty,
     MergeUnfinished,
     SnapshotsWouldChange,
@@ -178,6 +180,31 @@ def test_a_larger_disk_of_a_snapshot_counts(tmp_path: Path) -> None:
     assert chainmerge.plan(top, options=pull).snapshots[0].lost == ("large",)
 
 
+def test_a_snapshot_of_a_child_that_would_see_more_of_base(tmp_path: Path) -> None:
+    base = create(tmp_path / "base.qcow2", 16 * MIB)
+    qemu_io(base, "write -q -P 1 0 16M")
+    top = create(tmp_path / "top.qcow2", 8 * MIB, backing="base.qcow2")
+    qemu_io(top, "write -q -P 2 0 1M")
+    child = create(tmp_path / "child.qcow2", 16 * MIB, backing="top.qcow2")
+    snapshot(child, "large")
+    qemu_img("resize", "-q", "--shrink", child, "8M")
+    error = refusal(ChildSeesMore, tmp_path, lambda: chainmerge.merge(top))
+    assert (error.child, error.child_size) == (f"internal snapshot 'large' of {child}", 16 * MIB)
+    chainmerge.merge(top, options=MergeOptions(direction="pull"))
+    qemu_img("snapshot", "-a", "large", child)
+    assert content(child)[8 * MIB :] == bytes(8 * MIB)
+
+
+def test_children_keep_their_snapshots(tmp_path: Path) -> None:
+    base, top, child = chain_of(tmp_path, 3)
+    qemu_io(top, "write -q -P 9 3M 64k")
+    snapshot(child, "keep")
+    qemu_io(child, "write -q -P 10 0 4M")
+    before = shown(child, "keep")
+    chainmerge.merge(top, base, options=MergeOptions(delete=True))
+    assert shown(child, "keep") == before
+
+
 def test_base_keeps_its_snapshots_also_where_its_disk_grows(tmp_path: Path) -> None:
     _, base, top = chain_of(tmp_path, 3)
     snapshot(base, "keep")
@@ -249,6 +276,29 @@ def test_the_plan_says_what_comes_free(tmp_path: Path) -> None:
     chainmerge.merge(top, options=DROP)
     assert (before - top.stat().st_blocks) * 512 >= 4 * MIB
     assert content(base) == content(top)
+
+
+def test_snapshots_with_the_state_of_a_vm(tmp_path: Path) -> None:
+    base, top = chain_of(tmp_path, 2)
+    command = "qemu-system-x86_64 -M pc -m 16 -accel tcg -S -display none -monitor stdio"
+    drive = f"file={top},format=qcow2,if=virtio"
+    subprocess.run(
+        [*command.split(), "-drive", drive],
+        input="savevm state\nquit\n",
+        text=True,
+        check=True,
+        capture_output=True,
+    )
+    assert info(top)["snapshots"][0]["vm-state-size"] > 0
+    qemu_io(top, "write -q -P 9 4M 1M")
+    view = content(top)
+    refusal(SnapshotsWouldChange, tmp_path, lambda: chainmerge.merge(top))
+    (planned,) = chainmerge.plan(top, options=DROP).snapshots
+    assert planned.freed > info(top)["snapshots"][0]["vm-state-size"]
+    chainmerge.merge(top, options=DROP)
+    assert listed(top) == []
+    assert_clean(top)
+    assert content(top) == content(base) == view
 
 
 def test_an_image_that_must_be_repaired_first_refuses(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from chainmerge.inspection import (
     open_chain,
     storable_granularity,
 )
-from chainmerge.internal_snapshots import look_at_snapshots_live
+from chainmerge.internal_snapshots import (
+    children_with_larger_snapshots,
+    look_at_snapshots_live,
+)
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
@@ -88,7 +91,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
-        found = tuple(obstacles(vm, live, opened))
+        found = (*obstacles(vm, live, opened), *children_with_larger_snapshots(target))
         snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
     facts = MergeFacts(
         chain=target.chain,

@@ -138,6 +138,7 @@ def plan_snapshot_removal(image: Qcow2Image, removed: Collection[int]) -> Snapsh
         ImageDirty, ImageCorrupt, ImageDamaged: the image must be repaired first.
         BadSnapshotTable, FormatError: its tables cannot be read.
         RefcountTableFull: the clusters that it takes cannot be counted.
+        HeaderFull: one sector write cannot switch to it.
     """
     require_sound(image)
     header = image.header
@@ -173,9 +174,12 @@ def plan_snapshot_removal(image: Qcow2Image, removed: Collection[int]) -> Snapsh
     allocation = allocate_with_all_blocks(
         stored_free_space(image), demand, np.flatnonzero(blocks).astype(np.int64)
     )
-    return SnapshotRemoval(
+    removal = SnapshotRemoval(
         image, snapshot_table, len(staying), tables, renews_l1, given_up, allocation
     )
+    # Whether one sector can switch to it has to come out now.
+    _head(removal)
+    return removal
 
 
 def remove_snapshots(port: Port, removed: Collection[int]) -> int:
@@ -186,7 +190,6 @@ def remove_snapshots(port: Port, removed: Collection[int]) -> int:
     Raises what :func:`plan_snapshot_removal` raises, and:
 
     Raises:
-        HeaderFull: one sector write cannot switch to it.
         NotEnoughSpace: there is no room for the new tables.
         RewriteFailed: nothing changed.
         SwitchUnknown: the image has all of the snapshots, or none.
