@@ -32,13 +32,14 @@ from chainmerge.engines.metadata.counting import new_refcount_table, table_with_
 from chainmerge.engines.metadata.errors import NotEnoughSpace, RewriteFailed
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
 from chainmerge.engines.metadata.old_tree import refcount_table_clusters
-from chainmerge.engines.metadata.preconditions import require_sound
+from chainmerge.engines.metadata.preconditions import require_clean_bits, require_sound_report
 from chainmerge.engines.metadata.refcount_blocks import Write, pack_refcounts
 from chainmerge.engines.metadata.replacement import ranges_of
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.errors import ChainmergeError
 from chainmerge.plan_errors import ImageDamaged
+from chainmerge.qcow2.check import check
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
@@ -140,7 +141,9 @@ def plan_snapshot_removal(image: Qcow2Image, removed: Collection[int]) -> Snapsh
         RefcountTableFull: the clusters that it takes cannot be counted.
         HeaderFull: one sector write cannot switch to it.
     """
-    require_sound(image)
+    # Bitmaps stay where they are, so they must be sound, too.
+    require_clean_bits(image)
+    require_sound_report(check(image))
     header = image.header
     if header.external_data_file:
         raise ImageDamaged(image.name, 1, "internal snapshots beside an external data file")
@@ -227,12 +230,12 @@ def remove_snapshots(port: Port, removed: Collection[int]) -> int:
 
 def _table_of(image: Qcow2Image, snapshots: Sequence[Snapshot]) -> bytes:
     """Entries as they are stored; each starts at a multiple of 8 bytes, the last is not padded."""
-    table = b""
+    table = bytearray()
     for snapshot in snapshots:
+        table += bytes(-len(table) % 8)
         at = image.header.snapshots_offset + snapshot.entry_offset
-        entry = image.readable.read(at, snapshot.entry_size)
-        table = table.ljust(-(-len(table) // 8) * 8, b"\0") + entry
-    return table
+        table += image.readable.read(at, snapshot.entry_size)
+    return bytes(table)
 
 
 def _give_up_snapshot(
@@ -265,11 +268,8 @@ def _data_clusters(header: Header, entries: U64Array) -> Clusters:
 
 
 def _give_up(given_up: npt.NDArray[np.uint32], clusters: Clusters) -> None:
-    inside = clusters[clusters < len(given_up)]
-    if len(inside):
-        low = int(inside.min())
-        times = np.bincount(inside - low)
-        given_up[low : low + len(times)] += times.astype(np.uint32)
+    inside, times = np.unique(clusters[clusters < len(given_up)], return_counts=True)
+    given_up[inside] += times.astype(np.uint32)
 
 
 def _span(offset: int, length: int, header: Header) -> Clusters:
