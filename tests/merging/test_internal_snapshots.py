@@ -337,6 +337,23 @@ def test_a_pull_into_a_device_of_the_planned_size(tmp_path: Path) -> None:
     assert content(root)
 
 
+def test_several_disks(tmp_path: Path) -> None:
+    chains = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        chains.append(chain_of(tmp_path / name, 2))
+    tops = [top for _, top in chains]
+    snapshot(tops[1], "goes")
+    qemu_io(tops[1], "write -q -P 50 2M 1M")
+    views = [content(top) for top in tops]
+    error = refusal(SnapshotsWouldChange, tmp_path, lambda: chainmerge.merge_disks(tops))
+    assert error.image == str(tops[1])
+    report = chainmerge.merge_disks(tops, options=DROP)
+    assert all(disk.report is not None for disk in report.disks)
+    assert [content(base) for base, _ in chains] == views
+    assert listed(tops[1]) == []
+
+
 # Whatever stops it
 
 
@@ -567,12 +584,17 @@ def assert_snapshots_are_right(directory: Path, case: Case) -> None:
     event("dropped" if lost else "merged")
     pulls = options.direction == "pull"
     assert content(top if options.keep_name or pulls else base) == view
-    for path in paths:
-        # Under top's name stands base.
-        if not path.exists() or (path == top and options.keep_name and not pulls):
+    now = {path: path for path in paths}
+    if options.keep_name and not pulls:
+        del now[top]
+        now[base] = top
+    for path, image in now.items():
+        if not image.exists():
             continue
-        assert_clean(path)
-        for name in listed(path):
-            assert shown(path, name) == before[path][name], (path.name, name)
+        assert_clean(image)
+        kept = before[path].keys() - (lost.get(path, set()) if options.drop_snapshots else set())
+        assert set(listed(image)) >= kept
+        for name in listed(image):
+            assert shown(image, name) == before[path][name], (path.name, name)
     if not (options.delete or options.keep_name or pulls):
         assert content(top) == view
