@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.by_bitmaps import merge_bitmaps
+from chainmerge.chain import open_for_writing
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.encrypted import (
     encrypted_difference,
@@ -21,7 +22,7 @@ from chainmerge.encrypted import (
     key_obstacles,
     require_keys_that_fit,
 )
-from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.engines.metadata import remove_snapshots, replace_bitmaps
 from chainmerge.engines.metadata.errors import (
     BackingNameUnfit,
     BitmapSetUnfit,
@@ -43,13 +44,23 @@ from chainmerge.inspection import (
     movement_of,
     open_chain,
 )
+from chainmerge.internal_snapshots import children_with_larger_snapshots, look_at_snapshots
 from chainmerge.job_journal import record_switched
 from chainmerge.live_leftovers import (
     finish_pivot,
     forget_left_behind,
     require_clear,
 )
-from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
+from chainmerge.merge_job import (
+    Job,
+    OnProgress,
+    Request,
+    ShouldStop,
+    extended,
+    reclaim,
+    unfinished_where_refused,
+    volume_of,
+)
 from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
@@ -67,6 +78,7 @@ from chainmerge.planning import (
     find_refusals,
     going,
     make_plan,
+    snapshots_to_remove,
 )
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -107,6 +119,7 @@ from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLim
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
+from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import (
     REPORT_VERSION,
     Measurement,
@@ -313,13 +326,31 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         case ToBeMerged(warnings):
             pass
     request.announce(Stage.PLAN)
+    job = _decided(request, target, opened, locks, remains, warnings)
+    if has_encrypted(target.chain):
+        require_keys_that_fit(target.chain, request.options)
+    claim = job.facts.volume.claim(job.plan.space.required)
+    return Prepared(base, job.plan, claim, partial(_start, job))
+
+
+def _decided(
+    request: Request,
+    target: Target,
+    opened: OpenChain,
+    locks: tuple[ImageLock, ...],
+    remains: Remains,
+    warnings: Sequence[str],
+) -> Job:
+    """Look at the locked images, and decide on everything.
+
+    Raises:
+        Refused: it will not be done.
+    """
     found = _gather_to_merge(target, opened, request, remains, warnings)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
-    if has_encrypted(target.chain):
-        require_keys_that_fit(target.chain, request.options)
     decided = make_plan(found.facts, request.options)
-    job = Job(
+    return Job(
         request,
         target,
         found.facts,
@@ -330,8 +361,6 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         opened,
         locks,
     )
-    claim = found.facts.volume.claim(decided.space.required)
-    return Prepared(base, decided, claim, partial(_start, job))
 
 
 def _lock_all(
@@ -369,12 +398,21 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
             written.add(last)
     if options.direction == "pull" or (options.direction == "auto" and options.keep_name):
         written.add(last)
+    if options.drop_snapshots:
+        # Which of them have to go is known only once all are locked.
+        above_base = range(target.base_index + 1, last + 1)
+        written.update(index for index in above_base if _holds_snapshots(target, index))
     for index, image in enumerate(target.chain.images):
         yield image, LockMode.WRITER if index in written else LockMode.READER
     if options.direction == "pull":
         return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
+
+
+def _holds_snapshots(target: Target, index: int) -> bool:
+    header = target.chain.images[index].header
+    return header is not None and header.snapshot_count > 0
 
 
 def locks_held(target: Target) -> int:
@@ -459,11 +497,23 @@ def _gather(
     zeroes = None
     if options.detect_zeroes and chosen.engine is EngineName.NATIVE:
         zeroes = look_for_zeroes(target, opened, way.direction, should_stop)
-    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction, zeroes)
+    snapshots = look_at_snapshots(target, opened, way.direction, to_remove=options.drop_snapshots)
+    result = target.chain.images[target.result_index(way.direction)]
+    survey = survey_space(
+        target,
+        opened,
+        bitmaps,
+        chosen.engine,
+        way.direction,
+        zeroes,
+        snapshots.removals.get(str(result.path)),
+    )
     obstacles = (
         way.obstacle,
         chosen.obstacle,
         survey.obstacle,
+        *snapshots.obstacles,
+        *(children_with_larger_snapshots(target) if way.direction is Direction.COMMIT else ()),
         _too_many_files(target, chosen.engine),
         *key_obstacles(target.chain, options),
     )
@@ -491,6 +541,7 @@ def _gather(
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
         removals=look_at_removals(target.chain, target.base_index, access, options),
+        snapshots=snapshots.views,
     )
     no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
     if no_room is not None:
@@ -640,6 +691,43 @@ def _holds_encrypted_content(
 
 
 def _start(job: Job) -> MergeReport:
+    """Do all that was decided on."""
+    removed = snapshots_to_remove(job.facts, job.request.options)
+    if not removed:
+        return _merge_and_settle(job)
+    _remove_snapshots(job, removed)
+    with unfinished_where_refused(job), contextlib.ExitStack() as stack:
+        return _merge_and_settle(_decided_again(stack, job))
+
+
+def _decided_again(stack: contextlib.ExitStack, job: Job) -> Job:
+    """The same merge once snapshots are removed.
+
+    Tables of their images lie elsewhere now, and clusters that were shared are not.
+    """
+    target = _same_target(job.target, job.request)
+    opened = stack.enter_context(open_chain(target.chain, job.locks))
+    remains = read_remains(target.base.real_path, target.chain.top.real_path)
+    again = _decided(job.request, target, opened, job.locks, remains, ())
+    said = replace(again.plan, snapshots=job.plan.snapshots, warnings=job.plan.warnings)
+    return replace(again, plan=said)
+
+
+def _remove_snapshots(job: Job, removed: Sequence[tuple[ImageInfo, frozenset[int]]]) -> None:
+    """Take snapshots out of their images, before anything changes what they show."""
+    job.request.announce(Stage.SNAPSHOTS)
+    # A file's new clusters are reserved one by one.
+    grows = job.facts.volume.kind is not VolumeKind.FILE and any(
+        image.identity == job.result.identity for image, _ in removed
+    )
+    with extended(job) if grows else contextlib.nullcontext():
+        for number, (image, positions) in enumerate(removed):
+            refused = unfinished_where_refused(job) if number else contextlib.nullcontext()
+            with refused, open_for_writing(image) as port:
+                remove_snapshots(port, positions)
+
+
+def _merge_and_settle(job: Job) -> MergeReport:
     """Merge and settle; what refuses that when something has changed is no refusal."""
     try:
         merged = _do(job)

@@ -107,6 +107,8 @@ class MergeOptions:
         keep_name: Have the result under the name of top (files only): after a commit base takes
             the place of top's file. Nothing else is deleted without ``delete``.
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        drop_snapshots: Delete the internal snapshots that would show other data afterwards, and
+            those of images that are deleted.
         engine: Who writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
             base (``pull``); ``auto`` pulls where ``keep_name`` makes both end alike and a pull
@@ -129,6 +131,7 @@ class MergeOptions:
     delete: bool = False
     keep_name: bool = False
     drop_bitmaps: bool = False
+    drop_snapshots: bool = False
     engine: EngineChoice = "auto"
     direction: DirectionChoice = "auto"
     data: DataChoice = "auto"

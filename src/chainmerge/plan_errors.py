@@ -371,18 +371,83 @@ class DataFileOutOfReach(Refused):
 
 @dataclass(eq=False)
 class SnapshotsWouldGo(Refused):
-    """--delete would delete an overlay with internal snapshots."""
+    """An image that is deleted or replaced holds internal snapshots."""
 
     code: ClassVar[str] = "internal-snapshots"
-    template: ClassVar[str] = "{image} holds {count} internal snapshots, which would be deleted"
-    hint: ClassVar[str] = "merge without {option}, or delete them first with `qemu-img snapshot -d`"
+    template: ClassVar[str] = (
+        "{option} would delete {image}, and with it the internal snapshots {names}"
+    )
+    hint: ClassVar[str] = (
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
+        "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
+    )
     explanation: ClassVar[str] = (
         "Internal snapshots (`savevm`, `qemu-img snapshot`) live inside one image. A merge moves "
-        "the current state only."
+        "the current state only; with the image its snapshots are gone. Nothing was changed."
     )
     image: str
-    count: int
+    names: str
     option: str
+    instead: str
+    """Another way that changes none, as far as there is one."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.instead + super().advice
+
+
+@dataclass(eq=False)
+class SnapshotsWouldChange(Refused):
+    """Internal snapshots read from below what the merge changes there."""
+
+    code: ClassVar[str] = "snapshots-would-change"
+    template: ClassVar[str] = (
+        "the merge would change what the internal snapshots {names} of {image} show"
+    )
+    hint: ClassVar[str] = (
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
+        "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
+    )
+    explanation: ClassVar[str] = (
+        "An internal snapshot (`savevm`, `qemu-img snapshot`) of an overlay holds only what the "
+        "overlay held when it was taken, and reads the rest from the image below. A commit puts "
+        "newer data there, and a pull puts the overlay on another image: reverted to, the snapshot "
+        "would show a disk that never was. Snapshots that read nothing of what changes are left "
+        "as they are, and so are those of the image that is committed into. Nothing was changed."
+    )
+    image: str
+    names: str
+    instead: str
+    """Another way that changes none, as far as there is one."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.instead + super().advice
+
+
+@dataclass(eq=False)
+class SnapshotsOfVmWouldChange(Refused):
+    """The same in a running VM, where nobody else may remove them."""
+
+    code: ClassVar[str] = "snapshots-would-change-live"
+    template: ClassVar[str] = (
+        "the merge would change what the internal snapshots {names} of {image} show, or delete them"
+    )
+    hint: ClassVar[str] = (
+        "shut the VM down, copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT "
+        "{image} COPY`, the disk without the VM's state), and merge with --drop-snapshots"
+    )
+    explanation: ClassVar[str] = (
+        "An internal snapshot of an overlay holds only what the overlay held when it was taken, "
+        "and reads the rest from the image below, where the merge puts newer data. What the guest "
+        "writes in the meantime goes there, too, so a snapshot is left as it is only if it reads "
+        "nothing from below. A running VM has its images open, and only it may remove snapshots "
+        "from them. Nothing was changed."
+    )
+    image: str
+    names: str
 
 
 @dataclass(eq=False)

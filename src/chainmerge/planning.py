@@ -36,6 +36,8 @@ from chainmerge.plan_errors import (
     MiddleHasOtherChildren,
     PlacementUnavailable,
     RelativeUnknown,
+    SnapshotsOfVmWouldChange,
+    SnapshotsWouldChange,
     SnapshotsWouldGo,
     UnguardedBitmaps,
 )
@@ -106,6 +108,24 @@ class SpaceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotViews:
+    """The internal snapshots of base, of top, or of an image between them.
+
+    ``changed`` are those, by their positions in the image's table, that show other data once
+    base's data has changed or top stands on another image; ``left_by_other_way`` says whether a
+    merge in the other direction changes none in any of the images. They are ``removable`` where
+    no VM has the image open, and ``freed`` are the bytes of its file that this gives back.
+    """
+
+    image: ImageInfo
+    names: tuple[str, ...]
+    changed: frozenset[int]
+    left_by_other_way: bool
+    removable: bool
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -143,6 +163,7 @@ class MergeFacts:
     """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
     removals: Removals = NOTHING_GOES
     """What is known of the names that the merge may take away."""
+    snapshots: tuple[SnapshotViews, ...] = ()
 
     @property
     def base(self) -> ImageInfo:
@@ -241,6 +262,26 @@ class PlannedBitmap:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedSnapshots:
+    """The fate of an image's internal snapshots, by name.
+
+    Attributes:
+        image: The image that holds them.
+        kept: Those that show the same afterwards.
+        lost: Those that would show other data, or go with their image: this refuses the merge.
+        dropped: Those that are deleted, as asked for.
+        freed: Bytes of the image's file that nothing uses any more without them; 0 where the
+            file is deleted.
+    """
+
+    image: str
+    kept: tuple[str, ...]
+    lost: tuple[str, ...]
+    dropped: tuple[str, ...]
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class SpacePlan:
     """Base's volume: what it is, what it must be, what it may become.
 
@@ -301,6 +342,7 @@ class MergePlan:
     virtual_size_before: int
     virtual_size_after: int
     bitmaps: tuple[PlannedBitmap, ...]
+    snapshots: tuple[PlannedSnapshots, ...]
     space: SpacePlan
     repoint: tuple[Repoint, ...]
     delete: tuple[str, ...]
@@ -336,6 +378,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         virtual_size_before=facts.result.virtual_size,
         virtual_size_after=facts.size_after,
         bitmaps=tuple(_planned_bitmap(decision, facts) for decision in facts.decisions),
+        snapshots=tuple(_planned_snapshots(views, facts, options) for views in facts.snapshots),
         space=_space(facts, options),
         repoint=_repoint(facts, options),
         delete=_delete(facts, options),
@@ -357,6 +400,7 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
         *_others_unknown(facts, options),
         *_others_at_risk(facts),
         *_bitmap_refusals(facts, options),
+        *_snapshot_refusals(facts, options),
         *_settle_refusals(facts, options),
         *_space_refusals(facts, options),
     )
@@ -478,6 +522,47 @@ def _planned_bitmap(decision: Decision, facts: MergeFacts) -> PlannedBitmap:
         unguarded=decision.unguarded,
         states=dict(zip(images, map(str, decision.states), strict=True)),
         recovered=decision.name in facts.recovered,
+    )
+
+
+def snapshots_to_remove(
+    facts: MergeFacts, options: MergeOptions
+) -> tuple[tuple[ImageInfo, frozenset[int]], ...]:
+    """The snapshots that go before the merge: images, and positions in their tables.
+
+    Also of images that are deleted in the end: until then nobody is to see wrong data in them.
+    """
+    if not options.drop_snapshots:
+        return ()
+    return tuple(
+        (views.image, changed)
+        for views in facts.snapshots
+        if (changed := _changed_snapshots(views, facts))
+    )
+
+
+def _changed_snapshots(views: SnapshotViews, facts: MergeFacts) -> frozenset[int]:
+    if facts.direction is Direction.PULL or not (facts.merged or facts.content_merged):
+        return views.changed
+    # Base does not change any more, but top may be put on base, past the images between.
+    is_put_on_base = views.image == facts.top and len(facts.merged_images) > 1
+    return views.changed if is_put_on_base else frozenset()
+
+
+def _planned_snapshots(
+    views: SnapshotViews, facts: MergeFacts, options: MergeOptions
+) -> PlannedSnapshots:
+    changed = _changed_snapshots(views, facts)
+    if views.image in _doomed(facts, options):
+        changed = frozenset(range(len(views.names)))
+    going = tuple(name for at, name in enumerate(views.names) if at in changed)
+    stays = views.image not in _doomed(facts, options)
+    return PlannedSnapshots(
+        image=str(views.image.path),
+        kept=tuple(name for at, name in enumerate(views.names) if at not in changed),
+        lost=() if options.drop_snapshots else going,
+        dropped=going if options.drop_snapshots else (),
+        freed=views.freed if stays and changed else 0,
     )
 
 
@@ -627,9 +712,11 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         )
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
-    for image in facts.merged_images:
-        if image.header is not None and image.header.snapshot_count:
-            yield f"{image.path} holds internal snapshots: they are not merged"
+    for views in facts.snapshots:
+        dropped = _planned_snapshots(views, facts, options).dropped
+        if dropped:
+            nouns, verb = ("snapshot", "is") if len(dropped) == 1 else ("snapshots", "are")
+            yield f"the internal {nouns} {_few(dropped)} of {views.image.path} {verb} deleted"
 
 
 def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
@@ -727,6 +814,29 @@ def _bitmap_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
         yield UnguardedBitmaps(str(facts.result.path), _quoted(unguarded), holders)
 
 
+def _snapshot_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    if options.drop_snapshots:
+        return
+    doomed = _doomed(facts, options)
+    option = "--delete" if options.delete else "--keep-name"
+    for views in facts.snapshots:
+        image = str(views.image.path)
+        changed = _changed_snapshots(views, facts)
+        names = tuple(name for at, name in enumerate(views.names) if at in changed)
+        if not views.removable and (names or views.image in doomed):
+            yield SnapshotsOfVmWouldChange(image, _few(names or views.names))
+        elif views.image in doomed:
+            instead = "" if names else f"leave out {option}, or "
+            yield SnapshotsWouldGo(image, _few(views.names), option, instead)
+        elif names:
+            instead = ""
+            pulls = facts.direction is Direction.PULL
+            if views.left_by_other_way and (pulls or facts.pull_obstacle is None):
+                other = Direction.COMMIT if pulls else Direction.PULL
+                instead = f"merge the other way (--direction {other}), which changes none; or "
+            yield SnapshotsWouldChange(image, _few(names), instead)
+
+
 def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     yield from _no_place_for_records(facts, options)
     if not (options.delete or options.keep_name):
@@ -739,9 +849,6 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
     for image in (*doomed, *((facts.base,) if renames else ())):
         if image.is_block_device:
             yield CannotDeleteVolume(str(image.path), option)
-    for image in doomed:
-        if image.header is not None and image.header.snapshot_count:
-            yield SnapshotsWouldGo(str(image.path), image.header.snapshot_count, option)
     if renames:
         yield from _rename_refusals(facts)
     files = [image.real_path for image in (*doomed, *((facts.base,) if renames else ()))]
@@ -810,6 +917,13 @@ def _run_of_images(images: tuple[ImageInfo, ...]) -> str:
     if len(images) <= _NAMED_ONE_BY_ONE:
         return _names(images)
     return f"{images[0].path} to {images[-1].path} ({len(images)} images)"
+
+
+def _few(names: tuple[str, ...]) -> str:
+    """Names, the first of them only where there are many."""
+    listed = ", ".join(map(repr, names[:_NAMED_ONE_BY_ONE]))
+    more = len(names) - _NAMED_ONE_BY_ONE
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _quoted(names: list[str]) -> str:

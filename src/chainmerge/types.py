@@ -65,6 +65,7 @@ class Stage(StrEnum):
 
     LOCK = "lock"
     PLAN = "plan"
+    SNAPSHOTS = "snapshots"
     PRUNE = "prune"
     EXTEND = "extend"
     COPY = "copy"

@@ -182,6 +182,12 @@ def merge_options(function: Function[R]) -> Function[R]:
         panel=_MERGING,
     )
     @click.option(
+        "--drop-snapshots",
+        is_flag=True,
+        help="Delete internal snapshots that would show other data, or go with their image.",
+        panel=_MERGING,
+    )
+    @click.option(
         "--engine",
         type=click.Choice(get_args(EngineChoice)),
         default=defaults.engine,

@@ -17,6 +17,10 @@ from chainmerge.inspection import (
     open_chain,
     storable_granularity,
 )
+from chainmerge.internal_snapshots import (
+    children_with_larger_snapshots,
+    look_at_snapshots_live,
+)
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
@@ -87,7 +91,8 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
-        found = tuple(obstacles(vm, live, opened))
+        found = (*obstacles(vm, live, opened), *children_with_larger_snapshots(target))
+        snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -109,6 +114,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         spaces=survey.spaces,
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
         warnings=tuple(_warnings(live)),
+        snapshots=snapshots,
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)
