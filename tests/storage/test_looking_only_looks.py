@@ -60,7 +60,7 @@ def test_no_open_of_qemus_fails_beside_plan_and_status(tmp_path: Path, opened: s
     failures = []
     with in_a_loop(steps[0]), in_a_loop(steps[1]):
         for _ in range(OPENS // 2):
-            argv = ["qemu-io", "-f", "qcow2", "-c", "write 0 512", image]
+            argv = ["qemu-io", "-f", "qcow2", "-c", "write 0 512", str(image)]
             ended = subprocess.run(argv, capture_output=True, text=True, check=False)
             if ended.returncode:
                 failures.append(ended.stderr)
