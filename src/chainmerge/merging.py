@@ -59,9 +59,11 @@ from chainmerge.native_facts import (
     shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
+from chainmerge.other_users import look_for_others
 from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
 from chainmerge.planning import (
     EngineName,
+    Finding,
     MergeFacts,
     MergePlan,
     chosen_space,
@@ -98,6 +100,7 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
+from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
@@ -143,7 +146,39 @@ def plan(
     Raises:
         ChainmergeError: the chain cannot be found or read.
     """
-    return plan_beside(top, base, access or Access(), options or MergeOptions(), {})[0]
+    decided = plan_beside(top, base, access or Access(), options or MergeOptions(), {})
+    return beside_others([decided])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A merge as it would be done if nobody else used the images.
+
+    Attributes:
+        plan: What would be done.
+        claim: Bytes that it would take, by the pool that they come from.
+        images: What it would want of which images.
+    """
+
+    plan: MergePlan
+    claim: Mapping[str, int]
+    images: tuple[Wanted, ...]
+
+
+def beside_others(planned: Sequence[Planned]) -> tuple[MergePlan, ...]:
+    """The plans, with what others that use the images mean for them."""
+    found = look_for_others([one.images for one in planned])
+    return tuple(
+        replace(
+            one.plan,
+            refusals=(
+                *(Finding(error.code, error.sentence, error.advice) for error in others.refusals),
+                *one.plan.refusals,
+            ),
+            warnings=(*one.plan.warnings, *others.warnings),
+        )
+        for one, others in zip(planned, found, strict=True)
+    )
 
 
 def plan_beside(
@@ -152,8 +187,8 @@ def plan_beside(
     access: Access,
     options: MergeOptions,
     claims: Mapping[str, int],
-) -> tuple[MergePlan, Mapping[str, int]]:
-    """As :func:`plan`, of a merge that is done together with others.
+) -> Planned:
+    """As :func:`plan`, of a merge that is done together with others; see :func:`beside_others`.
 
     Args:
         top: as in :func:`plan`, and so are *base*, *access* and *options*.
@@ -161,16 +196,14 @@ def plan_beside(
         access: see there.
         options: see there.
         claims: bytes that the others take, by the pool that they come from.
-
-    Returns:
-        The plan, and the bytes that this merge takes by the pool that they come from.
     """
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options, _never, claims).facts
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
-    return decided, facts.volume.claim(decided.space.required)
+    claim = facts.volume.claim(decided.space.required)
+    return Planned(decided, claim, images_wanted(target, options))
 
 
 def measure(
@@ -238,7 +271,9 @@ def merge(
     )
     with contextlib.ExitStack() as stack:
         prepared = prepare(stack, request)
+        (warnings,) = require_no_others([prepared])
         report = prepared.carry_out()
+    report = replace(report, warnings=(*report.warnings, *warnings))
     forget_entry(prepared.base)
     return report
 
@@ -251,12 +286,14 @@ class Prepared:
         base: The image merged into.
         plan: What is going to be done; None where only the end of it is left.
         claim: Bytes that it takes, by the pool that they come from.
+        images: What it wants of which images; nobody has looked yet who else uses them.
         carry_out: Does it. Raises what :func:`merge` raises, but for Refused.
     """
 
     base: Path
     plan: MergePlan | None
     claim: Mapping[str, int]
+    images: tuple[Wanted, ...]
     carry_out: Callable[[], MergeReport]
 
 
@@ -274,7 +311,8 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         record, request.top, request.base, request.options, request.access.active
     ):
         require_unused(record, request.access, request.options)
-        return Prepared(Path(record.base), None, {}, partial(_report_finished, request, record))
+        finish_deleting = partial(_report_finished, request, record)
+        return Prepared(Path(record.base), None, {}, _doomed_of(record), finish_deleting)
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
@@ -287,15 +325,16 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     _read_from_storage(target, request.options)
     target = _same_target(target, request)
     base = target.base.real_path
+    images = images_wanted(target, request.options)
     if journal_of(target) is not None:
         opened = stack.enter_context(open_chain(target.chain, locks))
         finish_pivot = pivot_to_finish(request, target, opened)
         if finish_pivot is not None:
-            return Prepared(base, None, {}, finish_pivot)
+            return Prepared(base, None, {}, images, finish_pivot)
     resumption = find_resumption(request, target)
     if resumption.journal is not None:
         finish = partial(finish_journalled, request, target, resumption.journal)
-        return Prepared(base, None, {}, finish)
+        return Prepared(base, None, {}, images, finish)
     opened = stack.enter_context(open_chain(target.chain, locks))
     request.announce(Stage.PLAN)
     found = _gather_to_merge(target, opened, request, resumption.warnings)
@@ -316,7 +355,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         locks,
     )
     claim = found.facts.volume.claim(decided.space.required)
-    return Prepared(base, decided, claim, partial(_start, job))
+    return Prepared(base, decided, claim, images, partial(_start, job))
 
 
 def _lock_all(
@@ -367,6 +406,36 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
         return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
+
+
+def images_wanted(target: Target, options: MergeOptions) -> tuple[Wanted, ...]:
+    """What a merge wants of which images: what it locks them as, and which it may delete."""
+    deletes = options.delete or options.keep_name
+    merged = {image.identity for image in target.chain.images[target.base_index :]}
+    return tuple(
+        Wanted(image.path, mode, dies=deletes and image.identity in merged)
+        for image, mode in locks_needed(target, options)
+    )
+
+
+def _doomed_of(record: MergedRecord) -> tuple[Wanted, ...]:
+    return tuple(Wanted(Path(one.path), LockMode.WRITER, dies=True) for one in record.delete)
+
+
+def require_no_others(prepared: Sequence[Prepared]) -> tuple[tuple[str, ...], ...]:
+    """Make sure that nobody else uses the images of some merges that are about to begin.
+
+    Returns:
+        The warnings for the report of each.
+
+    Raises:
+        ImageInUse: somebody does.
+    """
+    found = look_for_others([one.images for one in prepared])
+    for others in found:
+        for refusal in others.refusals:
+            raise refusal
+    return tuple(others.warnings for others in found)
 
 
 def locks_held(target: Target) -> int:

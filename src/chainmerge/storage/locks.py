@@ -309,7 +309,7 @@ class _Contended:
             for process, lock in held.get(self.file or "", ())
             if any(lock.touches(byte) for byte in self.wanted)
         }
-        names = ", ".join(_describe(process) for process in sorted(holders))
+        names = ", ".join(process_name(process) for process in sorted(holders))
         return ImageLocked(self.image, names or "another process")
 
 
@@ -365,15 +365,28 @@ def _locks_in(fdinfo: Path) -> Iterator[_KernelLock]:
         text = fdinfo.read_text(encoding="ascii", errors="replace")
     except OSError:
         return
-    for line in text.splitlines():
+    yield from _locks_told_of(text)
+
+
+def _locks_told_of(fdinfo: str) -> Iterator[_KernelLock]:
+    for line in fdinfo.splitlines():
         words = line.split()
-        # A "->" marks one who waits for the lock.
-        if len(words) == 9 and words[0] == "lock:":
+        # A "->" marks one who waits for the lock. Those of flock(2) meet no others.
+        if len(words) == 9 and words[0] == "lock:" and words[2] != "FLOCK":
             file, first, last = words[-3:]
             yield _KernelLock(file, int(first), None if last == "EOF" else int(last))
 
 
-def _describe(process: int) -> str:
+def lock_bytes_of(fdinfo: str) -> frozenset[int]:
+    """The bytes that QEMU's locks are on, of an open file whose text under ``/proc`` this is."""
+    locks = list(_locks_told_of(fdinfo))
+    permissions = range(_RESIZE + 1)
+    candidates = [start + one for start in (_USED, _UNSHARED) for one in permissions]
+    return frozenset(byte for byte in candidates if any(lock.touches(byte) for lock in locks))
+
+
+def process_name(process: int) -> str:
+    """A process, as messages call it."""
     try:
         # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
         name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
