@@ -79,6 +79,11 @@ class Monitor:
         except OSError:
             return None
 
+    @property
+    def peer(self) -> int:
+        """The process id of who listens at the other end; 0 where it is not of this machine."""
+        return self._peer
+
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a command and return its result, as parsed from JSON.
 

@@ -18,6 +18,7 @@ from chainmerge.inspection import (
     storable_granularity,
 )
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
+from chainmerge.live.open_files import exchanged, others_beside, uncertain
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
@@ -73,6 +74,9 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
 
 def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     asked = options.as_merge
+    for error in exchanged(vm, live):
+        raise error
+    others = others_beside(vm, live)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
     with open_chain(target.chain) as opened:
@@ -87,7 +91,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
-        found = tuple(obstacles(vm, live, opened))
+        found = (*others.refusals, *obstacles(vm, live, opened))
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -108,7 +112,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         pull_obstacle="the VM's QEMU commits",
         spaces=survey.spaces,
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
-        warnings=tuple(_warnings(live)),
+        warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.monitor import Monitor
+from chainmerge.live.open_files import process_if_qemu
 from chainmerge.live.port import (
     AddBitmap,
     BitmapAction,
@@ -120,6 +121,11 @@ class QmpVm:
         """See :class:`chainmerge.live.port.LiveVm`."""
         disk = ("--device", self._device) if self._device is not None else ("--node", self._node)
         return ("--qmp", self._socket, *(str(part) for part in disk))
+
+    @property
+    def process(self) -> int | None:
+        """See :class:`chainmerge.live.port.LiveVm`."""
+        return process_if_qemu(self._monitor.peer)
 
     def graph(self) -> BlockGraph:
         """See :class:`chainmerge.live.port.LiveVm`."""

@@ -113,13 +113,30 @@ class _Place:
     inode: Inode | None
 
 
+def files_open_in(process: int) -> frozenset[Key] | None:
+    """The files and block devices that a process has open; None where we may not look."""
+    try:
+        os.listdir(f"/proc/{process}/fd")  # noqa: PTH208  # is all that is wanted
+    except OSError:
+        return None
+    return frozenset(key for _, key, _ in _Look().files_of(str(process)))
+
+
+def key_at(path: Path) -> Key | None:
+    """What stands at *path*, comparable with what processes have open; None for nothing."""
+    try:
+        return key_of(path.stat())
+    except (OSError, ValueError):
+        return None
+
+
 def _places_of(image: Path, loops: Mapping[Key, Sequence[Key]]) -> Iterator[_Place]:
     """The image itself, and all devices over it or files below it that hold the same bytes."""
     try:
         status = image.stat()
     except (OSError, ValueError):
         return
-    own = _key_of(status)
+    own = key_of(status)
     yield _Place(own, None, (status.st_dev, status.st_ino))
     seen = {own}
     pending = [own]
@@ -132,7 +149,8 @@ def _places_of(image: Path, loops: Mapping[Key, Sequence[Key]]) -> Iterator[_Pla
                 yield _Place(other, _name_of(other), None)
 
 
-def _key_of(status: os.stat_result) -> Key:
+def key_of(status: os.stat_result) -> Key:
+    """What tells a file or block device from others, by whatever node it is reached."""
     if stat.S_ISBLK(status.st_mode):
         return ("device", 0, status.st_rdev)
     return ("file", status.st_dev, status.st_ino)
@@ -222,7 +240,7 @@ def _file_below(device: int) -> Key | None:
     with contextlib.suppress(OSError, ValueError):
         status = os.stat(name)  # noqa: PTH116
         if stat.S_ISBLK(status.st_mode):
-            return _key_of(status)
+            return key_of(status)
     with contextlib.suppress(OSError):
         fd = os.open(_node_of(node), os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -234,7 +252,7 @@ def _file_below(device: int) -> Key | None:
         finally:
             os.close(fd)
     with contextlib.suppress(OSError, ValueError):
-        return _key_of(os.stat(name))  # noqa: PTH116
+        return key_of(os.stat(name))  # noqa: PTH116
     return None
 
 
