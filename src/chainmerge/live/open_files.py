@@ -18,7 +18,7 @@ from chainmerge.storage.bystanders import Wanted, files_open_in, key_at
 from chainmerge.storage.locks import LockMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from chainmerge.live.inspection import LiveTarget
     from chainmerge.live.port import InspectedVm
@@ -53,15 +53,19 @@ def process_of_domain(uuid: str) -> int | None:
     return None
 
 
-def exchanged(vm: InspectedVm, live: LiveTarget) -> Iterator[LiveImageExchanged]:
-    """The images of the whole chain that are not what the VM has open."""
+def require_same_files(vm: InspectedVm, paths: Iterable[Path]) -> None:
+    """Make sure that what stands at *paths* is what the VM has open, as far as can be told.
+
+    Raises:
+        LiveImageExchanged: it is not.
+    """
     process = vm.process
     opened = None if process is None else files_open_in(process)
     if opened is None:
         return
-    for image in (*live.target.chain.images, *live.above):
-        if key_at(image.path) not in opened:
-            yield LiveImageExchanged(vm.name, str(image.path), str(process))
+    for path in paths:
+        if key_at(path) not in opened:
+            raise LiveImageExchanged(vm.name, str(path), str(process))
 
 
 def uncertain(vm: InspectedVm) -> Iterator[str]:

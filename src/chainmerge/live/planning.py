@@ -18,7 +18,7 @@ from chainmerge.inspection import (
     storable_granularity,
 )
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
-from chainmerge.live.open_files import exchanged, others_beside, uncertain
+from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
@@ -74,8 +74,6 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
 
 def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     asked = options.as_merge
-    for error in exchanged(vm, live):
-        raise error
     others = others_beside(vm, live)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
