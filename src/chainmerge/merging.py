@@ -30,6 +30,7 @@ from chainmerge.engines.metadata.errors import (
 )
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.evidence import COMPARED_BY_A_PLAN, explained_by_records, weigh
 from chainmerge.header_room import header_obstacle
 from chainmerge.inspection import (
     BitmapFacts,
@@ -66,6 +67,7 @@ from chainmerge.planning import (
     Finding,
     MergeFacts,
     MergePlan,
+    bytes_to_copy,
     chosen_space,
     find_refusals,
     make_plan,
@@ -201,6 +203,10 @@ def plan_beside(
     obstacles = tuple(_obstacles(target, options))
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options, _never, claims).facts
+        if not explained_by_records(target):
+            moved = bytes_to_copy(facts)
+            evidence = weigh(target, opened, moved, _never, COMPARED_BY_A_PLAN)
+            facts = replace(facts, evidence=evidence)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     claim = facts.volume.claim(decided.space.required)
     return Planned(decided, claim, images_wanted(target, options))
@@ -331,6 +337,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         finish_pivot = pivot_to_finish(request, target, opened)
         if finish_pivot is not None:
             return Prepared(base, None, {}, images, finish_pivot)
+    explained = explained_by_records(target)
     resumption = find_resumption(request, target)
     if resumption.journal is not None:
         finish = partial(finish_journalled, request, target, resumption.journal)
@@ -338,6 +345,8 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     opened = stack.enter_context(open_chain(target.chain, locks))
     request.announce(Stage.PLAN)
     found = _gather_to_merge(target, opened, request, resumption.warnings)
+    if not (explained or found.facts.content_merged):
+        found = _weighed(found, target, opened, request)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
     if has_encrypted(target.chain):
@@ -609,6 +618,12 @@ def _gather_to_merge(
         warnings=(*warnings, *facts.warnings),
     )
     return replace(found, facts=facts)
+
+
+def _weighed(found: _Found, target: Target, opened: OpenChain, request: Request) -> _Found:
+    moved = bytes_to_copy(found.facts)
+    evidence = weigh(target, opened, moved, request.should_stop, None)
+    return replace(found, facts=replace(found.facts, evidence=evidence))
 
 
 def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[ChainmergeError]:

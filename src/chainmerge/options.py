@@ -82,6 +82,8 @@ class MergeOptions:
         delete: Delete the merged images above base once the result is verified.
         keep_name: Give base the name of top afterwards (files only).
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        despite_newer_base: Go on where the overlays look like ones that somebody has merged
+            before and left behind: what was written to base since is overwritten.
         engine: Who writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
             base (``pull``); ``auto`` pulls where ``keep_name`` makes both end alike and a pull
@@ -104,6 +106,7 @@ class MergeOptions:
     delete: bool = False
     keep_name: bool = False
     drop_bitmaps: bool = False
+    despite_newer_base: bool = False
     engine: EngineChoice = "auto"
     direction: DirectionChoice = "auto"
     data: DataChoice = "auto"

@@ -20,6 +20,7 @@ from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
+from chainmerge.options import Placement
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -85,8 +86,12 @@ def find_resumption(request: Request, target: Target) -> Resumption:
             f"the journal of an interrupted merge into {target.base.path} is not used: {stranger}"
         )
         return Resumption(None, (warning,))
-    if not (is_switched(journal, base) and _is_as_left(journal, request, target)):
-        forget_journal(base)
+    switched = is_switched(journal, base)
+    if not (switched and _is_as_left(journal, request, target)):
+        # Where data is written in place, nothing else tells who has half written base: not even
+        # a kill before the next journal is there may lose that.
+        if switched or journal.placement == Placement.COW:
+            forget_journal(base)
         return Resumption(None)
     return Resumption(journal)
 
