@@ -20,7 +20,7 @@ from xml.etree import ElementTree as ET
 from chainmerge.checkpoints import BitmapState
 from chainmerge.live.domain_connection import DEFAULT_URI, DomainConnection
 from chainmerge.live.errors import NoSuchDisk, VmRefused
-from chainmerge.live.open_files import process_of_domain
+from chainmerge.live.peer import qemu_of_domain
 from chainmerge.live.port import (
     BlockGraph,
     BlockNode,
@@ -141,7 +141,7 @@ class DomainDisk:
     @property
     def process(self) -> int | None:
         """The id of the domain's QEMU on this machine; None where that cannot be told."""
-        return process_of_domain(self._ask("virDomainGetUUIDString", self._domain.UUIDString))
+        return qemu_of_domain(self._ask("virDomainGetUUIDString", self._domain.UUIDString))
 
     # The chain
 

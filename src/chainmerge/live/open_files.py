@@ -9,8 +9,7 @@ the kernel tells, of a process of this machine.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from chainmerge.live.errors import LiveImageExchanged
 from chainmerge.other_users import look_for_others
@@ -19,38 +18,11 @@ from chainmerge.storage.locks import LockMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from chainmerge.live.inspection import LiveTarget
     from chainmerge.live.port import InspectedVm
     from chainmerge.other_users import OtherUsers
-
-_QEMU: Final = ("qemu", "kvm")
-
-
-def process_if_qemu(process: int) -> int | None:
-    """*process*, if it is a QEMU: who listens at a socket can be one who only passes it on."""
-    try:
-        name = Path(f"/proc/{process}/exe").readlink().name if process else ""
-    except OSError:
-        return None
-    return process if any(word in name for word in _QEMU) else None
-
-
-def process_of_domain(uuid: str) -> int | None:
-    """The QEMU that libvirt has started for the domain with that UUID, if it is on this machine."""
-    wanted = [b"-uuid", uuid.encode()]
-    for place in Path("/proc").iterdir():
-        if not place.name.isdecimal():
-            continue
-        try:
-            words = (place / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(words[at : at + 2] == wanted for at in range(len(words) - 1)):
-            found = process_if_qemu(int(place.name))
-            if found is not None:
-                return found
-    return None
 
 
 def require_same_files(vm: InspectedVm, paths: Iterable[Path]) -> None:

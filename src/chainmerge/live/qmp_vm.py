@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.monitor import Monitor
-from chainmerge.live.open_files import process_if_qemu
 from chainmerge.live.port import (
     AddBitmap,
     BitmapAction,
@@ -125,7 +124,7 @@ class QmpVm:
     @property
     def process(self) -> int | None:
         """See :class:`chainmerge.live.port.LiveVm`."""
-        return process_if_qemu(self._monitor.peer)
+        return self._monitor.process
 
     def graph(self) -> BlockGraph:
         """See :class:`chainmerge.live.port.LiveVm`."""
