@@ -165,3 +165,22 @@ def test_what_is_only_left_to_be_deleted(chain: dict[str, Path], tmp_path: Path)
     assert chain["middle"].exists()
     chainmerge.merge(chain["top"], chain["base"], access, options)
     assert not chain["middle"].exists()
+
+
+def test_what_changes_a_single_image(tmp_path: Path) -> None:
+    image = create(tmp_path / "image.qcow2", 1 << 20)
+    before = image.read_bytes()
+    commands: tuple[tuple[str | Path, ...], ...] = (
+        ("bitmaps", "add", image, "name"),
+        ("bitmaps", "prune", "--active", image, image),
+        ("repair", "--yes", image),
+    )
+    with held("O_RDWR", image) as pid:
+        for command in commands:
+            ran = cli.chainmerge(*command)
+            assert ran.status == 3
+            assert f"(pid {pid})" in ran.err
+    assert image.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    for command in commands:
+        assert cli.chainmerge(*command).status == 0
