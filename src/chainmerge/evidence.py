@@ -29,11 +29,11 @@ from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from chainmerge.chain import ImageInfo
     from chainmerge.inspection import OpenChain, Target
-    from chainmerge.view import Resolved
+    from chainmerge.view import GuestView
 
 GLANCE: Final = 16
 """Clusters that are looked at of every merge."""
@@ -45,6 +45,7 @@ COMPARED_BY_A_PLAN: Final = 2 << 30
 """Guest bytes up to which a plan compares everything where all that it looked at is equal."""
 
 _FEWEST: Final = 8
+_FEW_LAYERS: Final = 16
 
 
 def explained_by_records(target: Target) -> bool:
@@ -136,24 +137,45 @@ def _looked_at(target: Target, opened: OpenChain, defined: int, most: int) -> tu
     raw = target.base.header is None
     cluster = max(image.layer.cluster_size for image in opened.images[index:])
     places = min(most, max(SAMPLE_BYTES // cluster, _FEWEST))
+    spread = list(_spread(target, opened, defined, places))
+    at = {offset // cluster * cluster: offset for offset in reversed(spread)}
+    pieces = [(start, min(cluster, whole.virtual_size - start)) for start in sorted(at)]
     held = differing = 0
-    last = -1
-    for at in _spread(target, opened, defined, places):
-        start = at // cluster * cluster
-        if start == last:
-            continue
-        last = start
-        length = min(cluster, whole.virtual_size - start)
-        content = whole.read(start, length)
-        if content != below.read(start, length):
+    for (start, _), theirs, ours in zip(
+        pieces, _read(below, pieces), _read(whole, pieces), strict=True
+    ):
+        if ours != theirs:
             differing += 1
-        elif _defines(base.resolve(at, at + 1)) and (any(content) or not raw):
+        elif _defines(base, at[start]) and (any(ours) or not raw):
             held += 1
     return held, differing
 
 
-def _defines(said: Iterator[Resolved]) -> bool:
-    return all(bool((runs.kind != Kind.UNALLOCATED).all()) for runs in said)
+def _read(view: GuestView, pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """The content of ascending pieces of a view, given by guest offset and length.
+
+    To find one place in a chain, every image of it is asked. A long one is walked through once.
+    """
+    if len(view.layers) <= _FEW_LAYERS:
+        yield from (view.read(start, length) for start, length in pieces)
+        return
+    walk = view.resolve()
+    runs = next(walk)
+    for start, length in pieces:
+        while runs.end <= start:
+            runs = next(walk)
+        end = start + length
+        if end <= runs.end:
+            yield view.read_runs(runs.clipped(start, end))
+        else:
+            yield view.read(start, length)
+
+
+def _defines(base: GuestView, at: int) -> bool:
+    """Whether an image says anything itself of the guest byte *at*."""
+    if at >= base.virtual_size:
+        return False
+    return all(bool((runs.kind != Kind.UNALLOCATED).all()) for runs in base.resolve(at, at + 1))
 
 
 def _spread(target: Target, opened: OpenChain, defined: int, places: int) -> Iterator[int]:

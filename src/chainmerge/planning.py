@@ -710,7 +710,10 @@ def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     if evidence is None or any(True for _ in _left_behind(facts, options)):
         return
     base, top = facts.base.path, facts.top.path
-    signs = [_misfit(lower, upper) for lower, upper in evidence.misfits]
+    misfits = evidence.misfits
+    signs = [_misfit(lower, upper) for lower, upper in misfits[:_NAMED_ONE_BY_ONE]]
+    if len(misfits) > len(signs):
+        signs.append(f"{len(misfits) - len(signs)} more images are like that")
     if evidence.holds_most:
         seen = f"{evidence.held} of {evidence.held + evidence.differing}"
         signs.insert(0, f"{base} already holds {seen} clusters looked at of what is above it")
