@@ -7,9 +7,10 @@ who only reads is named in a warning.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from chainmerge.storage.bystanders import Wanted, bystanders_of
 from chainmerge.storage.errors import ImageInUse
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chainmerge.storage.bystanders import Bystander
+
+_LOOKS: Final = 4
+_BETWEEN_LOOKS: Final = 0.05
 
 Images: TypeAlias = "Sequence[Wanted]"
 """What one merge wants of which images."""
@@ -49,9 +53,22 @@ def look_for_others(
     """
     wanted = {(one.path, one.mode, one.dies): one for images in merges for one in images}
     found: dict[str, list[Bystander]] = defaultdict(list)
-    for bystander in bystanders_of(wanted.values(), known):
+    for bystander in _who_stay(tuple(wanted.values()), known):
         found[bystander.image].append(bystander)
     return tuple(_judged(images, found) for images in merges)
+
+
+def _who_stay(wanted: Images, known: frozenset[int]) -> tuple[Bystander, ...]:
+    """Who uses the images, without those who are gone again at once.
+
+    To find out whether an image can be written to is to open it: a plan, a tool that scans.
+    """
+    for _ in range(_LOOKS - 1):
+        found = bystanders_of(wanted, known)
+        if not any(one.excludes for one in found):
+            return found
+        time.sleep(_BETWEEN_LOOKS)
+    return bystanders_of(wanted, known)
 
 
 def require_alone(images: Iterable[Path], known: frozenset[int] = frozenset()) -> None:

@@ -108,6 +108,14 @@ def test_a_new_name_is_no_new_file(tmp_path: Path, images: list[Path], uri: str,
         assert content(images[3]) == expected
 
 
+def test_a_file_that_was_removed(tmp_path: Path, images: list[Path], uri: str) -> None:
+    with disk("qmp", tmp_path, images, uri) as vm:
+        images[2].unlink()
+        with pytest.raises(LiveImageExchanged, match="removed") as caught:
+            live.plan(vm, images[3], images[1])
+        assert "keep the VM running" in caught.value.advice
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_user_beside_the_vm(tmp_path: Path, images: list[Path], uri: str, way: str) -> None:
     with disk(way, tmp_path, images, uri) as vm, loop_device(images[1], 3 << 20) as device:
@@ -136,4 +144,4 @@ def test_on_the_command_line(tmp_path: Path, images: list[Path]) -> None:
         for command in ("plan", "merge"):
             ran = chainmerge("live", command, images[2], *vm.arguments)
             assert ran.status == 3
-            assert "has another file open" in ran.err
+            assert "is not the file that" in ran.err

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -184,3 +188,20 @@ def test_what_changes_a_single_image(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     for command in commands:
         assert cli.chainmerge(*command).status == 0
+
+
+def test_who_is_gone_at_once_is_no_user(
+    chain: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plan is, which opens what would be written to."""
+    with held("O_RDWR", chain["base"]) as pid:
+
+        def sleep(_seconds: float) -> None:
+            process = os.pidfd_open(pid)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [])
+            os.close(process)
+            monkeypatch.undo()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert chainmerge.plan(chain["top"], chain["base"]).feasible

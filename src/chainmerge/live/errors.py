@@ -144,14 +144,14 @@ class LiveImageExchanged(Refused):
 
     code: ClassVar[str] = "live-image-exchanged"
     template: ClassVar[str] = (
-        "{vm} has another file open than the one that is at {image} now: it was replaced while "
-        "the VM ran"
+        "what is at {image} now is not the file that {vm} has open: it was replaced, or removed, "
+        "while the VM ran"
     )
     hint: ClassVar[str] = (
-        "keep the VM running: if that file has no name any more, it is gone when the VM ends, with "
+        "keep the VM running: if its file has no name any more, it is gone when the VM ends, with "
         "all that the guest has written to it; save the guest's disk first (a full backup, or a "
-        "block copy to a new image), then find out who replaced the file (`ls -l "
-        "/proc/{process}/fd` shows what the VM has open)"
+        "block copy to a new image), then find out who did that (`ls -l /proc/{process}/fd` "
+        "shows what the VM has open)"
     )
     explanation: ClassVar[str] = (
         "A file that is replaced under its name (by a restore, a synchronising or deduplicating "

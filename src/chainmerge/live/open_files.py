@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.live.errors import LiveImageExchanged
 from chainmerge.other_users import look_for_others
-from chainmerge.storage.bystanders import Wanted, files_open_in, key_at
+from chainmerge.storage.bystanders import Wanted, files_open_in, key_of
 from chainmerge.storage.locks import LockMode
 
 if TYPE_CHECKING:
@@ -36,7 +36,14 @@ def require_same_files(vm: InspectedVm, paths: Iterable[Path]) -> None:
     if opened is None:
         return
     for path in paths:
-        if key_at(path) not in opened:
+        try:
+            is_open = key_of(path.stat()) in opened
+        except FileNotFoundError:
+            is_open = False
+        except OSError:
+            # Why it cannot be looked at is said where it has to be.
+            continue
+        if not is_open:
             raise LiveImageExchanged(vm.name, str(path), str(process))
 
 

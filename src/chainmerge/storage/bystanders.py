@@ -21,7 +21,6 @@ import fcntl
 import os
 import stat
 import struct
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice
@@ -44,8 +43,6 @@ MAX_NAMES: Final = 1 << 20
 
 _BLOCK_DEVICES: Final = Path("/sys/dev/block")
 _NAMED: Final = 5
-_LOOKS: Final = 4
-_BETWEEN_LOOKS: Final = 0.02
 _LOOP_GET_STATUS64: Final = 0x4C05
 _LOOP_INFO: Final = struct.Struct("=QQ")  # linux/loop.h: lo_device, lo_inode come first
 _LOOP_INFO_BYTES: Final = 232
@@ -120,14 +117,6 @@ def files_open_in(process: int) -> frozenset[Key] | None:
     except OSError:
         return None
     return frozenset(key for _, key, _ in _Look().files_of(str(process)))
-
-
-def key_at(path: Path) -> Key | None:
-    """What stands at *path*, comparable with what processes have open; None for nothing."""
-    try:
-        return key_of(path.stat())
-    except (OSError, ValueError):
-        return None
 
 
 def _places_of(image: Path, loops: Mapping[Key, Sequence[Key]]) -> Iterator[_Place]:
@@ -394,16 +383,9 @@ def _excludes(opened: _Opened, mode: LockMode) -> bool:
 
 def _claims(device: int) -> Iterator[str]:
     """What has a device to itself, in words."""
-    for _ in range(_LOOKS):
-        if not _is_claimed(device):
-            return
+    if _is_claimed(device):
         named = list(islice(_claimants(device), _NAMED))
-        if named:
-            yield ", ".join(named)
-            return
-        # It may be one who, like us, has only looked.
-        time.sleep(_BETWEEN_LOOKS)
-    yield "something in the kernel that has it to itself (O_EXCL)"
+        yield ", ".join(named) or "something in the kernel that has it to itself (O_EXCL)"
 
 
 def _is_claimed(device: int) -> bool:
