@@ -725,8 +725,8 @@ def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         later = "; the merge compares all of it, and is refused where it differs"
     yield (
         f"{'; '.join(signs)}{untold}: if somebody has merged {top} before, or replaced {base}, the "
-        "wrong data is kept; a restore, a copy or a commit of another layer explains it as "
-        f"well{later}"
+        "wrong data is kept; a restore, a copy, a change of bitmaps or a commit of another layer "
+        f"explains it as well{later}"
     )
 
 
@@ -746,8 +746,12 @@ def _misfit(lower: ImageTimes, upper: ImageTimes) -> str:
 
 def _time(nanoseconds: int | None) -> str:
     """A moment in the time zone that people here have."""
-    moment = datetime.fromtimestamp((nanoseconds or 0) / 10**9, UTC).astimezone()
-    return moment.isoformat(" ", "milliseconds")
+    seconds = (nanoseconds or 0) / 10**9
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(" ", "milliseconds")
+    except (ValueError, OverflowError, OSError):
+        # Files can have times that no calendar has.
+        return f"{seconds:.3f} s after 1970"
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:

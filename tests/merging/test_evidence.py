@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -65,6 +66,18 @@ def test_what_is_equal_raises_no_doubt(
     if found.speaks_for_base:
         assert found.misfits[0][0] == times[0]
         assert not found.is_timeless
+
+
+@pytest.mark.parametrize("seconds", [-(10**12), 0, 10**13])
+def test_times_that_no_calendar_has(tmp_path: Path, seconds: int) -> None:
+    base = create(tmp_path / "base", MIB)
+    top = create(tmp_path / "top", backing=base)
+    try:
+        os.utime(base, ns=(0, (seconds + 1) * 10**9))
+        os.utime(top, ns=(0, seconds * 10**9))
+    except OverflowError:
+        pytest.skip("such times cannot be given")
+    assert chainmerge.plan(top).feasible
 
 
 def test_a_plan_does_not_compare_without_end(
