@@ -22,6 +22,7 @@ from chainmerge.internal_snapshots import (
     look_at_snapshots_live,
 )
 from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
+from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
@@ -77,6 +78,7 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
 
 def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     asked = options.as_merge
+    others = others_beside(vm, live)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
     with open_chain(target.chain) as opened:
@@ -91,7 +93,11 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
-        found = (*obstacles(vm, live, opened), *children_with_larger_snapshots(target))
+        found = (
+            *others.refusals,
+            *obstacles(vm, live, opened),
+            *children_with_larger_snapshots(target),
+        )
         snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
     facts = MergeFacts(
         chain=target.chain,
@@ -113,7 +119,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         pull_obstacle="the VM's QEMU commits",
         spaces=survey.spaces,
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
-        warnings=tuple(_warnings(live)),
+        warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
         snapshots=snapshots,
     )
     plan = _as_it_grows(make_plan(facts, asked))

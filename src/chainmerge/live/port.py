@@ -261,6 +261,10 @@ class InspectedVm(Protocol):
     def address(self) -> tuple[str, ...]:
         """The options of ``chainmerge live`` that lead to this disk."""
 
+    @property
+    def process(self) -> int | None:
+        """The id of the VM's process on this machine; None where that cannot be told."""
+
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
 
@@ -296,6 +300,10 @@ class LiveVm(Protocol):
     @property
     def address(self) -> tuple[str, ...]:
         """The options of ``chainmerge live`` that lead to this disk."""
+
+    @property
+    def process(self) -> int | None:
+        """The id of the VM's process on this machine; None where that cannot be told."""
 
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
