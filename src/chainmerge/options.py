@@ -58,9 +58,11 @@ class Access:
         formats: Explicit formats (``"qcow2"``, ``"raw"``, ...) by image path.
         allow_backing: Directories whose files may serve as backing files.
         allow_data_file: External data files that may be used.
-        search: More directories to look for siblings and children in.
+        search: Directories that images may lie in which use those of the chain; with everything
+            below. What is found nowhere else is then taken for not being there.
         active: The chain's top end, where it is not found by itself.
         lock_wait: Seconds to wait for image locks that others hold.
+        sole_user: No image uses those of the chain but the ones that are found.
     """
 
     formats: Mapping[str, str] = field(default_factory=_nothing_declared)
@@ -69,6 +71,7 @@ class Access:
     search: tuple[str, ...] = ()
     active: str | None = None
     lock_wait: float = 10.0
+    sole_user: bool = False
 
 
 @dataclass(frozen=True, slots=True)

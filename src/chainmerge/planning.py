@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain import Chain, ImageInfo, Relatives
+from chainmerge.chain import Chain, ImageInfo, Relatives, Searched
 from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
@@ -40,6 +40,7 @@ from chainmerge.plan_errors import (
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
+from chainmerge.unseen_users import inactive_users, unseen_users, volumes
 
 if TYPE_CHECKING:
     from chainmerge.options import MergeOptions
@@ -298,6 +299,8 @@ class MergePlan:
     delete: tuple[str, ...]
     rename: tuple[str, str] | None
     verify: str
+    other_users: tuple[str, ...]
+    searched: Searched
     refusals: tuple[Finding, ...]
     warnings: tuple[str, ...]
 
@@ -333,6 +336,8 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         delete=_delete(facts, options),
         rename=_rename(facts, options),
         verify=options.verify,
+        other_users=_other_users(facts),
+        searched=facts.relatives.searched,
         refusals=tuple(
             Finding(error.code, error.sentence, error.advice)
             for error in find_refusals(facts, options)
@@ -348,6 +353,7 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
         *_damage(facts),
         *_others_unknown(facts, options),
         *_others_at_risk(facts),
+        *_others_unseen(facts, options),
         *_bitmap_refusals(facts, options),
         *_settle_refusals(facts, options),
         *_space_refusals(facts, options),
@@ -579,6 +585,13 @@ def _rename(facts: MergeFacts, options: MergeOptions) -> tuple[str, str] | None:
     return str(facts.base.path), str(facts.top.path)
 
 
+def _other_users(facts: MergeFacts) -> tuple[str, ...]:
+    """The images outside the chain that stand on one of it, from base up."""
+    relatives = facts.relatives
+    found = (*relatives.siblings, *relatives.middle_children, *relatives.children)
+    return tuple(str(image.path) for image in found)
+
+
 def new_backing(facts: MergeFacts) -> tuple[str, str] | None:
     """Name and format of the backing file that top gets by a pull: base's. None for none."""
     if not facts.base_index:
@@ -606,6 +619,9 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         )
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
+    changed = _changed(facts, options)
+    if facts.relatives.inactive and not any(inactive_users(changed, top, facts.relatives)):
+        yield f"{volumes(facts.relatives)} could stand on these images and were not looked at"
     for image in facts.merged_images:
         if image.header is not None and image.header.snapshot_count:
             yield f"{image.path} holds internal snapshots: they are not merged"
@@ -632,6 +648,32 @@ def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
     for path, reason in facts.relatives.unreadable:
         if path in facts.relatives.unknown:
             yield RelativeUnknown(str(path), str(facts.base.path), str(facts.top.path), reason)
+
+
+def _changed(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
+    """The images besides top that show other content afterwards, or are deleted."""
+    if facts.direction is Direction.PULL:
+        return _doomed(facts, options)
+    return facts.chain.images[facts.base_index : -1]
+
+
+def _others_unseen(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """What may stand where nobody has looked."""
+    changed = _changed(facts, options)
+    if facts.merged:
+        # Base does not change any more. Children that are not seen would still lose top.
+        yield from inactive_users(changed, facts.top, facts.relatives)
+        return
+    yield from unseen_users(changed, facts.top, facts.relatives, _without_change(facts))
+
+
+def _without_change(facts: MergeFacts) -> str:
+    """How to do without a change of base, as the beginning of a hint."""
+    if facts.direction is Direction.PULL:
+        return "leave out --delete and --keep-name, which a pull does not need"
+    if facts.pull_obstacle is None:
+        return f"pull instead (--direction pull), which leaves {facts.base.path} as it is"
+    return f"find out which images use {facts.base.path}"
 
 
 def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
