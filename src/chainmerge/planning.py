@@ -353,9 +353,9 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
         *_damage(facts),
         *_others_unknown(facts, options),
         *_others_at_risk(facts),
-        *_others_unseen(facts, options),
         *_bitmap_refusals(facts, options),
         *_settle_refusals(facts, options),
+        *_others_unseen(facts, options),
         *_space_refusals(facts, options),
     )
 
