@@ -66,26 +66,23 @@ def _libvirt(root: Path) -> Iterator[ManagedPlace]:
 
 
 def _proxmox(root: Path) -> Iterator[ManagedPlace]:
-    for one in _STORAGE_PATH.finditer(_text(root / _PROXMOX_STORAGE)):
+    for one in _STORAGE_PATH.finditer(_text(f"{root}/{_PROXMOX_STORAGE}")):
         yield ManagedPlace(f"{one[1].rstrip('/')}/images", _PROXMOX_LEVELS)
 
 
 def _running(root: Path) -> Iterator[ManagedPlace]:
     """The directories of images that a QEMU on this host has open."""
-    for process in _names(root / "proc"):
-        if not process.isdecimal() or not _is_qemu(root / "proc" / process):
+    processes = f"{root}/proc"
+    for number in filter(str.isdecimal, _names(processes)):
+        process = f"{processes}/{number}"
+        if not _text(f"{process}/comm").startswith(_QEMU_NAMES):
             continue
-        for descriptor in _names(root / "proc" / process / "fd"):
+        for descriptor in _names(f"{process}/fd"):
             # The kernel knows this without a look at the storage, which may be dead.
-            if _LOCK not in _text(root / "proc" / process / "fdinfo" / descriptor):
+            if _LOCK not in _text(f"{process}/fdinfo/{descriptor}"):
                 continue
             with contextlib.suppress(OSError):
-                link = root / "proc" / process / "fd" / descriptor
-                yield _home(str(link.readlink()))
-
-
-def _is_qemu(process: Path) -> bool:
-    return _text(process / "comm").startswith(_QEMU_NAMES)
+                yield _home(str(Path(f"{process}/fd/{descriptor}").readlink()))
 
 
 def _home(image: str) -> ManagedPlace:
@@ -98,12 +95,12 @@ def _path(text: str) -> str:
 
 def _texts(root: Path, directories: tuple[str, ...]) -> Iterator[str]:
     for directory in directories:
-        names = [name for name in _names(root / directory) if name.endswith(".xml")]
+        names = [name for name in _names(f"{root}/{directory}") if name.endswith(".xml")]
         for name in names[:_MAX_FILES]:
-            yield _text(root / directory / name)
+            yield _text(f"{root}/{directory}/{name}")
 
 
-def _names(directory: Path) -> list[str]:
+def _names(directory: str) -> list[str]:
     """The names in a directory in order, no more than some; none if it cannot be read."""
     try:
         with os.scandir(directory) as entries:
@@ -112,14 +109,15 @@ def _names(directory: Path) -> list[str]:
         return []
 
 
-def _text(file: Path) -> str:
+def _text(file: str) -> str:
     """What a small file holds; nothing if it cannot be read."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return ""
-    with contextlib.closing(os.fdopen(fd, "rb")) as opened:
-        try:
-            return os.fsdecode(opened.read(_MAX_BYTES))
-        except OSError:
-            return ""
+    try:
+        return os.fsdecode(os.read(fd, _MAX_BYTES))
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)

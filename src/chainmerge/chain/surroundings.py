@@ -191,22 +191,26 @@ class Surroundings:
             return
         root = os.path.realpath(place)
         allowed = {*self._file_systems, self._mounts.file_system_of(root)}
-        entered: set[Identity | None] = set()
-        pending = deque([root])
+        listing = self._all_in(root, str(place))
+        # A directory can be mounted in itself.
+        entered = {_identity(root)}
+        pending = deque(listing.directories)
+        self._links += listing.links
+        yield from listing.files
         while pending:
             directory = pending.popleft()
-            if directory != root and self._is_mounted_from(directory, allowed):
+            if self._is_mounted_from(directory, allowed):
                 self._elsewhere.append(directory)
                 continue
-            # A directory can be mounted in itself.
             identity = _identity(directory)
-            if identity in entered:
+            # Others may remove what they like meanwhile.
+            if identity in entered or (identity is None and not os.path.lexists(directory)):
                 continue
             entered.add(identity)
-            listing = self._all_in(directory, str(place) if directory == root else directory)
-            yield from listing.files
+            listing = self._all_in(directory, directory)
             pending += listing.directories
             self._links += listing.links
+            yield from listing.files
 
     def _all_in(self, directory: str, called: str) -> _Listing:
         """What is in a directory; without files if they have been given before."""
@@ -230,20 +234,23 @@ class Surroundings:
 
     def _walk(self, pending: deque[tuple[str, int]]) -> Iterator[Path]:
         """The files in some directories and so many levels below, the nearest ones first."""
-        entered: set[Identity | None] = set()
+        entered: set[Identity] = set()
         count = 0
         while pending:
             directory, levels = pending.popleft()
-            identity = _identity(directory)
-            if identity is None or identity in entered:
-                continue
-            entered.add(identity)
-            if identity not in self._listed:
-                try:
-                    listing = _listed(directory, self._max_around - count)
-                except OSError:
-                    self._unreadable.append(directory)
+            try:
+                identity = identity_of(os.stat(directory))  # noqa: PTH116
+                if identity in entered:
                     continue
+                entered.add(identity)
+                known = self._listed.get(identity)
+                listing = _listed(directory, self._max_around - count) if known is None else known
+            except FileNotFoundError:
+                continue
+            except OSError:
+                self._unreadable.append(directory)
+                continue
+            if known is None:
                 count += len(listing)
                 if count > self._max_around:
                     self._stopped.append(
@@ -253,7 +260,7 @@ class Surroundings:
                 self._listed[identity] = listing
                 yield from listing.files
             if levels:
-                pending += self._to_enter(self._listed[identity].directories, levels - 1)
+                pending += self._to_enter(listing.directories, levels - 1)
 
     def _to_enter(self, directories: Sequence[str], levels: int) -> Iterator[tuple[str, int]]:
         for directory in directories:
