@@ -29,7 +29,7 @@ from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Searched, Surro
 from chainmerge.chain.territory import territory_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.qcow2.header import glance_at_backing_name, parse_header
+from chainmerge.qcow2.header import MAGIC, glance_at_backing_name, parse_header
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -327,8 +327,23 @@ def _backing_name(path: Path, status: os.stat_result) -> str | None:
             return None
         if _is_suspended(status.st_rdev):
             raise OSError(errno.EBUSY, "the device is suspended")
+    elif not _begins_as_image(path):
+        return None
     with FileReadable(path) as readable:
         return glance_at_backing_name(readable)
+
+
+def _begins_as_image(path: Path) -> bool:
+    """Whether a regular file has the magic: of most files around there is nothing else to know.
+
+    Raises OSError.
+    """
+    # The file may have become a pipe since it was looked at.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        return os.pread(fd, len(MAGIC), 0) == MAGIC
+    finally:
+        os.close(fd)
 
 
 def _says_nothing_is_there(error: ChainmergeError) -> bool:
