@@ -137,6 +137,9 @@ class DomainDisk:
         place = ("--domain", self._domain_name, "--disk", self._disk)
         return place if self._uri == DEFAULT_URI else (*place, "--connect", self._uri)
 
+    leaves_tombstones: Final = False
+    """libvirt removes a bitmap from all images of the chain, and disables none."""
+
     # The chain
 
     def layout(self) -> BlockGraph:
@@ -204,6 +207,13 @@ class DomainDisk:
                 for entry in read_directory(Qcow2Image(readable)):
                     yield entry.name
 
+    def known_names(self) -> set[str]:
+        """The names of bitmaps that some image of the chain has, or may not have on disk yet."""
+        names = self._checkpoint_names()
+        for node in self.layout().chain():
+            names.update(self.stored_names(node))
+        return names
+
     def _stored(self, node: BlockNode) -> Iterator[NodeBitmap]:
         if node.filename is None:
             return
@@ -259,8 +269,10 @@ class DomainDisk:
                 "virDomainCheckpointCreateXML",
                 lambda: self._domain.checkpointCreateXML(described, flags),
             )
-        except VmRefused:
-            return False
+        except VmRefused as refused:
+            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                return False
+            raise
         if known is None:
             self._ask(
                 "virDomainCheckpointDelete",
@@ -472,6 +484,12 @@ def _descend(disk: ET.Element, target: str) -> Iterator[_Layer]:
 def _attribute(element: ET.Element, child: str, name: str) -> str | None:
     found = element.find(child)
     return None if found is None else found.get(name)
+
+
+def _code_of(refused: VmRefused) -> int | None:
+    """The number of libvirt's error behind one of ours."""
+    code = getattr(refused.__cause__, "get_error_code", None)
+    return None if code is None else int(code())
 
 
 def _protocol_of(layer: _Layer) -> str:

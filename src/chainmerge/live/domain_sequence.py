@@ -21,7 +21,7 @@ import msgspec
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.convergence import Remedy
 from chainmerge.live.domain import DomainDisk, DomainJob, DomainJobKind
-from chainmerge.live.domain_settling import settle_in_domain
+from chainmerge.live.domain_settling import names_to_remove, settle_in_domain
 from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
@@ -130,8 +130,8 @@ def _give_up(drive: DomainDrive) -> None:
 
 def _prune(drive: DomainDrive) -> None:
     drive.announce(Stage.PRUNE)
-    there = set(drive.disk.stored_names(drive.place().base))
-    for name in (*drive.journal.stale, *(one.name for one in drive.journal.tombstones)):
+    there = drive.disk.known_names()
+    for name in names_to_remove(drive.journal):
         if name in there:
             drive.disk.remove_everywhere(name)
 

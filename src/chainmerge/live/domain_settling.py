@@ -43,13 +43,21 @@ def settle_in_domain(
     verified = list(_verify_in_domain(disk, journal, place))
     if not journal.is_active:
         # libvirt has base's bitmaps record what is copied, in whole clusters.
-        verified += verify_on_disk(journal, report, verify_bitmaps_cover)
+        verified += verify_on_disk(journal, (), report, verify_bitmaps_cover)
     announce(Stage.SETTLE)
     warnings: list[str] = []
     deleted = take_leave(journal, warnings)
     base = disk.graph().nodes[place.base.name]
     forget(journal, keep_saved=False)
     return Settled(tuple(results_of(base)), tuple(verified), deleted, tuple(warnings))
+
+
+def names_to_remove(journal: LiveJournal) -> tuple[str, ...]:
+    """The names that go from all images of the chain.
+
+    Journals of earlier versions have some of them as tombstones, which libvirt leaves none of.
+    """
+    return (*journal.stale, *(one.name for one in journal.tombstones))
 
 
 def _merged_place(disk: DomainDisk, journal: LiveJournal) -> Place:
@@ -75,7 +83,7 @@ def _verify_in_domain(disk: DomainDisk, journal: LiveJournal, place: Place) -> I
         if journal.is_active and not disk.passes(kept.name):
             difference = f"libvirt does not find bitmap {kept.name!r} sound"
             raise LiveVerificationFailed(journal.base.path, difference)
-    gone = set(journal.stale) | {one.name for one in journal.tombstones}
+    gone = set(names_to_remove(journal))
     left = gone & set(disk.stored_names(place.base))
     if left and not journal.is_active:
         raise LiveVerificationFailed(journal.base.path, f"bitmap {min(left)!r} is still there")

@@ -19,6 +19,7 @@ from chainmerge.live.errors import (
     LiveOtherChildren,
     LiveUnsuited,
     NotInVm,
+    VmRefused,
 )
 from chainmerge.live.port import BlockGraph, BlockNode, InspectedVm, NodeBitmap, UserKind
 from chainmerge.storage.files import FileReadable
@@ -98,9 +99,10 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
     Raises:
         NotInVm: top or base is no image of this disk.
         LiveChainDiffers: the images on disk are not the VM's chain.
+        LiveUnsuited: the VM does not tell what has to be known.
         ChainmergeError: what discovery raises.
     """
-    graph = vm.graph()
+    graph = _graph_of(vm, top)
     chain = graph.chain()
     paths = [_required_path(vm, node, graph) for node in chain]
     identities = [_identity_at(path) for path in paths]
@@ -115,6 +117,15 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
         above=tuple(reversed(_above(whole, place))),
         nodes_above=tuple(reversed(chain[:place])),
     )
+
+
+def _graph_of(vm: InspectedVm, top: Path) -> BlockGraph:
+    """The VM's block graph. That nothing was changed, an error of the VM itself does not say."""
+    try:
+        return vm.graph()
+    except VmRefused as refused:
+        reason = f"it does not tell what has to be known ({refused.command}: {refused.reason})"
+        raise LiveUnsuited(vm.name, str(top), reason) from refused
 
 
 def _above(whole: Chain, place: int) -> tuple[ImageInfo, ...]:

@@ -175,6 +175,19 @@ def _stale(live: LiveTarget, decisions: Sequence[Decision]) -> Iterator[str]:
             yield decision.name
 
 
+def _names_to_remove(vm: InspectedVm, live: LiveTarget, decisions: Sequence[Decision]) -> list[str]:
+    """The names that go before anything is copied."""
+    if vm.leaves_tombstones:
+        return list(_stale(live, decisions))
+    # libvirt (9.0) unites what an active image has in a base that lacks it, also where the
+    # checkpoint has a gap: base would be given what passes for a complete one.
+    return [
+        decision.name
+        for decision in decisions
+        if decision.fate is not Fate.KEEP and (live.is_active or decision.fate is not Fate.IGNORE)
+    ]
+
+
 def _shapes(
     live: LiveTarget, decisions: Sequence[Decision], known: dict[str, BitSet]
 ) -> Iterator[BitmapShape]:
@@ -253,7 +266,7 @@ def _journal(
             for decision in decisions
             if decision.granularity is not None
         ],
-        stale=list(_stale(live, decisions)) if holds else [],
+        stale=_names_to_remove(vm, live, decisions) if holds else [],
         tombstones=[
             TombstoneName(
                 name=decision.name,
@@ -261,7 +274,7 @@ def _journal(
                 in_base=live.base.bitmap(decision.name) is not None,
             )
             for decision in decisions
-            if decision.tombstone_while_top_exists and holds
+            if decision.tombstone_while_top_exists and holds and vm.leaves_tombstones
         ],
         delete=options.delete,
         full_verify=options.verify == "full" and not has_encrypted(live.target.chain),

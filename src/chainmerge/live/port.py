@@ -261,6 +261,10 @@ class InspectedVm(Protocol):
     def address(self) -> tuple[str, ...]:
         """The options of ``chainmerge live`` that lead to this disk."""
 
+    @property
+    def leaves_tombstones(self) -> bool:
+        """Whether base can get a tombstone; else the name goes from all images of the chain."""
+
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
 
@@ -296,6 +300,10 @@ class LiveVm(Protocol):
     @property
     def address(self) -> tuple[str, ...]:
         """The options of ``chainmerge live`` that lead to this disk."""
+
+    @property
+    def leaves_tombstones(self) -> bool:
+        """Whether base can get a tombstone; else the name goes from all images of the chain."""
 
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""

@@ -121,6 +121,9 @@ class QmpVm:
         disk = ("--device", self._device) if self._device is not None else ("--node", self._node)
         return ("--qmp", self._socket, *(str(part) for part in disk))
 
+    leaves_tombstones: Final = True
+    """See :class:`chainmerge.live.port.LiveVm`."""
+
     def graph(self) -> BlockGraph:
         """See :class:`chainmerge.live.port.LiveVm`."""
         infos = self._monitor.execute("query-named-block-nodes", {"flat": True})

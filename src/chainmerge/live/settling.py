@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from chainmerge.live.port import BlockNode, LiveVm
     from chainmerge.live.situation import Place
     from chainmerge.qcow2.image import Qcow2Image
-    from chainmerge.records.live_journal import LiveJournal
+    from chainmerge.records.live_journal import LiveJournal, TombstoneName
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def settle(
     place = _merged_place(vm, journal)
     verified = list(_verify_in_vm(journal, place))
     if not journal.is_active:
-        verified += verify_on_disk(journal, report, verify_bitmaps)
+        verified += verify_on_disk(journal, journal.tombstones, report, verify_bitmaps)
     announce(Stage.SETTLE)
     warnings: list[str] = []
     is_closed = not _merged_place(vm, journal).left_over
@@ -126,12 +126,18 @@ def _above(journal: LiveJournal) -> str:
 
 def verify_on_disk(
     journal: LiveJournal,
+    tombstones: Sequence[TombstoneName],
     report: Callable[[ProgressEvent], None],
     compare: Callable[[Qcow2Image, Sequence[StoredBitmap]], str],
 ) -> Iterator[str]:
     """Read base back: nobody writes to it now.
 
-    *compare* looks at base's bitmaps: :func:`chainmerge.verify.verify_bitmaps` or a weaker one.
+    Args:
+        journal: of the merge.
+        tombstones: those that base has to have.
+        report: told how far the comparison of content is.
+        compare: looks at base's bitmaps: :func:`chainmerge.verify.verify_bitmaps`, or a weaker
+            one.
     """
     top = Path(journal.top.path)
     if not top.exists() or not same_image(identify(top), journal.top):
@@ -146,7 +152,8 @@ def verify_on_disk(
         if base.image is not None:
             verify_soundness(base.image)
             yield "refcounts of base recomputed from the tables: no corruption"
-            yield compare(base.image, tuple(_expected(journal, opened, base)))
+            marks = _expected_tombstones(tombstones, base)
+            yield compare(base.image, (*_expected(journal, opened, base), *marks))
         if journal.full_verify:
             size = opened.view().virtual_size
             yield verify_content(
@@ -179,9 +186,17 @@ def _expected(journal: LiveJournal, opened: OpenChain, base: OpenImage) -> Itera
             # An earlier run has settled this far and forgotten what it had saved.
             sources.append(base.bits(kept.name))
         yield StoredBitmap(kept.name, union_all(sources, size, kept.granularity), BitmapFlag.AUTO)
-    for tombstone in journal.tombstones:
-        granularity = base.entries[tombstone.name].granularity
-        yield StoredBitmap(tombstone.name, BitSet.empty(size, granularity), BitmapFlag(0))
+
+
+def _expected_tombstones(
+    tombstones: Sequence[TombstoneName], base: OpenImage
+) -> Iterator[StoredBitmap]:
+    """Disabled bitmaps without bits, of whatever granularity they have; one may be missing."""
+    for wanted in tombstones:
+        found = base.entries.get(wanted.name)
+        granularity = wanted.granularity if found is None else found.granularity
+        bits = BitSet.empty(base.info.virtual_size, granularity)
+        yield StoredBitmap(wanted.name, bits, BitmapFlag(0))
 
 
 def close_merged(vm: LiveVm, journal: LiveJournal) -> Iterator[str]:
