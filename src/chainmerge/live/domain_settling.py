@@ -43,7 +43,7 @@ def settle_in_domain(
     verified = list(_verify_in_domain(disk, journal, place))
     if not journal.is_active:
         # libvirt has base's bitmaps record what is copied, in whole clusters.
-        verified += verify_on_disk(journal, (), report, verify_bitmaps_cover)
+        verified += verify_on_disk(disk.layout(), journal, (), report, verify_bitmaps_cover)
     announce(Stage.SETTLE)
     warnings: list[str] = []
     deleted = take_leave(journal, warnings)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from chainmerge.errors import Refused
 from chainmerge.inspection import open_chain
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.domain import DomainDisk
@@ -27,6 +28,7 @@ from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
 from chainmerge.merge_job import volume_at
 from chainmerge.options import Access, LiveOptions
+from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
@@ -330,7 +332,18 @@ def _drive(
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
     )
-    return _report(drive, carry_on(drive), caller, plan_done)
+    return _report(drive, _carried_on(drive, lambda: carry_on(drive)), caller, plan_done)
+
+
+def _carried_on(drive: Driven, carry_on: Callable[[], Settled]) -> Settled:
+    """Drive a merge that has begun: what would be a refusal before that is none any more.
+
+    Raises MergeUnfinished, and what is no refusal.
+    """
+    try:
+        return carry_on()
+    except Refused as refused:
+        raise MergeUnfinished(drive.top, refused.sentence) from refused
 
 
 def _drive_domain(
@@ -348,7 +361,7 @@ def _drive_domain(
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
     )
-    return _report(drive, carry_on_in_domain(drive), caller, plan_done)
+    return _report(drive, _carried_on(drive, lambda: carry_on_in_domain(drive)), caller, plan_done)
 
 
 def _copied(drive: Driven, plan_done: MergePlan | None) -> int:
