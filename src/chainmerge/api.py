@@ -9,18 +9,13 @@ that work on bitmaps.
 
 from __future__ import annotations
 
-import errno
 import importlib
-import os
-from functools import cache, wraps
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-from chainmerge.storage.errors import OutOfMemory, SystemCallFailed, reason_of
+from chainmerge.boundary import at_the_boundary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from chainmerge.bitmap_ops import (
         bitmaps_add,
         bitmaps_clear,
@@ -85,28 +80,4 @@ _MODULES: Final = MappingProxyType(
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _civil(getattr(importlib.import_module(_MODULES[name]), name))
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@cache
-def _civil(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function, for which the operating system's errors are errors of ours."""
-
-    @wraps(function)
-    def civil(*arguments: P.args, **options: P.kwargs) -> T:
-        try:
-            return function(*arguments, **options)
-        except OSError as error:
-            if error.errno == errno.ENOMEM:
-                raise OutOfMemory from error
-            name = error.filename
-            file = os.fsdecode(name) if isinstance(name, str | bytes) else "a file"
-            raise SystemCallFailed(file, reason_of(error)) from error
-        except MemoryError as error:
-            raise OutOfMemory from error
-
-    return civil
+    return at_the_boundary(getattr(importlib.import_module(_MODULES[name]), name))

@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, get_args
+
+from chainmerge.option_checks import (
+    require_bytes,
+    require_choice,
+    require_flag,
+    require_path,
+    require_paths,
+    require_paths_to_texts,
+    require_seconds,
+)
 
 VerifyLevel = Literal["full", "metadata"]
 EngineChoice = Literal["auto", "native", "qemu"]
@@ -70,6 +80,16 @@ class Access:
     active: str | None = None
     lock_wait: float = 10.0
 
+    def __post_init__(self) -> None:
+        """Raise OptionUnusable for what no option can be."""
+        require_paths_to_texts("formats", self.formats)
+        require_paths("allow_backing", self.allow_backing)
+        require_paths("allow_data_file", self.allow_data_file)
+        require_paths("search", self.search)
+        if self.active is not None:
+            require_path("active", self.active)
+        require_seconds("lock_wait", self.lock_wait)
+
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
@@ -115,6 +135,21 @@ class MergeOptions:
     discard: bool = False
     key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
 
+    def __post_init__(self) -> None:
+        """Raise OptionUnusable for what no option can be."""
+        require_choice("verify", self.verify, get_args(VerifyLevel))
+        require_choice("engine", self.engine, get_args(EngineChoice))
+        require_choice("direction", self.direction, get_args(DirectionChoice))
+        require_choice("data", self.data, get_args(DataChoice))
+        require_choice("volume", self.volume, get_args(VolumeChoice))
+        for name in ("delete", "keep_name", "drop_bitmaps", "detect_zeroes", "shrink", "discard"):
+            require_flag(name, getattr(self, name))
+        require_bytes("bandwidth", self.bandwidth)
+        require_bytes("size_limit", self.size_limit)
+        require_paths_to_texts("key_files", self.key_files)
+        for key_file in self.key_files.values():
+            require_path("key_files", key_file)
+
 
 @dataclass(frozen=True, slots=True)
 class LiveOptions:
@@ -142,6 +177,18 @@ class LiveOptions:
     on_stall: StallChoice = "wait"
     size_limit: int | None = None
     volume: VolumeChoice = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise OptionUnusable for what no option can be."""
+        require_choice("verify", self.verify, get_args(VerifyLevel))
+        require_choice("on_stall", self.on_stall, get_args(StallChoice))
+        require_choice("volume", self.volume, get_args(VolumeChoice))
+        require_flag("delete", self.delete)
+        require_flag("drop_bitmaps", self.drop_bitmaps)
+        require_bytes("bandwidth", self.bandwidth)
+        require_bytes("size_limit", self.size_limit)
+        if self.deadline is not None:
+            require_seconds("deadline", self.deadline)
 
     @property
     def as_merge(self) -> MergeOptions:

@@ -35,6 +35,7 @@ from chainmerge.engines.errors import (
     DaemonFailed,
     DaemonMissing,
 )
+from chainmerge.event_loops import SynchronousLoop
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ class StorageDaemon:
                 self._process = _started(program, theirs.fileno(), inherited_fds)
             self._complaints = _Complaints(self._process.stderr)
             undo.callback(self._end_process)
-            self._runner = undo.enter_context(asyncio.Runner())
+            self._runner = undo.enter_context(SynchronousLoop())
             self._client = QMPClient()
             try:
                 self._run(self._client.connect(ours))

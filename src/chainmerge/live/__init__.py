@@ -12,12 +12,19 @@ Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 
 from __future__ import annotations
 
+from chainmerge.boundary import at_the_boundary
+from chainmerge.live import merging
 from chainmerge.live.domain import DomainDisk
 from chainmerge.live.domain_connection import DEFAULT_URI
-from chainmerge.live.merging import LiveDisk, merge, plan, resume, status
+from chainmerge.live.merging import LiveDisk
 from chainmerge.live.port import LiveVm
 from chainmerge.live.qmp_vm import QmpVm
 from chainmerge.options import LiveOptions
+
+merge = at_the_boundary(merging.merge)
+plan = at_the_boundary(merging.plan)
+resume = at_the_boundary(merging.resume)
+status = at_the_boundary(merging.status)
 
 __all__ = [
     "DEFAULT_URI",

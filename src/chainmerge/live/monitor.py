@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
+from chainmerge.event_loops import SynchronousLoop
 from chainmerge.live.errors import VmRefused, VmUnreachable
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Monitor:
             except OSError as error:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
             self._peer = _peer_of(connection)
-            self._runner = undo.enter_context(asyncio.Runner())
+            self._runner = undo.enter_context(SynchronousLoop())
             self._client = QMPClient()
             self._run(self._client.connect(connection), _GREETING_SECONDS)
             undo.callback(self._disconnect)
