@@ -7,8 +7,8 @@ that has taken effect reads base back, and a process that carries it on has none
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +26,7 @@ from tests.support.qemu import content, create, info, qemu_img, qemu_io
 from tests.support.surgery import extension_at, put_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from chainmerge.types import ProgressEvent
 

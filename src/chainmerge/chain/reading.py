@@ -186,9 +186,13 @@ def allowed_data_file(image: ImageInfo, header: Header, allowed: Iterable[Path])
 
 
 def data_file_places(image: Path) -> tuple[Path, ...]:
-    """Where the header of a qcow2 image can mean its external data file to be: :func:`allowed_data_file`.
+    """Where the external data file of a qcow2 image can be; see :func:`allowed_data_file`.
 
-    Raises FormatError.
+    Returns:
+        Nothing for an image that holds its data itself.
+
+    Raises:
+        FormatError: the header is damaged.
     """
     with FileReadable(image) as readable:
         return _data_file_places(image, Qcow2Image(readable).header)

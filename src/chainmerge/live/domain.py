@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree as ET
 
+from chainmerge.chain.reading import data_file_places
 from chainmerge.checkpoints import BitmapState
 from chainmerge.live.domain_connection import DEFAULT_URI, DomainConnection
 from chainmerge.live.errors import NoSuchDisk, VmRefused
@@ -34,6 +35,7 @@ from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,6 +64,9 @@ class DomainJobKind(StrEnum):
 
     COMMIT = "commit"
     ACTIVE_COMMIT = "active commit"
+    PULL = "pull"
+    COPY = "copy"
+    BACKUP = "backup"
     OTHER = "other"
 
 
@@ -72,6 +77,11 @@ class DomainJob:
     kind: DomainJobKind
     done: int
     total: int
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether it merges."""
+        return self.kind in (DomainJobKind.COMMIT, DomainJobKind.ACTIVE_COMMIT)
 
     @property
     def caught_up(self) -> bool:
@@ -146,7 +156,7 @@ class DomainDisk:
         """The chain as it is now, without bitmaps."""
         layers = self._layers()
         job = self.block_job()
-        users = () if job is None else (NodeUser(f"{job.kind} job", UserKind.JOB, "backing"),)
+        users = () if job is None else (NodeUser(str(job.kind), UserKind.JOB, "backing"),)
         nodes: dict[str, BlockNode] = {}
         for position, layer in enumerate(layers):
             below = layers[position + 1].target if position + 1 < len(layers) else None
@@ -317,15 +327,39 @@ class DomainDisk:
         ET.SubElement(disks, "disk", name=self._disk, checkpoint="bitmap", bitmap=name)
         return ET.tostring(checkpoint, encoding="unicode")
 
+    # What can be changed
+
+    def why_not_writable(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        libvirt gives its QEMU the permissions for what a job writes to when the job begins, so
+        that only that is known which nobody can write to.
+        """
+        return None if node.filename is None else why_nobody_can_write(node.filename)
+
+    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        libvirt reopens an image to change its bitmaps, and does not name the data file, which
+        QEMU takes for another one then (seen with libvirt 9.0 and QEMU 7.2).
+        """
+        if node.driver != "qcow2" or node.filename is None or not data_file_places(node.filename):
+            return None
+        return "libvirt cannot change bitmaps of an image whose data is in another file"
+
     # The job
 
     def job(self, job: str) -> JobState | None:  # noqa: ARG002  # libvirt has one a disk
         """How the disk's commit is, whatever name it was to have; None where there is none."""
         found = self.block_job()
-        if found is None or found.kind is DomainJobKind.OTHER:
+        if found is None or not found.is_commit:
             return None
         phase = JobPhase.READY if found.caught_up else JobPhase.RUNNING
         return JobState(phase, found.done, found.total)
+
+    def described_job(self, job: str) -> str:
+        """What a job on this disk does; libvirt has no more than one, without a name."""
+        return f"{job} of {self._disk} (virsh blockjob {self._domain_name} {self._disk})"
 
     def block_job(self) -> DomainJob | None:
         """The disk's block job, whoever began it."""
@@ -339,6 +373,9 @@ class DomainDisk:
         kinds = {
             library.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: DomainJobKind.COMMIT,
             library.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: DomainJobKind.ACTIVE_COMMIT,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: DomainJobKind.PULL,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: DomainJobKind.COPY,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP: DomainJobKind.BACKUP,
         }
         kind = kinds.get(found["type"], DomainJobKind.OTHER)
         return DomainJob(kind, int(found["cur"]), int(found["end"]))

@@ -27,6 +27,7 @@ from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
     LiveMergeStalled,
+    LiveNotStarted,
     VmRefused,
     VmUnreachable,
 )
@@ -87,7 +88,7 @@ def carry_on_in_domain(drive: DomainDrive) -> Settled:
 def _drive(drive: DomainDrive) -> None:
     try:
         _merge(drive)
-    except (VmRefused, LiveMergeFailed, LiveMergeStalled, Interrupted) as failure:
+    except (VmRefused, LiveNotStarted, LiveMergeFailed, LiveMergeStalled, Interrupted) as failure:
         _give_up(drive)
         if isinstance(failure, VmRefused):
             raise drive.failed(failure.reason) from failure
@@ -119,7 +120,7 @@ def _give_up(drive: DomainDrive) -> None:
     """End the job, if there is one, and have everything as it was but for the stale bitmaps."""
     drive.enter(LiveState.UNDOING)
     job = drive.disk.block_job()
-    if job is not None and job.kind is not DomainJobKind.OTHER:
+    if job is not None and job.is_commit:
         # It may end by itself in between.
         with contextlib.suppress(VmRefused):
             drive.disk.cancel()
@@ -161,8 +162,8 @@ def _copy(drive: DomainDrive, *, begun: bool) -> None:
             _start(drive)
             begun = True
             continue
-        if job.kind is DomainJobKind.OTHER:
-            raise drive.failed("another block job runs on this disk")
+        if not job.is_commit:
+            raise drive.failed(f"another block job ({job.kind}) runs on this disk")
         if job.kind is DomainJobKind.ACTIVE_COMMIT and job.caught_up:
             drive.copied = job.done
             return
@@ -192,7 +193,11 @@ def _is_merged_soon(drive: DomainDrive) -> bool:
 
 def _start(drive: DomainDrive) -> None:
     place = drive.place()
-    drive.disk.start_commit(place.merged_nodes[-1], place.base, drive.options.bandwidth)
+    try:
+        drive.disk.start_commit(place.merged_nodes[-1], place.base, drive.options.bandwidth)
+    except VmRefused as refused:
+        raise drive.not_started(drive.disk.name, refused.reason) from refused
+    drive.untouched = False
 
 
 def _look_at(drive: DomainDrive, job: DomainJob) -> None:

@@ -18,7 +18,7 @@ from chainmerge.errors import Failed, Misuse, OutcomeUnknown, Refused
 
 _GUEST = (
     "The guest reads and writes its disk all the time, and does not notice. "
-    "The active image is what it was."
+    "The image that it writes to is the one that it was."
 )
 
 
@@ -145,11 +145,15 @@ class LiveJobRunning(Refused):
     code: ClassVar[str] = "live-job-running"
     template: ClassVar[str] = "{vm} has jobs on this chain: {jobs}"
     hint: ClassVar[str] = (
-        "wait for them; a merge that was interrupted is carried on by `chainmerge live resume`"
+        "let them end, or have whoever started them cancel them, then run the same command again; "
+        "do not repair or remove anything meanwhile; a job of chainmerge's own, whose name begins "
+        "with 'chainmerge-', is carried on by `chainmerge live resume`"
     )
     explanation: ClassVar[str] = (
         "Backups, mirrors, other merges and the like hold images of this chain. A merge beside "
-        "them would change what they read."
+        "them would change what they read. As long as a job writes to an image, the bitmaps of "
+        "that image are marked in-use on disk. That is no damage: they are stored when it ends. "
+        "Nothing was changed."
     )
     vm: str
     jobs: str
@@ -207,6 +211,30 @@ class LiveUnsuited(Refused):
 
 
 @dataclass(eq=False)
+class LiveNotWritable(Refused):
+    """The VM cannot write to an image that the merge would change."""
+
+    code: ClassVar[str] = "live-not-writable"
+    template: ClassVar[str] = "{vm} cannot write to {image}: {reason}"
+    hint: ClassVar[str] = (
+        "find out why it was made so, and if it may be written to, let this VM do it (permissions, "
+        "the immutable flag, a read-only mount or device, AppArmor or SELinux); then run the same "
+        "command again"
+    )
+    explanation: ClassVar[str] = (
+        "Base takes the data, and the header of the image above top gets base's name. Both are "
+        "open for reading only while the VM runs. By QMP the VM is asked to open them for writing "
+        "once more, and to close them again, which changes nothing; what it cannot open then it "
+        "could not write to in the merge. Of a domain of libvirt only that is known which keeps "
+        "everybody from writing, as libvirt gives its VMs their permissions when a merge begins. "
+        "Nothing was changed."
+    )
+    vm: str
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
 class LiveBitmapBusy(Refused):
     """A backup uses a bitmap of the merged range."""
 
@@ -240,12 +268,34 @@ class UnfinishedMergeFound(Refused):
 
 
 @dataclass(eq=False)
+class LiveNotStarted(Refused):
+    """The VM did not begin the merge at all."""
+
+    code: ClassVar[str] = "live-not-started"
+    template: ClassVar[str] = "{vm} does not begin to merge {top} into {base}: {reason}"
+    hint: ClassVar[str] = (
+        "see whether what is said there can be helped, then run the same command again; or stop "
+        "the VM and use `chainmerge merge`"
+    )
+    explanation: ClassVar[str] = (
+        "The VM declined the job that merges, with the reason shown. That comes before anything "
+        "is written: the images, their bitmaps and the chain are what they were. A file that "
+        "QEMU was told to open with `read-only=on`, rather than `auto-read-only=on`, is such a "
+        "reason, which cannot be seen beforehand."
+    )
+    vm: str
+    base: str
+    top: str
+    reason: str
+
+
+@dataclass(eq=False)
 class LiveMergeFailed(Failed):
     """The merge did not come about, and what had been changed was put back."""
 
     code: ClassVar[str] = "live-merge-failed"
     template: ClassVar[str] = (
-        "merging {top} into {base} in {vm} failed: {reason}; the VM runs on {top} as before"
+        "merging {top} into {base} in {vm} failed: {reason}; the VM reads {top} as before"
     )
     hint: ClassVar[str] = "remove the reason that QEMU gives, then run the same command again"
     explanation: ClassVar[str] = (

@@ -16,12 +16,20 @@ from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveImageInUse,
     LiveJobRunning,
+    LiveNotWritable,
     LiveOtherChildren,
     LiveUnsuited,
     NotInVm,
     VmRefused,
 )
-from chainmerge.live.port import BlockGraph, BlockNode, InspectedVm, NodeBitmap, UserKind
+from chainmerge.live.port import (
+    PLAIN_PROTOCOLS,
+    BlockGraph,
+    BlockNode,
+    InspectedVm,
+    NodeBitmap,
+    UserKind,
+)
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -32,8 +40,6 @@ if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.inspection import OpenChain
     from chainmerge.options import Access
-
-_PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:
     if node.file is None:
         return None
     protocol = graph.nodes[node.file]
-    return protocol.filename if protocol.driver in _PLAIN_PROTOCOLS else None
+    return protocol.filename if protocol.driver in PLAIN_PROTOCOLS else None
 
 
 def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
@@ -176,6 +182,19 @@ def _identity_at(path: Path | None) -> Identity | None:
         return None
 
 
+def require_no_job(vm: InspectedVm, live: LiveTarget) -> None:
+    """Make sure that nobody's job works on the disk.
+
+    To be asked first: a job writes to images that are read-only otherwise, and until it ends
+    their bitmaps are in-use on disk, and their tables change.
+
+    Raises LiveJobRunning.
+    """
+    jobs = live.graph.jobs()
+    if jobs:
+        raise LiveJobRunning(vm.name, ", ".join(map(vm.described_job, jobs)))
+
+
 def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
     """The bitmaps of all images of the chain, root first, as the rules see them.
 
@@ -212,17 +231,44 @@ def state_of(bitmap: NodeBitmap) -> BitmapState:
 
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
-    yield from _jobs(vm, live)
     yield from _other_users(vm, live)
     yield from _other_images(vm, live)
     yield from _bitmap_obstacles(vm, live, opened)
     yield from _size_obstacles(vm, live)
 
 
-def _jobs(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
-    jobs = {job for node in (*live.nodes, *live.nodes_above) for job in node.jobs}
-    if jobs:
-        yield LiveJobRunning(vm.name, ", ".join(sorted(jobs)))
+def unchangeable(
+    vm: InspectedVm, live: LiveTarget, kept: Sequence[str], removed: Sequence[str]
+) -> Iterator[ChainmergeError]:
+    """Images that will be written to, and that the VM cannot write to.
+
+    Args:
+        vm: the VM.
+        live: the merge.
+        kept: the names of the bitmaps that base has afterwards.
+        removed: of those that go, from base alone or from all images.
+    """
+    written = [live.base, *live.nodes_above[:1]]
+    stripped = [] if vm.leaves_tombstones else _nodes_with(live, removed)
+    for node in dict.fromkeys(one.name for one in (*written, *stripped) if one.read_only):
+        reason = vm.why_not_writable(live.graph.nodes[node])
+        if reason is not None:
+            yield LiveNotWritable(vm.name, _name_of(live, node), reason)
+    changed = [live.base, *stripped] if kept else stripped
+    for node in dict.fromkeys(one.name for one in changed):
+        reason = vm.why_bitmaps_stay(live.graph.nodes[node])
+        if reason is not None:
+            yield LiveUnsuited(vm.name, _name_of(live, node), reason)
+
+
+def _nodes_with(live: LiveTarget, names: Sequence[str]) -> list[BlockNode]:
+    """The images, from the root to the active one, that have a bitmap of one of these names."""
+    nodes = (*live.nodes, *live.nodes_above)
+    return [node for node in nodes if any(node.bitmap(name) is not None for name in names)]
+
+
+def _name_of(live: LiveTarget, node: str) -> str:
+    return str(path_of(live.graph.nodes[node], live.graph) or node)
 
 
 def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:

@@ -16,6 +16,7 @@ from chainmerge.live.convergence import Convergence
 from chainmerge.live.domain import DomainDisk
 from chainmerge.live.domain_sequence import DomainDrive, carry_on_in_domain
 from chainmerge.live.errors import (
+    LiveNotStarted,
     NothingUnfinished,
     UnfinishedMergeFound,
 )
@@ -331,6 +332,7 @@ def _drive(
         report=caller.report,
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
+        untouched=plan_done is not None and plan_done.space.grow_to is None,
     )
     return _report(drive, _carried_on(drive, lambda: carry_on(drive)), caller, plan_done)
 
@@ -342,6 +344,8 @@ def _carried_on(drive: Driven, carry_on: Callable[[], Settled]) -> Settled:
     """
     try:
         return carry_on()
+    except LiveNotStarted:
+        raise
     except Refused as refused:
         raise MergeUnfinished(drive.top, refused.sentence) from refused
 
@@ -360,6 +364,8 @@ def _drive_domain(
         report=caller.report,
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
+        # Stale bitmaps go before the job begins.
+        untouched=plan_done is not None and plan_done.space.grow_to is None and not journal.stale,
     )
     return _report(drive, _carried_on(drive, lambda: carry_on_in_domain(drive)), caller, plan_done)
 

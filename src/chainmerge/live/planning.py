@@ -17,7 +17,13 @@ from chainmerge.inspection import (
     open_chain,
     storable_granularity,
 )
-from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
+from chainmerge.live.inspection import (
+    LiveTarget,
+    layers_of,
+    obstacles,
+    require_no_job,
+    unchangeable,
+)
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
@@ -61,8 +67,10 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
     """Look at the images and decide on everything that the merge will do.
 
     Raises:
+        LiveJobRunning: images are being changed by somebody's job.
         ChainmergeError: an image cannot be read.
     """
+    require_no_job(vm, live)
     for _ in range(_ATTEMPTS - 1):
         try:
             return _plan(vm, live, options)
@@ -88,6 +96,9 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             tuple(_shapes(live, decisions, final_bits)),
         )
         found = tuple(obstacles(vm, live, opened))
+    # The VM is not asked to do anything where it would be for nothing.
+    kept = [decision.name for decision in decisions if decision.fate is Fate.KEEP]
+    found = found or tuple(unchangeable(vm, live, kept, _names_to_remove(vm, live, decisions)))
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,

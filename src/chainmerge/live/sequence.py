@@ -128,7 +128,7 @@ def _start(drive: Drive) -> None:
     except VmRefused as refused:
         # Nothing is stored of it yet: base has been read-only all the time.
         drive.vm.change_bitmaps(undo_actions(drive.journal, _place(drive).base))
-        _give_up(drive, _failed(drive, refused.reason))
+        _give_up(drive, drive.not_started(drive.vm.name, refused.reason))
         return
     _pause(drive)
 
