@@ -38,7 +38,7 @@ from chainmerge.storage.files import FileReadable
 from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -193,11 +193,30 @@ class DomainDisk:
         """
         graph = self.layout()
         nodes = dict(graph.nodes)
-        for node in graph.chain():
+        active, *below = graph.chain()
+        if active.driver == "qcow2":
+            bitmaps = tuple(self._active_bitmaps((active, *below)))
+            nodes[active.name] = replace(active, bitmaps=bitmaps)
+        for node in below:
             if node.driver == "qcow2":
-                bitmaps = self._stored(node) if node.read_only else self._active_bitmaps(node)
-                nodes[node.name] = replace(node, bitmaps=tuple(bitmaps))
+                nodes[node.name] = self._with_stored(node)
         return BlockGraph(nodes, graph.root)
+
+    def _with_stored(self, node: BlockNode) -> BlockNode:
+        """An image below the active one, with its bitmaps.
+
+        QEMU leaves the base of an active merge writable that is cancelled, and its bitmaps in-use
+        on disk. They are sound in memory if they pass the test of the whole chain.
+        """
+        bitmaps = list(self._stored(node))
+        in_memory = {one.name for one in bitmaps if one.inconsistent and self.passes(one.name)}
+        found = tuple(
+            replace(one, inconsistent=False, recording=True, dirty_bytes=None)
+            if one.name in in_memory
+            else one
+            for one in bitmaps
+        )
+        return replace(node, bitmaps=found, read_only=not in_memory)
 
     def _layers(self) -> list[_Layer]:
         described = self._ask("virDomainGetXMLDesc", self._domain.XMLDesc)
@@ -212,10 +231,8 @@ class DomainDisk:
 
     def stored_names(self, node: BlockNode) -> Iterator[str]:
         """The names of the bitmaps that an image has on disk."""
-        if node.filename is not None and node.driver == "qcow2":
-            with FileReadable(node.filename) as readable:
-                for entry in read_directory(Qcow2Image(readable)):
-                    yield entry.name
+        for entry in _entries_of(node):
+            yield entry.name
 
     def known_names(self) -> set[str]:
         """The names of bitmaps that some image of the chain has, or may not have on disk yet."""
@@ -231,24 +248,30 @@ class DomainDisk:
             image = Qcow2Image(readable)
             for entry in read_directory(image):
                 state = state_of(image, entry)
-                dirty = 0
+                dirty = None
                 if state is not BitmapState.IN_USE:
                     dirty = read_bits(image, entry).dirty_bytes()
                 yield _as_node_bitmap(entry, state, dirty)
 
-    def _active_bitmaps(self, node: BlockNode) -> Iterator[NodeBitmap]:
-        """On disk they are all in-use, and those that are new are not there yet."""
-        assert node.filename is not None
-        with FileReadable(node.filename) as readable:
-            on_disk = {entry.name: entry for entry in read_directory(Qcow2Image(readable))}
-        names = sorted(on_disk.keys() | self._checkpoint_names())
-        for name in names:
+    def _active_bitmaps(self, chain: Sequence[BlockNode]) -> Iterator[NodeBitmap]:
+        """Those of the first image of the chain.
+
+        On disk they are all in-use, and those are not there yet that it was given while the
+        domain ran: by a backup, or by the snapshot that made it, which carries on what passes.
+        """
+        on_disk = set(self.stored_names(chain[0]))
+        granularities: dict[str, int] = {}
+        for node in reversed(chain):
+            granularities |= {entry.name: entry.granularity for entry in _entries_of(node)}
+        checkpoints = self._checkpoint_names()
+        for name in sorted(granularities.keys() | checkpoints):
             sound = self.passes(name)
-            granularity = on_disk[name].granularity if name in on_disk else _DEFAULT_GRANULARITY
+            if not sound and name not in on_disk | checkpoints:
+                continue
             yield NodeBitmap(
                 name=name,
-                granularity=granularity,
-                dirty_bytes=0,
+                granularity=granularities.get(name, _DEFAULT_GRANULARITY),
+                dirty_bytes=None,
                 recording=sound,
                 persistent=True,
                 inconsistent=not sound,
@@ -518,6 +541,14 @@ def _descend(disk: ET.Element, target: str) -> Iterator[_Layer]:
         image_format = None if at is None else _attribute(at, "format", "type")
 
 
+def _entries_of(node: BlockNode) -> list[BitmapEntry]:
+    """The bitmaps that an image has on disk."""
+    if node.filename is None or node.driver != "qcow2":
+        return []
+    with FileReadable(node.filename) as readable:
+        return list(read_directory(Qcow2Image(readable)))
+
+
 def _attribute(element: ET.Element, child: str, name: str) -> str | None:
     found = element.find(child)
     return None if found is None else found.get(name)
@@ -543,7 +574,7 @@ def _virtual_size(layer: _Layer) -> int:
         return readable.size
 
 
-def _as_node_bitmap(entry: BitmapEntry, state: BitmapState, dirty: int) -> NodeBitmap:
+def _as_node_bitmap(entry: BitmapEntry, state: BitmapState, dirty: int | None) -> NodeBitmap:
     return NodeBitmap(
         name=entry.name,
         granularity=entry.granularity,

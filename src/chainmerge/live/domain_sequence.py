@@ -89,10 +89,11 @@ def _drive(drive: DomainDrive) -> None:
     try:
         _merge(drive)
     except (VmRefused, LiveNotStarted, LiveMergeFailed, LiveMergeStalled, Interrupted) as failure:
-        _give_up(drive)
-        if isinstance(failure, VmRefused):
-            raise drive.failed(failure.reason) from failure
-        raise
+        if _undo(drive):
+            if isinstance(failure, VmRefused):
+                raise drive.failed(failure.reason) from failure
+            raise
+        drive.enter(LiveState.SETTLING)
     _let_guest_run(drive)
     let_disk_go(drive, drive.disk)
     if drive.headroom is not None:
@@ -116,17 +117,34 @@ def _merge(drive: DomainDrive) -> None:
     drive.enter(LiveState.SETTLING)
 
 
-def _give_up(drive: DomainDrive) -> None:
-    """End the job, if there is one, and have everything as it was but for the stale bitmaps."""
+def _undo(drive: DomainDrive) -> bool:
+    """End the job, if there is one, and have everything as it was but for the stale bitmaps.
+
+    Returns:
+        Whether that is so. A merge that has taken effect all the same stays.
+    """
+    begun = drive.journal.state is not LiveState.PREPARING
+    # Until it is known whether the guest has gone over to base, base is right.
+    if drive.journal.state is not LiveState.SWITCHING:
+        drive.enter(LiveState.UNDOING)
+    if begun and _ends_merged(drive):
+        return False
     drive.enter(LiveState.UNDOING)
-    job = drive.disk.block_job()
-    if job is not None and job.is_commit:
-        # It may end by itself in between.
-        with contextlib.suppress(VmRefused):
-            drive.disk.cancel()
     _let_guest_run(drive)
     let_disk_go(drive, drive.disk)
     forget(drive.journal, keep_saved=False)
+    return True
+
+
+def _ends_merged(drive: DomainDrive) -> bool:
+    """Cancel the job; says whether it came to its end before."""
+    job = drive.disk.block_job()
+    if job is not None and job.is_commit:
+        # It may have ended by itself in between.
+        with contextlib.suppress(VmRefused):
+            drive.disk.cancel()
+            return drive.place().merged
+    return _is_merged_soon(drive)
 
 
 def _prune(drive: DomainDrive) -> None:
@@ -206,11 +224,7 @@ def _look_at(drive: DomainDrive, job: DomainJob) -> None:
     drive.convergence.observe(state)
     drive.report(ProgressEvent(Stage.COPY, job.done, job.total, int(drive.convergence.rate)))
     if drive.should_stop():
-        stopped = (
-            f"the merge in {drive.disk.name} was undone: it runs on {drive.top} as before, and "
-            "what stale bitmaps were pruned stay so"
-        )
-        raise Interrupted(stopped)
+        raise drive.interrupted(drive.disk.name)
     try:
         _room(drive).keep()
     except VmUnreachable:

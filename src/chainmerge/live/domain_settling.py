@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chainmerge.checkpoints import BitmapState
 from chainmerge.live.errors import LiveVerificationFailed
 from chainmerge.live.settling import (
     Settled,
@@ -17,13 +18,14 @@ from chainmerge.live.settling import (
     verify_on_disk,
 )
 from chainmerge.live.situation import Place, place_of
-from chainmerge.types import ProgressEvent, Stage
+from chainmerge.types import BitmapResult, ProgressEvent, Stage
 from chainmerge.verify import verify_bitmaps_cover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainmerge.live.domain import DomainDisk
+    from chainmerge.live.port import BlockNode
     from chainmerge.records.live_journal import LiveJournal
 
 
@@ -49,7 +51,15 @@ def settle_in_domain(
     deleted = take_leave(journal, warnings)
     base = disk.graph().nodes[place.base.name]
     forget(journal, keep_saved=False)
-    return Settled(tuple(results_of(base)), tuple(verified), deleted, tuple(warnings))
+    return Settled(tuple(_results_of(base, journal)), tuple(verified), deleted, tuple(warnings))
+
+
+def _results_of(base: BlockNode, journal: LiveJournal) -> Iterator[BitmapResult]:
+    """Base's bitmaps; those included that it has not stored yet, and that libvirt found sound."""
+    yield from results_of(base)
+    for kept in journal.kept:
+        if base.bitmap(kept.name) is None:
+            yield BitmapResult(kept.name, BitmapState.VALID, kept.granularity, None)
 
 
 def names_to_remove(journal: LiveJournal) -> tuple[str, ...]:

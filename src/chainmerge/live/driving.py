@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from chainmerge.errors import Interrupted
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.errors import LiveMergeFailed, LiveNotStarted, VmRefused
 from chainmerge.live.headroom import Headroom
@@ -74,6 +75,11 @@ class Driven:
         if self.untouched:
             return LiveNotStarted(vm, self.base, self.top, reason)
         return LiveMergeFailed(vm, self.base, self.top, reason)
+
+    def interrupted(self, vm: str) -> Interrupted:
+        """The error of a merge that was undone because it was asked to stop."""
+        pruned = ", and what stale bitmaps were pruned stay so" if self.journal.stale else ""
+        return Interrupted(f"the merge in {vm} was undone: it reads {self.top} as before{pruned}")
 
     def enter(self, state: LiveState) -> None:
         """Record that what *state* names begins."""

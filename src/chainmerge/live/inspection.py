@@ -231,6 +231,7 @@ def state_of(bitmap: NodeBitmap) -> BitmapState:
 
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
+    yield from _left_writable(vm, live)
     yield from _other_users(vm, live)
     yield from _other_images(vm, live)
     yield from _bitmap_obstacles(vm, live, opened)
@@ -269,6 +270,21 @@ def _nodes_with(live: LiveTarget, names: Sequence[str]) -> list[BlockNode]:
 
 def _name_of(live: LiveTarget, node: str) -> str:
     return str(path_of(live.graph.nodes[node], live.graph) or node)
+
+
+def _left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """Images that the guest does not write to, and that the VM has open for writing all the same.
+
+    QEMU leaves base so when an active merge is cancelled. What is on disk of its bitmaps and
+    tables is not what counts then, and base of an internal merge could not be read back.
+    """
+    if live.is_active:
+        return
+    images = live.target.chain.images
+    for node, image in list(zip(live.nodes, images, strict=True))[live.target.base_index :]:
+        if not node.read_only:
+            reason = "a merge into it that was undone has left it open for writing"
+            yield LiveUnsuited(vm.name, str(image.path), reason)
 
 
 def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:

@@ -168,7 +168,7 @@ def _known_bits(
     live: LiveTarget, opened: OpenChain, decisions: Sequence[Decision]
 ) -> Iterator[tuple[str, BitSet]]:
     """The bits that kept bitmaps will have, where nobody writes to any of the images."""
-    if live.is_active:
+    if live.is_active or not all(node.read_only for node in (live.base, *live.merged)):
         return
     size = max(live.base.virtual_size, live.top.virtual_size)
     for decision in decisions:

@@ -24,7 +24,7 @@ class NodeBitmap:
     Attributes:
         name: The bitmap's name.
         granularity: Guest bytes that one bit stands for.
-        dirty_bytes: Guest bytes that are marked dirty.
+        dirty_bytes: Guest bytes that are marked dirty; None where the VM does not tell.
         recording: Whether it is enabled. One of a node that is open for reading only is, too.
         persistent: Whether it is stored in the image when that is closed.
         inconsistent: Whether it was found in-use when the image was opened: worthless.
@@ -33,7 +33,7 @@ class NodeBitmap:
 
     name: str
     granularity: int
-    dirty_bytes: int
+    dirty_bytes: int | None
     recording: bool
     persistent: bool
     inconsistent: bool
