@@ -48,8 +48,8 @@ class VmRefused(Failed):
     code: ClassVar[str] = "vm-refused"
     template: ClassVar[str] = "{vm} refused {command}: {reason}"
     hint: ClassVar[str] = (
-        "remove the reason that QEMU gives, then run the same command again; `chainmerge live "
-        "status` tells what is unfinished"
+        "see to the reason that QEMU gives, without changing images or bitmaps by hand, then run "
+        "the same command again; `chainmerge live status` tells what is unfinished"
     )
     explanation: ClassVar[str] = (
         "QEMU was asked to do something and declined, with the reason shown. A command that was "
@@ -126,7 +126,8 @@ class LiveChainDiffers(Refused):
     code: ClassVar[str] = "live-chain-differs"
     template: ClassVar[str] = "{vm} and the images on disk do not agree: {difference}"
     hint: ClassVar[str] = (
-        "find out who changed the images, or their headers, while the VM ran; nothing was changed"
+        "find out who changed the images, or their headers, while the VM ran, and do not stop the "
+        "VM before that is clear: what it has open may be what is right; nothing was changed"
     )
     explanation: ClassVar[str] = (
         "Before a live merge the VM's block graph is compared with what the images' headers say: "
@@ -165,7 +166,10 @@ class LiveImageInUse(Refused):
 
     code: ClassVar[str] = "live-image-in-use"
     template: ClassVar[str] = "in {vm}, {image} is also used by {users}"
-    hint: ClassVar[str] = "end that use first (an export, another disk, another chain)"
+    hint: ClassVar[str] = (
+        "have that use ended by whoever began it (an export, another disk, another chain), then "
+        "run the same command again"
+    )
     explanation: ClassVar[str] = (
         "Base changes while data is copied into it, and the merged images are gone from the VM "
         "afterwards. Whoever else reads them inside the same VM would see that."
@@ -182,7 +186,8 @@ class LiveOtherChildren(Refused):
     code: ClassVar[str] = "live-other-children"
     template: ClassVar[str] = "{others} stand on {top}, and are no images of {vm}"
     hint: ClassVar[str] = (
-        "merge or delete them first, or merge with `chainmerge merge` while the VM is stopped"
+        "find out whose they are: each can be the disk of another VM, or a restore point, and "
+        "needs {top} as it is; with the VM stopped, `chainmerge merge` puts them on base by itself"
     )
     explanation: ClassVar[str] = (
         "A cold merge re-points all children of top. In a running VM only its own image can be "
@@ -240,7 +245,10 @@ class LiveBitmapBusy(Refused):
 
     code: ClassVar[str] = "live-bitmap-busy"
     template: ClassVar[str] = "in {vm}, bitmaps of {image} are in use: {names}"
-    hint: ClassVar[str] = "wait for the backup to end"
+    hint: ClassVar[str] = (
+        "wait for the backup to end, or have it ended by whoever began it; do not remove the "
+        "bitmaps"
+    )
     explanation: ClassVar[str] = (
         "A bitmap that a backup job or an export uses cannot be changed until that is over."
     )
@@ -256,12 +264,14 @@ class UnfinishedMergeFound(Refused):
     code: ClassVar[str] = "live-other-unfinished"
     template: ClassVar[str] = "an interrupted merge into {base} has left {file}"
     hint: ClassVar[str] = (
-        "`chainmerge live status` and `chainmerge status` tell what it was; finish it, or remove "
-        "the file if its merge is of no interest any more"
+        "finish that merge first, by the command that `chainmerge live status` prints, or "
+        "`chainmerge status {base}` for one of closed images; keep the file: only the end of that "
+        "merge makes it worthless"
     )
     explanation: ClassVar[str] = (
         "A merge of other images into the same base, or one of closed images, was interrupted. "
-        "Its file holds what it needs to be finished, such as the only good copy of a bitmap."
+        "Its file holds what it needs to be finished, such as the only good copy of a bitmap, or "
+        "which of two images is the right one."
     )
     base: str
     file: str
@@ -297,7 +307,10 @@ class LiveMergeFailed(Failed):
     template: ClassVar[str] = (
         "merging {top} into {base} in {vm} failed: {reason}; the VM reads {top} as before"
     )
-    hint: ClassVar[str] = "remove the reason that QEMU gives, then run the same command again"
+    hint: ClassVar[str] = (
+        "see to the reason that is given, without changing images or bitmaps by hand, then run the "
+        "same command again"
+    )
     explanation: ClassVar[str] = (
         "The job that copies in the VM failed, or was cancelled by somebody. The chain is what it "
         "was. Base may hold a part of the copy, which the images above hide; its bitmaps record "
@@ -339,7 +352,8 @@ class LiveVerificationFailed(Failed):
     code: ClassVar[str] = "live-verification-failed"
     template: ClassVar[str] = "after the merge {base} is not as planned: {difference}"
     hint: ClassVar[str] = (
-        "nothing was deleted; make a full backup, and look at {base} with `chainmerge check` and "
+        "nothing was deleted, and must not be before this is clear: keep the merged images, and "
+        "make a full backup from the running VM; look at {base} with `chainmerge check` and "
         "`chainmerge bitmaps list` once the VM is stopped"
     )
     explanation: ClassVar[str] = (

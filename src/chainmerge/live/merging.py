@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from chainmerge.errors import Refused
 from chainmerge.inspection import open_chain
+from chainmerge.live.advice import advice_for_running_vm, for_running_vm
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.domain import DomainDisk
 from chainmerge.live.domain_sequence import DomainDrive, carry_on_in_domain
@@ -99,10 +100,12 @@ def plan(
     Raises:
         ChainmergeError: the VM does not answer, the chain cannot be read, or the VM's is another.
     """
-    live = locate(vm, Path(top), _path(base), access or Access())
-    decided = plan_live(vm, live, options or LiveOptions())
-    more = [Finding(one.code, one.sentence, one.advice) for one in _left_behind(live)]
-    return replace(decided.plan, refusals=(*more, *decided.plan.refusals))
+    with advice_for_running_vm():
+        live = locate(vm, Path(top), _path(base), access or Access())
+        decided = plan_live(vm, live, options or LiveOptions())
+        refusals = [for_running_vm(one) for one in (*_left_behind(live), *decided.refusals)]
+    findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
+    return replace(decided.plan, refusals=findings)
 
 
 def merge(
@@ -147,16 +150,27 @@ def merge(
     if unfinished is not None:
         with sole_driver(unfinished.base):
             return _drive(vm, unfinished, options, caller, None)
-    live = locate(vm, Path(top), _path(base), access)
+    with advice_for_running_vm():
+        live = locate(vm, Path(top), _path(base), access)
     with sole_driver(identify(live.target.base.real_path)):
-        for obstacle in _left_behind(live):
-            raise obstacle
-        decided = plan_live(vm, live, options)
-        for refusal in decided.refusals:
-            raise refusal
+        with advice_for_running_vm():
+            decided = _decided(vm, live, options)
         _extend(decided, options, caller)
         _record(live, decided.journal)
         return _drive(vm, decided.journal, options, caller, decided.plan)
+
+
+def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
+    """The plan of a merge that can begin.
+
+    Raises what speaks against it.
+    """
+    for obstacle in _left_behind(live):
+        raise obstacle
+    decided = plan_live(vm, live, options)
+    for refusal in decided.refusals:
+        raise refusal
+    return decided
 
 
 def resume(

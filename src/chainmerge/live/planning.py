@@ -87,7 +87,10 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         require_readable(target, opened)
         layers = layers_of(live, opened)
         decisions = tuple(_decided(live, layers, options))
-        final_bits = dict(_known_bits(live, opened, decisions))
+        found = tuple(obstacles(vm, live, opened))
+        # Where the VM and the disk do not agree about a bitmap, that is to be said, and not that
+        # the one on disk is broken.
+        final_bits = {} if found else dict(_known_bits(live, opened, decisions))
         volumes = measure_guest_bytes(target, opened)
         survey = survey_for_live(
             target,
@@ -95,7 +98,6 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
-        found = tuple(obstacles(vm, live, opened))
     # The VM is not asked to do anything where it would be for nothing.
     kept = [decision.name for decision in decisions if decision.fate is Fate.KEEP]
     found = found or tuple(unchangeable(vm, live, kept, _names_to_remove(vm, live, decisions)))
@@ -168,7 +170,7 @@ def _known_bits(
     live: LiveTarget, opened: OpenChain, decisions: Sequence[Decision]
 ) -> Iterator[tuple[str, BitSet]]:
     """The bits that kept bitmaps will have, where nobody writes to any of the images."""
-    if live.is_active or not all(node.read_only for node in (live.base, *live.merged)):
+    if live.is_active:
         return
     size = max(live.base.virtual_size, live.top.virtual_size)
     for decision in decisions:
