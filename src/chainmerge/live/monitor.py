@@ -52,6 +52,8 @@ class Monitor:
                 _connect(connection, path)
             except OSError as error:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
+            except ValueError as error:
+                raise VmUnreachable(self.name, str(error)) from error
             self._peer = _peer_of(connection)
             self._runner = undo.enter_context(SynchronousLoop())
             self._client = QMPClient()
