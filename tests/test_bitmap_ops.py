@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from chainmerge.ops_errors import (
     BitmapsImpossible,
     BitmapWorthless,
     BrokenBitmapsInTheWay,
+    ClearingUnsafe,
     GranularityInvalid,
     RemovalUnsafe,
     SizesDiffer,
@@ -88,7 +90,7 @@ def test_images_without_bitmaps(tmp_path: Path, kind: str) -> None:
         chainmerge.bitmaps_add(image, "a", access=access)
 
 
-def test_remove_and_clear(image: Path) -> None:
+def test_remove(image: Path) -> None:
     for name in ("a", "b", "c"):
         chainmerge.bitmaps_add(image, name)
     qemu_io(image, "write -P 1 0 1M")
@@ -97,9 +99,76 @@ def test_remove_and_clear(image: Path) -> None:
     assert dirty_ranges(image, "b") == [DirtyRange(0, MIB)]
     with pytest.raises(BitmapMissing):
         chainmerge.bitmaps_remove(image, ["a"])
-    assert chainmerge.bitmaps_clear(image).names == ("b",)
+    assert chainmerge.bitmaps_remove_all(image).names == ("b",)
     assert bitmap_names(image) == {}
     assert_clean(image)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_clear_is_what_qemu_does(image: Path, tmp_path: Path, enabled: bool) -> None:
+    """Bits go, all else stays: QEMU is asked to do the same to a copy."""
+    chainmerge.bitmaps_add(image, "other", 4096)
+    chainmerge.bitmaps_add(image, "spent", 32768)
+    qemu_io(image, "write -P 1 1M 3M")
+    if not enabled:
+        qemu_img("bitmap", "--disable", image, "spent")
+    twin = tmp_path / "twin.qcow2"
+    shutil.copyfile(image, twin)
+    guest = content(image)
+    qemu_img("bitmap", "--clear", twin, "spent")
+    change = chainmerge.bitmaps_clear(image, ["spent"])
+    assert (change.action, change.names) == ("clear", ("spent",))
+    assert any("full" in warning for warning in change.warnings)
+    assert bitmap_names(image) == bitmap_names(twin)
+    for name in ("other", "spent"):
+        assert dirty_ranges(image, name) == dirty_ranges(twin, name)
+    assert dirty_ranges(image, "spent") == []
+    assert content(image) == guest
+    assert_clean(image)
+
+
+def test_clear_of_what_is_broken_or_missing(image: Path) -> None:
+    chainmerge.bitmaps_add(image, "broken")
+    mark_in_use(image, "broken")
+    before = image.read_bytes()
+    with pytest.raises(BitmapWorthless):
+        chainmerge.bitmaps_clear(image, ["broken"])
+    with pytest.raises(BitmapMissing):
+        chainmerge.bitmaps_clear(image, ["nothing"])
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_part_of_a_checkpoint_is_not_cleared(chain: tuple[Path, Path, Path], where: int) -> None:
+    """What other images have of it would pass for all of it."""
+    for one in chain:
+        chainmerge.bitmaps_add(one, "cp")
+    image = chain[where]
+    before = image.read_bytes()
+    with pytest.raises(ClearingUnsafe, match="'cp'") as refused:
+        chainmerge.bitmaps_clear(image, ["cp"])
+    others = [str(one) for one in chain if one != image]
+    assert all(path in refused.value.sentence for path in others)
+    assert image.read_bytes() == before
+    chainmerge.bitmaps_clear(image, ["cp"], force=True)
+    chainmerge.bitmaps_add(image, "own")
+    chainmerge.bitmaps_clear(image, ["own"])
+
+
+@pytest.mark.parametrize("name", ["itself", "link", "hard link"])
+def test_merge_from_the_image_itself(image: Path, tmp_path: Path, name: str) -> None:
+    """Whoever holds the image's lock does not wait for it."""
+    source = image if name == "itself" else tmp_path / "other-name.qcow2"
+    if name == "link":
+        source.symlink_to(image)
+    if name == "hard link":
+        source.hardlink_to(image)
+    chainmerge.bitmaps_add(image, "fine", 4096)
+    qemu_io(image, "write -P 1 1M 4k")
+    chainmerge.bitmaps_add(image, "coarse", 65536)
+    no_waiting = Access(lock_wait=0)
+    chainmerge.bitmaps_merge(image, "coarse", ["fine"], source_image=source, access=no_waiting)
+    assert dirty_ranges(image, "coarse") == [DirtyRange(MIB, 65536)]
 
 
 def test_merge(image: Path) -> None:
@@ -147,7 +216,7 @@ def test_removal_under_an_image_with_the_same_name(chain: tuple[Path, Path, Path
     with pytest.raises(RemovalUnsafe, match=r"leaf\.qcow2"):
         chainmerge.bitmaps_remove(base, ["cp"])
     with pytest.raises(RemovalUnsafe):
-        chainmerge.bitmaps_clear(base)
+        chainmerge.bitmaps_remove_all(base)
     chainmerge.bitmaps_remove(base, ["cp"], force=True)
     assert bitmap_names(base) == {}
     assert bitmap_names(top) == {}

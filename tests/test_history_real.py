@@ -240,7 +240,11 @@ def test_random_lives_find_the_missing_tombstones(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("place", "instead"),
     [
-        pytest.param("merging.load_saved", lambda _target: None, id="saved bitmaps not read"),
+        pytest.param(
+            "records.remains.load_saved_bitmaps",
+            lambda _base: None,
+            id="saved bitmaps not read",
+        ),
         pytest.param(
             "by_qemu.stand_ins", lambda _bitmaps, _size: (), id="no bitmaps while copying"
         ),

@@ -14,7 +14,7 @@ from chainmerge.chain.errors import BackingFileMissing
 from chainmerge.chain.territory import reached, territory_of
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.storage import lvm
-from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.errors import ImageMissing, LvmFailed, VolumeNotActivated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,13 +48,13 @@ def volumes_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[st
 
     Raises:
         Refused: what discovery raises, for a reason other than an inactive volume.
-        LvmMissing, LvmFailed, LvmUnfinished: a volume cannot be activated.
+        VolumeNotActivated, LvmMissing, LvmUnfinished: a volume cannot be activated.
         VolumeStaysActive: one cannot be deactivated afterwards.
     """
     activated: list[str] = []
     try:
         while (path := _inactive(Path(top).absolute(), policy)) is not None:
-            lvm.activate(path, path)
+            _activate(path)
             activated.append(path)
         yield tuple(activated)
     except BaseException:
@@ -68,6 +68,13 @@ def volumes_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[st
         except ChainmergeError as error:
             reason = str(getattr(error, "reason", error.sentence))
             raise VolumeStaysActive(path, reason) from error
+
+
+def _activate(path: str) -> None:
+    try:
+        lvm.activate(path, path)
+    except LvmFailed as error:
+        raise VolumeNotActivated(path, error.reason) from error
 
 
 def _inactive(top: Path, policy: ChainPolicy) -> str | None:

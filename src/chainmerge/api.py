@@ -22,12 +22,15 @@ if TYPE_CHECKING:
         bitmaps_list,
         bitmaps_merge,
         bitmaps_remove,
+        bitmaps_remove_all,
         prune,
     )
     from chainmerge.catalogue import explain
     from chainmerge.checking import check_image
+    from chainmerge.flattening import flatten, flatten_disks, plan_flatten, plan_flatten_disks
     from chainmerge.information import inspect
     from chainmerge.merging import measure, merge, plan
+    from chainmerge.relinking import find_backing, relink
     from chainmerge.repairing import plan_repair, repair, undo_repair
     from chainmerge.several_disks import merge_disks, plan_disks
     from chainmerge.unfinished import status
@@ -38,16 +41,23 @@ __all__ = [
     "bitmaps_list",
     "bitmaps_merge",
     "bitmaps_remove",
+    "bitmaps_remove_all",
     "check_image",
     "explain",
+    "find_backing",
+    "flatten",
+    "flatten_disks",
     "inspect",
     "measure",
     "merge",
     "merge_disks",
     "plan",
     "plan_disks",
+    "plan_flatten",
+    "plan_flatten_disks",
     "plan_repair",
     "prune",
+    "relink",
     "repair",
     "status",
     "undo_repair",
@@ -60,16 +70,23 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_list": "chainmerge.bitmap_ops",
         "bitmaps_merge": "chainmerge.bitmap_ops",
         "bitmaps_remove": "chainmerge.bitmap_ops",
+        "bitmaps_remove_all": "chainmerge.bitmap_ops",
         "check_image": "chainmerge.checking",
         "explain": "chainmerge.catalogue",
+        "find_backing": "chainmerge.relinking",
+        "flatten": "chainmerge.flattening",
+        "flatten_disks": "chainmerge.flattening",
         "inspect": "chainmerge.information",
         "measure": "chainmerge.merging",
         "merge": "chainmerge.merging",
         "merge_disks": "chainmerge.several_disks",
         "plan": "chainmerge.merging",
         "plan_disks": "chainmerge.several_disks",
+        "plan_flatten": "chainmerge.flattening",
+        "plan_flatten_disks": "chainmerge.flattening",
         "plan_repair": "chainmerge.repairing",
         "prune": "chainmerge.bitmap_ops",
+        "relink": "chainmerge.relinking",
         "repair": "chainmerge.repairing",
         "status": "chainmerge.unfinished",
         "undo_repair": "chainmerge.repairing",

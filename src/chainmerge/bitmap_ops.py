@@ -8,11 +8,12 @@ Every change is one atomic switch of the image's whole set of bitmaps
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives, open_for_writing
+from chainmerge.chain.reading import identity_at
 from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, Occurrence, chain_test
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, StoredBitmap, replace_bitmaps
 from chainmerge.errors import Refused
@@ -23,7 +24,6 @@ from chainmerge.inspection import (
     bitmaps_of,
     find_target,
     gather_bitmaps,
-    load_saved,
     open_chain,
     policy_of,
     storable_granularity,
@@ -35,6 +35,7 @@ from chainmerge.ops_errors import (
     BitmapsImpossible,
     BitmapWorthless,
     BrokenBitmapsInTheWay,
+    ClearingUnsafe,
     GranularityInvalid,
     RemovalUnsafe,
     SizesDiffer,
@@ -43,6 +44,7 @@ from chainmerge.options import Access
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.results import bitmap_results
 from chainmerge.storage.files import FileReadable, read_anew
 from chainmerge.storage.limits import allow_open_files
@@ -159,10 +161,15 @@ def bitmaps_remove(
         return edit.replace_by(edit.stored_but(names), "remove", tuple(names))
 
 
-def bitmaps_clear(
+def bitmaps_remove_all(
     image: str | Path, access: Access | None = None, *, force: bool = False
 ) -> BitmapChange:
     """Remove all bitmaps, readable or not.
+
+    Args:
+        image: the image that loses them.
+        access: how images may be found and reached.
+        force: as in :func:`bitmaps_remove`.
 
     Raises:
         Refused: nothing was changed.
@@ -171,7 +178,45 @@ def bitmaps_clear(
         names = tuple(entry.name for entry in edit.info.bitmaps)
         if not force:
             edit.require_safe_removal(names)
-        return edit.replace_by((), "clear", names)
+        return edit.replace_by((), "remove", names)
+
+
+def bitmaps_clear(
+    image: str | Path,
+    names: Sequence[str],
+    access: Access | None = None,
+    *,
+    force: bool = False,
+) -> BitmapChange:
+    """Forget what bitmaps have recorded; they stay, with their granularities and flags.
+
+    As `qemu-img bitmap --clear` does: for a bitmap that is used over and over, once a backup was
+    taken. The chain test passes as before, so this is refused where the bitmap is a part only of
+    a checkpoint: the rest of it would be taken for the whole.
+
+    Args:
+        image: the image that holds them.
+        names: all must be there, and none in-use.
+        access: how images may be found and reached.
+        force: clear them even where other images of the chain have the name, too.
+
+    Raises:
+        Refused: nothing was changed.
+    """
+    with _editable(image, access or Access()) as edit:
+        held = edit.stored_by_name(names)
+        if not force:
+            edit.require_whole_checkpoints(names)
+        size = edit.info.virtual_size
+        for name in names:
+            empty = BitSet.empty(size, held[name].granularity)
+            held[name] = StoredBitmap(name, empty, held[name].flags)
+        change = edit.replace_by(tuple(held.values()), "clear", tuple(names))
+    warning = (
+        f"a backup that builds on {', '.join(map(repr, names))} has only what is written from now "
+        "on: if none was taken right before, the next one must be a full one"
+    )
+    return replace(change, warnings=(warning,))
 
 
 def bitmaps_merge(
@@ -196,14 +241,11 @@ def bitmaps_merge(
     access = access or Access()
     with contextlib.ExitStack() as stack:
         edit = stack.enter_context(_editable(image, access))
-        held = {bitmap.name: bitmap for bitmap in edit.stored()}
-        if target not in held:
-            raise BitmapMissing(str(image), target)
-        source = (
-            edit.opened
-            if source_image is None
-            else stack.enter_context(_locked_reader(source_image, access))
-        )
+        held = edit.stored_by_name([target])
+        source = edit.opened
+        # Who has the image to himself would wait for himself, by whatever name it is given again.
+        if source_image is not None and identity_at(Path(source_image)) != edit.info.identity:
+            source = stack.enter_context(_locked_reader(source_image, access))
         size = edit.info.virtual_size
         if source.info.virtual_size > size:
             raise SizesDiffer(str(image), str(source.info.path), size, source.info.virtual_size)
@@ -240,7 +282,9 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
         read_anew(target.base.path)
         target = find_target(top, base, access)
         with open_chain(target.chain) as opened:
-            decisions = gather_bitmaps(target, opened, load_saved(target), top_stays=True).decisions
+            decisions = gather_bitmaps(
+                target, opened, load_saved_bitmaps(target.base.real_path), top_stays=True
+            ).decisions
             edit = _Edit(opened.images[target.base_index], target.relatives)
             before = bitmaps_of(edit.opened).occurrences
             stale = {
@@ -381,10 +425,21 @@ class _Edit:
 
     opened: OpenImage
     relatives: Relatives
+    below: tuple[ImageInfo, ...] = ()
 
     @property
     def info(self) -> ImageInfo:
         return self.opened.info
+
+    def stored_by_name(self, wanted: Sequence[str]) -> dict[str, AnyBitmap]:
+        """The set as it is, in which the *wanted* ones are, and are usable.
+
+        Raises BitmapMissing, BitmapWorthless, BrokenBitmapsInTheWay.
+        """
+        layer = bitmaps_of(self.opened)
+        for name in wanted:
+            _require_usable(self.info, layer, name)
+        return {bitmap.name: bitmap for bitmap in self.stored()}
 
     def stored(self) -> tuple[AnyBitmap, ...]:
         """The set as it is."""
@@ -419,6 +474,14 @@ class _Edit:
                     str(self.info.path), ", ".join(map(repr, shared)), str(above.image.path)
                 )
 
+    def require_whole_checkpoints(self, names: Sequence[str]) -> None:
+        """Refuse to empty a part of a checkpoint: what other images have of it looks whole."""
+        others = (*self.below, *(above.image for above in self.relatives.above))
+        for name in names:
+            holders = [str(image.path) for image in others if image.has_bitmap(name)]
+            if holders:
+                raise ClearingUnsafe(str(self.info.path), name, ", ".join(holders))
+
     def replace_by(
         self, bitmaps: Sequence[AnyBitmap], action: str, names: tuple[str, ...]
     ) -> BitmapChange:
@@ -448,7 +511,7 @@ def _editable(image: str | Path, access: Access) -> Iterator[_Edit]:
             policy=policy,
         )
         with _open_top(chain) as opened:
-            yield _Edit(opened, relatives)
+            yield _Edit(opened, relatives, chain.images[:-1])
 
 
 @contextlib.contextmanager
@@ -472,13 +535,16 @@ def _only(opened: OpenChain) -> OpenImage:
 
 
 def _usable_bits(source: OpenImage, name: str) -> BitSet:
-    layer = bitmaps_of(source)
+    _require_usable(source.info, bitmaps_of(source), name)
+    return source.bits(name)
+
+
+def _require_usable(image: ImageInfo, layer: LayerBitmaps, name: str) -> None:
     state = layer.state(name)
     if state is BitmapState.ABSENT:
-        raise BitmapMissing(str(source.info.path), name)
+        raise BitmapMissing(str(image.path), name)
     if state is BitmapState.IN_USE:
-        raise BitmapWorthless(str(source.info.path), name)
-    return source.bits(name)
+        raise BitmapWorthless(str(image.path), name)
 
 
 def _require_support(image: ImageInfo) -> None:

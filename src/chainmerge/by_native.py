@@ -126,7 +126,8 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         verified.extend(_verify_content(job, merged))
         job.request.stop_if_asked(f"{job.result.path} is the old image, to the last bit")
         if disk.direction is Direction.PULL:
-            record_pull(job.facts, job.plan, new_image.header.backing_name)
+            backing = new_image.header.backing_name
+            record_pull(job.facts, job.request.options, backing, job.recorded_request)
         else:
             record_switching(job, new_image)
 

@@ -27,6 +27,8 @@ from chainmerge.inspection import OpenImage, open_chain, policy_of
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.records.merge_journal import journal_file
+from chainmerge.records.merged_record import load_merged_record
+from chainmerge.records.remains import is_left_over
 from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.results import state_of
 
@@ -65,8 +67,11 @@ def half_done_commit(top: Path, access: Access) -> HalfDoneCommit | None:
         chain = discover(top, policy_of(access))
         if len(chain.images) < 2:
             return None
-        base = chain.base
+        base, uppermost = chain.base, chain.top.real_path
         if journal_file(base.real_path).exists() or load_saved_bitmaps(base.real_path) is not None:
+            return None
+        if is_left_over(load_merged_record(uppermost), base.real_path, uppermost):
+            # Ours, and it came to its end.
             return None
         with open_chain(chain) as opened:
             index = chain.base_index

@@ -23,6 +23,7 @@ from chainmerge.chain import (
     identity_of,
     open_image,
 )
+from chainmerge.chain.reading import identity_at
 from chainmerge.chain.relatives import find_relatives
 from chainmerge.checkpoints import (
     NOWHERE,
@@ -50,12 +51,13 @@ from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.remembered import MappingMemory
 from chainmerge.readability import require_data_in_files
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, load_saved_bitmaps
+from chainmerge.records.errors import LeftoverUnclear
+from chainmerge.records.identity import Sameness, compare, identify
+from chainmerge.records.saved_bitmaps import SavedBitmap, SavedBitmaps, saved_bitmaps_file
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files
-from chainmerge.view import GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
+from chainmerge.view import NO_LAYER, GuestView, Layer, in_step, layer_of_qcow2, layer_of_raw
 
 if TYPE_CHECKING:
     from chainmerge.options import Access
@@ -151,6 +153,9 @@ def policy_of(access: Access) -> ChainPolicy:
 def find_target(top: Path, base: Path | None, access: Access) -> Target:
     """Find the chain of *top*, base in it (top's backing file by default), and its relatives.
 
+    Where ``access.active`` names base, the guest writes to base, as after a live merge. Nothing
+    that stands on top is found from there, so it is not looked at here.
+
     Raises:
         BaseNotBelowTop, NoBackingFile, and what discovery raises.
     """
@@ -159,11 +164,14 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
     base_index = chain.base_index if base is None else chain.index_of(base)
     if base_index == len(chain.images) - 1:
         raise BaseNotBelowTop(str(base), str(top))
+    active = Path(access.active) if access.active is not None else None
+    if active is not None and identity_at(active) == chain.images[base_index].identity:
+        active = None
     relatives = find_relatives(
         chain,
         base_index,
         search=tuple(Path(path) for path in access.search),
-        active=Path(access.active) if access.active else None,
+        active=active,
         policy=policy,
     )
     unreadable = (*relatives.unreadable, *inactive_neighbours(chain))
@@ -253,7 +261,10 @@ def gather_bitmaps_to_pull(target: Target, opened: OpenChain) -> BitmapFacts:
 def gather_bitmaps(
     target: Target, opened: OpenChain, saved: SavedBitmaps | None, *, top_stays: bool
 ) -> BitmapFacts:
-    """Decide on every bitmap, and unite the bits of those that are kept."""
+    """Decide on every bitmap, and unite the bits of those that are kept.
+
+    Raises LeftoverUnclear.
+    """
     on_disk = tuple(bitmaps_of(image) for image in opened.images)
     base_index = target.base_index
     saved_bits, warnings = _usable_saved(target, opened, on_disk, saved)
@@ -299,23 +310,32 @@ def _usable_saved(
 
     None stands for a name that base did not have: where base has it now, in whatever state, the
     interrupted merge has put it there.
+
+    Raises LeftoverUnclear.
     """
     if saved is None:
         return {}, ()
     base, overlay = on_disk[target.base_index], on_disk[target.base_index + 1]
-    same = same_image(saved.base, identify(target.base.real_path)) and same_image(
-        saved.overlay, identify(target.overlay.real_path)
+    answers = (
+        compare(saved.base, identify(target.base.real_path)),
+        compare(saved.overlay, identify(target.overlay.real_path)),
     )
+    same = all(answer is Sameness.SAME for answer in answers)
+    unclear = not same and Sameness.OTHER not in answers
     usable: dict[str, BitSet | None] = {}
     lost: list[str] = []
     for bitmap in saved.bitmaps:
         state = base.state(bitmap.name)
         needed = state in (BitmapState.DISABLED, BitmapState.IN_USE)
         if bitmap.in_base is None:
+            if state is not BitmapState.ABSENT and unclear:
+                raise _unclear(target, answers)
             if same and state is not BitmapState.ABSENT:
                 usable[bitmap.name] = None
         elif needed and same and _still_covers(opened, target, overlay, bitmap):
             usable[bitmap.name] = bitmap.in_base
+        elif needed and unclear:
+            raise _unclear(target, answers)
         elif needed:
             lost.append(bitmap.name)
     if not lost:
@@ -326,6 +346,14 @@ def _usable_saved(
         "lost, and the next backup that builds on them must be a full one"
     )
     return usable, (warning,)
+
+
+def _unclear(target: Target, answers: tuple[Sameness, Sameness]) -> LeftoverUnclear:
+    """That nothing tells whether what is saved belongs to this chain."""
+    image = target.base if answers[0] is Sameness.UNKNOWN else target.overlay
+    file = saved_bitmaps_file(target.base.real_path)
+    consequence = "the next backup that builds on the bitmaps that it holds must be a full one"
+    return LeftoverUnclear(str(file), str(image.path), consequence)
 
 
 def _still_covers(
@@ -376,11 +404,6 @@ def storable_granularity(disk_size: int, wanted: int) -> int:
     return granularity
 
 
-def load_saved(target: Target) -> SavedBitmaps | None:
-    """The bitmaps that an interrupted merge into base has saved."""
-    return load_saved_bitmaps(target.base.real_path)
-
-
 @dataclass(frozen=True, slots=True)
 class Volumes:
     """Guest bytes that the merged range and base define.
@@ -408,6 +431,7 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
     backing_end = below_base[-1].virtual_size if below_base else 0
     merged = opened.view(target.base_index + 1)
     base = opened.view(target.base_index, target.base_index + 1)
+    top_layer = len(merged.layers) - 1
     data = zero = compressed = pull = undefined = undefined_zeros = 0
     for upper, lower in in_step(merged.resolve(0, size), base.resolve(0, size)):
         require_data_in_files(merged, upper)
@@ -415,6 +439,9 @@ def measure_guest_bytes(target: Target, opened: OpenChain) -> Volumes:
         data += int(by_kind[Kind.DATA])
         zero += int(by_kind[Kind.ZERO] + by_kind[Kind.ZERO_ALLOCATED])
         compressed += int(by_kind[Kind.COMPRESSED])
+        # Data has a layer, other than zeros: that between base and top goes up as well.
+        comes_up = (upper.layer != NO_LAYER) & (upper.layer != top_layer)
+        pull += int(upper.length[comes_up].sum())
         bounds = distinct(np.concatenate([upper.guest, lower.guest]))
         above, below = upper.cut_at(bounds), lower.cut_at(bounds)
         free = above.kind == Kind.UNALLOCATED

@@ -7,30 +7,33 @@ What had, or has half done so, is finished by doing the same merge again.
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions, Placement
-from chainmerge.records.identity import identify, same_image
+from chainmerge.records.changes import is_there
 from chainmerge.records.merge_journal import SUFFIX, Journal, forget_journal, read_journal
+from chainmerge.records.merged_record import SUFFIX as MERGED_SUFFIX
 from chainmerge.records.merged_record import forget_merged_record, read_merged_record
+from chainmerge.records.request import options_of
+from chainmerge.records.saved_bitmaps import SUFFIX as SAVED_SUFFIX
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, read_saved_bitmaps
-from chainmerge.settle import stands_on
+from chainmerge.settle import is_pulled
 from chainmerge.unfinished import status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.records.identity import ImageIdentity
+    from chainmerge.options import DirectionChoice
+    from chainmerge.records.request import RecordedRequest
     from chainmerge.types import UnfinishedMerge
 
 _JOURNAL: Final = f".{SUFFIX}"
-_SAVED: Final = ".chainmerge-saved"
-_MERGED: Final = ".chainmerge-merged"
+_SAVED: Final = f".{SAVED_SUFFIX}"
+_MERGED: Final = f".{MERGED_SUFFIX}"
 
 
 class Ending(Enum):
@@ -122,13 +125,7 @@ def _of_journal(unfinished: UnfinishedMerge, journal: Journal) -> InterruptedMer
         top=top,
         written=base,
         ending=Ending.UNDO if can_undo else Ending.FINISH,
-        options=MergeOptions(
-            direction="commit",
-            delete=journal.asked.delete,
-            keep_name=journal.asked.keep_name,
-            shrink=journal.asked.shrink,
-            discard=journal.asked.discard,
-        ),
+        options=_asked(journal.known_request, "commit"),
         sentence=f"a merge of {top} into {base} was interrupted: {unfinished.progress}",
     )
 
@@ -138,15 +135,18 @@ def _of_saved(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
     if saved is None:
         return _by_hand(unfinished, "its files are gone")
     for one in (saved.base, saved.overlay):
-        if not _is_there(one):
+        if not is_there(one):
             return _by_hand(unfinished, f"{one.path} is not there any more")
     base, top = Path(saved.base.path), Path(saved.overlay.path)
+    options = MergeOptions(direction="commit")
+    if saved.request is not None:
+        top, options = Path(saved.request.tops[0]), _asked(saved.request, "commit")
     return InterruptedMerge(
         base=base,
         top=top,
         written=base,
         ending=Ending.FINISH,
-        options=MergeOptions(direction="commit"),
+        options=options,
         sentence=(
             f"a merge of {top} into {base} was interrupted while data was being copied, and "
             f"{base} is half written; its bitmaps are saved in {file}"
@@ -159,20 +159,18 @@ def _of_record(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
     if record is None:
         return _by_hand(unfinished, "its files are gone")
     base, top = Path(record.base), Path(record.top)
-    delete = bool(record.delete)
     if record.pulled is None:
-        options = MergeOptions(direction="commit", delete=delete, keep_name=record.keep_name)
+        options = _asked(record.known_request, "commit")
         sentence = f"a merge of {top} into {base} was interrupted: {unfinished.progress}"
         return InterruptedMerge(base, top, base, Ending.FINISH, options, sentence)
-    options = MergeOptions(direction="pull", delete=delete)
-    done = stands_on(top, record.pulled.backing)
+    options = _asked(record.known_request, "pull")
+    done = is_pulled(record, record.pulled, Path(record.known_request.tops[0]))
     how_far = "all of it is there; merged images are left" if done else "nothing had taken effect"
     sentence = f"a pull from {base} up into {top} was interrupted: {how_far}"
     ending = Ending.FINISH if done else Ending.UNDO
     return InterruptedMerge(base, top, top, ending, options, sentence)
 
 
-def _is_there(identity: ImageIdentity) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return same_image(identify(Path(identity.path)), identity)
-    return False
+def _asked(request: RecordedRequest, direction: DirectionChoice) -> MergeOptions:
+    """What was asked for, in the direction that it took."""
+    return replace(options_of(request) or MergeOptions(), direction=direction)

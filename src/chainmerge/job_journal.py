@@ -13,7 +13,7 @@ from chainmerge.merge_job import forget_what_was_noted
 from chainmerge.options import Direction
 from chainmerge.planning import EngineName
 from chainmerge.qcow2.header import SECTOR
-from chainmerge.records.identity import identify
+from chainmerge.records.identity import identify, this_boot
 from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
     Asked,
@@ -26,7 +26,6 @@ from chainmerge.records.merge_journal import (
     journalled,
     keep_journal,
     load_journal,
-    this_boot,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +67,9 @@ def journal_kept(job: Job) -> Iterator[None]:
 def record_switching(job: Job, new_base: Qcow2Image) -> None:
     """Record, durably, what base begins with once it is switched: the last act before that."""
     digest = digest_of(new_base.readable.read(0, SECTOR))
-    keep_journal(_in_state(job, JournalState.SWITCHING, digest))
+    switching = _in_state(job, JournalState.SWITCHING, digest)
+    old = first_sector_of(job.base.real_path)
+    keep_journal(msgspec.structs.replace(switching, old_sector=old))
 
 
 def record_switched(job: Job) -> Journal | None:
@@ -113,4 +114,5 @@ def _journal(job: Job) -> Journal:
         boot=this_boot(),
         # Raw images have no place for a second copy.
         placement="" if job.base.header is None else plan.space.placement,
+        request=job.recorded_request,
     )

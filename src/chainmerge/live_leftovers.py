@@ -9,28 +9,35 @@ merge the guest writes to base from then on, and nothing must be copied from top
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from chainmerge.chain import discover
+import msgspec
+
 from chainmerge.checkpoints import BitmapState
 from chainmerge.encrypted import has_encrypted
 from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
-from chainmerge.inspection import policy_of
 from chainmerge.qcow2.check import check
-from chainmerge.records.identity import identify, same_image
+from chainmerge.records.changes import data_changed
+from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import (
     LiveJournal,
-    data_changed,
     forget_live_journal,
     load_live_journal,
 )
-from chainmerge.records.merged_record import DoomedImage, MergedRecord, record_merged
+from chainmerge.records.merged_record import (
+    DoomedImage,
+    MergedRecord,
+    Superseded,
+    note_deleted,
+    record_merged,
+)
+from chainmerge.records.request import command_of
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.results import bitmap_results
 from chainmerge.settle import delete_recorded, require_no_users
@@ -40,11 +47,9 @@ from chainmerge.verify import verify_soundness
 from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from chainmerge.inspection import OpenChain, Target
     from chainmerge.merge_job import Request
-    from chainmerge.options import Access
+    from chainmerge.records.request import RecordedRequest
 
 
 @dataclass(eq=False)
@@ -57,9 +62,8 @@ class LivePivotUnclear(OutcomeUnknown):
         "may have been written to since"
     )
     hint: ClassVar[str] = (
-        "find out from which of them the VM ran last, and name it: `chainmerge merge {top} "
-        "--active {base}` if it was {base} (which is so unless the VM was started anew with "
-        "{top}), else `--active {top}`"
+        "find out from which of them the VM ran last, and name it: `{if_base}` if it was {base} "
+        "(which is so unless the VM was started anew with {top}), else `{if_top}`"
     )
     explanation: ClassVar[str] = (
         "When the active image has been merged, the VM goes over from top to base, which the "
@@ -70,29 +74,18 @@ class LivePivotUnclear(OutcomeUnknown):
     )
     top: str
     base: str
+    if_base: str
+    if_top: str
 
 
-def without_base_as_active(access: Access, top: Path, base: Path | None) -> Access:
-    """The same, without ``active`` where that names base.
-
-    Nothing that stands on top is found below it. Who names base says that the guest writes to
-    it, which only :func:`pivot_to_finish` has to know.
-    """
-    if access.active is None or not _names_base(access, top, base):
-        return access
-    return replace(access, active=None)
-
-
-def _names_base(access: Access, top: Path, base: Path | None) -> bool:
-    assert access.active is not None
-    if base is not None:
-        return os.path.realpath(base) == os.path.realpath(access.active)
-    try:
-        chain = discover(top, policy_of(access))
-        return len(chain.images) > 1 and chain.index_of(Path(access.active)) == chain.base_index
-    except ChainmergeError:
-        # Whatever is wrong there will be said where it matters.
-        return False
+def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
+    """That it has to be said which image the guest wrote to, with what says it, cold."""
+    top, base = request.tops[-1], request.bases[-1]
+    if_base, if_top = (
+        command_of(msgspec.structs.replace(request, access={**request.access, "active": active}))
+        for active in (base, top)
+    )
+    return LivePivotUnclear(top, base, if_base or f"--active {base}", if_top or f"--active {top}")
 
 
 def require_clear(request: Request, record: MergedRecord | None) -> None:
@@ -103,11 +96,11 @@ def require_clear(request: Request, record: MergedRecord | None) -> None:
     if record is None or record.superseded is None or not request.top.exists():
         return
     left = record.superseded.images[0].identity
-    if not same_image(identify(request.top), left):
+    if not may_be_same(identify(request.top), left):
         return
     active = request.access.active
     if active is None or os.path.realpath(active) != os.path.realpath(request.top):
-        raise LivePivotUnclear(str(request.top), record.base)
+        raise pivot_unclear(request.recorded(Path(record.base)))
 
 
 def forget_left_behind(record: MergedRecord) -> None:
@@ -121,36 +114,19 @@ def forget_left_behind(record: MergedRecord) -> None:
         forget_live_journal(base)
 
 
-def journal_of(target: Target) -> LiveJournal | None:
-    """The journal that a live merge has left for these images; None where there is none.
-
-    Raises LiveJournalDamaged.
-    """
-    journal = load_live_journal(target.base.real_path)
-    if journal is None or not same_image(journal.base, identify(target.base.real_path)):
-        return None
-    return journal
-
-
-def pivot_to_finish(
-    request: Request, target: Target, opened: OpenChain
-) -> Callable[[], MergeReport] | None:
-    """What finishes an active merge that took effect; None where there is none to finish.
+def took_effect(request: Request, journal: LiveJournal, target: Target, opened: OpenChain) -> bool:
+    """Whether base is what the guest wrote to last, after the live merge of *journal*.
 
     Raises LivePivotUnclear, LeftoverInUse.
     """
-    journal = journal_of(target)
-    if journal is None or not journal.took_effect or not journal.is_active:
-        return None
-    top = target.chain.top
-    if not same_image(journal.top, identify(top.real_path)):
-        return None
+    if not may_be_same(journal.top, identify(target.chain.top.real_path)):
+        return False
     if not _base_is_right(request, journal, target, opened):
-        return None
+        return False
     if request.options.delete or journal.delete:
         overlays = [Path(one.path) for one in journal.overlays]
         require_no_users(str(target.base.path), overlays, request.access)
-    return partial(_finish, request, journal, target, opened)
+    return True
 
 
 def _base_is_right(
@@ -160,7 +136,12 @@ def _base_is_right(
     active = request.access.active
     if active is not None:
         return os.path.realpath(active) == str(base.real_path)
-    if journal.top_since and journal.top_since == data_changed(top.real_path):
+    identities = (
+        (journal.base, identify(base.real_path)),
+        (journal.top, identify(top.real_path)),
+    )
+    certain = all(same_image(then, now) for then, now in identities)
+    if certain and journal.top_since and journal.top_since == data_changed(top.real_path):
         return True
     merged, whole = opened.view(0, target.base_index + 1), opened.view()
     size = whole.virtual_size
@@ -170,13 +151,17 @@ def _base_is_right(
         first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
     ):
         return True
-    raise LivePivotUnclear(str(top.path), str(base.path))
+    raise pivot_unclear(request.recorded(base.path))
 
 
-def _finish(
+def finish_pivot(
     request: Request, journal: LiveJournal, target: Target, opened: OpenChain
 ) -> MergeReport:
     base = target.base
+    """Finish an active merge that took effect in its VM: nothing is copied.
+
+    Raises what verifying and deleting raise.
+    """
     verified = ["a live merge came to its end: the guest wrote to base from then on"]
     image = opened.images[target.base_index].image
     if image is not None:
@@ -186,25 +171,15 @@ def _finish(
         with WritablePort(base.real_path) as port:
             reclaim_leaks(port)
     request.announce(Stage.SETTLE)
-    deleted: tuple[str, ...] = ()
-    if request.options.delete or journal.delete:
-        record = MergedRecord(
-            top=str(target.chain.top.real_path),
-            base=str(base.real_path),
-            result=str(base.real_path),
-            result_format=base.format,
-            result_identity=identify(base.real_path),
-            keep_name=False,
-            delete=[
-                DoomedImage(one.path, one)
-                for one in reversed(journal.overlays)
-                if not Path(one.path).is_block_device()
-            ],
-        )
+    record = _record_of_pivot(request, journal, target)
+    # Where nothing is deleted the record only warns who comes later.
+    with contextlib.nullcontext() if record.delete else contextlib.suppress(ChainmergeError):
         record_merged(target.chain.top.real_path, record)
-        deleted = delete_recorded(record)
+    held = frozenset(one.identity for one in target.chain.images[target.base_index + 1 :])
+    deleted = delete_recorded(record, held)
     forget_saved_bitmaps(base.real_path)
     forget_live_journal(base.real_path)
+    note_deleted(target.chain.top.real_path, record)
     bitmaps = bitmap_results(image) if image is not None else ()
     broken = [one.name for one in bitmaps if one.state == BitmapState.IN_USE]
     warnings = []
@@ -230,3 +205,24 @@ def _finish(
         renamed=None,
         warnings=tuple(warnings),
     )
+
+
+def _record_of_pivot(request: Request, journal: LiveJournal, target: Target) -> MergedRecord:
+    """What is to be deleted, or, as nothing may be merged from it any more, is left."""
+    base, top = target.base, target.chain.top.real_path
+    merged = [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+    record = MergedRecord(
+        top=str(top),
+        base=str(base.real_path),
+        result=str(base.real_path),
+        result_format=base.format,
+        result_identity=identify(base.real_path),
+        keep_name=False,
+        delete=[],
+        request=request.recorded(base.path),
+    )
+    doomed = [one for one in merged if not Path(one.path).is_block_device()]
+    if doomed and (request.options.delete or journal.delete):
+        return msgspec.structs.replace(record, delete=doomed)
+    superseded = Superseded(merged, data_changed(top))
+    return msgspec.structs.replace(record, superseded=superseded)

@@ -19,6 +19,7 @@ from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
 from chainmerge.records.identity import identify
+from chainmerge.records.request import RecordedRequest, recorded
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
     SavedBitmaps,
@@ -50,10 +51,22 @@ class Request:
     claims: Mapping[str, int]
     """Bytes that other merges which are done together with it take, by the pool they come from."""
 
+    def recorded(self, base: Path) -> RecordedRequest:
+        """What was asked for, as it is recorded, of a merge that turns out to be into *base*."""
+        return recorded([self.top], [self.base or base], self.access, self.options)
+
     def announce(self, stage: Stage) -> None:
         """Report that a stage begins; stop here if the caller wants to."""
         self.stop_if_asked(f"it had not come to stage {stage}")
         self.report(ProgressEvent(stage))
+
+    def begin_to_settle(self, result: str) -> None:
+        """Report that all is in *result*; stop here if the caller wants to."""
+        self.stop_if_asked(
+            f"{result} holds everything, verified; what the merge is to re-point, rename or "
+            "delete is left"
+        )
+        self.report(ProgressEvent(Stage.SETTLE))
 
     def stop_if_asked(self, state: str) -> None:
         """Stop here if the caller wants to; *state* says what the disk holds."""
@@ -78,6 +91,11 @@ class Job:
     @property
     def base(self) -> ImageInfo:
         return self.target.base
+
+    @property
+    def recorded_request(self) -> RecordedRequest:
+        """What was asked for, as it is recorded."""
+        return self.request.recorded(self.base.path)
 
     @property
     def result(self) -> ImageInfo:
@@ -176,6 +194,7 @@ def bitmaps_to_save(job: Job) -> SavedBitmaps | None:
             )
             for name in names
         ),
+        job.recorded_request,
     )
 
 

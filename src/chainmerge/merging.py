@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.by_bitmaps import merge_bitmaps
+from chainmerge.chain import open_for_writing
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.encrypted import (
     encrypted_difference,
@@ -20,7 +22,7 @@ from chainmerge.encrypted import (
     key_obstacles,
     require_keys_that_fit,
 )
-from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.engines.metadata import remove_snapshots, replace_bitmaps
 from chainmerge.engines.metadata.errors import (
     BackingNameUnfit,
     BitmapSetUnfit,
@@ -38,20 +40,27 @@ from chainmerge.inspection import (
     find_target,
     gather_bitmaps,
     gather_bitmaps_to_pull,
-    load_saved,
     measure_guest_bytes,
     movement_of,
     open_chain,
 )
+from chainmerge.internal_snapshots import children_with_larger_snapshots, look_at_snapshots
 from chainmerge.job_journal import record_switched
 from chainmerge.live_leftovers import (
+    finish_pivot,
     forget_left_behind,
-    journal_of,
-    pivot_to_finish,
     require_clear,
-    without_base_as_active,
 )
-from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
+from chainmerge.merge_job import (
+    Job,
+    OnProgress,
+    Request,
+    ShouldStop,
+    extended,
+    reclaim,
+    unfinished_where_refused,
+    volume_of,
+)
 from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
@@ -65,28 +74,35 @@ from chainmerge.planning import (
     MergeFacts,
     MergePlan,
     chosen_space,
+    deleted_images,
     find_refusals,
+    going,
     make_plan,
+    snapshots_to_remove,
 )
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
+from chainmerge.records.changes import data_changed
 from chainmerge.records.disks import forget_entry
+from chainmerge.records.errors import MergedBefore
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.records.identity import same_image
 from chainmerge.records.live_journal import forget_live_journal
-from chainmerge.records.merge_journal import JournalState, enter, forget_journal, journal_file
-from chainmerge.records.merged_record import MergedRecord, load_merged_record, merged_record_file
-from chainmerge.records.saved_bitmaps import (
-    forget_saved_bitmaps,
-    load_saved_bitmaps,
-    saved_bitmaps_file,
-)
+from chainmerge.records.merge_journal import JournalState, enter, forget_journal
+from chainmerge.records.merged_record import MergedRecord, load_merged_record, note_deleted
+from chainmerge.records.remains import Remains, is_anything_left, is_left_over, read_remains
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
+from chainmerge.removals import look_at_removals
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
-    find_resumption,
+    HoldsEverything,
+    ToBeMerged,
+    TookEffectInVm,
+    find_ending,
     finish_journalled,
     finish_recorded,
+    require_removable,
 )
 from chainmerge.settle import (
     SettleSteps,
@@ -94,14 +110,16 @@ from chainmerge.settle import (
     delete_superseded,
     finished_before,
     give_back,
+    not_deleted,
     require_unused,
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
-from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
+from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
+from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import (
     REPORT_VERSION,
     Measurement,
@@ -114,11 +132,13 @@ from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
+    from chainmerge.records.saved_bitmaps import SavedBitmaps
     from chainmerge.storage.volumes import VolumeFacts
 
 
 _REFUSED_IN_TIME: Final = (
     CannotGrow,
+    ExtensionRefused,
     NotEnoughSpace,
     HeaderFull,
     RefcountTableFull,
@@ -167,8 +187,13 @@ def plan_beside(
     """
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
+    saved = load_saved_bitmaps(target.base.real_path)
+    record = load_merged_record(target.chain.top.real_path)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never, claims).facts
+        facts = _gather(target, opened, access, options, saved, _never, claims).facts
+        if _was_merged_before(target, facts, record, access) and _base_changed_since(record):
+            equal = _holds_content(target, opened, facts, options, _never)
+            obstacles += () if equal else (_merged_before(target),)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     return decided, facts.volume.claim(decided.space.required)
 
@@ -186,8 +211,9 @@ def measure(
     """
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
+    saved = load_saved_bitmaps(target.base.real_path)
     with open_chain(target.chain) as opened:
-        facts = _gather(target, opened, options, _never, {}).facts
+        facts = _gather(target, opened, access, options, saved, _never, {}).facts
     space = chosen_space(facts, options)
     return Measurement(
         version=REPORT_VERSION,
@@ -278,7 +304,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
-    if _left_something(target):
+    if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # What an earlier run put on base may turn out to be a child of top, to be locked, too.
         _read_from_storage(target, request.options)
         target = _find(request)
@@ -287,24 +313,44 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     _read_from_storage(target, request.options)
     target = _same_target(target, request)
     base = target.base.real_path
-    if journal_of(target) is not None:
-        opened = stack.enter_context(open_chain(target.chain, locks))
-        finish_pivot = pivot_to_finish(request, target, opened)
-        if finish_pivot is not None:
-            return Prepared(base, None, {}, finish_pivot)
-    resumption = find_resumption(request, target)
-    if resumption.journal is not None:
-        finish = partial(finish_journalled, request, target, resumption.journal)
-        return Prepared(base, None, {}, finish)
+    remains = read_remains(base, target.chain.top.real_path)
     opened = stack.enter_context(open_chain(target.chain, locks))
+    match find_ending(request, target, opened, remains):
+        case TookEffectInVm(journal):
+            finish = partial(finish_pivot, request, journal, target, opened)
+            return Prepared(base, None, {}, finish)
+        case HoldsEverything(journal):
+            require_removable(request, target, journal)
+            finish = partial(finish_journalled, request, target, journal)
+            return Prepared(base, None, {}, finish)
+        case ToBeMerged(warnings):
+            pass
     request.announce(Stage.PLAN)
-    found = _gather_to_merge(target, opened, request, resumption.warnings)
-    for refusal in find_refusals(found.facts, request.options):
-        raise refusal
+    job = _decided(request, target, opened, locks, remains, warnings)
     if has_encrypted(target.chain):
         require_keys_that_fit(target.chain, request.options)
+    claim = job.facts.volume.claim(job.plan.space.required)
+    return Prepared(base, job.plan, claim, partial(_start, job))
+
+
+def _decided(
+    request: Request,
+    target: Target,
+    opened: OpenChain,
+    locks: tuple[ImageLock, ...],
+    remains: Remains,
+    warnings: Sequence[str],
+) -> Job:
+    """Look at the locked images, and decide on everything.
+
+    Raises:
+        Refused: it will not be done.
+    """
+    found = _gather_to_merge(target, opened, request, remains, warnings)
+    for refusal in find_refusals(found.facts, request.options):
+        raise refusal
     decided = make_plan(found.facts, request.options)
-    job = Job(
+    return Job(
         request,
         target,
         found.facts,
@@ -315,8 +361,6 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         opened,
         locks,
     )
-    claim = found.facts.volume.claim(decided.space.required)
-    return Prepared(base, decided, claim, partial(_start, job))
 
 
 def _lock_all(
@@ -334,20 +378,13 @@ def _read_from_storage(target: Target, options: MergeOptions) -> None:
     the memory. A switch that failed would be taken for one that was done, and top be deleted.
     """
     images = [image for image, mode in locks_needed(target, options) if mode is LockMode.WRITER]
-    if _left_something(target):
+    if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # Children of top that an earlier run has put on base are siblings of top now.
         images += target.relatives.siblings
     for image in images:
         # What cannot be opened for writing is refused with all other obstacles.
         with contextlib.suppress(Refused):
             read_anew(image.real_path)
-
-
-def _left_something(target: Target) -> bool:
-    """Whether an earlier run has left a file that says that it did not come to its end."""
-    base, top = target.base.real_path, target.chain.top.real_path
-    files = (journal_file(base), saved_bitmaps_file(base), merged_record_file(top))
-    return any(file.exists() for file in files)
 
 
 def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:
@@ -361,12 +398,21 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
             written.add(last)
     if options.direction == "pull" or (options.direction == "auto" and options.keep_name):
         written.add(last)
+    if options.drop_snapshots:
+        # Which of them have to go is known only once all are locked.
+        above_base = range(target.base_index + 1, last + 1)
+        written.update(index for index in above_base if _holds_snapshots(target, index))
     for index, image in enumerate(target.chain.images):
         yield image, LockMode.WRITER if index in written else LockMode.READER
     if options.direction == "pull":
         return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
+
+
+def _holds_snapshots(target: Target, index: int) -> bool:
+    header = target.chain.images[index].header
+    return header is not None and header.snapshot_count > 0
 
 
 def locks_held(target: Target) -> int:
@@ -398,8 +444,7 @@ def _not_writable(target: Target, options: MergeOptions) -> Iterator[ChainmergeE
 
 
 def _find(request: Request) -> Target:
-    access = without_base_as_active(request.access, request.top, request.base)
-    return find_target(request.top, request.base, access)
+    return find_target(request.top, request.base, request.access)
 
 
 def _same_target(before: Target, request: Request) -> Target:
@@ -434,12 +479,13 @@ def _never() -> bool:
 def _gather(
     target: Target,
     opened: OpenChain,
+    access: Access,
     options: MergeOptions,
+    saved: SavedBitmaps | None,
     should_stop: ShouldStop,
     claims: Mapping[str, int],
 ) -> _Found:
     require_readable(target, opened)
-    saved = load_saved(target)
     top_stays = not (options.delete or options.keep_name)
     volumes = measure_guest_bytes(target, opened)
     way = choose_direction(target, opened, volumes, options)
@@ -451,11 +497,23 @@ def _gather(
     zeroes = None
     if options.detect_zeroes and chosen.engine is EngineName.NATIVE:
         zeroes = look_for_zeroes(target, opened, way.direction, should_stop)
-    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction, zeroes)
+    snapshots = look_at_snapshots(target, opened, way.direction, to_remove=options.drop_snapshots)
+    result = target.chain.images[target.result_index(way.direction)]
+    survey = survey_space(
+        target,
+        opened,
+        bitmaps,
+        chosen.engine,
+        way.direction,
+        zeroes,
+        snapshots.removals.get(str(result.path)),
+    )
     obstacles = (
         way.obstacle,
         chosen.obstacle,
         survey.obstacle,
+        *snapshots.obstacles,
+        *(children_with_larger_snapshots(target) if way.direction is Direction.COMMIT else ()),
         _too_many_files(target, chosen.engine),
         *key_obstacles(target.chain, options),
     )
@@ -482,6 +540,8 @@ def _gather(
         spaces=survey.spaces,
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
+        removals=look_at_removals(target.chain, target.base_index, access, options),
+        snapshots=snapshots.views,
     )
     no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
     if no_room is not None:
@@ -520,18 +580,26 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 
 
 def _gather_to_merge(
-    target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
+    target: Target,
+    opened: OpenChain,
+    request: Request,
+    remains: Remains,
+    warnings: Sequence[str],
 ) -> _Found:
-    found = _gather(target, opened, request.options, request.should_stop, request.claims)
+    options, should_stop = request.options, request.should_stop
+    saved = remains.usable_saved
+    found = _gather(target, opened, request.access, options, saved, should_stop, request.claims)
     facts = found.facts
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
     # Who stands on base can be one that is re-pointed already, bitmaps or not.
-    worth_comparing = bitmaps_are_there or bool(commits and target.relatives.siblings)
-    equal = worth_comparing and _holds_content(target, opened, facts, request)
+    before = _was_merged_before(target, facts, remains.record, request.access)
+    worth_comparing = bitmaps_are_there or before or bool(commits and target.relatives.siblings)
+    equal = worth_comparing and _holds_content(target, opened, facts, options, should_stop)
     merged = equal and bitmaps_are_there
     damage = () if merged else tuple(_damaged_sources(opened, facts))
-    obstacles = (*_not_writable(target, request.options), *facts.obstacles, *damage)
+    newer = (_merged_before(target),) if before and not equal else ()
+    obstacles = (*_not_writable(target, options), *newer, *facts.obstacles, *damage)
     facts = replace(
         facts,
         obstacles=obstacles,
@@ -569,7 +637,34 @@ def _holds_bitmaps(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> b
     return bitmap_difference(image, final_set(bitmaps, target.base.virtual_size)) is None
 
 
-def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request: Request) -> bool:
+def _was_merged_before(
+    target: Target, facts: MergeFacts, record: MergedRecord | None, access: Access
+) -> bool:
+    """Whether all of top went into base, so that what base lacks of it is old data."""
+    top = target.chain.top.real_path
+    if facts.direction is Direction.PULL or not is_left_over(record, target.base.real_path, top):
+        return False
+    return access.active is None or os.path.realpath(access.active) != str(top)
+
+
+def _base_changed_since(record: MergedRecord | None) -> bool:
+    if record is None or record.left is None:
+        return True
+    left = record.left
+    return left.base_since != data_changed(Path(record.base))
+
+
+def _merged_before(target: Target) -> MergedBefore:
+    return MergedBefore(str(target.chain.top.path), str(target.base.path))
+
+
+def _holds_content(
+    target: Target,
+    opened: OpenChain,
+    facts: MergeFacts,
+    options: MergeOptions,
+    should_stop: ShouldStop,
+) -> bool:
     """Whether base shows what top shows: an earlier run has copied everything.
 
     The tables can rule it out in most cases; else content is compared up to the first
@@ -581,20 +676,58 @@ def _holds_content(target: Target, opened: OpenChain, facts: MergeFacts, request
     if facts.result_check is not None and not facts.result_check.sound:
         return False
     if has_encrypted(target.chain):
-        return _holds_encrypted_content(target, request)
+        return _holds_encrypted_content(target, options, should_stop)
     merged, whole, size = opened.view(0, target.base_index + 1), opened.view(), top.virtual_size
-    return first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
+    return first_difference(merged, whole, 0, size, should_stop=should_stop) is None
 
 
-def _holds_encrypted_content(target: Target, request: Request) -> bool:
-    options = request.options
+def _holds_encrypted_content(
+    target: Target, options: MergeOptions, should_stop: ShouldStop
+) -> bool:
     if any(key_obstacles(target.chain, options)):
         return False
     where = target.base_index
-    return encrypted_difference(target.chain, where, options, request.should_stop) is None
+    return encrypted_difference(target.chain, where, options, should_stop) is None
 
 
 def _start(job: Job) -> MergeReport:
+    """Do all that was decided on."""
+    removed = snapshots_to_remove(job.facts, job.request.options)
+    if not removed:
+        return _merge_and_settle(job)
+    _remove_snapshots(job, removed)
+    with unfinished_where_refused(job), contextlib.ExitStack() as stack:
+        return _merge_and_settle(_decided_again(stack, job))
+
+
+def _decided_again(stack: contextlib.ExitStack, job: Job) -> Job:
+    """The same merge once snapshots are removed.
+
+    Tables of their images lie elsewhere now, and clusters that were shared are not.
+    """
+    target = _same_target(job.target, job.request)
+    opened = stack.enter_context(open_chain(target.chain, job.locks))
+    remains = read_remains(target.base.real_path, target.chain.top.real_path)
+    again = _decided(job.request, target, opened, job.locks, remains, ())
+    said = replace(again.plan, snapshots=job.plan.snapshots, warnings=job.plan.warnings)
+    return replace(again, plan=said)
+
+
+def _remove_snapshots(job: Job, removed: Sequence[tuple[ImageInfo, frozenset[int]]]) -> None:
+    """Take snapshots out of their images, before anything changes what they show."""
+    job.request.announce(Stage.SNAPSHOTS)
+    # A file's new clusters are reserved one by one.
+    grows = job.facts.volume.kind is not VolumeKind.FILE and any(
+        image.identity == job.result.identity for image, _ in removed
+    )
+    with extended(job) if grows else contextlib.nullcontext():
+        for number, (image, positions) in enumerate(removed):
+            refused = unfinished_where_refused(job) if number else contextlib.nullcontext()
+            with refused, open_for_writing(image) as port:
+                remove_snapshots(port, positions)
+
+
+def _merge_and_settle(job: Job) -> MergeReport:
     """Merge and settle; what refuses that when something has changed is no refusal."""
     try:
         merged = _do(job)
@@ -640,10 +773,14 @@ def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
 
 def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     """Delete what top does not need any more; nobody has to be re-pointed."""
-    job.request.announce(Stage.SETTLE)
     top = job.facts.top
+    job.request.begin_to_settle(str(top.path))
     record = load_merged_record(top.real_path)
-    deleted = delete_recorded(record) if record is not None else ()
+    deleted: tuple[str, ...] = ()
+    if record is not None:
+        held = frozenset(image.identity for image in job.facts.merged_images)
+        deleted = delete_recorded(record, held)
+        note_deleted(top.real_path, record)
     warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
     result = top.real_path
     return _report(
@@ -656,18 +793,18 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         return _settle_pull(job, copied, verified)
     request, facts, plan = job.request, job.facts, job.plan
     journal = record_switched(job)
-    request.announce(Stage.SETTLE)
-    by_path = {str(image.path): image for image in facts.merged_images}
+    request.begin_to_settle(str(facts.base.path))
     steps = SettleSteps(
         base=facts.base,
         top=facts.top,
         repoint=plan.repoint,
-        doomed=tuple(by_path[path] for path in plan.delete),
+        doomed=deleted_images(facts, request.options),
         keep_name=plan.rename is not None,
         above=(*facts.relatives.children, facts.top),
+        going=going(facts, request.options),
     )
-    settled = settle(steps, journal)
-    warnings = list(plan.warnings)
+    settled = settle(steps, journal, job.recorded_request)
+    warnings = [*plan.warnings, *settled.warnings]
     journal = enter(settled.journal, JournalState.TIDY)
     if settled.top_is_gone:
         warnings += _drop_spent_tombstones(job, steps.result)
@@ -707,7 +844,9 @@ def _report_finished(request: Request, record: MergedRecord) -> MergeReport:
         deleted += delete_superseded(record)
     _forget_bitmaps_saved_for(record)
     forget_left_behind(record)
-    warnings = tuple(finish_recorded(request, record))
+    warnings = (*not_deleted(record), *finish_recorded(request, record))
+    if not any(not_deleted(record)):
+        note_deleted(request.top, record)
     images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
     verified = (verified_before(*images),)
     result = Path(record.result)

@@ -50,7 +50,7 @@ from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import Chain
-    from chainmerge.engines.metadata import StoredBitmap
+    from chainmerge.engines.metadata import SnapshotRemoval, StoredBitmap
     from chainmerge.inspection import BitmapFacts, OpenChain, Target, Volumes
     from chainmerge.options import MergeOptions
     from chainmerge.qcow2.image import Qcow2Image
@@ -115,7 +115,8 @@ def choose_direction(
     """Which way the merge goes.
 
     By itself a merge is a commit: what else uses base's or top's name relies on that. Where
-    top's name is to be kept, both ways end alike, and the one that moves less is taken.
+    top's name is to be kept, both ways have the result there, and the one that moves less is
+    taken.
     """
     reason = _pull_obstacle(target.chain, opened.images[-1].image, options)
     if options.direction == "pull":
@@ -125,7 +126,8 @@ def choose_direction(
         return DirectionChosen(Direction.PULL, reason, obstacle)
     commit_bytes = volumes.data + volumes.zero + volumes.compressed
     cheaper = reason is None and volumes.pull < commit_bytes
-    if options.direction == "auto" and options.keep_name and cheaper and _is_free(target):
+    can_go = not options.delete or _is_free(target)
+    if options.direction == "auto" and options.keep_name and cheaper and can_go:
         return DirectionChosen(Direction.PULL, None)
     return DirectionChosen(Direction.COMMIT, reason)
 
@@ -267,8 +269,13 @@ def survey_native(
     references: ReferenceCounts,
     direction: Direction,
     zeroes: ZeroRanges | None,
+    removal: SnapshotRemoval | None,
 ) -> NativeFacts:
-    """Work out exactly how large the result must be, for each way of placing data."""
+    """Work out how large the result must be, for each way of placing data.
+
+    That is exact, but for where snapshots are removed before: what was shared with them need not
+    be copied then, and takes less.
+    """
     image = opened.images[target.result_index(direction)].image
     assert image is not None
     disk = mapped_disk(target, image, direction)
@@ -278,6 +285,9 @@ def survey_native(
     needs = survey_mapping(image, disk, merged)
     space = counted_free_space(image, references)
     used = _Used.of(references)
+    if removal is not None:
+        space = removal.space_after()
+        used = used.after(removal)
     stored = bitmaps_to_store(image, bitmaps, disk)
     given_up = 0
     if stored is not None:
@@ -346,6 +356,11 @@ class _Used:
             if len(used):
                 end = first + int(used[-1]) + 1
         return _Used(count, end)
+
+    def after(self, removal: SnapshotRemoval) -> _Used:
+        """The same once snapshots are removed."""
+        count = self.count - len(removal.freed) + removal.allocation.everything.total
+        return _Used(count, max(self.end, removal.allocation.end))
 
 
 def _facts(tree: NewTree, placed: PlacedTree, used: _Used, old_bitmaps: int) -> SpaceFacts:

@@ -30,7 +30,9 @@ class BitmapExists(Refused):
 
     code: ClassVar[str] = "bitmap-exists"
     template: ClassVar[str] = "{image} has a bitmap {name!r} already"
-    hint: ClassVar[str] = "choose another name, or remove it first"
+    hint: ClassVar[str] = (
+        "choose another name: what is there may be a checkpoint that backups build on"
+    )
     explanation: ClassVar[str] = (
         "The names of an image's bitmaps are unique. An existing bitmap is not replaced by an "
         "empty one, because the checkpoint that it stands for would be lost."
@@ -60,7 +62,10 @@ class BitmapWorthless(Refused):
 
     code: ClassVar[str] = "bitmap-in-use"
     template: ClassVar[str] = "the bitmap {name!r} of {image} is in-use: its content is worthless"
-    hint: ClassVar[str] = "`chainmerge repair {image}` removes such bitmaps"
+    hint: ClassVar[str] = (
+        "`chainmerge repair {image}` shows what removing it means, and with --yes does that: the "
+        "next backup that builds on it must be a full one"
+    )
     explanation: ClassVar[str] = (
         "A bitmap is marked in-use while a program has the image open for writing. When that "
         "program dies, the mark stays, and what was written is not in the bitmap."
@@ -75,7 +80,10 @@ class BrokenBitmapsInTheWay(Refused):
 
     code: ClassVar[str] = "broken-bitmaps-in-the-way"
     template: ClassVar[str] = "{image} holds broken (in-use) bitmaps: {names}"
-    hint: ClassVar[str] = "remove them first with `chainmerge repair {image}`"
+    hint: ClassVar[str] = (
+        "`chainmerge repair {image}` shows what removing them means, and with --yes does that: the "
+        "next backup that builds on them must be a full one"
+    )
     explanation: ClassVar[str] = (
         "All bitmaps of an image are replaced by one switch. A broken one cannot be stored again: "
         "its content means nothing. Removing it is a decision of its own, because it makes "
@@ -96,17 +104,41 @@ class RemovalUnsafe(Refused):
     )
     hint: ClassVar[str] = (
         "remove the name from the images above first, the active image first; "
-        "`chainmerge bitmaps prune --active LEAF` does that for broken ones; or use --force"
+        "`chainmerge bitmaps prune --active LEAF` does that for broken ones"
     )
     explanation: ClassVar[str] = (
         "A checkpoint's bits are spread over the images of a chain. A backup trusts them if the "
         "name is valid in the active image and in consecutive images below. Taken out of a "
         "lower image alone, the rest passes that test, and the next incremental backup misses what "
-        "the removed bitmap had recorded."
+        "the removed bitmap had recorded. --force removes it all the same: the next backup must "
+        "be a full one then."
     )
     image: str
     names: str
     above: str
+
+
+@dataclass(eq=False)
+class ClearingUnsafe(Refused):
+    """Clearing the bitmap would leave a checkpoint that misses what it had recorded."""
+
+    code: ClassVar[str] = "clearing-unsafe"
+    template: ClassVar[str] = (
+        "the bitmap {name!r} of {image} is a part of a checkpoint only: {others} has the name, too"
+    )
+    hint: ClassVar[str] = (
+        "leave it as it is; where the checkpoint is not needed any more, remove the name from all "
+        "images, the active image first (`chainmerge bitmaps remove IMAGE NAME`)"
+    )
+    explanation: ClassVar[str] = (
+        "A checkpoint's bits are spread over the images of a chain, and a backup takes the union "
+        "of them. With those of one image cleared, the others still pass for the whole checkpoint, "
+        "and the next incremental backup misses what this image had recorded. --force clears it "
+        "all the same: a full backup has to come next then."
+    )
+    image: str
+    name: str
+    others: str
 
 
 @dataclass(eq=False)
@@ -132,7 +164,7 @@ class SizesDiffer(Refused):
     template: ClassVar[str] = (
         "{source} has a disk of {source_size} bytes, {image} one of {image_size} bytes"
     )
-    hint: ClassVar[str] = "resize the smaller image first (`qemu-img resize`)"
+    hint: ClassVar[str] = "use a source and a target of disks of the same size"
     explanation: ClassVar[str] = (
         "Bits beyond the end of the target's disk would have to be cut off, and with them the "
         "record of what was written there."
@@ -213,3 +245,103 @@ class BitmapsChanged(Failed):
     )
     image: str
     reason: str
+
+
+@dataclass(eq=False)
+class RelinkUncheckable(Refused):
+    """What the image shows on its old backing file cannot be read."""
+
+    code: ClassVar[str] = "relink-uncheckable"
+    template: ClassVar[str] = "what {image} shows today cannot be read: {reason}"
+    hint: ClassVar[str] = (
+        "if the old backing file is still somewhere, bring it back to its place for the "
+        "comparison; only if you know that the new one has the same content, add --unchecked"
+    )
+    explanation: ClassVar[str] = (
+        "An overlay holds only what was written since the snapshot; everything else comes from "
+        "its backing file. With another content below it the guest's disk is destroyed, and "
+        "nothing in the images tells. So both are compared, unless you say that they are the same. "
+        "Nothing was changed."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class RelinkChangesContent(Refused):
+    """The image would show other data on the new backing file."""
+
+    code: ClassVar[str] = "relink-changes-content"
+    template: ClassVar[str] = (
+        "{image} would not show the same on {backing}: guest byte {offset} of {what} differs"
+    )
+    hint: ClassVar[str] = (
+        "look for the file that {image} was made on; `chainmerge relink {image}` names files that "
+        "could be it"
+    )
+    explanation: ClassVar[str] = (
+        "What the image shows on its old backing file and on the new one was compared, and is not "
+        "the same. The guest would find another disk. Nothing was changed."
+    )
+    image: str
+    backing: str
+    offset: int
+    what: str
+
+
+@dataclass(eq=False)
+class RelinkChangesCheckpoints(Refused):
+    """A checkpoint would be worth something else on the new backing file."""
+
+    code: ClassVar[str] = "relink-changes-checkpoints"
+    template: ClassVar[str] = (
+        "on {backing} the bitmaps {names} of the chain of {image} would be worth something else"
+    )
+    hint: ClassVar[str] = (
+        "use a copy that has the bitmaps of the old backing file (cp, not qemu-img convert); or "
+        "give those checkpoints up: remove the bitmaps from the images above and from {image} "
+        "(chainmerge bitmaps remove), the active image first, then run this again, and let the "
+        "next backup be a full one"
+    )
+    explanation: ClassVar[str] = (
+        "A backup takes the bits of a checkpoint from the active image and from the images below "
+        "it that have it, too. The new backing file has the same data, but not the same bitmaps: "
+        "a checkpoint would lose bits, so that the next incremental backup misses data, or it "
+        "could not be used any more. Nothing was changed."
+    )
+    image: str
+    backing: str
+    names: str
+
+
+@dataclass(eq=False)
+class RelinkUnfinished(Refused):
+    """A merge in which the image takes part did not come to its end."""
+
+    code: ClassVar[str] = "relink-unfinished-merge"
+    template: ClassVar[str] = (
+        "{image} takes part in a merge into {base} that did not come to its end ({file})"
+    )
+    hint: ClassVar[str] = "`chainmerge status {image}` says how to finish it; do that first"
+    explanation: ClassVar[str] = (
+        "A merge that was interrupted is finished by looking at what the images stand on. With "
+        "another backing file under one of them that would come out wrong. Nothing was changed."
+    )
+    image: str
+    base: str
+    file: str
+
+
+@dataclass(eq=False)
+class RelinkIncomplete(Failed):
+    """The header does not say what was written."""
+
+    code: ClassVar[str] = "relink-incomplete"
+    template: ClassVar[str] = "{image} names {found!r} as its backing file after the change"
+    hint: ClassVar[str] = "look at the storage below {image}, and run the same command again"
+    explanation: ClassVar[str] = (
+        "The image's header was written and read back, and does not hold what was written. The "
+        "image's data is untouched."
+    )
+    image: str
+    found: str

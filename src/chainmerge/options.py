@@ -71,6 +71,8 @@ class Access:
         search: More directories to look for siblings and children in.
         active: The chain's top end, where it is not found by itself.
         lock_wait: Seconds to wait for image locks that others hold.
+        activate: Whether the caller has the chain's logical volumes active for as long as this
+            takes; who finishes an interrupted merge has to do so, too. The command line does it.
     """
 
     formats: Mapping[str, str] = field(default_factory=_nothing_declared)
@@ -79,6 +81,7 @@ class Access:
     search: tuple[str, ...] = ()
     active: str | None = None
     lock_wait: float = 10.0
+    activate: bool = False
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable for what no option can be."""
@@ -99,9 +102,13 @@ class MergeOptions:
         verify: ``full`` reads back what was copied and compares the guest-visible content of
             base with top's view; ``metadata`` trusts the storage with the copy and checks
             bitmaps and refcounts only.
-        delete: Delete the merged images above base once the result is verified.
-        keep_name: Give base the name of top afterwards (files only).
+        delete: Delete the merged images once the result is verified; with them their external
+            data files, where nobody else uses those, and the links by which they were reached.
+        keep_name: Have the result under the name of top (files only): after a commit base takes
+            the place of top's file. Nothing else is deleted without ``delete``.
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        drop_snapshots: Delete the internal snapshots that would show other data afterwards, and
+            those of images that are deleted.
         engine: Who writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
             base (``pull``); ``auto`` pulls where ``keep_name`` makes both end alike and a pull
@@ -124,6 +131,7 @@ class MergeOptions:
     delete: bool = False
     keep_name: bool = False
     drop_bitmaps: bool = False
+    drop_snapshots: bool = False
     engine: EngineChoice = "auto"
     direction: DirectionChoice = "auto"
     data: DataChoice = "auto"

@@ -102,8 +102,9 @@ class RelativeUnknown(Refused):
         "at: {reason}"
     )
     hint: ClassVar[str] = (
-        "see to it that {image} can be read (as root, where only permissions are missing), or move "
-        "it to another directory if it has nothing to do with these images"
+        "see to it that {image} can be read (as root, where only permissions are missing); as long "
+        "as it cannot, only a pull without --delete (--direction pull) leaves what it could stand "
+        "on as it is"
     )
     explanation: ClassVar[str] = (
         "Images do not know who builds on them, so the headers of all files in their directories "
@@ -198,8 +199,9 @@ class BaseCannotHoldBitmaps(Refused):
     code: ClassVar[str] = "base-cannot-hold-bitmaps"
     template: ClassVar[str] = "{base} is {format} and cannot hold the bitmaps {names}"
     hint: ClassVar[str] = (
-        "convert base to qcow2 version 3 (`qemu-img amend -o compat=1.1`), or give up the "
-        "checkpoints with --drop-bitmaps: the next backup must then be a full one"
+        "pull instead (--direction pull), which keeps them in top; or, for a version 2 image, "
+        "`qemu-img amend -o compat=1.1 {base}` first; or give up the checkpoints with "
+        "--drop-bitmaps: the next backup must then be a full one"
     )
     explanation: ClassVar[str] = (
         "Persistent dirty bitmaps exist in qcow2 version 3 only. The overlay holds valid ones; "
@@ -220,8 +222,9 @@ class UnguardedBitmaps(Refused):
         "{base} cannot hold a tombstone for {names}, which {holders} would pass for valid"
     )
     hint: ClassVar[str] = (
-        "remove those names from the images above first, the active image first: "
-        "`chainmerge bitmaps remove IMAGE NAME --force`"
+        "pull instead (--direction pull); or remove those names from the images above first, the "
+        "active image first (`chainmerge bitmaps remove IMAGE NAME`): the next backup that builds "
+        "on them must then be a full one"
     )
     explanation: ClassVar[str] = (
         "An image above holds a bitmap of this name that covers only a part of what was written. "
@@ -243,8 +246,8 @@ class ChildSeesMore(Refused):
         "ends at {top_size} bytes today, where {top} ends"
     )
     hint: ClassVar[str] = (
-        "shrink base to top's size first (`qemu-img resize --shrink {base} {top_size}`) if the "
-        "data beyond is not needed"
+        "pull instead (--direction pull), which leaves {base} as it is, and {child} as it sees "
+        "{top}"
     )
     explanation: ClassVar[str] = (
         "An overlay shorter than its backing file hides the rest: what lies on it reads zeros "
@@ -301,7 +304,8 @@ class CannotDeleteVolume(Refused):
     code: ClassVar[str] = "volume-not-a-file"
     template: ClassVar[str] = "{image} is a block device: {option} works on files only"
     hint: ClassVar[str] = (
-        "merge without {option}, then remove or rename the volume with your volume manager"
+        "merge without {option}; once that is done and verified, remove or rename the volume with "
+        "your volume manager"
     )
     explanation: ClassVar[str] = (
         "A block volume is not deleted or renamed by removing its device node; its volume manager "
@@ -327,19 +331,123 @@ class CannotRename(Refused):
 
 
 @dataclass(eq=False)
+class CannotTakeAway(Refused):
+    """A file was to be deleted, replaced or renamed, and cannot be."""
+
+    code: ClassVar[str] = "cannot-take-away"
+    template: ClassVar[str] = "{path} cannot be deleted, replaced or renamed: {reason}"
+    hint: ClassVar[str] = (
+        "find out why it is so, since somebody may have meant it; or merge without {option}, "
+        "which leaves all files where they are"
+    )
+    explanation: ClassVar[str] = (
+        "The end of the merge that was asked for is to delete or rename files. The directory may "
+        "not be written to, or the file is protected (immutable, append-only, in a sticky "
+        "directory). This is looked at before anything is written. Nothing was changed."
+    )
+    path: str
+    option: str
+    reason: str
+
+
+@dataclass(eq=False)
+class DataFileOutOfReach(Refused):
+    """--keep-name would take base away from its external data file."""
+
+    code: ClassVar[str] = "data-file-out-of-reach"
+    template: ClassVar[str] = (
+        "{base} names its external data file {name!r}, which means another file in {directory}"
+    )
+    hint: ClassVar[str] = "merge without --keep-name"
+    explanation: ClassVar[str] = (
+        "A relative name in an image counts from the image's directory. With base moved to the "
+        "directory of top, the name of its external data file would lead nowhere, or to another "
+        "file. Nothing was changed."
+    )
+    base: str
+    name: str
+    directory: str
+
+
+@dataclass(eq=False)
 class SnapshotsWouldGo(Refused):
-    """--delete would delete an overlay with internal snapshots."""
+    """An image that is deleted or replaced holds internal snapshots."""
 
     code: ClassVar[str] = "internal-snapshots"
-    template: ClassVar[str] = "{image} holds {count} internal snapshots, which would be deleted"
-    hint: ClassVar[str] = "merge without {option}, or delete them first with `qemu-img snapshot -d`"
+    template: ClassVar[str] = (
+        "{option} would delete {image}, and with it the internal snapshots {names}"
+    )
+    hint: ClassVar[str] = (
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
+        "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
+    )
     explanation: ClassVar[str] = (
         "Internal snapshots (`savevm`, `qemu-img snapshot`) live inside one image. A merge moves "
-        "the current state only."
+        "the current state only; with the image its snapshots are gone. Nothing was changed."
     )
     image: str
-    count: int
+    names: str
     option: str
+    instead: str
+    """Another way that changes none, as far as there is one."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.instead + super().advice
+
+
+@dataclass(eq=False)
+class SnapshotsWouldChange(Refused):
+    """Internal snapshots read from below what the merge changes there."""
+
+    code: ClassVar[str] = "snapshots-would-change"
+    template: ClassVar[str] = (
+        "the merge would change what the internal snapshots {names} of {image} show"
+    )
+    hint: ClassVar[str] = (
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
+        "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
+    )
+    explanation: ClassVar[str] = (
+        "An internal snapshot (`savevm`, `qemu-img snapshot`) of an overlay holds only what the "
+        "overlay held when it was taken, and reads the rest from the image below. A commit puts "
+        "newer data there, and a pull puts the overlay on another image: reverted to, the snapshot "
+        "would show a disk that never was. Snapshots that read nothing of what changes are left "
+        "as they are, and so are those of the image that is committed into. Nothing was changed."
+    )
+    image: str
+    names: str
+    instead: str
+    """Another way that changes none, as far as there is one."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return self.instead + super().advice
+
+
+@dataclass(eq=False)
+class SnapshotsOfVmWouldChange(Refused):
+    """The same in a running VM, where nobody else may remove them."""
+
+    code: ClassVar[str] = "snapshots-would-change-live"
+    template: ClassVar[str] = (
+        "the merge would change what the internal snapshots {names} of {image} show, or delete them"
+    )
+    hint: ClassVar[str] = (
+        "shut the VM down, copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT "
+        "{image} COPY`, the disk without the VM's state), and merge with --drop-snapshots"
+    )
+    explanation: ClassVar[str] = (
+        "An internal snapshot of an overlay holds only what the overlay held when it was taken, "
+        "and reads the rest from the image below, where the merge puts newer data. What the guest "
+        "writes in the meantime goes there, too, so a snapshot is left as it is only if it reads "
+        "nothing from below. A running VM has its images open, and only it may remove snapshots "
+        "from them. Nothing was changed."
+    )
+    image: str
+    names: str
 
 
 @dataclass(eq=False)
@@ -397,7 +505,7 @@ class DoomedInUse(Refused):
 
     code: ClassVar[str] = "doomed-in-use"
     template: ClassVar[str] = "{doomed} cannot be deleted: it has other children: {others}"
-    hint: ClassVar[str] = "leave out --delete and --keep-name: a pull needs neither"
+    hint: ClassVar[str] = "leave out --delete: a pull does not need it"
     explanation: ClassVar[str] = (
         "A pull leaves base and the images between as they are, and whatever else stands on them "
         "goes on working. With them deleted it would not. Nothing was changed."
@@ -415,8 +523,9 @@ class LeftoverInUse(Refused):
         "the merge into {base} is done, but {doomed} cannot be deleted: {others} stands on it"
     )
     hint: ClassVar[str] = (
-        "delete {others} or give it another backing file, then run the same command again; or "
-        "leave {doomed} where it is"
+        "leave {doomed} where it is as long as it is needed; or give what stands on it another "
+        "backing file with the same content (`chainmerge relink OVERLAY --backing {base}`, which "
+        "compares first), then run the same command again"
     )
     explanation: ClassVar[str] = (
         "All of the image's data is in base, and all that was left to do is to delete it. But "

@@ -10,13 +10,13 @@ interface, versioned by :data:`PLAN_VERSION`. All sizes are in bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain import Chain, ImageInfo, Relatives
+from chainmerge.chain.names import name_to_store
 from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
@@ -25,8 +25,10 @@ from chainmerge.plan_errors import (
     BaseHasOtherChildren,
     CannotDeleteVolume,
     CannotRename,
+    CannotTakeAway,
     CheckpointOfOthers,
     ChildSeesMore,
+    DataFileOutOfReach,
     DoomedInUse,
     ImageCorrupt,
     ImageDamaged,
@@ -34,14 +36,20 @@ from chainmerge.plan_errors import (
     MiddleHasOtherChildren,
     PlacementUnavailable,
     RelativeUnknown,
+    SnapshotsOfVmWouldChange,
+    SnapshotsWouldChange,
     SnapshotsWouldGo,
     UnguardedBitmaps,
 )
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
+from chainmerge.records.files import StateDirectoryUnusable
+from chainmerge.removals import NOTHING_GOES, Going, Removals, going_with
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from chainmerge.options import MergeOptions
 
 PLAN_VERSION = 1
@@ -100,6 +108,24 @@ class SpaceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotViews:
+    """The internal snapshots of base, of top, or of an image between them.
+
+    ``changed`` are those, by their positions in the image's table, that show other data once
+    base's data has changed or top stands on another image; ``left_by_other_way`` says whether a
+    merge in the other direction changes none in any of the images. They are ``removable`` where
+    no VM has the image open, and ``freed`` are the bytes of its file that this gives back.
+    """
+
+    image: ImageInfo
+    names: tuple[str, ...]
+    changed: frozenset[int]
+    left_by_other_way: bool
+    removable: bool
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -135,6 +161,9 @@ class MergeFacts:
     warnings: tuple[str, ...]
     content_merged: bool | None = None
     """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
+    removals: Removals = NOTHING_GOES
+    """What is known of the names that the merge may take away."""
+    snapshots: tuple[SnapshotViews, ...] = ()
 
     @property
     def base(self) -> ImageInfo:
@@ -233,6 +262,26 @@ class PlannedBitmap:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedSnapshots:
+    """The fate of an image's internal snapshots, by name.
+
+    Attributes:
+        image: The image that holds them.
+        kept: Those that show the same afterwards.
+        lost: Those that would show other data, or go with their image: this refuses the merge.
+        dropped: Those that are deleted, as asked for.
+        freed: Bytes of the image's file that nothing uses any more without them; 0 where the
+            file is deleted.
+    """
+
+    image: str
+    kept: tuple[str, ...]
+    lost: tuple[str, ...]
+    dropped: tuple[str, ...]
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class SpacePlan:
     """Base's volume: what it is, what it must be, what it may become.
 
@@ -293,6 +342,7 @@ class MergePlan:
     virtual_size_before: int
     virtual_size_after: int
     bitmaps: tuple[PlannedBitmap, ...]
+    snapshots: tuple[PlannedSnapshots, ...]
     space: SpacePlan
     repoint: tuple[Repoint, ...]
     delete: tuple[str, ...]
@@ -328,6 +378,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         virtual_size_before=facts.result.virtual_size,
         virtual_size_after=facts.size_after,
         bitmaps=tuple(_planned_bitmap(decision, facts) for decision in facts.decisions),
+        snapshots=tuple(_planned_snapshots(views, facts, options) for views in facts.snapshots),
         space=_space(facts, options),
         repoint=_repoint(facts, options),
         delete=_delete(facts, options),
@@ -349,6 +400,7 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
         *_others_unknown(facts, options),
         *_others_at_risk(facts),
         *_bitmap_refusals(facts, options),
+        *_snapshot_refusals(facts, options),
         *_settle_refusals(facts, options),
         *_space_refusals(facts, options),
     )
@@ -473,6 +525,47 @@ def _planned_bitmap(decision: Decision, facts: MergeFacts) -> PlannedBitmap:
     )
 
 
+def snapshots_to_remove(
+    facts: MergeFacts, options: MergeOptions
+) -> tuple[tuple[ImageInfo, frozenset[int]], ...]:
+    """The snapshots that go before the merge: images, and positions in their tables.
+
+    Also of images that are deleted in the end: until then nobody is to see wrong data in them.
+    """
+    if not options.drop_snapshots:
+        return ()
+    return tuple(
+        (views.image, changed)
+        for views in facts.snapshots
+        if (changed := _changed_snapshots(views, facts))
+    )
+
+
+def _changed_snapshots(views: SnapshotViews, facts: MergeFacts) -> frozenset[int]:
+    if facts.direction is Direction.PULL or not (facts.merged or facts.content_merged):
+        return views.changed
+    # Base does not change any more, but top may be put on base, past the images between.
+    is_put_on_base = views.image == facts.top and len(facts.merged_images) > 1
+    return views.changed if is_put_on_base else frozenset()
+
+
+def _planned_snapshots(
+    views: SnapshotViews, facts: MergeFacts, options: MergeOptions
+) -> PlannedSnapshots:
+    changed = _changed_snapshots(views, facts)
+    if views.image in _doomed(facts, options):
+        changed = frozenset(range(len(views.names)))
+    going = tuple(name for at, name in enumerate(views.names) if at in changed)
+    stays = views.image not in _doomed(facts, options)
+    return PlannedSnapshots(
+        image=str(views.image.path),
+        kept=tuple(name for at, name in enumerate(views.names) if at not in changed),
+        lost=() if options.drop_snapshots else going,
+        dropped=going if options.drop_snapshots else (),
+        freed=views.freed if stays and changed else 0,
+    )
+
+
 def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
     volume, required = facts.volume, _required(facts, options)
     space = chosen_space(facts, options)
@@ -524,7 +617,7 @@ def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
 
 
 def _onto_base(image: ImageInfo, base: ImageInfo) -> Repoint:
-    name = _name_for(image, base)
+    name = name_to_store(image, base)
     return Repoint(str(image.path), image.backing_name or "", name, base.format)
 
 
@@ -540,40 +633,52 @@ def _repoint_one(child: ImageInfo, facts: MergeFacts, options: MergeOptions) -> 
     return _onto_base(child, facts.base)
 
 
-def _name_for(child: ImageInfo, base: ImageInfo) -> str:
-    """Base as the child's header should name it: relative where it named top so."""
-    stored = (child.backing_name or "").removeprefix("file:")
-    if stored.startswith("/"):
-        return str(base.path)
-    relative = os.path.relpath(base.path, child.path.parent)
-    # A relative name counts from the directory by which the child was reached. Where that
-    # is a symbolic link, `..` leads elsewhere.
-    leads = (child.path.parent / relative).resolve()
-    if leads != base.real_path:
-        return str(base.real_path)
-    # What stands before a colon would be taken for a protocol.
-    return f"./{relative}" if ":" in relative.split("/", 1)[0] else relative
-
-
 def _delete(facts: MergeFacts, options: MergeOptions) -> tuple[str, ...]:
-    renames = _rename(facts, options) is not None
-    # The file that another one is renamed to needs no deleting.
-    doomed = [image for image in _doomed(facts, options) if not renames or image != facts.top]
-    return tuple(str(image.path) for image in reversed(doomed))
+    files = (_file_of(image, facts) for image in deleted_images(facts, options))
+    return tuple(map(str, (*files, *going(facts, options).paths)))
+
+
+def _file_of(image: ImageInfo, facts: MergeFacts) -> Path:
+    """An image's path, or, where that is a link, what it leads to."""
+    known = facts.removals.belongings.get(image.identity)
+    return image.real_path if known is not None and known.links else image.path
+
+
+def deleted_images(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
+    """The images whose files are deleted, in the order in which they are."""
+    if not options.delete:
+        return ()
+    replaced = _replaced(facts, options)
+    return tuple(image for image in reversed(facts.merged_images) if image != replaced)
+
+
+def going(facts: MergeFacts, options: MergeOptions) -> Going:
+    """What goes with the images that are deleted or renamed."""
+    deleted = deleted_images(facts, options)
+    replaced = _replaced(facts, options)
+    if replaced is None:
+        return going_with(deleted, deleted, facts.removals.belongings)
+    # Without --delete the data of an image that is replaced stays where it is a file of its own.
+    unread = (replaced, *deleted) if options.delete else ()
+    return going_with(unread, (*deleted, facts.base), facts.removals.belongings)
+
+
+def _replaced(facts: MergeFacts, options: MergeOptions) -> ImageInfo | None:
+    """The image whose file base takes the place of."""
+    return None if _rename(facts, options) is None else facts.top
 
 
 def _doomed(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
-    """The images whose content nobody will have any more."""
-    if options.delete:
-        return facts.merged_images
-    if not options.keep_name:
-        return ()
-    # One image remains under top's name, whichever way the data goes.
-    return (facts.base if facts.direction is Direction.PULL else facts.top,)
+    """The images whose files go: deleted, or replaced by base."""
+    replaced = _replaced(facts, options)
+    return (*deleted_images(facts, options), *((replaced,) if replaced is not None else ()))
 
 
 def _rename(facts: MergeFacts, options: MergeOptions) -> tuple[str, str] | None:
-    """Base's path and the one that it gets. A pull has its result under top's name anyway."""
+    """Base's path and the one that it gets, in place of top's file.
+
+    A pull has its result under top's name anyway.
+    """
     if not options.keep_name or facts.direction is Direction.PULL:
         return None
     return str(facts.base.path), str(facts.top.path)
@@ -584,7 +689,7 @@ def new_backing(facts: MergeFacts) -> tuple[str, str] | None:
     if not facts.base_index:
         return None
     below = facts.chain.images[facts.base_index - 1]
-    return _name_for(facts.top, below), below.format
+    return name_to_store(facts.top, below), below.format
 
 
 def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
@@ -599,6 +704,7 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     if middle and not options.delete and facts.direction is Direction.COMMIT:
         names = _run_of_images(middle)
         yield f"after the merge {names} must not be used any more: the data below is another"
+    yield from _what_stays(facts, options)
     revealed = tuple(image for image in facts.merged_images if image.encrypted)
     if revealed and not facts.result.encrypted:
         yield (
@@ -606,9 +712,26 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         )
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
-    for image in facts.merged_images:
-        if image.header is not None and image.header.snapshot_count:
-            yield f"{image.path} holds internal snapshots: they are not merged"
+    for views in facts.snapshots:
+        dropped = _planned_snapshots(views, facts, options).dropped
+        if dropped:
+            nouns, verb = ("snapshot", "is") if len(dropped) == 1 else ("snapshots", "are")
+            yield f"the internal {nouns} {_few(dropped)} of {views.image.path} {verb} deleted"
+
+
+def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
+    """What somebody who asked for less than that could expect to be gone."""
+    if options.keep_name and not options.delete and facts.direction is Direction.PULL:
+        what = "stays as it is" if len(facts.merged_images) == 1 else "stay as they are"
+        yield f"{_run_of_images(facts.merged_images)} {what}: --delete deletes what is pulled up"
+    for image in _doomed(facts, options):
+        known = facts.removals.belongings.get(image.identity)
+        if known is None:
+            continue
+        if known.kept_data_file is not None:
+            yield known.kept_data_file
+        elif known.data_file is not None and not options.delete:
+            yield f"{known.data_file} stays, the data file of {image.path}: --delete deletes it"
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
@@ -691,7 +814,31 @@ def _bitmap_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
         yield UnguardedBitmaps(str(facts.result.path), _quoted(unguarded), holders)
 
 
+def _snapshot_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    if options.drop_snapshots:
+        return
+    doomed = _doomed(facts, options)
+    option = "--delete" if options.delete else "--keep-name"
+    for views in facts.snapshots:
+        image = str(views.image.path)
+        changed = _changed_snapshots(views, facts)
+        names = tuple(name for at, name in enumerate(views.names) if at in changed)
+        if not views.removable and (names or views.image in doomed):
+            yield SnapshotsOfVmWouldChange(image, _few(names or views.names))
+        elif views.image in doomed:
+            instead = "" if names else f"leave out {option}, or "
+            yield SnapshotsWouldGo(image, _few(views.names), option, instead)
+        elif names:
+            instead = ""
+            pulls = facts.direction is Direction.PULL
+            if views.left_by_other_way and (pulls or facts.pull_obstacle is None):
+                other = Direction.COMMIT if pulls else Direction.PULL
+                instead = f"merge the other way (--direction {other}), which changes none; or "
+            yield SnapshotsWouldChange(image, _few(names), instead)
+
+
 def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    yield from _no_place_for_records(facts, options)
     if not (options.delete or options.keep_name):
         return
     renames = _rename(facts, options) is not None
@@ -702,22 +849,55 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
     for image in (*doomed, *((facts.base,) if renames else ())):
         if image.is_block_device:
             yield CannotDeleteVolume(str(image.path), option)
-    for image in doomed:
-        if image.header is not None and image.header.snapshot_count:
-            yield SnapshotsWouldGo(str(image.path), image.header.snapshot_count, option)
-    if renames and facts.base.identity[0] != facts.top.identity[0]:
-        yield CannotRename(str(facts.base.path), str(facts.top.path))
+    if renames:
+        yield from _rename_refusals(facts)
+    files = [image.real_path for image in (*doomed, *((facts.base,) if renames else ()))]
+    for path in (*files, *going(facts, options).paths):
+        if path in facts.removals.obstacles:
+            yield CannotTakeAway(str(path), option, facts.removals.obstacles[path])
+
+
+def _rename_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    base, top, mounts = facts.base, facts.top, facts.removals.mounts
+    here, there = base.real_path.parent, top.real_path.parent
+    if base.identity[0] != top.identity[0] or mounts.get(here) != mounts.get(there):
+        yield CannotRename(str(base.path), str(top.path))
+    name = base.header.data_file_name if base.header is not None else None
+    if base.data_file is not None and here != there and not (name or "").startswith("/"):
+        yield DataFileOutOfReach(str(base.path), name or "", str(there))
+
+
+def _no_place_for_records(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """Where what a rerun has to know cannot be written down."""
+    base, top = facts.base, facts.top
+    images = []
+    if facts.direction is Direction.PULL or options.delete or options.keep_name:
+        images.append(top)
+    if facts.direction is Direction.COMMIT and not facts.merged and _notes_beside_base(facts):
+        images.append(base)
+    files = [image.real_path for image in images if not image.is_block_device]
+    for place in dict.fromkeys(file.parent for file in files):
+        if place in facts.removals.closed:
+            yield StateDirectoryUnusable(str(place), facts.removals.closed[place])
+
+
+def _notes_beside_base(facts: MergeFacts) -> bool:
+    """Whether a journal is kept, or bitmaps are saved until QEMU has copied."""
+    if facts.engine is EngineName.NATIVE:
+        return True
+    return any(
+        decision.fate is Fate.KEEP
+        and (len(facts.merged_images) > 1 or decision.states[facts.base_index] is BitmapState.VALID)
+        for decision in facts.decisions
+    )
 
 
 def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What a pull leaves as it is can only be deleted if nobody else stands on it."""
-    if not _doomed(facts, options):
-        return
-    others = facts.relatives.siblings
-    if options.delete:
-        others = (*others, *facts.relatives.middle_children)
-    if others:
-        yield DoomedInUse(_names(_doomed(facts, options)), _names(others))
+    doomed = deleted_images(facts, options)
+    others = (*facts.relatives.siblings, *facts.relatives.middle_children)
+    if doomed and others:
+        yield DoomedInUse(_names(doomed), _names(others))
 
 
 def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
@@ -737,6 +917,13 @@ def _run_of_images(images: tuple[ImageInfo, ...]) -> str:
     if len(images) <= _NAMED_ONE_BY_ONE:
         return _names(images)
     return f"{images[0].path} to {images[-1].path} ({len(images)} images)"
+
+
+def _few(names: tuple[str, ...]) -> str:
+    """Names, the first of them only where there are many."""
+    listed = ", ".join(map(repr, names[:_NAMED_ONE_BY_ONE]))
+    more = len(names) - _NAMED_ONE_BY_ONE
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _quoted(names: list[str]) -> str:

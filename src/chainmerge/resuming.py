@@ -20,10 +20,13 @@ from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
+from chainmerge.live_leftovers import took_effect
+from chainmerge.plan_errors import CannotTakeAway
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.identity import identify, same_image
+from chainmerge.records.identity import identify, same_image, this_boot
+from chainmerge.records.live_journal import LiveJournal
 from chainmerge.records.merge_journal import (
     Journal,
     JournalState,
@@ -33,62 +36,80 @@ from chainmerge.records.merge_journal import (
     forget_journal,
     journalled,
     load_journal,
-    this_boot,
 )
+from chainmerge.records.remains import Remains
+from chainmerge.removals import belongings_of, going_with
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
-from chainmerge.types import REPORT_VERSION, BitmapResult, MergeOutcome, MergeReport, Stage
+from chainmerge.storage.removal import removal_obstacle
+from chainmerge.types import REPORT_VERSION, BitmapResult, MergeOutcome, MergeReport
 from chainmerge.verify import verify_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from chainmerge.inspection import Target
+    from chainmerge.inspection import OpenChain, Target
     from chainmerge.merge_job import Request
+    from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.merged_record import MergedRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Resumption:
-    """What a journal says of a merge.
+class TookEffectInVm:
+    """A live merge of the active image is done: the guest wrote to base from then on."""
 
-    ``journal`` is None where the merge has to be done, or found to be done, by looking at the
-    images. ``warnings`` are for its report then.
+    journal: LiveJournal
+
+
+@dataclass(frozen=True, slots=True)
+class HoldsEverything:
+    """Base holds all, verified; the journal says what is left to settle."""
+
+    journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class ToBeMerged:
+    """The merge has to be done, or found to be done, by looking at the images.
+
+    ``warnings`` are for its report then.
     """
 
-    journal: Journal | None
     warnings: tuple[str, ...] = ()
 
 
-def find_resumption(request: Request, target: Target) -> Resumption:
-    """Whether a journal of the merge says that base holds everything.
+def find_ending(
+    request: Request, target: Target, opened: OpenChain, remains: Remains
+) -> TookEffectInVm | HoldsEverything | ToBeMerged:
+    """What is left to do, as far as what earlier runs left can say it.
 
     All images are locked by the caller. A journal that is this merge's and of no use is
     removed; one that may be another's is left where it is.
 
-    Raises what opening and reading a file raises.
+    Raises LivePivotUnclear, LeftoverInUse, and what opening and reading a file raises.
     """
+    if remains.pivoted is not None and took_effect(request, remains.pivoted, target, opened):
+        return TookEffectInVm(remains.pivoted)
     base = target.base.real_path
-    if request.options.direction == "pull":
-        return Resumption(None)
-    try:
-        journal = load_journal(base)
-    except MergeJournalDamaged as error:
-        return Resumption(None, (error.sentence,))
-    if journal is None:
-        return Resumption(None)
-    stranger = _stranger(journal, target)
-    if stranger is not None:
-        warning = (
-            f"the journal of an interrupted merge into {target.base.path} is not used: {stranger}"
-        )
-        return Resumption(None, (warning,))
-    if not (is_switched(journal, base) and _is_as_left(journal, request, target)):
-        forget_journal(base)
-        return Resumption(None)
-    return Resumption(journal)
+    match remains:
+        case _ if request.options.direction == "pull":
+            return ToBeMerged()
+        case Remains(journal_problem=MergeJournalDamaged() as problem):
+            return ToBeMerged((problem.sentence,))
+        case Remains(journal=None):
+            return ToBeMerged()
+        case Remains(journal=Journal() as journal) if stranger := _stranger(journal, target):
+            words = f"the journal of an interrupted merge into {target.base.path} is not used"
+            return ToBeMerged((f"{words}: {stranger}",))
+        case Remains(journal=Journal() as journal) if is_switched(journal, base) and _is_as_left(
+            journal, request, target
+        ):
+            return HoldsEverything(journal)
+        case _:
+            forget_journal(base)
+            return ToBeMerged()
 
 
 def is_switched(journal: Journal, base: Path) -> bool:
@@ -102,14 +123,19 @@ def is_switched(journal: Journal, base: Path) -> bool:
 def _stranger(journal: Journal, target: Target) -> str | None:
     """Which image is not the one that the journal is of, in words."""
     if not same_image(journal.base, identify(target.base.real_path)):
-        return "what stands there now is another image"
-    known = {one.identity.key for one in journal.overlays}
+        return "what stands there now is another image, or nothing tells that it is the same"
+    known = [one.identity for one in journal.overlays]
     for image in target.chain.images[target.base_index + 1 :]:
-        if identify(image.real_path).key not in known:
+        if not _is_one_of(known, image.real_path):
             return f"{image.path} was not part of that merge"
     if not same_image(journal.top, identify(target.chain.top.real_path)):
         return f"it merged {journal.top.path}"
     return None
+
+
+def _is_one_of(known: Sequence[ImageIdentity], image: Path) -> bool:
+    identity = identify(image)
+    return any(same_image(one, identity) for one in known)
 
 
 def _is_as_left(journal: Journal, request: Request, target: Target) -> bool:
@@ -133,9 +159,9 @@ def _is_as_left(journal: Journal, request: Request, target: Target) -> bool:
             return False
     # Who was found then is planned for. Anybody else has to be judged. Where top stands on base
     # already, the images that were between them are left beside it.
-    known = {one.key for one in (*journal.children, *(one.identity for one in journal.overlays))}
+    known = [*journal.children, *(one.identity for one in journal.overlays)]
     for user in (*relatives.children, *relatives.siblings):
-        if identify(user.real_path).key not in known:
+        if not _is_one_of(known, user.real_path):
             return False
     if relatives.middle_children:
         return False
@@ -149,7 +175,7 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
 
     Raises what settling a merge raises.
     """
-    request.announce(Stage.SETTLE)
+    request.begin_to_settle(str(target.base.path))
     base = target.base
     verified = [verified_before(str(target.chain.top.path), str(base.path))]
     if base.header is not None:
@@ -158,10 +184,10 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
                 reclaim_leaks(port)
         with FileReadable(base.real_path) as readable:
             verified.append(verify_metadata(Qcow2Image(readable)))
-    steps = _steps(target, journal)
-    settled = settle(steps, journal)
+    steps = steps_left(request, target, journal)
+    settled = settle(steps, journal, request.recorded(base.path))
     left = enter(settled.journal, JournalState.TIDY)
-    warnings: list[str] = []
+    warnings = list(settled.warnings)
     if settled.top_is_gone and base.header is not None:
         warnings += _drop_tombstones(steps.result, journal.spent)
     enter(left, JournalState.GIVE_BACK)
@@ -170,26 +196,46 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     return _report(request, steps, settled.repointed, settled.deleted, verified, warnings)
 
 
-def _steps(target: Target, journal: Journal) -> SettleSteps:
+def require_removable(request: Request, target: Target, journal: Journal) -> None:
+    """Raise CannotTakeAway where the end of the merge cannot be had: nothing is begun then."""
+    steps = steps_left(request, target, journal)
+    images = (*steps.doomed, *((steps.base, steps.top) if steps.keep_name else ()))
+    for path in (*(image.real_path for image in images), *steps.going.paths):
+        obstacle = removal_obstacle(path)
+        if obstacle is not None:
+            option = "--delete" if journal.asked.delete else "--keep-name"
+            raise CannotTakeAway(str(path), option, obstacle)
+
+
+def steps_left(request: Request, target: Target, journal: Journal) -> SettleSteps:
     """What the journal has planned, for the images that are there."""
-    top = target.chain.top
+    top, base = target.chain.top, target.base
     overlays = target.chain.images[target.base_index + 1 :]
     # Children that stand on base already are none of top's, and nobody has locked them.
     waiting = {str(child.real_path): str(child.path) for child in target.relatives.children}
     if len(overlays) > 1:
         waiting[str(top.real_path)] = str(top.path)
-    doomed = set(journal.delete)
+    planned = set(journal.delete)
+    doomed = tuple(image for image in reversed(overlays) if str(image.real_path) in planned)
+    asked = journal.asked
+    belongings = {
+        image.identity: belongings_of(image, target.chain, request.access)
+        for image in (base, *overlays)
+    }
+    unread = (top, *doomed) if asked.keep_name and asked.delete else doomed
+    unnamed = (*doomed, base) if asked.keep_name else doomed
     return SettleSteps(
-        base=target.base,
+        base=base,
         top=top,
         repoint=tuple(
             msgspec.structs.replace(one, child=waiting[one.child])
             for one in journal.repoint
             if one.child in waiting
         ),
-        doomed=tuple(image for image in reversed(overlays) if str(image.real_path) in doomed),
-        keep_name=journal.asked.keep_name,
+        doomed=doomed,
+        keep_name=asked.keep_name,
         above=(*target.relatives.children, top),
+        going=going_with(unread, unnamed, belongings),
     )
 
 

@@ -9,6 +9,7 @@ journal, where there is one, is told of each step before it begins.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,41 +17,51 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.chain import ImageInfo, find_users, open_for_writing
+from chainmerge.chain import ImageInfo, find_users, identity_of, open_for_writing
 from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
-from chainmerge.plan_errors import LeftoverInUse
-from chainmerge.planning import MergeFacts, MergePlan, Repoint
+from chainmerge.plan_errors import CannotTakeAway, LeftoverInUse
+from chainmerge.planning import MergeFacts, Repoint, deleted_images, going
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.live_journal import data_changed
+from chainmerge.records.changes import data_changed, is_there, stands_on, what_stands_at
+from chainmerge.records.errors import LeftoverUnclear
+from chainmerge.records.identity import Sameness, identify, same_image
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.records.merged_record import (
     DoomedImage,
+    DoomedLink,
+    LeftInPlace,
     MergedRecord,
     Pulled,
     Superseded,
     forget_merged_record,
+    merged_record_file,
+    note_deleted,
     record_merged,
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
+from chainmerge.removals import Going
 from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
 from chainmerge.storage.locks import LockMode, contentions
+from chainmerge.storage.removal import removal_obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from chainmerge.chain import Identity
     from chainmerge.options import Access, MergeOptions
+    from chainmerge.records.request import RecordedRequest
 
 
 @dataclass(frozen=True, slots=True)
 class SettleSteps:
     """What is left to do once base holds everything.
 
-    ``doomed`` are the images to be deleted, in that order. With ``keep_name`` base takes the
-    name of top. ``above`` are the images that ``repoint`` may name, all of them locked.
+    ``doomed`` are the images to be deleted, in that order, ``going`` what goes after them. With
+    ``keep_name`` base takes the name of top. ``above`` are the images that ``repoint`` may name,
+    all of them locked.
     """
 
     base: ImageInfo
@@ -59,6 +70,7 @@ class SettleSteps:
     doomed: tuple[ImageInfo, ...]
     keep_name: bool
     above: tuple[ImageInfo, ...]
+    going: Going
 
     @property
     def result(self) -> Path:
@@ -74,10 +86,11 @@ class Settled:
     deleted: tuple[str, ...]
     top_is_gone: bool
     journal: Journal | None
+    warnings: tuple[str, ...] = ()
 
 
-def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
-    """Do all of it.
+def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest | None) -> Settled:
+    """Do all of it. *request* is what was asked for.
 
     Raises what :func:`chainmerge.engines.metadata.change_backing` raises, OSError, Failed.
     """
@@ -85,18 +98,23 @@ def settle(steps: SettleSteps, journal: Journal | None) -> Settled:
     journal = enter(journal, JournalState.REPOINT)
     repointed = repoint(steps.repoint, steps.above)
     journal = enter(journal, JournalState.RECORD)
-    record = record_intent(steps)
+    record = record_intent(steps, request)
+    warnings: tuple[str, ...] = ()
     if steps.keep_name:
         journal = enter(journal, JournalState.RENAME)
-        rename_base(steps.base, steps.top)
+        warnings = rename_base(steps)
     deleted: tuple[str, ...] = ()
     if record is not None:
         journal = enter(journal, JournalState.DELETE)
-        deleted = delete_recorded(record)
+        deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
     forget_saved_bitmaps(base)
-    return Settled(repointed, deleted, record is not None, journal)
+    if record is None:
+        record_left(steps, request)
+    else:
+        note_deleted(steps.top.real_path, record)
+    return Settled(repointed, deleted, record is not None, journal, warnings)
 
 
 def repoint(
@@ -113,30 +131,54 @@ def repoint(
     return tuple(change.child for change in repoints)
 
 
-def record_intent(steps: SettleSteps) -> MergedRecord | None:
+def _identities(images: Sequence[ImageInfo]) -> frozenset[Identity]:
+    return frozenset(image.identity for image in images)
+
+
+def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord | None:
     """Record what is going to be renamed and deleted; None where nothing is."""
     top = steps.top.real_path
     if not (steps.keep_name or steps.doomed):
         # A record of an older merge under this name says nothing about this one.
         forget_merged_record(top)
         return None
-    record = MergedRecord(
-        top=str(top),
+    record = _record_of(steps, request)
+    record_merged(top, record)
+    return record
+
+
+def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
+    """Record that top stays, and that all of it is in base: who merges it again may be wrong.
+
+    Where there is no place for that a rerun looks at the images, as ever.
+    """
+    top, base = steps.top.real_path, steps.base.real_path
+    left = LeftInPlace(identify(top), data_changed(top), data_changed(base))
+    with contextlib.suppress(ChainmergeError):
+        record_merged(top, msgspec.structs.replace(_record_of(steps, request), left=left))
+
+
+def _record_of(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord:
+    return MergedRecord(
+        top=str(steps.top.real_path),
         base=str(steps.base.real_path),
         result=str(steps.result),
         result_format=steps.base.format,
         result_identity=identify(steps.base.real_path),
         keep_name=steps.keep_name,
-        delete=[_doomed(image) for image in steps.doomed],
+        delete=_doomed(steps.doomed, steps.going),
+        links=_links(steps.going),
+        request=request,
     )
-    record_merged(top, record)
-    return record
 
 
-def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None:
+def record_pull(
+    facts: MergeFacts, options: MergeOptions, backing: str | None, request: RecordedRequest | None
+) -> None:
     """Record a pull before the switch that makes *backing* top's backing file."""
     top = facts.top.real_path
-    by_path = {str(image.path): image for image in facts.merged_images}
+    onto = None if backing is None else identify(facts.chain.images[facts.base_index - 1].real_path)
+    goes = going(facts, options)
     record = MergedRecord(
         top=str(top),
         base=str(facts.base.real_path),
@@ -144,24 +186,43 @@ def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None
         result_format=facts.top.format,
         result_identity=identify(top),
         keep_name=False,
-        delete=[_doomed(by_path[path]) for path in plan.delete],
-        pulled=Pulled(backing),
+        delete=_doomed(deleted_images(facts, options), goes),
+        pulled=Pulled(backing, onto),
+        links=_links(goes),
+        request=request,
     )
     record_merged(top, record)
 
 
-def _doomed(image: ImageInfo) -> DoomedImage:
-    return DoomedImage(str(image.real_path), identify(image.real_path))
+def _doomed(images: Sequence[ImageInfo], goes: Going) -> list[DoomedImage]:
+    files = (*(image.real_path for image in images), *goes.data_files)
+    return [DoomedImage(str(file), identify(file)) for file in files]
 
 
-def rename_base(base: ImageInfo, top: ImageInfo) -> None:
-    """Give base the name of top, whose file this deletes, with top's owner and permissions.
+def _links(goes: Going) -> list[DoomedLink]:
+    return [
+        DoomedLink(str(link), os.readlink(link), os.path.realpath(link))  # noqa: PTH115
+        for link in goes.links
+    ]
+
+
+def rename_base(steps: SettleSteps) -> tuple[str, ...]:
+    """Give base the name of top, whose file this deletes, with who may use top's file.
 
     A backing name in base that counts from base's directory is first changed to count from
-    top's.
+    anywhere. Returns warnings.
     """
+    base, top = steps.base, steps.top
     target = top.real_path
-    if base.backing is not None and base.backing_name and base.path.parent != target.parent:
+    # The result is reached by the names that top had, of which a relative one counts from each.
+    names = [
+        target,
+        top.path,
+        *(one.backing for one in steps.above if one.backing and one.identity != top.identity),
+    ]
+    places = {os.path.realpath(name.parent) for name in names}
+    stays = places == {os.path.realpath(base.path.parent)}
+    if base.backing is not None and base.backing_name and not stays:
         stored = base.backing_name.removeprefix("file:")
         if not stored.startswith("/"):
             header = base.header
@@ -169,17 +230,21 @@ def rename_base(base: ImageInfo, top: ImageInfo) -> None:
             with open_for_writing(base) as port:
                 change_backing(port, str(base.backing.resolve()), header.backing_format)
     with open_for_writing(base) as port:
-        take_on_access(port, target)
+        lacking = take_on_access(port, target)
     base.real_path.rename(target)
     fsync_directory(target.parent)
     if target.parent != base.real_path.parent:
         fsync_directory(base.real_path.parent)
+    if not lacking:
+        return ()
+    return (f"{target} has not all that the file it replaced had: {', '.join(lacking)}",)
 
 
 def require_unused(record: MergedRecord, access: Access, options: MergeOptions) -> None:
     """Make sure that nobody has come to need what *record* says is to be deleted.
 
     Raises:
+        CannotTakeAway: it cannot be deleted.
         LeftoverInUse: an overlay stands on it.
         ImageLocked: somebody has it open.
         Refused: what :func:`chainmerge.chain.find_users` raises.
@@ -187,7 +252,11 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
     doomed = list(record.delete)
     if options.delete and record.superseded is not None:
         doomed += record.superseded.images
-    paths = [Path(one.path) for one in doomed if _is_still(one)]
+    paths = [Path(one.path) for one in doomed if is_there(one.identity)]
+    for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
+        obstacle = removal_obstacle(path)
+        if obstacle is not None:
+            raise CannotTakeAway(str(path), "--delete", obstacle)
     if not paths:
         return
     require_no_users(record.base, paths, access)
@@ -202,23 +271,48 @@ def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
         raise LeftoverInUse(base, ", ".join(map(str, doomed)), ", ".join(map(str, users)))
 
 
-def _is_still(doomed: DoomedImage) -> bool:
-    try:
-        return same_image(identify(Path(doomed.path)), doomed.identity)
-    except FileNotFoundError:
-        return False
+def delete_recorded(
+    record: MergedRecord, held: frozenset[Identity] = frozenset()
+) -> tuple[str, ...]:
+    """Delete the files that a record names, each only if it is certainly the same, then the links.
 
-
-def delete_recorded(record: MergedRecord) -> tuple[str, ...]:
-    """Delete the images that a record names, each only if it is still the same file."""
+    *held* are those that the caller has had open all the time.
+    """
     deleted = []
     for doomed in record.delete:
-        if _is_still(doomed):
-            path = Path(doomed.path)
+        path = Path(doomed.path)
+        answer = what_stands_at(path, doomed.identity)
+        is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
+        if answer is Sameness.SAME or is_held:
             path.unlink()
             fsync_directory(path.parent)
             deleted.append(doomed.path)
+    for link in record.links:
+        if _leads_nowhere(link):
+            Path(link.path).unlink()
+            fsync_directory(Path(link.path).parent)
+            deleted.append(link.path)
     return tuple(deleted)
+
+
+def _leads_nowhere(link: DoomedLink) -> bool:
+    """Whether a link is still the one that was recorded, and what it led to is gone."""
+    return _is_still_there(link) and not Path(link.path).exists()
+
+
+def _is_still_there(link: DoomedLink) -> bool:
+    path = Path(link.path)
+    return path.is_symlink() and os.readlink(path) == link.text  # noqa: PTH115
+
+
+def not_deleted(record: MergedRecord) -> Iterator[str]:
+    """What a record names and nobody can tell whether it is still that image, a warning each."""
+    for doomed in record.delete:
+        if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
+            yield (
+                f"{doomed.path} was to be deleted, and nothing tells whether what stands there "
+                "now is still that image: it is left"
+            )
 
 
 def finished_before(
@@ -236,27 +330,50 @@ def finished_before(
         base: see there.
         options: see there.
         active: what the guest is said to write to; None if nobody has said.
+
+    Raises:
+        LeftoverUnclear: nothing tells whether the result is still the image that it was.
     """
     if record is None:
         return False
     if record.pulled is not None and not _may_pull(options):
         return False
-    if base is not None and os.path.realpath(base) != record.base:
+    if base is not None and not record.names_base(base):
         return False
-    try:
-        if not same_image(identify(Path(record.result)), record.result_identity):
-            return False
-    except FileNotFoundError:
+    result = what_stands_at(record.result, record.result_identity)
+    if result is Sameness.OTHER:
         return False
     if record.pulled is not None:
         read_anew(record.result)
-        return stands_on(Path(record.result), record.pulled.backing)
+        if not is_pulled(record, record.pulled, top):
+            return False
+    elif record.superseded is None and not record.keep_name and top.exists():
+        return False
+    if result is Sameness.UNKNOWN:
+        file = str(merged_record_file(top))
+        raise LeftoverUnclear(file, record.result, "no image is changed by that")
+    if record.pulled is not None:
+        return True
     if record.superseded is not None:
         in_base = active is not None and os.path.realpath(active) == record.base
         return _is_superseded(record.superseded, top, in_base=in_base)
-    if record.keep_name:
+    return True
+
+
+def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:
+    """Whether *top*, as it is reached, stands on what it stands on once the pull is done.
+
+    Raises what opening and reading an image raises.
+    """
+    if not stands_on(top, pulled.backing):
+        return False
+    if pulled.onto is None or pulled.backing is None:
         return True
-    return not top.exists()
+    if any(is_there(one.identity) for one in record.delete):
+        # It has not come to its end, so that this is no later pull.
+        return True
+    backing = top.parent / pulled.backing.removeprefix("file:")
+    return not backing.exists() or what_stands_at(backing, pulled.onto) is not Sameness.OTHER
 
 
 def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
@@ -267,7 +384,7 @@ def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
     """
     try:
         is_left = same_image(identify(top), superseded.images[0].identity)
-    except OSError:
+    except (OSError, ValueError):
         return True
     if not superseded.since:
         return is_left and in_base
@@ -285,12 +402,6 @@ def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
 
 def _may_pull(options: MergeOptions) -> bool:
     return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
-
-
-def stands_on(image: Path, backing: str | None) -> bool:
-    """Whether the image's header names *backing* as its backing file."""
-    with FileReadable(image) as readable:
-        return Qcow2Image(readable).header.backing_name == backing
 
 
 def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:

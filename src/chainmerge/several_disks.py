@@ -18,16 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import find_target
-from chainmerge.job_journal import asked_of
 from chainmerge.merge_job import Request
 from chainmerge.merging import Prepared, locks_held, locks_needed, plan_beside, prepare
 from chainmerge.ops_errors import DisksMismatched, DisksShareImage
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import Finding
-from chainmerge.records.disks import DiskEntry, command_for_disks, forget_entry, keep_entry
+from chainmerge.records.disks import DiskEntry, forget_entry, keep_entry
+from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
+from chainmerge.records.request import recorded
 from chainmerge.settle import finished_before
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode
@@ -125,7 +128,7 @@ def merge_disks(
             request = _request(disk, access, options, report, stop, dict(claims))
             prepared.append(prepare(stack, request))
             claims.update(prepared[-1].claim)
-        entries = _entries(disks, prepared, options)
+        entries = _entries(disks, prepared, access, options)
         _keep(prepared, entries)
         outcomes = tuple(_carry_out(disks, prepared, entries))
     if all(one.is_done for one in outcomes):
@@ -209,13 +212,24 @@ def _shared(
 
 
 def _entries(
-    disks: Sequence[_Disk], prepared: Sequence[Prepared], options: MergeOptions
+    disks: Sequence[_Disk],
+    prepared: Sequence[Prepared],
+    access: Access,
+    options: MergeOptions,
 ) -> list[DiskEntry]:
+    """What is kept beside each base. All bases are named: some tops may stand on others by then."""
+    pairs = list(zip(disks, prepared, strict=True))
     tops = [os.path.abspath(disk.top) for disk in disks]  # noqa: PTH100 (of a link itself)
-    bases = [os.path.abspath(disk.base) for disk in disks if disk.base is not None]  # noqa: PTH100
-    command = command_for_disks(tops, bases, asked_of(options))
+    bases = [disk.base or one.base for disk, one in pairs]
+    request = recorded([disk.top for disk in disks], bases, access, options)
     return [
-        DiskEntry(str(one.base), top, tops, command, done=False)
+        DiskEntry(
+            base=str(one.base),
+            top=top,
+            disks=tops,
+            identity=identify(one.base) if one.base.exists() else None,
+            request=request,
+        )
         for one, top in zip(prepared, tops, strict=True)
     ]
 
@@ -262,4 +276,4 @@ def _failed(top: str, base: str, outcome: DiskOutcome, error: ChainmergeError) -
 def _note_done(base: Path, entry: DiskEntry) -> None:
     # If it cannot be noted, a rerun finds out.
     with contextlib.suppress(ChainmergeError):
-        keep_entry(base, DiskEntry(entry.base, entry.top, entry.disks, entry.command, done=True))
+        keep_entry(base, msgspec.structs.replace(entry, done=True))

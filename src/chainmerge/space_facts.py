@@ -40,7 +40,7 @@ from chainmerge.verify import bitmap_difference
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.engines.metadata import StoredBitmap
+    from chainmerge.engines.metadata import SnapshotRemoval, StoredBitmap
     from chainmerge.inspection import BitmapFacts, OpenChain, Target
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.references import ReferenceCounts
@@ -70,8 +70,12 @@ def survey_space(
     engine: EngineName,
     direction: Direction,
     zeroes: ZeroRanges | None,
+    removal: SnapshotRemoval | None,
 ) -> SpaceSurvey:
-    """Work out how large the result must be for the merge. Reads tables only."""
+    """Work out how large the result must be for the merge. Reads tables only.
+
+    *removal* is what is done to it before that, if anything.
+    """
     base = opened.images[target.result_index(direction)]
     size_after = max(base.info.virtual_size, target.chain.top.virtual_size)
     if base.image is None:
@@ -85,7 +89,9 @@ def survey_space(
     obstacle = native_facts.growth_obstacle(base.image, size_after)
     if obstacle is not None and direction is Direction.COMMIT:
         return _without_figures(report, obstacle)
-    native = native_facts.survey_native(target, opened, bitmaps, references, direction, zeroes)
+    native = native_facts.survey_native(
+        target, opened, bitmaps, references, direction, zeroes, removal
+    )
     return SpaceSurvey(native.spaces, native.needs, report, None)
 
 

@@ -21,6 +21,8 @@ from chainmerge.planning import Finding, MergePlan
 __all__ = [
     "REPORT_VERSION",
     "Access",
+    "BackingCandidate",
+    "BackingReport",
     "BitmapChange",
     "BitmapListing",
     "BitmapResult",
@@ -44,6 +46,7 @@ __all__ = [
     "ProgressEvent",
     "PruneReport",
     "PrunedBitmap",
+    "RelinkReport",
     "RepairFinding",
     "RepairReport",
     "Stage",
@@ -62,6 +65,7 @@ class Stage(StrEnum):
 
     LOCK = "lock"
     PLAN = "plan"
+    SNAPSHOTS = "snapshots"
     PRUNE = "prune"
     EXTEND = "extend"
     COPY = "copy"
@@ -416,6 +420,7 @@ class BitmapChange:
         action: ``add``, ``remove``, ``clear`` or ``merge``.
         names: The bitmaps that were added, removed or written to.
         bitmaps: The image's bitmaps afterwards, re-read from the closed image.
+        warnings: What the user should know, a sentence each.
     """
 
     version: int
@@ -423,6 +428,7 @@ class BitmapChange:
     action: str
     names: tuple[str, ...]
     bitmaps: tuple[BitmapResult, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,6 +534,65 @@ class UndoReport:
 
 
 @dataclass(frozen=True, slots=True)
+class BackingCandidate:
+    """A file that could be a lost backing file.
+
+    Attributes:
+        path: Where it is.
+        format: What it would be read as.
+        reasons: What speaks for it, the strongest first.
+    """
+
+    path: str
+    format: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackingReport:
+    """What an image names as its backing file.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        backing: The name in its header, None for none.
+        backing_format: The format that its header declares, None where it does not.
+        problem: Why the image's chain cannot be read, None where it can.
+        candidates: Where it cannot: files that could be the backing file, the likeliest first.
+    """
+
+    version: int
+    image: str
+    backing: str | None
+    backing_format: str | None
+    problem: str | None
+    candidates: tuple[BackingCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RelinkReport:
+    """An image that has been given another backing file.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        old_backing: The name that its header held, None for none.
+        backing: The name that it holds now, None for none.
+        backing_format: The format that its header declares for it now.
+        verified: What was compared, a sentence each; empty where nothing was.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    image: str
+    old_backing: str | None
+    backing: str | None
+    backing_format: str | None
+    verified: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class UnfinishedMerge:
     """A merge that did not come to its end, as far as the files that it left say.
 
@@ -542,7 +607,9 @@ class UnfinishedMerge:
         base_holds_data: Whether base holds the data of all merged images already, None where only
             a look at all of it could tell.
         base_is_locked: Whether somebody has base open now: perhaps this merge still runs.
-        command: What finishes it, for a shell; None where no file says what was asked for.
+        command: What finishes it, for a shell; None where no file says what was asked for. Of a
+            live merge it is what carries it on in the VM if somebody has base open, else what
+            finishes it without the VM; the other one is in ``warnings``.
         files: The files that tell of it.
         warnings: What the user should know, a sentence each.
         disks: The tops of all disks that are merged together, where it is one of several.
@@ -566,13 +633,16 @@ class StatusReport:
 
     Attributes:
         version: Version of this document.
-        searched: The directories that were looked at.
+        searched: The directories that were looked at. Those that were asked for were searched
+            with everything below, links left out.
         merges: What was found, in the order of base's path.
+        not_searched: What below them was not looked at, and why, a sentence each.
     """
 
     version: int
     searched: tuple[str, ...]
     merges: tuple[UnfinishedMerge, ...]
+    not_searched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

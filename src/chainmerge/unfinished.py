@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,25 +13,29 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.errors import SearchPathUnusable
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import Direction
+from chainmerge.records import disks, live_journal, merge_journal, merged_record, saved_bitmaps
 from chainmerge.records import files as state_files
-from chainmerge.records.disks import SUFFIX as DISKS_SUFFIX
+from chainmerge.records.changes import is_there, what_stands_at
 from chainmerge.records.disks import read_entry
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.live_journal import SUFFIX as LIVE_SUFFIX
+from chainmerge.records.identity import Sameness
 from chainmerge.records.live_journal import LiveState, read_live_journal
 from chainmerge.records.merge_journal import (
-    SUFFIX,
-    Asked,
     Journal,
     JournalState,
     MergeJournalDamaged,
     first_sector_of,
     read_journal,
 )
-from chainmerge.records.merged_record import Pulled, read_merged_record
+from chainmerge.records.merged_record import (
+    MergedRecord,
+    Pulled,
+    merged_record_file,
+    read_merged_record,
+)
+from chainmerge.records.request import command_of, resume_command_of
 from chainmerge.records.saved_bitmaps import read_saved_bitmaps
-from chainmerge.settle import stands_on
+from chainmerge.settle import is_pulled
+from chainmerge.storage.errors import ImageMissing, reason_of
 from chainmerge.storage.locks import LockMode, contentions
 from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
 
@@ -40,13 +43,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from chainmerge.records.identity import ImageIdentity
+    from chainmerge.records.request import RecordedRequest
 
 UNKNOWN: Final = "unknown"
-_SAVED: Final = ".chainmerge-saved"
-_MERGED: Final = ".chainmerge-merged"
-_JOURNAL: Final = f".{SUFFIX}"
-_LIVE: Final = f".{LIVE_SUFFIX}"
-_DISKS: Final = f".{DISKS_SUFFIX}"
+_SAVED: Final = f".{saved_bitmaps.SUFFIX}"
+_MERGED: Final = f".{merged_record.SUFFIX}"
+_JOURNAL: Final = f".{merge_journal.SUFFIX}"
+_LIVE: Final = f".{live_journal.SUFFIX}"
+_DISKS: Final = f".{disks.SUFFIX}"
+_SUFFIXES: Final = (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
+# A tree of images has a few; a search of "/" has to end.
+_MOST_DIRECTORIES: Final = 50_000
+_MOST_SENTENCES: Final = 20
+# What stands for no storage.
+_OF_THE_KERNEL: Final = frozenset({"/proc", "/sys", "/dev"})
 _HOLDS: Final = "base holds everything, verified"
 _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
     {
@@ -78,35 +88,47 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
     """Find merges that were interrupted, and those that are going on.
 
     Args:
-        paths: directories to look at, and images: of an image, what is found of merges in
-            which it takes part. By default the current directory, and everything that merges
-            into block devices have left; with paths, what of the latter has its top there.
+        paths: directories to look at, with everything below, and images: of an image, what is
+            found of merges in which it takes part. By default the current directory, and
+            everything that merges into block devices have left; with paths, what of the latter
+            has its top there.
 
     Raises:
+        ImageMissing: there is no such image or directory, and no merge is known of it.
         SearchPathUnusable: a directory cannot be read.
     """
     searches = [_search(Path(path)) for path in (paths or (".",))]
     searches.append(_search_of_devices(searches) if paths else _search_of_all_devices())
     found: dict[str, UnfinishedMerge] = {}
     for search in searches:
-        for merge in _found_in(search.directories):
-            if search.wants(merge):
-                found.setdefault(f"{merge.base}\0{merge.top}", merge)
-    searched = dict.fromkeys(str(one) for search in searches for one in search.directories)
+        wanted = [merge for merge in _found_in(search.directories) if search.wants(merge)]
+        if search.missing is not None and not wanted:
+            raise ImageMissing(search.missing)
+        for merge in wanted:
+            found.setdefault(f"{merge.base}\0{merge.top}", merge)
+    searched = dict.fromkeys(str(one) for search in searches for one in search.named)
     return StatusReport(
         version=REPORT_VERSION,
         searched=tuple(searched),
         merges=tuple(sorted(found.values(), key=lambda merge: (merge.base, merge.top or ""))),
+        not_searched=tuple(sentence for search in searches for sentence in search.left_out),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """Directories, and the images of which merges are wanted; None for all."""
+    """Directories, and the images of which merges are wanted; None for all.
+
+    ``named`` are the directories that a report names, which can stand for all below. ``missing``
+    is an image that is not there. ``left_out`` says what was not looked at.
+    """
 
     directories: tuple[Path, ...]
+    named: tuple[Path, ...]
     images: frozenset[str] | None
     tops_in: frozenset[Path] = frozenset()
+    missing: str | None = None
+    left_out: tuple[str, ...] = ()
 
     def wants(self, merge: UnfinishedMerge) -> bool:
         if self.images is None or merge.base in self.images or merge.top in self.images:
@@ -115,7 +137,7 @@ class _Search:
 
 
 def _search_of_all_devices() -> _Search:
-    return _Search((state_files.STATE_DIRECTORY,), None)
+    return _Search((state_files.STATE_DIRECTORY,), (state_files.STATE_DIRECTORY,), None)
 
 
 def _search_of_devices(searches: Sequence[_Search]) -> _Search:
@@ -123,19 +145,58 @@ def _search_of_devices(searches: Sequence[_Search]) -> _Search:
     images = frozenset(image for search in searches for image in search.images or ())
     whole = [search for search in searches if search.images is None]
     directories = frozenset(directory for search in whole for directory in search.directories)
-    return _Search((state_files.STATE_DIRECTORY,), images, directories)
+    place = (state_files.STATE_DIRECTORY,)
+    return _Search(place, place, images, directories)
 
 
 def _search(path: Path) -> _Search:
     if os.path.isdir(path):  # noqa: PTH112 (any name will do)
-        return _Search((Path(os.path.realpath(path)),), None)
+        return _search_below(Path(os.path.realpath(path)))
     images = {os.path.realpath(path)}
     # Top may be gone already. Its directory is where base most likely stands.
     with contextlib.suppress(ChainmergeError):
         images |= {str(image.real_path) for image in discover(path, ChainPolicy()).images}
     directories = dict.fromkeys(Path(image).parent for image in sorted(images))
     here = Path(os.path.realpath(path)).parent
-    return _Search(tuple(dict.fromkeys((here, *directories))), frozenset(images))
+    places = tuple(dict.fromkeys((here, *directories)))
+    return _Search(places, places, frozenset(images), missing=_missing(path))
+
+
+def _missing(path: Path) -> str | None:
+    """The image, where it is not there, and no record says that a merge has deleted it."""
+    try:
+        known = os.path.lexists(path) or merged_record_file(path).exists()
+    except (OSError, ValueError):
+        known = False
+    return None if known else str(path)
+
+
+def _search_below(root: Path) -> _Search:
+    """A directory with everything below. Links are not followed."""
+    found, left_out = [root], []
+    for directory in found:
+        try:
+            with os.scandir(directory) as entries:
+                below = sorted(
+                    entry.path for entry in entries if entry.is_dir(follow_symlinks=False)
+                )
+        except OSError as error:
+            if directory != root:
+                left_out.append(f"{directory} was not searched: {reason_of(error)}")
+                continue
+            raise SearchPathUnusable(str(directory), reason_of(error)) from error
+        below = [path for path in below if path not in _OF_THE_KERNEL]
+        room = _MOST_DIRECTORIES - len(found)
+        if len(below) > room:
+            left_out.append(
+                f"of {directory} and what comes after it not all was searched: there are more "
+                f"than {_MOST_DIRECTORIES} directories below {root}"
+            )
+        found += [Path(path) for path in below[:room]]
+    more = len(left_out) - _MOST_SENTENCES
+    if more > 0:
+        left_out[_MOST_SENTENCES:] = [f"{more} more directories were not searched"]
+    return _Search(tuple(found), (root,), None, left_out=tuple(left_out))
 
 
 def _found_in(directories: Iterable[Path]) -> Iterator[UnfinishedMerge]:
@@ -144,26 +205,36 @@ def _found_in(directories: Iterable[Path]) -> Iterator[UnfinishedMerge]:
     for file in [file for directory in directories for file in _files(directory)]:
         merge = _read(file)
         if merge is not None:
-            before = by_base.get(merge.base)
-            by_base[merge.base] = merge if before is None else _together(before, merge)
+            key = _base_of(file, merge)
+            before = by_base.get(key)
+            by_base[key] = merge if before is None else _together(before, merge)
     for merge in by_base.values():
         yield replace(merge, base_is_locked=_is_locked(Path(merge.base)))
+
+
+def _base_of(file: Path, merge: UnfinishedMerge) -> str:
+    """What files that tell of merges into the same base have in common.
+
+    Two volumes that are not there now may have had the same name, one after the other.
+    """
+    is_filed_by_base = file.parent == state_files.STATE_DIRECTORY and file.suffix != _MERGED
+    return file.stem if is_filed_by_base else merge.base
 
 
 def _files(directory: Path) -> list[Path]:
     """The small files in a directory, journals first: they say the most."""
     try:
-        files = sorted(directory.iterdir())
+        # Names alone: there can be a great many.
+        everything = os.listdir(directory)  # noqa: PTH208
+        names = sorted(name for name in everything if name.endswith(_SUFFIXES))
+    except PermissionError:
+        # Below what was asked for; that it was left out is said.
+        return []
     except OSError as error:
         if directory == state_files.STATE_DIRECTORY:
             return []
-        raise SearchPathUnusable(str(directory), error.strerror or str(error)) from error
-    return [
-        file
-        for suffix in (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
-        for file in files
-        if file.name.endswith(suffix)
-    ]
+        raise SearchPathUnusable(str(directory), reason_of(error)) from error
+    return [directory / name for suffix in _SUFFIXES for name in names if name.endswith(suffix)]
 
 
 def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
@@ -202,8 +273,8 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
     journal = read_journal(file)
     if journal is None:
         return None
-    base, top = journal.base.path, journal.top.path
     where = _where_base_is(journal)
+    base, top = journal.base.path if where is None else str(where), journal.top.path
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
     if where is None:
@@ -218,7 +289,7 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
         progress=progress,
         base_holds_data=holds,
         base_is_locked=False,
-        command=None if where is None else command_for(base, top, journal.asked),
+        command=None if where is None else command_of(journal.known_request),
         files=(str(file),),
         warnings=warnings,
     )
@@ -228,32 +299,51 @@ def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
     if not journal.first_sector:
         return False, _PROGRESS[journal.state]
     try:
-        switched = first_sector_of(base) == journal.first_sector
+        sector = first_sector_of(base)
     except ChainmergeError as error:
         return None, f"{_PROGRESS[journal.state]}; base cannot be read: {error.sentence}"
-    if switched:
+    if sector == journal.first_sector:
         return True, _PROGRESS[journal.state]
-    if journal.state is JournalState.SWITCHING:
+    if journal.state is JournalState.SWITCHING and journal.old_sector in ("", sector):
         return False, "everything was written and verified, and base is the old image"
+    if journal.state is JournalState.SWITCHING:
+        return None, "base was about to be switched, and its header has been changed since"
     return None, "base held everything, and its header has been changed since"
 
 
 def _where_base_is(journal: Journal) -> Path | None:
     """Where base is: under its name, or under that of top already."""
-    for path in (journal.base.path, *journal.rename[1:]):
-        if _is_there(path, journal.base):
-            return Path(path)
+    return _where_is(journal.base, journal.request, *journal.rename[1:])
+
+
+def _where_is(image: ImageIdentity, request: RecordedRequest | None, *more: str) -> Path | None:
+    """Where an image is now: a device can have got another number since."""
+    named = () if request is None else request.bases
+    for path in (image.path, *more, *named):
+        if _may_be_at(path, image):
+            return Path(os.path.realpath(path))
     return None
+
+
+def _may_be_at(path: str, identity: ImageIdentity) -> bool:
+    try:
+        return what_stands_at(path, identity) is not Sameness.OTHER
+    except OSError:
+        return False
 
 
 def _of_live_merge(file: Path) -> UnfinishedMerge | None:
     journal = read_live_journal(file)
     if journal is None:
         return None
-    base, top = journal.base.path, journal.top.path
-    asked = Asked(journal.delete, keep_name=False, shrink=False, discard=False)
-    there = _is_there(base, journal.base)
-    resume = shlex.join(["chainmerge", "live", "resume", *journal.address])
+    where = _where_is(journal.base, journal.request)
+    there = where is not None
+    base, top = str(where or journal.base.path), journal.top.path
+    resume = resume_command_of(journal.known_request)
+    cold = command_of(journal.known_request) if there else None
+    command, warnings = cold, [f"if the VM still runs, `{resume}` is what carries it on"]
+    if there and _is_locked(Path(base)):
+        command, warnings = resume, [f"if the VM does not run, `{cold}` is what finishes it"]
     return UnfinishedMerge(
         base=base,
         top=top,
@@ -261,9 +351,9 @@ def _of_live_merge(file: Path) -> UnfinishedMerge | None:
         progress=_LIVE_PROGRESS[journal.state],
         base_holds_data=journal.took_effect if there else None,
         base_is_locked=False,
-        command=command_for(base, top, asked) if there else None,
+        command=command,
         files=(str(file),),
-        warnings=(f"if the VM still runs, `{resume}` is what carries it on",),
+        warnings=tuple(warnings),
     )
 
 
@@ -271,17 +361,18 @@ def _of_saved(file: Path) -> UnfinishedMerge | None:
     saved = read_saved_bitmaps(file)
     if saved is None:
         return None
+    request = saved.request
+    copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
+    if request is None:
+        copying += ": the command that was interrupted finishes it"
     return UnfinishedMerge(
-        base=saved.base.path,
-        top=None,
+        base=str(_where_is(saved.base, request) or saved.base.path),
+        top=None if request is None else os.path.realpath(request.tops[0]),
         state=UNKNOWN,
-        progress=(
-            f"data was being copied below {saved.overlay.path}; base's bitmaps are saved: "
-            "the command that was interrupted finishes it"
-        ),
+        progress=copying,
         base_holds_data=None,
         base_is_locked=False,
-        command=None,
+        command=None if request is None else command_of(request),
         files=(str(file),),
         warnings=(),
     )
@@ -291,19 +382,16 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
     record = read_merged_record(file)
     if record is None:
         return None
-    left = [one.path for one in record.delete if _is_there(one.path, one.identity)]
-    unnamed = record.keep_name and _is_there(record.base, record.result_identity)
+    left = [one.path for one in record.delete if is_there(one.identity)]
+    unnamed = record.keep_name and _may_be_at(record.base, record.result_identity)
     if not (left or unnamed):
         # The record of a merge that came to its end stays: the same command finds it.
         return None
-    asked = Asked(bool(record.delete), record.keep_name, shrink=False, discard=False)
-    command = command_for(record.base, record.top, asked)
     if record.pulled is not None:
-        holds, progress = False, _how_far_pulled(Path(record.result), record.pulled)
-        command = command_for(record.base, record.top, asked, Direction.PULL)
+        holds, progress = False, _how_far_pulled(record, record.pulled)
     else:
         words = "base has yet to be given the name of top" if unnamed else "merged images are left"
-        holds = _is_there(record.result, record.result_identity) or unnamed
+        holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
     return UnfinishedMerge(
         base=record.base,
@@ -312,15 +400,15 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         progress=progress,
         base_holds_data=holds,
         base_is_locked=False,
-        command=command,
+        command=command_of(record.known_request),
         files=(str(file),),
         warnings=(),
     )
 
 
-def _how_far_pulled(top: Path, pulled: Pulled) -> str:
+def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
     try:
-        switched = stands_on(top, pulled.backing)
+        switched = is_pulled(record, pulled, Path(record.known_request.tops[0]))
     except ChainmergeError as error:
         return f"data was being pulled into top, which cannot be read: {error.sentence}"
     if switched:
@@ -340,7 +428,7 @@ def _of_disk(file: Path) -> UnfinishedMerge | None:
         progress=f"it is one of {len(entry.disks)} disks that are merged together, and not done",
         base_holds_data=None,
         base_is_locked=False,
-        command=entry.command,
+        command=entry.finishing_command,
         files=(str(file),),
         warnings=(),
         disks=tuple(entry.disks),
@@ -349,7 +437,7 @@ def _of_disk(file: Path) -> UnfinishedMerge | None:
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     """A file of which not even the image can be told, but by its own name."""
-    suffix = next(one for one in (_JOURNAL, _LIVE, _MERGED, _SAVED) if file.name.endswith(one))
+    suffix = next(one for one in _SUFFIXES if file.name.endswith(one))
     name = file.name.removesuffix(suffix)
     beside = file.with_name(name.removeprefix("."))
     is_image = file.parent != state_files.STATE_DIRECTORY
@@ -369,22 +457,6 @@ def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
         files=(str(file),),
         warnings=(error.sentence,),
     )
-
-
-def command_for(base: str, top: str, asked: Asked, direction: Direction = Direction.COMMIT) -> str:
-    """What does a merge, or finishes it, as one types it into a shell."""
-    options = ("delete", "keep-name", "shrink", "discard")
-    flags = [f"--{name}" for name in options if getattr(asked, name.replace("-", "_"))]
-    if direction is Direction.PULL:
-        flags[:0] = ["--direction", "pull"]
-    return shlex.join(["chainmerge", "merge", *flags, "--base", base, "--", top])
-
-
-def _is_there(path: str, identity: ImageIdentity) -> bool:
-    try:
-        return same_image(identify(Path(path)), identity)
-    except (OSError, ValueError):
-        return False
 
 
 def _is_locked(base: Path) -> bool:

@@ -239,7 +239,7 @@ def test_a_missing_backing_file(images: Path) -> None:
     error = refusal(BackingFileMissing, images, lambda: discover(images / "top", PLAIN))
     assert (error.image, error.name) == (str(images / "middle"), "base")
     assert str(images / "base") in error.sentence
-    assert "qemu-img rebase -u" in error.advice
+    assert "chainmerge relink" in error.advice
 
 
 @pytest.mark.parametrize("name", ["pipe", "directory", "loop"])
@@ -368,7 +368,8 @@ def test_an_undeclared_raw_backing_file_is_not_guessed(images: Path) -> None:
     overlay(images / "undeclared", "disk", None)
     error = refusal(FormatMissing, images, lambda: discover(images / "undeclared", PLAIN))
     assert f"--format {images / 'disk'}=raw" in error.advice
-    assert f"qemu-img rebase -u -F raw -b 'disk' {images / 'undeclared'}" in error.advice
+    relink = f"relink {images / 'undeclared'} --backing {images / 'disk'} --format"
+    assert f"`chainmerge {relink} {images / 'disk'}=raw`" in error.advice
 
     policy = ChainPolicy(formats={images / "disk": "raw"})
     root = discover(images / "undeclared", policy).root

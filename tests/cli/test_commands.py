@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -147,6 +149,27 @@ def test_an_interrupted_merge_is_finished_by_the_same_command(
     qemu.assert_clean(base)
 
 
+@pytest.mark.parametrize("name", ["INT", "HUP"])
+def test_what_is_ignored_from_the_start_stays_ignored(chain: tuple[Path, Path], name: str) -> None:
+    """A background job of a shell, or one under nohup: what the terminal sends is not for it."""
+    base, top = chain
+    expected = qemu.content(top)
+    with subprocess.Popen(
+        ["env", f"--ignore-signal={name}", *COMMAND, "merge", "--json", "--bandwidth", "4M", top],
+        stdout=subprocess.PIPE,
+        env=environment(),
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("stage") == "copy":
+                process.send_signal(getattr(signal, f"SIG{name}"))
+        process.wait()
+    assert process.returncode == ExitCode.DONE
+    assert qemu.content(base) == expected
+
+
 def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path]) -> None:
     base, top = chain
     expected = qemu.content(top)
@@ -247,9 +270,53 @@ def test_bitmaps_merge(chain: tuple[Path, Path]) -> None:
 
 def test_bitmaps_clear(chain: tuple[Path, Path]) -> None:
     base, _ = chain
-    change = document(chainmerge("bitmaps", "clear", "--json", "--force", base), BitmapChange)
-    assert sorted(change.names) == ["daily", "stale"]
+    change = document(chainmerge("bitmaps", "clear", "--json", base, "stale"), BitmapChange)
+    assert change.names == ("stale",)
+    assert set(qemu.bitmap_names(base)) == {"daily", "stale"}
+    assert qemu.dirty_ranges(base, "stale") == []
+    before = base.read_bytes()
+    assert chainmerge("bitmaps", "clear", base).status == ExitCode.USAGE
+    assert chainmerge("bitmaps", "clear", base, "daily").status == ExitCode.REFUSED
+    assert base.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [(), ("stale", "--all"), ("--all",)])
+def test_bitmaps_are_not_removed_unasked(
+    chain: tuple[Path, Path], options: tuple[str, ...]
+) -> None:
+    base, _ = chain
+    before = base.read_bytes()
+    assert chainmerge("bitmaps", "remove", base, *options).status == ExitCode.USAGE
+    assert base.read_bytes() == before
+
+
+def test_all_bitmaps_are_removed_by_scripts(chain: tuple[Path, Path]) -> None:
+    base, _ = chain
+    remove = ("bitmaps", "remove", "--json", "--all", "--yes", "--force", base)
+    assert sorted(document(chainmerge(*remove), BitmapChange).names) == ["daily", "stale"]
     assert qemu.bitmap_names(base) == {}
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", ExitCode.DONE), ("n", ExitCode.REFUSED)])
+def test_all_bitmaps_are_removed_after_a_question(
+    chain: tuple[Path, Path], answer: str, status: ExitCode
+) -> None:
+    base, _ = chain
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "bitmaps", "remove", "--all", "--force", base],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as asked:
+        os.write(ours, f"{answer}\n".encode())
+        _, said = asked.communicate()
+    os.close(ours)
+    os.close(theirs)
+    assert asked.returncode == status, said
+    assert b"'stale'" in said
+    assert bool(qemu.bitmap_names(base)) == (status is ExitCode.REFUSED)
 
 
 def test_bitmaps_prune(chain: tuple[Path, Path]) -> None:

@@ -81,7 +81,16 @@ def test_every_option_of_the_api_can_be_given() -> None:
         *("--format", "a=raw", "--format", "b=qcow2", "--allow-backing", "/b"),
         *("--allow-data-file", "/d", "--search", "/s", "--search", "/t", "--active", "leaf"),
         *("--lock-wait", "0.5", "--verify", "metadata", "--delete", "--keep-name"),
-        *("--drop-bitmaps", "--engine", "qemu", "--bandwidth", "100M", "--size-limit", "1G"),
+        *(
+            "--drop-bitmaps",
+            "--drop-snapshots",
+            "--engine",
+            "qemu",
+            "--bandwidth",
+            "100M",
+            "--size-limit",
+            "1G",
+        ),
         *("--volume", "lvm", "--shrink", "--discard"),
     )
     assert seen["access"] == Access(
@@ -92,6 +101,7 @@ def test_every_option_of_the_api_can_be_given() -> None:
         delete=True,
         keep_name=True,
         drop_bitmaps=True,
+        drop_snapshots=True,
         engine="qemu",
         bandwidth=100 << 20,
         size_limit=1 << 30,

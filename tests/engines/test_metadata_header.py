@@ -106,6 +106,8 @@ def contents(draw: st.DrawFn, header: Header) -> HeaderContent:
         bitmaps_trusted=bitmaps is not None and draw(st.booleans()),
         refcount_table_offset=draw(st.sampled_from((header.refcount_table_offset, 9 << 12))),
         refcount_table_clusters=draw(st.integers(1, 3)),
+        snapshot_count=(snapshots := draw(st.sampled_from((0, header.snapshot_count, 3)))),
+        snapshots_offset=11 << 12 if snapshots else 0,
         backing_name=name,
         backing_format=draw(formats),
         incompatible=draw(marks) if header.version >= 3 else header.incompatible,

@@ -38,6 +38,7 @@ _WAYS: Final = (
     ("--keep-name",),
     ("--detect-zeroes",),
     ("--drop-bitmaps",),
+    ("--drop-snapshots",),
     ("--verify", "metadata"),
     ("--base", "root"),
 )

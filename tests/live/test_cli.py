@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -90,11 +90,20 @@ def test_what_is_unfinished_is_told_to_whoever_asks(vm: LiveTestVm, scenario: Li
     assert merge["state"] == "preparing"
     assert merge["command"].startswith("chainmerge live resume --qmp ")
     assert "preparing" in chainmerge("live", "status", *vm.arguments).out
-    cold = chainmerge("status", scenario.base.parent, "--json")
-    (found,) = cold.json["merges"]
+    # As long as the VM has base open, only the VM can carry it on.
+    found = unfinished_in(scenario.base.parent)
     assert (found["base"], found["top"]) == (str(scenario.base), str(scenario.top))
+    assert found["command"].startswith("chainmerge live resume")
+    assert "`chainmerge merge " in found["warnings"][0]
+    vm.quit()
+    found = unfinished_in(scenario.base.parent)
     assert found["command"].startswith("chainmerge merge ")
-    assert "chainmerge live resume" in found["warnings"][0]
+    assert "`chainmerge live resume" in found["warnings"][0]
+
+
+def unfinished_in(directory: Path) -> Any:
+    (found,) = chainmerge("status", directory, "--json").json["merges"]
+    return found
 
 
 def test_wrong_usage(tmp_path: Path, vm: LiveTestVm, scenario: LiveScenario) -> None:

@@ -9,7 +9,13 @@ import pytest
 
 import chainmerge
 from chainmerge.chain.errors import NoBackingFile, NotInChain
-from chainmerge.options import Access, DataChoice, DirectionChoice, MergeOptions
+from chainmerge.options import (
+    Access,
+    DataChoice,
+    DirectionChoice,
+    EngineChoice,
+    MergeOptions,
+)
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -274,7 +280,7 @@ def test_what_has_tops_name_has_tops_mode(scenario: Scenario, direction: Directi
     options = MergeOptions(keep_name=True, direction=direction)
     chainmerge.merge(scenario.top, options=options)
     assert scenario.top.stat().st_mode & 0o777 == 0o600
-    assert not scenario.base.exists()
+    assert scenario.base.exists() == (direction == "pull")
 
 
 def test_pull_with_another_image_on_base(scenario: Scenario) -> None:
@@ -303,8 +309,54 @@ def test_keep_name_moves_less_where_it_can(scenario: Scenario) -> None:
     assert report.plan is not None
     assert report.plan.directions.chosen == "pull"
     assert report.bytes_copied == report.plan.directions.pull.bytes_to_copy
-    assert report.deleted == (str(scenario.base),)
+    assert report.deleted == ()
+    assert any("--delete" in warning for warning in report.warnings)
     assert content(scenario.top) == scenario.expected_content
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+@pytest.mark.parametrize("delete", [True, False])
+def test_keep_name_deletes_nothing_of_itself(
+    tmp_path: Path, direction: DirectionChoice, delete: bool
+) -> None:
+    """A commit has one file less: base takes the place of top's. All else takes --delete."""
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    expected = content(images[2])
+    options = MergeOptions(keep_name=True, delete=delete, direction=direction)
+    plan = chainmerge.plan(images[2], images[0], options=options)
+    report = chainmerge.merge(images[2], images[0], options=options)
+    assert content(images[2]) == expected
+    staying = {"commit": images[1:], "pull": images}[direction]
+    left = [images[2]] if delete else staying
+    assert sorted(tmp_path.glob("*.img")) == left
+    gone = set(images) - set(left) - ({images[0]} if direction == "commit" else set())
+    assert set(report.deleted) == set(plan.delete) == {str(path) for path in gone}
+    assert (report.renamed is None) == (direction == "pull")
+    again = chainmerge.merge(images[2], images[0], options=options)
+    assert again.outcome is MergeOutcome.ALREADY_MERGED
+
+
+@pytest.mark.parametrize("between", [0, 1, 3])
+def test_the_cost_of_a_pull_counts_what_is_between(tmp_path: Path, between: int) -> None:
+    """What it moves is what top lacks, whichever image below has it."""
+    images = [create(tmp_path / "base.qcow2", 64 * MIB)]
+    qemu_io(images[0], "write -P 1 0 1M")
+    for number in range(between):
+        images.append(create(tmp_path / f"{number}.qcow2", backing=images[-1].name))
+        # Each writes some of what the one below has, and zeros over some of base's.
+        qemu_io(images[-1], f"write -P 2 {4 + 6 * number}M 8M", "write -z 0 256k")
+    top = create(tmp_path / "top.qcow2", backing=images[-1].name)
+    qemu_io(top, "write -P 9 6M 2M", "write -P 9 40M 4M")
+    expected = content(top)
+    options = MergeOptions(keep_name=True)
+    plan = chainmerge.plan(top, images[0], options=options)
+    costs = plan.directions
+    cheaper = "pull" if costs.pull.bytes_to_copy < costs.commit.bytes_to_copy else "commit"
+    assert costs.chosen == cheaper
+    pull = MergeOptions(direction="pull")
+    report = chainmerge.merge(top, images[0], options=pull)
+    assert report.bytes_copied == costs.pull.bytes_to_copy
+    assert content(top) == expected
 
 
 def test_zeros_that_are_stored_as_data(tmp_path: Path) -> None:
@@ -417,3 +469,23 @@ def test_prune_leaves_what_another_branch_can_use(branches: tuple[Path, Path, Pa
     assert dirty_granules(base, "cp")
     qemu_img("bitmap", "--remove", other, "cp")
     assert [pruned.name for pruned in chainmerge.prune(top).removed] == ["cp"]
+
+
+@pytest.mark.parametrize("engine", ["native", "qemu"])
+@pytest.mark.parametrize("named", [True, False])
+def test_base_named_as_what_the_guest_writes_to(
+    tmp_path: Path, engine: EngineChoice, named: bool
+) -> None:
+    """As after a live merge; whoever plans, measures, merges or verifies finds the same chain."""
+    images = _chain(tmp_path, 8 * MIB, None, None)
+    base, top = images[1], images[2]
+    expected = content(top)
+    access, options = Access(active=str(base)), MergeOptions(engine=engine)
+    name = base if named else None
+    plan = chainmerge.plan(top, name, access, options)
+    assert plan.feasible
+    assert chainmerge.measure(top, name, access, options).required == plan.space.required
+    assert chainmerge.merge(top, name, access, options).outcome is MergeOutcome.MERGED
+    assert content(base) == expected
+    again = chainmerge.merge(top, name, access, options)
+    assert again.outcome is MergeOutcome.ALREADY_MERGED

@@ -272,7 +272,9 @@ def _bitmaps_of(image: Path) -> dict[str, BitSet | None]:
 
 def _united(one: BitSet, other: BitSet) -> BitSet:
     finest = min(one.granularity, other.granularity)
-    return one.with_granularity(finest).union(other.with_granularity(finest))
+    # An overlay can be larger than what it stands on.
+    size = max(one.disk_size, other.disk_size)
+    return one.with_geometry(size, finest).union(other.with_geometry(size, finest))
 
 
 def covers(found: BitSet, wanted: BitSet) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.options import Access, MergeOptions
-from chainmerge.storage.errors import CannotGrow
+from chainmerge.options import Access, EngineChoice, MergeOptions
+from chainmerge.storage.errors import CannotGrow, ExtensionRefused
 from tests.support.fake_lvm import FakeLvm
 from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, create, qemu_img, qemu_io
@@ -122,6 +122,33 @@ def test_a_volume_group_without_room_is_refused(
     with pytest.raises(CannotGrow):
         chainmerge.merge(top, options=MergeOptions(volume="lvm"))
     assert (_digest(base), _digest(top)) == before
+
+
+@pytest.mark.parametrize("engine", ["native", "qemu"])
+def test_a_volume_group_that_is_locked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: EngineChoice
+) -> None:
+    """LVM's own failure comes before anything is written: it is no half-done merge."""
+    base, top = tmp_path / "base", tmp_path / "top.qcow2"
+    create(base, 256 * MIB)
+    qemu_img("bitmap", "--add", base, "kept")
+    with base.open("r+b") as file:
+        file.truncate(4 * MIB)
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    (tmp_path / "physical-volume").touch()
+    lvm.add_group("vg", extents=100, devices=[tmp_path / "physical-volume"])
+    lvm.add_volume("vg", "base", base)
+    create(top, backing="base")
+    qemu_img("bitmap", "--add", top, "kept")
+    qemu_io(top, "write -P 4 0 50M")
+    before = _digest(base), _digest(top)
+    lvm.break_command("lvextend", 5, "Can't get lock for vg.")
+    options = MergeOptions(volume="lvm", engine=engine)
+    with pytest.raises(ExtensionRefused, match="Can't get lock"):
+        chainmerge.merge(top, options=options)
+    assert (_digest(base), _digest(top)) == before
+    assert not list(tmp_path.glob(".*chainmerge*"))
 
 
 def test_file_is_not_left_larger_than_it_has_to_be(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_a_pull_is_killed_about_its_switch(
         qemu_img("bitmap", "--add", image, "cp")
     qemu_io(base, "write -P 1 0 100k")
     qemu_io(top, "write -P 2 1M 1M")
-    options = MergeOptions(direction="pull", keep_name=True)
+    options = MergeOptions(direction="pull", delete=True)
     pid = os.fork()
     if pid == 0:
         try:

@@ -14,6 +14,7 @@ from chainmerge.storage.errors import (
     CannotShrink,
     DeviceTooSmall,
     DiscardFailed,
+    ExtensionRefused,
     FileLimitReached,
     FileSystemFull,
     FlushFailed,
@@ -422,11 +423,11 @@ class TestLogicalVolume:
 
     def test_growth_that_failed(self, volume: LvmVolume, fake_lvm: FakeLvm) -> None:
         fake_lvm.break_command("lvextend", 5, "Can't get lock for vg-1.")
-        with pytest.raises(LvmFailed) as caught:
+        with pytest.raises(ExtensionRefused) as caught:
             volume.grow_to(4 * EXTENT)
         assert caught.value.facts == {
             "image": volume.path,
-            "command": "lvm lvextend",
+            "size": 4 * EXTENT,
             "status": 5,
             "reason": "Can't get lock for vg-1.",
         }

@@ -160,6 +160,7 @@ def merge_cases(
         delete=_one_in(draw, 3),
         keep_name=_one_in(draw, 3),
         drop_bitmaps=_one_in(draw, 3),
+        drop_snapshots=_one_in(draw, 2),
         engine=engine,
         direction="pull" if pulls else "commit",
         data="in-place" if in_place else "cow",

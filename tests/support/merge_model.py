@@ -75,7 +75,7 @@ def _refusals(case: MergeCase) -> Iterator[str]:
     base, top, merged = case.layers[case.base], _top(case), case.layers[case.base + 1 : case.top]
     if case.pulls:
         doomed = (base, *merged) if case.options.delete else (base,)
-        if not _top_stays(case) and any(layer.snapshot for layer in doomed):
+        if _loses_snapshots(case, doomed):
             yield "internal-snapshots"
         # What lies below top is out of the chain, and top cannot say that there was a gap.
         names = _names(case.layers[case.base : case.top + 1])
@@ -83,7 +83,7 @@ def _refusals(case: MergeCase) -> Iterator[str]:
             yield "bitmaps-unguarded"
         return
     doomed = (*merged, top) if case.options.delete else (top,)
-    if not _top_stays(case) and any(layer.snapshot for layer in doomed):
+    if _loses_snapshots(case, doomed):
         yield "internal-snapshots"
     if top.disk_size < base.disk_size and any(
         child.disk_size > top.disk_size for child in case.children
@@ -100,6 +100,11 @@ def _refusals(case: MergeCase) -> Iterator[str]:
     short = {name for name in _names(merged) if _top_stays(case) and _is_valid(top, name)}
     if short or names & _names(case.above):
         yield "bitmaps-unguarded"
+
+
+def _loses_snapshots(case: MergeCase, doomed: Iterable[LayerPlan]) -> bool:
+    goes = not _top_stays(case) and not case.options.drop_snapshots
+    return goes and any(layer.snapshot for layer in doomed)
 
 
 def _is_stuck(case: MergeCase, base: LayerPlan, size: int) -> bool:

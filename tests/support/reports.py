@@ -15,6 +15,7 @@ from chainmerge.planning import (
     Movement,
     PlannedBitmap,
     PlannedImage,
+    PlannedSnapshots,
     Progress,
     Repoint,
     Role,
@@ -82,6 +83,10 @@ def plan(
             _bitmap(name, "keep", words, was_valid=True),
             _bitmap(f"{name}-stale", "prune", words, was_valid=False),
             _bitmap(f"{name}-lost", "drop", words, was_valid=True),
+        ),
+        snapshots=(
+            PlannedSnapshots(base, (f"{name}-kept",), (), (), 0),
+            PlannedSnapshots(top, (), (f"{name}-lost",), (f"{name}-dropped",), 5 * MIB),
         ),
         space=SpacePlan(
             kind="block",

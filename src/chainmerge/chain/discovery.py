@@ -30,7 +30,8 @@ from chainmerge.chain.reading import (
     identity_of_opened,
 )
 from chainmerge.chain.territory import Territory, reached, settled, territory_of
-from chainmerge.errors import Refused
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class _Walk:
         try:
             readable = FileReadable(path)
         except Refused as error:
-            raise BackingFileMissing(str(child.path), name, printable(error.sentence)) from error
+            raise BackingFileMissing(
+                str(child.path), name, printable(error.sentence), _found_instead(child, error)
+            ) from error
         with readable:
             # Nothing is read before it is known that what was opened is what was looked at.
             self._check_place(child, name, path)
@@ -157,6 +160,23 @@ class _Walk:
             return
         directories = ", ".join(sorted(map(str, self.territory.directories)))
         raise BackingFileOutside(str(child.path), name, how, directories, str(outside.parent))
+
+
+def _found_instead(child: ImageInfo, error: Refused) -> str:
+    """Which files could be the lost backing file of *child*, as an addition to a hint."""
+    if not isinstance(error, ImageMissing):
+        return ""
+    # Not needed as long as nothing is lost.
+    from chainmerge.chain.lost_backing import files_that_could_back  # noqa: PLC0415
+
+    try:
+        candidates = files_that_could_back(child)
+    except ChainmergeError:
+        return ""
+    if not candidates:
+        return ""
+    named = "; ".join(f"{one.path} ({', '.join(one.reasons)})" for one in candidates)
+    return f". Files that could be it: {printable(named)}"
 
 
 def _by_real_path(formats: Mapping[Path, str]) -> dict[str, str]:

@@ -22,20 +22,23 @@ class BackingFileMissing(Refused):
         "{image} names the backing file {name!r}, which cannot be used: {reason}"
     )
     hint: ClassVar[str] = (
-        "bring the file back to that place, or make it readable; if it lives elsewhere now, tell "
-        "the image with `qemu-img rebase -u -F FORMAT -b NEW-NAME {image}`"
+        "bring the file back to that place, or make it readable; if it is elsewhere now: "
+        "`chainmerge relink {image} --backing NEW`{found}"
     )
     explanation: ClassVar[str] = (
         "An overlay holds only what was written since the snapshot; everything else is read from "
         "its backing file, so without it the disk cannot be read, let alone merged. A relative "
         "name counts from the directory of the image that holds it, by the path by which that "
-        "image was reached: QEMU does not resolve symbolic links first. `qemu-img rebase -u` only "
-        "changes the name in the header. Give it the file with the same content as before: "
-        "any other one silently corrupts the disk."
+        "image was reached: QEMU does not resolve symbolic links first. `chainmerge relink` "
+        "changes the name in the header, and compares the content where the old file can still be "
+        "read. Give it the file with the same content as before: any other one corrupts the disk "
+        "without a word. Without --backing it names files that could be the lost one."
     )
     image: str
     name: str
     reason: str
+    found: str = ""
+    """What the hint says of files that could be it."""
 
 
 @dataclass(eq=False)
@@ -45,8 +48,8 @@ class BackingNameUnusable(Refused):
     code: ClassVar[str] = "backing-name-unusable"
     template: ClassVar[str] = "{image} holds the backing name {name!r}: {why}"
     hint: ClassVar[str] = (
-        "store a plain path with `qemu-img rebase -u -F FORMAT -b NAME {image}`, or, if the image "
-        'needs no backing file, `qemu-img rebase -u -b "" {image}`'
+        "find out which file is meant, and have its plain path stored: `chainmerge relink {image} "
+        "--backing FILE`"
     )
     explanation: ClassVar[str] = (
         "The name of the backing file in the image's header is empty, holds a NUL byte, or is a "
@@ -66,8 +69,8 @@ class JsonBackingName(Refused):
     code: ClassVar[str] = "backing-name-json"
     template: ClassVar[str] = "{image} describes its backing file as {name!r}"
     hint: ClassVar[str] = (
-        "if it is a local file, store its plain path with "
-        "`qemu-img rebase -u -F FORMAT -b NAME {image}`"
+        "if it is a local file, have its plain path stored: `chainmerge relink {image} --backing "
+        "FILE`"
     )
     explanation: ClassVar[str] = (
         "A `json:` name makes QEMU build any tree of block drivers: network connections, other "
@@ -87,9 +90,8 @@ class RemoteBackingName(Refused):
         "{image} names the backing file {name!r}: QEMU's protocol {protocol!r}, not a local path"
     )
     hint: ClassVar[str] = (
-        "make the backing file available as a local file or block device and store that path with "
-        "`qemu-img rebase -u -F FORMAT -b NAME {image}`; a file whose own name has a colon is "
-        "stored as ./NAME"
+        "make the backing file available as a local file or block device, and have that path "
+        "stored: `chainmerge relink {image} --backing FILE`"
     )
     explanation: ClassVar[str] = (
         "QEMU takes everything before a colon in front of the first slash as a protocol: `nbd:`, "
@@ -139,8 +141,8 @@ class BackingCycle(Refused):
         "is a cycle"
     )
     hint: ClassVar[str] = (
-        "find out which image the right backing file is, and store it with "
-        "`qemu-img rebase -u -F FORMAT -b NAME {image}`"
+        "find out which image the right backing file is, and have it stored: `chainmerge relink "
+        "{image} --backing FILE`"
     )
     explanation: ClassVar[str] = (
         "Following the backing files never reaches an end, because one of them leads back to an "
@@ -177,8 +179,8 @@ class FormatMissing(Refused):
         "image"
     )
     hint: ClassVar[str] = (
-        "if it is raw, say so for this command with --format {backing}=raw, or for good with "
-        "`qemu-img rebase -u -F raw -b {name!r} {image}`"
+        "if it is raw, say so for this command with --format {backing}=raw, or for good: "
+        "`chainmerge relink {image} --backing {backing} --format {backing}=raw`"
     )
     explanation: ClassVar[str] = (
         "When the format of a backing file is not declared, QEMU looks at its first bytes. The "
@@ -215,8 +217,10 @@ class WrongFormat(Refused):
         "{image} should be a qcow2 image, says {declared_by}, but does not begin with QFI\\xfb"
     )
     hint: ClassVar[str] = (
-        "check whether it is the right file and whole; if it really is a raw image, correct what "
-        "says qcow2 (for a backing file: `qemu-img rebase -u -F raw -b NAME CHILD`)"
+        "check whether it is the right file and whole: a qcow2 image that has lost its beginning "
+        "must not be declared raw, it comes from a backup; what was replaced by a raw image on "
+        "purpose is declared so with `chainmerge relink CHILD --backing {image} --format "
+        "{image}=raw`"
     )
     explanation: ClassVar[str] = (
         "The first four bytes of every qcow2 image are QFI\\xfb. A file without them was "
@@ -235,8 +239,8 @@ class FormatContradiction(Refused):
         "{image} is declared as {declared!r} by {child}, but --format says {given!r}"
     )
     hint: ClassVar[str] = (
-        "leave --format out; or, if the declaration is wrong, correct it with "
-        "`qemu-img rebase -u -F {given} -b NAME {child}`"
+        "leave --format out; the declaration is what the virtual machine goes by; where that is "
+        "wrong: `chainmerge relink {child} --backing {image} --format {image}={given}`"
     )
     explanation: ClassVar[str] = (
         "The declared format is the one by which the virtual machine reads its disk. Merging by "
@@ -255,7 +259,9 @@ class ForeignFormat(Refused):
     code: ClassVar[str] = "foreign-format"
     template: ClassVar[str] = "{image} is declared as {format!r}: only qcow2 and raw can be read"
     hint: ClassVar[str] = (
-        "convert it with `qemu-img convert -O qcow2` and point its child at the new file"
+        "copy it with `qemu-img convert -O qcow2` to a new file, and have its child stand on that: "
+        "`chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until the disk has "
+        "been looked at"
     )
     explanation: ClassVar[str] = (
         "chainmerge reads the qcow2 and raw formats itself, to plan and to verify. Images of other "

@@ -17,6 +17,8 @@ from chainmerge.chain.errors import BackingNameUnusable, JsonBackingName, Remote
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.chain.model import ImageInfo
+
 _FILE_PROTOCOL = "file"
 
 
@@ -70,6 +72,21 @@ def backing_path(image: Path, name: str) -> Path:
             str(image), name, "QEMU resolves a relative name behind `file:` wherever it is started"
         )
     return Path(path)
+
+
+def name_to_store(child: ImageInfo, backing: ImageInfo) -> str:
+    """*backing* as the child's header should name it: relative where it has no absolute name."""
+    stored = (child.backing_name or "").removeprefix("file:")
+    if stored.startswith("/"):
+        return str(backing.path)
+    relative = os.path.relpath(backing.path, child.path.parent)
+    # A relative name counts from the directory by which the child was reached. Where that
+    # is a symbolic link, `..` leads elsewhere.
+    leads = (child.path.parent / relative).resolve()
+    if leads != backing.real_path:
+        return str(backing.real_path)
+    # What stands before a colon would be taken for a protocol.
+    return f"./{relative}" if ":" in relative.split("/", 1)[0] else relative
 
 
 def possible_backing_paths(image: Path, name: str) -> tuple[Path, ...]:

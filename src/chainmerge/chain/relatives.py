@@ -168,6 +168,17 @@ def find_users(
     return tuple(sorted(users))
 
 
+def files_around(
+    images: Sequence[Path], search: Sequence[Path] = (), *, max_files: int = MAX_FILES
+) -> Iterator[Path]:
+    """Every file that is looked at for the users of *images*; see :func:`find_relatives`.
+
+    Raises:
+        SearchPathUnusable, TooManyFiles
+    """
+    yield from _files([*_directories(images), *search], max_files)
+
+
 def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageInfo]:
     """The images from *active* down to top, both included."""
     path = active.absolute()

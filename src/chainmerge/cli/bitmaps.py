@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from chainmerge import api
 from chainmerge.cli.commands import Command, Group
+from chainmerge.cli.errors import NotConfirmed
 from chainmerge.cli.options import (
     access_options,
     base_option,
@@ -18,6 +22,7 @@ from chainmerge.cli.options import (
 )
 from chainmerge.cli.params import IMAGE, SIZE
 from chainmerge.report import tables
+from chainmerge.report.text import printable
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
@@ -75,7 +80,9 @@ def add(
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--all", "all_of_them", is_flag=True, help="Remove all bitmaps that IMAGE has.")
+@click.option("--yes", is_flag=True, help="Do not ask before --all.")
 @force_option
 @access_options
 @json_option
@@ -83,23 +90,59 @@ def remove(
     *,
     image: str,
     names: tuple[str, ...],
+    all_of_them: bool,
+    yes: bool,
     force: bool,
     access: Access,
     output: Output,
 ) -> None:
-    """Remove the bitmaps NAME... from IMAGE."""
-    change = api.bitmaps_remove(image, names, access=access, force=force)
+    """Remove the bitmaps NAME... from IMAGE.
+
+    The next backup that builds on one of them must be a full one.
+    """
+    if bool(names) == all_of_them:
+        raise click.UsageError("name the bitmaps to remove, or give --all")
+    if not all_of_them:
+        change = api.bitmaps_remove(image, names, access=access, force=force)
+    else:
+        if not yes:
+            _ask_before_removing_all(image, access)
+        change = api.bitmaps_remove_all(image, access, force=force)
     output.document(change, tables.bitmap_change)
+
+
+def _ask_before_removing_all(image: str, access: Access) -> None:
+    if not sys.stdin.isatty():
+        raise click.UsageError("--all asks first, and there is no terminal: give --yes, too")
+    listing = api.bitmaps_list(image, replace(access, active=None))
+    there = [row.name for row in listing.rows if Path(row.image) == Path(image).absolute()]
+    question = (
+        f"Remove {', '.join(map(repr, there)) or 'no bitmap'} from {image}? "
+        "The next backup that builds on them must be a full one"
+    )
+    if not click.confirm(printable(question), err=True):
+        raise NotConfirmed(image)
 
 
 @bitmaps.command(cls=Command)
 @image_argument
-@force_option
+@click.argument("names", metavar="NAME...", nargs=-1)
+@click.option("--force", is_flag=True, help="Go on where other images have the name, too.")
 @access_options
 @json_option
-def clear(*, image: str, force: bool, access: Access, output: Output) -> None:
-    """Remove all bitmaps from IMAGE."""
-    change = api.bitmaps_clear(image, access, force=force)
+def clear(
+    *, image: str, names: tuple[str, ...], force: bool, access: Access, output: Output
+) -> None:
+    """Forget what the bitmaps NAME... of IMAGE have recorded; the bitmaps stay.
+
+    A backup that builds on one of them then has only what is written from now on: take one
+    right before. To take bitmaps away, use remove.
+    """
+    if not names:
+        raise click.UsageError(
+            "name the bitmaps to clear; to take all away: chainmerge bitmaps remove IMAGE --all"
+        )
+    change = api.bitmaps_clear(image, names, access, force=force)
     output.document(change, tables.bitmap_change)
 
 

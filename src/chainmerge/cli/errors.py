@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse
+from chainmerge.errors import Failed, Misuse, Refused
 
 
 @dataclass(eq=False)
@@ -61,3 +61,17 @@ class DiskNotNamed(Misuse):
         "the monitor's socket; --device or --node says which of its disks is meant. The QEMU of "
         "a domain is reached through libvirt alone: --domain and --disk say which disk is meant."
     )
+
+
+@dataclass(eq=False)
+class NotConfirmed(Refused):
+    """The question whether to go on was answered with no."""
+
+    code: ClassVar[str] = "not-confirmed"
+    template: ClassVar[str] = "{image}: it was not confirmed, and nothing was changed"
+    hint: ClassVar[str] = "run the same command again and answer with y, if that is what you want"
+    explanation: ClassVar[str] = (
+        "What cannot be taken back, and takes much at once, is done only after a question, or "
+        "with --yes. The answer was no."
+    )
+    image: str

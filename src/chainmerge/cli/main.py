@@ -26,9 +26,11 @@ _COMMANDS: Final = MappingProxyType(
     {
         "plan": ("chainmerge.cli.plan", "plan"),
         "merge": ("chainmerge.cli.merge", "merge"),
+        "flatten": ("chainmerge.cli.flatten", "flatten"),
         "live": ("chainmerge.cli.live", "live"),
         "status": ("chainmerge.cli.status", "status"),
         "bitmaps": ("chainmerge.cli.bitmaps", "bitmaps"),
+        "relink": ("chainmerge.cli.relink", "relink"),
         "repair": ("chainmerge.cli.repair", "repair"),
         "info": ("chainmerge.cli.info", "info"),
         "check": ("chainmerge.cli.check", "check"),

@@ -129,7 +129,7 @@ def access_options(function: Function[R]) -> Function[R]:
     def command(*args: Any, activate: bool, **kwargs: Any) -> R:
         chosen = {name: kwargs.pop(name) for name in _ACCESS_FIELDS}
         chosen["formats"] = dict(chosen["formats"])
-        access = Access(**chosen)
+        access = Access(**chosen, activate=activate)
         with contextlib.ExitStack() as stack:
             if activate:
                 _activate_volumes(stack, access, kwargs)
@@ -165,19 +165,26 @@ def merge_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--delete",
         is_flag=True,
-        help="Delete the merged images once all is verified.",
+        help="Delete the merged images once all is verified, with their data files and with links "
+        "that would lead nowhere.",
         panel=_MERGING,
     )
     @click.option(
         "--keep-name",
         is_flag=True,
-        help="Give base the name of TOP afterwards (files only).",
+        help="Have the result under the name of TOP, in place of TOP's file (files only).",
         panel=_MERGING,
     )
     @click.option(
         "--drop-bitmaps",
         is_flag=True,
         help="Go on where base cannot hold bitmaps: the next backup will be a full one.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--drop-snapshots",
+        is_flag=True,
+        help="Delete internal snapshots that would show other data, or go with their image.",
         panel=_MERGING,
     )
     @click.option(

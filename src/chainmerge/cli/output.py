@@ -49,7 +49,8 @@ class TextOutput:
     def document(self, report: Report, table: Callable[[Report], RenderableType]) -> None:
         console = console_on(sys.stdout)
         with console.capture() as captured:
-            console.print(table(report))
+            # Commands are not broken: they are to be copied from there.
+            console.print(table(report), crop=False)
         # Tables are padded on the right to the width of their columns.
         write_report("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 

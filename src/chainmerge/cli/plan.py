@@ -23,6 +23,8 @@ from chainmerge.report.plan_tables import disks_plan_report, plan_report
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
     from chainmerge.options import Access, MergeOptions
+    from chainmerge.planning import MergePlan
+    from chainmerge.types import DisksPlan
 
 
 @click.command(cls=Command)
@@ -45,11 +47,19 @@ def plan(
     refused.
     """
     if len(tops) > 1:
-        disks = api.plan_disks(tops, bases, access, options)
-        output.document(disks, disks_plan_report)
-        return ExitCode.DONE if disks.feasible else ExitCode.REFUSED
+        return show_plans(api.plan_disks(tops, bases, access, options), output)
     if len(bases) > 1:
         raise DisksMismatched(len(tops), len(bases))
-    decided = api.plan(tops[0], bases[0] if bases else None, access, options)
+    return show_plan(api.plan(tops[0], bases[0] if bases else None, access, options), output)
+
+
+def show_plan(decided: MergePlan, output: Output) -> ExitCode:
+    """Show a plan; the status says whether it would be refused."""
     output.document(decided, plan_report)
     return ExitCode.DONE if decided.feasible else ExitCode.REFUSED
+
+
+def show_plans(disks: DisksPlan, output: Output) -> ExitCode:
+    """Show the plans of several disks; the status says whether they would be refused."""
+    output.document(disks, disks_plan_report)
+    return ExitCode.DONE if disks.feasible else ExitCode.REFUSED

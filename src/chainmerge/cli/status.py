@@ -23,6 +23,6 @@ if TYPE_CHECKING:
 def status(*, paths: tuple[str, ...], output: Output) -> None:
     """List merges that were interrupted, and what finishes them; nothing is changed.
 
-    A PATH is a directory or an image.  [default: the current directory]
+    A PATH is an image, or a directory with everything below.  [default: the current directory]
     """
     output.document(api.status(paths), status_report)

@@ -37,11 +37,8 @@ from chainmerge.live.sequence import lost
 from chainmerge.live.settling import Settled, forget
 from chainmerge.live.situation import Place, place_of
 from chainmerge.merge_job import volume_at
-from chainmerge.records.live_journal import (
-    LiveState,
-    data_changed,
-    save_live_journal,
-)
+from chainmerge.records.changes import data_changed
+from chainmerge.records.live_journal import LiveState, save_live_journal
 from chainmerge.types import ProgressEvent, Stage
 
 SECONDS_BETWEEN_LOOKS: Final = 0.25

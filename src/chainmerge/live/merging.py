@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
 
 from chainmerge.errors import Refused
 from chainmerge.inspection import open_chain
@@ -42,12 +43,13 @@ from chainmerge.records.live_journal import (
     load_live_journal,
     save_live_journal,
 )
-from chainmerge.records.merge_journal import journal_file, load_journal
+from chainmerge.records.merge_journal import journal_file
 from chainmerge.records.merged_record import load_merged_record
+from chainmerge.records.remains import read_remains
+from chainmerge.records.request import recorded, resume_command_of
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
     SavedBitmaps,
-    load_saved_bitmaps,
     save_bitmaps,
     saved_bitmaps_file,
 )
@@ -156,8 +158,10 @@ def merge(
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
         _extend(decided, options, caller)
-        _record(live, decided.journal)
-        return _drive(vm, decided.journal, options, caller, decided.plan)
+        request = recorded([top], [base or live.target.base.path], access, options, vm.address)
+        journal = msgspec.structs.replace(decided.journal, request=request)
+        _record(live, journal)
+        return _drive(vm, journal, options, caller, decided.plan)
 
 
 def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
@@ -221,7 +225,7 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
         guest_waits=journal.guest_to_resume
         or (journal.is_active and job is not None and job.phase == "held"),
         error=None if job is None else job.error,
-        command=shlex.join(["chainmerge", "live", "resume", *vm.address]),
+        command=resume_command_of(journal.known_request, vm.address),
     )
 
 
@@ -272,11 +276,14 @@ def _journal_for(vm: LiveDisk, top: Path, base: Path | None) -> LiveJournal | No
 def _left_behind(live: LiveTarget) -> Iterator[ChainmergeError]:
     """What other merges have left beside base that must not be lost."""
     base = live.target.base.real_path
-    if load_live_journal(base) is not None:
+    remains = read_remains(base, live.target.chain.top.real_path)
+    if remains.live is not None:
         yield UnfinishedMergeFound(str(base), str(live_journal_file(base)))
-    if load_journal(base) is not None:
+    if remains.journal_problem is not None:
+        yield remains.journal_problem
+    elif remains.journal is not None:
         yield UnfinishedMergeFound(str(base), str(journal_file(base)))
-    elif load_saved_bitmaps(base) is not None:
+    elif remains.usable_saved is not None:
         yield UnfinishedMergeFound(str(base), str(saved_bitmaps_file(base)))
 
 
@@ -327,7 +334,7 @@ def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
                 in_overlay = BitSet.empty(overlay.info.virtual_size, found.granularity)
             bits = base.bits(kept.name) if kept.in_base else None
             bitmaps.append(SavedBitmap(kept.name, bits, in_overlay))
-    return SavedBitmaps(journal.base, journal.overlays[0], tuple(bitmaps))
+    return SavedBitmaps(journal.base, journal.overlays[0], tuple(bitmaps), journal.request)
 
 
 def _drive(

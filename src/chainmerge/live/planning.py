@@ -17,6 +17,10 @@ from chainmerge.inspection import (
     open_chain,
     storable_granularity,
 )
+from chainmerge.internal_snapshots import (
+    children_with_larger_snapshots,
+    look_at_snapshots_live,
+)
 from chainmerge.live.inspection import (
     LiveTarget,
     layers_of,
@@ -87,7 +91,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         require_readable(target, opened)
         layers = layers_of(live, opened)
         decisions = tuple(_decided(live, layers, options))
-        found = tuple(obstacles(vm, live, opened))
+        found = (*obstacles(vm, live, opened), *children_with_larger_snapshots(target))
         # Where the VM and the disk do not agree about a bitmap, that is to be said, and not that
         # the one on disk is broken.
         final_bits = {} if found else dict(_known_bits(live, opened, decisions))
@@ -98,6 +102,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
+        snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
     # The VM is not asked to do anything where it would be for nothing.
     kept = [decision.name for decision in decisions if decision.fate is Fate.KEEP]
     found = found or tuple(unchangeable(vm, live, kept, _names_to_remove(vm, live, decisions)))
@@ -122,6 +127,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         spaces=survey.spaces,
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
         warnings=tuple(_warnings(live)),
+        snapshots=snapshots,
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)

@@ -8,7 +8,6 @@ next; do it. docs/live-merge.md has the order of the steps, and what a death in 
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +32,11 @@ from chainmerge.live.port import CommitOrder, InspectedVm, JobPhase, LiveVm
 from chainmerge.live.settling import Settled, close_merged, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
-from chainmerge.live_leftovers import LivePivotUnclear
+from chainmerge.live_leftovers import pivot_unclear
 from chainmerge.merge_job import volume_at
-from chainmerge.records.live_journal import (
-    LiveJournal,
-    LiveState,
-    data_changed,
-    save_live_journal,
-)
+from chainmerge.records.changes import data_changed
+from chainmerge.records.live_journal import LiveJournal, LiveState, save_live_journal
+from chainmerge.records.request import command_of, resume_command_of
 from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:
@@ -82,8 +78,8 @@ def carry_on(drive: Drive) -> Settled:
 
 def lost(vm: InspectedVm, journal: LiveJournal, reason: str) -> VmLost:
     """The error for a VM that went away, with what to run next."""
-    resume = shlex.join(["chainmerge", "live", "resume", *vm.address])
-    cold = shlex.join(["chainmerge", "merge", "--base", journal.base.path, "--", journal.top.path])
+    resume = resume_command_of(journal.known_request, vm.address)
+    cold = command_of(journal.known_request) or "the same merge without `live`"
     return VmLost(vm.name, journal.base.path, journal.top.path, reason, resume, cold)
 
 
@@ -303,7 +299,7 @@ def _restore(drive: Drive) -> None:
     """
     if drive.journal.took_effect and drive.journal.is_active:
         # Only another QEMU does not know of the job any more, and it was given top again.
-        raise LivePivotUnclear(drive.top, drive.base)
+        raise pivot_unclear(drive.journal.known_request)
     failure = drive.failure or _failed(drive, "the job was cancelled, or the VM started anew")
     drive.enter(LiveState.UNDOING)
     let_disk_go(drive, drive.vm)

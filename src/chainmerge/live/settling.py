@@ -22,11 +22,18 @@ from chainmerge.live.inspection import path_of
 from chainmerge.live.situation import place_of
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
-from chainmerge.records.identity import identify, same_image
-from chainmerge.records.live_journal import data_changed, forget_live_journal
-from chainmerge.records.merged_record import DoomedImage, MergedRecord, Superseded, record_merged
+from chainmerge.records.changes import data_changed
+from chainmerge.records.identity import identify, may_be_same
+from chainmerge.records.live_journal import forget_live_journal
+from chainmerge.records.merged_record import (
+    DoomedImage,
+    MergedRecord,
+    Superseded,
+    note_deleted,
+    record_merged,
+)
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
-from chainmerge.settle import delete_recorded
+from chainmerge.settle import delete_recorded, not_deleted
 from chainmerge.storage.files import FileReadable
 from chainmerge.types import BitmapResult, ProgressEvent, Stage
 from chainmerge.verify import verify_bitmaps, verify_content, verify_soundness
@@ -90,7 +97,7 @@ def forget(journal: LiveJournal, *, keep_saved: bool) -> None:
     base = Path(journal.base.path)
     if not keep_saved:
         saved = load_saved_bitmaps(base)
-        if saved is not None and same_image(saved.base, journal.base):
+        if saved is not None and may_be_same(saved.base, journal.base):
             forget_saved_bitmaps(base)
     forget_live_journal(base)
 
@@ -143,7 +150,7 @@ def verify_on_disk(
             one.
     """
     top = Path(journal.top.path)
-    if not top.exists() or not same_image(identify(top), journal.top):
+    if not top.exists() or not may_be_same(identify(top), journal.top):
         return
     with open_chain(discover(top, _trusting(layout, journal))) as opened:
         index = _index_of_base(opened, journal)
@@ -166,7 +173,7 @@ def verify_on_disk(
 
 def _index_of_base(opened: OpenChain, journal: LiveJournal) -> int:
     for number, image in enumerate(opened.images):
-        if same_image(identify(image.info.real_path), journal.base):
+        if may_be_same(identify(image.info.real_path), journal.base):
             return number
     difference = f"the headers from {journal.top.path} on do not lead to it any more"
     raise LiveVerificationFailed(journal.base.path, difference)
@@ -247,10 +254,14 @@ def take_leave(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
     record = _record(journal, doomed, None)
     record_merged(Path(journal.top.path), record)
     try:
-        return delete_recorded(record)
+        deleted = delete_recorded(record)
     except OSError as error:
         warnings.append(f"not all merged images could be deleted: {error}")
         return ()
+    warnings += (left := list(not_deleted(record)))
+    if not left:
+        note_deleted(Path(journal.top.path), record)
+    return deleted
 
 
 def record_superseded(journal: LiveJournal) -> tuple[()]:
@@ -259,7 +270,7 @@ def record_superseded(journal: LiveJournal) -> tuple[()]:
     In top's header nothing tells of that. Merged again, it would put old data over new.
     """
     top = Path(journal.top.path)
-    if top.exists() and same_image(identify(top), journal.top):
+    if top.exists() and may_be_same(identify(top), journal.top):
         superseded = Superseded(_doomed(journal), data_changed(top))
         record_merged(top, _record(journal, [], superseded))
     return ()
@@ -281,6 +292,7 @@ def _record(
         keep_name=False,
         delete=doomed,
         superseded=superseded,
+        request=journal.request,
     )
 
 

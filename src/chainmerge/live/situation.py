@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 from chainmerge.live.inspection import path_of
 from chainmerge.live.port import BlockNode
-from chainmerge.records.identity import identify
+from chainmerge.records.identity import identify, may_be_same, same_image
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chainmerge.live.port import BlockGraph
+    from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.live_journal import LiveJournal
 
 
@@ -44,34 +47,51 @@ class Place:
 def place_of(graph: BlockGraph, journal: LiveJournal) -> Place | None:
     """Find the images of a journal in the VM; None where base is not in the disk's chain."""
     chain = graph.chain()
-    keys = [_key_of(node, graph) for node in chain]
-    if journal.base.key not in keys:
+    images = [_identity_of(node, graph) for node in chain]
+    at = next((index for index, one in enumerate(images) if _is_of(one, journal.base)), None)
+    if at is None:
         return None
-    at = keys.index(journal.base.key)
-    wanted = [one.key for one in journal.overlays]
-    in_chain = dict(zip(keys[:at], chain[:at], strict=True))
-    merged = tuple(in_chain[key] for key in wanted if key in in_chain)
+    over = list(zip(images[:at], chain[:at], strict=True))
     chained = {node.name for node in chain}
-    others = {
-        _key_of(node, graph): node
+    others = [
+        (_identity_of(node, graph), node)
         for node in graph.nodes.values()
         if node.file is not None and node.name not in chained
-    }
-    over = [node for key, node in zip(keys[:at], chain[:at], strict=True) if key not in wanted]
+    ]
+    left_over = [_node_of(one, others) for one in reversed(journal.overlays)]
+    merged = [_node_of(one, over) for one in journal.overlays]
+    above = [node for image, node in over if not _is_of_any(image, journal.overlays)]
     return Place(
         active=chain[0],
         base=chain[at],
-        merged_nodes=merged,
-        left_over=tuple(others[key] for key in reversed(wanted) if key in others),
-        above=over[-1] if over else None,
+        merged_nodes=tuple(node for node in merged if node is not None),
+        left_over=tuple(node for node in left_over if node is not None),
+        above=above[-1] if above else None,
     )
 
 
-def _key_of(node: BlockNode, graph: BlockGraph) -> tuple[str, int, str] | None:
+def _identity_of(node: BlockNode, graph: BlockGraph) -> ImageIdentity | None:
     path = path_of(node, graph)
     if path is None:
         return None
     try:
-        return identify(Path(path)).key
+        return identify(Path(path))
     except OSError:
         return None
+
+
+def _is_of(image: ImageIdentity | None, wanted: ImageIdentity) -> bool:
+    if image is None or not may_be_same(image, wanted):
+        return False
+    # The VM has it open: where nothing tells more, the number of the file has to do.
+    return image.kind == "file" or same_image(image, wanted) or image.path == wanted.path
+
+
+def _is_of_any(image: ImageIdentity | None, wanted: Sequence[ImageIdentity]) -> bool:
+    return any(_is_of(image, one) for one in wanted)
+
+
+def _node_of(
+    wanted: ImageIdentity, nodes: Sequence[tuple[ImageIdentity | None, BlockNode]]
+) -> BlockNode | None:
+    return next((node for image, node in reversed(nodes) if _is_of(image, wanted)), None)

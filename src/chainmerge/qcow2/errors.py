@@ -84,8 +84,8 @@ class UnsupportedFeature(FormatError):
     code: ClassVar[str] = "unsupported-feature"
     template: ClassVar[str] = "{image}: needs a feature that is not supported: {feature}"
     hint: ClassVar[str] = (
-        "use the newest release of chainmerge, or convert the image with 'qemu-img convert' of the "
-        "QEMU that wrote it"
+        "use the newest release of chainmerge; or copy the image with 'qemu-img convert' of the "
+        "QEMU that wrote it, and keep it: its bitmaps and internal snapshots are not in the copy"
     )
     explanation: ClassVar[str] = (
         "The image says that it cannot be read correctly by a program that does not know a "

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Internal snapshots: the table that lists them (specification, "Snapshots")."""
+"""Internal snapshots: the table that lists them (specification, "Snapshots"), and their disks."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.table_errors import BadSnapshotTable
-
-if TYPE_CHECKING:
-    from chainmerge.qcow2.image import Qcow2Image
 
 #: QEMU's limits (block/qcow2.h, 7.2): QCOW_MAX_SNAPSHOTS_SIZE, QCOW_MAX_SNAPSHOT_EXTRA_DATA.
 MAX_TABLE_BYTES = 1024 * 65536
@@ -19,6 +17,9 @@ MAX_EXTRA_BYTES = 1024
 _ENTRY = struct.Struct(">QIHHIIQII")
 _VM_STATE_SIZE = struct.Struct(">Q")
 _DISK_SIZE = struct.Struct(">8xQ")
+# Header fields: the disk's size, the encryption method, length and place of the active L1 table.
+_DISK_FIELDS_AT = 24
+_DISK_FIELDS = struct.Struct(">QIIQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,15 @@ class Snapshot:
     """Bytes."""
     extra_size: int
     """Bytes of extra data that the entry has; version 3 wants 16 at least."""
+    entry_offset: int
+    """Bytes from the start of the table to the snapshot's entry."""
+    entry_size: int
+    """Bytes of the entry, without padding."""
+
+    @property
+    def label(self) -> str:
+        """What people call it: its name, or its number where it has none."""
+        return self.name or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +79,8 @@ def read_snapshot_table(image: Qcow2Image) -> SnapshotTable:
     for index in range(header.snapshot_count):
         # Entries start at multiples of 8 bytes; the last one is not padded.
         start = -(-size // 8) * 8
-        snapshot, length = _read_entry(image, index, header.snapshots_offset + start)
-        size = start + length
+        snapshot = _read_entry(image, index, start)
+        size = start + snapshot.entry_size
         if size > MAX_TABLE_BYTES:
             problem = f"it passes the {MAX_TABLE_BYTES} bytes that a snapshot table may have"
             raise BadSnapshotTable(image.name, index, problem)
@@ -78,9 +88,50 @@ def read_snapshot_table(image: Qcow2Image) -> SnapshotTable:
     return SnapshotTable(tuple(snapshots), size)
 
 
-def _read_entry(image: Qcow2Image, index: int, offset: int) -> tuple[Snapshot, int]:
-    """A snapshot and the length of its entry in bytes, without padding."""
-    readable = image.readable
+def image_of_snapshot(image: Qcow2Image, snapshot: Snapshot) -> Qcow2Image:
+    """The image as it would be with a snapshot's disk for its own. Data is in the same file.
+
+    As large as the larger of both disks, as far as the snapshot's L1 table reaches: QEMU (7.2,
+    ``qcow2_snapshot_load_tmp``) shows snapshots with the size of the active disk, and reverts
+    to them with their own.
+
+    Raises:
+        FormatError: the snapshot's L1 table is not one that QEMU would read.
+    """
+    header = image.header
+    wanted = max(snapshot.disk_size, header.virtual_size)
+    size = min(wanted, snapshot.l1_size * header.l2_entries * header.cluster_size)
+    fields = _DISK_FIELDS.pack(size, header.crypt_method, snapshot.l1_size, snapshot.l1_offset)
+    return Qcow2Image(_WithDisk(image.readable, fields))
+
+
+@dataclass(frozen=True, slots=True)
+class _WithDisk:
+    """An image with other header fields for the guest's disk."""
+
+    image: Readable
+    fields: bytes
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    @property
+    def size(self) -> int:
+        return self.image.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self.image.read(offset, length)
+        low = max(offset, _DISK_FIELDS_AT)
+        high = min(offset + length, _DISK_FIELDS_AT + len(self.fields))
+        if low >= high:
+            return data
+        part = self.fields[low - _DISK_FIELDS_AT : high - _DISK_FIELDS_AT]
+        return data[: low - offset] + part + data[high - offset :]
+
+
+def _read_entry(image: Qcow2Image, index: int, start: int) -> Snapshot:
+    readable, offset = image.readable, image.header.snapshots_offset + start
     fixed = readable.read(offset, _ENTRY.size)
     l1_offset, l1_size, id_size, name_size, _, _, _, vm_state_size, extra_size = _ENTRY.unpack(
         fixed
@@ -98,7 +149,7 @@ def _read_entry(image: Qcow2Image, index: int, offset: int) -> tuple[Snapshot, i
         (vm_state_size,) = _VM_STATE_SIZE.unpack_from(extra)
     if extra_size >= _DISK_SIZE.size:
         (disk_size,) = _DISK_SIZE.unpack_from(extra)
-    snapshot = Snapshot(
+    return Snapshot(
         l1_offset=l1_offset,
         l1_size=l1_size,
         id=names[:id_size].decode("utf-8", "surrogateescape"),
@@ -106,5 +157,6 @@ def _read_entry(image: Qcow2Image, index: int, offset: int) -> tuple[Snapshot, i
         disk_size=disk_size,
         vm_state_size=vm_state_size,
         extra_size=extra_size,
+        entry_offset=start,
+        entry_size=length,
     )
-    return snapshot, length

@@ -34,7 +34,8 @@ class TooManyClusters(FormatError):
         "{image}: the file has {clusters} clusters, more than the {limit} that can be checked"
     )
     hint: ClassVar[str] = (
-        "if the file really holds so much, convert it with 'qemu-img convert' to larger clusters"
+        "if the file really holds so much, copy it with 'qemu-img convert' to larger clusters, and "
+        "keep it: its bitmaps and internal snapshots are not in the copy"
     )
     explanation: ClassVar[str] = (
         "A consistency check counts the references to every cluster of the file. QEMU refuses to "
@@ -55,8 +56,7 @@ class TooLittleMemory(FormatError):
         "references to them"
     )
     hint: ClassVar[str] = (
-        "if the file really holds so much, give the command more memory: 6 bytes a cluster; a "
-        "copy made with 'qemu-img convert' is as small as what it holds"
+        "if the file really holds so much, give the command more memory: 6 bytes a cluster"
     )
     explanation: ClassVar[str] = (
         "A consistency check counts the references to every cluster of the file. A sparse file "
@@ -121,7 +121,8 @@ class UnreadableBitmap(FormatError):
     code: ClassVar[str] = "unreadable-bitmap"
     template: ClassVar[str] = "{image}: bitmap {bitmap!r} has no usable content: {reason}"
     hint: ClassVar[str] = (
-        "remove the bitmap; the next backup that would have used it must be a full one"
+        "`chainmerge repair {image}` shows what removing it means, and with --yes does that; the "
+        "next backup that would have used it must be a full one"
     )
     explanation: ClassVar[str] = (
         "A bitmap is marked 'in use' while a program that writes to the image keeps it in "

@@ -2,7 +2,7 @@
 """What holds the merges of several disks together until the last of them is done.
 
 ``.BASE.chainmerge-disks`` stands beside the base of each disk, where the other small files do
-(:mod:`chainmerge.records.files`). It names all disks, the command that finishes them, and whether
+(:mod:`chainmerge.records.files`). It names all disks, the request that finishes them, and whether
 this one is done. The first merge begins when all of these are durable; they go when all merges
 are done. How far a merge came is for its own files to say: these only say that it is one of
 several, and that one which has not begun yet is still to be done.
@@ -11,7 +11,6 @@ several, and that one which has not begun yet is still to be done.
 from __future__ import annotations
 
 import contextlib
-import shlex
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -20,16 +19,18 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.records.files import (
     UnusableState,
     beside,
+    forget_beside,
+    found_beside,
+    is_path,
     read_state,
-    remove_durably,
     write_state,
 )
+from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.request import RecordedRequest, command_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from chainmerge.records.merge_journal import Asked
 
 SUFFIX: Final = "chainmerge-disks"
 
@@ -41,13 +42,25 @@ class DiskEntry(msgspec.Struct, frozen=True):
     top: str
     disks: list[str]
     """The tops of all disks, this one included, in the order in which they were named."""
-    command: str
-    done: bool
+    command: str = ""
+    """The command that was recorded by earlier versions, which do not record the request."""
+    done: bool = False
+    identity: ImageIdentity | None = None
+    """Of base, where that is recorded."""
+    request: RecordedRequest | None = None
+    """What was asked for of all disks."""
+
+    @property
+    def finishing_command(self) -> str | None:
+        """What does the merges of all disks, as far as they are not done."""
+        if self.request is None:
+            return self.command or None
+        return command_of(self.request)
 
 
 def disk_file(base: Path) -> Path:
     """Where the entry of the disk that is merged into *base* stands, if there is one."""
-    return beside(base, SUFFIX)
+    return found_beside(base, SUFFIX, _owner)
 
 
 def keep_entry(base: Path, entry: DiskEntry) -> None:
@@ -55,26 +68,28 @@ def keep_entry(base: Path, entry: DiskEntry) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(disk_file(base), entry)
+    write_state(beside(base, SUFFIX), entry)
 
 
 def forget_entry(base: Path) -> None:
     """Remove an entry, durably, if there is one; one that stays says less than it did."""
     with contextlib.suppress(OSError, ChainmergeError):
-        remove_durably(disk_file(base))
+        forget_beside(base, SUFFIX, _owner)
 
 
 def read_entry(file: Path) -> DiskEntry | None:
     """The entry in *file*; None where there is none that can be read."""
     try:
-        return read_state(file, DiskEntry)
+        return read_state(file, DiskEntry, _problems)
     except UnusableState:
         return None
 
 
-def command_for_disks(tops: Sequence[str], bases: Sequence[str], asked: Asked) -> str:
-    """What merges all of the disks, or finishes them, as one types it into a shell."""
-    options = ("delete", "keep-name", "shrink", "discard")
-    flags = [f"--{name}" for name in options if getattr(asked, name.replace("-", "_"))]
-    named = [word for base in bases for word in ("--base", base)]
-    return shlex.join(["chainmerge", "merge", *flags, *named, "--", *tops])
+def _owner(file: Path) -> ImageIdentity | None:
+    entry = read_entry(file)
+    return None if entry is None else entry.identity
+
+
+def _problems(entry: DiskEntry) -> Iterator[str]:
+    if not all(is_path(path) for path in (entry.base, entry.top, *entry.disks)):
+        yield "it names what is no path"

@@ -2,15 +2,18 @@
 """The small files that outlive the process: where they stand, how they are written and read.
 
 They stand beside the image, so that any host that sees the image sees them; for block devices
-they stand in :data:`STATE_DIRECTORY`. Each holds one document as a line of JSON, written to a
-temporary name, synced and renamed.
+they stand in :data:`STATE_DIRECTORY`, under what the device is and not under its number or the
+name of its node, which another volume can have after the next boot. Each holds one document as a
+line of JSON, written to a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
@@ -18,11 +21,14 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 import msgspec
 
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.records.identity import device_identity, identify, may_be_same
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from chainmerge.records.identity import ImageIdentity
 
 STATE_DIRECTORY: Final = Path("/var/lib/chainmerge")
 _LONGEST_NAME: Final = 200
@@ -56,9 +62,50 @@ def beside(image: Path, suffix: str) -> Path:
     """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
     # Path.resolve() of Python 3.11 fails where links form a loop.
     real = Path(os.path.realpath(image))
-    if real.is_block_device():
-        return STATE_DIRECTORY / f"{str(real).strip('/').replace('/', '-')}.{suffix}"
-    return real.with_name(f".{_short(real.name)}.{suffix}")
+    if not real.is_block_device():
+        return real.with_name(f".{_short(real.name)}.{suffix}")
+    unique = device_identity(real.stat().st_rdev)
+    return STATE_DIRECTORY / f"{_file_name(unique) if unique else _name_of_node(real)}.{suffix}"
+
+
+def found_beside(image: Path, suffix: str, owner: Callable[[Path], ImageIdentity | None]) -> Path:
+    """As :func:`beside`, but where earlier versions put what is there, if it is *image*'s.
+
+    They filed the state of a block device under the name of its node. *owner* reads the identity
+    of the image that a file is of; None where it does not say. What it raises is passed on.
+    """
+    file = beside(image, suffix)
+    real = Path(os.path.realpath(image))
+    if not real.is_block_device() or file.exists():
+        return file
+    old = STATE_DIRECTORY / f"{_name_of_node(real)}.{suffix}"
+    if old == file or not old.exists():
+        return file
+    of = owner(old)
+    return old if of is not None and may_be_same(of, identify(real)) else file
+
+
+def forget_beside(image: Path, suffix: str, owner: Callable[[Path], ImageIdentity | None]) -> None:
+    """Remove what is beside *image* for good, also what :func:`found_beside` finds."""
+    remove_durably(beside(image, suffix))
+    with contextlib.suppress(ChainmergeError):
+        remove_durably(found_beside(image, suffix, owner))
+
+
+def _name_of_node(device: Path) -> str:
+    return str(device).strip("/").replace("/", "-")
+
+
+def _file_name(identity: str) -> str:
+    """What a file for a device of this identity is called."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,150}", identity):
+        return identity
+    return hashlib.sha256(os.fsencode(identity)).hexdigest()
+
+
+def beside_link(link: Path, suffix: str) -> Path:
+    """As :func:`beside`, for the name of a symbolic link itself, wherever it leads."""
+    return link.with_name(f".{_short(link.name)}.{suffix}")
 
 
 def _short(name: str) -> str:
@@ -115,12 +162,20 @@ def read_state(
     return document
 
 
+def is_path(text: str) -> bool:
+    """Whether a document names what can be the absolute path of a file."""
+    return text.startswith("/") and b"\0" not in os.fsencode(text)
+
+
 def remove_durably(file: Path) -> None:
     """Remove a file for good; nothing happens where there is none."""
     try:
         file.unlink()
-    except FileNotFoundError:
-        return
+    except OSError:
+        # A file system that is mounted read-only says so before it looks for the name.
+        if not os.path.lexists(file):
+            return
+        raise
     fsync_directory(file.parent)
 
 

@@ -13,7 +13,6 @@ right, whether or not the pivot came.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,11 +24,14 @@ from chainmerge.errors import Refused
 from chainmerge.records.files import (
     UnusableState,
     beside,
+    forget_beside,
+    found_beside,
+    is_path,
     read_state,
-    remove_durably,
     write_state,
 )
-from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.identity import ImageIdentity, identify, same_image
+from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,6 +134,18 @@ class LiveJournal(msgspec.Struct, frozen=True):
     say nothing."""
     guest_to_resume: bool = False
     """Whether the guest was suspended for the merge to take effect, and has to run again."""
+    request: RecordedRequest | None = None
+    """What was asked for, where that is recorded."""
+
+    @property
+    def known_request(self) -> RecordedRequest:
+        """What was asked for, as far as it is recorded."""
+        if self.request is not None:
+            return self.request
+        options = {"delete": True} if self.delete else {}
+        return RecordedRequest(
+            [self.top.path], [self.base.path], {}, dict(options), list(self.address)
+        )
 
     @property
     def is_active(self) -> bool:
@@ -151,7 +165,12 @@ class LiveJournal(msgspec.Struct, frozen=True):
 
 def live_journal_file(base: Path) -> Path:
     """Where the journal of a live merge into *base* stands, whether or not there is one."""
-    return beside(base, SUFFIX)
+    return found_beside(base, SUFFIX, _owner)
+
+
+def _owner(file: Path) -> ImageIdentity | None:
+    journal = read_live_journal(file)
+    return None if journal is None else journal.base
 
 
 def save_live_journal(journal: LiveJournal) -> None:
@@ -159,7 +178,7 @@ def save_live_journal(journal: LiveJournal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(live_journal_file(Path(journal.base.path)), journal)
+    write_state(beside(Path(journal.base.path), SUFFIX), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -176,7 +195,13 @@ def load_live_journal(base: Path) -> LiveJournal | None:
 
     Raises LiveJournalDamaged.
     """
-    return read_live_journal(live_journal_file(base))
+    journal = read_live_journal(live_journal_file(base))
+    here = os.path.realpath(base)
+    if journal is None or journal.base.path == here or not base.is_block_device():
+        return journal
+    # The volume has got another number since.
+    now = identify(base)
+    return msgspec.structs.replace(journal, base=now) if same_image(journal.base, now) else journal
 
 
 def read_live_journal(file: Path) -> LiveJournal | None:
@@ -196,7 +221,7 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
     if not journal.overlays:
         yield "it names no overlay"
     images = [journal.base, *journal.overlays, *([journal.above] if journal.above else [])]
-    if not all(one.path.startswith("/") and b"\0" not in os.fsencode(one.path) for one in images):
+    if not all(is_path(one.path) for one in images):
         yield "it names what is no path"
     last = len(journal.overlays)
     if any(not 0 <= index < last for kept in journal.kept for index in kept.sources):
@@ -205,13 +230,4 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
 
 def forget_live_journal(base: Path) -> None:
     """Remove the journal of *base*, durably; nothing happens where there is none."""
-    remove_durably(live_journal_file(base))
-
-
-def data_changed(image: Path) -> str:
-    """What is another text after every write to *image*; empty where nothing tells."""
-    try:
-        status = image.stat()
-    except OSError:
-        return ""
-    return f"{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
+    forget_beside(base, SUFFIX, _owner)

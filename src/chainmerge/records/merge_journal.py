@@ -36,8 +36,6 @@ without any journal.
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -47,14 +45,18 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.qcow2.header import SECTOR
+from chainmerge.records.changes import last_change
 from chainmerge.records.files import (
     UnusableState,
     beside,
+    forget_beside,
+    found_beside,
+    is_path,
     read_state,
-    remove_durably,
     write_state,
 )
 from chainmerge.records.identity import ImageIdentity, identify
+from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -62,7 +64,6 @@ if TYPE_CHECKING:
 
 JOURNAL_VERSION: Final = 1
 SUFFIX: Final = "chainmerge-journal"
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(eq=False)
@@ -133,9 +134,10 @@ class Journal(msgspec.Struct, frozen=True):
     ``overlays`` are the merged images, lowest first; ``children`` those that stand on top.
     ``spent`` are the names of tombstones that only top needs. ``first_sector`` is the SHA-256
     digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
-    known. ``boot`` tells one run of the machine from another. ``placement`` says where data goes
-    that base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that
-    is not recorded.
+    known. ``old_sector`` is that of base before the switch, empty where it is not recorded.
+    ``boot`` tells one run of the machine from another. ``placement`` says where data goes that
+    base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that is not
+    recorded. ``request`` is what was asked for, where that is recorded.
     """
 
     version: int
@@ -152,6 +154,18 @@ class Journal(msgspec.Struct, frozen=True):
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
     placement: str = ""
+    old_sector: str = ""
+    request: RecordedRequest | None = None
+
+    @property
+    def known_request(self) -> RecordedRequest:
+        """What was asked for, as far as it is recorded."""
+        if self.request is not None:
+            return self.request
+        options = {
+            name: True for name, value in msgspec.structs.asdict(self.asked).items() if value
+        }
+        return RecordedRequest([self.top.path], [self.base.path], {}, options)
 
     @property
     def top(self) -> ImageIdentity:
@@ -161,7 +175,12 @@ class Journal(msgspec.Struct, frozen=True):
 
 def journal_file(base: Path) -> Path:
     """Where the journal of a merge into *base* stands, whether or not there is one."""
-    return beside(base, SUFFIX)
+    return found_beside(base, SUFFIX, _owner)
+
+
+def _owner(file: Path) -> ImageIdentity | None:
+    journal = read_journal(file)
+    return None if journal is None else journal.base
 
 
 def save_journal(journal: Journal) -> None:
@@ -169,7 +188,7 @@ def save_journal(journal: Journal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(journal_file(Path(journal.base.path)), journal)
+    write_state(beside(Path(journal.base.path), SUFFIX), journal)
 
 
 def keep_journal(journal: Journal) -> Journal | None:
@@ -213,17 +232,13 @@ def _problems(journal: Journal) -> Iterator[str]:
     identities = [journal.base, *(one.identity for one in journal.overlays), *journal.children]
     paths = [one.path for one in identities] + journal.delete + journal.rename
     paths += [one.child for one in journal.repoint]
-    if not all(_is_path(path) for path in paths):
+    if not all(is_path(path) for path in paths):
         yield "it names what is no path"
-
-
-def _is_path(text: str) -> bool:
-    return text.startswith("/") and b"\0" not in os.fsencode(text)
 
 
 def forget_journal(base: Path) -> None:
     """Remove the journal of *base*, durably; nothing happens where there is none."""
-    remove_durably(journal_file(base))
+    forget_beside(base, SUFFIX, _owner)
 
 
 def enter(journal: Journal | None, state: JournalState) -> Journal | None:
@@ -258,25 +273,6 @@ def first_sector_of(base: Path) -> str:
     """
     with FileReadable(base) as readable:
         return digest_of(readable.read(0, SECTOR))
-
-
-def last_change(image: Path) -> str:
-    """What is another text after every write to *image*; empty where nothing is.
-
-    Raises OSError where there is nothing.
-    """
-    status = image.stat()
-    if not stat.S_ISREG(status.st_mode):
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-
-
-def this_boot() -> str:
-    """What is another text after every boot; empty where nothing tells."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def journalled(image: Path) -> JournalledImage:

@@ -9,15 +9,32 @@ file: the same command would pull that next.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from chainmerge.records.files import UnusableState, beside, read_state, remove_durably, write_state
+from chainmerge.errors import ChainmergeError
+from chainmerge.records.files import (
+    UnusableState,
+    beside,
+    beside_link,
+    forget_beside,
+    found_beside,
+    is_path,
+    read_state,
+    write_state,
+)
 from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+
+SUFFIX: Final = "chainmerge-merged"
 
 
 class DoomedImage(msgspec.Struct, frozen=True):
@@ -27,14 +44,27 @@ class DoomedImage(msgspec.Struct, frozen=True):
     identity: ImageIdentity
 
 
+class DoomedLink(msgspec.Struct, frozen=True):
+    """A symbolic link that is to be deleted, once it leads nowhere.
+
+    ``text`` is what stands in it, ``file`` the file that it led to.
+    """
+
+    path: str
+    text: str
+    file: str
+
+
 class Pulled(msgspec.Struct, frozen=True):
     """That the merge is a pull, and the backing file that top has once it is done.
 
     The name is as top's header has it, None for none. Nothing else tells as well: a guest that
     goes on writing to top between a kill and the rerun makes QEMU change the rest of the header.
+    ``onto`` is the image of that name: another one can have come to stand there.
     """
 
     backing: str | None
+    onto: ImageIdentity | None = None
 
 
 class Superseded(msgspec.Struct, frozen=True):
@@ -48,8 +78,25 @@ class Superseded(msgspec.Struct, frozen=True):
     since: str
 
 
+class LeftInPlace(msgspec.Struct, frozen=True):
+    """Top, where it stays although all of it is in base.
+
+    ``since`` and ``base_since`` are what the times of change of the two said then, empty where
+    they say nothing (:func:`chainmerge.records.changes.data_changed`).
+    """
+
+    identity: ImageIdentity
+    since: str
+    base_since: str
+
+
 class MergedRecord(msgspec.Struct, frozen=True):
-    """A merge whose top is about to be deleted or replaced, or of no use any more."""
+    """A merge whose top is about to be deleted or replaced, or of no use any more.
+
+    ``delete`` are the images that are still to be deleted: once that is done the list is empty.
+    ``left`` is top, where nothing is deleted or renamed. ``request`` is what was asked for, where
+    that is recorded.
+    """
 
     top: str
     base: str
@@ -60,16 +107,54 @@ class MergedRecord(msgspec.Struct, frozen=True):
     delete: list[DoomedImage]
     pulled: Pulled | None = None
     superseded: Superseded | None = None
+    request: RecordedRequest | None = None
+    left: LeftInPlace | None = None
+    links: list[DoomedLink] = []
+
+    def names_base(self, path: Path) -> bool:
+        """Whether *path* is base's, or that of a link to it that was deleted with it."""
+        known = {self.base, *(link.path for link in self.links if link.file == self.base)}
+        return bool({os.path.realpath(path), os.path.abspath(path)} & known)  # noqa: PTH100
+
+    @property
+    def known_request(self) -> RecordedRequest:
+        """What was asked for, as far as it is recorded."""
+        if self.request is not None:
+            return self.request
+        options: dict[str, Any] = {}
+        if self.pulled is not None:
+            options["direction"] = "pull"
+        if self.delete:
+            options["delete"] = True
+        if self.keep_name:
+            options["keep_name"] = True
+        return RecordedRequest([self.top], [self.base], {}, options)
 
 
 def merged_record_file(top: Path) -> Path:
     """Where the record of a merge of *top* stands."""
-    return beside(top, "chainmerge-merged")
+    return found_beside(top, SUFFIX, _owner)
+
+
+def _owner(file: Path) -> ImageIdentity | None:
+    """The identity of top, as far as the record is of one that stays."""
+    record = read_merged_record(file)
+    if record is None:
+        return None
+    if record.superseded is not None:
+        return record.superseded.images[0].identity
+    if record.left is not None:
+        return record.left.identity
+    return None if record.pulled is None else record.result_identity
 
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
-    write_state(merged_record_file(top), record)
+    write_state(beside(top, SUFFIX), record)
+    for link in record.links:
+        # With the link gone, its name is all that the same command has.
+        if link.file == record.top:
+            write_state(beside_link(Path(link.path), SUFFIX), record)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
@@ -84,11 +169,37 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 def read_merged_record(file: Path) -> MergedRecord | None:
     """The record in *file*; None where there is none that can be read."""
     try:
-        return read_state(file, MergedRecord)
+        return read_state(file, MergedRecord, _problems)
     except (OSError, UnusableState):
         return None
 
 
+def _problems(record: MergedRecord) -> Iterator[str]:
+    doomed = list(record.delete)
+    if record.superseded is not None:
+        if not record.superseded.images:
+            yield "it names no image that is left"
+        doomed += record.superseded.images
+    paths = [record.top, record.base, record.result, record.result_identity.path]
+    paths += [path for one in doomed for path in (one.path, one.identity.path)]
+    paths += [path for link in record.links for path in (link.path, link.file)]
+    if record.left is not None:
+        paths.append(record.left.identity.path)
+    if not all(is_path(path) for path in paths):
+        yield "it names what is no path"
+
+
+def note_deleted(top: Path, record: MergedRecord) -> None:
+    """Record that nothing is left to delete: what comes to stand there is another merge's.
+
+    A record that stays as it is says no more than that which is deleted may be again, if it is
+    still the same image.
+    """
+    if record.delete:
+        with contextlib.suppress(ChainmergeError):
+            record_merged(top, msgspec.structs.replace(record, delete=[]))
+
+
 def forget_merged_record(top: Path) -> None:
     """Remove the record of a merge of *top*."""
-    remove_durably(merged_record_file(top))
+    forget_beside(top, SUFFIX, _owner)

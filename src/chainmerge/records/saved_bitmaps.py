@@ -34,10 +34,13 @@ from chainmerge.records.files import (
     beside,
     decoded,
     encoded,
+    forget_beside,
+    found_beside,
+    is_path,
     make_directory,
-    remove_durably,
 )
 from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, write_file_durably
 
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAGIC: Final = b"chainmerge saved bitmaps 1\n"
+SUFFIX: Final = "chainmerge-saved"
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
@@ -86,6 +90,7 @@ class _SavedHeader(msgspec.Struct, frozen=True):
     base: ImageIdentity
     overlay: ImageIdentity
     bitmaps: list[_SavedName]
+    request: RecordedRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +108,25 @@ class SavedBitmap:
 
 @dataclass(frozen=True, slots=True)
 class SavedBitmaps:
-    """Base's checkpoints, out of QEMU's reach while it writes into base."""
+    """Base's checkpoints, out of QEMU's reach while it writes into base.
+
+    ``request`` is the merge that was asked for, where that is recorded.
+    """
 
     base: ImageIdentity
     overlay: ImageIdentity
     bitmaps: tuple[SavedBitmap, ...]
+    request: RecordedRequest | None = None
 
 
 def saved_bitmaps_file(base: Path) -> Path:
     """Where the saved bitmaps of *base* stand, whether or not there are any."""
-    return beside(base, "chainmerge-saved")
+    return found_beside(base, SUFFIX, _owner)
+
+
+def _owner(file: Path) -> ImageIdentity | None:
+    saved = read_saved_bitmaps(file)
+    return None if saved is None else saved.base
 
 
 def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
@@ -126,9 +140,9 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
         name = list(bitmap.name.encode("utf-8", "surrogateescape"))
         in_base, in_overlay = _announce(bitmap.in_base, blobs), _announce(bitmap.in_overlay, blobs)
         names.append(_SavedName(name, in_base, in_overlay))
-    header = encoded(_SavedHeader(saved.base, saved.overlay, names))
+    header = encoded(_SavedHeader(saved.base, saved.overlay, names, saved.request))
     document = b"".join([MAGIC, header, *blobs])
-    target = saved_bitmaps_file(base)
+    target = beside(base, SUFFIX)
     make_directory(target.parent)
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
 
@@ -165,6 +179,8 @@ def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
 def _decode(document: bytes) -> SavedBitmaps:
     header_end = document.index(b"\n", len(MAGIC)) + 1
     header = decoded(document[len(MAGIC) : header_end], _SavedHeader)
+    if not (is_path(header.base.path) and is_path(header.overlay.path)):
+        raise UnusableState("it names what is no path")
     blobs = memoryview(document)[header_end:]
     bitmaps = []
     for entry in header.bitmaps:
@@ -172,7 +188,7 @@ def _decode(document: bytes) -> SavedBitmaps:
         in_base, blobs = _take(entry.base, blobs)
         in_overlay, blobs = _take(entry.overlay, blobs)
         bitmaps.append(SavedBitmap(name, in_base, in_overlay))
-    return SavedBitmaps(header.base, header.overlay, tuple(bitmaps))
+    return SavedBitmaps(header.base, header.overlay, tuple(bitmaps), header.request)
 
 
 def _announce(bits: BitSet | None, blobs: list[bytes]) -> _SavedBits | None:
@@ -193,7 +209,7 @@ def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | Non
 
 def forget_saved_bitmaps(base: Path) -> None:
     """Remove the saved bitmaps of *base*, durably; nothing happens where there are none."""
-    remove_durably(saved_bitmaps_file(base))
+    forget_beside(base, SUFFIX, _owner)
 
 
 def _read_file(file: Path) -> bytes | None:

@@ -41,6 +41,11 @@ def words(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style, overflow="fold")
 
 
+def command(text: str) -> Text:
+    """Return a command to be copied: on one line, however long that is."""
+    return Text(printable(text), overflow="ignore", no_wrap=True)
+
+
 def number(value: int | None) -> Text:
     """Return an exact number, or a dash for one that is not known."""
     return words("-", QUIET) if value is None else Text(str(value), justify="right")

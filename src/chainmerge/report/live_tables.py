@@ -45,8 +45,9 @@ def _parts(merge: LiveMergeStatus) -> Iterator[RenderableType]:
         table.add_row(words("now", layout.QUIET), words(waits, layout.BAD))
     if merge.error is not None:
         table.add_row(words("error", layout.QUIET), words(merge.error, layout.BAD))
-    table.add_row(words("carried on by", layout.QUIET), words(merge.command))
     yield layout.indented(table)
+    yield layout.indented(words("carried on by", layout.QUIET))
+    yield layout.command(f"    {merge.command}")
 
 
 def _job(merge: LiveMergeStatus) -> str:

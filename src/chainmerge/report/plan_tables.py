@@ -9,7 +9,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from chainmerge.options import Placement
-from chainmerge.planning import EngineName, MergePlan, PlannedBitmap, PlannedImage, Progress, Role
+from chainmerge.planning import (
+    EngineName,
+    MergePlan,
+    PlannedBitmap,
+    PlannedImage,
+    PlannedSnapshots,
+    Progress,
+    Role,
+)
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size
@@ -44,6 +52,7 @@ _REQUIRED = {
     EngineName.NATIVE: "at the merge's peak, exactly",
     EngineName.QEMU: "at the merge's peak, an upper bound",
 }
+_SNAPSHOTS_LISTED: Final = 20
 _PRUNED_FIRST = "stale bitmaps are removed first, by a switch of their own, to make room"
 
 
@@ -82,6 +91,8 @@ def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
     yield layout.section("Chain", _chain(plan.images))
     yield layout.section("What moves", _movement(plan))
     yield layout.section("Bitmaps", _bitmaps(plan.bitmaps))
+    if plan.snapshots:
+        yield layout.section("Internal snapshots", _snapshots(plan.snapshots))
     yield layout.section("Space", _space(plan))
     afterwards = tuple(_afterwards(plan))
     if afterwards:
@@ -169,6 +180,23 @@ def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> RenderableType:
     return Group(table, words(summary, layout.BAD if lost else layout.QUIET))
 
 
+def _snapshots(snapshots: tuple[PlannedSnapshots, ...]) -> RenderableType:
+    table = layout.listing("image", "snapshot", "fate")
+    for image in snapshots:
+        given_back = f", {human_size(image.freed)} given back" if image.freed else ""
+        for names, fate, style in (
+            (image.kept, "shows what it showed", layout.GOOD),
+            (image.lost, "would show other data, or be deleted", layout.BAD),
+            (image.dropped, f"deleted{given_back}", layout.CAUTION),
+        ):
+            for name in names[:_SNAPSHOTS_LISTED]:
+                table.add_row(words(image.image), words(name), words(fate, style))
+            more = len(names) - _SNAPSHOTS_LISTED
+            if more > 0:
+                table.add_row(words(image.image), words(f"{more} more"), words(fate, style))
+    return table
+
+
 def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
     yield bitmap.reason
     if bitmap.unguarded:
@@ -224,4 +252,4 @@ def _afterwards(plan: MergePlan) -> Iterator[str]:
         yield f"{path} is deleted"
     if plan.rename is not None:
         old, new = plan.rename
-        yield f"{old} is renamed to {new}"
+        yield f"{old} is renamed to {new}, and takes the place of that file"

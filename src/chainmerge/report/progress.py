@@ -24,6 +24,7 @@ STAGE_WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         Stage.LOCK: "locking the images",
         Stage.PLAN: "planning",
+        Stage.SNAPSHOTS: "removing internal snapshots",
         Stage.PRUNE: "pruning stale bitmaps",
         Stage.EXTEND: "extending the volume",
         Stage.COPY: "copying data",

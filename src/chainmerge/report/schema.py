@@ -20,6 +20,7 @@ from chainmerge.planning import PLAN_VERSION, MergePlan
 from chainmerge.report.json import ErrorReport
 from chainmerge.types import (
     REPORT_VERSION,
+    BackingReport,
     BitmapChange,
     BitmapListing,
     ChainReport,
@@ -31,6 +32,7 @@ from chainmerge.types import (
     MergeReport,
     ProgressEvent,
     PruneReport,
+    RelinkReport,
     RepairReport,
     StatusReport,
     UndoReport,
@@ -52,6 +54,8 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,
         f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
+        f"backing-{REPORT_VERSION}": BackingReport,
+        f"relink-{REPORT_VERSION}": RelinkReport,
         f"repair-{REPORT_VERSION}": RepairReport,
         f"repair-undo-{REPORT_VERSION}": UndoReport,
         f"status-{REPORT_VERSION}": StatusReport,
@@ -64,7 +68,13 @@ _ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 # Cross references of the documentation: ":data:`~chainmerge.planning.PLAN_VERSION`".
 _ROLE: Final = re.compile(r":\w+:(`[^`]*`)")
 _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
-    {ProgressEvent: "progress", MergeReport: "report", DisksReport: "report", ErrorReport: "error"}
+    {
+        ProgressEvent: "progress",
+        MergeReport: "report",
+        DisksReport: "report",
+        RelinkReport: "report",
+        ErrorReport: "error",
+    }
 )
 
 

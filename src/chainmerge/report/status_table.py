@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 def status_report(report: StatusReport) -> RenderableType:
     """Which merges did not come to their end, and what finishes them."""
     searched = ", ".join(report.searched)
-    if not report.merges:
-        return words(f"no unfinished merges in {searched}", layout.GOOD)
+    if report.merges:
+        title = words(count(len(report.merges), "unfinished merge"), layout.CAUTION)
+    else:
+        title = words(f"no unfinished merges in {searched}", layout.GOOD)
     return Group(
-        words(count(len(report.merges), "unfinished merge"), layout.CAUTION),
+        title,
         *(part for merge in report.merges for part in _parts(merge)),
+        *layout.warnings_section(report.not_searched),
     )
 
 
@@ -40,13 +43,14 @@ def _parts(merge: UnfinishedMerge) -> Iterator[RenderableType]:
     if merge.base_is_locked:
         open_now = words("base is open: perhaps this merge is still running", layout.CAUTION)
         table.add_row(words("now", layout.QUIET), open_now)
-    if merge.command is not None:
-        table.add_row(words("finished by", layout.QUIET), words(merge.command))
     for file in merge.files:
         table.add_row(words("told by", layout.QUIET), words(file, layout.QUIET))
     for warning in merge.warnings:
         table.add_row(words("warning", layout.CAUTION), words(warning, layout.CAUTION))
     yield layout.indented(table)
+    if merge.command is not None:
+        yield layout.indented(words("finished by", layout.QUIET))
+        yield layout.command(f"    {merge.command}")
 
 
 def _answer(merge: UnfinishedMerge) -> Text:

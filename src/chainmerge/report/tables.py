@@ -14,6 +14,7 @@ from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size, rough_size
 from chainmerge.types import (
     UNUSABLE_BITMAP,
+    BackingReport,
     BitmapChange,
     BitmapListing,
     BitmapResult,
@@ -28,6 +29,7 @@ from chainmerge.types import (
     MergeReport,
     PrunedBitmap,
     PruneReport,
+    RelinkReport,
     RepairReport,
     UndoReport,
 )
@@ -134,11 +136,12 @@ def bitmap_listing(listing: BitmapListing) -> RenderableType:
 
 def bitmap_change(change: BitmapChange) -> RenderableType:
     """What a change of an image's bitmaps led to."""
-    done = {"add": "added", "remove": "removed", "clear": "removed", "merge": "merged into"}
+    done = {"add": "added", "remove": "removed", "clear": "cleared", "merge": "merged into"}
     verb = done.get(change.action, change.action)
     return Group(
         words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
         _stored_bitmaps(change.bitmaps),
+        *layout.warnings_section(change.warnings),
     )
 
 
@@ -170,6 +173,37 @@ def repair_report(report: RepairReport) -> RenderableType:
         *_listed("What was there before", _ways_back(report)),
         *layout.warnings_section(report.warnings),
         *_next_step(report),
+    )
+
+
+def backing_report(report: BackingReport) -> RenderableType:
+    """What an image names as its backing file, and which files could be a lost one."""
+    declared = f" ({report.backing_format})" if report.backing_format else ""
+    name = "no backing file" if report.backing is None else f"{report.backing}{declared}"
+    if report.problem is None:
+        return words(f"{report.image} stands on {name}")
+    parts: list[RenderableType] = [
+        words(f"{report.image} should stand on {name}"),
+        words(report.problem, layout.BAD),
+    ]
+    if not report.candidates:
+        note = "No file that could be it was found; --search DIR looks in other directories."
+        return Group(*parts, words(note, layout.QUIET))
+    for candidate in report.candidates:
+        about = f"{candidate.path} ({candidate.format})"
+        parts += [words(about), layout.indented(layout.bullets(candidate.reasons))]
+    image, first = shlex.quote(report.image), shlex.quote(report.candidates[0].path)
+    note = f"If you know that it is the right one: `chainmerge relink {image} --backing {first}`"
+    return Group(*parts, words(note, layout.QUIET))
+
+
+def relink_report(report: RelinkReport) -> RenderableType:
+    """Which backing file an image has now."""
+    name = "no backing file" if report.backing is None else report.backing
+    return Group(
+        words(f"{report.image} stands on {name} now", layout.GOOD),
+        *_listed("Verified", report.verified),
+        *layout.warnings_section(report.warnings),
     )
 
 
@@ -234,7 +268,7 @@ def _settled(report: MergeReport) -> Iterator[str]:
         yield f"{path} is deleted"
     if report.renamed is not None:
         old, new = report.renamed
-        yield f"{old} is now {new}"
+        yield f"{old} is now {new}, in place of the file that was there"
 
 
 def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:

@@ -16,8 +16,8 @@ class CannotGrowBase(Refused):
     code: ClassVar[str] = "cannot-grow-base"
     template: ClassVar[str] = "{image}: its disk cannot grow to top's {size} bytes: {reason}"
     hint: ClassVar[str] = (
-        "convert {image} to a qcow2 image of version 3 with a larger cluster size and without "
-        "internal snapshots, or make top's disk as small as base's"
+        "pull instead (--direction pull), which leaves {image} as it is; do not shrink top: what "
+        "the guest has behind the new end would be lost"
     )
     explanation: ClassVar[str] = (
         "A merge makes base's virtual disk as large as top's. QEMU cannot do that to an image of "

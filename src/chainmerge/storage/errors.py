@@ -92,8 +92,9 @@ class ImageReadOnly(Refused):
     code: ClassVar[str] = "image-read-only"
     template: ClassVar[str] = "{image}: cannot be written: {reason}"
     hint: ClassVar[str] = (
-        "make the storage writable (remount the file system, or 'blockdev --setrw' the device) "
-        "if the image is meant to be changed"
+        "find out why that is so: it may be shared, or protected on purpose; if the image is meant "
+        "to be changed, make it writable again where it was made read-only (a logical volume: "
+        "'lvchange -prw VG/LV'; a file: 'chattr -i'; or remount the file system)"
     )
     explanation: ClassVar[str] = (
         "The image must be written for this operation, and its file system is mounted read-only, "
@@ -127,7 +128,9 @@ class ImageLocked(Refused):
     code: ClassVar[str] = "image-locked"
     template: ClassVar[str] = "{image}: is in use by {holder}"
     hint: ClassVar[str] = (
-        "shut the virtual machine down, or end what uses the image, and run the command again"
+        "wait for what uses the image to end (--lock-wait SECONDS); or shut the virtual machine "
+        "down in order, or merge while it runs (`chainmerge live merge`); do not kill a program "
+        "that may be writing to it"
     )
     explanation: ClassVar[str] = (
         "QEMU locks the images it has open (open file description locks on single bytes of the "
@@ -458,6 +461,45 @@ class VolumeGroupFull(CannotGrow):
         "striped volumes are extended; one of another type (thin, mirrored, cached, ...) must be "
         "extended by hand first. The image was not changed."
     )
+
+
+@dataclass(eq=False)
+class ExtensionRefused(Refused):
+    """LVM did not extend a logical volume, which has its old size."""
+
+    code: ClassVar[str] = "lvm-extension-refused"
+    template: ClassVar[str] = (
+        "{image}: lvm did not extend the volume to {size} bytes (status {status}): {reason}"
+    )
+    hint: ClassVar[str] = (
+        "remove the cause that lvm names (where somebody else has the volume group locked: wait "
+        "until they are done), then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "The logical volume has to become larger before anything is written, and LVM refused that, "
+        "for example because somebody else has its volume group locked. The volume has its old "
+        "size, which was looked at. Nothing was changed."
+    )
+    image: str
+    size: int
+    status: int
+    reason: str
+
+
+@dataclass(eq=False)
+class VolumeNotActivated(Refused):
+    """LVM did not activate a logical volume."""
+
+    code: ClassVar[str] = "volume-not-activated"
+    template: ClassVar[str] = "{volume} cannot be activated: {reason}"
+    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    explanation: ClassVar[str] = (
+        "With --activate, logical volumes of the chain that are not active are activated first. "
+        "LVM refused that, for example because another host has the volume active. Nothing was "
+        "changed, and what was activated for this command is not active any more."
+    )
+    volume: str
+    reason: str
 
 
 @dataclass(eq=False)

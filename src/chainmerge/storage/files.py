@@ -28,6 +28,7 @@ from chainmerge.storage.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from chainmerge.errors import Failed, Refused
@@ -44,6 +45,12 @@ _FILE_TYPES: Final = {
     stat.S_IFCHR: "a character device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+# Who else may use a file. What a file does not have of these counts, too.
+_ACCESS_CONTROL: Final = frozenset({"system.posix_acl_access", "system.nfs4_acl"})
+# Checksums and signatures of what is in the file.
+_OF_THE_CONTENT: Final = frozenset({"security.ima", "security.evm"})
 
 
 class FileReadable:
@@ -324,11 +331,15 @@ class AppendedFile:
         self.close()
 
 
-def take_on_access(file: FileReadable, other: StrPath) -> None:
-    """Give an open regular file the owner, group and permissions of the one that it replaces.
+def take_on_access(file: FileReadable, other: StrPath) -> tuple[str, ...]:
+    """Give an open regular file the owner, permissions and attributes of the one that it replaces.
 
-    Where only root could do that, it keeps its own: permissions that were meant for other
-    owners are not given to these.
+    With the attributes come access control lists and security labels. Where only root could give
+    the owner, the file keeps its own and all that goes with it: permissions that were meant for
+    other owners are not given to these.
+
+    Returns:
+        What it could not be given, in words.
 
     Raises:
         WriteFailed: the storage reported an error.
@@ -339,9 +350,33 @@ def take_on_access(file: FileReadable, other: StrPath) -> None:
             os.fchown(file.fd, wanted.st_uid, wanted.st_gid)
         os.fchmod(file.fd, stat.S_IMODE(wanted.st_mode))
     except PermissionError:
-        return
+        return ("owner and permissions",)
     except OSError as error:
         raise write_error(file.name, 0, 0, error) from error
+    return tuple(_take_on_attributes(file.fd, os.fspath(other)))
+
+
+def _take_on_attributes(fd: int, other: str) -> Iterator[str]:
+    """Copy extended attributes; yields the names of those that could not be."""
+    try:
+        wanted = {name: os.getxattr(other, name) for name in os.listxattr(other)}
+        own = {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            yield f"extended attributes ({reason_of(error)})"
+        return
+    for name in (own.keys() - wanted.keys()) & _ACCESS_CONTROL:
+        try:
+            os.removexattr(fd, name)
+        except OSError:
+            yield name
+    for name, value in sorted(wanted.items()):
+        if name in _OF_THE_CONTENT or own.get(name) == value:
+            continue
+        try:
+            os.setxattr(fd, name, value)
+        except OSError:
+            yield name
 
 
 def read_anew(path: StrPath) -> None:

@@ -140,8 +140,8 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
     """What LVM reports of the volume with a path; *image* is what messages call it.
 
     Raises:
-        NotALogicalVolume: LVM does not know it.
-        LvmMissing, LvmFailed: there is no report.
+        NotALogicalVolume: LVM does not know it, or there is no report.
+        LvmMissing
     """
     try:
         rows = _report(image, "lvs", "-o", ",".join(_FIELDS), "--", path)
@@ -163,7 +163,8 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
             stripes=max(int(last["stripes"]), 1),
         )
     except (KeyError, ValueError) as error:
-        raise LvmFailed(image, "lvm lvs", 0, f"its report cannot be read: {error!r}") from error
+        reason = f"the report of 'lvm lvs' cannot be read: {error!r}"
+        raise NotALogicalVolume(image, reason) from error
     if len({(row["vg_name"], row["lv_name"]) for row in rows}) != 1:
         raise NotALogicalVolume(image, "lvm has several volumes under that name")
     return volume

@@ -22,6 +22,7 @@ from chainmerge.storage.errors import (
     CannotShrink,
     DeviceTooSmall,
     DiscardFailed,
+    ExtensionRefused,
     FileLimitReached,
     FileSystemFull,
     LvmFailed,
@@ -171,6 +172,7 @@ class Volume(Protocol):
 
         Raises:
             CannotGrow: there is not enough space.
+            ExtensionRefused: LVM did not extend it.
             Failed, OutcomeUnknown: the storage reported an error.
         """
 
@@ -371,7 +373,12 @@ class LvmVolume:
         target = known.size_after_growth(required)
         if target == known.size:
             return
-        lvm.extend(self.path, known, target)
+        try:
+            lvm.extend(self.path, known, target)
+        except LvmFailed as error:
+            if self.size != known.size:
+                raise
+            raise ExtensionRefused(self.path, target, error.status, error.reason) from error
         if self._reported().size < required:
             raise LvmFailed(self.path, "lvm lvextend", 0, "the volume is not as large as asked for")
 

@@ -251,7 +251,7 @@ CASES: Final[Mapping[str, PowerCase]] = {
         gone=("base", "first"),
     ),
     "files on ext4, pulled": PowerCase(
-        _chain(), _merge("{top}", "--direction", "pull", "--keep-name"), "top", _DIRTY,
+        _chain(), _merge("{top}", "--direction", "pull", "--delete"), "top", _DIRTY,
         storage=EXT4, gone=("base",),
     ),
     "files on XFS, extents shared": PowerCase(

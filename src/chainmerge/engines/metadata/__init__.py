@@ -34,6 +34,11 @@ from chainmerge.engines.metadata.salvage import (
     tables_of,
     tables_with_bitmaps,
 )
+from chainmerge.engines.metadata.snapshot_removal import (
+    SnapshotRemoval,
+    plan_snapshot_removal,
+    remove_snapshots,
+)
 from chainmerge.engines.metadata.steps import Port
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "MetadataRewrite",
     "Port",
     "RewriteOutcome",
+    "SnapshotRemoval",
     "StoredBitmap",
     "Tables",
     "change_backing",
@@ -55,8 +61,10 @@ __all__ = [
     "overwritten_metadata",
     "plan_bitmap_set",
     "plan_rebuild",
+    "plan_snapshot_removal",
     "rebuild",
     "reclaim_leaks",
+    "remove_snapshots",
     "replace_bitmaps",
     "tables_of",
     "tables_with_bitmaps",

@@ -29,7 +29,7 @@ class BitmapSetUnfit(Refused):
     template: ClassVar[str] = "{image}: cannot hold these bitmaps: {problem}"
     hint: ClassVar[str] = (
         "for a version 2 image, 'qemu-img amend -o compat=1.1 {image}' makes it able to hold "
-        "bitmaps; else rename, drop or coarsen the bitmap"
+        "bitmaps; else give the new bitmap another name or a coarser granularity"
     )
     explanation: ClassVar[str] = (
         "Bitmaps can only be stored in qcow2 images of version 3, under distinct names of at most "
@@ -92,7 +92,10 @@ class RefcountTableFull(Refused):
     template: ClassVar[str] = (
         "{image}: its refcount table would have to grow beyond the {limit} bytes that QEMU reads"
     )
-    hint: ClassVar[str] = "convert the image to one with larger clusters by 'qemu-img convert'"
+    hint: ClassVar[str] = (
+        "copy the image with 'qemu-img convert' to one with larger clusters, and keep it: its "
+        "bitmaps and internal snapshots are not in the copy"
+    )
     explanation: ClassVar[str] = (
         "With small clusters and wide refcounts a qcow2 file can reach a size where no further "
         "cluster can be counted: QEMU reads at most 8 MiB of refcount table. Nothing was written."

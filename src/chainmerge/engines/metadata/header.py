@@ -43,6 +43,8 @@ _L1_TABLE_FIELD = struct.Struct(">IQ")
 _L1_TABLE_AT = 36
 _REFCOUNT_TABLE_FIELD = struct.Struct(">QI")
 _REFCOUNT_TABLE_AT = 48
+_SNAPSHOTS_FIELD = struct.Struct(">IQ")
+_SNAPSHOTS_AT = 60
 _INCOMPATIBLE_FIELD = struct.Struct(">Q")
 _INCOMPATIBLE_AT = 72
 _AUTOCLEAR_FIELD = struct.Struct(">Q")
@@ -65,6 +67,8 @@ class HeaderContent:
         bitmaps_trusted: Whether the autoclear bit vouches for the bitmaps.
         refcount_table_offset: File offset in bytes.
         refcount_table_clusters: Its size in clusters.
+        snapshot_count: Number of internal snapshots.
+        snapshots_offset: File offset of the table that lists them, in bytes; 0 without any.
         backing_name: As in :class:`chainmerge.qcow2.header.Header`.
         backing_format: The format's name, None for an image that does not say.
         incompatible: The feature bits of that kind; version 2 has none.
@@ -77,6 +81,8 @@ class HeaderContent:
     bitmaps_trusted: bool
     refcount_table_offset: int
     refcount_table_clusters: int
+    snapshot_count: int
+    snapshots_offset: int
     backing_name: str | None
     backing_format: str | None
     incompatible: Incompatible
@@ -106,6 +112,8 @@ def content_of(header: Header) -> HeaderContent:
         bitmaps_trusted=header.bitmaps_trusted,
         refcount_table_offset=header.refcount_table_offset,
         refcount_table_clusters=header.refcount_table_clusters,
+        snapshot_count=header.snapshot_count,
+        snapshots_offset=header.snapshots_offset,
         backing_name=header.backing_name,
         backing_format=header.backing_format,
         incompatible=header.incompatible,
@@ -173,6 +181,9 @@ def _fields(cluster: bytes, header: Header, content: HeaderContent, name: bytes)
         _REFCOUNT_TABLE_AT,
         content.refcount_table_offset,
         content.refcount_table_clusters,
+    )
+    _SNAPSHOTS_FIELD.pack_into(
+        fields, _SNAPSHOTS_AT, content.snapshot_count, content.snapshots_offset
     )
     if header.version >= 3:
         autoclear = header.autoclear & _KNOWN_AUTOCLEAR & ~Autoclear.BITMAPS

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that could be a backing file that is not where an image says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from chainmerge.chain.model import ImageFormat, ImageInfo
+from chainmerge.chain.names import path_from_header, possible_backing_paths
+from chainmerge.chain.reading import (
+    DeclaredFormat,
+    begins_as_qcow2,
+    describe,
+    identity_at,
+    identity_of_opened,
+)
+from chainmerge.chain.relatives import files_around
+from chainmerge.errors import ChainmergeError
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+MOST_CANDIDATES: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A file that could be a lost backing file, and what speaks for it, strongest first."""
+
+    path: Path
+    format: str
+    reasons: tuple[str, ...]
+
+
+def files_that_could_back(image: ImageInfo, search: Sequence[Path] = ()) -> tuple[Candidate, ...]:
+    """Name the files that could be the backing file of *image*, the likeliest first.
+
+    A name, a size, and bitmaps that both have are no proof: whoever chooses has to know, or the
+    content has to be compared. What stands on the image itself cannot be below it.
+
+    Args:
+        image: an image whose backing file is not where its header says.
+        search: directories to look in besides those around the image.
+
+    Returns:
+        At most :data:`MOST_CANDIDATES`.
+
+    Raises:
+        SearchPathUnusable, TooManyFiles
+    """
+    found = [
+        candidate
+        for path in files_around([image.path], search)
+        if (candidate := _candidate(image, path)) is not None
+    ]
+    found.sort(key=lambda one: (-_weight(one), str(one.path)))
+    return tuple(found[:MOST_CANDIDATES])
+
+
+def _weight(candidate: Candidate) -> int:
+    return len(candidate.reasons) + (3 if candidate.reasons[0] == _SAME_NAME else 0)
+
+
+_SAME_NAME: Final = "it has the name that the image asks for"
+
+
+def _candidate(image: ImageInfo, path: Path) -> Candidate | None:
+    try:
+        with FileReadable(path) as readable:
+            if identity_of_opened(readable) == image.identity:
+                return None
+            is_qcow2 = begins_as_qcow2(readable)
+            declared = image.header.backing_format if image.header else None
+            if declared == ImageFormat.QCOW2 and not is_qcow2:
+                return None
+            as_format = declared or (ImageFormat.QCOW2 if is_qcow2 else ImageFormat.RAW)
+            other = describe(path, readable, DeclaredFormat(as_format, str(image.path)))
+    except (ChainmergeError, OSError):
+        return None
+    if _stands_on(other, image):
+        return None
+    reasons = tuple(_reasons(image, other))
+    is_likely = _SAME_NAME in reasons or (is_qcow2 and bool(reasons))
+    return Candidate(path, other.format, reasons) if is_likely else None
+
+
+def _stands_on(other: ImageInfo, image: ImageInfo) -> bool:
+    names = possible_backing_paths(other.path, other.backing_name or "")
+    return any(identity_at(name) == image.identity for name in names)
+
+
+def _reasons(image: ImageInfo, other: ImageInfo) -> Iterator[str]:
+    wanted = Path(path_from_header(image.backing_name or "")).name
+    if wanted and other.path.name == wanted:
+        yield _SAME_NAME
+    if other.guest_size == image.guest_size:
+        yield "its disk has the same size"
+    shared = _shared_names(image, other)
+    if shared:
+        yield f"it has the bitmaps {', '.join(map(repr, shared))}, too"
+
+
+def _shared_names(image: ImageInfo, other: ImageInfo) -> list[str]:
+    most = 3
+    names = {entry.name for entry in image.bitmaps}
+    shared: Iterable[str] = sorted(names & {entry.name for entry in other.bitmaps})
+    return list(shared)[:most]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``chainmerge flatten``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from chainmerge import api
+from chainmerge.cli.commands import Command
+from chainmerge.cli.options import access_options, json_option, merge_options, tops_argument
+from chainmerge.cli.plan import show_plan, show_plans
+from chainmerge.cli.signals import stopped_by_signals
+from chainmerge.errors import ExitCode
+from chainmerge.report.tables import disks_report, merge_report
+
+if TYPE_CHECKING:
+    from chainmerge.cli.output import Output
+    from chainmerge.options import Access, MergeOptions
+
+
+@click.command(cls=Command)
+@tops_argument
+@click.option("-n", "--dry-run", is_flag=True, help="Show the plan and change nothing.")
+@merge_options
+@access_options
+@json_option
+def flatten(
+    *,
+    tops: tuple[str, ...],
+    dry_run: bool,
+    options: MergeOptions,
+    access: Access,
+    output: Output,
+) -> ExitCode:
+    """Make TOP stand alone: pull all that it lacks up from the images below.
+
+    The disk keeps its name, and all snapshots below it are merged. Those images stay as they are,
+    unless --delete says that they may go. It is `merge --direction pull` down to the root.
+    """
+    if options.direction == "commit":
+        raise click.UsageError("flatten pulls: it has no --direction commit")
+    if dry_run:
+        return _show(tops, access, options, output)
+    if len(tops) > 1:
+        with stopped_by_signals() as should_stop, output.progress() as progress:
+            disks = api.flatten_disks(
+                tops, access, options, on_progress=progress.update, should_stop=should_stop
+            )
+        output.last_event(disks, disks_report)
+        return disks.exit_code
+    with stopped_by_signals() as should_stop, output.progress() as progress:
+        report = api.flatten(
+            tops[0], access, options, on_progress=progress.update, should_stop=should_stop
+        )
+    output.last_event(report, merge_report)
+    return ExitCode.DONE
+
+
+def _show(tops: tuple[str, ...], access: Access, options: MergeOptions, output: Output) -> ExitCode:
+    if len(tops) > 1:
+        return show_plans(api.plan_flatten_disks(tops, access, options), output)
+    return show_plan(api.plan_flatten(tops[0], access, options), output)

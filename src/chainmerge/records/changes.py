@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an image is still the one that a record is of, and what was done to it since."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.identity import Sameness, compare, identify
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from chainmerge.records.identity import ImageIdentity
+
+
+def what_stands_at(path: str | Path, identity: ImageIdentity) -> Sameness:
+    """Whether *identity* is that of what stands at *path*; OTHER also where nothing does.
+
+    Raises OSError where that cannot be looked at.
+    """
+    try:
+        return compare(identify(Path(path)), identity)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return Sameness.OTHER
+
+
+def is_there(identity: ImageIdentity) -> bool:
+    """Whether the image is certainly still where it was; no where that cannot be looked at."""
+    try:
+        return what_stands_at(identity.path, identity) is Sameness.SAME
+    except OSError:
+        return False
+
+
+def last_change(image: Path) -> str:
+    """What is another text after every change of *image*; empty where nothing is.
+
+    Changes of its name, owner and the like count, too.
+
+    Raises OSError where there is nothing.
+    """
+    status = image.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def data_changed(image: Path) -> str:
+    """What is another text after every write to *image*; empty where nothing tells."""
+    try:
+        status = image.stat()
+    except OSError:
+        return ""
+    return f"{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
+
+
+def stands_on(image: Path, backing: str | None) -> bool:
+    """Whether the image's header names *backing* as its backing file.
+
+    Raises what opening and reading an image raises.
+    """
+    with FileReadable(image) as readable:
+        return Qcow2Image(readable).header.backing_name == backing

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that earlier runs have left of a base and a top, read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chainmerge.records.changes import data_changed
+from chainmerge.records.identity import identify, may_be_same, same_image
+from chainmerge.records.live_journal import LiveJournal, live_journal_file, load_live_journal
+from chainmerge.records.merge_journal import (
+    Journal,
+    MergeJournalDamaged,
+    journal_file,
+    load_journal,
+)
+from chainmerge.records.merged_record import MergedRecord, load_merged_record, merged_record_file
+from chainmerge.records.saved_bitmaps import (
+    SavedBitmaps,
+    SavedBitmapsDamaged,
+    load_saved_bitmaps,
+    saved_bitmaps_file,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What stands beside a base and a top, whichever merges it is of.
+
+    Attributes:
+        record: That a merge of top came to its end, or is about to.
+        journal: How far a native merge into base came.
+        journal_problem: Why its journal cannot be read, where it cannot: looking at the images
+            tells the same.
+        live: How far a live merge into base came, if that may be the image there is now.
+        saved: Base's checkpoints, as they were before an interrupted merge.
+        saved_problem: Why these cannot be read, where they cannot.
+    """
+
+    record: MergedRecord | None = None
+    journal: Journal | None = None
+    journal_problem: MergeJournalDamaged | None = None
+    live: LiveJournal | None = None
+    saved: SavedBitmaps | None = None
+    saved_problem: SavedBitmapsDamaged | None = None
+
+    @property
+    def usable_saved(self) -> SavedBitmaps | None:
+        """Base's checkpoints.
+
+        Raises SavedBitmapsDamaged.
+        """
+        if self.saved_problem is not None:
+            raise self.saved_problem
+        return self.saved
+
+    @property
+    def pivoted(self) -> LiveJournal | None:
+        """The live merge after which the guest may have written to base; None without one."""
+        if self.live is None or not (self.live.took_effect and self.live.is_active):
+            return None
+        return self.live
+
+
+def read_remains(base: Path, top: Path) -> Remains:
+    """Read all of it. The images are locked by the caller, so that nobody adds to it.
+
+    Raises LiveJournalDamaged, and what opening a file raises.
+    """
+    journal, journal_problem = None, None
+    try:
+        journal = load_journal(base)
+    except MergeJournalDamaged as error:
+        journal_problem = error
+    saved, saved_problem = None, None
+    try:
+        saved = load_saved_bitmaps(base)
+    except SavedBitmapsDamaged as error:
+        saved_problem = error
+    live = load_live_journal(base)
+    if live is not None and not may_be_same(live.base, identify(base)):
+        live = None
+    return Remains(load_merged_record(top), journal, journal_problem, live, saved, saved_problem)
+
+
+def is_left_over(record: MergedRecord | None, base: Path, top: Path) -> bool:
+    """Whether all of *top* was merged into *base*, and nobody has written to *top* since.
+
+    Only *base* can have become another one then. No where nothing tells, as of block devices.
+    """
+    if record is None:
+        return False
+    if record.left is not None:
+        then, since = record.left.identity, record.left.since
+    elif record.superseded is not None:
+        then, since = record.superseded.images[0].identity, record.superseded.since
+    else:
+        return False
+    if not since or since != data_changed(top):
+        return False
+    return same_image(identify(top), then) and same_image(identify(base), record.result_identity)
+
+
+def is_anything_left(base: Path, top: Path) -> bool:
+    """Whether an earlier run has left a file that says that it did not come to its end."""
+    files = (
+        journal_file(base),
+        live_journal_file(base),
+        saved_bitmaps_file(base),
+        merged_record_file(top),
+    )
+    return any(file.exists() for file in files)

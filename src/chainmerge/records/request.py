@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was asked for, as it is recorded, and the command that asks for it again.
+
+This is the only place that composes a command for a merge. It says all that was said: a merge
+that goes on with other options can go another way, or be refused. What was left at its default is
+neither recorded nor said. Paths are made absolute when they are recorded, so that a command can
+be run from anywhere; block devices are named by what stays theirs after the next boot.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from chainmerge.options import ANY_IMAGE, Access, LiveOptions, MergeOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+
+class RecordedRequest(msgspec.Struct, frozen=True):
+    """A merge that was asked for.
+
+    ``tops`` and ``bases`` are those of all disks that are merged together. ``access`` and
+    ``options`` have the fields of :class:`Access` and of :class:`MergeOptions` that are not at
+    their default. Of a live merge they have those of :class:`LiveOptions`, and ``address`` the
+    options of ``chainmerge live`` that lead to the disk.
+    """
+
+    tops: list[str]
+    bases: list[str]
+    access: dict[str, Any]
+    options: dict[str, Any]
+    address: list[str] = []
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a running VM was to merge."""
+        return bool(self.address)
+
+
+class _Paths(Enum):
+    """What of an option's value is the name of a file."""
+
+    NONE = "none"
+    VALUE = "the value, or each of them"
+    KEY = "what stands before the equals sign"
+    BOTH = "what stands before the equals sign, and what stands behind it"
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a field is said on the command line. Its value tells whether it is a flag, or a list."""
+
+    option: str
+    paths: _Paths = _Paths.NONE
+
+
+SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
+    {
+        # Access
+        "formats": Spelling("--format", _Paths.KEY),
+        "allow_backing": Spelling("--allow-backing", _Paths.VALUE),
+        "allow_data_file": Spelling("--allow-data-file", _Paths.VALUE),
+        "search": Spelling("--search", _Paths.VALUE),
+        "active": Spelling("--active", _Paths.VALUE),
+        "lock_wait": Spelling("--lock-wait"),
+        "activate": Spelling("--activate"),
+        # MergeOptions and LiveOptions
+        "verify": Spelling("--verify"),
+        "delete": Spelling("--delete"),
+        "keep_name": Spelling("--keep-name"),
+        "drop_bitmaps": Spelling("--drop-bitmaps"),
+        "engine": Spelling("--engine"),
+        "direction": Spelling("--direction"),
+        "data": Spelling("--data"),
+        "detect_zeroes": Spelling("--detect-zeroes"),
+        "bandwidth": Spelling("--bandwidth"),
+        "deadline": Spelling("--deadline"),
+        "on_stall": Spelling("--on-stall"),
+        "size_limit": Spelling("--size-limit"),
+        "volume": Spelling("--volume"),
+        "shrink": Spelling("--shrink"),
+        "discard": Spelling("--discard"),
+        "key_files": Spelling("--key-file", _Paths.BOTH),
+    }
+)
+"""How each field of :class:`Access`, :class:`MergeOptions` and :class:`LiveOptions` is said."""
+
+_OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume"})
+"""What ``chainmerge live resume`` asks for anew. The journal knows the rest."""
+
+
+def recorded(
+    tops: Sequence[str | Path],
+    bases: Sequence[str | Path],
+    access: Access,
+    options: MergeOptions | LiveOptions,
+    address: Sequence[str] = (),
+) -> RecordedRequest:
+    """A request as it is recorded."""
+    return RecordedRequest(
+        tops=[lasting_name(top) for top in tops],
+        bases=[lasting_name(base) for base in bases],
+        access=dict(_said(access)),
+        options=dict(_said(options)),
+        address=list(_lasting_address(address)),
+    )
+
+
+def access_of(request: RecordedRequest) -> Access | None:
+    """How images may be reached; None where the record has what is not known here."""
+    access: Access | None = _filled_in(Access, request.access)
+    return access
+
+
+def options_of(request: RecordedRequest) -> MergeOptions | None:
+    """How to merge, cold; None where the record has what is not known here."""
+    said = request.options
+    if request.is_live:
+        if _filled_in(LiveOptions, said) is None:
+            return None
+        known = {one.name for one in fields(MergeOptions)}
+        said = {name: value for name, value in said.items() if name in known}
+    options: MergeOptions | None = _filled_in(MergeOptions, said)
+    return options
+
+
+def command_of(request: RecordedRequest) -> str | None:
+    """What asks for the same merge, cold, as one types it into a shell.
+
+    Of a live merge it is what finishes it while the VM does not run. None where the record has
+    what is not known here.
+    """
+    access, options = access_of(request), options_of(request)
+    if access is None or options is None:
+        return None
+    words = ["merge", *_words(options), *_words(access), *_images(request)]
+    return shell_line(["chainmerge", *words])
+
+
+def live_command_of(request: RecordedRequest) -> str | None:
+    """What asks for the same merge in the VM, as one types it into a shell."""
+    access, options = access_of(request), _filled_in(LiveOptions, request.options)
+    if access is None or options is None:
+        return None
+    words = ["live", "merge", *request.address, *_words(options), *_words(access)]
+    return shell_line(["chainmerge", *words, *_images(request)])
+
+
+def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> str:
+    """What carries on a merge in the VM, as one types it into a shell.
+
+    *address* leads to the disk now, where that is known better than from the request.
+    """
+    options = _filled_in(LiveOptions, request.options) or LiveOptions()
+    said = ((name, value) for name, value in _said(options) if name in _OF_RESUME)
+    pace = [word for name, value in said for word in _say(name, value)]
+    place = _lasting_address(address or request.address)
+    return shell_line(["chainmerge", "live", "resume", *place, *pace])
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """Words as one types them into a shell, whatever is in them."""
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    # What is printed is made visible, and would be another word then.
+    escaped = (
+        chr(byte) if 0x20 <= byte < 0x7F and chr(byte) not in "\\'" else f"\\x{byte:02x}"
+        for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(escaped)}'"
+
+
+def lasting_name(path: str | Path) -> str:
+    """A path that leads to the same image from anywhere, also after the next boot.
+
+    It is that of a link where a link was named.
+    """
+    name = os.path.abspath(path)  # noqa: PTH100 (of a link itself, whatever stands there)
+    try:
+        status = os.stat(name, follow_symlinks=False)  # noqa: PTH116
+    except (OSError, ValueError):
+        return name
+    return _lasting_name_of(name, status.st_rdev) if stat.S_ISBLK(status.st_mode) else name
+
+
+def _lasting_name_of(node: str, device: int) -> str:
+    """The name of a block device that its volume manager or what it is gives it."""
+    for directory in ("/dev/mapper", "/dev/disk/by-id"):
+        try:
+            found = sorted(Path(directory).iterdir())
+        except OSError:
+            continue
+        for link in found:
+            try:
+                status = link.stat()
+                if stat.S_ISBLK(status.st_mode) and status.st_rdev == device:
+                    return str(link)
+            except OSError:
+                continue
+    return node
+
+
+def _lasting_address(address: Sequence[str]) -> Iterator[str]:
+    """The same, with an absolute path to the monitor's socket."""
+    before = ""
+    for word in address:
+        yield os.path.abspath(word) if before == "--qmp" else word  # noqa: PTH100
+        before = word
+
+
+def _said(options: Access | MergeOptions | LiveOptions) -> Iterator[tuple[str, Any]]:
+    """The fields that are not at their default, as they are recorded."""
+    for one in fields(options):
+        value = getattr(options, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if value != default:
+            yield one.name, _recordable(value, SPELLINGS[one.name].paths)
+
+
+def _recordable(value: Any, paths: _Paths) -> Any:
+    if isinstance(value, Mapping):
+        behind = lasting_name if paths is _Paths.BOTH else str
+        return {
+            (key if key == ANY_IMAGE else lasting_name(key)): behind(one)
+            for key, one in value.items()
+        }
+    if isinstance(value, tuple):
+        return [_recordable(one, paths) for one in value]
+    return lasting_name(value) if paths is _Paths.VALUE else value
+
+
+def _filled_in(kind: Any, said: Mapping[str, Any]) -> Any:
+    """The options in which *said* is said; None where it is not known here, or makes no sense."""
+    if not said.keys() <= {one.name for one in fields(kind)}:
+        return None
+    try:
+        return msgspec.convert(dict(said), type=kind)
+    except msgspec.ValidationError:
+        return None
+
+
+def _words(options: Access | MergeOptions | LiveOptions) -> list[str]:
+    return [word for name, value in _said(options) for word in _say(name, value)]
+
+
+def _say(name: str, value: Any) -> Iterator[str]:
+    option = SPELLINGS[name].option
+    match value:
+        case True:
+            yield option
+        case Mapping():
+            for key, one in value.items():
+                yield from (option, one if key == ANY_IMAGE else f"{key}={one}")
+        case list():
+            for one in value:
+                yield from (option, str(one))
+        case _:
+            yield from (option, str(value))
+
+
+def _images(request: RecordedRequest) -> Iterator[str]:
+    for base in request.bases:
+        yield from ("--base", base)
+    yield "--"
+    yield from request.tops
