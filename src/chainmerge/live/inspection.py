@@ -275,15 +275,18 @@ def _name_of(live: LiveTarget, node: str) -> str:
 def _left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
     """Images that the guest does not write to, and that the VM has open for writing all the same.
 
-    QEMU leaves base so when an active merge is cancelled. What is on disk of its bitmaps and
-    tables is not what counts then, and base of an internal merge could not be read back.
+    QEMU leaves base so when an active merge is cancelled. Its bitmaps are stored when it is closed,
+    so that what is on disk of them says nothing, and base could not be read back.
     """
     if live.is_active:
         return
     images = live.target.chain.images
     for node, image in list(zip(live.nodes, images, strict=True))[live.target.base_index :]:
-        if not node.read_only:
-            reason = "a merge into it that was undone has left it open for writing"
+        if not node.read_only and any(bitmap.persistent for bitmap in node.bitmaps):
+            reason = (
+                "it is open for writing, as after a merge into it that was undone, and its "
+                "bitmaps are on disk only when it is closed"
+            )
             yield LiveUnsuited(vm.name, str(image.path), reason)
 
 
