@@ -19,9 +19,10 @@ its own ``errors`` module; the classes find each other through ``__subclasses__`
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,8 @@ class ChainmergeError(Exception):
     template: ClassVar[str] = ""
     hint: ClassVar[str] = ""
     explanation: ClassVar[str] = ""
+    # Class and instance have it, but it is no fact.
+    _before_advice = ""
 
     def __post_init__(self) -> None:
         # Exception.args is what pickle and copy rebuild the exception from.
@@ -65,7 +68,13 @@ class ChainmergeError(Exception):
     @property
     def advice(self) -> str:
         """What to do about it."""
-        return self.hint.format(**self.facts)
+        return self._before_advice + self.hint.format(**self.facts)
+
+    def advised(self, before: str) -> Self:
+        """The same error, whose advice begins with *before*."""
+        other = copy(self)
+        other._before_advice = before
+        return other
 
     def __str__(self) -> str:
         return self.sentence

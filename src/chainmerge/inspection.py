@@ -23,6 +23,7 @@ from chainmerge.chain import (
     identity_of,
     open_image,
 )
+from chainmerge.chain.reading import identity_at
 from chainmerge.chain.relatives import find_relatives
 from chainmerge.checkpoints import (
     NOWHERE,

@@ -159,6 +159,28 @@ def test_a_checkpoint_that_libvirt_was_not_told_of_is_kept(tmp_path: Path, uri: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_made_since_the_domain_began(tmp_path: Path, uri: str, kind: str) -> None:
+    """Its bitmaps are in memory alone, and libvirt was not told of their checkpoints."""
+    scenario = build(tmp_path / "chain", 6, levels=1, active=True)
+    leaf = tmp_path / "chain" / "leaf.qcow2"
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        vm.snapshot(leaf)
+        top = scenario.top if kind == "internal" else leaf
+        with vm.disk() as disk:
+            report = live.merge(disk, top, options=LiveOptions(delete=True))
+        assert {one.name for one in report.bitmaps if one.state == "valid"} >= {
+            "everywhere",
+            "in-top",
+        }
+        vm.quit()
+    left = (scenario.base, leaf if kind == "internal" else scenario.top)
+    bits = [stored_bits(image) for image in left]
+    assert set(bits[-1]) == {"everywhere", "in-top"}
+    assert set().union(*(one["everywhere"] for one in bits)) >= scenario.everywhere
+    assert set().union(*(one.get("in-top", set()) for one in bits)) >= scenario.in_top
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_incremental_backup_by_libvirt_after_a_merge(
     tmp_path: Path, uri: str, kind: str
 ) -> None:

@@ -16,8 +16,8 @@ from chainmerge.live.errors import (
     LiveImageInUse,
     LiveJobRunning,
     LiveMergeDriven,
-    LiveMergeFailed,
     LiveMergeStalled,
+    LiveNotStarted,
     LiveOtherChildren,
     NoSuchDisk,
     NothingUnfinished,
@@ -223,7 +223,7 @@ def test_a_base_that_qemu_may_not_write_to(tmp_path: Path, kind: str) -> None:
         before = vm.bitmaps("base.qcow2")
         with (
             live.QmpVm(str(vm.qmp), device=DEVICE) as disk,
-            pytest.raises(LiveMergeFailed, match="read-only"),
+            pytest.raises(LiveNotStarted, match="read-only"),
         ):
             live.merge(disk, scenario.top)
         assert vm.bitmaps("base.qcow2") == before

@@ -174,14 +174,32 @@ def allowed_data_file(image: ImageInfo, header: Header, allowed: Iterable[Path])
     """
     if not header.incompatible & Incompatible.DATA_FILE:
         return None
-    name = header.data_file_name or ""
-    stored = path_from_header(name)
     candidates = {
         identity
-        for directory in (image.path.parent, *working_directory())
-        if stored and (identity := identity_at(directory / stored)) is not None
+        for place in _data_file_places(image.path, header)
+        if (identity := identity_at(place)) is not None
     }
     for path in allowed:
         if identity_at(path) in candidates:
             return path.absolute()
-    raise DataFileRefused(str(image.path), name)
+    raise DataFileRefused(str(image.path), header.data_file_name or "")
+
+
+def data_file_places(image: Path) -> tuple[Path, ...]:
+    """Where the external data file of a qcow2 image can be; see :func:`allowed_data_file`.
+
+    Returns:
+        Nothing for an image that holds its data itself.
+
+    Raises:
+        FormatError: the header is damaged.
+    """
+    with FileReadable(image) as readable:
+        return _data_file_places(image, Qcow2Image(readable).header)
+
+
+def _data_file_places(image: Path, header: Header) -> tuple[Path, ...]:
+    stored = path_from_header(header.data_file_name or "")
+    if not stored or not header.incompatible & Incompatible.DATA_FILE:
+        return ()
+    return tuple(directory / stored for directory in (image.parent, *working_directory()))

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree as ET
 
+from chainmerge.chain.reading import data_file_places
 from chainmerge.checkpoints import BitmapState
 from chainmerge.live.domain_connection import DEFAULT_URI, DomainConnection
 from chainmerge.live.errors import NoSuchDisk, VmRefused
@@ -35,9 +36,10 @@ from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -63,6 +65,9 @@ class DomainJobKind(StrEnum):
 
     COMMIT = "commit"
     ACTIVE_COMMIT = "active commit"
+    PULL = "pull"
+    COPY = "copy"
+    BACKUP = "backup"
     OTHER = "other"
 
 
@@ -73,6 +78,11 @@ class DomainJob:
     kind: DomainJobKind
     done: int
     total: int
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether it merges."""
+        return self.kind in (DomainJobKind.COMMIT, DomainJobKind.ACTIVE_COMMIT)
 
     @property
     def caught_up(self) -> bool:
@@ -102,6 +112,9 @@ class DomainDisk:
         LibvirtMissing, VmUnreachable, NoSuchDomain: see :class:`DomainConnection`.
         NoSuchDisk: the domain has no such disk.
     """
+
+    leaves_tombstones: Final = False
+    """libvirt removes a bitmap from all images of the chain, and disables none."""
 
     def __init__(self, domain: str, disk: str, uri: str = DEFAULT_URI) -> None:
         self._connection = DomainConnection(uri, domain)
@@ -149,7 +162,7 @@ class DomainDisk:
         """The chain as it is now, without bitmaps."""
         layers = self._layers()
         job = self.block_job()
-        users = () if job is None else (NodeUser(f"{job.kind} job", UserKind.JOB, "backing"),)
+        users = () if job is None else (NodeUser(str(job.kind), UserKind.JOB, "backing"),)
         nodes: dict[str, BlockNode] = {}
         for position, layer in enumerate(layers):
             below = layers[position + 1].target if position + 1 < len(layers) else None
@@ -186,11 +199,30 @@ class DomainDisk:
         """
         graph = self.layout()
         nodes = dict(graph.nodes)
-        for node in graph.chain():
+        active, *below = graph.chain()
+        if active.driver == "qcow2":
+            bitmaps = tuple(self._active_bitmaps((active, *below)))
+            nodes[active.name] = replace(active, bitmaps=bitmaps)
+        for node in below:
             if node.driver == "qcow2":
-                bitmaps = self._stored(node) if node.read_only else self._active_bitmaps(node)
-                nodes[node.name] = replace(node, bitmaps=tuple(bitmaps))
+                nodes[node.name] = self._with_stored(node)
         return BlockGraph(nodes, graph.root)
+
+    def _with_stored(self, node: BlockNode) -> BlockNode:
+        """An image below the active one, with its bitmaps.
+
+        QEMU leaves the base of an active merge writable that is cancelled, and its bitmaps in-use
+        on disk. They are sound in memory if they pass the test of the whole chain.
+        """
+        bitmaps = list(self._stored(node))
+        in_memory = {one.name for one in bitmaps if one.inconsistent and self.passes(one.name)}
+        found = tuple(
+            replace(one, inconsistent=False, recording=True, dirty_bytes=None)
+            if one.name in in_memory
+            else one
+            for one in bitmaps
+        )
+        return replace(node, bitmaps=found, read_only=not in_memory)
 
     def _layers(self) -> list[_Layer]:
         described = self._ask("virDomainGetXMLDesc", self._domain.XMLDesc)
@@ -205,10 +237,15 @@ class DomainDisk:
 
     def stored_names(self, node: BlockNode) -> Iterator[str]:
         """The names of the bitmaps that an image has on disk."""
-        if node.filename is not None and node.driver == "qcow2":
-            with FileReadable(node.filename) as readable:
-                for entry in read_directory(Qcow2Image(readable)):
-                    yield entry.name
+        for entry in _entries_of(node):
+            yield entry.name
+
+    def known_names(self) -> set[str]:
+        """The names of bitmaps that some image of the chain has, or may not have on disk yet."""
+        names = self._checkpoint_names()
+        for node in self.layout().chain():
+            names.update(self.stored_names(node))
+        return names
 
     def _stored(self, node: BlockNode) -> Iterator[NodeBitmap]:
         if node.filename is None:
@@ -217,24 +254,30 @@ class DomainDisk:
             image = Qcow2Image(readable)
             for entry in read_directory(image):
                 state = state_of(image, entry)
-                dirty = 0
+                dirty = None
                 if state is not BitmapState.IN_USE:
                     dirty = read_bits(image, entry).dirty_bytes()
                 yield _as_node_bitmap(entry, state, dirty)
 
-    def _active_bitmaps(self, node: BlockNode) -> Iterator[NodeBitmap]:
-        """On disk they are all in-use, and those that are new are not there yet."""
-        assert node.filename is not None
-        with FileReadable(node.filename) as readable:
-            on_disk = {entry.name: entry for entry in read_directory(Qcow2Image(readable))}
-        names = sorted(on_disk.keys() | self._checkpoint_names())
-        for name in names:
+    def _active_bitmaps(self, chain: Sequence[BlockNode]) -> Iterator[NodeBitmap]:
+        """Those of the first image of the chain.
+
+        On disk they are all in-use, and those are not there yet that it was given while the
+        domain ran: by a backup, or by the snapshot that made it, which carries on what passes.
+        """
+        on_disk = set(self.stored_names(chain[0]))
+        granularities: dict[str, int] = {}
+        for node in reversed(chain):
+            granularities |= {entry.name: entry.granularity for entry in _entries_of(node)}
+        checkpoints = self._checkpoint_names()
+        for name in sorted(granularities.keys() | checkpoints):
             sound = self.passes(name)
-            granularity = on_disk[name].granularity if name in on_disk else _DEFAULT_GRANULARITY
+            if not sound and name not in on_disk | checkpoints:
+                continue
             yield NodeBitmap(
                 name=name,
-                granularity=granularity,
-                dirty_bytes=0,
+                granularity=granularities.get(name, _DEFAULT_GRANULARITY),
+                dirty_bytes=None,
                 recording=sound,
                 persistent=True,
                 inconsistent=not sound,
@@ -265,8 +308,10 @@ class DomainDisk:
                 "virDomainCheckpointCreateXML",
                 lambda: self._domain.checkpointCreateXML(described, flags),
             )
-        except VmRefused:
-            return False
+        except VmRefused as refused:
+            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                return False
+            raise
         if known is None:
             self._ask(
                 "virDomainCheckpointDelete",
@@ -311,15 +356,39 @@ class DomainDisk:
         ET.SubElement(disks, "disk", name=self._disk, checkpoint="bitmap", bitmap=name)
         return ET.tostring(checkpoint, encoding="unicode")
 
+    # What can be changed
+
+    def why_not_writable(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        libvirt gives its QEMU the permissions for what a job writes to when the job begins, so
+        that only that is known which nobody can write to.
+        """
+        return None if node.filename is None else why_nobody_can_write(node.filename)
+
+    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        libvirt reopens an image to change its bitmaps, and does not name the data file, which
+        QEMU takes for another one then (seen with libvirt 9.0 and QEMU 7.2).
+        """
+        if node.driver != "qcow2" or node.filename is None or not data_file_places(node.filename):
+            return None
+        return "libvirt cannot change bitmaps of an image whose data is in another file"
+
     # The job
 
     def job(self, job: str) -> JobState | None:  # noqa: ARG002  # libvirt has one a disk
         """How the disk's commit is, whatever name it was to have; None where there is none."""
         found = self.block_job()
-        if found is None or found.kind is DomainJobKind.OTHER:
+        if found is None or not found.is_commit:
             return None
         phase = JobPhase.READY if found.caught_up else JobPhase.RUNNING
         return JobState(phase, found.done, found.total)
+
+    def described_job(self, job: str) -> str:
+        """What a job on this disk does; libvirt has no more than one, without a name."""
+        return f"{job} of {self._disk} (virsh blockjob {self._domain_name} {self._disk})"
 
     def block_job(self) -> DomainJob | None:
         """The disk's block job, whoever began it."""
@@ -333,6 +402,9 @@ class DomainDisk:
         kinds = {
             library.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: DomainJobKind.COMMIT,
             library.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: DomainJobKind.ACTIVE_COMMIT,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: DomainJobKind.PULL,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: DomainJobKind.COPY,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP: DomainJobKind.BACKUP,
         }
         kind = kinds.get(found["type"], DomainJobKind.OTHER)
         return DomainJob(kind, int(found["cur"]), int(found["end"]))
@@ -475,9 +547,23 @@ def _descend(disk: ET.Element, target: str) -> Iterator[_Layer]:
         image_format = None if at is None else _attribute(at, "format", "type")
 
 
+def _entries_of(node: BlockNode) -> list[BitmapEntry]:
+    """The bitmaps that an image has on disk."""
+    if node.filename is None or node.driver != "qcow2":
+        return []
+    with FileReadable(node.filename) as readable:
+        return list(read_directory(Qcow2Image(readable)))
+
+
 def _attribute(element: ET.Element, child: str, name: str) -> str | None:
     found = element.find(child)
     return None if found is None else found.get(name)
+
+
+def _code_of(refused: VmRefused) -> int | None:
+    """The number of libvirt's error behind one of ours."""
+    code = getattr(refused.__cause__, "get_error_code", None)
+    return None if code is None else int(code())
 
 
 def _protocol_of(layer: _Layer) -> str:
@@ -494,7 +580,7 @@ def _virtual_size(layer: _Layer) -> int:
         return readable.size
 
 
-def _as_node_bitmap(entry: BitmapEntry, state: BitmapState, dirty: int) -> NodeBitmap:
+def _as_node_bitmap(entry: BitmapEntry, state: BitmapState, dirty: int | None) -> NodeBitmap:
     return NodeBitmap(
         name=entry.name,
         granularity=entry.granularity,

@@ -47,6 +47,8 @@ class DomainConnection:
             self._connection: Any = self.library.open(uri)
         except self.library.libvirtError as error:
             raise VmUnreachable(self.name, _message(error)) from error
+        except ValueError as error:
+            raise VmUnreachable(self.name, f"no URI is {uri!r}: {error}") from error
         try:
             self.domain: Any = self._running(domain)
         except BaseException:
@@ -55,14 +57,26 @@ class DomainConnection:
 
     def _running(self, domain: str) -> Any:  # the package has no types
         try:
-            found = self._connection.lookupByName(domain)
-            if found.isActive():
+            found = self._looked_up(domain)
+            if found is not None and found.isActive():
                 return found
+            only_running = self.library.VIR_CONNECT_LIST_DOMAINS_ACTIVE
+            running = [each.name() for each in self._connection.listAllDomains(only_running)]
+        except self.library.libvirtError as error:
+            raise VmUnreachable(self.name, _message(error)) from error
+        raise NoSuchDomain(domain, ", ".join(sorted(running)) or "none")
+
+    def _looked_up(self, domain: str) -> Any:
+        """The domain, whether or not it runs; None where there is no such one."""
+        try:
+            return self._connection.lookupByName(domain)
         except self.library.libvirtError as error:
             if error.get_error_code() != self.library.VIR_ERR_NO_DOMAIN:
-                raise VmUnreachable(self.name, _message(error)) from error
-        running = [each.name() for each in self._connection.listAllDomains() if each.isActive()]
-        raise NoSuchDomain(domain, ", ".join(sorted(running)) or "none")
+                raise
+        except ValueError:
+            # A name with a NUL, or with what is no text.
+            pass
+        return None
 
     def __enter__(self) -> Self:
         """Return the connection itself."""

@@ -21,12 +21,13 @@ import msgspec
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.convergence import Remedy
 from chainmerge.live.domain import DomainDisk, DomainJob, DomainJobKind
-from chainmerge.live.domain_settling import settle_in_domain
+from chainmerge.live.domain_settling import names_to_remove, settle_in_domain
 from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
     LiveMergeStalled,
+    LiveNotStarted,
     VmRefused,
     VmUnreachable,
 )
@@ -84,11 +85,12 @@ def carry_on_in_domain(drive: DomainDrive) -> Settled:
 def _drive(drive: DomainDrive) -> None:
     try:
         _merge(drive)
-    except (VmRefused, LiveMergeFailed, LiveMergeStalled, Interrupted) as failure:
-        _give_up(drive)
-        if isinstance(failure, VmRefused):
-            raise drive.failed(failure.reason) from failure
-        raise
+    except (VmRefused, LiveNotStarted, LiveMergeFailed, LiveMergeStalled, Interrupted) as failure:
+        if _undo(drive):
+            if isinstance(failure, VmRefused):
+                raise drive.failed(failure.reason) from failure
+            raise
+        drive.enter(LiveState.SETTLING)
     _let_guest_run(drive)
     let_disk_go(drive, drive.disk)
     if drive.headroom is not None:
@@ -112,23 +114,40 @@ def _merge(drive: DomainDrive) -> None:
     drive.enter(LiveState.SETTLING)
 
 
-def _give_up(drive: DomainDrive) -> None:
-    """End the job, if there is one, and have everything as it was but for the stale bitmaps."""
+def _undo(drive: DomainDrive) -> bool:
+    """End the job, if there is one, and have everything as it was but for the stale bitmaps.
+
+    Returns:
+        Whether that is so. A merge that has taken effect all the same stays.
+    """
+    begun = drive.journal.state is not LiveState.PREPARING
+    # Until it is known whether the guest has gone over to base, base is right.
+    if drive.journal.state is not LiveState.SWITCHING:
+        drive.enter(LiveState.UNDOING)
+    if begun and _ends_merged(drive):
+        return False
     drive.enter(LiveState.UNDOING)
-    job = drive.disk.block_job()
-    if job is not None and job.kind is not DomainJobKind.OTHER:
-        # It may end by itself in between.
-        with contextlib.suppress(VmRefused):
-            drive.disk.cancel()
     _let_guest_run(drive)
     let_disk_go(drive, drive.disk)
     forget(drive.journal, keep_saved=False)
+    return True
+
+
+def _ends_merged(drive: DomainDrive) -> bool:
+    """Cancel the job; says whether it came to its end before."""
+    job = drive.disk.block_job()
+    if job is not None and job.is_commit:
+        # It may have ended by itself in between.
+        with contextlib.suppress(VmRefused):
+            drive.disk.cancel()
+            return drive.place().merged
+    return _is_merged_soon(drive)
 
 
 def _prune(drive: DomainDrive) -> None:
     drive.announce(Stage.PRUNE)
-    there = set(drive.disk.stored_names(drive.place().base))
-    for name in (*drive.journal.stale, *(one.name for one in drive.journal.tombstones)):
+    there = drive.disk.known_names()
+    for name in names_to_remove(drive.journal):
         if name in there:
             drive.disk.remove_everywhere(name)
 
@@ -158,8 +177,8 @@ def _copy(drive: DomainDrive, *, begun: bool) -> None:
             _start(drive)
             begun = True
             continue
-        if job.kind is DomainJobKind.OTHER:
-            raise drive.failed("another block job runs on this disk")
+        if not job.is_commit:
+            raise drive.failed(f"another block job ({job.kind}) runs on this disk")
         if job.kind is DomainJobKind.ACTIVE_COMMIT and job.caught_up:
             drive.copied = job.done
             return
@@ -189,7 +208,11 @@ def _is_merged_soon(drive: DomainDrive) -> bool:
 
 def _start(drive: DomainDrive) -> None:
     place = drive.place()
-    drive.disk.start_commit(place.merged_nodes[-1], place.base, drive.options.bandwidth)
+    try:
+        drive.disk.start_commit(place.merged_nodes[-1], place.base, drive.options.bandwidth)
+    except VmRefused as refused:
+        raise drive.not_started(drive.disk.name, refused.reason) from refused
+    drive.untouched = False
 
 
 def _look_at(drive: DomainDrive, job: DomainJob) -> None:
@@ -198,11 +221,7 @@ def _look_at(drive: DomainDrive, job: DomainJob) -> None:
     drive.convergence.observe(state)
     drive.report(ProgressEvent(Stage.COPY, job.done, job.total, int(drive.convergence.rate)))
     if drive.should_stop():
-        stopped = (
-            f"the merge in {drive.disk.name} was undone: it runs on {drive.top} as before, and "
-            "what stale bitmaps were pruned stay so"
-        )
-        raise Interrupted(stopped)
+        raise drive.interrupted(drive.disk.name)
     try:
         _room(drive).keep()
     except VmUnreachable:

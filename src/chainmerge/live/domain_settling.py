@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chainmerge.checkpoints import BitmapState
 from chainmerge.live.errors import LiveVerificationFailed
 from chainmerge.live.settling import (
     Settled,
@@ -17,13 +18,14 @@ from chainmerge.live.settling import (
     verify_on_disk,
 )
 from chainmerge.live.situation import Place, place_of
-from chainmerge.types import ProgressEvent, Stage
+from chainmerge.types import BitmapResult, ProgressEvent, Stage
 from chainmerge.verify import verify_bitmaps_cover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainmerge.live.domain import DomainDisk
+    from chainmerge.live.port import BlockNode
     from chainmerge.records.live_journal import LiveJournal
 
 
@@ -43,13 +45,29 @@ def settle_in_domain(
     verified = list(_verify_in_domain(disk, journal, place))
     if not journal.is_active:
         # libvirt has base's bitmaps record what is copied, in whole clusters.
-        verified += verify_on_disk(journal, report, verify_bitmaps_cover)
+        verified += verify_on_disk(disk.layout(), journal, (), report, verify_bitmaps_cover)
     announce(Stage.SETTLE)
     warnings: list[str] = []
     deleted = take_leave(journal, warnings)
     base = disk.graph().nodes[place.base.name]
     forget(journal, keep_saved=False)
-    return Settled(tuple(results_of(base)), tuple(verified), deleted, tuple(warnings))
+    return Settled(tuple(_results_of(base, journal)), tuple(verified), deleted, tuple(warnings))
+
+
+def _results_of(base: BlockNode, journal: LiveJournal) -> Iterator[BitmapResult]:
+    """Base's bitmaps; those included that it has not stored yet, and that libvirt found sound."""
+    yield from results_of(base)
+    for kept in journal.kept:
+        if base.bitmap(kept.name) is None:
+            yield BitmapResult(kept.name, BitmapState.VALID, kept.granularity, None)
+
+
+def names_to_remove(journal: LiveJournal) -> tuple[str, ...]:
+    """The names that go from all images of the chain.
+
+    Journals of earlier versions have some of them as tombstones, which libvirt leaves none of.
+    """
+    return (*journal.stale, *(one.name for one in journal.tombstones))
 
 
 def _merged_place(disk: DomainDisk, journal: LiveJournal) -> Place:
@@ -75,7 +93,7 @@ def _verify_in_domain(disk: DomainDisk, journal: LiveJournal, place: Place) -> I
         if journal.is_active and not disk.passes(kept.name):
             difference = f"libvirt does not find bitmap {kept.name!r} sound"
             raise LiveVerificationFailed(journal.base.path, difference)
-    gone = set(journal.stale) | {one.name for one in journal.tombstones}
+    gone = set(names_to_remove(journal))
     left = gone & set(disk.stored_names(place.base))
     if left and not journal.is_active:
         raise LiveVerificationFailed(journal.base.path, f"bitmap {min(left)!r} is still there")

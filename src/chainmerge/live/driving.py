@@ -9,8 +9,9 @@ from typing import Protocol
 
 import msgspec
 
+from chainmerge.errors import Interrupted
 from chainmerge.live.convergence import Convergence
-from chainmerge.live.errors import VmRefused
+from chainmerge.live.errors import LiveMergeFailed, LiveNotStarted, VmRefused
 from chainmerge.live.headroom import Headroom
 from chainmerge.live.port import DiskLimits
 from chainmerge.options import LiveOptions
@@ -33,6 +34,7 @@ class Driven:
         options: How to merge.
         report: Told of progress.
         should_stop: Asked whether to stop.
+        untouched: Whether neither base's volume nor any bitmap is changed before the job begins.
         copied: Guest bytes that were copied.
         extensions: How often the volume was extended while data was copied.
         held_seconds: How long the guest waited for the merge to take effect.
@@ -44,6 +46,7 @@ class Driven:
     report: Callable[[ProgressEvent], None]
     should_stop: Callable[[], bool]
     convergence: Convergence
+    untouched: bool = False
     headroom: Headroom | None = None
     copied: int = 0
     extensions: int = 0
@@ -66,6 +69,17 @@ class Driven:
     def base(self) -> str:
         """Base's path."""
         return self.journal.base.path
+
+    def not_started(self, vm: str, reason: str) -> LiveNotStarted | LiveMergeFailed:
+        """The error for a job that the VM did not begin."""
+        if self.untouched:
+            return LiveNotStarted(vm, self.base, self.top, reason)
+        return LiveMergeFailed(vm, self.base, self.top, reason)
+
+    def interrupted(self, vm: str) -> Interrupted:
+        """The error of a merge that was undone because it was asked to stop."""
+        pruned = ", and what stale bitmaps were pruned stay so" if self.journal.stale else ""
+        return Interrupted(f"the merge in {vm} was undone: it reads {self.top} as before{pruned}")
 
     def enter(self, state: LiveState) -> None:
         """Record that what *state* names begins."""

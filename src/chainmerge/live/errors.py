@@ -18,7 +18,7 @@ from chainmerge.errors import Failed, Misuse, OutcomeUnknown, Refused
 
 _GUEST = (
     "The guest reads and writes its disk all the time, and does not notice. "
-    "The active image is what it was."
+    "The image that it writes to is the one that it was."
 )
 
 
@@ -48,8 +48,8 @@ class VmRefused(Failed):
     code: ClassVar[str] = "vm-refused"
     template: ClassVar[str] = "{vm} refused {command}: {reason}"
     hint: ClassVar[str] = (
-        "remove the reason that QEMU gives, then run the same command again; `chainmerge live "
-        "status` tells what is unfinished"
+        "see to the reason that QEMU gives, without changing images or bitmaps by hand, then run "
+        "the same command again; `chainmerge live status` tells what is unfinished"
     )
     explanation: ClassVar[str] = (
         "QEMU was asked to do something and declined, with the reason shown. A command that was "
@@ -126,7 +126,8 @@ class LiveChainDiffers(Refused):
     code: ClassVar[str] = "live-chain-differs"
     template: ClassVar[str] = "{vm} and the images on disk do not agree: {difference}"
     hint: ClassVar[str] = (
-        "find out who changed the images, or their headers, while the VM ran; nothing was changed"
+        "find out who changed the images, or their headers, while the VM ran, and do not stop the "
+        "VM before that is clear: what it has open may be what is right; nothing was changed"
     )
     explanation: ClassVar[str] = (
         "Before a live merge the VM's block graph is compared with what the images' headers say: "
@@ -174,11 +175,15 @@ class LiveJobRunning(Refused):
     code: ClassVar[str] = "live-job-running"
     template: ClassVar[str] = "{vm} has jobs on this chain: {jobs}"
     hint: ClassVar[str] = (
-        "wait for them; a merge that was interrupted is carried on by `chainmerge live resume`"
+        "let them end, or have whoever started them cancel them, then run the same command again; "
+        "do not repair or remove anything meanwhile; a job of chainmerge's own, whose name begins "
+        "with 'chainmerge-', is carried on by `chainmerge live resume`"
     )
     explanation: ClassVar[str] = (
         "Backups, mirrors, other merges and the like hold images of this chain. A merge beside "
-        "them would change what they read."
+        "them would change what they read. As long as a job writes to an image, the bitmaps of "
+        "that image are marked in-use on disk. That is no damage: they are stored when it ends. "
+        "Nothing was changed."
     )
     vm: str
     jobs: str
@@ -190,7 +195,10 @@ class LiveImageInUse(Refused):
 
     code: ClassVar[str] = "live-image-in-use"
     template: ClassVar[str] = "in {vm}, {image} is also used by {users}"
-    hint: ClassVar[str] = "end that use first (an export, another disk, another chain)"
+    hint: ClassVar[str] = (
+        "have that use ended by whoever began it (an export, another disk, another chain), then "
+        "run the same command again"
+    )
     explanation: ClassVar[str] = (
         "Base changes while data is copied into it, and the merged images are gone from the VM "
         "afterwards. Whoever else reads them inside the same VM would see that."
@@ -207,7 +215,8 @@ class LiveOtherChildren(Refused):
     code: ClassVar[str] = "live-other-children"
     template: ClassVar[str] = "{others} stand on {top}, and are no images of {vm}"
     hint: ClassVar[str] = (
-        "merge or delete them first, or merge with `chainmerge merge` while the VM is stopped"
+        "find out whose they are: each can be the disk of another VM, or a restore point, and "
+        "needs {top} as it is; with the VM stopped, `chainmerge merge` puts them on base by itself"
     )
     explanation: ClassVar[str] = (
         "A cold merge re-points all children of top. In a running VM only its own image can be "
@@ -236,12 +245,39 @@ class LiveUnsuited(Refused):
 
 
 @dataclass(eq=False)
+class LiveNotWritable(Refused):
+    """The VM cannot write to an image that the merge would change."""
+
+    code: ClassVar[str] = "live-not-writable"
+    template: ClassVar[str] = "{vm} cannot write to {image}: {reason}"
+    hint: ClassVar[str] = (
+        "find out why it was made so, and if it may be written to, let this VM do it (permissions, "
+        "the immutable flag, a read-only mount or device, AppArmor or SELinux); then run the same "
+        "command again"
+    )
+    explanation: ClassVar[str] = (
+        "Base takes the data, and the header of the image above top gets base's name. Both are "
+        "open for reading only while the VM runs. By QMP the VM is asked to open them for writing "
+        "once more, and to close them again, which changes nothing; what it cannot open then it "
+        "could not write to in the merge. Of a domain of libvirt only that is known which keeps "
+        "everybody from writing, as libvirt gives its VMs their permissions when a merge begins. "
+        "Nothing was changed."
+    )
+    vm: str
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
 class LiveBitmapBusy(Refused):
     """A backup uses a bitmap of the merged range."""
 
     code: ClassVar[str] = "live-bitmap-busy"
     template: ClassVar[str] = "in {vm}, bitmaps of {image} are in use: {names}"
-    hint: ClassVar[str] = "wait for the backup to end"
+    hint: ClassVar[str] = (
+        "wait for the backup to end, or have it ended by whoever began it; do not remove the "
+        "bitmaps"
+    )
     explanation: ClassVar[str] = (
         "A bitmap that a backup job or an export uses cannot be changed until that is over."
     )
@@ -257,15 +293,39 @@ class UnfinishedMergeFound(Refused):
     code: ClassVar[str] = "live-other-unfinished"
     template: ClassVar[str] = "an interrupted merge into {base} has left {file}"
     hint: ClassVar[str] = (
-        "`chainmerge live status` and `chainmerge status` tell what it was; finish it, or remove "
-        "the file if its merge is of no interest any more"
+        "finish that merge first, by the command that `chainmerge live status` prints, or "
+        "`chainmerge status {base}` for one of closed images; keep the file: only the end of that "
+        "merge makes it worthless"
     )
     explanation: ClassVar[str] = (
         "A merge of other images into the same base, or one of closed images, was interrupted. "
-        "Its file holds what it needs to be finished, such as the only good copy of a bitmap."
+        "Its file holds what it needs to be finished, such as the only good copy of a bitmap, or "
+        "which of two images is the right one."
     )
     base: str
     file: str
+
+
+@dataclass(eq=False)
+class LiveNotStarted(Refused):
+    """The VM did not begin the merge at all."""
+
+    code: ClassVar[str] = "live-not-started"
+    template: ClassVar[str] = "{vm} does not begin to merge {top} into {base}: {reason}"
+    hint: ClassVar[str] = (
+        "see whether what is said there can be helped, then run the same command again; or stop "
+        "the VM and use `chainmerge merge`"
+    )
+    explanation: ClassVar[str] = (
+        "The VM declined the job that merges, with the reason shown. That comes before anything "
+        "is written: the images, their bitmaps and the chain are what they were. A file that "
+        "QEMU was told to open with `read-only=on`, rather than `auto-read-only=on`, is such a "
+        "reason, which cannot be seen beforehand."
+    )
+    vm: str
+    base: str
+    top: str
+    reason: str
 
 
 @dataclass(eq=False)
@@ -274,9 +334,12 @@ class LiveMergeFailed(Failed):
 
     code: ClassVar[str] = "live-merge-failed"
     template: ClassVar[str] = (
-        "merging {top} into {base} in {vm} failed: {reason}; the VM runs on {top} as before"
+        "merging {top} into {base} in {vm} failed: {reason}; the VM reads {top} as before"
     )
-    hint: ClassVar[str] = "remove the reason that QEMU gives, then run the same command again"
+    hint: ClassVar[str] = (
+        "see to the reason that is given, without changing images or bitmaps by hand, then run the "
+        "same command again"
+    )
     explanation: ClassVar[str] = (
         "The job that copies in the VM failed, or was cancelled by somebody. The chain is what it "
         "was. Base may hold a part of the copy, which the images above hide; its bitmaps record "
@@ -318,7 +381,8 @@ class LiveVerificationFailed(Failed):
     code: ClassVar[str] = "live-verification-failed"
     template: ClassVar[str] = "after the merge {base} is not as planned: {difference}"
     hint: ClassVar[str] = (
-        "nothing was deleted; make a full backup, and look at {base} with `chainmerge check` and "
+        "nothing was deleted, and must not be before this is clear: keep the merged images, and "
+        "make a full backup from the running VM; look at {base} with `chainmerge check` and "
         "`chainmerge bitmaps list` once the VM is stopped"
     )
     explanation: ClassVar[str] = (

@@ -16,12 +16,21 @@ from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveImageInUse,
     LiveJobRunning,
+    LiveNotWritable,
     LiveOtherChildren,
     LiveUnsuited,
     NotInVm,
+    VmRefused,
 )
 from chainmerge.live.open_files import require_same_files
-from chainmerge.live.port import BlockGraph, BlockNode, InspectedVm, NodeBitmap, UserKind
+from chainmerge.live.port import (
+    PLAIN_PROTOCOLS,
+    BlockGraph,
+    BlockNode,
+    InspectedVm,
+    NodeBitmap,
+    UserKind,
+)
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -32,8 +41,6 @@ if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.inspection import OpenChain
     from chainmerge.options import Access
-
-_PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,7 @@ def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:
     if node.file is None:
         return None
     protocol = graph.nodes[node.file]
-    return protocol.filename if protocol.driver in _PLAIN_PROTOCOLS else None
+    return protocol.filename if protocol.driver in PLAIN_PROTOCOLS else None
 
 
 def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
@@ -100,9 +107,10 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
         LiveImageExchanged: the VM has another file open than what is at an image's path.
         NotInVm: top or base is no image of this disk.
         LiveChainDiffers: the images on disk are not the VM's chain.
+        LiveUnsuited: the VM does not tell what has to be known.
         ChainmergeError: what discovery raises.
     """
-    graph = vm.graph()
+    graph = _graph_of(vm, top)
     chain = graph.chain()
     paths = [_required_path(vm, node, graph) for node in chain]
     require_same_files(vm, paths)
@@ -118,6 +126,15 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
         above=tuple(reversed(_above(whole, place))),
         nodes_above=tuple(reversed(chain[:place])),
     )
+
+
+def _graph_of(vm: InspectedVm, top: Path) -> BlockGraph:
+    """The VM's block graph. That nothing was changed, an error of the VM itself does not say."""
+    try:
+        return vm.graph()
+    except VmRefused as refused:
+        reason = f"it does not tell what has to be known ({refused.command}: {refused.reason})"
+        raise LiveUnsuited(vm.name, str(top), reason) from refused
 
 
 def _above(whole: Chain, place: int) -> tuple[ImageInfo, ...]:
@@ -168,6 +185,19 @@ def _identity_at(path: Path | None) -> Identity | None:
         return None
 
 
+def require_no_job(vm: InspectedVm, live: LiveTarget) -> None:
+    """Make sure that nobody's job works on the disk.
+
+    To be asked first: a job writes to images that are read-only otherwise, and until it ends
+    their bitmaps are in-use on disk, and their tables change.
+
+    Raises LiveJobRunning.
+    """
+    jobs = live.graph.jobs()
+    if jobs:
+        raise LiveJobRunning(vm.name, ", ".join(map(vm.described_job, jobs)))
+
+
 def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
     """The bitmaps of all images of the chain, root first, as the rules see them.
 
@@ -204,17 +234,63 @@ def state_of(bitmap: NodeBitmap) -> BitmapState:
 
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
-    yield from _jobs(vm, live)
+    yield from _left_writable(vm, live)
     yield from _other_users(vm, live)
     yield from _other_images(vm, live)
     yield from _bitmap_obstacles(vm, live, opened)
     yield from _size_obstacles(vm, live)
 
 
-def _jobs(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
-    jobs = {job for node in (*live.nodes, *live.nodes_above) for job in node.jobs}
-    if jobs:
-        yield LiveJobRunning(vm.name, ", ".join(sorted(jobs)))
+def unchangeable(
+    vm: InspectedVm, live: LiveTarget, kept: Sequence[str], removed: Sequence[str]
+) -> Iterator[ChainmergeError]:
+    """Images that will be written to, and that the VM cannot write to.
+
+    Args:
+        vm: the VM.
+        live: the merge.
+        kept: the names of the bitmaps that base has afterwards.
+        removed: of those that go, from base alone or from all images.
+    """
+    written = [live.base, *live.nodes_above[:1]]
+    stripped = [] if vm.leaves_tombstones else _nodes_with(live, removed)
+    for node in dict.fromkeys(one.name for one in (*written, *stripped) if one.read_only):
+        reason = vm.why_not_writable(live.graph.nodes[node])
+        if reason is not None:
+            yield LiveNotWritable(vm.name, _name_of(live, node), reason)
+    changed = [live.base, *stripped] if kept else stripped
+    for node in dict.fromkeys(one.name for one in changed):
+        reason = vm.why_bitmaps_stay(live.graph.nodes[node])
+        if reason is not None:
+            yield LiveUnsuited(vm.name, _name_of(live, node), reason)
+
+
+def _nodes_with(live: LiveTarget, names: Sequence[str]) -> list[BlockNode]:
+    """The images, from the root to the active one, that have a bitmap of one of these names."""
+    nodes = (*live.nodes, *live.nodes_above)
+    return [node for node in nodes if any(node.bitmap(name) is not None for name in names)]
+
+
+def _name_of(live: LiveTarget, node: str) -> str:
+    return str(path_of(live.graph.nodes[node], live.graph) or node)
+
+
+def _left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """Images that the guest does not write to, and that the VM has open for writing all the same.
+
+    QEMU leaves base so when an active merge is cancelled. Its bitmaps are stored when it is closed,
+    so that what is on disk of them says nothing, and base could not be read back.
+    """
+    if live.is_active:
+        return
+    images = live.target.chain.images
+    for node, image in list(zip(live.nodes, images, strict=True))[live.target.base_index :]:
+        if not node.read_only and any(bitmap.persistent for bitmap in node.bitmaps):
+            reason = (
+                "it is open for writing, as after a merge into it that was undone, and its "
+                "bitmaps are on disk only when it is closed"
+            )
+            yield LiveUnsuited(vm.name, str(image.path), reason)
 
 
 def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:

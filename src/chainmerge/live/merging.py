@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
+from chainmerge.errors import Refused
 from chainmerge.inspection import open_chain
+from chainmerge.live.advice import advice_for_running_vm, for_running_vm
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.domain import DomainDisk
 from chainmerge.live.domain_sequence import DomainDrive, carry_on_in_domain
 from chainmerge.live.errors import (
+    LiveNotStarted,
     NothingUnfinished,
     UnfinishedMergeFound,
 )
@@ -28,6 +31,7 @@ from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
 from chainmerge.merge_job import volume_at
 from chainmerge.options import Access, LiveOptions
+from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
@@ -98,10 +102,12 @@ def plan(
     Raises:
         ChainmergeError: the VM does not answer, the chain cannot be read, or the VM's is another.
     """
-    live = locate(vm, Path(top), _path(base), access or Access())
-    decided = plan_live(vm, live, options or LiveOptions())
-    more = [Finding(one.code, one.sentence, one.advice) for one in _left_behind(live)]
-    return replace(decided.plan, refusals=(*more, *decided.plan.refusals))
+    with advice_for_running_vm():
+        live = locate(vm, Path(top), _path(base), access or Access())
+        decided = plan_live(vm, live, options or LiveOptions())
+        refusals = [for_running_vm(one) for one in (*_left_behind(live), *decided.refusals)]
+    findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
+    return replace(decided.plan, refusals=findings)
 
 
 def merge(
@@ -146,18 +152,29 @@ def merge(
     if unfinished is not None:
         with sole_driver(unfinished.base):
             return _drive(vm, unfinished, options, caller, None)
-    live = locate(vm, Path(top), _path(base), access)
+    with advice_for_running_vm():
+        live = locate(vm, Path(top), _path(base), access)
     with sole_driver(identify(live.target.base.real_path)):
-        for obstacle in _left_behind(live):
-            raise obstacle
-        decided = plan_live(vm, live, options)
-        for refusal in decided.refusals:
-            raise refusal
+        with advice_for_running_vm():
+            decided = _decided(vm, live, options)
         _extend(decided, options, caller)
         request = recorded([top], [base or live.target.base.path], access, options, vm.address)
         journal = msgspec.structs.replace(decided.journal, request=request)
         _record(live, journal)
         return _drive(vm, journal, options, caller, decided.plan)
+
+
+def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
+    """The plan of a merge that can begin.
+
+    Raises what speaks against it.
+    """
+    for obstacle in _left_behind(live):
+        raise obstacle
+    decided = plan_live(vm, live, options)
+    for refusal in decided.refusals:
+        raise refusal
+    return decided
 
 
 def resume(
@@ -336,8 +353,22 @@ def _drive(
         report=caller.report,
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
+        untouched=plan_done is not None and plan_done.space.grow_to is None,
     )
-    return _report(drive, carry_on(drive), caller, plan_done)
+    return _report(drive, _carried_on(drive, lambda: carry_on(drive)), caller, plan_done)
+
+
+def _carried_on(drive: Driven, carry_on: Callable[[], Settled]) -> Settled:
+    """Drive a merge that has begun: what would be a refusal before that is none any more.
+
+    Raises MergeUnfinished, and what is no refusal.
+    """
+    try:
+        return carry_on()
+    except LiveNotStarted:
+        raise
+    except Refused as refused:
+        raise MergeUnfinished(drive.top, refused.sentence) from refused
 
 
 def _drive_domain(
@@ -354,8 +385,10 @@ def _drive_domain(
         report=caller.report,
         should_stop=caller.should_stop,
         convergence=Convergence(options.on_stall, options.deadline),
+        # Stale bitmaps go before the job begins.
+        untouched=plan_done is not None and plan_done.space.grow_to is None and not journal.stale,
     )
-    return _report(drive, carry_on_in_domain(drive), caller, plan_done)
+    return _report(drive, _carried_on(drive, lambda: carry_on_in_domain(drive)), caller, plan_done)
 
 
 def _copied(drive: Driven, plan_done: MergePlan | None) -> int:

@@ -51,6 +51,8 @@ class Monitor:
                 _connect(connection, path)
             except OSError as error:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
+            except ValueError as error:
+                raise VmUnreachable(self.name, str(error)) from error
             self._peer = peer_of(connection)
             self._socket_number = os.fstat(connection.fileno()).st_ino
             self._runner = undo.enter_context(SynchronousLoop())

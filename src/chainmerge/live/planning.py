@@ -21,7 +21,13 @@ from chainmerge.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,
 )
-from chainmerge.live.inspection import LiveTarget, layers_of, obstacles
+from chainmerge.live.inspection import (
+    LiveTarget,
+    layers_of,
+    obstacles,
+    require_no_job,
+    unchangeable,
+)
 from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
@@ -66,8 +72,10 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
     """Look at the images and decide on everything that the merge will do.
 
     Raises:
+        LiveJobRunning: images are being changed by somebody's job.
         ChainmergeError: an image cannot be read.
     """
+    require_no_job(vm, live)
     for _ in range(_ATTEMPTS - 1):
         try:
             return _plan(vm, live, options)
@@ -85,7 +93,14 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         require_readable(target, opened)
         layers = layers_of(live, opened)
         decisions = tuple(_decided(live, layers, options))
-        final_bits = dict(_known_bits(live, opened, decisions))
+        found = (
+            *others.refusals,
+            *obstacles(vm, live, opened),
+            *children_with_larger_snapshots(target),
+        )
+        # Where the VM and the disk do not agree about a bitmap, that is to be said, and not that
+        # the one on disk is broken.
+        final_bits = {} if found else dict(_known_bits(live, opened, decisions))
         volumes = measure_guest_bytes(target, opened)
         survey = survey_for_live(
             target,
@@ -93,12 +108,10 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
             frozenset(_stale(live, decisions)),
             tuple(_shapes(live, decisions, final_bits)),
         )
-        found = (
-            *others.refusals,
-            *obstacles(vm, live, opened),
-            *children_with_larger_snapshots(target),
-        )
         snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
+    # The VM is not asked to do anything where it would be for nothing.
+    kept = [decision.name for decision in decisions if decision.fate is Fate.KEEP]
+    found = found or tuple(unchangeable(vm, live, kept, _names_to_remove(vm, live, decisions)))
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -194,6 +207,19 @@ def _stale(live: LiveTarget, decisions: Sequence[Decision]) -> Iterator[str]:
             yield decision.name
 
 
+def _names_to_remove(vm: InspectedVm, live: LiveTarget, decisions: Sequence[Decision]) -> list[str]:
+    """The names that go before anything is copied."""
+    if vm.leaves_tombstones:
+        return list(_stale(live, decisions))
+    # libvirt (9.0) unites what an active image has in a base that lacks it, also where the
+    # checkpoint has a gap: base would be given what passes for a complete one.
+    return [
+        decision.name
+        for decision in decisions
+        if decision.fate is not Fate.KEEP and (live.is_active or decision.fate is not Fate.IGNORE)
+    ]
+
+
 def _shapes(
     live: LiveTarget, decisions: Sequence[Decision], known: dict[str, BitSet]
 ) -> Iterator[BitmapShape]:
@@ -272,7 +298,7 @@ def _journal(
             for decision in decisions
             if decision.granularity is not None
         ],
-        stale=list(_stale(live, decisions)) if holds else [],
+        stale=_names_to_remove(vm, live, decisions) if holds else [],
         tombstones=[
             TombstoneName(
                 name=decision.name,
@@ -280,7 +306,7 @@ def _journal(
                 in_base=live.base.bitmap(decision.name) is not None,
             )
             for decision in decisions
-            if decision.tombstone_while_top_exists and holds
+            if decision.tombstone_while_top_exists and holds and vm.leaves_tombstones
         ],
         delete=options.delete,
         full_verify=options.verify == "full" and not has_encrypted(live.target.chain),

@@ -24,7 +24,7 @@ class NodeBitmap:
     Attributes:
         name: The bitmap's name.
         granularity: Guest bytes that one bit stands for.
-        dirty_bytes: Guest bytes that are marked dirty.
+        dirty_bytes: Guest bytes that are marked dirty; None where the VM does not tell.
         recording: Whether it is enabled. One of a node that is open for reading only is, too.
         persistent: Whether it is stored in the image when that is closed.
         inconsistent: Whether it was found in-use when the image was opened: worthless.
@@ -33,7 +33,7 @@ class NodeBitmap:
 
     name: str
     granularity: int
-    dirty_bytes: int
+    dirty_bytes: int | None
     recording: bool
     persistent: bool
     inconsistent: bool
@@ -106,7 +106,11 @@ class BlockGraph:
 
         Filters, such as one that limits the disk's rate or the one of a job, are left out.
         """
-        return tuple(self._descend())
+        return tuple(node for node in self._descend() if node.driver not in FILTERS)
+
+    def jobs(self) -> tuple[str, ...]:
+        """The jobs that use an image of the disk, or a filter above one, by their ids."""
+        return tuple(sorted({job for node in self._descend() for job in node.jobs}))
 
     def _descend(self) -> Iterator[BlockNode]:
         seen = set()
@@ -114,17 +118,20 @@ class BlockGraph:
         while name is not None and name not in seen:
             seen.add(name)
             node = self.nodes[name]
-            if node.driver in FILTERS:
-                name = node.backing or node.file
-                continue
             yield node
             name = node.backing
+            if name is None and node.driver in FILTERS:
+                name = node.file
 
 
 FILTERS = frozenset(
     {"commit_top", "mirror_top", "copy-before-write", "copy-on-read", "throttle", "preallocate"}
 )
 """Drivers of nodes that pass data through and are no image."""
+
+
+PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
+"""Drivers of nodes that are a file or a block device of this machine."""
 
 
 class JobPhase(StrEnum):
@@ -265,6 +272,10 @@ class InspectedVm(Protocol):
     def process(self) -> int | None:
         """The id of the VM's process on this machine; None where that cannot be told."""
 
+    @property
+    def leaves_tombstones(self) -> bool:
+        """Whether base can get a tombstone; else the name goes from all images of the chain."""
+
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
 
@@ -273,6 +284,19 @@ class InspectedVm(Protocol):
 
     def job(self, job: str) -> JobState | None:
         """How a job is; None where there is no such job."""
+
+    def described_job(self, job: str) -> str:
+        """A job as those know it who started it: what it is called, and what kind it is of."""
+
+    def why_not_writable(self, node: BlockNode) -> str | None:
+        """Why an image that is open for reading only cannot be made writable, as a job does.
+
+        None where nothing speaks against it, or nobody can tell. The VM, and the image, are
+        afterwards what they were before.
+        """
+
+    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
+        """Why the bitmaps of an image cannot be changed; None where nothing speaks against it."""
 
 
 class WatchedVm(Protocol):
@@ -304,6 +328,10 @@ class LiveVm(Protocol):
     @property
     def process(self) -> int | None:
         """The id of the VM's process on this machine; None where that cannot be told."""
+
+    @property
+    def leaves_tombstones(self) -> bool:
+        """Whether base can get a tombstone; else the name goes from all images of the chain."""
 
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
@@ -341,6 +369,15 @@ class LiveVm(Protocol):
 
     def job(self, job: str) -> JobState | None:
         """How the job is; None where there is no such job."""
+
+    def described_job(self, job: str) -> str:
+        """See :class:`InspectedVm`."""
+
+    def why_not_writable(self, node: BlockNode) -> str | None:
+        """See :class:`InspectedVm`."""
+
+    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
+        """See :class:`InspectedVm`."""
 
     def pause(self, job: str) -> None:
         """Let the job wait. Its phase tells when it does."""

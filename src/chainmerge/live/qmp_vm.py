@@ -7,6 +7,7 @@ Who uses which node is told by ``x-debug-query-block-graph`` (QEMU 4.0 and newer
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.monitor import Monitor
 from chainmerge.live.port import (
+    PLAIN_PROTOCOLS,
     AddBitmap,
     BitmapAction,
     BlockGraph,
@@ -32,6 +34,7 @@ from chainmerge.live.port import (
     RemoveBitmap,
     UserKind,
 )
+from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +71,8 @@ _MORE_LIMITS: Final = (
 )
 # QEMU lets no job have a limit of less.
 _SLOWEST: Final = 1
+_PROBE: Final = "chainmerge-probe"
+"""The node by which it is found out whether QEMU can write to a file."""
 _AUTOMATIC: Final = "#"
 """What node names begin with that QEMU made up."""
 
@@ -84,6 +89,9 @@ class QmpVm:
         VmUnreachable: there is no VM at the socket, or somebody else is connected.
         NoSuchDisk: the VM has no such disk.
     """
+
+    leaves_tombstones: Final = True
+    """See :class:`chainmerge.live.port.LiveVm`."""
 
     def __init__(self, socket: str, *, device: str | None = None, node: str | None = None) -> None:
         self._monitor = Monitor(socket)
@@ -189,6 +197,53 @@ class QmpVm:
             name = nodes[name].backing
         return upper
 
+    def why_not_writable(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        QEMU is made to open what the image lies in a second time, for writing, and to close it
+        again: it alone knows what it may do, with its user, its name space, its security label.
+        Nobody uses that node, so nothing is read or written, and no lock is asked for.
+        """
+        graph = _Edges(self._monitor.execute("x-debug-query-block-graph"))
+        infos = self._monitor.execute("query-named-block-nodes", {"flat": True})
+        files = {graph.children[node.name].get(role) for role in ("file", "data-file")}
+        for info in infos:
+            if info["node-name"] in files and info["drv"] in PLAIN_PROTOCOLS:
+                path = self._path(info["file"])
+                reason = None if path is None else self._why_not_opened(info["drv"], path)
+                if reason is not None:
+                    return reason
+        return None
+
+    def _why_not_opened(self, driver: str, path: Path) -> str | None:
+        probe = {
+            "driver": driver,
+            "node-name": _PROBE,
+            "filename": str(path),
+            "read-only": False,
+            "auto-read-only": False,
+            "locking": "off",
+        }
+        if driver == "host_device":
+            # Linux lets a device that is read-only be opened for writing, and fails the writes.
+            with contextlib.suppress(OSError):
+                reason = why_nobody_can_write(path)
+                if reason is not None:
+                    return reason
+        # A process that was killed may have left it.
+        with contextlib.suppress(VmRefused):
+            self.forget_node(_PROBE)
+        try:
+            self._monitor.execute("blockdev-add", probe)
+        except VmRefused as refused:
+            return refused.reason
+        self.forget_node(_PROBE)
+        return None
+
+    def why_bitmaps_stay(self, node: BlockNode) -> str | None:  # noqa: ARG002  # QEMU changes all
+        """See :class:`chainmerge.live.port.InspectedVm`."""
+        return None
+
     def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
         """See :class:`chainmerge.live.port.LiveVm`."""
         if actions:
@@ -261,6 +316,11 @@ class QmpVm:
             stopped_by_error=phase is JobPhase.PAUSED and status != "ok",
             error=found.get("error"),
         )
+
+    def described_job(self, job: str) -> str:
+        """See :class:`chainmerge.live.port.InspectedVm`."""
+        found = _with_id(self._monitor.execute("query-jobs"), "id", job)
+        return job if found is None else f"{job} ({found['type']})"
 
     def pause(self, job: str) -> None:
         """See :class:`chainmerge.live.port.LiveVm`."""

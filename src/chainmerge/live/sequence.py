@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.bitmaps import silence_actions, switch_actions, undo_actions, window_actions
 from chainmerge.live.convergence import Remedy
 from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
@@ -124,7 +124,7 @@ def _start(drive: Drive) -> None:
     except VmRefused as refused:
         # Nothing is stored of it yet: base has been read-only all the time.
         drive.vm.change_bitmaps(undo_actions(drive.journal, _place(drive).base))
-        _give_up(drive, _failed(drive, refused.reason))
+        _give_up(drive, drive.not_started(drive.vm.name, refused.reason))
         return
     _pause(drive)
 
@@ -375,11 +375,7 @@ _STEPS: Final = {
 
 def _stop_if_asked(drive: Drive) -> None:
     if drive.journal.state is not LiveState.UNDOING and drive.should_stop():
-        state = (
-            f"the merge in {drive.vm.name} was undone: the VM runs on {drive.top} as before, and "
-            "what stale bitmaps were pruned stay so"
-        )
-        _give_up(drive, Interrupted(state))
+        _give_up(drive, drive.interrupted(drive.vm.name))
 
 
 def _give_up(drive: Drive, failure: ChainmergeError) -> None:

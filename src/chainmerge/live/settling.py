@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.model import ImageFormat
-from chainmerge.chain.reading import begins_as_qcow2
+from chainmerge.chain.reading import begins_as_qcow2, data_file_places
 from chainmerge.checkpoints import BitmapState
 from chainmerge.engines.metadata import StoredBitmap
 from chainmerge.inspection import open_chain
 from chainmerge.live.bitmaps import faults
 from chainmerge.live.errors import LiveVerificationFailed, VmRefused
+from chainmerge.live.inspection import path_of
 from chainmerge.live.situation import place_of
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from chainmerge.inspection import OpenChain, OpenImage
-    from chainmerge.live.port import BlockNode, LiveVm
+    from chainmerge.live.port import BlockGraph, BlockNode, LiveVm
     from chainmerge.live.situation import Place
     from chainmerge.qcow2.image import Qcow2Image
-    from chainmerge.records.live_journal import LiveJournal
+    from chainmerge.records.live_journal import LiveJournal, TombstoneName
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def settle(
     place = _merged_place(vm, journal)
     verified = list(_verify_in_vm(journal, place))
     if not journal.is_active:
-        verified += verify_on_disk(journal, report, verify_bitmaps)
+        verified += verify_on_disk(vm.layout(), journal, journal.tombstones, report, verify_bitmaps)
     announce(Stage.SETTLE)
     warnings: list[str] = []
     is_closed = not _merged_place(vm, journal).left_over
@@ -132,28 +133,33 @@ def _above(journal: LiveJournal) -> str:
 
 
 def verify_on_disk(
+    layout: BlockGraph,
     journal: LiveJournal,
+    tombstones: Sequence[TombstoneName],
     report: Callable[[ProgressEvent], None],
     compare: Callable[[Qcow2Image, Sequence[StoredBitmap]], str],
 ) -> Iterator[str]:
     """Read base back: nobody writes to it now.
 
-    *compare* looks at base's bitmaps: :func:`chainmerge.verify.verify_bitmaps` or a weaker one.
+    Args:
+        layout: the VM's block graph.
+        journal: of the merge.
+        tombstones: those that base has to have.
+        report: told how far the comparison of content is.
+        compare: looks at base's bitmaps: :func:`chainmerge.verify.verify_bitmaps`, or a weaker
+            one.
     """
     top = Path(journal.top.path)
     if not top.exists() or not may_be_same(identify(top), journal.top):
         return
-    with open_chain(discover(top, _trusting(journal))) as opened:
-        index = next(
-            number
-            for number, image in enumerate(opened.images)
-            if may_be_same(identify(image.info.real_path), journal.base)
-        )
+    with open_chain(discover(top, _trusting(layout, journal))) as opened:
+        index = _index_of_base(opened, journal)
         base = opened.images[index]
         if base.image is not None:
             verify_soundness(base.image)
             yield "refcounts of base recomputed from the tables: no corruption"
-            yield compare(base.image, tuple(_expected(journal, opened, base)))
+            marks = _expected_tombstones(tombstones, base)
+            yield compare(base.image, (*_expected(journal, opened, base), *marks))
         if journal.full_verify:
             size = opened.view().virtual_size
             yield verify_content(
@@ -165,10 +171,30 @@ def verify_on_disk(
             )
 
 
-def _trusting(journal: LiveJournal) -> ChainPolicy:
-    """The VM has opened these images itself, wherever they lie."""
-    places = tuple(Path(one.path).parent for one in (journal.base, *journal.overlays))
-    return ChainPolicy(allow_backing=places)
+def _index_of_base(opened: OpenChain, journal: LiveJournal) -> int:
+    for number, image in enumerate(opened.images):
+        if may_be_same(identify(image.info.real_path), journal.base):
+            return number
+    difference = f"the headers from {journal.top.path} on do not lead to it any more"
+    raise LiveVerificationFailed(journal.base.path, difference)
+
+
+def _trusting(layout: BlockGraph, journal: LiveJournal) -> ChainPolicy:
+    """The VM has opened these images itself, wherever they lie, and what holds their data.
+
+    What was allowed when the merge was asked for was looked at then. The process that reads them
+    now may be another, which was told nothing.
+    """
+    nodes = {path: node for node in layout.chain() if (path := path_of(node, layout)) is not None}
+    overlays = [path for one in journal.overlays if (path := Path(one.path)).exists()]
+    qcow2 = [path for path, node in nodes.items() if node.driver == ImageFormat.QCOW2]
+    return ChainPolicy(
+        allow_backing=(Path("/"),),
+        allow_data_files=tuple(
+            place for image in (*qcow2, *overlays) for place in data_file_places(image)
+        ),
+        formats={path: node.driver for path, node in nodes.items()},
+    )
 
 
 def _expected(journal: LiveJournal, opened: OpenChain, base: OpenImage) -> Iterator[StoredBitmap]:
@@ -186,9 +212,17 @@ def _expected(journal: LiveJournal, opened: OpenChain, base: OpenImage) -> Itera
             # An earlier run has settled this far and forgotten what it had saved.
             sources.append(base.bits(kept.name))
         yield StoredBitmap(kept.name, union_all(sources, size, kept.granularity), BitmapFlag.AUTO)
-    for tombstone in journal.tombstones:
-        granularity = base.entries[tombstone.name].granularity
-        yield StoredBitmap(tombstone.name, BitSet.empty(size, granularity), BitmapFlag(0))
+
+
+def _expected_tombstones(
+    tombstones: Sequence[TombstoneName], base: OpenImage
+) -> Iterator[StoredBitmap]:
+    """Disabled bitmaps without bits, of whatever granularity they have; one may be missing."""
+    for wanted in tombstones:
+        found = base.entries.get(wanted.name)
+        granularity = wanted.granularity if found is None else found.granularity
+        bits = BitSet.empty(base.info.virtual_size, granularity)
+        yield StoredBitmap(wanted.name, bits, BitmapFlag(0))
 
 
 def close_merged(vm: LiveVm, journal: LiveJournal) -> Iterator[str]:

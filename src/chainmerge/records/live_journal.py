@@ -47,14 +47,18 @@ class LiveJournalDamaged(Refused):
     code: ClassVar[str] = "live-journal-damaged"
     template: ClassVar[str] = "{file}: the journal of a live merge cannot be used: {why}"
     hint: ClassVar[str] = (
-        "find out from which image the guest runs (`chainmerge live status`), then remove {file}"
+        "keep {file}, and merge nothing into this base or out of what stands on it, before it is "
+        "known which image the guest wrote to last; as long as the VM runs, `query-block` on its "
+        "monitor (for libvirt: `virsh domblklist`) shows it"
     )
     explanation: ClassVar[str] = (
         "While images are merged in a running VM, a small file beside base says what is "
         "intended. Without it nobody can tell whether the guest has written to base already, so "
         "nothing is done. If the VM runs and its disk ends in top, or in an image above it, the "
-        "merge has not taken effect, and can be started again once the file is removed and the "
-        "job, if there is one, is cancelled."
+        "merge has not taken effect, and can be started again once the job, if there is one, is "
+        "cancelled and the file is moved away. If it ends in base, or in an image that stands on "
+        "base, top is what was merged: it has older data, and must never be merged again. If the "
+        "VM does not run, and nobody knows, copy all images before anything else."
     )
     file: str
     why: str

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people are told to do while a VM has the images open, and what if they do it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chainmerge import live
+from chainmerge.catalogue import known_errors
+from chainmerge.cli.live import merge as merge_command
+from chainmerge.live.advice import advice_for_running_vm, for_running_vm
+from chainmerge.plan_errors import BaseHasOtherChildren
+from tests.support.cli import chainmerge as command
+from tests.support.live_scenario import build
+from tests.support.live_vm import running_vm
+from tests.support.qemu import create
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chainmerge.errors import ChainmergeError
+
+OPTIONS = {name for option in merge_command.params for name in option.opts if name[:2] == "--"}
+# The disk of the VM, and what `chainmerge check` and others take.
+OTHERS = {"--connect", "--device", "--node"}
+ERRORS = [error for code, error in known_errors().items() if code]
+
+
+def example(kind: type[ChainmergeError]) -> ChainmergeError:
+    values = {"str": "x", "int": 1, "float": 1.5}
+    return kind(*(values.get(str(one.type), "x") for one in fields(kind)))
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.code)
+def test_no_hint_names_what_a_live_merge_does_not_have(kind: type[ChainmergeError]) -> None:
+    found = for_running_vm(example(kind))
+    named = set(re.findall(r"--[a-z][a-z-]*", found.advice))
+    assert named <= OPTIONS | OTHERS or found.advice.startswith("not while the VM runs: stop it")
+    assert found.code == kind.code
+    assert found.sentence == example(kind).sentence
+
+
+def test_the_same_error_is_raised() -> None:
+    with pytest.raises(BaseHasOtherChildren) as raised, advice_for_running_vm():
+        raise BaseHasOtherChildren("/base", "/other")
+    assert raised.value.facts == {"base": "/base", "others": "/other"}
+    assert "stop it" in raised.value.advice
+
+
+@pytest.mark.timeout(120)
+def test_a_plan_and_a_merge_say_it(tmp_path: Path) -> None:
+    scenario = build(tmp_path / "chain", 3, levels=1, active=False)
+    create(scenario.base.with_name("sibling.qcow2"), backing=scenario.base.name)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        with vm.disk() as disk:
+            (refusal,) = live.plan(disk, scenario.top).refusals
+            assert "--direction" not in refusal.hint or refusal.hint.startswith("not while")
+        ran = command("live", "merge", *vm.arguments, scenario.top)
+        assert ran.status == 3
+        assert "not while the VM runs" in " ".join(ran.err.split())
