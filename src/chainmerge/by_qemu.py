@@ -18,6 +18,7 @@ from chainmerge.merge_job import (
     forget_what_was_noted,
     leaks_reclaimed,
     unfinished_where_refused,
+    wipe_behind_end,
 )
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
@@ -83,6 +84,8 @@ def _copy(job: Job) -> int:
     if total == 0 and not grows:
         return 0
     job.request.announce(Stage.COPY)
+    base = job.opened.images[job.target.base_index]
+    wipe_behind_end(base, job.plan.virtual_size_after)
 
     def on_progress(progress: qemu.CopyProgress) -> None:
         job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))

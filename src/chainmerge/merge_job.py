@@ -14,10 +14,11 @@ from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
-from chainmerge.inspection import BitmapFacts, OpenChain, Target
+from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
+from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.records.identity import identify
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
@@ -25,6 +26,7 @@ from chainmerge.records.saved_bitmaps import (
     forget_saved_bitmaps,
     save_bitmaps,
 )
+from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import ProgressEvent, Stage
@@ -115,6 +117,27 @@ def extended(job: Job) -> Iterator[None]:
     finally:
         with contextlib.suppress(ChainmergeError):
             volume.release_reservation()
+
+
+def wipe_behind_end(base: OpenImage, size_after: int) -> None:
+    """Make zeros of what *base* holds behind the end of its disk, before QEMU moves that end.
+
+    Nobody reads it until then, a VM that has base open included, so a kill here changes nothing
+    that anybody sees. What cannot be wiped has been refused.
+
+    Raises what opening and writing a file raises.
+    """
+    if base.image is None:
+        return
+    places = old_bytes(base.image, base.layer.source, size_after).places
+    if not places:
+        return
+    data_file = base.info.data_file
+    with open_for_writing(base.info) if data_file is None else WritablePort(data_file) as port:
+        for offset, length in places:
+            port.write(offset, bytes(length))
+        port.flush()
+        port.forget_cached()
 
 
 def reclaim(job: Job) -> bool:

@@ -17,6 +17,7 @@ from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
+from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.qcow2.check import CheckReport, check_with_references
 from chainmerge.qcow2.mapping import Kind, lookup
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
@@ -34,14 +35,14 @@ from chainmerge.space import (
     raw_space_need,
     space_need,
 )
-from chainmerge.space.errors import CannotGrowBase
+from chainmerge.space.errors import CannotGrowBase, OldBytesBehindEnd
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.engines.metadata import StoredBitmap
-    from chainmerge.inspection import BitmapFacts, OpenChain, Target
+    from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.references import ReferenceCounts
 
@@ -173,7 +174,11 @@ def _survey_for_qemu(
         shared=layout.shared,
     )
     top_size = target.chain.top.virtual_size
-    obstacle = growth_obstacle(facts, top_size) or _end_obstacle(image, facts, top_size)
+    obstacle = (
+        growth_obstacle(facts, top_size)
+        or _end_obstacle(image, facts, top_size)
+        or _old_bytes_obstacle(opened.images[target.base_index], facts, top_size)
+    )
     if obstacle is not None:
         return _without_figures(report, obstacle)
     arrivals = _arrivals(target, opened, facts)
@@ -200,6 +205,20 @@ def _end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotG
         return None
     reason = "its last cluster is compressed, its clusters have parts, its backing file is longer"
     return CannotGrowBase(image.name, top_size, reason)
+
+
+def _old_bytes_obstacle(
+    base: OpenImage, facts: BaseFacts, top_size: int
+) -> OldBytesBehindEnd | None:
+    """Why what base holds behind its end would show; None where it is zeros or can be wiped."""
+    assert base.image is not None
+    if facts.uncovers_backing(top_size):
+        # QEMU hides that by zeros, what base itself holds there included.
+        return None
+    found = old_bytes(base.image, base.layer.source, top_size)
+    if found.obstacle is None:
+        return None
+    return OldBytesBehindEnd(str(base.info.path), top_size, found.obstacle)
 
 
 def _facts(need: SpaceNeed) -> SpaceFacts:
