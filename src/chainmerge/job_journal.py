@@ -86,6 +86,12 @@ def _forget_unless_switched(job: Job) -> None:
         forget_journal(base)
 
 
+def _volume_size(job: Job) -> int:
+    if job.base.header is not None:
+        return 0
+    return job.facts.end_before or job.facts.volume.size
+
+
 def _in_state(job: Job, state: JournalState, digest: str) -> Journal:
     return msgspec.structs.replace(_journal(job), state=state, first_sector=digest)
 
@@ -113,4 +119,5 @@ def _journal(job: Job) -> Journal:
         boot=this_boot(),
         # Raw images have no place for a second copy.
         placement="" if job.base.header is None else plan.space.placement,
+        volume_size=_volume_size(job),
     )

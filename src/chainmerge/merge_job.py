@@ -28,7 +28,7 @@ from chainmerge.records.saved_bitmaps import (
 )
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
-from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
+from chainmerge.storage.volumes import FileVolume, Volume, VolumeKind, open_lvm_volume, open_volume
 from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:
@@ -105,18 +105,34 @@ def volume_at(path: Path, options: MergeOptions) -> Volume:
 @contextlib.contextmanager
 def extended(job: Job) -> Iterator[None]:
     """Have the space for all of the merge; what was reserved and not used goes back."""
-    if job.plan.space.grow_to is None:
+    grows = job.plan.space.grow_to is not None
+    if not grows and job.facts.end_before is None:
         yield
         return
-    job.request.announce(Stage.EXTEND)
     volume = volume_of(job.result, job.request.options)
-    volume.grow_to(job.plan.space.required)
-    volume.make_growth_durable()
+    if grows:
+        job.request.announce(Stage.EXTEND)
+        volume.grow_to(job.plan.space.required)
+        volume.make_growth_durable()
+    _wipe_behind_disk(job, volume)
     try:
         yield
     finally:
         with contextlib.suppress(ChainmergeError):
             volume.release_reservation()
+
+
+def _wipe_behind_disk(job: Job, volume: Volume) -> None:
+    """Make zeros of what a raw base's volume has got beyond the disk that it is to hold.
+
+    Up to there the overlay hides what it holds, and the merge overwrites it.
+    """
+    if job.result.header is not None or volume.kind is VolumeKind.FILE:
+        return
+    had = job.facts.end_before or job.facts.volume.size
+    start, end = max(had, job.facts.top.virtual_size), volume.size
+    if start < end:
+        volume.zero(start, end - start)
 
 
 def wipe_behind_end(base: OpenImage, size_after: int) -> None:

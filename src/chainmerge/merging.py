@@ -31,6 +31,7 @@ from chainmerge.engines.metadata.errors import (
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.header_room import header_obstacle
+from chainmerge.hiding import hide, hiding_needed, may_need_hiding
 from chainmerge.inspection import (
     BitmapFacts,
     OpenChain,
@@ -51,7 +52,15 @@ from chainmerge.live_leftovers import (
     require_clear,
     without_base_as_active,
 )
-from chainmerge.merge_job import Job, OnProgress, Request, ShouldStop, reclaim, volume_of
+from chainmerge.merge_job import (
+    Job,
+    OnProgress,
+    Request,
+    ShouldStop,
+    reclaim,
+    unfinished_where_refused,
+    volume_of,
+)
 from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
@@ -84,6 +93,7 @@ from chainmerge.records.saved_bitmaps import (
 )
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
+    Resumption,
     find_resumption,
     finish_journalled,
     finish_recorded,
@@ -298,13 +308,29 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         return Prepared(base, None, {}, finish)
     opened = stack.enter_context(open_chain(target.chain, locks))
     request.announce(Stage.PLAN)
-    found = _gather_to_merge(target, opened, request, resumption.warnings)
+    job = _decide(request, target, opened, locks, resumption)
+    claim = job.facts.volume.claim(job.plan.space.required)
+    return Prepared(base, job.plan, claim, partial(_start, job, resumption))
+
+
+def _decide(
+    request: Request,
+    target: Target,
+    opened: OpenChain,
+    locks: tuple[ImageLock, ...],
+    resumption: Resumption,
+) -> Job:
+    """Look at everything that is locked and opened, and decide on the merge.
+
+    Raises Refused: it will not be done.
+    """
+    found = _gather_to_merge(target, opened, request, resumption)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
     if has_encrypted(target.chain):
         require_keys_that_fit(target.chain, request.options)
     decided = make_plan(found.facts, request.options)
-    job = Job(
+    return Job(
         request,
         target,
         found.facts,
@@ -315,8 +341,6 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         opened,
         locks,
     )
-    claim = found.facts.volume.claim(decided.space.required)
-    return Prepared(base, decided, claim, partial(_start, job))
 
 
 def _lock_all(
@@ -359,6 +383,8 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
         # Top is re-pointed past the images in between.
         if target.base_index < last - 1:
             written.add(last)
+        if _may_be_extended(target, options):
+            written.add(target.base_index + 1)
     if options.direction == "pull" or (options.direction == "auto" and options.keep_name):
         written.add(last)
     for index, image in enumerate(target.chain.images):
@@ -367,6 +393,12 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
         return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
+
+
+def _may_be_extended(target: Target, options: MergeOptions) -> bool:
+    """Whether the overlay may have to hide what base shows once its volume is larger."""
+    on_volume = target.base.is_block_device or options.volume == "lvm"
+    return on_volume and may_need_hiding(target)
 
 
 def locks_held(target: Target) -> int:
@@ -483,6 +515,7 @@ def _gather(
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
     )
+    facts = replace(facts, hiding=hiding_needed(target, opened, way.direction, facts.volume))
     no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
     if no_room is not None:
         facts = replace(facts, obstacles=(*facts.obstacles, no_room))
@@ -520,7 +553,7 @@ def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | No
 
 
 def _gather_to_merge(
-    target: Target, opened: OpenChain, request: Request, warnings: Sequence[str]
+    target: Target, opened: OpenChain, request: Request, resumption: Resumption
 ) -> _Found:
     found = _gather(target, opened, request.options, request.should_stop, request.claims)
     facts = found.facts
@@ -537,7 +570,8 @@ def _gather_to_merge(
         obstacles=obstacles,
         merged=merged,
         content_merged=equal,
-        warnings=(*warnings, *facts.warnings),
+        warnings=(*resumption.warnings, *facts.warnings),
+        end_before=resumption.end_before,
     )
     return replace(found, facts=facts)
 
@@ -594,7 +628,22 @@ def _holds_encrypted_content(target: Target, request: Request) -> bool:
     return encrypted_difference(target.chain, where, options, request.should_stop) is None
 
 
-def _start(job: Job) -> MergeReport:
+def _start(job: Job, resumption: Resumption) -> MergeReport:
+    """Merge and settle, once nothing can show that must not."""
+    if job.plan.hides is None:
+        return _merge_and_settle(job)
+    request = job.request
+    request.announce(Stage.HIDE)
+    hide(job)
+    # The overlay's tables are others now, and so is what moves.
+    with unfinished_where_refused(job):
+        target = _same_target(job.target, request)
+        with open_chain(target.chain, job.locks) as opened:
+            again = _decide(request, target, opened, job.locks, resumption)
+            return _merge_and_settle(again)
+
+
+def _merge_and_settle(job: Job) -> MergeReport:
     """Merge and settle; what refuses that when something has changed is no refusal."""
     try:
         merged = _do(job)

@@ -39,6 +39,7 @@ from chainmerge.plan_errors import (
 )
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
+from chainmerge.storage.errors import RawDeviceTooSmall
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
@@ -100,6 +101,28 @@ class SpaceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class HidingFacts:
+    """The overlay directly above a raw base whose volume has to be extended.
+
+    What the volume holds behind base's end shows through the overlay as soon as it is extended,
+    wherever the overlay says nothing. So the overlay says zeros there, before that.
+
+    Attributes:
+        overlay: the overlay.
+        volume: what it lies on.
+        start: where base's disk ends now, in bytes.
+        required: bytes that the overlay's file or volume has to have for it.
+        obstacle: why the overlay cannot be written to; None if it can.
+    """
+
+    overlay: ImageInfo
+    volume: VolumeFacts
+    start: int
+    required: int
+    obstacle: ChainmergeError | None
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -135,6 +158,11 @@ class MergeFacts:
     warnings: tuple[str, ...]
     content_merged: bool | None = None
     """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
+    hiding: HidingFacts | None = None
+    """What has to be hidden before base's volume is extended; None for nothing."""
+    end_before: int | None = None
+    """Bytes that raw base's volume had before an interrupted run extended it; None if none did.
+    What it holds behind that is nobody's."""
 
     @property
     def base(self) -> ImageInfo:
@@ -269,6 +297,20 @@ class Repoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedHiding:
+    """An overlay that gets zeros of its own before base's volume is extended.
+
+    From ``start`` to ``end``, in guest bytes, nothing of what the volume holds there can show
+    through it then. ``required`` is what its file has to have for that, in bytes.
+    """
+
+    image: str
+    start: int
+    end: int
+    required: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """Something that refuses the merge, in the words of the error it would raise."""
 
@@ -294,6 +336,7 @@ class MergePlan:
     virtual_size_after: int
     bitmaps: tuple[PlannedBitmap, ...]
     space: SpacePlan
+    hides: PlannedHiding | None
     repoint: tuple[Repoint, ...]
     delete: tuple[str, ...]
     rename: tuple[str, str] | None
@@ -329,6 +372,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         virtual_size_after=facts.size_after,
         bitmaps=tuple(_planned_bitmap(decision, facts) for decision in facts.decisions),
         space=_space(facts, options),
+        hides=_hides(facts),
         repoint=_repoint(facts, options),
         delete=_delete(facts, options),
         rename=_rename(facts, options),
@@ -499,6 +543,14 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
         },
         prune_first=prunes_first(facts, options),
     )
+
+
+def _hides(facts: MergeFacts) -> PlannedHiding | None:
+    hiding = facts.hiding
+    if hiding is None or facts.merged:
+        return None
+    overlay = hiding.overlay
+    return PlannedHiding(str(overlay.path), hiding.start, overlay.virtual_size, hiding.required)
 
 
 def _required(facts: MergeFacts, options: MergeOptions) -> int:
@@ -724,6 +776,29 @@ def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
     if options.data != "auto" and Placement(options.data) not in facts.spaces:
         yield PlacementUnavailable(str(facts.result.path), options.data, facts.engine_reason)
     refusal = facts.volume.refusal(_required(facts, options))
+    if (
+        refusal is not None
+        and facts.volume.kind is VolumeKind.BLOCK
+        and facts.result.header is None
+    ):
+        yield RawDeviceTooSmall(**vars(refusal))
+    elif refusal is not None:
+        yield refusal
+    yield from _hiding_refusals(facts)
+
+
+def _hiding_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    hiding = facts.hiding
+    if hiding is None:
+        return
+    if hiding.obstacle is not None:
+        yield hiding.obstacle
+        return
+    volume = hiding.volume
+    if volume.kind is not VolumeKind.FILE:
+        # Only what is merged into is extended.
+        volume = replace(volume, kind=VolumeKind.BLOCK, capacity_limit=volume.size)
+    refusal = volume.refusal(hiding.required)
     if refusal is not None:
         yield refusal
 

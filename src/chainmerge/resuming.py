@@ -55,11 +55,13 @@ class Resumption:
     """What a journal says of a merge.
 
     ``journal`` is None where the merge has to be done, or found to be done, by looking at the
-    images. ``warnings`` are for its report then.
+    images. ``warnings`` are for its report then, and ``end_before`` is what the volume of a raw
+    base had, in bytes, before that merge may have extended it.
     """
 
     journal: Journal | None
     warnings: tuple[str, ...] = ()
+    end_before: int | None = None
 
 
 def find_resumption(request: Request, target: Target) -> Resumption:
@@ -87,7 +89,7 @@ def find_resumption(request: Request, target: Target) -> Resumption:
         return Resumption(None, (warning,))
     if not (is_switched(journal, base) and _is_as_left(journal, request, target)):
         forget_journal(base)
-        return Resumption(None)
+        return Resumption(None, end_before=journal.volume_size or None)
     return Resumption(journal)
 
 

@@ -62,6 +62,7 @@ class Stage(StrEnum):
 
     LOCK = "lock"
     PLAN = "plan"
+    HIDE = "hide"
     PRUNE = "prune"
     EXTEND = "extend"
     COPY = "copy"

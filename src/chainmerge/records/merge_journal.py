@@ -135,7 +135,8 @@ class Journal(msgspec.Struct, frozen=True):
     digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
     known. ``boot`` tells one run of the machine from another. ``placement`` says where data goes
     that base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that
-    is not recorded.
+    is not recorded. ``volume_size`` is what the volume of a raw base had before the merge, in
+    bytes, and 0 of another base: what it holds behind that is nobody's.
     """
 
     version: int
@@ -152,6 +153,7 @@ class Journal(msgspec.Struct, frozen=True):
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
     placement: str = ""
+    volume_size: int = 0
 
     @property
     def top(self) -> ImageIdentity:

@@ -198,6 +198,13 @@ class Volume(Protocol):
             Failed, OutcomeUnknown: the storage reported an error.
         """
 
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, durably.
+
+        Raises:
+            Failed: the storage reported an error.
+        """
+
     def discard(self, offset: int, length: int) -> None:
         """Give back the space of a range; what it reads as afterwards is open.
 
@@ -279,6 +286,10 @@ class FileVolume:
                 port.truncate_to(size)
         self.release_reservation()
 
+    def zero(self, offset: int, length: int) -> None:
+        """See :class:`Volume`."""
+        _zero(self.path, offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Volume`; it reads as zeros afterwards."""
         _discard(self.path, offset, length)
@@ -328,6 +339,10 @@ class BlockVolume:
         device_size = self.size
         if size < device_size:
             raise CannotShrink(self.path, "the block device", device_size, "its size is fixed")
+
+    def zero(self, offset: int, length: int) -> None:
+        """See :class:`Volume`."""
+        _zero(self.path, offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Volume`; whole sectors only."""
@@ -388,6 +403,10 @@ class LvmVolume:
         target = known.size_after_shrinking(size)
         if target < known.size:
             lvm.reduce(self.path, known, target)
+
+    def zero(self, offset: int, length: int) -> None:
+        """See :class:`Volume`."""
+        _zero(self.path, offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Volume`; whole sectors only."""
@@ -454,6 +473,19 @@ def _raise_if_refused(facts: VolumeFacts, required: int) -> None:
     refusal = facts.refusal(required)
     if refusal is not None:
         raise refusal
+
+
+def _zero(path: str, offset: int, length: int) -> None:
+    with WritablePort(path) as port:
+        try:
+            if port.is_block_device:
+                block.zero_out(port.fd, offset, length)
+            else:
+                allocation.punch_hole(port.fd, offset, length)
+        except OSError as error:
+            raise WriteFailed(path, offset, length, reason_of(error)) from error
+        port.flush()
+        port.forget_cached()
 
 
 def _discard(path: str, offset: int, length: int) -> None:

@@ -16,6 +16,7 @@ from chainmerge.engines.native.commit import (
     merged_layers,
 )
 from chainmerge.engines.native.decisions import MappedDisk
+from chainmerge.engines.native.hiding import ZerosBehind, tree_that_hides
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import (
     MappingNeed,
@@ -38,6 +39,7 @@ __all__ = [
     "RawCommit",
     "ViewWithZeroes",
     "ZeroRanges",
+    "ZerosBehind",
     "commit",
     "commit_to_raw",
     "cut_to_image_end",
@@ -46,4 +48,5 @@ __all__ = [
     "new_tree",
     "place_tree",
     "survey_mapping",
+    "tree_that_hides",
 ]

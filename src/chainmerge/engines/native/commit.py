@@ -124,6 +124,7 @@ class Commit:
         placement: Where data goes that base has a cluster for.
         shares_extents: Whether the file system shares what is copied, so that data takes no
             space that could be reserved.
+        instead: What takes the place of the images that are merged, where none is.
     """
 
     image: Qcow2Image
@@ -134,6 +135,7 @@ class Commit:
     backing: Backing | None
     placement: Placement
     shares_extents: bool
+    instead: GuestView | None = None
 
     @property
     def disk(self) -> MappedDisk:
@@ -149,6 +151,8 @@ class Commit:
     @property
     def merged(self) -> GuestView:
         """The images that are merged into it."""
+        if self.instead is not None:
+            return self.instead
         merged = merged_layers(self.chain, self.base_index, self.disk.direction)
         return merged if self.zeroes is None else ViewWithZeroes(merged.layers, self.zeroes)
 

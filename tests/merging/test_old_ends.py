@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies behind the end of a disk never comes to light, whatever makes the disk larger."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import chainmerge
+from chainmerge.errors import Refused
+from chainmerge.options import Access, EngineChoice, MergeOptions
+from chainmerge.records.merge_journal import load_journal
+from chainmerge.space.errors import OldBytesBehindEnd
+from chainmerge.storage.errors import DeviceTooSmall, RawDeviceTooSmall
+from chainmerge.types import MergeOutcome, ProgressEvent, Stage
+from tests.support.fake_lvm import FakeLvm
+from tests.support.loopdev import loop_device
+from tests.support.qemu import assert_clean, content, create, qemu_img, qemu_io
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KIB = 1 << 10
+MIB = 1 << 20
+EXTENT = 512 * KIB
+# Inside a cluster of an overlay that has large ones.
+BASE = 15 * EXTENT
+# Not where an extent ends: the volume gets more than the disk takes.
+DISK = 18 * MIB + 256 * KIB
+VOLUME = 37 * EXTENT
+DEVICES = Access(allow_backing=("/dev",))
+ENGINES: tuple[EngineChoice, ...] = ("native", "qemu")
+
+
+@dataclass
+class Volume:
+    """A raw base on a logical volume whose volume group holds others' bytes."""
+
+    device: Path
+    lvm: FakeLvm
+    directory: Path
+
+    def overlay(self, name: str = "top.qcow2", **options: str | int) -> Path:
+        top = create(self.directory / name, backing=self.device, backing_format="raw", **options)
+        return resized(top)
+
+    def behind(self, end: int) -> bytes:
+        with self.device.open("rb") as device:
+            device.seek(end)
+            return device.read()
+
+
+def resized(image: Path, size: int = DISK) -> Path:
+    qemu_img("resize", "-q", "--shrink", image, str(size))
+    return image
+
+
+@pytest.fixture
+def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Volume]:
+    backing, physical = tmp_path / "backing", tmp_path / "physical"
+    backing.write_bytes(os.urandom(32 * MIB))
+    physical.write_bytes(bytes(MIB))
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    lvm.add_group("vg", extents=64, devices=[physical], extent_size=EXTENT)
+    with loop_device(backing, 32 * MIB, "--sizelimit", str(BASE)) as device:
+        lvm.add_volume("vg", "base", device)
+        yield Volume(device, lvm, tmp_path)
+
+
+def _options(engine: EngineChoice) -> MergeOptions:
+    return MergeOptions(engine=engine, volume="lvm")
+
+
+def _merge(top: Path, engine: EngineChoice, base: Path | None = None) -> MergeOutcome:
+    return chainmerge.merge(top, base, access=DEVICES, options=_options(engine)).outcome
+
+
+def _in_child(action: Callable[[], object]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compat": "0.10"},
+        {"extended_l2": "on"},
+        {"cluster_size": 2 * MIB},
+        {"cluster_size": 512},
+    ],
+    ids=str,
+)
+def test_a_volume_with_old_bytes_is_extended(
+    volume: Volume, engine: EngineChoice, options: dict[str, str | int]
+) -> None:
+    top = volume.overlay(**options)
+    qemu_img("bitmap", "--add", top, "daily", expect=(0, 1))
+    qemu_io(top, f"write -q -P 2 {15 * MIB} 1M", f"write -q -P 3 {MIB} 512")
+    expected = content(top)
+    options_of_merge = MergeOptions(engine=engine, volume="lvm", drop_bitmaps=True)
+    planned = chainmerge.plan(top, access=DEVICES, options=options_of_merge)
+    assert planned.hides is not None
+    assert (planned.hides.start, planned.hides.end) == (BASE, DISK)
+    chainmerge.merge(top, access=DEVICES, options=options_of_merge)
+    assert content(top) == expected
+    assert_clean(top)
+    qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", top, volume.device)
+    assert not any(volume.behind(DISK))
+    assert _merge_again(top, options_of_merge) is MergeOutcome.ALREADY_MERGED
+    assert content(top) == expected
+
+
+def _merge_again(top: Path, options: MergeOptions) -> MergeOutcome:
+    return chainmerge.merge(top, access=DEVICES, options=options).outcome
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_the_lowest_overlay_can_see_base(volume: Volume, engine: EngineChoice) -> None:
+    """A shorter image between hides what is behind its end by itself; above it is a longer one."""
+    middle = resized(volume.overlay("middle.qcow2"), 12 * MIB)
+    top = resized(create(volume.directory / "top.qcow2", backing=middle))
+    qemu_io(middle, f"write -q -P 5 {11 * MIB} 64k")
+    qemu_io(top, f"write -q -P 6 {16 * MIB} 64k")
+    expected = content(top)
+    planned = chainmerge.plan(top, volume.device, access=DEVICES, options=_options(engine))
+    assert planned.hides is not None
+    assert planned.hides.image == str(middle)
+    _merge(top, engine, volume.device)
+    assert content(top) == expected
+    assert volume.behind(0)[:DISK] == expected
+    assert not any(volume.behind(DISK))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_as_the_volume_is_extended(volume: Volume, engine: EngineChoice) -> None:
+    """The guest can be started at once, and whoever runs the command again finishes it."""
+    top = volume.overlay()
+    qemu_io(top, f"write -q -P 2 {15 * MIB} 1M")
+    expected = content(top)
+    volume.lvm.kill_after("lvextend")
+    died = _in_child(lambda: _merge(top, engine))
+    assert died == -signal.SIGKILL
+    assert volume.device.stat().st_rdev
+    assert len(volume.behind(BASE)) == VOLUME - BASE
+    assert any(volume.behind(BASE))
+    assert content(top) == expected
+    volume.lvm.mend("lvextend")
+    _merge(top, engine)
+    assert content(top) == expected
+    assert volume.behind(0)[:DISK] == expected
+    if engine == "native":
+        # It is told from what the guest wrote by the journal, which QEMU's copy has none of.
+        assert not any(volume.behind(DISK))
+        assert load_journal(volume.device) is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("stage", [Stage.HIDE, Stage.EXTEND, Stage.COPY, Stage.VERIFY])
+def test_killed_at_a_stage(volume: Volume, engine: EngineChoice, stage: Stage) -> None:
+    top = volume.overlay()
+    qemu_io(top, f"write -q -P 2 {15 * MIB} 1M")
+    expected = content(top)
+
+    def die(event: ProgressEvent) -> None:
+        if event.stage is stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    died = _in_child(
+        lambda: chainmerge.merge(top, access=DEVICES, options=_options(engine), on_progress=die)
+    )
+    assert died == -signal.SIGKILL
+    assert content(top) == expected
+    _merge(top, engine)
+    assert content(top) == expected
+    assert volume.behind(0)[:DISK] == expected
+
+
+def test_what_the_guest_writes_after_a_kill_counts(volume: Volume) -> None:
+    top = volume.overlay()
+    volume.lvm.kill_after("lvextend")
+    _in_child(lambda: _merge(top, "native"))
+    qemu_io(top, f"write -q -P 9 {10 * MIB} 64k")
+    expected = content(top)
+    volume.lvm.mend("lvextend")
+    _merge(top, "native")
+    assert volume.behind(0)[:DISK] == expected
+
+
+def test_an_extension_that_fails_after_the_overlay_was_changed_is_no_refusal(
+    volume: Volume,
+) -> None:
+    top = volume.overlay()
+    expected = content(top)
+    volume.lvm.break_command("lvextend", 5, "the volume group is locked")
+    with pytest.raises(chainmerge.ChainmergeError) as failure:
+        _merge(top, "native")
+    assert not isinstance(failure.value, Refused)
+    assert content(top) == expected
+    assert_clean(top)
+
+
+def test_an_overlay_on_a_full_volume_is_refused(volume: Volume, tmp_path: Path) -> None:
+    """Nothing is extended before it is known that the overlay can hide what comes."""
+    source = volume.overlay()
+    qemu_io(source, f"write -q -P 2 {6 * MIB} 1M")
+    with loop_device(tmp_path / "overlay", source.stat().st_size) as device:
+        device.write_bytes(source.read_bytes())
+        before = device.read_bytes()
+        with pytest.raises(DeviceTooSmall):
+            _merge(device, "native")
+        assert device.read_bytes() == before
+    assert not volume.lvm.calls("lvextend")
+
+
+def test_an_overlay_that_cannot_hide_it_is_refused(volume: Volume) -> None:
+    data = volume.directory / "data"
+    top = volume.overlay(data_file=str(data))
+    access = Access(allow_backing=("/dev",), allow_data_file=(str(data),))
+    with pytest.raises(OldBytesBehindEnd):
+        chainmerge.merge(top, access=access, options=_options("native"))
+    assert not volume.lvm.calls("lvextend")
+
+
+def test_a_device_that_is_too_small_is_not_to_be_enlarged(tmp_path: Path) -> None:
+    with loop_device(tmp_path / "base", BASE) as device:
+        top = create(tmp_path / "top.qcow2", backing=device, backing_format="raw")
+        resized(top)
+        with pytest.raises(RawDeviceTooSmall) as refusal:
+            chainmerge.merge(top, access=DEVICES)
+        assert "--direction pull" in refusal.value.advice
+        expected = content(top)
+        chainmerge.merge(top, access=DEVICES, options=MergeOptions(direction="pull"))
+        assert content(top) == expected
