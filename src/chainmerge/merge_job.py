@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from chainmerge.chain import open_for_writing
 from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.metadata.steps import reserve_holes
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
+from chainmerge.native_facts import shares_extents
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
-from chainmerge.planning import MergeFacts, MergePlan
+from chainmerge.planning import EngineName, MergeFacts, MergePlan
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.records.identity import identify
 from chainmerge.records.saved_bitmaps import (
@@ -26,6 +28,8 @@ from chainmerge.records.saved_bitmaps import (
     forget_saved_bitmaps,
     save_bitmaps,
 )
+from chainmerge.space_facts import data_in_place
+from chainmerge.storage.file_space import space_of
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
 from chainmerge.storage.volumes import FileVolume, Volume, VolumeKind, open_lvm_volume, open_volume
@@ -105,6 +109,10 @@ def volume_at(path: Path, options: MergeOptions) -> Volume:
 @contextlib.contextmanager
 def extended(job: Job) -> Iterator[None]:
     """Have the space for all of the merge; what was reserved and not used goes back."""
+    if job.result.header is None and job.facts.volume.kind is VolumeKind.FILE:
+        with _holes_reserved(job):
+            yield
+        return
     grows = job.plan.space.grow_to is not None
     if not grows and job.facts.end_before is None:
         yield
@@ -120,6 +128,24 @@ def extended(job: Job) -> Iterator[None]:
     finally:
         with contextlib.suppress(ChainmergeError):
             volume.release_reservation()
+
+
+@contextlib.contextmanager
+def _holes_reserved(job: Job) -> Iterator[None]:
+    """Have space in a raw file for all data that is written, and for nothing else."""
+    shares = job.plan.engine is EngineName.NATIVE and shares_extents(
+        job.opened, job.target.base_index, job.facts.direction
+    )
+    written = data_in_place(job.target, job.opened, shares=shares)
+    with open_for_writing(job.base) as port:
+        space = space_of(port)
+        assert space is not None
+        reserve_holes(port, space.holes(written))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ChainmergeError):
+            volume_of(job.result, job.request.options).release_reservation()
 
 
 def _wipe_behind_disk(job: Job, volume: Volume) -> None:

@@ -65,7 +65,6 @@ from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
     look_for_zeroes,
-    shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
@@ -107,7 +106,7 @@ from chainmerge.settle import (
     require_unused,
     settle,
 )
-from chainmerge.space_facts import SpaceSurvey, survey_space
+from chainmerge.space_facts import survey_space
 from chainmerge.storage.errors import CannotGrow, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
@@ -124,7 +123,6 @@ from chainmerge.view import first_difference
 
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
-    from chainmerge.storage.volumes import VolumeFacts
 
 
 _REFUSED_IN_TIME: Final = (
@@ -180,7 +178,7 @@ def plan_beside(
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, options, _never, claims).facts
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
-    return decided, facts.volume.claim(decided.space.required)
+    return decided, facts.volume.claim(decided.space.required, decided.space.allocates)
 
 
 def measure(
@@ -309,7 +307,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     opened = stack.enter_context(open_chain(target.chain, locks))
     request.announce(Stage.PLAN)
     job = _decide(request, target, opened, locks, resumption)
-    claim = job.facts.volume.claim(job.plan.space.required)
+    claim = job.facts.volume.claim(job.plan.space.required, job.plan.space.allocates)
     return Prepared(base, job.plan, claim, partial(_start, job, resumption))
 
 
@@ -491,6 +489,7 @@ def _gather(
         _too_many_files(target, chosen.engine),
         *key_obstacles(target.chain, options),
     )
+    result = opened.images[target.result_index(way.direction)]
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
@@ -506,7 +505,7 @@ def _gather(
         undefined_bytes=volumes.undefined
         - (volumes.undefined_zeros if options.detect_zeroes else 0),
         merged=None,
-        volume=_volume_facts(target, opened, way.direction, survey, options).beside(claims),
+        volume=volume_of(result.info, options).facts().beside(claims),
         engine=chosen.engine,
         engine_reason=chosen.reason,
         direction=way.direction,
@@ -516,29 +515,10 @@ def _gather(
         warnings=bitmaps.warnings,
     )
     facts = replace(facts, hiding=hiding_needed(target, opened, way.direction, facts.volume))
-    no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
+    no_room = header_obstacle(result, facts, bitmaps)
     if no_room is not None:
         facts = replace(facts, obstacles=(*facts.obstacles, no_room))
     return _Found(facts, bitmaps, survey.needs, zeroes)
-
-
-def _volume_facts(
-    target: Target,
-    opened: OpenChain,
-    direction: Direction,
-    survey: SpaceSurvey,
-    options: MergeOptions,
-) -> VolumeFacts:
-    """The volume of what is written. Data that the file system shares takes none of its space."""
-    result = opened.images[target.result_index(direction)]
-    facts = volume_of(result.info, options).facts()
-    if facts.free_bytes is None or result.image is None or not survey.needs:
-        return facts
-    if not shares_extents(opened, target.base_index, direction):
-        return facts
-    clusters = max(need.data for need in survey.needs.values())
-    shared = clusters * result.image.header.cluster_size
-    return replace(facts, free_bytes=facts.free_bytes + shared)
 
 
 def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:

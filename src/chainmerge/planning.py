@@ -88,6 +88,11 @@ class SpaceFacts:
     new_clusters: int
     new_l2_tables: int
     written: int
+    allocates: int | None = None
+    """Bytes that the file system has to give the file for it: behind its end, in holes, and for
+    blocks that it shares. None where that is what ``required`` exceeds the file's size by."""
+    allocates_if_pruned: int | None = None
+    """The same as ``allocates`` for ``required_if_pruned``."""
     required_if_pruned: int | None = None
     """The same as ``required`` if stale bitmaps are taken out first, by a switch of their own;
     None where there is nothing to take out or the engine does so anyway."""
@@ -269,7 +274,9 @@ class SpacePlan:
     ``required_by_placement`` what each way takes at least, ``prune_first`` whether stale bitmaps
     have to make room first, by a switch of their own. ``grow_to`` is the size that the volume
     will be extended to, None where it is large enough. ``missing`` is what cannot be had; a plan
-    with a missing byte is refused.
+    with a missing byte is refused. ``allocates`` is what the file system has to give a file:
+    behind its end, in holes that are written to, and for blocks that other files share; None for
+    a volume, and where it is not known.
     """
 
     kind: str
@@ -279,6 +286,7 @@ class SpacePlan:
     limit: int | None
     grow_to: int | None
     missing: int
+    allocates: int | None
     breakdown: dict[str, int]
     shrink_to: int | None
     placement: Placement
@@ -409,13 +417,16 @@ def choose_placement(facts: MergeFacts, options: MergeOptions) -> Placement:
         return Placement(options.data)
     if Placement.COW not in facts.spaces:
         return Placement.IN_PLACE
-    fits = _is_there(facts.spaces[Placement.COW].least, facts.volume)
-    return Placement.COW if fits else Placement.IN_PLACE
+    cow = facts.spaces[Placement.COW]
+    whole = _is_there(cow.required, cow.allocates, facts.volume)
+    least = cow.required_if_pruned
+    pruned = least is not None and _is_there(least, cow.allocates_if_pruned, facts.volume)
+    return Placement.COW if whole or pruned else Placement.IN_PLACE
 
 
-def _is_there(required: int, volume: VolumeFacts) -> bool:
+def _is_there(required: int, allocates: int | None, volume: VolumeFacts) -> bool:
     if volume.kind is VolumeKind.FILE:
-        return not volume.growth(required).missing
+        return not volume.growth(required, allocates).missing
     return required <= volume.size
 
 
@@ -425,7 +436,9 @@ def prunes_first(facts: MergeFacts, options: MergeOptions) -> bool:
     Where there is room, all that changes changes in one switch.
     """
     space = chosen_space(facts, options)
-    return space.least < space.required and not _is_there(space.required, facts.volume)
+    if space.least >= space.required:
+        return False
+    return not _is_there(space.required, space.allocates, facts.volume)
 
 
 def chosen_space(facts: MergeFacts, options: MergeOptions) -> SpaceFacts:
@@ -520,7 +533,8 @@ def _planned_bitmap(decision: Decision, facts: MergeFacts) -> PlannedBitmap:
 def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
     volume, required = facts.volume, _required(facts, options)
     space = chosen_space(facts, options)
-    growth = volume.growth(required)
+    allocates = allocated_bytes(facts, options)
+    growth = volume.growth(required, allocates)
     limit = volume.capacity_limit
     if limit is None and volume.free_bytes is not None:
         limit = volume.size + volume.free_bytes
@@ -535,6 +549,7 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
             growth.size_after if growth.size_after > volume.size and not growth.missing else None
         ),
         missing=growth.missing,
+        allocates=allocates if volume.kind is VolumeKind.FILE else None,
         breakdown=dict(space.breakdown),
         shrink_to=_round_up(space.optimal, volume.growth_unit) if shrinks else None,
         placement=choose_placement(facts, options),
@@ -558,6 +573,14 @@ def _required(facts: MergeFacts, options: MergeOptions) -> int:
     if facts.merged:
         return space.image_end
     return space.least if prunes_first(facts, options) else space.required
+
+
+def allocated_bytes(facts: MergeFacts, options: MergeOptions) -> int | None:
+    """What the file system has to give the file that is written; None if that is not known."""
+    space = chosen_space(facts, options)
+    if facts.merged:
+        return 0
+    return space.allocates_if_pruned if prunes_first(facts, options) else space.allocates
 
 
 def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
@@ -775,15 +798,10 @@ def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[Chai
 def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     if options.data != "auto" and Placement(options.data) not in facts.spaces:
         yield PlacementUnavailable(str(facts.result.path), options.data, facts.engine_reason)
-    refusal = facts.volume.refusal(_required(facts, options))
-    if (
-        refusal is not None
-        and facts.volume.kind is VolumeKind.BLOCK
-        and facts.result.header is None
-    ):
-        yield RawDeviceTooSmall(**vars(refusal))
-    elif refusal is not None:
-        yield refusal
+    refusal = facts.volume.refusal(_required(facts, options), allocated_bytes(facts, options))
+    if refusal is not None:
+        fixed = facts.volume.kind is VolumeKind.BLOCK and facts.result.header is None
+        yield RawDeviceTooSmall(**vars(refusal)) if fixed else refusal
     yield from _hiding_refusals(facts)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from chainmerge import native_facts
 from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
-from chainmerge.engines.native import MappingNeed, ZeroRanges
+from chainmerge.engines.native import MappingNeed, ZeroRanges, data_ranges
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
@@ -36,6 +36,8 @@ from chainmerge.space import (
     space_need,
 )
 from chainmerge.space.errors import CannotGrowBase, OldBytesBehindEnd
+from chainmerge.storage.file_space import ByteRanges, space_of
+from chainmerge.storage.locks import AnyFile
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
@@ -76,8 +78,10 @@ def survey_space(
     base = opened.images[target.result_index(direction)]
     size_after = max(base.info.virtual_size, target.chain.top.virtual_size)
     if base.image is None:
-        facts = _facts(raw_space_need(base.info.file_size, size_after))
-        return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+        shares = engine is EngineName.NATIVE and native_facts.shares_extents(
+            opened, target.base_index, direction
+        )
+        return _raw_survey(target, opened, size_after, shares=shares)
     report, references = check_with_references(base.image)
     if not report.sound:
         return _without_figures(report, None)
@@ -109,8 +113,7 @@ def survey_for_live(
     top_size = target.chain.top.virtual_size
     if base.image is None:
         size_after = max(base.info.virtual_size, top_size)
-        facts = _facts(raw_space_need(base.info.file_size, size_after))
-        return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+        return _raw_survey(target, opened, size_after, shares=False)
     image = base.image
     report, references = check_with_references(image)
     if not report.sound:
@@ -154,7 +157,52 @@ def survey_for_live(
         new_clusters=arrivals.likely_clusters,
         new_l2_tables=arrivals.l2_tables,
     )
+    space = replace(space, allocates=_allocated_by_qemu(target, opened, space))
     return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
+
+
+def _raw_survey(target: Target, opened: OpenChain, size_after: int, *, shares: bool) -> SpaceSurvey:
+    """What a raw base needs: as a file space for the data alone, as a volume its size."""
+    base = opened.images[target.base_index]
+    facts = _facts(raw_space_need(base.info.file_size, size_after))
+    facts = replace(facts, allocates=missing_in_place(target, opened, shares=shares))
+    return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+
+
+def data_in_place(target: Target, opened: OpenChain, *, shares: bool) -> ByteRanges:
+    """Where data is written at its guest offset: into a raw base, or an external data file.
+
+    Without what the file system can share, if it *shares*.
+    """
+    kinds = (Kind.COMPRESSED,) if shares else (Kind.DATA, Kind.COMPRESSED)
+    return data_ranges(opened.view(target.base_index + 1), kinds)
+
+
+def missing_in_place(target: Target, opened: OpenChain, *, shares: bool) -> int | None:
+    """Bytes that the file system has to give for :func:`data_in_place`; None for a device."""
+    source = opened.images[target.base_index].layer.source
+    space = space_of(source) if isinstance(source, AnyFile) else None
+    return None if space is None else space.missing(data_in_place(target, opened, shares=shares))
+
+
+def _allocated_by_qemu(target: Target, opened: OpenChain, space: SpaceFacts) -> int | None:
+    """What a file system has to give a qcow2 file that QEMU writes to, at most.
+
+    Where QEMU finds free clusters in the file is not known, so any of its holes may be filled,
+    but no more of them than there is to write.
+    """
+    base = opened.images[target.base_index]
+    assert base.image is not None
+    on_file = space_of(base.readable) if isinstance(base.readable, AnyFile) else None
+    if on_file is None:
+        return None
+    size, cluster = base.info.file_size, base.image.header.cluster_size
+    grows = max(space.required - size, 0)
+    new = (space.new_clusters + space.new_l2_tables) * cluster
+    over_old = 0
+    if base.info.data_file is None:
+        over_old = data_in_place(target, opened, shares=False).total
+    return grows + min(max(size - on_file.own.total, 0), new + over_old)
 
 
 def _survey_for_qemu(
@@ -187,6 +235,7 @@ def _survey_for_qemu(
     space = replace(
         _facts(need), new_clusters=arrivals.likely_clusters, new_l2_tables=arrivals.l2_tables
     )
+    space = replace(space, allocates=_allocated_by_qemu(target, opened, space))
     return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
 
 

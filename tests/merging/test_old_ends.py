@@ -34,6 +34,7 @@ BASE = 15 * EXTENT
 DISK = 18 * MIB + 256 * KIB
 VOLUME = 37 * EXTENT
 DEVICES = Access(allow_backing=("/dev",))
+Options = dict[str, str | int]
 ENGINES: tuple[EngineChoice, ...] = ("native", "qemu")
 
 
@@ -45,8 +46,11 @@ class Volume:
     lvm: FakeLvm
     directory: Path
 
-    def overlay(self, name: str = "top.qcow2", **options: str | int) -> Path:
-        top = create(self.directory / name, backing=self.device, backing_format="raw", **options)
+    def overlay(self, options: Options | None = None, name: str = "top.qcow2") -> Path:
+        top = self.directory / name
+        chosen = ",".join(f"{key}={value}" for key, value in (options or {}).items())
+        arguments = ("-o", chosen) if chosen else ()
+        qemu_img("create", "-q", "-f", "qcow2", *arguments, "-b", self.device, "-F", "raw", top)
         return resized(top)
 
     def behind(self, end: int) -> bytes:
@@ -104,9 +108,9 @@ def _in_child(action: Callable[[], object]) -> int:
     ids=str,
 )
 def test_a_volume_with_old_bytes_is_extended(
-    volume: Volume, engine: EngineChoice, options: dict[str, str | int]
+    volume: Volume, engine: EngineChoice, options: Options
 ) -> None:
-    top = volume.overlay(**options)
+    top = volume.overlay(options)
     qemu_img("bitmap", "--add", top, "daily", expect=(0, 1))
     qemu_io(top, f"write -q -P 2 {15 * MIB} 1M", f"write -q -P 3 {MIB} 512")
     expected = content(top)
@@ -130,7 +134,7 @@ def _merge_again(top: Path, options: MergeOptions) -> MergeOutcome:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_only_the_lowest_overlay_can_see_base(volume: Volume, engine: EngineChoice) -> None:
     """A shorter image between hides what is behind its end by itself; above it is a longer one."""
-    middle = resized(volume.overlay("middle.qcow2"), 12 * MIB)
+    middle = resized(volume.overlay(name="middle.qcow2"), 12 * MIB)
     top = resized(create(volume.directory / "top.qcow2", backing=middle))
     qemu_io(middle, f"write -q -P 5 {11 * MIB} 64k")
     qemu_io(top, f"write -q -P 6 {16 * MIB} 64k")
@@ -227,7 +231,7 @@ def test_an_overlay_on_a_full_volume_is_refused(volume: Volume, tmp_path: Path) 
 
 def test_an_overlay_that_cannot_hide_it_is_refused(volume: Volume) -> None:
     data = volume.directory / "data"
-    top = volume.overlay(data_file=str(data))
+    top = volume.overlay({"data_file": str(data)})
     access = Access(allow_backing=("/dev",), allow_data_file=(str(data),))
     with pytest.raises(OldBytesBehindEnd):
         chainmerge.merge(top, access=access, options=_options("native"))

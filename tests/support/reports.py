@@ -92,6 +92,7 @@ def plan(
             limit=130 * MIB,
             grow_to=130 * MIB,
             missing=0,
+            allocates=None,
             breakdown={"data": 126 * MIB, "l2_tables": 65536},
             shrink_to=127 * MIB,
             placement=Placement.COW,

@@ -392,8 +392,8 @@ class FileSystemFull(CannotGrow):
 
     code: ClassVar[str] = "file-system-full"
     template: ClassVar[str] = (
-        "{image}: the file of {size} bytes must be able to grow to {required} bytes, and "
-        "{missing} bytes are missing on its file system"
+        "{image}: for what is written behind its end and into its holes (the file has {size} "
+        "bytes and is to have {required}) {missing} bytes are missing on its file system"
     )
     hint: ClassVar[str] = (
         "free at least {missing} bytes on the file system (or raise the quota), then run the same "

@@ -99,28 +99,39 @@ class VolumeFacts:
             capacity_limit=limit,
         )
 
-    def claim(self, required: int) -> dict[str, int]:
-        """What it takes from its pool to hold *required* bytes."""
+    def claim(self, required: int, allocates: int | None = None) -> dict[str, int]:
+        """What it takes from its pool to hold *required* bytes; *allocates* as in growth."""
         growth = max(0, self.growth(required).size_after - self.size)
+        if self.kind is VolumeKind.FILE and allocates is not None:
+            growth = allocates
         return {self.pool: growth} if self.pool and growth else {}
 
-    def growth(self, required: int) -> Growth:
-        """What it takes to hold *required* bytes."""
+    def growth(self, required: int, allocates: int | None = None) -> Growth:
+        """What it takes to hold *required* bytes.
+
+        Args:
+            required: bytes.
+            allocates: bytes that the file system has to give a file for it, holes that are
+                written to included; None for what lies behind its end.
+        """
         units = max(-(-(required - self.size) // self.growth_unit), 0)
         return Growth(
             required,
             self.size + units * self.growth_unit,
-            max(self._over_limit(required), self._over_free_space(required)),
+            max(self._over_limit(required), self._over_free_space(required, allocates)),
         )
 
-    def refusal(self, required: int) -> CannotGrow | None:
-        """The error that says why it cannot hold *required* bytes; None where it can."""
-        missing = self.growth(required).missing
+    def refusal(self, required: int, allocates: int | None = None) -> CannotGrow | None:
+        """The error that says why it cannot hold *required* bytes; None where it can.
+
+        *allocates* as in :meth:`growth`.
+        """
+        missing = self.growth(required, allocates).missing
         if not missing:
             return None
         error: type[CannotGrow]
         match self.kind:
-            case VolumeKind.FILE if self._over_free_space(required) == missing:
+            case VolumeKind.FILE if self._over_free_space(required, allocates) == missing:
                 error = FileSystemFull
             case VolumeKind.FILE:
                 error = FileLimitReached
@@ -135,10 +146,11 @@ class VolumeFacts:
             return 0
         return max(required - self.capacity_limit, 0)
 
-    def _over_free_space(self, required: int) -> int:
-        if self.free_bytes is None or required <= self.size:
+    def _over_free_space(self, required: int, allocates: int | None) -> int:
+        if self.free_bytes is None:
             return 0
-        return max(required - self.size - self.free_bytes, 0)
+        wanted = max(required - self.size, 0) if allocates is None else allocates
+        return max(wanted - self.free_bytes, 0)
 
 
 class Volume(Protocol):

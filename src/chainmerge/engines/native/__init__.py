@@ -17,7 +17,7 @@ from chainmerge.engines.native.commit import (
 )
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.hiding import ZerosBehind, tree_that_hides
-from chainmerge.engines.native.raw import RawCommit, commit_to_raw
+from chainmerge.engines.native.raw import RawCommit, commit_to_raw, data_ranges
 from chainmerge.engines.native.survey import (
     MappingNeed,
     NewTree,
@@ -43,6 +43,7 @@ __all__ = [
     "commit",
     "commit_to_raw",
     "cut_to_image_end",
+    "data_ranges",
     "find_zeroes",
     "merged_layers",
     "new_tree",

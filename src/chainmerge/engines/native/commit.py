@@ -42,7 +42,7 @@ from chainmerge.engines.metadata.header import HeaderWrite, compose_header, cont
 from chainmerge.engines.metadata.leaks import reclaim_leaks
 from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
 from chainmerge.engines.metadata.replacement import names_kept
-from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve
+from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve, reserve_holes
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.engines.native.decisions import (
     Change,
@@ -87,6 +87,8 @@ from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
 from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
+from chainmerge.storage.file_space import space_of, united
+from chainmerge.storage.files import FileReadable
 from chainmerge.view import GuestView, Resolved, joined, layer_of_qcow2
 
 if TYPE_CHECKING:
@@ -236,6 +238,7 @@ def commit(
     try:
         taken = placed.metadata if job.shares_extents else placed.allocation.everything
         reserve(port, required, _ranges(taken, cluster_size))
+        _reserve_in_place(port, job)
         with _step(port, StepName.FILL):
             if not port.is_block_device and port.size < required:
                 port.truncate_to(required)
@@ -255,6 +258,21 @@ def commit(
         _switch(port, head)
         _release(port, job, placed, mapping)
     return CommitOutcome(required, job.tree.mapping.written)
+
+
+def _reserve_in_place(port: Port, job: Commit) -> None:
+    """Have space for what is written into holes of the file, in clusters that stay.
+
+    Preallocated images are full of such holes. Where the file system shares what moves, it
+    takes none of its space.
+
+    Raises NotEnoughSpace: the file is what it was.
+    """
+    if job.shares_extents or not job.tree.mapping.in_place or not isinstance(port, FileReadable):
+        return
+    space = space_of(port)
+    if space is not None:
+        reserve_holes(port, space.holes(united(job.tree.mapping.in_place)))
 
 
 # FILL

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chainmerge.engines.metadata.allocation import (
     Allocation,
+    Clusters,
     Demand,
     FreeSpace,
     Runs,
@@ -23,8 +24,10 @@ from chainmerge.engines.native.decisions import (
     Change,
     MappedDisk,
     find_wishes,
+    old_hosts,
     place_data,
 )
+from chainmerge.engines.native.moves import segments_of
 from chainmerge.engines.native.windows import (
     changed_windows,
     read_window,
@@ -37,8 +40,8 @@ from chainmerge.qcow2.extents import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.engines.metadata.allocation import Clusters
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
+    from chainmerge.engines.native.decisions import U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.view import GuestView, Resolved
@@ -55,12 +58,17 @@ class MappingNeed:
         tables: L2 tables that are written anew.
         written: Bytes of guest data to be written.
         given_up: Data clusters and L2 tables that only the old mapping uses.
+        unpacked: New data clusters whose data is compressed where it is now.
+        in_place: Start and end, in the file, of what is written to clusters that stay; each an
+            int64 array for some of them.
     """
 
     data: int = 0
     tables: int = 0
     written: int = 0
     given_up: int = 0
+    unpacked: int = 0
+    in_place: tuple[tuple[Clusters, Clusters], ...] = field(default=(), compare=False)
 
     def plus(self, other: MappingNeed) -> MappingNeed:
         """Both together."""
@@ -69,6 +77,8 @@ class MappingNeed:
             self.tables + other.tables,
             self.written + other.written,
             self.given_up + other.given_up,
+            self.unpacked + other.unpacked,
+            self.in_place + other.in_place,
         )
 
 
@@ -98,7 +108,7 @@ def _needs_of(
     wishes = find_wishes(disk, read_window(image, disk, window.start), window)
     # Where nothing is replaced there is nothing to choose.
     ways = tuple(Placement) if wishes.entry.any() else (Placement.COW,)
-    needs = {way: _need_of(image, disk, place_data(wishes, disk, way)) for way in ways}
+    needs = {way: _need_of(image, disk, place_data(wishes, disk, way), window) for way in ways}
     return {way: needs.get(way, needs[Placement.COW]) for way in Placement}
 
 
@@ -117,7 +127,13 @@ def need_of_data(header: Header, window: Resolved) -> MappingNeed:
         data=clusters,
         tables=-(-clusters // header.l2_entries),
         written=-(-length // header.subcluster_size) * header.subcluster_size,
+        unpacked=_clusters_of(header, window.length[window.kind == Kind.COMPRESSED]),
     )
+
+
+def _clusters_of(header: Header, lengths: U64Array) -> int:
+    """Clusters that runs of so many bytes reach into at most."""
+    return int((-(-lengths.astype(np.int64) // header.cluster_size)).sum())
 
 
 def tables_of(change: Change, l2_entries: int) -> Clusters:
@@ -130,8 +146,10 @@ def tables_of(change: Change, l2_entries: int) -> Clusters:
     return tables
 
 
-def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change) -> MappingNeed:
+def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change, window: Resolved) -> MappingNeed:
     header = disk.header
+    fresh = change.cluster[change.fresh].astype(np.uint64) * np.uint64(header.cluster_size)
+    run = np.searchsorted(window.guest, fresh, "right") - 1
     tables = tables_of(change, header.l2_entries)
     units = int(np.count_nonzero(np.unpackbits(change.copied.view(np.uint8))))
     replaced = np.count_nonzero(table_offsets(image, tables))
@@ -140,7 +158,17 @@ def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change) -> MappingNeed
         tables=len(tables),
         written=units * header.subcluster_size,
         given_up=int(np.count_nonzero(change.released) + replaced),
+        unpacked=int(np.count_nonzero(window.kind[run] == Kind.COMPRESSED)),
+        in_place=tuple(_in_place(header, change)),
     )
+
+
+def _in_place(header: Header, change: Change) -> Iterator[tuple[Clusters, Clusters]]:
+    if not (change.reused & (change.copied != 0)).any():
+        return
+    written = segments_of(change, change.reused, old_hosts(change), header)
+    start = written.target.astype(np.int64)
+    yield start, start + written.length.astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
