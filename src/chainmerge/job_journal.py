@@ -120,4 +120,5 @@ def _journal(job: Job) -> Journal:
         # Raw images have no place for a second copy.
         placement="" if job.base.header is None else plan.space.placement,
         volume_size=_volume_size(job),
+        shrink_to=plan.space.shrink_to or 0,
     )

@@ -673,11 +673,16 @@ def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     top = job.facts.top
     record = load_merged_record(top.real_path)
     deleted = delete_recorded(record) if record is not None else ()
-    warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
+    warnings = [*job.plan.warnings, *_give_back(job, top.real_path, top.format)]
     result = top.real_path
     return _report(
         job.request, job.plan, result, top.format, copied, verified, (), deleted, warnings
     )
+
+
+def _give_back(job: Job, result: Path, result_format: str) -> Iterator[str]:
+    shrink_to = job.plan.space.shrink_to
+    return give_back(result, result_format, job.request.options, shrink_to)
 
 
 def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
@@ -701,7 +706,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     if settled.top_is_gone:
         warnings += _drop_spent_tombstones(job, steps.result)
     enter(journal, JournalState.GIVE_BACK)
-    warnings += give_back(steps.result, job.base.format, request.options)
+    warnings += _give_back(job, steps.result, job.base.format)
     forget_journal(job.base.real_path)
     forget_live_journal(job.base.real_path)
     return _report(

@@ -33,6 +33,7 @@ from chainmerge.engines.native import (
     merged_layers,
     new_tree,
     place_tree,
+    released_clusters,
     survey_mapping,
 )
 from chainmerge.errors import ChainmergeError, Interrupted
@@ -297,7 +298,9 @@ def survey_native(
         tree = new_tree(image.name, disk, need, stored)
         placed = place_tree(tree, space)
         facts = replace(
-            _facts(tree, placed, used, given_up), allocates=file_space.missing(tree, placed)
+            _facts(tree, placed, used, given_up),
+            allocates=file_space.missing(tree, placed),
+            end_after=_end_after(image, tree, placed, references, used),
         )
         if pruned is not None:
             placed = place_tree(tree, pruned.space)
@@ -309,6 +312,28 @@ def survey_native(
             )
         spaces[placement] = facts
     return NativeFacts(needs, spaces)
+
+
+def _end_after(
+    image: Qcow2Image,
+    tree: NewTree,
+    placed: PlacedTree,
+    references: ReferenceCounts,
+    used: _Used,
+) -> int:
+    """Where the image ends once what only its old tree uses is released, in bytes."""
+    first = placed.allocation.end
+    left = references.counts[first : used.end].astype(np.int64)
+    if len(left):
+        released = released_clusters(image, tree, placed, tree.mapping.released)
+        start = np.clip(released.start - first, 0, len(left))
+        end = np.clip(released.end - first, 0, len(left))
+        steps = np.bincount(start, minlength=len(left) + 1)
+        steps -= np.bincount(end, minlength=len(left) + 1)
+        left -= np.cumsum(steps[:-1])
+    still = np.flatnonzero(left)
+    last = first + int(still[-1]) + 1 if len(still) else first
+    return last * image.header.cluster_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.chain import Chain, ImageInfo, Relatives
 from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import Direction, Placement
+from chainmerge.options import LEFT_TO_A_GUEST, Direction, Placement
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -91,6 +91,8 @@ class SpaceFacts:
     allocates: int | None = None
     """Bytes that the file system has to give the file for it: behind its end, in holes, and for
     blocks that it shares. None where that is what ``required`` exceeds the file's size by."""
+    end_after: int | None = None
+    """Where the image ends after the merge, exactly; None where that is not known."""
     allocates_if_pruned: int | None = None
     """The same as ``allocates`` for ``required_if_pruned``."""
     required_if_pruned: int | None = None
@@ -538,7 +540,6 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
     limit = volume.capacity_limit
     if limit is None and volume.free_bytes is not None:
         limit = volume.size + volume.free_bytes
-    shrinks = options.shrink and volume.kind is VolumeKind.LVM
     return SpacePlan(
         kind=volume.kind,
         size=volume.size,
@@ -551,13 +552,36 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
         missing=growth.missing,
         allocates=allocates if volume.kind is VolumeKind.FILE else None,
         breakdown=dict(space.breakdown),
-        shrink_to=_round_up(space.optimal, volume.growth_unit) if shrinks else None,
+        shrink_to=_shrink_to(facts, options, growth.size_after),
         placement=choose_placement(facts, options),
         required_by_placement={
             str(placement): one.least for placement, one in sorted(facts.spaces.items())
         },
         prune_first=prunes_first(facts, options),
     )
+
+
+def _shrink_to(facts: MergeFacts, options: MergeOptions, size: int) -> int | None:
+    """What a volume of *size* bytes is reduced to.
+
+    Where QEMU writes, or stale bitmaps are taken out first, it is not known where the image will
+    end, but it is not behind what the merge needs at most.
+    """
+    volume = facts.volume
+    if not options.shrink or volume.kind is not VolumeKind.LVM or facts.result.header is None:
+        return None
+    space, required = chosen_space(facts, options), _required(facts, options)
+    known = space.end_after is not None and not facts.merged and not prunes_first(facts, options)
+    end = space.end_after if known and space.end_after is not None else required
+    kept = end + left_free(options, is_leaf=not facts.relatives.children)
+    return min(_round_up(kept, volume.growth_unit), size)
+
+
+def left_free(options: MergeOptions, *, is_leaf: bool) -> int:
+    """Bytes that a reduced volume keeps beyond what its image needs."""
+    if options.leave is not None:
+        return options.leave
+    return LEFT_TO_A_GUEST if is_leaf else 0
 
 
 def _hides(facts: MergeFacts) -> PlannedHiding | None:

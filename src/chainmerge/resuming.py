@@ -167,7 +167,8 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     if settled.top_is_gone and base.header is not None:
         warnings += _drop_tombstones(steps.result, journal.spent)
     enter(left, JournalState.GIVE_BACK)
-    warnings += give_back(steps.result, base.format, request.options)
+    shrink_to = journal.shrink_to or None
+    warnings += give_back(steps.result, base.format, request.options, shrink_to)
     forget_journal(base.real_path)
     return _report(request, steps, settled.repointed, settled.deleted, verified, warnings)
 
@@ -232,7 +233,8 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
         with lock_image(result, LockMode.WRITER, request.access.lock_wait):
             if record.result_format == "qcow2" and is_switched(journal, result):
                 yield from _drop_tombstones(result, journal.spent)
-            yield from give_back(result, record.result_format, request.options)
+            shrink_to = journal.shrink_to or None
+            yield from give_back(result, record.result_format, request.options, shrink_to)
             forget_journal(base)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
@@ -246,7 +248,7 @@ def _give_back_after_pull(request: Request, top: Path) -> Iterator[str]:
                 if port.identity != lock.identity:
                     raise ImageReplaced(str(top))
                 reclaim_leaks(port)
-            yield from give_back(top, "qcow2", request.options)
+            yield from give_back(top, "qcow2", request.options, None)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
 

@@ -202,7 +202,7 @@ def _allocated_by_qemu(target: Target, opened: OpenChain, space: SpaceFacts) -> 
     over_old = 0
     if base.info.data_file is None:
         over_old = data_in_place(target, opened, shares=False).total
-    return grows + min(max(size - on_file.own.total, 0), new + over_old)
+    return grows + min(size - on_file.own.before(size).total, new + over_old)
 
 
 def _survey_for_qemu(

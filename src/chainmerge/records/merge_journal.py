@@ -136,7 +136,8 @@ class Journal(msgspec.Struct, frozen=True):
     known. ``boot`` tells one run of the machine from another. ``placement`` says where data goes
     that base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that
     is not recorded. ``volume_size`` is what the volume of a raw base had before the merge, in
-    bytes, and 0 of another base: what it holds behind that is nobody's.
+    bytes, and 0 of another base: what it holds behind that is nobody's. ``shrink_to`` is what its
+    volume is to be reduced to in the end, and 0 where it is not.
     """
 
     version: int
@@ -154,6 +155,7 @@ class Journal(msgspec.Struct, frozen=True):
     first_sector: str = ""
     placement: str = ""
     volume_size: int = 0
+    shrink_to: int = 0
 
     @property
     def top(self) -> ImageIdentity:

@@ -91,8 +91,10 @@ class FileSpace:
     """What a regular file has of its own.
 
     Attributes:
-        own: Where writing takes no space of the file system, up to the file's end.
+        own: Where writing takes no space of the file system.
         held: Where it has space, its own or shared. Elsewhere are holes.
+
+    Both reach beyond the file's end where something is reserved there.
     """
 
     own: ByteRanges
@@ -131,7 +133,7 @@ def space_of(file: AnyFile) -> FileSpace | None:
         if not flags & allocation.SHARED and (not copies or flags & allocation.UNWRITTEN)
     )
     held = _ranges((start, end) for start, end, _ in extents)
-    return FileSpace(own.before(file.size), held.before(file.size))
+    return FileSpace(own, held)
 
 
 def _ranges(pairs: Iterable[tuple[int, int]]) -> ByteRanges:

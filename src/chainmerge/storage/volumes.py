@@ -73,6 +73,7 @@ class VolumeFacts:
         free_bytes: bytes by which the file system would let it grow, an estimate: others write
             too, and metadata takes its share. None for what does not lie on a file system.
         growth_unit: sizes change by multiples of it.
+        reserved: bytes of ``free_bytes`` that are the file's already, behind its end.
         pool: what it takes space from that it does not have yet; volumes of one pool compete
             for it. Empty where it has all it will ever have.
     """
@@ -84,6 +85,7 @@ class VolumeFacts:
     free_bytes: int | None
     growth_unit: int
     pool: str = ""
+    reserved: int = 0
 
     def beside(self, claims: Mapping[str, int]) -> VolumeFacts:
         """The same, with what others are going to take from its pool (bytes) left out."""
@@ -149,8 +151,10 @@ class VolumeFacts:
     def _over_free_space(self, required: int, allocates: int | None) -> int:
         if self.free_bytes is None:
             return 0
-        wanted = max(required - self.size, 0) if allocates is None else allocates
-        return max(wanted - self.free_bytes, 0)
+        if allocates is None:
+            return max(required - self.size - self.free_bytes, 0) if required > self.size else 0
+        # What is reserved already is not among that.
+        return max(allocates - max(self.free_bytes - self.reserved, 0), 0)
 
 
 class Volume(Protocol):
@@ -249,8 +253,11 @@ class FileVolume:
         """See :class:`Volume`."""
         with FileReadable(self.path) as file:
             pool = f"file system {file.identity[0]}"
-            room = _room_to_grow(file.fd)
-            return VolumeFacts(self.path, self.kind, file.size, self.size_limit, room, 1, pool)
+            reserved = allocation.reserved_beyond_end(file.fd)
+            room = _free_space(file.fd) + reserved
+            return VolumeFacts(
+                self.path, self.kind, file.size, self.size_limit, room, 1, pool, reserved
+            )
 
     def grow_to(self, required: int) -> None:
         """See :class:`Volume`; where space cannot be reserved, it is only looked for.
@@ -477,8 +484,12 @@ def _size_of(path: str) -> int:
 
 
 def _room_to_grow(fd: int) -> int:
+    return _free_space(fd) + allocation.reserved_beyond_end(fd)
+
+
+def _free_space(fd: int) -> int:
     status = os.fstatvfs(fd)
-    return status.f_bavail * status.f_frsize + allocation.reserved_beyond_end(fd)
+    return status.f_bavail * status.f_frsize
 
 
 def _raise_if_refused(facts: VolumeFacts, required: int) -> None:

@@ -91,7 +91,7 @@ def test_the_demo_extended_to_the_planned_size_and_reduced(group: Group) -> None
     create(top, backing=base)
     add_bitmaps(top, "good")
     qemu_io(top, "write -P 91 0 64k")
-    report = merged("--shrink", "--data", "in-place", top).json
+    report = merged("--shrink", "--leave", "0", "--data", "in-place", top).json
     assert_clean(base)
     assert_reads(base, (91, 0, 64 * KIB), (90, 64 * KIB, MIB))
     assert group.size_of("base") == report["volume_size"] < DEMO_VOLUME
@@ -295,7 +295,7 @@ def test_what_is_freed_is_discarded_and_the_volume_reduced(group: Group) -> None
     assert_reads(base, (2, 0, MIB), (1, MIB, 3 * MIB))
     create(top, backing=base)
     qemu_io(top, "write -P 3 0 64k")
-    merged("--shrink", top)
+    merged("--shrink", "--leave", "0", top)
     assert group.size_of("base") <= 8 * MIB
     assert_clean(base)
     assert_reads(base, (3, 0, 64 * KIB), (2, 64 * KIB, MIB - 64 * KIB))

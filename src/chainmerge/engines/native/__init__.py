@@ -24,6 +24,7 @@ from chainmerge.engines.native.survey import (
     PlacedTree,
     new_tree,
     place_tree,
+    released_clusters,
     survey_mapping,
 )
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges, find_zeroes
@@ -48,6 +49,7 @@ __all__ = [
     "merged_layers",
     "new_tree",
     "place_tree",
+    "released_clusters",
     "survey_mapping",
     "tree_that_hides",
 ]
