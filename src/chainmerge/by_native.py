@@ -20,9 +20,9 @@ from chainmerge.engines.native import (
     new_tree,
 )
 from chainmerge.errors import ChainmergeError
+from chainmerge.extending import extended
 from chainmerge.job_journal import journal_kept, record_switching
 from chainmerge.merge_job import (
-    extended,
     leaks_reclaimed,
     note_what_base_lacks,
     unfinished_where_refused,

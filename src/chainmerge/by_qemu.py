@@ -11,10 +11,10 @@ from chainmerge.encrypted import encrypted_difference, has_encrypted, image_spec
 from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
+from chainmerge.extending import extended
 from chainmerge.inspection import Target, find_target, open_chain
 from chainmerge.merge_job import (
     bitmaps_to_save,
-    extended,
     forget_what_was_noted,
     leaks_reclaimed,
     unfinished_where_refused,

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 from chainmerge.chain import open_for_writing
 from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.engines.metadata.steps import reserve_holes
 from chainmerge.engines.native import MappingNeed, ZeroRanges
-from chainmerge.errors import ChainmergeError, Interrupted, Refused
+from chainmerge.errors import Interrupted, Refused
 from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
-from chainmerge.native_facts import shares_extents
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
-from chainmerge.planning import EngineName, MergeFacts, MergePlan
+from chainmerge.planning import MergeFacts, MergePlan
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.records.identity import identify
 from chainmerge.records.saved_bitmaps import (
@@ -28,11 +26,9 @@ from chainmerge.records.saved_bitmaps import (
     forget_saved_bitmaps,
     save_bitmaps,
 )
-from chainmerge.space_facts import data_in_place
-from chainmerge.storage.file_space import space_of
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
-from chainmerge.storage.volumes import FileVolume, Volume, VolumeKind, open_lvm_volume, open_volume
+from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:
@@ -104,61 +100,6 @@ def volume_at(path: Path, options: MergeOptions) -> Volume:
             return FileVolume(str(path), options.size_limit)
         case _:
             return open_volume(path, options.size_limit)
-
-
-@contextlib.contextmanager
-def extended(job: Job) -> Iterator[None]:
-    """Have the space for all of the merge; what was reserved and not used goes back."""
-    if job.result.header is None and job.facts.volume.kind is VolumeKind.FILE:
-        with _holes_reserved(job):
-            yield
-        return
-    grows = job.plan.space.grow_to is not None
-    if not grows and job.facts.end_before is None:
-        yield
-        return
-    volume = volume_of(job.result, job.request.options)
-    if grows:
-        job.request.announce(Stage.EXTEND)
-        volume.grow_to(job.plan.space.required)
-        volume.make_growth_durable()
-    _wipe_behind_disk(job, volume)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ChainmergeError):
-            volume.release_reservation()
-
-
-@contextlib.contextmanager
-def _holes_reserved(job: Job) -> Iterator[None]:
-    """Have space in a raw file for all data that is written, and for nothing else."""
-    shares = job.plan.engine is EngineName.NATIVE and shares_extents(
-        job.opened, job.target.base_index, job.facts.direction
-    )
-    written = data_in_place(job.target, job.opened, shares=shares)
-    with open_for_writing(job.base) as port:
-        space = space_of(port)
-        assert space is not None
-        reserve_holes(port, space.holes(written))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ChainmergeError):
-            volume_of(job.result, job.request.options).release_reservation()
-
-
-def _wipe_behind_disk(job: Job, volume: Volume) -> None:
-    """Make zeros of what a raw base's volume has got beyond the disk that it is to hold.
-
-    Up to there the overlay hides what it holds, and the merge overwrites it.
-    """
-    if job.result.header is not None or volume.kind is VolumeKind.FILE:
-        return
-    had = job.facts.end_before or job.facts.volume.size
-    start, end = max(had, job.facts.top.virtual_size), volume.size
-    if start < end:
-        volume.zero(start, end - start)
 
 
 def wipe_behind_end(base: OpenImage, size_after: int) -> None:

@@ -38,6 +38,7 @@ from chainmerge.space import (
 from chainmerge.space.errors import CannotGrowBase, OldBytesBehindEnd
 from chainmerge.storage.file_space import ByteRanges, space_of
 from chainmerge.storage.locks import AnyFile
+from chainmerge.storage.volumes import open_volume
 from chainmerge.verify import bitmap_difference
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.references import ReferenceCounts
+    from chainmerge.storage.errors import CannotGrow
 
 _WINDOW = 1 << 20
 
@@ -226,6 +228,7 @@ def _survey_for_qemu(
         growth_obstacle(facts, top_size)
         or _end_obstacle(image, facts, top_size)
         or _old_bytes_obstacle(opened.images[target.base_index], facts, top_size)
+        or _data_file_obstacle(target, opened)
     )
     if obstacle is not None:
         return _without_figures(report, obstacle)
@@ -268,6 +271,15 @@ def _old_bytes_obstacle(
     if found.obstacle is None:
         return None
     return OldBytesBehindEnd(str(base.info.path), top_size, found.obstacle)
+
+
+def _data_file_obstacle(target: Target, opened: OpenChain) -> CannotGrow | None:
+    """Why the data does not fit into base's external data file; None where it does."""
+    data_file = target.base.data_file
+    if data_file is None:
+        return None
+    volume = open_volume(data_file).facts()
+    return volume.refusal(volume.size, missing_in_place(target, opened, shares=False))
 
 
 def _facts(need: SpaceNeed) -> SpaceFacts:

@@ -165,3 +165,21 @@ def test_zeros_take_no_space_in_a_raw_image(tmp_path: Path, preallocated: bool) 
         assert _allocated(base) >= held
     else:
         assert _allocated(base) <= MIB
+
+
+def test_holes_of_an_external_data_file(tmp_path: Path) -> None:
+    with mounted_file_system(tmp_path, "ext4", SIZES["ext4"]) as mount:
+        data = mount / "data"
+        base = create(tmp_path / "base", DISK, data_file=str(data), data_file_raw="on")
+        top = _overlay(base, tmp_path)
+        expected = content(top)
+        access = Access(allow_data_file=(str(data),))
+        _leave_free(mount, DATA - 4 * MIB)
+        held, before = _allocated(data), base.read_bytes()
+        assert not chainmerge.plan(top, access=access).feasible
+        with pytest.raises(FileSystemFull):
+            chainmerge.merge(top, access=access)
+        assert (_allocated(data), base.read_bytes()) == (held, before)
+        _leave_free(mount, DATA + 4 * MIB)
+        chainmerge.merge(top, access=access)
+        assert content(base) == expected

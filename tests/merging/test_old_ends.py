@@ -248,3 +248,121 @@ def test_a_device_that_is_too_small_is_not_to_be_enlarged(tmp_path: Path) -> Non
         expected = content(top)
         chainmerge.merge(top, access=DEVICES, options=MergeOptions(direction="pull"))
         assert content(top) == expected
+
+
+# A qcow2 base that ends inside a cluster: QEMU shows what the rest of that holds.
+
+
+def _small_base(directory: Path, size: int, options: Options) -> Path:
+    """An image that was larger and full of data before."""
+    base = directory / "base.qcow2"
+    chosen = ",".join(f"{key}={value}" for key, value in options.items())
+    arguments = ("-o", chosen) if chosen else ()
+    qemu_img("create", "-q", "-f", "qcow2", *arguments, base, str(4 * MIB))
+    qemu_io(base, f"write -q -P 0x55 0 {4 * MIB}")
+    return resized(base, size)
+
+
+SHAPES: list[Options] = [
+    {},
+    {"cluster_size": 4 * KIB},
+    {"cluster_size": 2 * MIB},
+    {"extended_l2": "on"},
+    {"compat": "0.10"},
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [512, MIB + 512, 2 * MIB - 512, 2 * MIB], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_rest_of_the_last_cluster_does_not_show(
+    tmp_path: Path, shape: Options, size: int, engine: EngineChoice
+) -> None:
+    base = _small_base(tmp_path, size, shape)
+    top = resized(create(tmp_path / "top.qcow2", backing=base), 6 * MIB)
+    qemu_io(top, f"write -q -P 2 {5 * MIB} 64k", "write -q -P 3 0 512")
+    expected = content(top)
+    chainmerge.merge(top, options=MergeOptions(engine=engine))
+    assert content(base) == expected == content(top)
+    assert_clean(base)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_base_has_a_longer_backing_file(tmp_path: Path, engine: EngineChoice) -> None:
+    root = create(tmp_path / "root.qcow2", 6 * MIB)
+    qemu_io(root, f"write -q -P 9 0 {6 * MIB}")
+    base = create(tmp_path / "base.qcow2", backing=root)
+    qemu_io(base, f"write -q -P 0x55 0 {4 * MIB}")
+    resized(base, MIB + 512)
+    top = resized(create(tmp_path / "top.qcow2", backing=base), 6 * MIB)
+    qemu_io(top, f"write -q -P 2 {5 * MIB} 64k")
+    expected = content(top)
+    chainmerge.merge(top, options=MergeOptions(engine=engine))
+    assert content(base) == expected == content(top)
+
+
+def test_killed_once_the_old_bytes_are_wiped(tmp_path: Path) -> None:
+    base = _small_base(tmp_path, MIB + 512, {})
+    top = resized(create(tmp_path / "top.qcow2", backing=base), 6 * MIB)
+    qemu_io(top, f"write -q -P 2 {5 * MIB} 64k")
+    expected, of_base = content(top), content(base)
+
+    def die(event: ProgressEvent) -> None:
+        if event.stage is Stage.COPY:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    options = MergeOptions(engine="qemu")
+    died = _in_child(lambda: chainmerge.merge(top, options=options, on_progress=die))
+    assert died == -signal.SIGKILL
+    assert (content(top), content(base)) == (expected, of_base)
+    chainmerge.merge(top, options=options)
+    assert content(base) == expected == content(top)
+
+
+def test_old_bytes_in_an_external_data_file(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    base = _small_base(tmp_path, MIB + 512, {"data_file": str(data)})
+    # Where it cannot be made shorter, as a volume, it has what it had.
+    with data.open("r+b") as file:
+        file.seek(MIB + 512)
+        file.write(b"o" * (3 * MIB))
+    top = resized(create(tmp_path / "top.qcow2", backing=base), 6 * MIB)
+    qemu_io(top, f"write -q -P 2 {5 * MIB} 64k")
+    expected = content(top)
+    chainmerge.merge(top, access=Access(allow_data_file=(str(data),)))
+    assert content(base) == expected == content(top)
+
+
+def test_a_snapshot_has_the_old_bytes(tmp_path: Path) -> None:
+    """They are the snapshot's data, and stay."""
+    base = create(tmp_path / "base.qcow2", 4 * MIB)
+    qemu_io(base, f"write -q -P 0x55 0 {4 * MIB}")
+    qemu_img("snapshot", "-c", "larger", base)
+    # QEMU does not resize an image with snapshots; other programs do.
+    with base.open("r+b") as file:
+        file.seek(24)
+        file.write((MIB + 512).to_bytes(8, "big"))
+    top = resized(create(tmp_path / "top.qcow2", backing=base), 6 * MIB)
+    before, expected = base.read_bytes(), content(top)
+    with pytest.raises(OldBytesBehindEnd):
+        chainmerge.merge(top, options=MergeOptions(engine="qemu"))
+    assert base.read_bytes() == before
+    chainmerge.merge(top)
+    assert content(base) == expected == content(top)
+
+
+def test_compressed_old_bytes(tmp_path: Path) -> None:
+    full = create(tmp_path / "full.qcow2", 4 * MIB)
+    qemu_io(full, f"write -q -P 0x55 0 {4 * MIB}")
+    base = tmp_path / "base.qcow2"
+    qemu_img("convert", "-c", "-O", "qcow2", full, base)
+    resized(base, MIB + 512)
+    top = resized(create(tmp_path / "top.qcow2", backing=base), 6 * MIB)
+    before, expected = base.read_bytes(), content(top)
+    options = MergeOptions(engine="qemu")
+    with pytest.raises(OldBytesBehindEnd):
+        chainmerge.merge(top, options=options)
+    assert not chainmerge.plan(top, options=options).feasible
+    assert base.read_bytes() == before
+    chainmerge.merge(top)
+    assert content(base) == expected == content(top)
