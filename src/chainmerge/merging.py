@@ -620,7 +620,8 @@ def _start(job: Job, resumption: Resumption) -> MergeReport:
         target = _same_target(job.target, request)
         with open_chain(target.chain, job.locks) as opened:
             again = _decide(request, target, opened, job.locks, resumption)
-            return _merge_and_settle(again)
+            done = replace(again.plan, hides=job.plan.hides)
+            return _merge_and_settle(replace(again, plan=done))
 
 
 def _merge_and_settle(job: Job) -> MergeReport:

@@ -19,6 +19,7 @@ from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.qcow2.check import CheckReport, check_with_references
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.mapping import Kind, lookup
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.space import (
@@ -36,10 +37,11 @@ from chainmerge.space import (
     space_need,
 )
 from chainmerge.space.errors import CannotGrowBase, OldBytesBehindEnd
-from chainmerge.storage.file_space import ByteRanges, space_of
+from chainmerge.storage.file_space import ByteRanges, space_of, united
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.volumes import open_volume
 from chainmerge.verify import bitmap_difference
+from chainmerge.view import in_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -203,8 +205,24 @@ def _allocated_by_qemu(target: Target, opened: OpenChain, space: SpaceFacts) -> 
     new = (space.new_clusters + space.new_l2_tables) * cluster
     over_old = 0
     if base.info.data_file is None:
-        over_old = data_in_place(target, opened, shares=False).total
+        over_old = on_file.missing(_written_over(target, opened))
     return grows + min(size - on_file.own.before(size).total, new + over_old)
+
+
+def _written_over(target: Target, opened: OpenChain) -> ByteRanges:
+    """Where base's file has clusters, or a place for them, that get data from above."""
+    size = target.chain.top.virtual_size
+    merged = opened.view(target.base_index + 1).resolve(0, size)
+    base = opened.view(target.base_index, target.base_index + 1).resolve(0, size)
+    places = []
+    for upper, lower in in_step(merged, base):
+        bounds = distinct(np.concatenate([upper.guest, lower.guest]))
+        above, below = upper.cut_at(bounds), lower.cut_at(bounds)
+        written = (above.kind == Kind.DATA) | (above.kind == Kind.COMPRESSED)
+        written &= (below.kind == Kind.DATA) | (below.kind == Kind.ZERO_ALLOCATED)
+        start = below.host[written].astype(np.int64)
+        places.append((start, start + below.length[written].astype(np.int64)))
+    return united(places)
 
 
 def _survey_for_qemu(

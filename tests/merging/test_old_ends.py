@@ -118,7 +118,9 @@ def test_a_volume_with_old_bytes_is_extended(
     planned = chainmerge.plan(top, access=DEVICES, options=options_of_merge)
     assert planned.hides is not None
     assert (planned.hides.start, planned.hides.end) == (BASE, DISK)
-    chainmerge.merge(top, access=DEVICES, options=options_of_merge)
+    report = chainmerge.merge(top, access=DEVICES, options=options_of_merge)
+    assert report.plan is not None
+    assert report.plan.hides == planned.hides
     assert content(top) == expected
     assert_clean(top)
     qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", top, volume.device)
