@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -19,9 +20,9 @@ from chainmerge.engines.native import (
     new_tree,
 )
 from chainmerge.errors import ChainmergeError
+from chainmerge.extending import extended
 from chainmerge.job_journal import journal_kept, record_switching
 from chainmerge.merge_job import (
-    extended,
     leaks_reclaimed,
     note_what_base_lacks,
     unfinished_where_refused,
@@ -37,7 +38,7 @@ from chainmerge.options import Direction
 from chainmerge.planning import new_backing
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.settle import record_pull
-from chainmerge.storage.transfer import ReadBack, Transfer, transfer_into
+from chainmerge.storage.transfer import ReadBack, Transfer, ZeroedSpace, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import (
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from chainmerge.storage.files import WritablePort
     from chainmerge.view import GuestView
 
+# The unit of st_blocks.
+_STAT_BLOCK: Final = 512
 _READ_BACK: Final = MappingProxyType({"full": ReadBack.COMPARED, "metadata": ReadBack.OMITTED})
 _WORDS_FOR_READ_BACK: Final = MappingProxyType(
     {
@@ -77,7 +80,7 @@ def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
 @contextlib.contextmanager
 def _enough_space(job: Job) -> Iterator[None]:
     """Make a volume large enough. In a file the engine reserves just the clusters it takes."""
-    if job.facts.volume.kind is VolumeKind.FILE:
+    if job.facts.volume.kind is VolumeKind.FILE and job.result.header is not None:
         yield
         return
     with extended(job):
@@ -152,7 +155,7 @@ def _merge_into_raw(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]
 
     movement = job.facts.movement
     total = movement.data_bytes + movement.zero_bytes + movement.compressed_bytes
-    with contextlib.closing(_transfer(job, port, total)) as transfer:
+    with contextlib.closing(_transfer(job, port, total, _zeroed_space(port))) as transfer:
         moved = commit_to_raw(port, work, transfer, at_the_end)
     return moved, tuple(verified)
 
@@ -164,7 +167,16 @@ def _new_backing(job: Job) -> Backing | None:
     return Backing(None, None) if named is None else Backing(*named)
 
 
-def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
+def _zeroed_space(port: WritablePort) -> ZeroedSpace:
+    """A raw image that is preallocated stays so; another one does not grow by zeros."""
+    status = os.fstat(port.fd)
+    sparse = status.st_blocks * _STAT_BLOCK < status.st_size
+    return ZeroedSpace.GIVEN_BACK if sparse else ZeroedSpace.KEPT
+
+
+def _transfer(
+    job: Job, port: WritablePort, total: int, zeroed: ZeroedSpace = ZeroedSpace.KEPT
+) -> Transfer:
     request = job.request
     request.announce(Stage.COPY)
 
@@ -177,6 +189,7 @@ def _transfer(job: Job, port: WritablePort, total: int) -> Transfer:
         should_stop=request.should_stop,
         bandwidth=request.options.bandwidth,
         read_back=_READ_BACK[request.options.verify],
+        zeroed=zeroed,
     )
 
 

@@ -12,13 +12,14 @@ from chainmerge.encrypted import encrypted_difference, has_encrypted, image_spec
 from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.extending import extended
 from chainmerge.inspection import Target, find_target, open_chain
 from chainmerge.merge_job import (
     bitmaps_to_save,
-    extended,
     forget_what_was_noted,
     leaks_reclaimed,
     unfinished_where_refused,
+    wipe_behind_end,
 )
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
@@ -97,6 +98,8 @@ def _copy(job: Job) -> int:
     if total == 0 and not grows:
         return 0
     job.request.announce(Stage.COPY)
+    base = job.opened.images[job.target.base_index]
+    wipe_behind_end(base, job.plan.virtual_size_after)
 
     def on_progress(progress: qemu.CopyProgress) -> None:
         job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))

@@ -96,6 +96,12 @@ def _forget_unless_switched(job: Job) -> None:
         forget_journal(base)
 
 
+def _volume_size(job: Job) -> int:
+    if job.base.header is not None:
+        return 0
+    return job.facts.end_before or job.facts.volume.size
+
+
 def _in_state(job: Job, state: JournalState, digest: str) -> Journal:
     return msgspec.structs.replace(_journal(job), state=state, first_sector=digest)
 
@@ -124,4 +130,6 @@ def _journal(job: Job) -> Journal:
         # Raw images have no place for a second copy.
         placement="" if job.base.header is None else plan.space.placement,
         request=job.recorded_request,
+        volume_size=_volume_size(job),
+        shrink_to=plan.space.shrink_to or 0,
     )

@@ -13,11 +13,12 @@ from chainmerge.chain import open_for_writing
 from chainmerge.checkpoints import Fate
 from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
-from chainmerge.errors import ChainmergeError, Interrupted, Refused
-from chainmerge.inspection import BitmapFacts, OpenChain, Target
+from chainmerge.errors import Interrupted, Refused
+from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
+from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.records.identity import identify
 from chainmerge.records.request import RecordedRequest, recorded
 from chainmerge.records.saved_bitmaps import (
@@ -26,6 +27,7 @@ from chainmerge.records.saved_bitmaps import (
     forget_saved_bitmaps,
     save_bitmaps,
 )
+from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
 from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 from chainmerge.types import ProgressEvent, Stage
@@ -118,21 +120,25 @@ def volume_at(path: Path, options: MergeOptions) -> Volume:
             return open_volume(path, options.size_limit)
 
 
-@contextlib.contextmanager
-def extended(job: Job) -> Iterator[None]:
-    """Have the space for all of the merge; what was reserved and not used goes back."""
-    if job.plan.space.grow_to is None:
-        yield
+def wipe_behind_end(base: OpenImage, size_after: int) -> None:
+    """Make zeros of what *base* holds behind the end of its disk, before QEMU moves that end.
+
+    Nobody reads it until then, a VM that has base open included, so a kill here changes nothing
+    that anybody sees. What cannot be wiped has been refused.
+
+    Raises what opening and writing a file raises.
+    """
+    if base.image is None:
         return
-    job.request.announce(Stage.EXTEND)
-    volume = volume_of(job.result, job.request.options)
-    volume.grow_to(job.plan.space.required)
-    volume.make_growth_durable()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ChainmergeError):
-            volume.release_reservation()
+    places = old_bytes(base.image, base.layer.source, size_after).places
+    if not places:
+        return
+    data_file = base.info.data_file
+    with open_for_writing(base.info) if data_file is None else WritablePort(data_file) as port:
+        for offset, length in places:
+            port.write(offset, bytes(length))
+        port.flush()
+        port.forget_cached()
 
 
 def reclaim(job: Job) -> bool:

@@ -33,7 +33,9 @@ from chainmerge.engines.metadata.errors import (
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
+from chainmerge.extending import extended
 from chainmerge.header_room import header_obstacle
+from chainmerge.hiding import hide, hiding_needed, may_need_hiding
 from chainmerge.inspection import (
     BitmapFacts,
     OpenChain,
@@ -57,7 +59,6 @@ from chainmerge.merge_job import (
     OnProgress,
     Request,
     ShouldStop,
-    extended,
     reclaim,
     unfinished_where_refused,
     volume_of,
@@ -66,7 +67,6 @@ from chainmerge.native_facts import (
     choose_direction,
     choose_engine,
     look_for_zeroes,
-    shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
 from chainmerge.other_users import look_for_others
@@ -118,7 +118,7 @@ from chainmerge.settle import (
     require_unused,
     settle,
 )
-from chainmerge.space_facts import SpaceSurvey, survey_space
+from chainmerge.space_facts import survey_space
 from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
@@ -138,7 +138,6 @@ from chainmerge.view import first_difference
 if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
     from chainmerge.records.saved_bitmaps import SavedBitmaps
-    from chainmerge.storage.volumes import VolumeFacts
 
 
 _REFUSED_IN_TIME: Final = (
@@ -233,7 +232,7 @@ def plan_beside(
             equal = _holds_content(target, opened, facts, options, _never)
             obstacles += () if equal else (_merged_before(target),)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
-    claim = facts.volume.claim(decided.space.required)
+    claim = facts.volume.claim(decided.space.required, decided.space.allocates)
     return Planned(decided, claim, images_wanted(target, options))
 
 
@@ -368,13 +367,13 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
             require_removable(request, target, journal)
             finish = partial(finish_journalled, request, target, journal)
             return Prepared(base, None, {}, images, finish)
-        case ToBeMerged(warnings):
+        case ToBeMerged() as ending:
             pass
     request.announce(Stage.PLAN)
-    job = _decided(request, target, opened, locks, remains, warnings)
+    job = _decided(request, target, opened, locks, remains, ending)
     if has_encrypted(target.chain):
         require_keys_that_fit(target.chain, request.options)
-    claim = job.facts.volume.claim(job.plan.space.required)
+    claim = job.facts.volume.claim(job.plan.space.required, job.plan.space.allocates)
     return Prepared(base, job.plan, claim, images, partial(_start, job))
 
 
@@ -384,14 +383,14 @@ def _decided(
     opened: OpenChain,
     locks: tuple[ImageLock, ...],
     remains: Remains,
-    warnings: Sequence[str],
+    ending: ToBeMerged,
 ) -> Job:
     """Look at the locked images, and decide on everything.
 
     Raises:
         Refused: it will not be done.
     """
-    found = _gather_to_merge(target, opened, request, remains, warnings)
+    found = _gather_to_merge(target, opened, request, remains, ending)
     if not (explained_by(remains, target) or found.facts.content_merged):
         found = _weighed(found, target, opened, request)
     for refusal in find_refusals(found.facts, request.options):
@@ -443,6 +442,8 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
         # Top is re-pointed past the images in between.
         if target.base_index < last - 1:
             written.add(last)
+        if _may_be_extended(target, options):
+            written.add(target.base_index + 1)
     if options.direction == "pull" or (options.direction == "auto" and options.keep_name):
         written.add(last)
     if options.drop_snapshots:
@@ -490,6 +491,12 @@ def require_no_others(prepared: Sequence[Prepared]) -> tuple[tuple[str, ...], ..
         for refusal in others.refusals:
             raise refusal
     return tuple(others.warnings for others in found)
+
+
+def _may_be_extended(target: Target, options: MergeOptions) -> bool:
+    """Whether the overlay may have to hide what base shows once its volume is larger."""
+    on_volume = target.base.is_block_device or options.volume == "lvm"
+    return on_volume and may_need_hiding(target)
 
 
 def locks_held(target: Target) -> int:
@@ -575,7 +582,7 @@ def _gather(
     if options.detect_zeroes and chosen.engine is EngineName.NATIVE:
         zeroes = look_for_zeroes(target, opened, way.direction, should_stop)
     snapshots = look_at_snapshots(target, opened, way.direction, to_remove=options.drop_snapshots)
-    result = target.chain.images[target.result_index(way.direction)]
+    result = opened.images[target.result_index(way.direction)]
     survey = survey_space(
         target,
         opened,
@@ -583,7 +590,7 @@ def _gather(
         chosen.engine,
         way.direction,
         zeroes,
-        snapshots.removals.get(str(result.path)),
+        snapshots.removals.get(str(result.info.path)),
     )
     obstacles = (
         way.obstacle,
@@ -609,7 +616,7 @@ def _gather(
         undefined_bytes=volumes.undefined
         - (volumes.undefined_zeros if options.detect_zeroes else 0),
         merged=None,
-        volume=_volume_facts(target, opened, way.direction, survey, options).beside(claims),
+        volume=volume_of(result.info, options).facts().beside(claims),
         engine=chosen.engine,
         engine_reason=chosen.reason,
         direction=way.direction,
@@ -620,29 +627,11 @@ def _gather(
         removals=look_at_removals(target.chain, target.base_index, access, options),
         snapshots=snapshots.views,
     )
-    no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
+    facts = replace(facts, hiding=hiding_needed(target, opened, way.direction, facts.volume))
+    no_room = header_obstacle(result, facts, bitmaps)
     if no_room is not None:
         facts = replace(facts, obstacles=(*facts.obstacles, no_room))
     return _Found(facts, bitmaps, survey.needs, zeroes)
-
-
-def _volume_facts(
-    target: Target,
-    opened: OpenChain,
-    direction: Direction,
-    survey: SpaceSurvey,
-    options: MergeOptions,
-) -> VolumeFacts:
-    """The volume of what is written. Data that the file system shares takes none of its space."""
-    result = opened.images[target.result_index(direction)]
-    facts = volume_of(result.info, options).facts()
-    if facts.free_bytes is None or result.image is None or not survey.needs:
-        return facts
-    if not shares_extents(opened, target.base_index, direction):
-        return facts
-    clusters = max(need.data for need in survey.needs.values())
-    shared = clusters * result.image.header.cluster_size
-    return replace(facts, free_bytes=facts.free_bytes + shared)
 
 
 def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:
@@ -661,7 +650,7 @@ def _gather_to_merge(
     opened: OpenChain,
     request: Request,
     remains: Remains,
-    warnings: Sequence[str],
+    ending: ToBeMerged,
 ) -> _Found:
     options, should_stop = request.options, request.should_stop
     saved = remains.usable_saved
@@ -682,7 +671,8 @@ def _gather_to_merge(
         obstacles=obstacles,
         merged=merged,
         content_merged=equal,
-        warnings=(*warnings, *facts.warnings),
+        warnings=(*ending.warnings, *facts.warnings),
+        end_before=ending.end_before,
     )
     return replace(found, facts=facts)
 
@@ -777,22 +767,35 @@ def _start(job: Job) -> MergeReport:
     """Do all that was decided on."""
     removed = snapshots_to_remove(job.facts, job.request.options)
     if not removed:
-        return _merge_and_settle(job)
+        return _hide_and_merge(job)
     _remove_snapshots(job, removed)
+    with unfinished_where_refused(job), contextlib.ExitStack() as stack:
+        return _hide_and_merge(_decided_again(stack, job))
+
+
+def _hide_and_merge(job: Job) -> MergeReport:
+    """Merge and settle, once nothing can show that must not."""
+    if job.plan.hides is None:
+        return _merge_and_settle(job)
+    job.request.announce(Stage.HIDE)
+    hide(job)
     with unfinished_where_refused(job), contextlib.ExitStack() as stack:
         return _merge_and_settle(_decided_again(stack, job))
 
 
 def _decided_again(stack: contextlib.ExitStack, job: Job) -> Job:
-    """The same merge once snapshots are removed.
+    """The same merge once images of the chain were changed before it.
 
-    Tables of their images lie elsewhere now, and clusters that were shared are not.
+    Tables of theirs lie elsewhere now, clusters that were shared are not, and what moves is
+    another.
     """
     target = _same_target(job.target, job.request)
     opened = stack.enter_context(open_chain(target.chain, job.locks))
     remains = read_remains(target.base.real_path, target.chain.top.real_path)
-    again = _decided(job.request, target, opened, job.locks, remains, ())
-    said = replace(again.plan, snapshots=job.plan.snapshots, warnings=job.plan.warnings)
+    ending = ToBeMerged((), job.facts.end_before)
+    again = _decided(job.request, target, opened, job.locks, remains, ending)
+    plan = job.plan
+    said = replace(again.plan, snapshots=plan.snapshots, hides=plan.hides, warnings=plan.warnings)
     return replace(again, plan=said)
 
 
@@ -864,11 +867,16 @@ def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         held = frozenset(image.identity for image in job.facts.merged_images)
         deleted = delete_recorded(record, held)
         note_deleted(top.real_path, record)
-    warnings = [*job.plan.warnings, *give_back(top.real_path, top.format, job.request.options)]
+    warnings = [*job.plan.warnings, *_give_back(job, top.real_path, top.format)]
     result = top.real_path
     return _report(
         job.request, job.plan, result, top.format, copied, verified, (), deleted, warnings
     )
+
+
+def _give_back(job: Job, result: Path, result_format: str) -> Iterator[str]:
+    shrink_to = job.plan.space.shrink_to
+    return give_back(result, result_format, job.request.options, shrink_to)
 
 
 def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
@@ -892,7 +900,7 @@ def _settle(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     if settled.top_is_gone:
         warnings += _drop_spent_tombstones(job, steps.result)
     enter(journal, JournalState.GIVE_BACK)
-    warnings += give_back(steps.result, job.base.format, request.options)
+    warnings += _give_back(job, steps.result, job.base.format)
     forget_journal(job.base.real_path)
     forget_live_journal(job.base.real_path)
     return _report(

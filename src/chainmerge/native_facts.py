@@ -33,6 +33,7 @@ from chainmerge.engines.native import (
     merged_layers,
     new_tree,
     place_tree,
+    released_clusters,
     survey_mapping,
 )
 from chainmerge.errors import ChainmergeError, Interrupted
@@ -44,6 +45,7 @@ from chainmerge.qcow2.header import MAX_L1_BYTES
 from chainmerge.qcow2.references import ReferenceCounts
 from chainmerge.results import state_of
 from chainmerge.space.errors import CannotGrowBase
+from chainmerge.storage.file_space import FileSpace, space_of, united
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.transfer import can_reflink
 from chainmerge.verify import bitmap_difference
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 
 _L1_ENTRY_BYTES = 8
 _WINDOW = 1 << 20
+# Of the file systems that share blocks; larger ones are rare.
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +157,17 @@ def _pull_obstacle(chain: Chain, top: Qcow2Image | None, options: MergeOptions) 
 def shares_extents(opened: OpenChain, base_index: int, direction: Direction) -> bool:
     """Whether the file system lets the result share all data that moves."""
     pulls = direction is Direction.PULL
-    result = opened.images[-1 if pulls else base_index].readable
+    written = opened.images[-1 if pulls else base_index]
+    result = written.readable
     merged = opened.images[base_index:-1] if pulls else opened.images[base_index + 1 :]
     sources = [image.layer.source for image in merged]
-    return isinstance(result, AnyFile) and all(
-        isinstance(one, AnyFile) and can_reflink(one, result) for one in sources
-    )
+    # Smaller clusters are no whole blocks of the file system, and are copied.
+    mapped = [image for image in (written, *merged) if image.image is not None]
+    if any(image.layer.cluster_size < _BLOCK for image in mapped) or not isinstance(
+        result, AnyFile
+    ):
+        return False
+    return all(isinstance(one, AnyFile) and can_reflink(one, result) for one in sources)
 
 
 def look_for_zeroes(
@@ -283,6 +292,7 @@ def survey_native(
     if zeroes is not None:
         merged = ViewWithZeroes(merged.layers, zeroes)
     needs = survey_mapping(image, disk, merged)
+    file_space = _FileSpace.of(target, opened, direction)
     space = counted_free_space(image, references)
     used = _Used.of(references)
     if removal is not None:
@@ -296,13 +306,71 @@ def survey_native(
     spaces = {}
     for placement, need in needs.items():
         tree = new_tree(image.name, disk, need, stored)
-        facts = _facts(tree, place_tree(tree, space), used, given_up)
+        placed = place_tree(tree, space)
+        facts = replace(
+            _facts(tree, placed, used, given_up),
+            allocates=file_space.missing(tree, placed),
+            end_after=_end_after(image, tree, placed, references, used),
+        )
         if pruned is not None:
-            end = max(used.end, pruned.end, place_tree(tree, pruned.space).allocation.end)
-            required = end * disk.header.cluster_size
-            facts = replace(facts, required_if_pruned=required)
+            placed = place_tree(tree, pruned.space)
+            end = max(used.end, pruned.end, placed.allocation.end)
+            facts = replace(
+                facts,
+                required_if_pruned=end * disk.header.cluster_size,
+                allocates_if_pruned=file_space.missing(tree, placed),
+            )
         spaces[placement] = facts
     return NativeFacts(needs, spaces)
+
+
+def _end_after(
+    image: Qcow2Image,
+    tree: NewTree,
+    placed: PlacedTree,
+    references: ReferenceCounts,
+    used: _Used,
+) -> int:
+    """Where the image ends once what only its old tree uses is released, in bytes."""
+    first = placed.allocation.end
+    left = references.counts[first : used.end].astype(np.int64)
+    if len(left):
+        released = released_clusters(image, tree, placed, tree.mapping.released)
+        start = np.clip(released.start - first, 0, len(left))
+        end = np.clip(released.end - first, 0, len(left))
+        steps = np.bincount(start, minlength=len(left) + 1)
+        steps -= np.bincount(end, minlength=len(left) + 1)
+        left -= np.cumsum(steps[:-1])
+    still = np.flatnonzero(left)
+    last = first + int(still[-1]) + 1 if len(still) else first
+    return last * image.header.cluster_size
+
+
+@dataclass(frozen=True, slots=True)
+class _FileSpace:
+    """What the file that is written has of its own; *space* is None for a device."""
+
+    space: FileSpace | None
+    shares_extents: bool
+
+    @staticmethod
+    def of(target: Target, opened: OpenChain, direction: Direction) -> _FileSpace:
+        readable = opened.images[target.result_index(direction)].readable
+        space = space_of(readable) if isinstance(readable, AnyFile) else None
+        return _FileSpace(space, shares_extents(opened, target.base_index, direction))
+
+    def missing(self, tree: NewTree, placed: PlacedTree) -> int | None:
+        """Bytes that the file system has to give it."""
+        if self.space is None:
+            return None
+        size = tree.disk.header.cluster_size
+        if self.shares_extents:
+            runs = placed.metadata
+            written = united([(runs.start * size, runs.end * size)])
+            return self.space.missing(written) + tree.mapping.unpacked * size
+        runs = placed.allocation.everything
+        written = united([(runs.start * size, runs.end * size), *tree.mapping.in_place])
+        return self.space.missing(written)
 
 
 @dataclass(frozen=True, slots=True)

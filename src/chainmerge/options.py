@@ -49,6 +49,9 @@ class Placement(StrEnum):
     """Over the old content, which top hides: this takes no second copy."""
 
 
+LEFT_TO_A_GUEST: Final = 1 << 30
+"""Bytes that a volume keeps by default which a guest writes to. Whoever watches it needs the time
+to extend it: at a few hundred MiB a second that is seconds, and a guest on a full volume stops."""
 ANY_IMAGE: Final = "*"
 """In place of an image's path: all images that nothing else is said of."""
 
@@ -126,7 +129,9 @@ class MergeOptions:
         size_limit: Bytes that base's file must not grow past, as if it were a volume of
             that size; None for no limit.
         volume: What base lies on; ``auto`` finds out.
-        shrink: Reduce a logical volume to the optimal size afterwards.
+        shrink: Reduce a logical volume afterwards to what the merge needed at most, and *leave*.
+        leave: Bytes that a reduced volume keeps beyond that; None for ``LEFT_TO_A_GUEST`` where
+            the result is what the guest writes to, and for none where images stand on it.
         discard: Discard what was freed on the volume.
         key_files: Files that hold the passphrases of encrypted images, by image path; that of
             ``ANY_IMAGE`` counts for all others.
@@ -146,6 +151,7 @@ class MergeOptions:
     size_limit: int | None = None
     volume: VolumeChoice = "auto"
     shrink: bool = False
+    leave: int | None = None
     discard: bool = False
     key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
 

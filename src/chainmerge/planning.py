@@ -21,7 +21,7 @@ from chainmerge.chain import Chain, ImageInfo, Relatives, Searched
 from chainmerge.chain.names import name_to_store
 from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import Direction, Placement
+from chainmerge.options import LEFT_TO_A_GUEST, Direction, Placement
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
@@ -48,6 +48,7 @@ from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.removals import NOTHING_GOES, Going, Removals, going_with
+from chainmerge.storage.errors import RawDeviceTooSmall
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
 from chainmerge.unseen_users import inactive_users, unseen_users, volumes
 
@@ -99,6 +100,13 @@ class SpaceFacts:
     new_clusters: int
     new_l2_tables: int
     written: int
+    allocates: int | None = None
+    """Bytes that the file system has to give the file for it: behind its end, in holes, and for
+    blocks that it shares. None where that is what ``required`` exceeds the file's size by."""
+    end_after: int | None = None
+    """Where the image ends after the merge, exactly; None where that is not known."""
+    allocates_if_pruned: int | None = None
+    """The same as ``allocates`` for ``required_if_pruned``."""
     required_if_pruned: int | None = None
     """The same as ``required`` if stale bitmaps are taken out first, by a switch of their own;
     None where there is nothing to take out or the engine does so anyway."""
@@ -198,6 +206,28 @@ def _after(one: int | None, other: int | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class HidingFacts:
+    """The overlay directly above a raw base whose volume has to be extended.
+
+    What the volume holds behind base's end shows through the overlay as soon as it is extended,
+    wherever the overlay says nothing. So the overlay says zeros there, before that.
+
+    Attributes:
+        overlay: the overlay.
+        volume: what it lies on.
+        start: where base's disk ends now, in bytes.
+        required: bytes that the overlay's file or volume has to have for it.
+        obstacle: why the overlay cannot be written to; None if it can.
+    """
+
+    overlay: ImageInfo
+    volume: VolumeFacts
+    start: int
+    required: int
+    obstacle: ChainmergeError | None
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -238,6 +268,11 @@ class MergeFacts:
     snapshots: tuple[SnapshotViews, ...] = ()
     evidence: Evidence | None = None
     """Which of the images looks newer; None where what we recorded tells."""
+    hiding: HidingFacts | None = None
+    """What has to be hidden before base's volume is extended; None for nothing."""
+    end_before: int | None = None
+    """Bytes that raw base's volume had before an interrupted run extended it; None if none did.
+    What it holds behind that is nobody's."""
 
     @property
     def base(self) -> ImageInfo:
@@ -364,7 +399,9 @@ class SpacePlan:
     ``required_by_placement`` what each way takes at least, ``prune_first`` whether stale bitmaps
     have to make room first, by a switch of their own. ``grow_to`` is the size that the volume
     will be extended to, None where it is large enough. ``missing`` is what cannot be had; a plan
-    with a missing byte is refused.
+    with a missing byte is refused. ``allocates`` is what the file system has to give a file:
+    behind its end, in holes that are written to, and for blocks that other files share; None for
+    a volume, and where it is not known.
     """
 
     kind: str
@@ -374,6 +411,7 @@ class SpacePlan:
     limit: int | None
     grow_to: int | None
     missing: int
+    allocates: int | None
     breakdown: dict[str, int]
     shrink_to: int | None
     placement: Placement
@@ -389,6 +427,20 @@ class Repoint:
     old_backing: str
     new_backing: str
     new_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHiding:
+    """An overlay that gets zeros of its own before base's volume is extended.
+
+    From ``start`` to ``end``, in guest bytes, nothing of what the volume holds there can show
+    through it then. ``required`` is what its file has to have for that, in bytes.
+    """
+
+    image: str
+    start: int
+    end: int
+    required: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +470,7 @@ class MergePlan:
     bitmaps: tuple[PlannedBitmap, ...]
     snapshots: tuple[PlannedSnapshots, ...]
     space: SpacePlan
+    hides: PlannedHiding | None
     repoint: tuple[Repoint, ...]
     delete: tuple[str, ...]
     rename: tuple[str, str] | None
@@ -456,6 +509,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         bitmaps=tuple(_planned_bitmap(decision, facts) for decision in facts.decisions),
         snapshots=tuple(_planned_snapshots(views, facts, options) for views in facts.snapshots),
         space=_space(facts, options),
+        hides=_hides(facts),
         repoint=_repoint(facts, options),
         delete=_delete(facts, options),
         rename=_rename(facts, options),
@@ -497,13 +551,16 @@ def choose_placement(facts: MergeFacts, options: MergeOptions) -> Placement:
         return Placement(options.data)
     if Placement.COW not in facts.spaces:
         return Placement.IN_PLACE
-    fits = _is_there(facts.spaces[Placement.COW].least, facts.volume)
-    return Placement.COW if fits else Placement.IN_PLACE
+    cow = facts.spaces[Placement.COW]
+    whole = _is_there(cow.required, cow.allocates, facts.volume)
+    least = cow.required_if_pruned
+    pruned = least is not None and _is_there(least, cow.allocates_if_pruned, facts.volume)
+    return Placement.COW if whole or pruned else Placement.IN_PLACE
 
 
-def _is_there(required: int, volume: VolumeFacts) -> bool:
+def _is_there(required: int, allocates: int | None, volume: VolumeFacts) -> bool:
     if volume.kind is VolumeKind.FILE:
-        return not volume.growth(required).missing
+        return not volume.growth(required, allocates).missing
     return required <= volume.size
 
 
@@ -513,7 +570,9 @@ def prunes_first(facts: MergeFacts, options: MergeOptions) -> bool:
     Where there is room, all that changes changes in one switch.
     """
     space = chosen_space(facts, options)
-    return space.least < space.required and not _is_there(space.required, facts.volume)
+    if space.least >= space.required:
+        return False
+    return not _is_there(space.required, space.allocates, facts.volume)
 
 
 def chosen_space(facts: MergeFacts, options: MergeOptions) -> SpaceFacts:
@@ -649,11 +708,11 @@ def _planned_snapshots(
 def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
     volume, required = facts.volume, _required(facts, options)
     space = chosen_space(facts, options)
-    growth = volume.growth(required)
+    allocates = allocated_bytes(facts, options)
+    growth = volume.growth(required, allocates)
     limit = volume.capacity_limit
     if limit is None and volume.free_bytes is not None:
         limit = volume.size + volume.free_bytes
-    shrinks = options.shrink and volume.kind is VolumeKind.LVM
     return SpacePlan(
         kind=volume.kind,
         size=volume.size,
@@ -664,8 +723,9 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
             growth.size_after if growth.size_after > volume.size and not growth.missing else None
         ),
         missing=growth.missing,
+        allocates=allocates if volume.kind is VolumeKind.FILE else None,
         breakdown=dict(space.breakdown),
-        shrink_to=_round_up(space.optimal, volume.growth_unit) if shrinks else None,
+        shrink_to=_shrink_to(facts, options, growth.size_after),
         placement=choose_placement(facts, options),
         required_by_placement={
             str(placement): one.least for placement, one in sorted(facts.spaces.items())
@@ -674,11 +734,50 @@ def _space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
     )
 
 
+def _shrink_to(facts: MergeFacts, options: MergeOptions, size: int) -> int | None:
+    """What a volume of *size* bytes is reduced to.
+
+    Where QEMU writes, or stale bitmaps are taken out first, it is not known where the image will
+    end, but it is not behind what the merge needs at most.
+    """
+    volume = facts.volume
+    if not options.shrink or volume.kind is not VolumeKind.LVM or facts.result.header is None:
+        return None
+    space, required = chosen_space(facts, options), _required(facts, options)
+    known = space.end_after is not None and not facts.merged and not prunes_first(facts, options)
+    end = space.end_after if known and space.end_after is not None else required
+    kept = end + left_free(options, is_leaf=not facts.relatives.children)
+    return min(_round_up(kept, volume.growth_unit), size)
+
+
+def left_free(options: MergeOptions, *, is_leaf: bool) -> int:
+    """Bytes that a reduced volume keeps beyond what its image needs."""
+    if options.leave is not None:
+        return options.leave
+    return LEFT_TO_A_GUEST if is_leaf else 0
+
+
+def _hides(facts: MergeFacts) -> PlannedHiding | None:
+    hiding = facts.hiding
+    if hiding is None or facts.merged:
+        return None
+    overlay = hiding.overlay
+    return PlannedHiding(str(overlay.path), hiding.start, overlay.virtual_size, hiding.required)
+
+
 def _required(facts: MergeFacts, options: MergeOptions) -> int:
     space = chosen_space(facts, options)
     if facts.merged:
         return space.image_end
     return space.least if prunes_first(facts, options) else space.required
+
+
+def allocated_bytes(facts: MergeFacts, options: MergeOptions) -> int | None:
+    """What the file system has to give the file that is written; None if that is not known."""
+    space = chosen_space(facts, options)
+    if facts.merged:
+        return 0
+    return space.allocates_if_pruned if prunes_first(facts, options) else space.allocates
 
 
 def _repoint(facts: MergeFacts, options: MergeOptions) -> tuple[Repoint, ...]:
@@ -1088,7 +1187,25 @@ def _needed_by_others(facts: MergeFacts, options: MergeOptions) -> Iterator[Chai
 def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     if options.data != "auto" and Placement(options.data) not in facts.spaces:
         yield PlacementUnavailable(str(facts.result.path), options.data, facts.engine_reason)
-    refusal = facts.volume.refusal(_required(facts, options))
+    refusal = facts.volume.refusal(_required(facts, options), allocated_bytes(facts, options))
+    if refusal is not None:
+        fixed = facts.volume.kind is VolumeKind.BLOCK and facts.result.header is None
+        yield RawDeviceTooSmall(**vars(refusal)) if fixed else refusal
+    yield from _hiding_refusals(facts)
+
+
+def _hiding_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
+    hiding = facts.hiding
+    if hiding is None:
+        return
+    if hiding.obstacle is not None:
+        yield hiding.obstacle
+        return
+    volume = hiding.volume
+    if volume.kind is not VolumeKind.FILE:
+        # Only what is merged into is extended.
+        volume = replace(volume, kind=VolumeKind.BLOCK, capacity_limit=volume.size)
+    refusal = volume.refusal(hiding.required)
     if refusal is not None:
         yield refusal
 

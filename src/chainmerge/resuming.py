@@ -38,7 +38,6 @@ from chainmerge.records.merge_journal import (
     journalled,
     load_journal,
 )
-from chainmerge.records.remains import Remains
 from chainmerge.removals import belongings_of, going_with
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from chainmerge.merge_job import Request
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.merged_record import MergedRecord
+    from chainmerge.records.remains import Remains
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,12 @@ class HoldsEverything:
 class ToBeMerged:
     """The merge has to be done, or found to be done, by looking at the images.
 
-    ``warnings`` are for its report then.
+    ``warnings`` are for its report then, and ``end_before`` is what the volume of a raw base had,
+    in bytes, before that merge may have extended it.
     """
 
     warnings: tuple[str, ...] = ()
+    end_before: int | None = None
 
 
 def find_ending(
@@ -94,29 +96,25 @@ def find_ending(
     if remains.pivoted is not None and took_effect(request, remains.pivoted, target, opened):
         return TookEffectInVm(remains.pivoted)
     base = target.base.real_path
-    match remains:
-        case _ if request.options.direction == "pull":
-            return ToBeMerged()
-        case Remains(journal_problem=MergeJournalDamaged() as problem):
-            return ToBeMerged((problem.sentence,))
-        case Remains(journal=None):
-            return ToBeMerged()
-        case Remains(journal=Journal() as journal) if stranger := _stranger(journal, target):
-            words = f"the journal of an interrupted merge into {target.base.path} is not used"
-            return ToBeMerged((f"{words}: {stranger}",))
-        case Remains(journal=Journal() as journal) if is_switched(journal, base) and _is_as_left(
-            journal, request, target
-        ):
-            return HoldsEverything(journal)
-        case Remains(journal=Journal() as journal) if (
-            is_switched(journal, base) or journal.placement == Placement.COW
-        ):
-            forget_journal(base)
-            return ToBeMerged()
-        case _:
-            # Where data is written in place, nothing else tells who has half written base: not
-            # even a kill before the next journal is there may lose that.
-            return ToBeMerged()
+    if request.options.direction == "pull":
+        return ToBeMerged()
+    if remains.journal_problem is not None:
+        return ToBeMerged((remains.journal_problem.sentence,))
+    journal = remains.journal
+    if journal is None:
+        return ToBeMerged()
+    stranger = _stranger(journal, target)
+    if stranger is not None:
+        words = f"the journal of an interrupted merge into {target.base.path} is not used"
+        return ToBeMerged((f"{words}: {stranger}",))
+    switched = is_switched(journal, base)
+    if switched and _is_as_left(journal, request, target):
+        return HoldsEverything(journal)
+    # Where data is written in place, nothing else tells who has half written base: not even a
+    # kill before the next journal is there may lose that.
+    if switched or journal.placement == Placement.COW:
+        forget_journal(base)
+    return ToBeMerged(end_before=journal.volume_size or None)
 
 
 def is_switched(journal: Journal, base: Path) -> bool:
@@ -198,7 +196,8 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     if settled.top_is_gone and base.header is not None:
         warnings += _drop_tombstones(steps.result, journal.spent)
     enter(left, JournalState.GIVE_BACK)
-    warnings += give_back(steps.result, base.format, request.options)
+    shrink_to = journal.shrink_to or None
+    warnings += give_back(steps.result, base.format, request.options, shrink_to)
     forget_journal(base.real_path)
     return _report(request, steps, settled.repointed, settled.deleted, verified, warnings)
 
@@ -283,7 +282,8 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
         with lock_image(result, LockMode.WRITER, request.access.lock_wait):
             if record.result_format == "qcow2" and is_switched(journal, result):
                 yield from _drop_tombstones(result, journal.spent)
-            yield from give_back(result, record.result_format, request.options)
+            shrink_to = journal.shrink_to or None
+            yield from give_back(result, record.result_format, request.options, shrink_to)
             forget_journal(base)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
@@ -297,7 +297,7 @@ def _give_back_after_pull(request: Request, top: Path) -> Iterator[str]:
                 if port.identity != lock.identity:
                     raise ImageReplaced(str(top))
                 reclaim_leaks(port)
-            yield from give_back(top, "qcow2", request.options)
+            yield from give_back(top, "qcow2", request.options, None)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
 

@@ -22,7 +22,7 @@ from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
 from chainmerge.plan_errors import CannotTakeAway, LeftoverInUse
-from chainmerge.planning import MergeFacts, Repoint, deleted_images, going
+from chainmerge.planning import MergeFacts, Repoint, deleted_images, going, left_free
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.changes import data_changed, is_there, stands_on, what_stands_at
@@ -46,6 +46,7 @@ from chainmerge.removals import Going
 from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
 from chainmerge.storage.locks import LockMode, contentions
 from chainmerge.storage.removal import removal_obstacle
+from chainmerge.storage.volumes import VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from chainmerge.chain import Identity
     from chainmerge.options import Access, MergeOptions
     from chainmerge.records.request import RecordedRequest
+    from chainmerge.storage.volumes import Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,8 +406,18 @@ def _may_pull(options: MergeOptions) -> bool:
     return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
 
 
-def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterator[str]:
-    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail."""
+def give_back(
+    result: Path, result_format: str, options: MergeOptions, shrink_to: int | None
+) -> Iterator[str]:
+    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail.
+
+    Args:
+        result: The merged image.
+        result_format: Its format.
+        options: What was asked for.
+        shrink_to: The size that was planned for its volume; None where nobody knows of a plan,
+            and a guest may write to it.
+    """
     if result_format != "qcow2" or not (options.shrink or options.discard):
         return
     volume = volume_at(result, options)
@@ -413,8 +425,14 @@ def give_back(result: Path, result_format: str, options: MergeOptions) -> Iterat
         end = check(Qcow2Image(readable)).image_end_offset
     try:
         if options.shrink:
-            volume.shrink_to(end)
+            volume.shrink_to(max(end, _kept(volume, end, options, shrink_to)))
         if options.discard and volume.size > end:
             volume.discard(end, volume.size - end)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
+
+
+def _kept(volume: Volume, end: int, options: MergeOptions, shrink_to: int | None) -> int:
+    if volume.kind is not VolumeKind.LVM:
+        return end
+    return end + left_free(options, is_leaf=True) if shrink_to is None else shrink_to

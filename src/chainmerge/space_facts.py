@@ -13,11 +13,13 @@ import numpy.typing as npt
 from chainmerge import native_facts
 from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
-from chainmerge.engines.native import MappingNeed, ZeroRanges
+from chainmerge.engines.native import MappingNeed, ZeroRanges, data_ranges
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
+from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.qcow2.check import CheckReport, check_with_references
+from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.mapping import Kind, lookup
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.space import (
@@ -34,16 +36,21 @@ from chainmerge.space import (
     raw_space_need,
     space_need,
 )
-from chainmerge.space.errors import CannotGrowBase
+from chainmerge.space.errors import CannotGrowBase, OldBytesBehindEnd
+from chainmerge.storage.file_space import ByteRanges, space_of, united
+from chainmerge.storage.locks import AnyFile
+from chainmerge.storage.volumes import open_volume
 from chainmerge.verify import bitmap_difference
+from chainmerge.view import in_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.engines.metadata import SnapshotRemoval, StoredBitmap
-    from chainmerge.inspection import BitmapFacts, OpenChain, Target
+    from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.references import ReferenceCounts
+    from chainmerge.storage.errors import CannotGrow
 
 _WINDOW = 1 << 20
 
@@ -79,8 +86,10 @@ def survey_space(
     base = opened.images[target.result_index(direction)]
     size_after = max(base.info.virtual_size, target.chain.top.virtual_size)
     if base.image is None:
-        facts = _facts(raw_space_need(base.info.file_size, size_after))
-        return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+        shares = engine is EngineName.NATIVE and native_facts.shares_extents(
+            opened, target.base_index, direction
+        )
+        return _raw_survey(target, opened, size_after, shares=shares)
     report, references = check_with_references(base.image)
     if not report.sound:
         return _without_figures(report, None)
@@ -114,8 +123,7 @@ def survey_for_live(
     top_size = target.chain.top.virtual_size
     if base.image is None:
         size_after = max(base.info.virtual_size, top_size)
-        facts = _facts(raw_space_need(base.info.file_size, size_after))
-        return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+        return _raw_survey(target, opened, size_after, shares=False)
     image = base.image
     report, references = check_with_references(image)
     if not report.sound:
@@ -159,7 +167,68 @@ def survey_for_live(
         new_clusters=arrivals.likely_clusters,
         new_l2_tables=arrivals.l2_tables,
     )
+    space = replace(space, allocates=_allocated_by_qemu(target, opened, space))
     return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
+
+
+def _raw_survey(target: Target, opened: OpenChain, size_after: int, *, shares: bool) -> SpaceSurvey:
+    """What a raw base needs: as a file space for the data alone, as a volume its size."""
+    base = opened.images[target.base_index]
+    facts = _facts(raw_space_need(base.info.file_size, size_after))
+    facts = replace(facts, allocates=missing_in_place(target, opened, shares=shares))
+    return SpaceSurvey({Placement.IN_PLACE: facts}, {}, None, None)
+
+
+def data_in_place(target: Target, opened: OpenChain, *, shares: bool) -> ByteRanges:
+    """Where data is written at its guest offset: into a raw base, or an external data file.
+
+    Without what the file system can share, if it *shares*.
+    """
+    kinds = (Kind.COMPRESSED,) if shares else (Kind.DATA, Kind.COMPRESSED)
+    return data_ranges(opened.view(target.base_index + 1), kinds)
+
+
+def missing_in_place(target: Target, opened: OpenChain, *, shares: bool) -> int | None:
+    """Bytes that the file system has to give for :func:`data_in_place`; None for a device."""
+    source = opened.images[target.base_index].layer.source
+    space = space_of(source) if isinstance(source, AnyFile) else None
+    return None if space is None else space.missing(data_in_place(target, opened, shares=shares))
+
+
+def _allocated_by_qemu(target: Target, opened: OpenChain, space: SpaceFacts) -> int | None:
+    """What a file system has to give a qcow2 file that QEMU writes to, at most.
+
+    Where QEMU finds free clusters in the file is not known, so any of its holes may be filled,
+    but no more of them than there is to write.
+    """
+    base = opened.images[target.base_index]
+    assert base.image is not None
+    on_file = space_of(base.readable) if isinstance(base.readable, AnyFile) else None
+    if on_file is None:
+        return None
+    size, cluster = base.info.file_size, base.image.header.cluster_size
+    grows = max(space.required - size, 0)
+    new = (space.new_clusters + space.new_l2_tables) * cluster
+    over_old = 0
+    if base.info.data_file is None:
+        over_old = on_file.missing(_written_over(target, opened))
+    return grows + min(size - on_file.own.before(size).total, new + over_old)
+
+
+def _written_over(target: Target, opened: OpenChain) -> ByteRanges:
+    """Where base's file has clusters, or a place for them, that get data from above."""
+    size = target.chain.top.virtual_size
+    merged = opened.view(target.base_index + 1).resolve(0, size)
+    base = opened.view(target.base_index, target.base_index + 1).resolve(0, size)
+    places = []
+    for upper, lower in in_step(merged, base):
+        bounds = distinct(np.concatenate([upper.guest, lower.guest]))
+        above, below = upper.cut_at(bounds), lower.cut_at(bounds)
+        written = (above.kind == Kind.DATA) | (above.kind == Kind.COMPRESSED)
+        written &= (below.kind == Kind.DATA) | (below.kind == Kind.ZERO_ALLOCATED)
+        start = below.host[written].astype(np.int64)
+        places.append((start, start + below.length[written].astype(np.int64)))
+    return united(places)
 
 
 def _survey_for_qemu(
@@ -179,7 +248,12 @@ def _survey_for_qemu(
         shared=layout.shared,
     )
     top_size = target.chain.top.virtual_size
-    obstacle = growth_obstacle(facts, top_size) or _end_obstacle(image, facts, top_size)
+    obstacle = (
+        growth_obstacle(facts, top_size)
+        or _end_obstacle(image, facts, top_size)
+        or _old_bytes_obstacle(opened.images[target.base_index], facts, top_size)
+        or _data_file_obstacle(target, opened)
+    )
     if obstacle is not None:
         return _without_figures(report, obstacle)
     arrivals = _arrivals(target, opened, facts)
@@ -188,6 +262,7 @@ def _survey_for_qemu(
     space = replace(
         _facts(need), new_clusters=arrivals.likely_clusters, new_l2_tables=arrivals.l2_tables
     )
+    space = replace(space, allocates=_allocated_by_qemu(target, opened, space))
     return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
 
 
@@ -206,6 +281,29 @@ def _end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotG
         return None
     reason = "its last cluster is compressed, its clusters have parts, its backing file is longer"
     return CannotGrowBase(image.name, top_size, reason)
+
+
+def _old_bytes_obstacle(
+    base: OpenImage, facts: BaseFacts, top_size: int
+) -> OldBytesBehindEnd | None:
+    """Why what base holds behind its end would show; None where it is zeros or can be wiped."""
+    assert base.image is not None
+    if facts.uncovers_backing(top_size):
+        # QEMU hides that by zeros, what base itself holds there included.
+        return None
+    found = old_bytes(base.image, base.layer.source, top_size)
+    if found.obstacle is None:
+        return None
+    return OldBytesBehindEnd(str(base.info.path), top_size, found.obstacle)
+
+
+def _data_file_obstacle(target: Target, opened: OpenChain) -> CannotGrow | None:
+    """Why the data does not fit into base's external data file; None where it does."""
+    data_file = target.base.data_file
+    if data_file is None:
+        return None
+    volume = open_volume(data_file).facts()
+    return volume.refusal(volume.size, missing_in_place(target, opened, shares=False))
 
 
 def _facts(need: SpaceNeed) -> SpaceFacts:

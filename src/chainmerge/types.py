@@ -67,6 +67,7 @@ class Stage(StrEnum):
     LOCK = "lock"
     PLAN = "plan"
     SNAPSHOTS = "snapshots"
+    HIDE = "hide"
     PRUNE = "prune"
     EXTEND = "extend"
     COPY = "copy"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.options import Access, EngineChoice, MergeOptions
+from chainmerge.options import Access, DataChoice, EngineChoice, MergeOptions
 from chainmerge.storage.errors import CannotGrow, ExtensionRefused
 from tests.support.fake_lvm import FakeLvm
 from tests.support.loopdev import loop_device
@@ -91,7 +91,7 @@ def test_a_logical_volume_grows_and_shrinks(
     create(top, backing="base")
     qemu_img("bitmap", "--add", top, "good")
     qemu_io(top, "write -P 4 0 50M")
-    options = MergeOptions(volume="lvm", shrink=True)
+    options = MergeOptions(volume="lvm", shrink=True, leave=0)
     plan = chainmerge.plan(top, options=options)
     assert plan.space.kind == "lvm"
     assert plan.space.grow_to is not None
@@ -159,3 +159,65 @@ def test_file_is_not_left_larger_than_it_has_to_be(tmp_path: Path) -> None:
     report = chainmerge.merge(top)
     assert base.stat().st_size == report.image_end
     assert base.stat().st_blocks * 512 < 22 * MIB
+
+
+@pytest.fixture
+def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is a volume of small extents, of 80 MiB, with an image in it."""
+    base = create(tmp_path / "base", 256 * MIB)
+    qemu_io(base, "write -q -P 1 0 40M")
+    # A bitmap that lies where the image ends, and is written anew by the merge.
+    qemu_img("bitmap", "--add", "-g", "64k", base, "good")
+    qemu_io(base, "write -q -P 2 10M 1M", "discard 20M 20M", options=("--discard", "unmap"))
+    with base.open("r+b") as file:
+        file.truncate(80 * MIB)
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    lvm.add_group("vg", extents=10_000, devices=[], extent_size=CLUSTER)
+    lvm.add_volume("vg", "base", base)
+    return base
+
+
+@pytest.mark.parametrize("leave", [None, 0, 5 * MIB + 1], ids=str)
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "below"])
+@pytest.mark.parametrize(
+    ("engine", "data"), [("native", "cow"), ("native", "in-place"), ("qemu", "auto")]
+)
+def test_a_volume_is_reduced_to_what_was_planned(
+    volume: Path, engine: EngineChoice, data: DataChoice, *, is_leaf: bool, leave: int | None
+) -> None:
+    top = create(volume.parent / "top.qcow2", backing="base")
+    qemu_img("bitmap", "--add", "-g", "64k", top, "good")
+    qemu_io(top, "write -q -P 4 2M 3M")
+    if not is_leaf:
+        create(volume.parent / "leaf.qcow2", backing="top.qcow2")
+    options = MergeOptions(engine=engine, data=data, volume="lvm", shrink=True, leave=leave)
+    plan = chainmerge.plan(top, options=options)
+    report = chainmerge.merge(top, options=options)
+    assert not report.warnings
+    assert report.volume_size == plan.space.shrink_to == volume.stat().st_size
+    kept = 0 if leave is None else leave
+    least = -(-(report.image_end + kept) // CLUSTER) * CLUSTER
+    if leave is None and is_leaf:
+        # All that it has: less than what a guest is left.
+        assert report.volume_size == 80 * MIB
+    elif engine == "native":
+        assert report.volume_size == least
+    else:
+        assert least <= report.volume_size < 80 * MIB
+    assert_clean(volume)
+
+
+def test_a_raw_volume_is_not_reduced_and_the_plan_does_not_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(bytes(8 * MIB))
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    lvm.add_group("vg", extents=10, devices=[])
+    lvm.add_volume("vg", "base", base)
+    top = create(tmp_path / "top.qcow2", backing="base", backing_format="raw")
+    options = MergeOptions(volume="lvm", shrink=True)
+    assert chainmerge.plan(top, options=options).space.shrink_to is None
+    assert chainmerge.merge(top, options=options).volume_size == 8 * MIB

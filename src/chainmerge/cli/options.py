@@ -264,7 +264,15 @@ def merge_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--shrink",
         is_flag=True,
-        help="Reduce the logical volume to the optimal size afterwards.",
+        help="Reduce the logical volume afterwards to what the merge needed, and --leave.",
+        panel=_MERGING,
+    )
+    @click.option(
+        "--leave",
+        type=SIZE,
+        metavar="SIZE",
+        help="What a reduced volume keeps beyond that.  [default: 1G if the guest writes to the "
+        "result, else nothing]",
         panel=_MERGING,
     )
     @click.option(

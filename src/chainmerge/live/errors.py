@@ -236,8 +236,9 @@ class LiveUnsuited(Refused):
     hint: ClassVar[str] = "stop the VM and use `chainmerge merge`"
     explanation: ClassVar[str] = (
         "A running QEMU cannot resize an image that holds broken bitmaps, unite bitmaps of disks "
-        "of different sizes, or be told names that are no UTF-8. All that is no obstacle to a "
-        "merge of closed images."
+        "of different sizes, or be told names that are no UTF-8; and when it makes base's disk as "
+        "large as top's, the guest sees what base's storage holds behind the old end. All that is "
+        "no obstacle to a merge of closed images. Do not enlarge base by other means."
     )
     vm: str
     image: str

@@ -31,6 +31,7 @@ from chainmerge.live.port import (
     NodeBitmap,
     UserKind,
 )
+from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[
     yield from _other_images(vm, live)
     yield from _bitmap_obstacles(vm, live, opened)
     yield from _size_obstacles(vm, live)
+    yield from _end_obstacles(vm, live, opened)
 
 
 def unchangeable(
@@ -363,3 +365,34 @@ def _size_obstacles(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeErr
         )
         index = live.nodes.index(uneven[0])
         yield LiveUnsuited(vm.name, str(live.target.chain.images[index].path), reason)
+
+
+def _end_obstacles(
+    vm: InspectedVm, live: LiveTarget, opened: OpenChain
+) -> Iterator[ChainmergeError]:
+    """What would come to light as QEMU moves the end of base's disk, under a guest that runs."""
+    base = opened.images[live.target.base_index]
+    size = live.top.virtual_size
+    before = min(live.base.virtual_size, base.layer.virtual_size)
+    if before >= size:
+        return
+    path = str(base.info.path)
+    if base.image is None:
+        if base.info.is_block_device:
+            reason = (
+                f"its disk has {before} bytes, that of {live.target.chain.top.path} {size}, and "
+                "what the volume holds behind the smaller one would show"
+            )
+            yield LiveUnsuited(vm.name, path, reason)
+        return
+    below = live.target.chain.images[: live.target.base_index]
+    if below and below[-1].virtual_size > before:
+        # QEMU hides what a longer backing file has there, by zeros.
+        return
+    obstacle = old_bytes(base.image, base.layer.source, size).obstacle
+    if obstacle is not None:
+        reason = (
+            f"its disk has {before} bytes, that of {live.target.chain.top.path} {size}, and what "
+            f"it holds behind the smaller one would show: {obstacle}"
+        )
+        yield LiveUnsuited(vm.name, path, reason)

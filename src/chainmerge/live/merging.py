@@ -29,7 +29,7 @@ from chainmerge.live.port import LiveVm
 from chainmerge.live.sequence import Drive, carry_on
 from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
-from chainmerge.merge_job import volume_at
+from chainmerge.merge_job import volume_at, wipe_behind_end
 from chainmerge.options import Access, LiveOptions
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import Finding, MergePlan
@@ -157,6 +157,7 @@ def merge(
     with sole_driver(identify(live.target.base.real_path)):
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
+        _wipe_behind_end(live, decided)
         _extend(decided, options, caller)
         request = recorded([top], [base or live.target.base.path], access, options, vm.address)
         journal = msgspec.structs.replace(decided.journal, request=request)
@@ -300,6 +301,17 @@ def _extend(decided: LivePlan, options: LiveOptions, caller: _Caller) -> None:
     volume = volume_at(Path(decided.journal.base.path), options.as_merge)
     volume.grow_to(space.required)
     volume.make_growth_durable()
+
+
+def _wipe_behind_end(live: LiveTarget, decided: LivePlan) -> None:
+    """Make zeros of what base's last cluster holds behind the end that QEMU is going to move.
+
+    The VM reads nothing there, and writes nowhere in base before its job begins.
+    """
+    size = decided.plan.virtual_size_after
+    if live.target.base.virtual_size < size:
+        with open_chain(live.target.chain) as opened:
+            wipe_behind_end(opened.images[live.target.base_index], size)
 
 
 def _record(live: LiveTarget, journal: LiveJournal) -> None:

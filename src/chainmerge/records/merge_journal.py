@@ -137,7 +137,10 @@ class Journal(msgspec.Struct, frozen=True):
     known. ``old_sector`` is that of base before the switch, empty where it is not recorded.
     ``boot`` tells one run of the machine from another. ``placement`` says where data goes that
     base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that is not
-    recorded. ``request`` is what was asked for, where that is recorded.
+    recorded. ``request`` is what was asked for, where that is recorded. ``volume_size`` is what the
+    volume of a raw base had before the merge, in bytes, and 0 of another base: what it holds behind
+    that is nobody's. ``shrink_to`` is what its volume is to be reduced to in the end, and 0 where
+    it is not.
     """
 
     version: int
@@ -154,6 +157,8 @@ class Journal(msgspec.Struct, frozen=True):
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
     placement: str = ""
+    volume_size: int = 0
+    shrink_to: int = 0
     old_sector: str = ""
     request: RecordedRequest | None = None
 

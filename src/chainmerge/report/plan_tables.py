@@ -54,6 +54,7 @@ _REQUIRED = {
     EngineName.QEMU: "at the merge's peak, an upper bound",
 }
 _SNAPSHOTS_LISTED: Final = 20
+_HIDDEN = "behind base's end, by zeros in the overlay, before the volume is extended"
 _PRUNED_FIRST = "stale bitmaps are removed first, by a switch of their own, to make room"
 
 
@@ -231,6 +232,8 @@ def _space(plan: MergePlan) -> Group:
     ]
     if space.limit is not None:
         rows.append(("may become", space.limit, ""))
+    if plan.hides is not None:
+        rows.append(("hidden before", plan.hides.end - plan.hides.start, _HIDDEN))
     if space.grow_to is not None:
         by = f"{human_size(space.grow_to - space.size)} more, before anything is written"
         rows.append(("will be extended to", space.grow_to, by))

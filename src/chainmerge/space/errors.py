@@ -29,3 +29,31 @@ class CannotGrowBase(Refused):
     image: str
     size: int
     reason: str
+
+
+@dataclass(eq=False)
+class OldBytesBehindEnd(Refused):
+    """What base holds behind the end of its disk would come to light, and cannot be wiped."""
+
+    code: ClassVar[str] = "old-bytes-behind-end"
+    template: ClassVar[str] = (
+        "{image}: its disk would have to grow to {size} bytes, and what it holds behind the "
+        "present end would show: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "if --engine qemu was asked for, leave it out; else make a new image of what the overlay "
+        "shows ('qemu-img convert'); do not enlarge {image} by other means, the guest would see "
+        "the old bytes"
+    )
+    explanation: ClassVar[str] = (
+        "A merge makes base's virtual disk as large as top's. Where base's disk ends inside a "
+        "cluster, the rest of that cluster can hold bytes of a time when the disk was larger. QEMU "
+        "does not wipe them when it moves the end, so the guest would read them where it has zeros "
+        "now. The native engine never shows them; where QEMU has to copy (images that are "
+        "encrypted, external data files), they are wiped beforehand, unless they are encrypted, "
+        "compressed or shared with an internal snapshot, or whole clusters are mapped there. "
+        "Nothing was changed."
+    )
+    image: str
+    size: int
+    reason: str

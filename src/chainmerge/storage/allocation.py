@@ -12,7 +12,10 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # linux/falloc.h
 _KEEP_SIZE: Final = 0x01
@@ -22,9 +25,13 @@ _ZERO_RANGE: Final = 0x10
 # linux/fiemap.h
 _FS_IOC_FIEMAP: Final = 0xC020660B
 _FIEMAP_EXTENT_LAST: Final = 0x0001
+UNWRITTEN: Final = 0x0800
+"""Of an extent: reserved, and reads as zeros."""
+SHARED: Final = 0x2000
+"""Of an extent: another file has it, too."""
 _FIEMAP_REQUEST: Final = struct.Struct("=QQIIII")  # start, length, flags, mapped, count, reserved
 _FIEMAP_EXTENT: Final = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
-_FIEMAP_BATCH: Final = 256
+_FIEMAP_BATCH: Final = 1024
 _END_OF_RANGE: Final = (1 << 64) - 1
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
@@ -62,19 +69,27 @@ def reserved_beyond_end(fd: int) -> int:
     than the truth for a sparse file.
     """
     status = os.fstat(fd)
-    position, total = status.st_size, 0
+    size = status.st_size
+    try:
+        return sum(end - max(start, size) for start, end, _ in allocated_extents(fd, size))
+    except OSError:
+        return max(status.st_blocks * 512 - size, 0)
+
+
+def allocated_extents(fd: int, position: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Start, end and flags of what a file has space for behind *position*, ascending.
+
+    OSError means that the file system does not tell.
+    """
     while True:
-        try:
-            extents = _allocated_extents(fd, position)
-        except OSError:
-            return max(status.st_blocks * 512 - status.st_size, 0)
-        ahead = [(start, end) for start, end, _ in extents if end > position]
+        extents = _allocated_extents(fd, position)
+        ahead = [extent for extent in extents if extent[1] > position]
         if not ahead:
-            return total
-        total += sum(end - max(start, position) for start, end in ahead)
+            return
+        yield from ahead
         position = ahead[-1][1]
         if extents[-1][2] & _FIEMAP_EXTENT_LAST:
-            return total
+            return
 
 
 def release_beyond_end(fd: int) -> None:

@@ -9,7 +9,7 @@
     ├── LvmMissing, NotALogicalVolume
     └── CannotGrow
         ├── FileSystemFull, FileLimitReached
-        └── DeviceTooSmall, VolumeGroupFull
+        └── DeviceTooSmall, RawDeviceTooSmall, VolumeGroupFull
     Failed
     ├── ReadFailed, WriteFailed, NoSpaceLeft, FlushFailed, ReadBackDiffers
     ├── SystemCallFailed, OutOfMemory
@@ -419,8 +419,8 @@ class FileSystemFull(CannotGrow):
 
     code: ClassVar[str] = "file-system-full"
     template: ClassVar[str] = (
-        "{image}: the file of {size} bytes must be able to grow to {required} bytes, and "
-        "{missing} bytes are missing on its file system"
+        "{image}: for what is written behind its end and into its holes (the file has {size} "
+        "bytes and is to have {required}) {missing} bytes are missing on its file system"
     )
     hint: ClassVar[str] = (
         "free at least {missing} bytes on the file system (or raise the quota), then run the same "
@@ -467,6 +467,28 @@ class DeviceTooSmall(CannotGrow):
 
 
 @dataclass(eq=False)
+class RawDeviceTooSmall(CannotGrow):
+    """A block device is the guest's disk itself, and smaller than that of the image above."""
+
+    code: ClassVar[str] = "raw-device-too-small"
+    template: ClassVar[str] = (
+        "{image}: the block device has {size} bytes, it is a raw image, and the disk above it has "
+        "{required}: {missing} bytes are missing"
+    )
+    hint: ClassVar[str] = (
+        "pull instead (`chainmerge merge --direction pull`, with the VM stopped), which leaves "
+        "{image} as it is; do not enlarge the device: the guest would read what lies behind its "
+        "present end where it has zeros now"
+    )
+    explanation: ClassVar[str] = (
+        "A raw image has no size of its own, its device is the disk. Behind its end the guest "
+        "reads zeros, and as soon as the device is larger it reads whatever that holds there. A "
+        "logical volume is extended by chainmerge, which first has the overlay hide that; for any "
+        "other device there is no moment at which it could. Nothing was changed."
+    )
+
+
+@dataclass(eq=False)
 class VolumeGroupFull(CannotGrow):
     """The logical volume cannot become as large as it would have to."""
 
@@ -483,7 +505,9 @@ class VolumeGroupFull(CannotGrow):
         "The logical volume is extended to what the operation needs at its peak before anything "
         "is written, and its volume group does not have that much free space. Only linear and "
         "striped volumes are extended; one of another type (thin, mirrored, cached, ...) must be "
-        "extended by hand first. The image was not changed."
+        "extended by hand first if it holds a qcow2 image. Do not do that with a raw image: the "
+        "guest would read what lies behind its present end (pull instead, with --direction pull). "
+        "The image was not changed."
     )
 
 

@@ -12,10 +12,10 @@ from chainmerge.storage.errors import ReadFailed, reason_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.storage.files import FileReadable
+    from chainmerge.storage.locks import AnyFile
 
 
-def raw_data_extents(readable: FileReadable) -> Iterator[tuple[int, int]]:
+def raw_data_extents(readable: AnyFile) -> Iterator[tuple[int, int]]:
     """Offset and length, in bytes, of what is not known to be a hole; ascending and disjoint.
 
     Everything else up to the file's size reads as zeros. A block device, and a file on a file
@@ -41,7 +41,7 @@ def raw_data_extents(readable: FileReadable) -> Iterator[tuple[int, int]]:
         position = end
 
 
-def _seek(readable: FileReadable, position: int, whence: int) -> int | None:
+def _seek(readable: AnyFile, position: int, whence: int) -> int | None:
     """The offset found, or None where there is neither data nor a hole behind *position*."""
     try:
         return os.lseek(readable.fd, position, whence)

@@ -21,6 +21,7 @@ import errno
 import os
 import zlib
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
 
 from chainmerge.storage import allocation, block, offload
@@ -31,7 +32,7 @@ from chainmerge.storage.errors import ReadBackDiffers
 from chainmerge.storage.files import write_error
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.pacing import Pacing
-from chainmerge.storage.pieces import Produced, ReadBack, Stretch, joined
+from chainmerge.storage.pieces import Produced, ReadBack, Stretch, ZeroedSpace, joined
 from chainmerge.storage.readback import Checksum, Ledger
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ _SERVER_COPY_BYTES: Final = 64 << 20
 _FEWEST_ZEROS: Final = 256 << 10
 _MOST_EDGES: Final = 1024
 
+_ZERO_IN_FILE: Final = MappingProxyType(
+    {
+        ZeroedSpace.KEPT: allocation.zero_range,
+        ZeroedSpace.GIVEN_BACK: allocation.punch_hole,
+    }
+)
 _NO_SUCH_FUNCTION: Final = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 
@@ -73,6 +80,7 @@ class FileTransfer:
         should_stop: ShouldStop,
         bandwidth: int | None,
         read_back: ReadBack,
+        zeroed: ZeroedSpace,
     ) -> None:
         """Prepare to write to *port*; see :func:`chainmerge.storage.transfer.transfer_into`."""
         self._port = port
@@ -93,6 +101,7 @@ class FileTransfer:
         self._cannot_share: set[tuple[int, int]] = set()
         self._cannot_copy_on_server: set[tuple[int, int]] = set()
         self._can_zero = True
+        self._zeroed = zeroed
         self._bytes_done = 0
 
     def move(self, items: Iterable[Item]) -> None:
@@ -252,7 +261,7 @@ class FileTransfer:
     def _zeroed_up_to(self, start: int, stop: int) -> int:
         """Have the storage make a range zeros; returns how far it came."""
         is_device = self._port.is_block_device
-        zero = block.zero_out if is_device else allocation.zero_range
+        zero = block.zero_out if is_device else _ZERO_IN_FILE[self._zeroed]
         most = _ZERO_DEVICE_BYTES if is_device else _ZERO_FILE_BYTES
         while start < stop:
             length = min(stop - start, most)

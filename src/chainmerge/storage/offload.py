@@ -31,6 +31,7 @@ _XFS_FSOP_GEOM_FLAGS_REFLINK: Final = 1 << 20
 _XFS: Final = 0x58465342
 _BTRFS: Final = 0x9123683E
 _BCACHEFS: Final = 0xCA451A4E
+_ZFS: Final = 0x2FC12FC1
 _NFS: Final = 0x6969
 
 # struct statfs is smaller than this everywhere; its first member, a long, is the type.
@@ -47,6 +48,17 @@ def file_system_type(fd: int) -> int:
         raise OSError(number, os.strerror(number))
     # The type is 32 bits wide, in a long that may have been filled from a negative number.
     return int(ctypes.c_long.from_buffer(buffer).value) & 0xFFFFFFFF
+
+
+def copies_on_write(fd: int) -> bool:
+    """Whether the file system gives a new place to what is written over old content.
+
+    Raises OSError.
+    """
+    magic = file_system_type(fd)
+    if magic == _BTRFS:
+        return not _is_nocow(fd)
+    return magic in (_BCACHEFS, _ZFS)
 
 
 def can_reflink(source: AnyFile, target: AnyFile) -> bool:

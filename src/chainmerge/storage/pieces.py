@@ -88,6 +88,15 @@ class ReadBack(Enum):
     """A flush without an error is enough."""
 
 
+class ZeroedSpace(Enum):
+    """What becomes of the space of a regular file where long runs of zeros go."""
+
+    KEPT = "kept"
+    """It is the file's, or becomes so: writing there later cannot run out of it."""
+    GIVEN_BACK = "given back"
+    """It becomes a hole."""
+
+
 class Transfer(Protocol):
     """Moves bytes into one target; no byte of the target may be given twice."""
 

@@ -21,6 +21,7 @@ from chainmerge.storage.pieces import (
     Stretch,
     Transfer,
     TransferPort,
+    ZeroedSpace,
     joined,
     produced_by,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Stretch",
     "Transfer",
     "TransferPort",
+    "ZeroedSpace",
     "can_reflink",
     "transfer_into",
 ]
@@ -55,6 +57,7 @@ def transfer_into(
     should_stop: ShouldStop,
     bandwidth: int | None,
     read_back: ReadBack,
+    zeroed: ZeroedSpace = ZeroedSpace.KEPT,
 ) -> Transfer:
     """The best way to move bytes into a target.
 
@@ -66,6 +69,7 @@ def transfer_into(
         bandwidth: Bytes per second that are copied, or read back, at most; None for no limit.
             What needs no copying does not count.
         read_back: What :meth:`Transfer.verify` is to do.
+        zeroed: What becomes of a regular file's space where long runs of zeros go.
     """
     if isinstance(port, WritablePort):
         return FileTransfer(
@@ -74,6 +78,7 @@ def transfer_into(
             should_stop=should_stop,
             bandwidth=bandwidth,
             read_back=read_back,
+            zeroed=zeroed,
         )
     return PortTransfer(
         port,

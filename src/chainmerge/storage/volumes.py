@@ -74,6 +74,7 @@ class VolumeFacts:
         free_bytes: bytes by which the file system would let it grow, an estimate: others write
             too, and metadata takes its share. None for what does not lie on a file system.
         growth_unit: sizes change by multiples of it.
+        reserved: bytes of ``free_bytes`` that are the file's already, behind its end.
         pool: what it takes space from that it does not have yet; volumes of one pool compete
             for it. Empty where it has all it will ever have.
     """
@@ -85,6 +86,7 @@ class VolumeFacts:
     free_bytes: int | None
     growth_unit: int
     pool: str = ""
+    reserved: int = 0
 
     def beside(self, claims: Mapping[str, int]) -> VolumeFacts:
         """The same, with what others are going to take from its pool (bytes) left out."""
@@ -100,28 +102,39 @@ class VolumeFacts:
             capacity_limit=limit,
         )
 
-    def claim(self, required: int) -> dict[str, int]:
-        """What it takes from its pool to hold *required* bytes."""
+    def claim(self, required: int, allocates: int | None = None) -> dict[str, int]:
+        """What it takes from its pool to hold *required* bytes; *allocates* as in growth."""
         growth = max(0, self.growth(required).size_after - self.size)
+        if self.kind is VolumeKind.FILE and allocates is not None:
+            growth = allocates
         return {self.pool: growth} if self.pool and growth else {}
 
-    def growth(self, required: int) -> Growth:
-        """What it takes to hold *required* bytes."""
+    def growth(self, required: int, allocates: int | None = None) -> Growth:
+        """What it takes to hold *required* bytes.
+
+        Args:
+            required: bytes.
+            allocates: bytes that the file system has to give a file for it, holes that are
+                written to included; None for what lies behind its end.
+        """
         units = max(-(-(required - self.size) // self.growth_unit), 0)
         return Growth(
             required,
             self.size + units * self.growth_unit,
-            max(self._over_limit(required), self._over_free_space(required)),
+            max(self._over_limit(required), self._over_free_space(required, allocates)),
         )
 
-    def refusal(self, required: int) -> CannotGrow | None:
-        """The error that says why it cannot hold *required* bytes; None where it can."""
-        missing = self.growth(required).missing
+    def refusal(self, required: int, allocates: int | None = None) -> CannotGrow | None:
+        """The error that says why it cannot hold *required* bytes; None where it can.
+
+        *allocates* as in :meth:`growth`.
+        """
+        missing = self.growth(required, allocates).missing
         if not missing:
             return None
         error: type[CannotGrow]
         match self.kind:
-            case VolumeKind.FILE if self._over_free_space(required) == missing:
+            case VolumeKind.FILE if self._over_free_space(required, allocates) == missing:
                 error = FileSystemFull
             case VolumeKind.FILE:
                 error = FileLimitReached
@@ -136,10 +149,13 @@ class VolumeFacts:
             return 0
         return max(required - self.capacity_limit, 0)
 
-    def _over_free_space(self, required: int) -> int:
-        if self.free_bytes is None or required <= self.size:
+    def _over_free_space(self, required: int, allocates: int | None) -> int:
+        if self.free_bytes is None:
             return 0
-        return max(required - self.size - self.free_bytes, 0)
+        if allocates is None:
+            return max(required - self.size - self.free_bytes, 0) if required > self.size else 0
+        # What is reserved already is not among that.
+        return max(allocates - max(self.free_bytes - self.reserved, 0), 0)
 
 
 class Volume(Protocol):
@@ -200,6 +216,13 @@ class Volume(Protocol):
             Failed, OutcomeUnknown: the storage reported an error.
         """
 
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, durably.
+
+        Raises:
+            Failed: the storage reported an error.
+        """
+
     def discard(self, offset: int, length: int) -> None:
         """Give back the space of a range; what it reads as afterwards is open.
 
@@ -232,8 +255,11 @@ class FileVolume:
         """See :class:`Volume`."""
         with FileReadable(self.path) as file:
             pool = f"file system {file.identity[0]}"
-            room = _room_to_grow(file.fd)
-            return VolumeFacts(self.path, self.kind, file.size, self.size_limit, room, 1, pool)
+            reserved = allocation.reserved_beyond_end(file.fd)
+            room = _free_space(file.fd) + reserved
+            return VolumeFacts(
+                self.path, self.kind, file.size, self.size_limit, room, 1, pool, reserved
+            )
 
     def grow_to(self, required: int) -> None:
         """See :class:`Volume`; where space cannot be reserved, it is only looked for.
@@ -280,6 +306,10 @@ class FileVolume:
             if size < port.size:
                 port.truncate_to(size)
         self.release_reservation()
+
+    def zero(self, offset: int, length: int) -> None:
+        """See :class:`Volume`."""
+        _zero(self.path, offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Volume`; it reads as zeros afterwards."""
@@ -330,6 +360,10 @@ class BlockVolume:
         device_size = self.size
         if size < device_size:
             raise CannotShrink(self.path, "the block device", device_size, "its size is fixed")
+
+    def zero(self, offset: int, length: int) -> None:
+        """See :class:`Volume`."""
+        _zero(self.path, offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Volume`; whole sectors only."""
@@ -396,6 +430,10 @@ class LvmVolume:
         if target < known.size:
             lvm.reduce(self.path, known, target)
 
+    def zero(self, offset: int, length: int) -> None:
+        """See :class:`Volume`."""
+        _zero(self.path, offset, length)
+
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Volume`; whole sectors only."""
         _discard(self.path, offset, length)
@@ -453,14 +491,31 @@ def _size_of(path: str) -> int:
 
 
 def _room_to_grow(fd: int) -> int:
+    return _free_space(fd) + allocation.reserved_beyond_end(fd)
+
+
+def _free_space(fd: int) -> int:
     status = os.fstatvfs(fd)
-    return status.f_bavail * status.f_frsize + allocation.reserved_beyond_end(fd)
+    return status.f_bavail * status.f_frsize
 
 
 def _raise_if_refused(facts: VolumeFacts, required: int) -> None:
     refusal = facts.refusal(required)
     if refusal is not None:
         raise refusal
+
+
+def _zero(path: str, offset: int, length: int) -> None:
+    with WritablePort(path) as port:
+        try:
+            if port.is_block_device:
+                block.zero_out(port.fd, offset, length)
+            else:
+                allocation.punch_hole(port.fd, offset, length)
+        except OSError as error:
+            raise WriteFailed(path, offset, length, reason_of(error)) from error
+        port.flush()
+        port.forget_cached()
 
 
 def _discard(path: str, offset: int, length: int) -> None:

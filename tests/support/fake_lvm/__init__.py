@@ -92,6 +92,16 @@ class FakeLvm:
         """From now on *command* never ends; a stubborn one not even on SIGTERM."""
         self._break(command, {"hang": "stubborn" if stubborn else "patient"})
 
+    def kill_after(self, command: str) -> None:
+        """From now on whoever calls *command* is killed as soon as it has taken effect."""
+        self._break(command, {"kills": True})
+
+    def mend(self, command: str) -> None:
+        """From now on *command* does what it does."""
+        state = self._read()
+        state["broken"].pop(command, None)
+        self._write(state)
+
     def calls(self, command: str) -> list[list[str]]:
         """The arguments of every call of *command* so far."""
         log = self.directory / "calls"

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +93,7 @@ def test_the_demo_extended_to_the_planned_size_and_reduced(group: Group) -> None
     create(top, backing=base)
     add_bitmaps(top, "good")
     qemu_io(top, "write -P 91 0 64k")
-    report = merged("--shrink", "--data", "in-place", top).json
+    report = merged("--shrink", "--leave", "0", "--data", "in-place", top).json
     assert_clean(base)
     assert_reads(base, (91, 0, 64 * KIB), (90, 64 * KIB, MIB))
     assert group.size_of("base") == report["volume_size"] < DEMO_VOLUME
@@ -295,6 +297,63 @@ def test_a_raw_volume_as_base(group: Group) -> None:
     assert content[5 * MIB :] == bytes([STALE]) * (3 * MIB)
 
 
+def raw_and_smaller(group: Group) -> tuple[Path, Path, int]:
+    """A raw base, and a larger disk above it, which does not end where an extent does."""
+    base = group.create("base", 8 * MIB)
+    fill(base)
+    top = create(group.create("top", 8 * MIB), backing=base, backing_format="raw")
+    disk = 18 * MIB + 256 * KIB
+    qemu_img("resize", "-q", "-f", "qcow2", top, str(disk))
+    qemu_io(top, "write -P 2 15M 1M", "write -P 3 1M 64k")
+    return base, top, disk
+
+
+def assert_top_reads(top: Path, disk: int) -> None:
+    assert_reads(
+        top,
+        (STALE, 0, MIB), (3, MIB, 64 * KIB), (STALE, 2 * MIB, 6 * MIB),
+        (0, 8 * MIB, 7 * MIB), (2, 15 * MIB, MIB), (0, 16 * MIB, disk - 16 * MIB),
+    )  # fmt: skip
+
+
+def assert_raw_merged(base: Path, disk: int) -> None:
+    content = base.read_bytes()
+    assert content[8 * MIB : 15 * MIB] == bytes(7 * MIB)
+    assert content[15 * MIB : 16 * MIB] == bytes([2]) * MIB
+    assert not any(content[16 * MIB :])
+    assert len(content) >= disk
+
+
+def test_a_raw_volume_is_extended_over_what_others_left(group: Group) -> None:
+    base, top, disk = raw_and_smaller(group)
+    merged("--format", f"{base}=raw", top)
+    assert_top_reads(top, disk)
+    assert_raw_merged(base, disk)
+
+
+def test_killed_as_a_raw_volume_is_extended(
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest reads what it did; the next run finishes it."""
+    base, top, disk = raw_and_smaller(group)
+    lvm = shutil.which("lvm")
+    fatal = tmp_path / "lvm"
+    fatal.write_text(
+        f'#!/bin/sh\n{lvm} "$@" || exit\n[ "$1" != lvextend ] || kill -KILL $PPID\n',
+        encoding="utf-8",
+    )
+    fatal.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        ran = chainmerge_forked("merge", "--format", f"{base}=raw", top)
+    assert ran.status == -signal.SIGKILL
+    assert group.size_of("base") >= disk
+    assert_top_reads(top, disk)
+    merged("--format", f"{base}=raw", top)
+    assert_top_reads(top, disk)
+    assert_raw_merged(base, disk)
+
+
 def test_a_striped_volume_grows_by_whole_stripes(group: Group) -> None:
     base = create(group.create("base", 4 * MIB, "-i", "2"), 32 * MIB)
     top = create(group.create("top", 16 * MIB), backing=base)
@@ -320,7 +379,7 @@ def test_what_is_freed_is_discarded_and_the_volume_reduced(group: Group) -> None
     assert_reads(base, (2, 0, MIB), (1, MIB, 3 * MIB))
     create(top, backing=base)
     qemu_io(top, "write -P 3 0 64k")
-    merged("--shrink", top)
+    merged("--shrink", "--leave", "0", top)
     assert group.size_of("base") <= 8 * MIB
     assert_clean(base)
     assert_reads(base, (3, 0, 64 * KIB), (2, 64 * KIB, MIB - 64 * KIB))

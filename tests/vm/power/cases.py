@@ -206,7 +206,7 @@ CASES: Final[Mapping[str, PowerCase]] = {
             Image("base", 8 * MIB, _BASE_WRITES, ("both",), _STALE),
             Image("top", 4 * MIB, _TOP_WRITES, ("both",)),
         ),
-        _merge("{top}", "--shrink", "--discard", "--data", "in-place"),
+        _merge("{top}", "--shrink", "--leave", "0", "--discard", "--data", "in-place"),
         "base",
         {"both": (*_IN_BASE, *_IN_TOP)},
     ),

@@ -18,10 +18,11 @@ old one with leaked clusters. After it, the image is the new one with leaked clu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from chainmerge.engines.metadata.errors import (
     NotEnoughSpace,
@@ -33,6 +34,9 @@ from chainmerge.engines.metadata.refcount_blocks import Write
 from chainmerge.errors import ChainmergeError, Failed
 from chainmerge.qcow2.readable import Readable
 from chainmerge.storage.errors import NoSpaceLeft, WriteFailed
+
+if TYPE_CHECKING:
+    from chainmerge.storage.file_space import ByteRanges
 
 
 class Port(Readable, Protocol):
@@ -109,6 +113,24 @@ def reserve(port: Port, required_size: int, ranges: Sequence[tuple[int, int]]) -
         except WriteFailed:
             return
         missing -= length
+
+
+def reserve_holes(port: Port, holes: ByteRanges) -> None:
+    """Make sure that writes to *holes* of a regular file cannot run out of space.
+
+    As :func:`reserve`, and where there is no room they are holes again.
+
+    Raises:
+        NotEnoughSpace: there is no room; the file is what it was.
+    """
+    ranges = list(holes.pairs())
+    try:
+        reserve(port, port.size, ranges)
+    except NotEnoughSpace:
+        with contextlib.suppress(ChainmergeError):
+            for offset, length in ranges:
+                port.punch(offset, length)
+        raise
 
 
 def execute(port: Port, steps: Sequence[Step]) -> int:

@@ -16,13 +16,15 @@ from chainmerge.engines.native.commit import (
     merged_layers,
 )
 from chainmerge.engines.native.decisions import MappedDisk
-from chainmerge.engines.native.raw import RawCommit, commit_to_raw
+from chainmerge.engines.native.hiding import ZerosBehind, tree_that_hides
+from chainmerge.engines.native.raw import RawCommit, commit_to_raw, data_ranges
 from chainmerge.engines.native.survey import (
     MappingNeed,
     NewTree,
     PlacedTree,
     new_tree,
     place_tree,
+    released_clusters,
     survey_mapping,
 )
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges, find_zeroes
@@ -38,12 +40,16 @@ __all__ = [
     "RawCommit",
     "ViewWithZeroes",
     "ZeroRanges",
+    "ZerosBehind",
     "commit",
     "commit_to_raw",
     "cut_to_image_end",
+    "data_ranges",
     "find_zeroes",
     "merged_layers",
     "new_tree",
     "place_tree",
+    "released_clusters",
     "survey_mapping",
+    "tree_that_hides",
 ]

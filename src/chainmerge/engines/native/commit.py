@@ -40,9 +40,7 @@ from chainmerge.engines.metadata.counting import (
 from chainmerge.engines.metadata.errors import ReleaseFailed, SwitchUnknown
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
 from chainmerge.engines.metadata.leaks import reclaim_leaks
-from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
-from chainmerge.engines.metadata.replacement import names_kept
-from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve
+from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve, reserve_holes
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.engines.native.decisions import (
     Change,
@@ -68,25 +66,27 @@ from chainmerge.engines.native.moves import (
 )
 from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.engines.native.survey import (
-    L1_ENTRY_BYTES,
     NewTree,
     PlacedTree,
+    given_up,
     place_tree,
+    released_clusters,
     tables_of,
 )
 from chainmerge.engines.native.windows import (
     changed_windows,
     read_tables,
     read_window,
-    table_entries,
 )
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
+from chainmerge.qcow2.mapping import COPIED
 from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
+from chainmerge.storage.file_space import space_of, united
+from chainmerge.storage.files import FileReadable
 from chainmerge.view import GuestView, Resolved, joined, layer_of_qcow2
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class Commit:
         placement: Where data goes that base has a cluster for.
         shares_extents: Whether the file system shares what is copied, so that data takes no
             space that could be reserved.
+        instead: What takes the place of the images that are merged, where none is.
     """
 
     image: Qcow2Image
@@ -134,6 +135,7 @@ class Commit:
     backing: Backing | None
     placement: Placement
     shares_extents: bool
+    instead: GuestView | None = None
 
     @property
     def disk(self) -> MappedDisk:
@@ -149,6 +151,8 @@ class Commit:
     @property
     def merged(self) -> GuestView:
         """The images that are merged into it."""
+        if self.instead is not None:
+            return self.instead
         merged = merged_layers(self.chain, self.base_index, self.disk.direction)
         return merged if self.zeroes is None else ViewWithZeroes(merged.layers, self.zeroes)
 
@@ -232,6 +236,7 @@ def commit(
     try:
         taken = placed.metadata if job.shares_extents else placed.allocation.everything
         reserve(port, required, _ranges(taken, cluster_size))
+        _reserve_in_place(port, job)
         with _step(port, StepName.FILL):
             if not port.is_block_device and port.size < required:
                 port.truncate_to(required)
@@ -253,6 +258,21 @@ def commit(
     return CommitOutcome(required, job.tree.mapping.written)
 
 
+def _reserve_in_place(port: Port, job: Commit) -> None:
+    """Have space for what is written into holes of the file, in clusters that stay.
+
+    Preallocated images are full of such holes. Where the file system shares what moves, it
+    takes none of its space.
+
+    Raises NotEnoughSpace: the file is what it was.
+    """
+    if job.shares_extents or not job.tree.mapping.in_place or not isinstance(port, FileReadable):
+        return
+    space = space_of(port)
+    if space is not None:
+        reserve_holes(port, space.holes(united(job.tree.mapping.in_place)))
+
+
 # FILL
 
 
@@ -272,7 +292,7 @@ def _write_mapping(port: Port, job: Commit, placed: PlacedTree, transfer: Transf
             for_tables, tables = split_runs(tables, len(indexes))
             piece = _new_tables(job, change, host, indexes, for_tables.expanded())
             _write(port, [piece], header.cluster_size)
-            mapping.released.extend(_given_up(job, change, indexes))
+            mapping.released.extend(given_up(job.image, job.disk.header, change, indexes))
             l1[indexes] = piece[0].astype(np.uint64) * np.uint64(header.cluster_size)
             l1[indexes] |= np.uint64(COPIED)
     assert not data.total
@@ -368,27 +388,6 @@ def _new_tables(
     else:
         words[row, column] = entries[remapped]
     return clusters, words.astype(">u8").view(np.uint8).reshape(len(indexes), header.cluster_size)
-
-
-def _given_up(job: Commit, change: Change, indexes: npt.NDArray[np.int64]) -> Iterator[Runs]:
-    """Host clusters that the old mapping of these guest clusters used."""
-    header = job.disk.header
-    tables = table_entries(job.image, indexes)
-    entry = change.entry[change.released]
-    packed = entry & np.uint64(COMPRESSED) != 0
-    named = np.concatenate([tables, entry[~packed]])
-    if not header.snapshot_count:
-        # What is shared although there is no snapshot has another entry in these tables, which
-        # would need a COPIED flag at the instant at which its refcount falls to 1.
-        named = named[named & np.uint64(COPIED) != 0]
-    plain = named & np.uint64(OFFSET_MASK)
-    plain = plain[plain != 0]
-    yield runs_of(np.sort((plain >> np.uint64(header.cluster_bits)).astype(np.int64)))
-    if packed.any():
-        host, size = compressed_place(header, entry[packed])
-        first = (host >> np.uint64(header.cluster_bits)).astype(np.int64)
-        last = ((host + size - np.uint64(1)) >> np.uint64(header.cluster_bits)).astype(np.int64)
-        yield Runs(first, last - first + 1)
 
 
 def _other_clusters(job: Commit, placed: PlacedTree, l1: U64Array) -> Iterator[Piece]:
@@ -499,20 +498,7 @@ def _switch(port: Port, head: HeaderWrite) -> None:
 
 def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
     """Give back what only the old tree used, and on a file system its space, too."""
-    old = job.image.header
-    released = list(mapping.released)
-    if placed.l1_start is not None:
-        length = old.l1_size * L1_ENTRY_BYTES
-        released.append(_span(old.l1_table_offset, length, old.cluster_size))
-    if job.tree.bitmaps is not None:
-        staying = names_kept(job.tree.bitmaps.bitmaps)
-        released.append(runs_of(bitmap_clusters(job.image, staying)))
-    if placed.allocation.table_start is not None:
-        released.append(runs_of(refcount_table_clusters(job.image)))
-    everything = Runs(
-        np.concatenate([runs.start for runs in released] or [np.zeros(0, dtype=np.int64)]),
-        np.concatenate([runs.length for runs in released] or [np.zeros(0, dtype=np.int64)]),
-    )
+    everything = released_clusters(job.image, job.tree, placed, mapping.released)
     try:
         image = Qcow2Image(port)
         table = read_refcount_table(image)
@@ -571,11 +557,6 @@ def _free_parts(image: Qcow2Image, released: Runs) -> Iterator[tuple[int, int]]:
             free = np.flatnonzero(read_refcounts(image, at, count) == 0)
             runs = runs_of(free + at)
             yield from zip(runs.start.tolist(), runs.length.tolist(), strict=True)
-
-
-def _span(offset: int, length: int, cluster_size: int) -> Runs:
-    first, end = offset // cluster_size, -(-(offset + length) // cluster_size)
-    return Runs(np.array([first], dtype=np.int64), np.array([end - first], dtype=np.int64))
 
 
 # When it fails

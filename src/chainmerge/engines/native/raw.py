@@ -12,17 +12,20 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.steps import StepName
 from chainmerge.engines.native.errors import MergeNotWritten, reason_of
 from chainmerge.engines.native.moves import Segments, by_source, items_of, moves_into
 from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.errors import Failed, Refused
-from chainmerge.qcow2.extents import Kind
-from chainmerge.view import GuestView, Resolved, layer_of_raw
+from chainmerge.qcow2.extents import Kind, distinct
+from chainmerge.storage.file_space import ByteRanges, I64Array, united
+from chainmerge.view import NO_LAYER, GuestView, Resolved, joined, layer_of_raw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from chainmerge.engines.metadata.steps import Port
     from chainmerge.engines.native.moves import Moves
@@ -67,8 +70,9 @@ def commit_to_raw(
         if port.size < job.size_after:
             port.truncate_to(job.size_after)
         above = GuestView(job.chain.layers[job.base_index + 1 :])
+        own = None if port.is_block_device else GuestView((job.chain.layers[job.base_index],))
         for runs in above.resolve():
-            segments = _defined(runs)
+            segments = _to_write(runs, own)
             if not len(segments.guest):
                 continue
             moves = by_source(moves_into(segments, runs, job.base_index + 1, _never_asked))
@@ -84,10 +88,33 @@ def commit_to_raw(
     return moved
 
 
-def _defined(runs: Resolved) -> Segments:
-    """What the images above say anything about."""
+def data_ranges(above: GuestView, kinds: Sequence[Kind]) -> ByteRanges:
+    """Where a raw image is going to be written with what *above* has of these kinds."""
+    starts: list[tuple[I64Array, I64Array]] = []
+    for runs in above.resolve():
+        chosen = np.isin(runs.kind, [int(kind) for kind in kinds])
+        start = runs.guest[chosen].astype(np.int64)
+        starts.append((start, start + runs.length[chosen].astype(np.int64)))
+    return united(starts)
+
+
+def _to_write(runs: Resolved, own: GuestView | None) -> Segments:
+    """What the images above say anything about, without zeros where a file has holes.
+
+    Args:
+        runs: What they say.
+        own: Base's own view as it was, of a file. A device may have been extended since.
+    """
     said = runs.kind != Kind.UNALLOCATED
-    return Segments(runs.guest[said], runs.length[said], runs.guest[said])
+    zero = said & (runs.layer == NO_LAYER)
+    if own is None or not zero.any():
+        return Segments(runs.guest[said], runs.length[said], runs.guest[said])
+    below = joined(list(own.resolve(runs.start, runs.end)))
+    bounds = distinct(np.concatenate([runs.guest, below.guest]))
+    above, below = runs.cut_at(bounds), below.cut_at(bounds)
+    both_zero = (above.layer == NO_LAYER) & (below.layer == NO_LAYER)
+    chosen = (above.kind != Kind.UNALLOCATED) & ~both_zero
+    return Segments(above.guest[chosen], above.length[chosen], above.guest[chosen])
 
 
 def _never_asked(start: int, end: int) -> Resolved:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chainmerge.engines.metadata.allocation import (
     Allocation,
+    Clusters,
     Demand,
     FreeSpace,
     Runs,
@@ -19,26 +20,32 @@ from chainmerge.engines.metadata.allocation import (
     split_runs,
 )
 from chainmerge.engines.metadata.bitmap_set import BitmapSetLayout, lay_out
+from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
+from chainmerge.engines.metadata.replacement import names_kept
 from chainmerge.engines.native.decisions import (
     Change,
     MappedDisk,
     find_wishes,
+    old_hosts,
     place_data,
 )
+from chainmerge.engines.native.moves import segments_of
 from chainmerge.engines.native.windows import (
     changed_windows,
     read_window,
+    table_entries,
     table_offsets,
     tables_in,
 )
 from chainmerge.options import Placement
 from chainmerge.qcow2.extents import Kind
+from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from chainmerge.engines.metadata.allocation import Clusters
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
+    from chainmerge.engines.native.decisions import U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.view import GuestView, Resolved
@@ -55,12 +62,19 @@ class MappingNeed:
         tables: L2 tables that are written anew.
         written: Bytes of guest data to be written.
         given_up: Data clusters and L2 tables that only the old mapping uses.
+        released: These clusters, once for each reference that the old mapping has to them.
+        unpacked: New data clusters whose data is compressed where it is now.
+        in_place: Start and end, in the file, of what is written to clusters that stay; each an
+            int64 array for some of them.
     """
 
     data: int = 0
     tables: int = 0
     written: int = 0
     given_up: int = 0
+    released: tuple[Runs, ...] = field(default=(), compare=False)
+    unpacked: int = 0
+    in_place: tuple[tuple[Clusters, Clusters], ...] = field(default=(), compare=False)
 
     def plus(self, other: MappingNeed) -> MappingNeed:
         """Both together."""
@@ -69,6 +83,9 @@ class MappingNeed:
             self.tables + other.tables,
             self.written + other.written,
             self.given_up + other.given_up,
+            self.released + other.released,
+            self.unpacked + other.unpacked,
+            self.in_place + other.in_place,
         )
 
 
@@ -98,7 +115,7 @@ def _needs_of(
     wishes = find_wishes(disk, read_window(image, disk, window.start), window)
     # Where nothing is replaced there is nothing to choose.
     ways = tuple(Placement) if wishes.entry.any() else (Placement.COW,)
-    needs = {way: _need_of(image, disk, place_data(wishes, disk, way)) for way in ways}
+    needs = {way: _need_of(image, disk, place_data(wishes, disk, way), window) for way in ways}
     return {way: needs.get(way, needs[Placement.COW]) for way in Placement}
 
 
@@ -117,7 +134,13 @@ def need_of_data(header: Header, window: Resolved) -> MappingNeed:
         data=clusters,
         tables=-(-clusters // header.l2_entries),
         written=-(-length // header.subcluster_size) * header.subcluster_size,
+        unpacked=_clusters_of(header, window.length[window.kind == Kind.COMPRESSED]),
     )
+
+
+def _clusters_of(header: Header, lengths: U64Array) -> int:
+    """Clusters that runs of so many bytes reach into at most."""
+    return int((-(-lengths.astype(np.int64) // header.cluster_size)).sum())
 
 
 def tables_of(change: Change, l2_entries: int) -> Clusters:
@@ -130,8 +153,10 @@ def tables_of(change: Change, l2_entries: int) -> Clusters:
     return tables
 
 
-def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change) -> MappingNeed:
+def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change, window: Resolved) -> MappingNeed:
     header = disk.header
+    fresh = change.cluster[change.fresh].astype(np.uint64) * np.uint64(header.cluster_size)
+    run = np.searchsorted(window.guest, fresh, "right") - 1
     tables = tables_of(change, header.l2_entries)
     units = int(np.count_nonzero(np.unpackbits(change.copied.view(np.uint8))))
     replaced = np.count_nonzero(table_offsets(image, tables))
@@ -140,7 +165,79 @@ def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change) -> MappingNeed
         tables=len(tables),
         written=units * header.subcluster_size,
         given_up=int(np.count_nonzero(change.released) + replaced),
+        released=tuple(given_up(image, header, change, tables)),
+        unpacked=int(np.count_nonzero(window.kind[run] == Kind.COMPRESSED)),
+        in_place=tuple(_in_place(header, change)),
     )
+
+
+def released_clusters(
+    image: Qcow2Image, tree: NewTree, placed: PlacedTree, mapping: Iterable[Runs]
+) -> Runs:
+    """What only the old tree uses, once for each reference, in any order.
+
+    Args:
+        image: The image with its old tree.
+        tree: The new one.
+        placed: Where that is.
+        mapping: What the old mapping gives up: :attr:`MappingNeed.released`.
+    """
+    old = image.header
+    released = list(mapping)
+    if placed.l1_start is not None:
+        length = old.l1_size * L1_ENTRY_BYTES
+        released.append(_span(old.l1_table_offset, length, old.cluster_size))
+    if tree.bitmaps is not None:
+        released.append(runs_of(bitmap_clusters(image, names_kept(tree.bitmaps.bitmaps))))
+    if placed.allocation.table_start is not None:
+        released.append(runs_of(refcount_table_clusters(image)))
+    nothing = np.zeros(0, dtype=np.int64)
+    return Runs(
+        np.concatenate([runs.start for runs in released] or [nothing]),
+        np.concatenate([runs.length for runs in released] or [nothing]),
+    )
+
+
+def _span(offset: int, length: int, cluster_size: int) -> Runs:
+    first, end = offset // cluster_size, -(-(offset + length) // cluster_size)
+    return Runs(np.array([first], dtype=np.int64), np.array([end - first], dtype=np.int64))
+
+
+def given_up(
+    image: Qcow2Image, header: Header, change: Change, indexes: Clusters
+) -> Iterator[Runs]:
+    """Host clusters that the old mapping of these guest clusters used, once for each reference.
+
+    Args:
+        image: The image that is written.
+        header: Its header.
+        change: What changes.
+        indexes: L1 indexes of the tables in which that changes entries.
+    """
+    tables = table_entries(image, indexes)
+    entry = change.entry[change.released]
+    packed = entry & np.uint64(COMPRESSED) != 0
+    named = np.concatenate([tables, entry[~packed]])
+    if not header.snapshot_count:
+        # What is shared although there is no snapshot has another entry in these tables, which
+        # would need a COPIED flag at the instant at which its refcount falls to 1.
+        named = named[named & np.uint64(COPIED) != 0]
+    plain = named & np.uint64(OFFSET_MASK)
+    plain = plain[plain != 0]
+    yield runs_of(np.sort((plain >> np.uint64(header.cluster_bits)).astype(np.int64)))
+    if packed.any():
+        host, size = compressed_place(header, entry[packed])
+        first = (host >> np.uint64(header.cluster_bits)).astype(np.int64)
+        last = ((host + size - np.uint64(1)) >> np.uint64(header.cluster_bits)).astype(np.int64)
+        yield Runs(first, last - first + 1)
+
+
+def _in_place(header: Header, change: Change) -> Iterator[tuple[Clusters, Clusters]]:
+    if not (change.reused & (change.copied != 0)).any():
+        return
+    written = segments_of(change, change.reused, old_hosts(change), header)
+    start = written.target.astype(np.int64)
+    yield start, start + written.length.astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)

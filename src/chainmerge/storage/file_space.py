@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parts of a regular file have space of their own, and what writing to others takes.
+
+A write into a hole takes space from the file system, and so does one to blocks that another file
+shares, or on a file system that never writes to the old place (Btrfs). All are in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from chainmerge.storage import allocation, offload
+from chainmerge.storage.extents import raw_data_extents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from chainmerge.storage.locks import AnyFile
+
+I64Array: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRanges:
+    """Ranges of a file: int64 arrays of equal length, in bytes, ascending and disjoint."""
+
+    start: I64Array
+    end: I64Array
+
+    @property
+    def total(self) -> int:
+        """Bytes in all ranges."""
+        return int((self.end - self.start).sum())
+
+    def __len__(self) -> int:
+        """Return the number of ranges."""
+        return len(self.start)
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Offset and length of each."""
+        yield from zip(self.start.tolist(), (self.end - self.start).tolist(), strict=True)
+
+    def before(self, end: int) -> ByteRanges:
+        """The parts before an offset."""
+        kept = self.start < end
+        return ByteRanges(self.start[kept], np.minimum(self.end[kept], end))
+
+    def without(self, others: ByteRanges) -> ByteRanges:
+        """The parts that are in none of *others*."""
+        if not len(self) or not len(others):
+            return self
+        cuts = np.unique(np.concatenate([self.start, self.end, others.start, others.end]))
+        chosen = _contain(self, cuts) & ~_contain(others, cuts)
+        first = np.flatnonzero(chosen)
+        # What contains a cut goes on to the next one, and there is one behind the last range.
+        return united([(cuts[first], cuts[first + 1])])
+
+
+NOWHERE = ByteRanges(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def _contain(ranges: ByteRanges, offsets: I64Array) -> npt.NDArray[np.bool_]:
+    index = np.searchsorted(ranges.start, offsets, "right") - 1
+    inside: npt.NDArray[np.bool_] = (index >= 0) & (offsets < ranges.end[index])
+    return inside
+
+
+def united(parts: Iterable[tuple[I64Array, I64Array]]) -> ByteRanges:
+    """Starts and ends of ranges in any order, as one; those that touch or overlap are joined."""
+    every = list(parts)
+    if not every:
+        return NOWHERE
+    start = np.concatenate([part for part, _ in every]).astype(np.int64)
+    end = np.concatenate([part for _, part in every]).astype(np.int64)
+    kept = end > start
+    # Only how many ranges are open matters, so that starts and ends need not stay in pairs.
+    start, end = np.sort(start[kept]), np.sort(end[kept])
+    if not len(start):
+        return NOWHERE
+    gaps = start[1:] > end[:-1]
+    return ByteRanges(start[np.concatenate(([True], gaps))], end[np.concatenate((gaps, [True]))])
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpace:
+    """What a regular file has of its own.
+
+    Attributes:
+        own: Where writing takes no space of the file system.
+        held: Where it has space, its own or shared. Elsewhere are holes.
+
+    Both reach beyond the file's end where something is reserved there.
+    """
+
+    own: ByteRanges
+    held: ByteRanges
+
+    def missing(self, written: ByteRanges) -> int:
+        """Bytes that the file system has to give for what is going to be written."""
+        return written.without(self.own).total
+
+    def holes(self, ranges: ByteRanges) -> ByteRanges:
+        """What of *ranges* is holes."""
+        return ranges.without(self.held)
+
+
+def space_of(file: AnyFile) -> FileSpace | None:
+    """Which parts of an open file have space of their own; None for a block device.
+
+    Where the file system does not tell (tmpfs, NFS), what reads as data counts as its own: then
+    more may be missing than is said.
+
+    Raises:
+        ReadFailed: the storage reported an error.
+    """
+    if file.is_block_device:
+        return None
+    copies = _writes_elsewhere(file)
+    try:
+        extents = list(allocation.allocated_extents(file.fd))
+    except OSError:
+        held = _data_of(file)
+        return FileSpace(NOWHERE if copies else held, held)
+    # What was reserved and never written to is written where it is, once.
+    own = _ranges(
+        (start, end)
+        for start, end, flags in extents
+        if not flags & allocation.SHARED and (not copies or flags & allocation.UNWRITTEN)
+    )
+    held = _ranges((start, end) for start, end, _ in extents)
+    return FileSpace(own, held)
+
+
+def _ranges(pairs: Iterable[tuple[int, int]]) -> ByteRanges:
+    bounds = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
+    return united([(bounds[:, 0], bounds[:, 1])])
+
+
+def _data_of(file: AnyFile) -> ByteRanges:
+    status = os.fstat(file.fd)
+    if status.st_blocks * 512 >= status.st_size:
+        return _ranges([(0, status.st_size)])
+    return _ranges((start, start + length) for start, length in raw_data_extents(file))
+
+
+def _writes_elsewhere(file: AnyFile) -> bool:
+    """Whether the file system gives every write a new place."""
+    try:
+        return offload.copies_on_write(file.fd)
+    except OSError:
+        return False
