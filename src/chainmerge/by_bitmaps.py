@@ -42,6 +42,6 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
         assert image is not None
         return (
             "base holds all of top's data already",
-            verify_metadata(image),
+            verify_metadata(image, job.leaks.kept),
             verify_bitmaps(image, final),
         )

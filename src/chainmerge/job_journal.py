@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from chainmerge.errors import Refused
+from chainmerge.leaks import find_leaks, to_note
 from chainmerge.merge_job import forget_what_was_noted
 from chainmerge.options import Direction
-from chainmerge.planning import EngineName
+from chainmerge.planning import EngineName, new_backing
+from chainmerge.qcow2.check import check
 from chainmerge.qcow2.header import SECTOR
+from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify
 from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
@@ -28,13 +32,19 @@ from chainmerge.records.merge_journal import (
     load_journal,
     this_boot,
 )
+from chainmerge.records.merged_record import (
+    forget_merged_record,
+    load_merged_record,
+    record_merged,
+)
+from chainmerge.settle import record_pull, stands_on
+from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.merge_job import Job
     from chainmerge.options import MergeOptions
-    from chainmerge.qcow2.image import Qcow2Image
 
 
 def asked_of(options: MergeOptions) -> Asked:
@@ -46,11 +56,13 @@ def asked_of(options: MergeOptions) -> Asked:
 def journal_kept(job: Job) -> Iterator[None]:
     """Keep a journal; where the merge ends before the switch there is none afterwards.
 
-    Nor is there what was noted for a rerun, where base is what it was. No journal is kept of a
-    pull, which has little to settle: its record tells of that.
+    Unless something of the merge is leaked then: the journal tells whose it is. Nor is there what
+    was noted for a rerun, where base is what it was. No journal is kept of a pull, which has
+    little to settle: its record tells of that.
     """
     if job.facts.direction is Direction.PULL:
-        yield
+        with _record_kept(job):
+            yield
         return
     before = first_sector_of(job.base.real_path)
     keep_journal(_journal(job))
@@ -79,11 +91,61 @@ def record_switched(job: Job) -> Journal | None:
     return keep_journal(_in_state(job, JournalState.SWITCHED, digest))
 
 
+@contextlib.contextmanager
+def journal_of_copy(job: Job) -> Iterator[None]:
+    """Keep a journal of a merge by QEMU; where it fails, base may be half written, and it stays."""
+    keep_journal(_journal(job))
+    try:
+        yield
+    except Refused:
+        with contextlib.suppress(Exception):
+            _forget_unless_leaking(job)
+        raise
+
+
+@contextlib.contextmanager
+def _record_kept(job: Job) -> Iterator[None]:
+    """Keep a record of a pull; where it ends before the switch it is what it was before."""
+    top = job.result.real_path
+    earlier = load_merged_record(top)
+    record_pull(job.facts, job.plan, to_note(job.leaks.kept))
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if not _has_new_backing(job) and not _leaks_of(job):
+                if earlier is None:
+                    forget_merged_record(top)
+                else:
+                    record_merged(top, earlier)
+        raise
+    record_pull(job.facts, job.plan, None)
+
+
+def _has_new_backing(job: Job) -> bool:
+    named = new_backing(job.facts)
+    return stands_on(job.result.real_path, None if named is None else named[0])
+
+
 def _forget_unless_switched(job: Job) -> None:
     base = job.base.real_path
     journal = load_journal(base)
     if journal is not None and journal.first_sector != first_sector_of(base):
-        forget_journal(base)
+        _forget_unless_leaking(job)
+
+
+def _forget_unless_leaking(job: Job) -> None:
+    if not _leaks_of(job):
+        forget_journal(job.base.real_path)
+
+
+def _leaks_of(job: Job) -> int:
+    """How many clusters of the result this merge has leaked, as far as it is known."""
+    with FileReadable(job.result.real_path) as readable:
+        if job.result.header is None:
+            return 0
+        image = Qcow2Image(readable)
+        return find_leaks(image, check(image), job.leaks.kept).ours
 
 
 def _in_state(job: Job, state: JournalState, digest: str) -> Journal:
@@ -113,4 +175,5 @@ def _journal(job: Job) -> Journal:
         boot=this_boot(),
         # Raw images have no place for a second copy.
         placement="" if job.base.header is None else plan.space.placement,
+        leaked_before=to_note(job.leaks.kept),
     )

@@ -20,8 +20,10 @@ from chainmerge.chain import discover
 from chainmerge.checkpoints import BitmapState
 from chainmerge.encrypted import has_encrypted
 from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.metadata.leaks import everywhere_but
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
 from chainmerge.inspection import policy_of
+from chainmerge.leaks import from_note
 from chainmerge.qcow2.check import check
 from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import (
@@ -184,7 +186,7 @@ def _finish(
         verified.append("refcounts of base recomputed from the tables: no corruption")
         # What QEMU had taken and not used yet when it died.
         with WritablePort(base.real_path) as port:
-            reclaim_leaks(port)
+            reclaim_leaks(port, everywhere_but(from_note(journal.leaked_before)))
     request.announce(Stage.SETTLE)
     deleted: tuple[str, ...] = ()
     if request.options.delete or journal.delete:

@@ -44,6 +44,7 @@ from chainmerge.inspection import (
     open_chain,
 )
 from chainmerge.job_journal import record_switched
+from chainmerge.leaks import Leaks
 from chainmerge.live_leftovers import (
     forget_left_behind,
     journal_of,
@@ -311,6 +312,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         found.bitmaps,
         found.needs,
         found.zeroes,
+        found.leaks,
         decided,
         opened,
         locks,
@@ -425,6 +427,7 @@ class _Found:
     bitmaps: BitmapFacts
     needs: Mapping[Placement, MappingNeed]
     zeroes: ZeroRanges | None
+    leaks: Leaks
 
 
 def _never() -> bool:
@@ -451,7 +454,7 @@ def _gather(
     zeroes = None
     if options.detect_zeroes and chosen.engine is EngineName.NATIVE:
         zeroes = look_for_zeroes(target, opened, way.direction, should_stop)
-    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction, zeroes)
+    survey = survey_space(target, opened, bitmaps, chosen.engine, way.direction, zeroes, options)
     obstacles = (
         way.obstacle,
         chosen.obstacle,
@@ -482,11 +485,12 @@ def _gather(
         spaces=survey.spaces,
         obstacles=tuple(one for one in obstacles if one is not None),
         warnings=bitmaps.warnings,
+        leaks=survey.leaks.facts,
     )
     no_room = header_obstacle(opened.images[target.result_index(way.direction)], facts, bitmaps)
     if no_room is not None:
         facts = replace(facts, obstacles=(*facts.obstacles, no_room))
-    return _Found(facts, bitmaps, survey.needs, zeroes)
+    return _Found(facts, bitmaps, survey.needs, zeroes, survey.leaks)
 
 
 def _volume_facts(

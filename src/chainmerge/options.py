@@ -96,6 +96,8 @@ class MergeOptions:
         volume: What base lies on; ``auto`` finds out.
         shrink: Reduce a logical volume to the optimal size afterwards.
         discard: Discard what was freed on the volume.
+        reclaim: Give back all leaked clusters of the image that is written, also those that no
+            merge of ours has left. They may be what a lost L2 table led to.
         key_files: Files that hold the passphrases of encrypted images, by image path; that of
             ``ANY_IMAGE`` counts for all others.
     """
@@ -113,6 +115,7 @@ class MergeOptions:
     volume: VolumeChoice = "auto"
     shrink: bool = False
     discard: bool = False
+    reclaim: bool = False
     key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
 
 

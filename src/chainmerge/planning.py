@@ -100,6 +100,21 @@ class SpaceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class LeakFacts:
+    """Clusters of the result that are marked used and that nothing uses, in bytes.
+
+    ``ours`` were left by a merge of ours, and are given back. ``others`` were left by somebody
+    else; ``reclaimed`` says whether they are given back, too. ``sign`` is what makes them look like
+    the content of a lost L2 table, which is all that is left of it then; None if nothing does.
+    """
+
+    ours: int = 0
+    others: int = 0
+    sign: str | None = None
+    reclaimed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -133,6 +148,7 @@ class MergeFacts:
     spaces: Mapping[Placement, SpaceFacts]
     obstacles: tuple[ChainmergeError, ...]
     warnings: tuple[str, ...]
+    leaks: LeakFacts = LeakFacts()
     content_merged: bool | None = None
     """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
 
@@ -300,6 +316,7 @@ class MergePlan:
     verify: str
     refusals: tuple[Finding, ...]
     warnings: tuple[str, ...]
+    leaks: LeakFacts = LeakFacts()
 
     @property
     def pulls(self) -> bool:
@@ -338,6 +355,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
             for error in find_refusals(facts, options)
         ),
         warnings=(*facts.warnings, *_warnings(facts, options)),
+        leaks=facts.leaks,
     )
 
 
@@ -609,6 +627,22 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     for image in facts.merged_images:
         if image.header is not None and image.header.snapshot_count:
             yield f"{image.path} holds internal snapshots: they are not merged"
+    yield from _leaks(facts)
+
+
+def _leaks(facts: MergeFacts) -> Iterator[str]:
+    leaks, result = facts.leaks, facts.result.path
+    if not leaks.others:
+        return
+    words = f"{leaks.others} bytes of {result} are leaked, and nobody knows by whom"
+    if leaks.sign is not None:
+        words += f"; they may be all that is left of what a lost L2 table led to: {leaks.sign}"
+    if leaks.reclaimed:
+        yield f"{words}. They are given back, as was asked for"
+    elif leaks.sign is None:
+        yield f"{words}. They stay; `chainmerge repair --reclaim` gives the space back"
+    else:
+        yield f"{words}. They stay; `chainmerge repair --reclaim` would destroy that"
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:

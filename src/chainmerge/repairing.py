@@ -14,8 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, find_relatives, identity_of
-from chainmerge.chain.errors import TopFormatUnknown, WrongFormat
+import numpy as np
+
+from chainmerge.chain import (
+    Chain,
+    ImageFormat,
+    ImageInfo,
+    Relatives,
+    discover,
+    find_relatives,
+    identity_of,
+)
+from chainmerge.chain.errors import BackingFileMissing, TopFormatUnknown, WrongFormat
 from chainmerge.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
 from chainmerge.engines.metadata import (
     StoredBitmap,
@@ -25,14 +35,18 @@ from chainmerge.engines.metadata import (
     replace_bitmaps,
     tables_of,
 )
+from chainmerge.engines.metadata.allocation import NO_RUNS, Runs, runs_in_both, without_runs
+from chainmerge.engines.metadata.leaks import everywhere_but
+from chainmerge.engines.native import cut_to_image_end, punch_free
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.foreign_commit import HalfDoneCommit, half_done_commit
 from chainmerge.inspection import policy_of
 from chainmerge.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
+from chainmerge.leaks import counted_as_used, leaked_before
 from chainmerge.merging import merge, plan
 from chainmerge.ops_errors import RepairNotVerified
 from chainmerge.options import Access, MergeOptions
-from chainmerge.qcow2.check import check
+from chainmerge.qcow2.check import check, check_with_references
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.repair_backup import Backup, RecordedPort, new_backup
@@ -52,12 +66,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def plan_repair(image: str | Path, access: Access | None = None) -> RepairReport:
+def plan_repair(
+    image: str | Path, access: Access | None = None, *, reclaim: bool = False
+) -> RepairReport:
     """Say what is wrong with an image, and what :func:`repair` would do about it.
 
     Args:
         image: the image to look at. Others may be reading it.
         access: how images may be found and reached.
+        reclaim: as in :func:`repair`.
 
     Raises:
         Refused: the image cannot be read, or somebody has it open for writing.
@@ -65,7 +82,7 @@ def plan_repair(image: str | Path, access: Access | None = None) -> RepairReport
     access = access or Access()
     merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.READER, access.lock_wait):
-        case = _examine(Path(image), access, merges)
+        case = _examine(Path(image), access, merges, reclaim)
     return _report(str(image), _with_foreseen_refusals(case, access), dry_run=True)
 
 
@@ -73,6 +90,8 @@ def repair(
     image: str | Path,
     access: Access | None = None,
     backup_directory: str | Path | None = None,
+    *,
+    reclaim: bool = False,
 ) -> RepairReport:
     """Mend an image, and bring merges to their end that were interrupted.
 
@@ -84,6 +103,8 @@ def repair(
         access: how images may be found and reached.
         backup_directory: where to keep what is overwritten; None for beside the image, or for
             a block device in ``/var/lib/chainmerge``.
+        reclaim: give back leaked clusters also where they may be all that is left of what a lost
+            L2 table led to.
 
     Raises:
         Refused: nothing was changed.
@@ -93,7 +114,8 @@ def repair(
     access = access or Access()
     merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.WRITER, access.lock_wait):
-        case = _examine(Path(image), access, merges)
+        case = _examine(Path(image), access, merges, reclaim)
+        _give_back(case)
         directory = None if backup_directory is None else Path(backup_directory)
         backup, verified = _mend(case, directory)
         for unfinished in case.to_forget:
@@ -137,6 +159,7 @@ class _Case:
     diagnosis: Diagnosis
     merges: tuple[InterruptedMerge, ...]
     commits: tuple[HalfDoneCommit, ...]
+    undoing: Undoing | None
     findings: tuple[RepairFinding, ...]
     actions: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -158,6 +181,21 @@ class _Case:
         return ours + tuple((one.top, one.base, commit) for one in self.commits)
 
 
+@dataclass(frozen=True, slots=True)
+class Undoing:
+    """What a merge has taken of an image in which it has not taken effect.
+
+    Attributes:
+        freed: Where clusters that it has leaked are given back.
+        end: Where the image ends without them, in bytes.
+        reserved: Bytes of the file behind that.
+    """
+
+    freed: Runs
+    end: int
+    reserved: int
+
+
 def _is_to_forget(merge_: InterruptedMerge, info: ImageInfo) -> bool:
     return merge_.ending is Ending.UNDO and _is_at(merge_.written, info)
 
@@ -172,7 +210,12 @@ def _is_at(path: Path, info: ImageInfo) -> bool:
 # Looking
 
 
-def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -> _Case:
+def _examine(
+    path: Path,
+    access: Access,
+    merges: tuple[InterruptedMerge, ...],
+    reclaim: bool,  # noqa: FBT001 (what is asked for is handed on)
+) -> _Case:
     with FileReadable(path) as readable:
         info = _describe(path, readable, access)
         relatives = _relatives(info, access)
@@ -183,9 +226,19 @@ def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -
         circumstances = Circumstances(
             guarded=_guarded(relatives),
             merge_pending=any(_is_at(one, info) for one in written_to),
+            leaked_before=leaked_before(info.real_path),
+            reclaim=reclaim,
         )
         diagnosis = Diagnosis() if info.header is None else diagnose(readable, circumstances)
+        undoing = None
+        if any(_is_to_forget(one, info) for one in merges):
+            undoing = _undoing(info, readable, circumstances.leaked_before)
     findings, actions = [*diagnosis.findings], [*diagnosis.actions]
+    findings += _findings_below(info, access)
+    if undoing is not None and undoing.reserved:
+        actions.append(
+            f"give back what the merge had reserved: {undoing.reserved} bytes at the file's end"
+        )
     for one in merges:
         findings.append(_finding_of(one, info))
         actions += _actions_of(one, info)
@@ -197,7 +250,44 @@ def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -
     warnings = [_suspicion(one) for one in suspected if not one.is_certain]
     if diagnosis.bitmaps is not None:
         warnings += _warnings(relatives)
-    return _Case(info, diagnosis, merges, commits, tuple(findings), tuple(actions), tuple(warnings))
+    return _Case(
+        info,
+        diagnosis,
+        merges,
+        commits,
+        undoing,
+        tuple(findings),
+        tuple(actions),
+        tuple(warnings),
+    )
+
+
+def _findings_below(info: ImageInfo, access: Access) -> Iterator[RepairFinding]:
+    """What keeps the image from being used at all, though nothing is wrong with it itself."""
+    try:
+        discover(info.path, policy_of(access))
+    except BackingFileMissing as error:
+        yield RepairFinding(error.code, error.sentence, repairable=False)
+    except ChainmergeError:
+        # Said of the image itself already, or of what may be reached and how.
+        return
+
+
+def _undoing(info: ImageInfo, readable: FileReadable, noted: Runs | None) -> Undoing | None:
+    """What is to be given back of a merge that is undone; None where that cannot be told."""
+    if info.header is None or info.is_block_device or info.header.dirty or info.header.corrupt:
+        return None
+    image = Qcow2Image(readable)
+    report, references = check_with_references(image)
+    if not report.sound:
+        return None
+    kept = NO_RUNS
+    if report.leaks:
+        leaked = Runs(report.leaked.first, report.leaked.count)
+        kept = leaked if noted is None else runs_in_both(leaked, noted)
+    used = np.flatnonzero(counted_as_used(references, kept).counts)
+    end = (int(used[-1]) + 1) * info.header.cluster_size
+    return Undoing(everywhere_but(kept), end, max(0, readable.size - end))
 
 
 def _describe(path: Path, readable: FileReadable, access: Access) -> ImageInfo:
@@ -335,6 +425,20 @@ def _finding_of_refusal(top: Path, base: Path, reason: str) -> RepairFinding:
 # Mending
 
 
+def _give_back(case: _Case) -> None:
+    """Give back what a merge has taken in vain; a backup has none of it, as it holds nothing.
+
+    Raises RewriteFailed, WriteFailed, ...: some of it is left.
+    """
+    undoing = case.undoing
+    if undoing is None:
+        return
+    with WritablePort(case.info.real_path) as port:
+        reclaim_leaks(port, undoing.freed)
+        punch_free(port)
+        cut_to_image_end(port)
+
+
 def _mend(case: _Case, backup_directory: Path | None) -> tuple[Path | None, tuple[str, ...]]:
     """Treat the image; returns the backup, if there is one, and what was verified."""
     diagnosis, image = case.diagnosis, case.info.real_path
@@ -358,11 +462,12 @@ def _treat(port: RecordedPort, diagnosis: Diagnosis) -> None:
             clear_marks(port)
         case Treatment.REBUILD:
             assert bitmaps is not None
-            rebuild(port, [one for one in bitmaps if isinstance(one, StoredBitmap)])
+            stored = [one for one in bitmaps if isinstance(one, StoredBitmap)]
+            rebuild(port, stored, diagnosis.kept)
         case Treatment.BITMAPS:
             if bitmaps is not None:
                 replace_bitmaps(port, bitmaps)
-            reclaim_leaks(port)
+            reclaim_leaks(port, diagnosis.freed)
 
 
 def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
@@ -374,10 +479,13 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
     with FileReadable(path) as readable:
         image = Qcow2Image(readable)
         report = check(image)
-        if not report.clean or image.header.dirty or image.header.corrupt:
+        leaked = Runs(report.leaked.first, report.leaked.count)
+        new = without_runs(leaked, diagnosis.kept).total
+        if not report.sound or new or image.header.dirty or image.header.corrupt:
             first = next(iter(report.messages), "it is still marked dirty or corrupt")
             raise RepairNotVerified(str(path), first)
-        yield "refcounts recomputed from the tables: no corruption, no leak"
+        but = f" but {report.leaks} clusters that stay" if report.leaks else ""
+        yield f"refcounts recomputed from the tables: no corruption, no leak{but}"
         if diagnosis.bitmaps is None:
             return
         stored = [one for one in diagnosis.bitmaps if isinstance(one, StoredBitmap)]

@@ -18,8 +18,10 @@ import msgspec
 from chainmerge.chain import open_for_writing
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
+from chainmerge.engines.metadata.leaks import everywhere_but
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
+from chainmerge.leaks import from_note
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -35,6 +37,7 @@ from chainmerge.records.merge_journal import (
     load_journal,
     this_boot,
 )
+from chainmerge.records.merged_record import record_merged
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
 from chainmerge.storage.files import FileReadable, WritablePort
@@ -65,8 +68,8 @@ class Resumption:
 def find_resumption(request: Request, target: Target) -> Resumption:
     """Whether a journal of the merge says that base holds everything.
 
-    All images are locked by the caller. A journal that is this merge's and of no use is
-    removed; one that may be another's is left where it is.
+    All images are locked by the caller. A journal that is of no use here is left where it is,
+    for the merge to replace: it says which leaked clusters are those of an earlier run.
 
     Raises what opening and reading a file raises.
     """
@@ -86,7 +89,6 @@ def find_resumption(request: Request, target: Target) -> Resumption:
         )
         return Resumption(None, (warning,))
     if not (is_switched(journal, base) and _is_as_left(journal, request, target)):
-        forget_journal(base)
         return Resumption(None)
     return Resumption(journal)
 
@@ -153,11 +155,12 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     base = target.base
     verified = [verified_before(str(target.chain.top.path), str(base.path))]
     if base.header is not None:
-        if journal.state is JournalState.SWITCHING:
+        kept = from_note(journal.leaked_before)
+        if journal.state in (JournalState.SWITCHING, JournalState.TIDY):
             with open_for_writing(base) as port:
-                reclaim_leaks(port)
+                reclaim_leaks(port, everywhere_but(kept))
         with FileReadable(base.real_path) as readable:
-            verified.append(verify_metadata(Qcow2Image(readable)))
+            verified.append(verify_metadata(Qcow2Image(readable), kept))
     steps = _steps(target, journal)
     settled = settle(steps, journal)
     left = enter(settled.journal, JournalState.TIDY)
@@ -217,7 +220,7 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     """
     base, result = Path(record.base), Path(record.result)
     if record.pulled is not None:
-        yield from _give_back_after_pull(request, result)
+        yield from _give_back_after_pull(request, record)
         return
     try:
         journal = load_journal(base)
@@ -236,14 +239,20 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
         yield f"{error.sentence} (the merge itself is done)"
 
 
-def _give_back_after_pull(request: Request, top: Path) -> Iterator[str]:
+def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[str]:
     """Free what only the old image used; where top is in use by now, that is for repair."""
+    top, pulled = Path(record.result), record.pulled
+    assert pulled is not None
     try:
         with lock_image(top, LockMode.WRITER, request.access.lock_wait) as lock:
             with WritablePort(top) as port:
                 if port.identity != lock.identity:
                     raise ImageReplaced(str(top))
-                reclaim_leaks(port)
+                if pulled.leaked_before is not None:
+                    kept = from_note(pulled.leaked_before)
+                    reclaim_leaks(port, everywhere_but(kept))
+            done = msgspec.structs.replace(pulled, leaked_before=None)
+            record_merged(Path(record.top), msgspec.structs.replace(record, pulled=done))
             yield from give_back(top, "qcow2", request.options)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"

@@ -21,7 +21,7 @@ from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
 from chainmerge.plan_errors import LeftoverInUse
-from chainmerge.planning import MergeFacts, MergePlan, Repoint
+from chainmerge.planning import MergeFacts, MergePlan, Repoint, new_backing
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify, same_image
@@ -133,8 +133,14 @@ def record_intent(steps: SettleSteps) -> MergedRecord | None:
     return record
 
 
-def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None:
-    """Record a pull before the switch that makes *backing* top's backing file."""
+def record_pull(
+    facts: MergeFacts, plan: MergePlan, leaked_before: list[tuple[int, int]] | None
+) -> None:
+    """Record a pull, and which clusters of top were leaked before it.
+
+    Before it writes anything; once more, without the clusters, when nothing of it is leaked.
+    """
+    named = new_backing(facts)
     top = facts.top.real_path
     by_path = {str(image.path): image for image in facts.merged_images}
     record = MergedRecord(
@@ -145,7 +151,7 @@ def record_pull(facts: MergeFacts, plan: MergePlan, backing: str | None) -> None
         result_identity=identify(top),
         keep_name=False,
         delete=[_doomed(by_path[path]) for path in plan.delete],
-        pulled=Pulled(backing),
+        pulled=Pulled(None if named is None else named[0], leaked_before),
     )
     record_merged(top, record)
 

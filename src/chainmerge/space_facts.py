@@ -15,6 +15,7 @@ from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError
+from chainmerge.leaks import NO_LEAKS, Leaks, counted_as_used, find_leaks, leaked_before
 from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
 from chainmerge.qcow2.check import CheckReport, check_with_references
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from chainmerge.engines.metadata import StoredBitmap
     from chainmerge.inspection import BitmapFacts, OpenChain, Target
+    from chainmerge.options import MergeOptions
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.references import ReferenceCounts
 
@@ -54,13 +56,15 @@ class SpaceSurvey:
 
     ``spaces`` has the ways in which the engine can place data, ``needs`` what the native
     engine is to be given for them. ``check`` is the consistency check of base, None for a raw
-    one. The figures are only good if it is sound.
+    one. The figures are only good if it is sound. ``leaks`` are the leaked clusters of what is
+    written; those that stay count as used.
     """
 
     spaces: Mapping[Placement, SpaceFacts]
     needs: Mapping[Placement, MappingNeed]
     check: CheckReport | None
     obstacle: ChainmergeError | None
+    leaks: Leaks = NO_LEAKS
 
 
 def survey_space(
@@ -70,6 +74,7 @@ def survey_space(
     engine: EngineName,
     direction: Direction,
     zeroes: ZeroRanges | None,
+    options: MergeOptions,
 ) -> SpaceSurvey:
     """Work out how large the result must be for the merge. Reads tables only."""
     base = opened.images[target.result_index(direction)]
@@ -80,13 +85,18 @@ def survey_space(
     report, references = check_with_references(base.image)
     if not report.sound:
         return _without_figures(report, None)
+    leaks = find_leaks(base.image, report, leaked_before(base.info.real_path))
+    if options.reclaim:
+        leaks = leaks.all_freed()
+    references = counted_as_used(references, leaks.kept)
     if engine is EngineName.QEMU:
-        return _survey_for_qemu(target, opened, bitmaps, report, references)
+        survey = _survey_for_qemu(target, opened, bitmaps, report, references)
+        return replace(survey, leaks=leaks)
     obstacle = native_facts.growth_obstacle(base.image, size_after)
     if obstacle is not None and direction is Direction.COMMIT:
         return _without_figures(report, obstacle)
     native = native_facts.survey_native(target, opened, bitmaps, references, direction, zeroes)
-    return SpaceSurvey(native.spaces, native.needs, report, None)
+    return SpaceSurvey(native.spaces, native.needs, report, None, leaks)
 
 
 def survey_for_live(
@@ -114,7 +124,9 @@ def survey_for_live(
     report, references = check_with_references(image)
     if not report.sound:
         return _without_figures(report, None)
-    layout = _layout(image, references.counts)
+    # Nobody gives back what is leaked while a VM has the image open.
+    leaks = find_leaks(image, report, leaked_before(base.info.real_path))
+    layout = _layout(image, counted_as_used(references, leaks.leaked).counts)
     about = BaseFacts(
         image=image.name,
         header=image.header,
@@ -153,7 +165,7 @@ def survey_for_live(
         new_clusters=arrivals.likely_clusters,
         new_l2_tables=arrivals.l2_tables,
     )
-    return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
+    return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None, leaks)
 
 
 def _survey_for_qemu(

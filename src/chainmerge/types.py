@@ -54,6 +54,8 @@ __all__ = [
 
 REPORT_VERSION = 1
 UNUSABLE_BITMAP = "unusable-bitmap"
+KEPT_LEAKS = "kept-leaks"
+NO_DAMAGE = frozenset({UNUSABLE_BITMAP, KEPT_LEAKS})
 """The kind of a finding that is no damage: a bitmap that no chain can use."""
 
 
@@ -462,9 +464,10 @@ class RepairFinding:
 
     Attributes:
         kind: ``broken-bitmap``, ``broken-bitmap-directory``, ``unusable-bitmap``,
-            ``leaked-clusters``, ``wrong-refcounts``, ``dirty-bit``, ``corrupt-bit``,
-            ``interrupted-merge``, ``half-done-commit``, ``corruption``, ``lost-data``, or the
-            code of the error that keeps the image from being repaired.
+            ``leaked-clusters``, ``kept-leaks``, ``wrong-refcounts``, ``dirty-bit``,
+            ``corrupt-bit``, ``interrupted-merge``, ``half-done-commit``, ``corruption``,
+            ``lost-data``, or the code of the error that keeps the image from being used or
+            repaired.
         sentence: What is wrong.
         repairable: Whether ``repair`` does something about it.
     """
@@ -505,7 +508,7 @@ class RepairReport:
     def leaves_damage(self) -> bool:
         """Whether something is wrong that is not repaired here."""
         return any(
-            not finding.repairable and finding.kind != UNUSABLE_BITMAP for finding in self.findings
+            not finding.repairable and finding.kind not in NO_DAMAGE for finding in self.findings
         )
 
 

@@ -135,7 +135,9 @@ class Journal(msgspec.Struct, frozen=True):
     digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
     known. ``boot`` tells one run of the machine from another. ``placement`` says where data goes
     that base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that
-    is not recorded.
+    is not recorded. ``leaked_before`` are the clusters of base that were leaked already when it
+    began (ranges: first cluster, number of clusters): what else is leaked since is its own. None
+    in a journal of a version that did not record that.
     """
 
     version: int
@@ -152,6 +154,7 @@ class Journal(msgspec.Struct, frozen=True):
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
     placement: str = ""
+    leaked_before: list[tuple[int, int]] | None = None
 
     @property
     def top(self) -> ImageIdentity:

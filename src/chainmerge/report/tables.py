@@ -13,7 +13,7 @@ from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size, rough_size
 from chainmerge.types import (
-    UNUSABLE_BITMAP,
+    NO_DAMAGE,
     BitmapChange,
     BitmapListing,
     BitmapResult,
@@ -310,7 +310,7 @@ def _findings(report: RepairReport) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in report.findings:
-        is_damage = not finding.repairable and finding.kind != UNUSABLE_BITMAP
+        is_damage = not finding.repairable and finding.kind not in NO_DAMAGE
         style = layout.BAD if is_damage else layout.CAUTION
         remark = " (cannot be repaired here)" if is_damage else ""
         table.add_row(words(finding.kind, style), words(f"{finding.sentence}{remark}"))

@@ -14,6 +14,7 @@ from chainmerge.engines.native.commit import (
     commit,
     cut_to_image_end,
     merged_layers,
+    punch_free,
 )
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
@@ -45,5 +46,6 @@ __all__ = [
     "merged_layers",
     "new_tree",
     "place_tree",
+    "punch_free",
     "survey_mapping",
 ]
