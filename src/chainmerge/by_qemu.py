@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
-    with journal_of_copy(job), extended(job), leaks_reclaimed(job):
+    with extended(job), journal_of_copy(job), leaks_reclaimed(job):
         _put_bitmaps_aside(job)
         with unfinished_where_refused(job):
             copied = _copy(job)

@@ -36,7 +36,7 @@ from chainmerge.engines.metadata.leaks import EVERYWHERE
 from chainmerge.errors import Refused
 from chainmerge.leaks import Leaks, find_leaks
 from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, read_table, salvage_directory
-from chainmerge.qcow2.check import CheckReport, check
+from chainmerge.qcow2.check import CheckReport, check, check_with_references
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.table_errors import BadBitmapDirectory
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from chainmerge.qcow2.readable import Readable
+    from chainmerge.qcow2.references import ReferenceCounts
 
 _MOST_MESSAGES: Final = 20
 
@@ -117,7 +118,8 @@ def diagnose(readable: Readable, circumstances: Circumstances) -> Diagnosis:
     except FormatError as error:
         # The header without its pointer to the refcounts could be read.
         return _with_lost_refcounts(readable, tables, circumstances, error)
-    return _Examination(image, tables, check(image), circumstances).diagnosis()
+    report, references = check_with_references(image)
+    return _Examination(image, tables, report, references, circumstances).diagnosis()
 
 
 def _with_lost_refcounts(
@@ -139,11 +141,13 @@ class _Examination:
         image: Qcow2Image,
         tables: Tables,
         report: CheckReport,
+        references: ReferenceCounts,
         circumstances: Circumstances,
     ) -> None:
         self._image = image
         self._tables = tables
         self._report = report
+        self._references = references
         self._circumstances = circumstances
 
     def diagnosis(self) -> Diagnosis:
@@ -197,7 +201,8 @@ class _Examination:
     def _leaks(self) -> Leaks:
         """Who asks for a repair wants leaks gone, but not what may be the last copy of data."""
         circumstances = self._circumstances
-        leaks = find_leaks(self._image, self._report, circumstances.leaked_before)
+        noted = circumstances.leaked_before
+        leaks = find_leaks(self._image, self._report, self._references, noted)
         if leaks.sign is None or circumstances.reclaim:
             return leaks.all_freed()
         return leaks
@@ -241,7 +246,8 @@ def _leak_findings(leaks: Leaks) -> Iterator[RepairFinding]:
     size = leaks.cluster_size
     within = leaks.ours - leaks.hidden
     if within:
-        sentence = f"{within} clusters ({within * size} bytes) were left by a merge that was killed"
+        ours = f"{within} clusters ({within * size} bytes)"
+        sentence = f"{ours} of a merge that was killed, or of void bitmaps, are marked used"
         yield RepairFinding("leaked-clusters", sentence, repairable=True)
     if leaks.hidden:
         sentence = f"{leaks.hidden} clusters behind the end of the file are marked used"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.errors import Refused
+from chainmerge.errors import ChainmergeError
 from chainmerge.leaks import find_leaks, to_note
 from chainmerge.merge_job import forget_what_was_noted
 from chainmerge.options import Direction
 from chainmerge.planning import EngineName, new_backing
-from chainmerge.qcow2.check import check
+from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify
@@ -29,6 +29,7 @@ from chainmerge.records.merge_journal import (
     forget_journal,
     journalled,
     keep_journal,
+    last_change,
     load_journal,
     this_boot,
 )
@@ -42,6 +43,7 @@ from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from chainmerge.merge_job import Job
     from chainmerge.options import MergeOptions
@@ -93,14 +95,30 @@ def record_switched(job: Job) -> Journal | None:
 
 @contextlib.contextmanager
 def journal_of_copy(job: Job) -> Iterator[None]:
-    """Keep a journal of a merge by QEMU; where it fails, base may be half written, and it stays."""
+    """Keep a journal of a merge by QEMU; where it ends before base was written to, none of it.
+
+    The journal tells which leaked clusters are QEMU's. Where base may be half written it stays.
+    """
+    base = job.base.real_path
+    earlier = _any_journal(base)
+    before = last_change(base)
     keep_journal(_journal(job))
     try:
         yield
-    except Refused:
+    except BaseException:
         with contextlib.suppress(Exception):
-            _forget_unless_leaking(job)
+            if before and last_change(base) == before:
+                if earlier is None:
+                    forget_journal(base)
+                else:
+                    keep_journal(earlier)
         raise
+
+
+def _any_journal(base: Path) -> Journal | None:
+    with contextlib.suppress(ChainmergeError):
+        return load_journal(base)
+    return None
 
 
 @contextlib.contextmanager
@@ -145,7 +163,7 @@ def _leaks_of(job: Job) -> int:
         if job.result.header is None:
             return 0
         image = Qcow2Image(readable)
-        return find_leaks(image, check(image), job.leaks.kept).ours
+        return find_leaks(image, *check_with_references(image), job.leaks.kept).ours
 
 
 def _in_state(job: Job, state: JournalState, digest: str) -> Journal:

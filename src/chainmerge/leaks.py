@@ -8,7 +8,9 @@ of ours has left. It notes, before it writes anything, which clusters are leaked
 others that are leaked later are its own. The note is in the journal of the merge, or in the
 record of a pull, and is there as long as anything of the merge may be leaked.
 
-Clusters behind the end of the file hold nothing, and are given back whoever marked them used.
+Of bitmaps that do not count any more, since a program that does not know bitmaps has written to
+the image, it is known whose the clusters are, too. Clusters behind the end of the file hold
+nothing, and are given back whoever marked them used.
 """
 
 from __future__ import annotations
@@ -19,8 +21,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import NO_RUNS, Runs, joined_runs, runs_in_both
+from chainmerge.engines.metadata.allocation import (
+    NO_RUNS,
+    Runs,
+    joined_runs,
+    runs_in_both,
+    runs_of,
+    without_runs,
+)
 from chainmerge.engines.metadata.leaks import EVERYWHERE, everywhere_but, with_kept
+from chainmerge.engines.metadata.old_tree import void_bitmap_clusters
 from chainmerge.errors import ChainmergeError
 from chainmerge.planning import LeakFacts
 from chainmerge.qcow2.check import ClusterRanges
@@ -44,6 +54,7 @@ NotedRanges = list[tuple[int, int]]
 
 # As JSON, a few hundred KiB.
 _MOST_NOTED: Final = 1 << 14
+_AT_ONCE: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,8 @@ class Leaks:
 
     Attributes:
         cluster_size: Bytes.
-        ours: How many a merge of ours has left, or lie behind the end of the file.
+        ours: How many a merge of ours has left, are of void bitmaps, or lie behind the end of
+            the file.
         others: Those that somebody else has left, or nobody knows who.
         count: How many these are.
         hidden: How many of ours lie behind the end of the file.
@@ -96,12 +108,15 @@ class Leaks:
 NO_LEAKS: Final = Leaks(0)
 
 
-def find_leaks(image: Qcow2Image, report: CheckReport, noted: Runs | None) -> Leaks:
+def find_leaks(
+    image: Qcow2Image, report: CheckReport, references: ReferenceCounts, noted: Runs | None
+) -> Leaks:
     """Which clusters of *image* are leaked, and which of them stay.
 
     Args:
         image: The image; its tables are sound.
         report: What a check of it has found.
+        references: What that has counted.
         noted: What was leaked before a merge of ours, as :func:`leaked_before` has it.
     """
     size = image.header.cluster_size
@@ -110,10 +125,12 @@ def find_leaks(image: Qcow2Image, report: CheckReport, noted: Runs | None) -> Le
     leaked = Runs(report.leaked.first, report.leaked.count)
     unlisted = report.leaks - leaked.total
     others = leaked if noted is None else runs_in_both(leaked, noted)
+    others = without_runs(others, runs_of(void_bitmap_clusters(image)))
     count = others.total
     sign = None
     if count or unlisted:
-        sign = sign_of_lost_table(image, ClusterRanges(others.start, others.length))
+        unused = _unused(others, references)
+        sign = sign_of_lost_table(image, ClusterRanges(unused.start, unused.length))
     if unlisted:
         # More than a report lists; whose these are is not looked at.
         count += unlisted
@@ -122,6 +139,20 @@ def find_leaks(image: Qcow2Image, report: CheckReport, noted: Runs | None) -> Le
         leaked, others = joined_runs([leaked, rest]), joined_runs([others, rest])
     ours = report.leaks - count + report.hidden_leaks
     return Leaks(size, ours, others, count, sign, others, leaked, report.hidden_leaks)
+
+
+def _unused(leaked: Runs, references: ReferenceCounts) -> Runs:
+    """Those of the leaked clusters that nothing uses, of many ranges the first ones.
+
+    Others are in use, and counted too often.
+    """
+    found = [NO_RUNS]
+    starts, lengths = leaked.start[:_MOST_NOTED].tolist(), leaked.length[:_MOST_NOTED].tolist()
+    for start, length in zip(starts, lengths, strict=True):
+        for first in range(start, start + length, _AT_ONCE):
+            used = references.of(first, min(_AT_ONCE, start + length - first))
+            found.append(runs_of(np.flatnonzero(used == 0) + first))
+    return joined_runs(found)
 
 
 def counted_as_used(references: ReferenceCounts, kept: Runs) -> ReferenceCounts:

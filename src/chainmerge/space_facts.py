@@ -85,7 +85,7 @@ def survey_space(
     report, references = check_with_references(base.image)
     if not report.sound:
         return _without_figures(report, None)
-    leaks = find_leaks(base.image, report, leaked_before(base.info.real_path))
+    leaks = find_leaks(base.image, report, references, leaked_before(base.info.real_path))
     if options.reclaim:
         leaks = leaks.all_freed()
     references = counted_as_used(references, leaks.kept)
@@ -125,7 +125,7 @@ def survey_for_live(
     if not report.sound:
         return _without_figures(report, None)
     # Nobody gives back what is leaked while a VM has the image open.
-    leaks = find_leaks(image, report, leaked_before(base.info.real_path))
+    leaks = find_leaks(image, report, references, leaked_before(base.info.real_path))
     layout = _layout(image, counted_as_used(references, leaks.leaked).counts)
     about = BaseFacts(
         image=image.name,

@@ -114,7 +114,8 @@ def test_a_merge_by_qemu_is_finished(scenario: Scenario, stage: Stage) -> None:
 def test_a_damaged_journal_is_for_who_started_it(scenario: Scenario) -> None:
     _die_at(scenario.top, Stage.VERIFY, MergeOptions(engine="native"))
     journal_file(scenario.base).write_bytes(b"{")
-    report = chainmerge.repair(scenario.base)
+    # Only the journal says that what is leaked is not what a lost table led to.
+    report = chainmerge.repair(scenario.base, reclaim=True)
     assert report.leaves_damage
     assert "run the same merge again" in report.findings[-1].sentence
     assert_clean(scenario.base)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from chainmerge.qcow2.gather import read_pieces
-from chainmerge.qcow2.mapping import COMPRESSED, OFFSET_MASK, compressed_place
+from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,6 +139,9 @@ def _entries_leading_to(
     plain = entries[~packed]
     offsets = plain & np.uint64(OFFSET_MASK)
     if (plain & np.uint64(_RESERVED)).any() or (offsets % np.uint64(header.cluster_size)).any():
+        return 0
+    if not packed.any() and not (plain & np.uint64(COPIED)).any():
+        # Tables of bitmaps look alike, but for that.
         return 0
     hosts = offsets[offsets != 0]
     if packed.any():
