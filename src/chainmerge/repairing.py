@@ -370,16 +370,23 @@ def _actions_of(one: InterruptedMerge, info: ImageInfo) -> Iterator[str]:
 def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
     sentence = (
         f"a commit of {commit.top} into {commit.base} by another program was interrupted: "
-        f"{commit.copied} bytes of the data, from the beginning on, are in {commit.base} already"
+        f"{_evidence(commit)}. A writer to {commit.base} died: {'; '.join(commit.marks)}"
     )
     return RepairFinding("half-done-commit", sentence, repairable=True)
 
 
 def _suspicion(commit: HalfDoneCommit) -> str:
     return (
-        f"{commit.copied} bytes of the data of {commit.top}, from the beginning on, are in "
-        f"{commit.base} as well: should a commit have been interrupted, `chainmerge merge` "
+        f"{_evidence(commit)}: should a commit have been interrupted, `chainmerge merge` "
         "finishes it; a guest that wrote the same again does as much"
+    )
+
+
+def _evidence(commit: HalfDoneCommit) -> str:
+    return (
+        f"all that {commit.top} defines up to byte {commit.reached} of the guest's disk is in "
+        f"{commit.base} as well, and what follows is not; of its {commit.data} bytes of data these "
+        f"are {commit.copied} at least that are not zeros"
     )
 
 

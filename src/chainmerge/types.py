@@ -321,6 +321,8 @@ class CheckResult:
         leaks: Number of clusters marked used that nothing uses.
         messages: The findings, a sentence each; at most the first 100.
         image_end_offset: End of the last cluster in use, in bytes.
+        remarks: What else is wrong, a sentence each: marks of a writer that died, bitmaps that
+            are in-use, merges that did not come to their end.
     """
 
     version: int
@@ -329,11 +331,12 @@ class CheckResult:
     leaks: int
     messages: tuple[str, ...]
     image_end_offset: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
         """Whether nothing at all is wrong with the image."""
-        return self.corruptions == 0 and self.leaks == 0
+        return self.corruptions == 0 and self.leaks == 0 and not self.remarks
 
 
 @dataclass(frozen=True, slots=True)

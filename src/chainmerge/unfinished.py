@@ -15,6 +15,7 @@ from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.errors import SearchPathUnusable
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction
+from chainmerge.planning import EngineName
 from chainmerge.records import files as state_files
 from chainmerge.records.disks import SUFFIX as DISKS_SUFFIX
 from chainmerge.records.disks import read_entry
@@ -62,6 +63,7 @@ _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
         JournalState.GIVE_BACK: f"{_HOLDS}; space was being given back",
     }
 )
+_COPIED_BY_QEMU: Final = "data was being copied by QEMU into base, which may be half written"
 
 _LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
     {
@@ -204,13 +206,15 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
         return None
     base, top = journal.base.path, journal.top.path
     where = _where_base_is(journal)
+    copies = journal.engine == EngineName.QEMU
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
     if where is None:
         progress = "what stands at base's place is another image"
         warnings = (f"{file} says nothing of what stands at {base} now",)
     else:
-        holds, progress = _how_far(journal, where)
+        # Of a copy by QEMU, only a look at all of it tells.
+        holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
     return UnfinishedMerge(
         base=base,
         top=top,
@@ -293,7 +297,10 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         return None
     left = [one.path for one in record.delete if _is_there(one.path, one.identity)]
     unnamed = record.keep_name and _is_there(record.base, record.result_identity)
-    if not (left or unnamed):
+    # Something that a pull has taken of top may be leaked.
+    taken = record.pulled is not None and record.pulled.leaked_before is not None
+    taken = taken and _is_there(record.result, record.result_identity)
+    if not (left or unnamed or taken):
         # The record of a merge that came to its end stays: the same command finds it.
         return None
     asked = Asked(bool(record.delete), record.keep_name, shrink=False, discard=False)

@@ -90,10 +90,13 @@ def check_report(result: CheckResult) -> RenderableType:
         found = (
             f"{count(result.corruptions, 'corruption')}, {count(result.leaks, 'leaked cluster')}"
         )
+        if result.remarks:
+            found += f", {count(len(result.remarks), 'remark')}"
         verdict = words(f"{result.image}: {found}", style)
     return Group(
         verdict,
         *((layout.bullets(result.messages),) if result.messages else ()),
+        *((layout.bullets(result.remarks),) if result.remarks else ()),
         words(f"used up to {exact_size(result.image_end_offset)}", layout.QUIET),
     )
 
