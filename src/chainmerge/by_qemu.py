@@ -12,7 +12,7 @@ from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.inspection import Target, find_target, open_chain
-from chainmerge.job_journal import journal_of_copy
+from chainmerge.job_journal import journal_until_settled
 from chainmerge.merge_job import (
     bitmaps_to_save,
     extended,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
-    with extended(job), journal_of_copy(job), leaks_reclaimed(job):
+    with extended(job), journal_until_settled(job), leaks_reclaimed(job):
         _put_bitmaps_aside(job)
         with unfinished_where_refused(job):
             copied = _copy(job)

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from chainmerge.engines.metadata.allocation import NO_RUNS, Runs, without_runs
 from chainmerge.errors import ChainmergeError
-from chainmerge.leaks import find_leaks, to_note
+from chainmerge.leaks import to_note
 from chainmerge.merge_job import forget_what_was_noted
 from chainmerge.options import Direction
 from chainmerge.planning import EngineName, new_backing
-from chainmerge.qcow2.check import check_with_references
+from chainmerge.qcow2.check import check
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify
@@ -58,24 +60,47 @@ def asked_of(options: MergeOptions) -> Asked:
 def journal_kept(job: Job) -> Iterator[None]:
     """Keep a journal; where the merge ends before the switch there is none afterwards.
 
-    Unless something of the merge is leaked then: the journal tells whose it is. Nor is there what
-    was noted for a rerun, where base is what it was. No journal is kept of a pull, which has
-    little to settle: its record tells of that.
+    Unless something of it is leaked then: the journal tells whose that is. Nor is there what was
+    noted for a rerun, where base is what it was. No journal is kept of a pull, which has little
+    to settle: its record tells of that.
     """
     if job.facts.direction is Direction.PULL:
         with _record_kept(job):
             yield
         return
-    before = first_sector_of(job.base.real_path)
+    base = job.base.real_path
+    before = first_sector_of(base)
+    earlier = _Earlier(_any_journal(base), last_change(base))
     keep_journal(_journal(job))
     try:
         yield
     except BaseException:
         # Where base cannot be read now, a rerun will have to tell.
         with contextlib.suppress(Exception):
-            _forget_unless_switched(job)
-            if first_sector_of(job.base.real_path) == before:
+            journal = load_journal(base)
+            if journal is not None and journal.first_sector != first_sector_of(base):
+                _put_back_journal(job, earlier)
+            if first_sector_of(base) == before:
                 forget_what_was_noted(job)
+        raise
+
+
+@contextlib.contextmanager
+def journal_until_settled(job: Job) -> Iterator[None]:
+    """Keep a journal that tells no more than whose clusters are that are leaked.
+
+    For who has no one moment of a switch. Where it fails, base may be half written, and the
+    journal stays, unless nothing was written at all.
+    """
+    base = job.base.real_path
+    earlier = _Earlier(_any_journal(base), last_change(base))
+    keep_journal(_journal(job))
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if earlier.nothing_was_written_to(base):
+                _put_back_journal(job, earlier)
         raise
 
 
@@ -94,34 +119,6 @@ def record_switched(job: Job) -> Journal | None:
 
 
 @contextlib.contextmanager
-def journal_of_copy(job: Job) -> Iterator[None]:
-    """Keep a journal of a merge by QEMU; where it ends before base was written to, none of it.
-
-    The journal tells which leaked clusters are QEMU's. Where base may be half written it stays.
-    """
-    base = job.base.real_path
-    earlier = _any_journal(base)
-    before = last_change(base)
-    keep_journal(_journal(job))
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):
-            if before and last_change(base) == before:
-                if earlier is None:
-                    forget_journal(base)
-                else:
-                    keep_journal(earlier)
-        raise
-
-
-def _any_journal(base: Path) -> Journal | None:
-    with contextlib.suppress(ChainmergeError):
-        return load_journal(base)
-    return None
-
-
-@contextlib.contextmanager
 def _record_kept(job: Job) -> Iterator[None]:
     """Keep a record of a pull; where it ends before the switch it is what it was before."""
     top = job.result.real_path
@@ -131,7 +128,7 @@ def _record_kept(job: Job) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(Exception):
-            if not _has_new_backing(job) and not _leaks_of(job):
+            if not _has_new_backing(job) and not _own_leaks(job):
                 if earlier is None:
                     forget_merged_record(top)
                 else:
@@ -145,25 +142,51 @@ def _has_new_backing(job: Job) -> bool:
     return stands_on(job.result.real_path, None if named is None else named[0])
 
 
-def _forget_unless_switched(job: Job) -> None:
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """The journal that a merge finds, and when base was written to last; empty if unknown."""
+
+    journal: Journal | None
+    last_change: str
+
+    def nothing_was_written_to(self, base: Path) -> bool:
+        return bool(self.last_change) and last_change(base) == self.last_change
+
+
+def _any_journal(base: Path) -> Journal | None:
+    with contextlib.suppress(ChainmergeError):
+        return load_journal(base)
+    return None
+
+
+def _put_back_journal(job: Job, earlier: _Earlier) -> None:
+    """Have no journal, or the earlier one, unless this merge has leaked something."""
     base = job.base.real_path
-    journal = load_journal(base)
-    if journal is not None and journal.first_sector != first_sector_of(base):
-        _forget_unless_leaking(job)
+    if _own_leaks(job):
+        return
+    still_tells = _leaks_of_earlier(job) or earlier.nothing_was_written_to(base)
+    if earlier.journal is not None and still_tells:
+        keep_journal(earlier.journal)
+    else:
+        forget_journal(base)
 
 
-def _forget_unless_leaking(job: Job) -> None:
-    if not _leaks_of(job):
-        forget_journal(job.base.real_path)
+def _own_leaks(job: Job) -> int:
+    """How many clusters of the result are leaked that were not when the merge began."""
+    return without_runs(_leaked_now(job), job.leaks.leaked).total
 
 
-def _leaks_of(job: Job) -> int:
-    """How many clusters of the result this merge has leaked, as far as it is known."""
+def _leaks_of_earlier(job: Job) -> int:
+    """How many clusters of the result are leaked that an earlier merge of ours has left."""
+    return without_runs(_leaked_now(job), job.leaks.others).total
+
+
+def _leaked_now(job: Job) -> Runs:
+    if job.result.header is None:
+        return NO_RUNS
     with FileReadable(job.result.real_path) as readable:
-        if job.result.header is None:
-            return 0
-        image = Qcow2Image(readable)
-        return find_leaks(image, *check_with_references(image), job.leaks.kept).ours
+        leaked = check(Qcow2Image(readable)).leaked
+    return Runs(leaked.first, leaked.count)
 
 
 def _in_state(job: Job, state: JournalState, digest: str) -> Journal:

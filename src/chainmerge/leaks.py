@@ -96,7 +96,7 @@ class Leaks:
     def facts(self) -> LeakFacts:
         """What a plan says of them."""
         size = self.cluster_size
-        reclaimed = not len(self.kept.start)
+        reclaimed = self.count > 0 and not len(self.kept.start)
         sign = None if self.sign is None else self.sign.clause
         return LeakFacts(self.ours * size, self.count * size, sign, reclaimed=reclaimed)
 

@@ -640,7 +640,7 @@ def _leaks(facts: MergeFacts) -> Iterator[str]:
     if leaks.reclaimed:
         yield f"{words}. They are given back, as was asked for"
     elif leaks.sign is None:
-        yield f"{words}. They stay; `chainmerge repair --reclaim` gives the space back"
+        yield f"{words}. They stay; `chainmerge repair --yes` gives the space back"
     else:
         yield f"{words}. They stay; `chainmerge repair --reclaim` would destroy that"
 

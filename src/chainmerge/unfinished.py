@@ -331,6 +331,8 @@ def _how_far_pulled(top: Path, pulled: Pulled) -> str:
     except ChainmergeError as error:
         return f"data was being pulled into top, which cannot be read: {error.sentence}"
     if switched:
+        if pulled.leaked_before is not None:
+            return "top holds everything, verified; what only the old top used is still marked used"
         return "top holds everything, verified; merged images are left"
     return "data was being pulled into top, beside what top holds"
 
