@@ -35,18 +35,19 @@ from chainmerge.engines.metadata import (
     replace_bitmaps,
     tables_of,
 )
-from chainmerge.engines.metadata.allocation import NO_RUNS, Runs, runs_in_both, without_runs
+from chainmerge.engines.metadata.allocation import Runs, without_runs
 from chainmerge.engines.metadata.leaks import everywhere_but
 from chainmerge.engines.native import cut_to_image_end, punch_free
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.foreign_commit import HalfDoneCommit, half_done_commit
 from chainmerge.inspection import policy_of
 from chainmerge.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
-from chainmerge.leaks import counted_as_used, leaked_before
+from chainmerge.leaks import counted_as_used, find_leaks, leaked_before
 from chainmerge.merging import merge, plan
 from chainmerge.ops_errors import RepairNotVerified
 from chainmerge.options import Access, MergeOptions
 from chainmerge.qcow2.check import check, check_with_references
+from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.repair_backup import Backup, RecordedPort, new_backup
@@ -115,7 +116,6 @@ def repair(
     merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.WRITER, access.lock_wait):
         case = _examine(Path(image), access, merges, reclaim)
-        _give_back(case)
         directory = None if backup_directory is None else Path(backup_directory)
         backup, verified = _mend(case, directory)
         for unfinished in case.to_forget:
@@ -234,7 +234,8 @@ def _examine(
         if any(_is_to_forget(one, info) for one in merges):
             undoing = _undoing(info, readable, circumstances.leaked_before)
     findings, actions = [*diagnosis.findings], [*diagnosis.actions]
-    findings += _findings_below(info, access)
+    if not merges:
+        findings += _findings_below(info, access)
     if undoing is not None and undoing.reserved:
         actions.append(
             f"give back what the merge had reserved: {undoing.reserved} bytes at the file's end"
@@ -277,14 +278,14 @@ def _undoing(info: ImageInfo, readable: FileReadable, noted: Runs | None) -> Und
     """What is to be given back of a merge that is undone; None where that cannot be told."""
     if info.header is None or info.is_block_device or info.header.dirty or info.header.corrupt:
         return None
-    image = Qcow2Image(readable)
+    try:
+        image = Qcow2Image(readable)
+    except FormatError:
+        return None
     report, references = check_with_references(image)
     if not report.sound:
         return None
-    kept = NO_RUNS
-    if report.leaks:
-        leaked = Runs(report.leaked.first, report.leaked.count)
-        kept = leaked if noted is None else runs_in_both(leaked, noted)
+    kept = find_leaks(image, report, references, noted).others
     used = np.flatnonzero(counted_as_used(references, kept).counts)
     end = (int(used[-1]) + 1) * info.header.cluster_size
     return Undoing(everywhere_but(kept), end, max(0, readable.size - end))
@@ -432,29 +433,30 @@ def _finding_of_refusal(top: Path, base: Path, reason: str) -> RepairFinding:
 # Mending
 
 
-def _give_back(case: _Case) -> None:
-    """Give back what a merge has taken in vain; a backup has none of it, as it holds nothing.
+def _give_back(port: WritablePort, undoing: Undoing) -> None:
+    """Give back what a merge has taken in vain; no backup has any of it, as it holds nothing.
 
     Raises RewriteFailed, WriteFailed, ...: some of it is left.
     """
-    undoing = case.undoing
-    if undoing is None:
-        return
-    with WritablePort(case.info.real_path) as port:
-        reclaim_leaks(port, undoing.freed)
-        punch_free(port)
-        cut_to_image_end(port)
+    reclaim_leaks(port, undoing.freed)
+    punch_free(port)
+    cut_to_image_end(port)
 
 
 def _mend(case: _Case, backup_directory: Path | None) -> tuple[Path | None, tuple[str, ...]]:
     """Treat the image; returns the backup, if there is one, and what was verified."""
-    diagnosis, image = case.diagnosis, case.info.real_path
+    diagnosis, image, undoing = case.diagnosis, case.info.real_path, case.undoing
     if diagnosis.treatment is Treatment.NONE:
+        if undoing is not None:
+            with WritablePort(image) as file:
+                _give_back(file, undoing)
         return None, ()
     backup = new_backup(image, backup_directory)
     with WritablePort(image) as file:
         port = RecordedPort(file, backup)
         try:
+            if undoing is not None:
+                _give_back(file, undoing)
             _treat(port, diagnosis)
             port.seal()
         finally:

@@ -25,6 +25,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.merge_journal import journal_file, load_journal, save_journal
 from chainmerge.storage.files import FileReadable
 from chainmerge.types import ProgressEvent, Stage
+from tests.chain.unchanged import unchanged
 from tests.support.damage import leak_clusters, mark_in_use
 from tests.support.qemu import assert_clean, check, content, create, qemu_img, qemu_io
 
@@ -228,6 +229,14 @@ def test_a_repair_after_a_kill_gives_back_ours_alone(tmp_path: Path, way: str) -
     ) == before
     assert chain.written.stat().st_blocks * 512 <= before[1] + MIB
     assert chainmerge.status([chain.written]).merges == ()
+
+
+def test_without_a_place_for_the_backup_nothing_is_given_back(tmp_path: Path) -> None:
+    chain = _chain(tmp_path, WAYS["commit"])
+    _die_at(chain, Stage.VERIFY)
+    with unchanged(tmp_path), pytest.raises(chainmerge.ChainmergeError) as caught:
+        chainmerge.repair(chain.base, backup_directory=tmp_path / "nowhere")
+    assert caught.value.exit_code == 3
 
 
 def test_a_journal_that_says_nothing_of_leaks(tmp_path: Path) -> None:
