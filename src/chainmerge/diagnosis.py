@@ -255,7 +255,7 @@ def _leak_findings(leaks: Leaks) -> Iterator[RepairFinding]:
     if not leaks.count:
         return
     others = f"{leaks.count} clusters ({leaks.count * size} bytes)"
-    sentence = f"{others} are marked used, and nothing uses them"
+    sentence = f"{others} are leaked: marked used, and nothing uses them"
     if leaks.sign is None:
         yield RepairFinding("leaked-clusters", sentence, repairable=True)
         return

@@ -143,16 +143,16 @@ def verify_metadata(image: Qcow2Image, kept: Runs) -> str:
         raise VerificationFailed(
             image.name, f"{report.corruptions} corruptions, {new} leaks: {first}"
         )
-    if report.leaks > new:
-        return (
-            "refcounts recomputed from the tables: no corruption, no leak but "
-            f"{report.leaks - new} clusters that were leaked before"
-        )
     if report.shared_leaks:
         return (
             f"refcounts recomputed from the tables: no corruption; {report.shared_leaks} clusters "
             "have too high a refcount, as they are left where QEMU was killed while it wrote to an "
             "image with internal snapshots (`chainmerge repair` lowers it)"
+        )
+    if report.leaks > new:
+        return (
+            "refcounts recomputed from the tables: no corruption, no leak but "
+            f"{report.leaks - new} clusters that were leaked before"
         )
     return "refcounts recomputed from the tables: no corruption, no leak"
 
