@@ -12,6 +12,7 @@ from chainmerge.chain import open_for_writing
 from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.inspection import find_target, open_chain
+from chainmerge.job_journal import journal_until_settled
 from chainmerge.merge_job import Job, leaks_reclaimed, note_what_base_lacks
 from chainmerge.types import Stage
 from chainmerge.verify import verify_bitmaps, verify_metadata
@@ -28,7 +29,7 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
     """
     job.request.announce(Stage.BITMAPS)
     final = final_set(job.bitmaps, job.plan.virtual_size_after)
-    with leaks_reclaimed(job):
+    with journal_until_settled(job), leaks_reclaimed(job):
         note_what_base_lacks(job)
         try:
             with open_for_writing(job.base) as port:
@@ -42,6 +43,6 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
         assert image is not None
         return (
             "base holds all of top's data already",
-            verify_metadata(image),
+            verify_metadata(image, job.leaks.kept),
             verify_bitmaps(image, final),
         )

@@ -37,7 +37,6 @@ from chainmerge.native_facts import (
 from chainmerge.options import Direction
 from chainmerge.planning import new_backing
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.settle import record_pull
 from chainmerge.storage.transfer import ReadBack, Transfer, ZeroedSpace, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 from chainmerge.types import ProgressEvent, Stage
@@ -128,10 +127,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
             verified.append(verify_bitmaps(new_image, final))
         verified.extend(_verify_content(job, merged))
         job.request.stop_if_asked(f"{job.result.path} is the old image, to the last bit")
-        if disk.direction is Direction.PULL:
-            backing = new_image.header.backing_name
-            record_pull(job.facts, job.request.options, backing, job.recorded_request)
-        else:
+        if disk.direction is Direction.COMMIT:
             record_switching(job, new_image)
 
     with contextlib.closing(_transfer(job, port, need.written)) as transfer:
@@ -141,7 +137,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         with contextlib.suppress(ChainmergeError):
             cut_to_image_end(port)
     with open_for_writing(job.result) as written:
-        verified.insert(0, verify_metadata(Qcow2Image(written)))
+        verified.insert(0, verify_metadata(Qcow2Image(written), job.leaks.kept))
     return outcome.moved, tuple(verified)
 
 

@@ -14,6 +14,7 @@ from chainmerge.engines.metadata import replace_bitmaps
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.extending import extended
 from chainmerge.inspection import Target, find_target, open_chain
+from chainmerge.job_journal import journal_until_settled
 from chainmerge.merge_job import (
     bitmaps_to_save,
     forget_what_was_noted,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
     """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
-    with extended(job), leaks_reclaimed(job):
+    with extended(job), journal_until_settled(job), leaks_reclaimed(job):
         _put_bitmaps_aside(job)
         with unfinished_where_refused(job):
             copied = _copy(job)
@@ -133,7 +134,7 @@ def _verify(job: Job) -> Iterator[str]:
     with open_chain(target.chain, job.locks) as opened:
         image = opened.images[target.base_index].image
         if image is not None:
-            yield verify_metadata(image)
+            yield verify_metadata(image, job.leaks.kept)
         if image is not None and job.base.supports_bitmaps:
             final = final_set(job.bitmaps, job.plan.virtual_size_after)
             yield verify_bitmaps(image, final)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.checkpoints import BitmapState
@@ -30,15 +31,18 @@ from chainmerge.engines.metadata import (
     tables_with_bitmaps,
     without_bitmaps,
 )
+from chainmerge.engines.metadata.allocation import NO_RUNS, Runs
+from chainmerge.engines.metadata.leaks import EVERYWHERE
 from chainmerge.errors import Refused
+from chainmerge.leaks import Leaks, find_leaks
 from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, read_table, salvage_directory
-from chainmerge.qcow2.check import CheckReport, check
+from chainmerge.qcow2.check import CheckReport, check, check_with_references
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.table_errors import BadBitmapDirectory
 from chainmerge.results import state_of
 from chainmerge.tombstones import tombstone
-from chainmerge.types import RepairFinding
+from chainmerge.types import KEPT_LEAKS, RepairFinding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from chainmerge.qcow2.readable import Readable
+    from chainmerge.qcow2.references import ReferenceCounts
 
 _MOST_MESSAGES: Final = 20
 
@@ -68,7 +73,8 @@ class Diagnosis:
         findings: What is wrong, worst last.
         treatment: What mends it.
         bitmaps: All bitmaps that it is to have, None where they stay as they are.
-        leaks: Whether there are leaked clusters to reclaim besides.
+        kept: Leaked clusters that stay.
+        freed: Where leaked clusters are reclaimed.
         actions: What that comes to, a sentence each.
         consequences: What it means for backups, a sentence each.
     """
@@ -76,7 +82,8 @@ class Diagnosis:
     findings: tuple[RepairFinding, ...] = ()
     treatment: Treatment = Treatment.NONE
     bitmaps: tuple[AnyBitmap, ...] | None = None
-    leaks: bool = False
+    kept: Runs = NO_RUNS
+    freed: Runs = EVERYWHERE
     actions: tuple[str, ...] = ()
     consequences: tuple[str, ...] = ()
 
@@ -89,10 +96,14 @@ class Circumstances:
         guarded: Bitmaps of images that stand on this one: granularity (bytes) by name.
         merge_pending: Whether a merge into this image is going to be finished. That needs the
             bitmaps as the merge has left them.
+        leaked_before: Clusters that were leaked before a merge of ours; None where there was none.
+        reclaim: Whether leaked clusters are to go that may be the content of a lost L2 table.
     """
 
     guarded: Mapping[str, int]
     merge_pending: bool
+    leaked_before: Runs | None = None
+    reclaim: bool = False
 
 
 def diagnose(readable: Readable, circumstances: Circumstances) -> Diagnosis:
@@ -107,7 +118,8 @@ def diagnose(readable: Readable, circumstances: Circumstances) -> Diagnosis:
     except FormatError as error:
         # The header without its pointer to the refcounts could be read.
         return _with_lost_refcounts(readable, tables, circumstances, error)
-    return _Examination(image, tables, check(image), circumstances).diagnosis()
+    report, references = check_with_references(image)
+    return _Examination(image, tables, report, references, circumstances).diagnosis()
 
 
 def _with_lost_refcounts(
@@ -129,11 +141,13 @@ class _Examination:
         image: Qcow2Image,
         tables: Tables,
         report: CheckReport,
+        references: ReferenceCounts,
         circumstances: Circumstances,
     ) -> None:
         self._image = image
         self._tables = tables
         self._report = report
+        self._references = references
         self._circumstances = circumstances
 
     def diagnosis(self) -> Diagnosis:
@@ -144,21 +158,22 @@ class _Examination:
             if problems:
                 return Diagnosis((*self._marks(), *_corruptions(problems)))
         bitmaps = self._bitmaps(self._circumstances)
+        leaks = self._leaks
         marked = header.dirty or header.corrupt
         if not report.sound or report.shared_leaks or (marked and (report.leaks or bitmaps.lost)):
             return self._to_be_rebuilt(bitmaps)
-        findings = (*bitmaps.findings, *self._leaks(), *self._marks())
+        findings = (*bitmaps.findings, *_leak_findings(leaks), *self._marks())
         if marked:
             return Diagnosis(findings, Treatment.MARKS, actions=self._actions_of_marks())
-        leaks = report.leaks + report.hidden_leaks
         actions = bitmaps.actions
-        if leaks:
-            actions += (f"reclaim {leaks} leaked clusters",)
+        if leaks.any_freed:
+            actions += (f"reclaim {_freed(leaks)} leaked clusters",)
         return Diagnosis(
             findings,
-            Treatment.BITMAPS if bitmaps.lost or leaks else Treatment.NONE,
+            Treatment.BITMAPS if bitmaps.lost or leaks.any_freed else Treatment.NONE,
             bitmaps.kept + bitmaps.tombstones if bitmaps.lost else None,
-            bool(leaks),
+            leaks.kept,
+            leaks.freed,
             actions,
             bitmaps.consequences,
         )
@@ -169,25 +184,28 @@ class _Examination:
             bitmaps = self._bitmaps(replace(self._circumstances, merge_pending=False))
         findings = (
             *bitmaps.findings,
-            *self._leaks(),
+            *_leak_findings(self._leaks),
             *self._marks(),
             *self._wrong_refcounts(),
             *_doubles(self._image.readable, self._tables),
         )
         actions = self._actions_of_marks()
-        return _rebuilding(self._image.readable, self._tables, bitmaps, findings, actions)
+        return _rebuilding(
+            self._image.readable, self._tables, bitmaps, findings, actions, self._leaks.kept
+        )
 
     def _bitmaps(self, circumstances: Circumstances) -> _Bitmaps:
         return _judge_bitmaps(self._image.readable, circumstances, counted=self._report.sound)
 
-    def _leaks(self) -> Iterator[RepairFinding]:
-        report = self._report
-        if report.leaks:
-            sentence = f"{report.leaks} clusters are marked used, and nothing uses them"
-            yield RepairFinding("leaked-clusters", sentence, repairable=True)
-        if report.hidden_leaks:
-            sentence = f"{report.hidden_leaks} clusters behind the end of the file are marked used"
-            yield RepairFinding("leaked-clusters", sentence, repairable=True)
+    @cached_property
+    def _leaks(self) -> Leaks:
+        """Who asks for a repair wants leaks gone, but not what may be the last copy of data."""
+        circumstances = self._circumstances
+        noted = circumstances.leaked_before
+        leaks = find_leaks(self._image, self._report, self._references, noted)
+        if leaks.sign is None or circumstances.reclaim:
+            return leaks.all_freed()
+        return leaks
 
     def _marks(self) -> Iterator[RepairFinding]:
         can_be = self._report.sound or self._tables.sound
@@ -220,6 +238,38 @@ class _Examination:
             yield RepairFinding("wrong-refcounts", message, repairable=True)
 
 
+def _freed(leaks: Leaks) -> int:
+    return leaks.ours + (0 if len(leaks.kept.start) else leaks.count)
+
+
+def _leak_findings(leaks: Leaks) -> Iterator[RepairFinding]:
+    size = leaks.cluster_size
+    within = leaks.ours - leaks.hidden
+    if within:
+        ours = f"{within} clusters ({within * size} bytes)"
+        sentence = f"{ours} of a merge that was killed, or of void bitmaps, are marked used"
+        yield RepairFinding("leaked-clusters", sentence, repairable=True)
+    if leaks.hidden:
+        sentence = f"{leaks.hidden} clusters behind the end of the file are marked used"
+        yield RepairFinding("leaked-clusters", sentence, repairable=True)
+    if not leaks.count:
+        return
+    others = f"{leaks.count} clusters ({leaks.count * size} bytes)"
+    sentence = f"{others} are leaked: marked used, and nothing uses them"
+    if leaks.sign is None:
+        yield RepairFinding("leaked-clusters", sentence, repairable=True)
+        return
+    sentence += (
+        f"; they may be all that is left of what a lost L2 table led to: {leaks.sign.clause}"
+    )
+    if not len(leaks.kept.start):
+        yield RepairFinding("leaked-clusters", sentence, repairable=True)
+        return
+    sentence += "; so they stay, and only --reclaim gives the space back, and destroys them"
+    kind = "lost-data" if leaks.sign.is_plain else KEPT_LEAKS
+    yield RepairFinding(kind, sentence, repairable=False)
+
+
 def _doubles(readable: Readable, tables: Tables) -> Iterator[RepairFinding]:
     doubles = count_doubles(readable, tables)
     if doubles:
@@ -241,10 +291,11 @@ def _rebuilding(
     bitmaps: _Bitmaps,
     findings: tuple[RepairFinding, ...],
     actions: tuple[str, ...],
+    kept: Runs = NO_RUNS,
 ) -> Diagnosis:
     stored = tuple(_in_memory(tables, one) for one in bitmaps.kept) + bitmaps.tombstones
     try:
-        rewrite = plan_rebuild(readable, tables, stored)
+        rewrite = plan_rebuild(readable, tables, stored, kept)
     except Refused as error:
         finding = RepairFinding(error.code, error.sentence, repairable=False)
         return Diagnosis((*findings, finding))
@@ -257,7 +308,7 @@ def _rebuilding(
         findings,
         Treatment.REBUILD,
         stored,
-        leaks=False,
+        kept=kept,
         actions=(*bitmaps.actions, rebuild, *actions),
         consequences=bitmaps.consequences,
     )

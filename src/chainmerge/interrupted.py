@@ -165,7 +165,7 @@ def _of_record(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
         return InterruptedMerge(base, top, base, Ending.FINISH, options, sentence)
     options = _asked(record.known_request, "pull")
     done = is_pulled(record, record.pulled, Path(record.known_request.tops[0]))
-    how_far = "all of it is there; merged images are left" if done else "nothing had taken effect"
+    how_far = "all of it is there, not yet cleaned up" if done else "nothing had taken effect"
     sentence = f"a pull from {base} up into {top} was interrupted: {how_far}"
     ending = Ending.FINISH if done else Ending.UNDO
     return InterruptedMerge(base, top, top, ending, options, sentence)

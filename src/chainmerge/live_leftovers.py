@@ -21,7 +21,9 @@ import msgspec
 from chainmerge.checkpoints import BitmapState
 from chainmerge.encrypted import has_encrypted
 from chainmerge.engines.metadata import reclaim_leaks
+from chainmerge.engines.metadata.leaks import everywhere_but
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
+from chainmerge.leaks import from_note
 from chainmerge.qcow2.check import check
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same, same_image
@@ -169,7 +171,7 @@ def finish_pivot(
         verified.append("refcounts of base recomputed from the tables: no corruption")
         # What QEMU had taken and not used yet when it died.
         with WritablePort(base.real_path) as port:
-            reclaim_leaks(port)
+            reclaim_leaks(port, everywhere_but(from_note(journal.leaked_before)))
     request.announce(Stage.SETTLE)
     record = _record_of_pivot(request, journal, target)
     # Where nothing is deleted the record only warns who comes later.

@@ -15,6 +15,7 @@ from chainmerge.engines.metadata import reclaim_leaks
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import Interrupted, Refused
 from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
+from chainmerge.leaks import Leaks
 from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.planning import MergeFacts, MergePlan
@@ -86,6 +87,7 @@ class Job:
     bitmaps: BitmapFacts
     needs: Mapping[Placement, MappingNeed]
     zeroes: ZeroRanges | None
+    leaks: Leaks
     plan: MergePlan
     opened: OpenChain
     locks: tuple[ImageLock, ...]
@@ -144,13 +146,12 @@ def wipe_behind_end(base: OpenImage, size_after: int) -> None:
 def reclaim(job: Job) -> bool:
     """Free what an interrupted run has leaked; the plan counts on it being free.
 
-    Returns whether there was anything.
+    What others have leaked stays, unless it was asked for. Returns whether there was anything.
     """
-    report = job.facts.result_check
-    if report is None or not (report.leaks or report.hidden_leaks):
+    if not job.leaks.any_freed:
         return False
     with open_for_writing(job.result) as port:
-        reclaim_leaks(port)
+        reclaim_leaks(port, job.leaks.freed)
     return True
 
 

@@ -49,6 +49,7 @@ from chainmerge.inspection import (
 )
 from chainmerge.internal_snapshots import children_with_larger_snapshots, look_at_snapshots
 from chainmerge.job_journal import record_switched
+from chainmerge.leaks import Leaks
 from chainmerge.live_leftovers import (
     finish_pivot,
     forget_left_behind,
@@ -403,6 +404,7 @@ def _decided(
         found.bitmaps,
         found.needs,
         found.zeroes,
+        found.leaks,
         decided,
         opened,
         locks,
@@ -554,6 +556,7 @@ class _Found:
     bitmaps: BitmapFacts
     needs: Mapping[Placement, MappingNeed]
     zeroes: ZeroRanges | None
+    leaks: Leaks
 
 
 def _never() -> bool:
@@ -591,6 +594,7 @@ def _gather(
         way.direction,
         zeroes,
         snapshots.removals.get(str(result.info.path)),
+        options,
     )
     obstacles = (
         way.obstacle,
@@ -626,12 +630,13 @@ def _gather(
         warnings=bitmaps.warnings,
         removals=look_at_removals(target.chain, target.base_index, access, options),
         snapshots=snapshots.views,
+        leaks=survey.leaks.facts,
     )
     facts = replace(facts, hiding=hiding_needed(target, opened, way.direction, facts.volume))
     no_room = header_obstacle(result, facts, bitmaps)
     if no_room is not None:
         facts = replace(facts, obstacles=(*facts.obstacles, no_room))
-    return _Found(facts, bitmaps, survey.needs, zeroes)
+    return _Found(facts, bitmaps, survey.needs, zeroes, survey.leaks)
 
 
 def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:

@@ -133,6 +133,8 @@ class MergeOptions:
         leave: Bytes that a reduced volume keeps beyond that; None for ``LEFT_TO_A_GUEST`` where
             the result is what the guest writes to, and for none where images stand on it.
         discard: Discard what was freed on the volume.
+        reclaim: Give back all leaked clusters of the image that is written, also those that no
+            merge of ours has left. They may be what a lost L2 table led to.
         key_files: Files that hold the passphrases of encrypted images, by image path; that of
             ``ANY_IMAGE`` counts for all others.
     """
@@ -153,6 +155,7 @@ class MergeOptions:
     shrink: bool = False
     leave: int | None = None
     discard: bool = False
+    reclaim: bool = False
     key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
 
     def __post_init__(self) -> None:

@@ -228,6 +228,21 @@ class HidingFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class LeakFacts:
+    """Clusters of the result that are marked used and that nothing uses, in bytes.
+
+    ``ours`` were left by a merge of ours, and are given back. ``others`` were left by somebody
+    else; ``reclaimed`` says whether they are given back, too. ``sign`` is what makes them look like
+    the content of a lost L2 table, which is all that is left of it then; None if nothing does.
+    """
+
+    ours: int = 0
+    others: int = 0
+    sign: str | None = None
+    reclaimed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -261,6 +276,7 @@ class MergeFacts:
     spaces: Mapping[Placement, SpaceFacts]
     obstacles: tuple[ChainmergeError, ...]
     warnings: tuple[str, ...]
+    leaks: LeakFacts = LeakFacts()
     content_merged: bool | None = None
     """Whether base shows what top shows, whatever its bitmaps are; None if nobody compared."""
     removals: Removals = NOTHING_GOES
@@ -479,6 +495,7 @@ class MergePlan:
     searched: Searched
     refusals: tuple[Finding, ...]
     warnings: tuple[str, ...]
+    leaks: LeakFacts = LeakFacts()
 
     @property
     def pulls(self) -> bool:
@@ -521,6 +538,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
             for error in find_refusals(facts, options)
         ),
         warnings=(*facts.warnings, *_warnings(facts, options)),
+        leaks=facts.leaks,
     )
 
 
@@ -902,6 +920,7 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     if facts.relatives.inactive and not any(inactive_users(changed, top, facts.relatives)):
         yield f"{volumes(facts.relatives)} could stand on these images and were not looked at"
     yield from _doubts(facts, options)
+    yield from _leaks(facts)
     for views in facts.snapshots:
         dropped = _planned_snapshots(views, facts, options).dropped
         if dropped:
@@ -990,6 +1009,21 @@ def _time(nanoseconds: int | None) -> str:
     except (ValueError, OverflowError, OSError):
         # Files can have times that no calendar has.
         return f"{seconds:.3f} s after 1970"
+
+
+def _leaks(facts: MergeFacts) -> Iterator[str]:
+    leaks, result = facts.leaks, facts.result.path
+    if not leaks.others:
+        return
+    words = f"{leaks.others} bytes of {result} are leaked, and nobody knows by whom"
+    if leaks.sign is not None:
+        words += f"; they may be all that is left of what a lost L2 table led to: {leaks.sign}"
+    if leaks.reclaimed:
+        yield f"{words}. They are given back, as was asked for"
+    elif leaks.sign is None:
+        yield f"{words}. They stay; `chainmerge repair --yes` gives the space back"
+    else:
+        yield f"{words}. They stay; `chainmerge repair --reclaim` would destroy that"
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:

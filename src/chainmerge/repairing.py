@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, identity_of
-from chainmerge.chain.errors import TopFormatUnknown, WrongFormat
+import numpy as np
+
+from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, discover, identity_of
+from chainmerge.chain.errors import BackingFileMissing, TopFormatUnknown, WrongFormat
 from chainmerge.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
 from chainmerge.engines.metadata import (
     StoredBitmap,
@@ -25,15 +27,20 @@ from chainmerge.engines.metadata import (
     replace_bitmaps,
     tables_of,
 )
+from chainmerge.engines.metadata.allocation import Runs, without_runs
+from chainmerge.engines.metadata.leaks import everywhere_but
+from chainmerge.engines.native import cut_to_image_end, punch_free
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.foreign_commit import HalfDoneCommit, half_done_commit
 from chainmerge.inspection import policy_of, relatives_of
 from chainmerge.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
+from chainmerge.leaks import counted_as_used, find_leaks, leaked_before
 from chainmerge.merging import merge, plan
 from chainmerge.ops_errors import RepairNotVerified
 from chainmerge.options import Access, MergeOptions
 from chainmerge.other_users import require_alone
-from chainmerge.qcow2.check import check
+from chainmerge.qcow2.check import check, check_with_references
+from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.repair_backup import Backup, RecordedPort, new_backup
@@ -54,12 +61,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def plan_repair(image: str | Path, access: Access | None = None) -> RepairReport:
+def plan_repair(
+    image: str | Path, access: Access | None = None, *, reclaim: bool = False
+) -> RepairReport:
     """Say what is wrong with an image, and what :func:`repair` would do about it.
 
     Args:
         image: the image to look at. Others may be reading it.
         access: how images may be found and reached.
+        reclaim: as in :func:`repair`.
 
     Raises:
         Refused: the image cannot be read, or somebody has it open for writing.
@@ -67,7 +77,7 @@ def plan_repair(image: str | Path, access: Access | None = None) -> RepairReport
     access = access or Access()
     merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.READER, access.lock_wait):
-        case = _examine(Path(image), access, merges)
+        case = _examine(Path(image), access, merges, reclaim)
     return _report(str(image), _with_foreseen_refusals(case, access), dry_run=True)
 
 
@@ -75,6 +85,8 @@ def repair(
     image: str | Path,
     access: Access | None = None,
     backup_directory: str | Path | None = None,
+    *,
+    reclaim: bool = False,
 ) -> RepairReport:
     """Mend an image, and bring merges to their end that were interrupted.
 
@@ -86,6 +98,8 @@ def repair(
         access: how images may be found and reached.
         backup_directory: where to keep what is overwritten; None for beside the image, or for
             a block device in ``/var/lib/chainmerge``.
+        reclaim: give back leaked clusters also where they may be all that is left of what a lost
+            L2 table led to.
 
     Raises:
         Refused: nothing was changed.
@@ -96,7 +110,7 @@ def repair(
     merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.WRITER, access.lock_wait):
         require_alone([Path(image)])
-        case = _examine(Path(image), access, merges)
+        case = _examine(Path(image), access, merges, reclaim)
         directory = None if backup_directory is None else Path(backup_directory)
         backup, verified = _mend(case, directory)
         for unfinished in case.to_forget:
@@ -141,6 +155,7 @@ class _Case:
     diagnosis: Diagnosis
     merges: tuple[InterruptedMerge, ...]
     commits: tuple[HalfDoneCommit, ...]
+    undoing: Undoing | None
     findings: tuple[RepairFinding, ...]
     actions: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -163,6 +178,21 @@ class _Case:
         return ours + tuple((one.top, one.base, commit) for one in self.commits)
 
 
+@dataclass(frozen=True, slots=True)
+class Undoing:
+    """What a merge has taken of an image in which it has not taken effect.
+
+    Attributes:
+        freed: Where clusters that it has leaked are given back.
+        end: Where the image ends without them, in bytes.
+        reserved: Bytes of the file behind that.
+    """
+
+    freed: Runs
+    end: int
+    reserved: int
+
+
 def _is_to_forget(merge_: InterruptedMerge, info: ImageInfo) -> bool:
     return merge_.ending is Ending.UNDO and _is_at(merge_.written, info)
 
@@ -177,7 +207,12 @@ def _is_at(path: Path, info: ImageInfo) -> bool:
 # Looking
 
 
-def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -> _Case:
+def _examine(
+    path: Path,
+    access: Access,
+    merges: tuple[InterruptedMerge, ...],
+    reclaim: bool,  # noqa: FBT001 (what is asked for is handed on)
+) -> _Case:
     with FileReadable(path) as readable:
         info = _describe(path, readable, access)
         relatives = _relatives(info, access)
@@ -188,9 +223,20 @@ def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -
         circumstances = Circumstances(
             guarded=_guarded(relatives),
             merge_pending=any(_is_at(one, info) for one in written_to),
+            leaked_before=leaked_before(info.real_path),
+            reclaim=reclaim,
         )
         diagnosis = Diagnosis() if info.header is None else diagnose(readable, circumstances)
+        undoing = None
+        if any(_is_to_forget(one, info) for one in merges):
+            undoing = _undoing(info, readable, circumstances.leaked_before)
     findings, actions = [*diagnosis.findings], [*diagnosis.actions]
+    if not merges:
+        findings += _findings_below(info, access)
+    if undoing is not None and undoing.reserved:
+        actions.append(
+            f"give back what the merge had reserved: {undoing.reserved} bytes at the file's end"
+        )
     for one in merges:
         findings.append(_finding_of(one, info))
         actions += _actions_of(one, info)
@@ -202,7 +248,44 @@ def _examine(path: Path, access: Access, merges: tuple[InterruptedMerge, ...]) -
     warnings = [_suspicion(one) for one in suspected if not one.is_certain]
     if diagnosis.bitmaps is not None:
         warnings += _warnings(relatives)
-    return _Case(info, diagnosis, merges, commits, tuple(findings), tuple(actions), tuple(warnings))
+    return _Case(
+        info,
+        diagnosis,
+        merges,
+        commits,
+        undoing,
+        tuple(findings),
+        tuple(actions),
+        tuple(warnings),
+    )
+
+
+def _findings_below(info: ImageInfo, access: Access) -> Iterator[RepairFinding]:
+    """What keeps the image from being used at all, though nothing is wrong with it itself."""
+    try:
+        discover(info.path, policy_of(access))
+    except BackingFileMissing as error:
+        yield RepairFinding(error.code, error.sentence, repairable=False)
+    except ChainmergeError:
+        # Said of the image itself already, or of what may be reached and how.
+        return
+
+
+def _undoing(info: ImageInfo, readable: FileReadable, noted: Runs | None) -> Undoing | None:
+    """What is to be given back of a merge that is undone; None where that cannot be told."""
+    if info.header is None or info.is_block_device or info.header.dirty or info.header.corrupt:
+        return None
+    try:
+        image = Qcow2Image(readable)
+    except FormatError:
+        return None
+    report, references = check_with_references(image)
+    if not report.sound:
+        return None
+    kept = find_leaks(image, report, references, noted).others
+    used = np.flatnonzero(counted_as_used(references, kept).counts)
+    end = (int(used[-1]) + 1) * info.header.cluster_size
+    return Undoing(everywhere_but(kept), end, max(0, readable.size - end))
 
 
 def _describe(path: Path, readable: FileReadable, access: Access) -> ImageInfo:
@@ -279,16 +362,23 @@ def _actions_of(one: InterruptedMerge, info: ImageInfo) -> Iterator[str]:
 def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
     sentence = (
         f"a commit of {commit.top} into {commit.base} by another program was interrupted: "
-        f"{commit.copied} bytes of the data, from the beginning on, are in {commit.base} already"
+        f"{_evidence(commit)}. A writer to {commit.base} died: {'; '.join(commit.marks)}"
     )
     return RepairFinding("half-done-commit", sentence, repairable=True)
 
 
 def _suspicion(commit: HalfDoneCommit) -> str:
     return (
-        f"{commit.copied} bytes of the data of {commit.top}, from the beginning on, are in "
-        f"{commit.base} as well: should a commit have been interrupted, `chainmerge merge` "
+        f"{_evidence(commit)}: should a commit have been interrupted, `chainmerge merge` "
         "finishes it; a guest that wrote the same again does as much"
+    )
+
+
+def _evidence(commit: HalfDoneCommit) -> str:
+    return (
+        f"all that {commit.top} defines up to byte {commit.reached} of the guest's disk is in "
+        f"{commit.base} as well, and what follows is not; of its {commit.data} bytes of data these "
+        f"are {commit.copied} at least that are not zeros"
     )
 
 
@@ -339,15 +429,30 @@ def _finding_of_refusal(top: Path, base: Path, reason: str) -> RepairFinding:
 # Mending
 
 
+def _give_back(port: WritablePort, undoing: Undoing) -> None:
+    """Give back what a merge has taken in vain; no backup has any of it, as it holds nothing.
+
+    Raises RewriteFailed, WriteFailed, ...: some of it is left.
+    """
+    reclaim_leaks(port, undoing.freed)
+    punch_free(port)
+    cut_to_image_end(port)
+
+
 def _mend(case: _Case, backup_directory: Path | None) -> tuple[Path | None, tuple[str, ...]]:
     """Treat the image; returns the backup, if there is one, and what was verified."""
-    diagnosis, image = case.diagnosis, case.info.real_path
+    diagnosis, image, undoing = case.diagnosis, case.info.real_path, case.undoing
     if diagnosis.treatment is Treatment.NONE:
+        if undoing is not None:
+            with WritablePort(image) as file:
+                _give_back(file, undoing)
         return None, ()
     backup = new_backup(image, backup_directory)
     with WritablePort(image) as file:
         port = RecordedPort(file, backup)
         try:
+            if undoing is not None:
+                _give_back(file, undoing)
             _treat(port, diagnosis)
             port.seal()
         finally:
@@ -362,11 +467,12 @@ def _treat(port: RecordedPort, diagnosis: Diagnosis) -> None:
             clear_marks(port)
         case Treatment.REBUILD:
             assert bitmaps is not None
-            rebuild(port, [one for one in bitmaps if isinstance(one, StoredBitmap)])
+            stored = [one for one in bitmaps if isinstance(one, StoredBitmap)]
+            rebuild(port, stored, diagnosis.kept)
         case Treatment.BITMAPS:
             if bitmaps is not None:
                 replace_bitmaps(port, bitmaps)
-            reclaim_leaks(port)
+            reclaim_leaks(port, diagnosis.freed)
 
 
 def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
@@ -378,10 +484,13 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
     with FileReadable(path) as readable:
         image = Qcow2Image(readable)
         report = check(image)
-        if not report.clean or image.header.dirty or image.header.corrupt:
+        leaked = Runs(report.leaked.first, report.leaked.count)
+        new = without_runs(leaked, diagnosis.kept).total
+        if not report.sound or new or image.header.dirty or image.header.corrupt:
             first = next(iter(report.messages), "it is still marked dirty or corrupt")
             raise RepairNotVerified(str(path), first)
-        yield "refcounts recomputed from the tables: no corruption, no leak"
+        but = f" but {report.leaks} clusters that stay" if report.leaks else ""
+        yield f"refcounts recomputed from the tables: no corruption, no leak{but}"
         if diagnosis.bitmaps is None:
             return
         stored = [one for one in diagnosis.bitmaps if isinstance(one, StoredBitmap)]

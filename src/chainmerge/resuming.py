@@ -18,10 +18,11 @@ import msgspec
 from chainmerge.chain import open_for_writing
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
+from chainmerge.engines.metadata.leaks import everywhere_but
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
+from chainmerge.leaks import from_note
 from chainmerge.live_leftovers import took_effect
-from chainmerge.options import Placement
 from chainmerge.plan_errors import CannotTakeAway
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
@@ -38,6 +39,7 @@ from chainmerge.records.merge_journal import (
     journalled,
     load_journal,
 )
+from chainmerge.records.merged_record import record_merged
 from chainmerge.removals import belongings_of, going_with
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.settle import SettleSteps, give_back, settle
@@ -88,8 +90,8 @@ def find_ending(
 ) -> TookEffectInVm | HoldsEverything | ToBeMerged:
     """What is left to do, as far as what earlier runs left can say it.
 
-    All images are locked by the caller. A journal that is this merge's and of no use is
-    removed; one that may be another's is left where it is.
+    All images are locked by the caller. A journal that is of no use here is left where it is,
+    for the merge to replace: it says which leaked clusters are those of an earlier run.
 
     Raises LivePivotUnclear, LeftoverInUse, and what opening and reading a file raises.
     """
@@ -107,13 +109,8 @@ def find_ending(
     if stranger is not None:
         words = f"the journal of an interrupted merge into {target.base.path} is not used"
         return ToBeMerged((f"{words}: {stranger}",))
-    switched = is_switched(journal, base)
-    if switched and _is_as_left(journal, request, target):
+    if is_switched(journal, base) and _is_as_left(journal, request, target):
         return HoldsEverything(journal)
-    # Where data is written in place, nothing else tells who has half written base: not even a
-    # kill before the next journal is there may lose that.
-    if switched or journal.placement == Placement.COW:
-        forget_journal(base)
     return ToBeMerged(end_before=journal.volume_size or None)
 
 
@@ -184,11 +181,12 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     base = target.base
     verified = [verified_before(str(target.chain.top.path), str(base.path))]
     if base.header is not None:
-        if journal.state is JournalState.SWITCHING:
+        kept = from_note(journal.leaked_before)
+        if journal.state in (JournalState.SWITCHING, JournalState.TIDY):
             with open_for_writing(base) as port:
-                reclaim_leaks(port)
+                reclaim_leaks(port, everywhere_but(kept))
         with FileReadable(base.real_path) as readable:
-            verified.append(verify_metadata(Qcow2Image(readable)))
+            verified.append(verify_metadata(Qcow2Image(readable), kept))
     steps = steps_left(request, target, journal)
     settled = settle(steps, journal, request.recorded(base.path))
     left = enter(settled.journal, JournalState.TIDY)
@@ -269,7 +267,7 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     """
     base, result = Path(record.base), Path(record.result)
     if record.pulled is not None:
-        yield from _give_back_after_pull(request, result)
+        yield from _give_back_after_pull(request, record)
         return
     try:
         journal = load_journal(base)
@@ -289,14 +287,20 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
         yield f"{error.sentence} (the merge itself is done)"
 
 
-def _give_back_after_pull(request: Request, top: Path) -> Iterator[str]:
+def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[str]:
     """Free what only the old image used; where top is in use by now, that is for repair."""
+    top, pulled = Path(record.result), record.pulled
+    assert pulled is not None
     try:
         with lock_image(top, LockMode.WRITER, request.access.lock_wait) as lock:
             with WritablePort(top) as port:
                 if port.identity != lock.identity:
                     raise ImageReplaced(str(top))
-                reclaim_leaks(port)
+                if pulled.leaked_before is not None:
+                    kept = from_note(pulled.leaked_before)
+                    reclaim_leaks(port, everywhere_but(kept))
+            done = msgspec.structs.replace(pulled, leaked_before=None)
+            record_merged(Path(record.top), msgspec.structs.replace(record, pulled=done))
             yield from give_back(top, "qcow2", request.options, None)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"

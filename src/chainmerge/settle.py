@@ -22,7 +22,14 @@ from chainmerge.engines.metadata import change_backing
 from chainmerge.errors import ChainmergeError
 from chainmerge.merge_job import volume_at
 from chainmerge.plan_errors import CannotTakeAway, LeftoverInUse
-from chainmerge.planning import MergeFacts, Repoint, deleted_images, going, left_free
+from chainmerge.planning import (
+    MergeFacts,
+    Repoint,
+    deleted_images,
+    going,
+    left_free,
+    new_backing,
+)
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.changes import data_changed, is_there, stands_on, what_stands_at
@@ -175,9 +182,17 @@ def _record_of(steps: SettleSteps, request: RecordedRequest | None) -> MergedRec
 
 
 def record_pull(
-    facts: MergeFacts, options: MergeOptions, backing: str | None, request: RecordedRequest | None
+    facts: MergeFacts,
+    options: MergeOptions,
+    leaked_before: list[tuple[int, int]] | None,
+    request: RecordedRequest | None,
 ) -> None:
-    """Record a pull before the switch that makes *backing* top's backing file."""
+    """Record a pull, and which clusters of top were leaked before it.
+
+    Before it writes anything; once more, without the clusters, when nothing of it is leaked.
+    """
+    named = new_backing(facts)
+    backing = None if named is None else named[0]
     top = facts.top.real_path
     onto = None if backing is None else identify(facts.chain.images[facts.base_index - 1].real_path)
     goes = going(facts, options)
@@ -189,7 +204,7 @@ def record_pull(
         result_identity=identify(top),
         keep_name=False,
         delete=_doomed(deleted_images(facts, options), goes),
-        pulled=Pulled(backing, onto),
+        pulled=Pulled(backing, onto, leaked_before),
         links=_links(goes),
         request=request,
     )

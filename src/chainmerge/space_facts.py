@@ -15,6 +15,7 @@ from chainmerge.bitmap_sets import final_set, stand_ins
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
 from chainmerge.engines.native import MappingNeed, ZeroRanges, data_ranges
 from chainmerge.errors import ChainmergeError
+from chainmerge.leaks import NO_LEAKS, Leaks, counted_as_used, find_leaks, leaked_before
 from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName, SpaceFacts
 from chainmerge.qcow2.behind_end import old_bytes
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from chainmerge.engines.metadata import SnapshotRemoval, StoredBitmap
     from chainmerge.inspection import BitmapFacts, OpenChain, OpenImage, Target
+    from chainmerge.options import MergeOptions
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.references import ReferenceCounts
     from chainmerge.storage.errors import CannotGrow
@@ -61,13 +63,15 @@ class SpaceSurvey:
 
     ``spaces`` has the ways in which the engine can place data, ``needs`` what the native
     engine is to be given for them. ``check`` is the consistency check of base, None for a raw
-    one. The figures are only good if it is sound.
+    one. The figures are only good if it is sound. ``leaks`` are the leaked clusters of what is
+    written; those that stay count as used.
     """
 
     spaces: Mapping[Placement, SpaceFacts]
     needs: Mapping[Placement, MappingNeed]
     check: CheckReport | None
     obstacle: ChainmergeError | None
+    leaks: Leaks = NO_LEAKS
 
 
 def survey_space(
@@ -78,6 +82,7 @@ def survey_space(
     direction: Direction,
     zeroes: ZeroRanges | None,
     removal: SnapshotRemoval | None,
+    options: MergeOptions,
 ) -> SpaceSurvey:
     """Work out how large the result must be for the merge. Reads tables only.
 
@@ -93,15 +98,20 @@ def survey_space(
     report, references = check_with_references(base.image)
     if not report.sound:
         return _without_figures(report, None)
+    leaks = find_leaks(base.image, report, references, leaked_before(base.info.real_path))
+    if options.reclaim:
+        leaks = leaks.all_freed()
+    references = counted_as_used(references, leaks.kept)
     if engine is EngineName.QEMU:
-        return _survey_for_qemu(target, opened, bitmaps, report, references)
+        survey = _survey_for_qemu(target, opened, bitmaps, report, references)
+        return replace(survey, leaks=leaks)
     obstacle = native_facts.growth_obstacle(base.image, size_after)
     if obstacle is not None and direction is Direction.COMMIT:
         return _without_figures(report, obstacle)
     native = native_facts.survey_native(
         target, opened, bitmaps, references, direction, zeroes, removal
     )
-    return SpaceSurvey(native.spaces, native.needs, report, None)
+    return SpaceSurvey(native.spaces, native.needs, report, None, leaks)
 
 
 def survey_for_live(
@@ -128,7 +138,9 @@ def survey_for_live(
     report, references = check_with_references(image)
     if not report.sound:
         return _without_figures(report, None)
-    layout = _layout(image, references.counts)
+    # Nobody gives back what is leaked while a VM has the image open.
+    leaks = find_leaks(image, report, references, leaked_before(base.info.real_path))
+    layout = _layout(image, counted_as_used(references, leaks.leaked).counts)
     about = BaseFacts(
         image=image.name,
         header=image.header,
@@ -168,7 +180,7 @@ def survey_for_live(
         new_l2_tables=arrivals.l2_tables,
     )
     space = replace(space, allocates=_allocated_by_qemu(target, opened, space))
-    return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None)
+    return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None, leaks)
 
 
 def _raw_survey(target: Target, opened: OpenChain, size_after: int, *, shares: bool) -> SpaceSurvey:

@@ -58,6 +58,8 @@ __all__ = [
 
 REPORT_VERSION = 1
 UNUSABLE_BITMAP = "unusable-bitmap"
+KEPT_LEAKS = "kept-leaks"
+NO_DAMAGE = frozenset({UNUSABLE_BITMAP, KEPT_LEAKS})
 """The kind of a finding that is no damage: a bitmap that no chain can use."""
 
 
@@ -328,6 +330,8 @@ class CheckResult:
         leaks: Number of clusters marked used that nothing uses.
         messages: The findings, a sentence each; at most the first 100.
         image_end_offset: End of the last cluster in use, in bytes.
+        remarks: What else is wrong, a sentence each: marks of a writer that died, bitmaps that
+            are in-use, merges that did not come to their end.
     """
 
     version: int
@@ -336,11 +340,12 @@ class CheckResult:
     leaks: int
     messages: tuple[str, ...]
     image_end_offset: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
         """Whether nothing at all is wrong with the image."""
-        return self.corruptions == 0 and self.leaks == 0
+        return self.corruptions == 0 and self.leaks == 0 and not self.remarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,9 +478,10 @@ class RepairFinding:
 
     Attributes:
         kind: ``broken-bitmap``, ``broken-bitmap-directory``, ``unusable-bitmap``,
-            ``leaked-clusters``, ``wrong-refcounts``, ``dirty-bit``, ``corrupt-bit``,
-            ``interrupted-merge``, ``half-done-commit``, ``corruption``, ``lost-data``, or the
-            code of the error that keeps the image from being repaired.
+            ``leaked-clusters``, ``kept-leaks``, ``wrong-refcounts``, ``dirty-bit``,
+            ``corrupt-bit``, ``interrupted-merge``, ``half-done-commit``, ``corruption``,
+            ``lost-data``, or the code of the error that keeps the image from being used or
+            repaired.
         sentence: What is wrong.
         repairable: Whether ``repair`` does something about it.
     """
@@ -516,7 +522,7 @@ class RepairReport:
     def leaves_damage(self) -> bool:
         """Whether something is wrong that is not repaired here."""
         return any(
-            not finding.repairable and finding.kind != UNUSABLE_BITMAP for finding in self.findings
+            not finding.repairable and finding.kind not in NO_DAMAGE for finding in self.findings
         )
 
 

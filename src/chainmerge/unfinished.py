@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.errors import SearchPathUnusable
 from chainmerge.errors import ChainmergeError
+from chainmerge.planning import EngineName
 from chainmerge.records import disks, live_journal, merge_journal, merged_record, saved_bitmaps
 from chainmerge.records import files as state_files
 from chainmerge.records.changes import is_there, what_stands_at
@@ -72,6 +73,7 @@ _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
         JournalState.GIVE_BACK: f"{_HOLDS}; space was being given back",
     }
 )
+_COPIED_BY_QEMU: Final = "data was being copied by QEMU into base, which may be half written"
 
 _LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
     {
@@ -275,13 +277,15 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
         return None
     where = _where_base_is(journal)
     base, top = journal.base.path if where is None else str(where), journal.top.path
+    copies = journal.engine == EngineName.QEMU
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
     if where is None:
         progress = "what stands at base's place is another image"
         warnings = (f"{file} says nothing of what stands at {base} now",)
     else:
-        holds, progress = _how_far(journal, where)
+        # Of a copy by QEMU, only a look at all of it tells.
+        holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
     return UnfinishedMerge(
         base=base,
         top=top,
@@ -384,7 +388,10 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         return None
     left = [one.path for one in record.delete if is_there(one.identity)]
     unnamed = record.keep_name and _may_be_at(record.base, record.result_identity)
-    if not (left or unnamed):
+    # Something that a pull has taken of top may be leaked.
+    taken = record.pulled is not None and record.pulled.leaked_before is not None
+    taken = taken and is_there(record.result_identity)
+    if not (left or unnamed or taken):
         # The record of a merge that came to its end stays: the same command finds it.
         return None
     if record.pulled is not None:
@@ -412,6 +419,8 @@ def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
     except ChainmergeError as error:
         return f"data was being pulled into top, which cannot be read: {error.sentence}"
     if switched:
+        if pulled.leaked_before is not None:
+            return "top holds everything, verified; what only the old top used is still marked used"
         return "top holds everything, verified; merged images are left"
     return "data was being pulled into top, beside what top holds"
 

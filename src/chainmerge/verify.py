@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
+from chainmerge.engines.metadata.allocation import Runs, without_runs
 from chainmerge.errors import Failed
 from chainmerge.qcow2.bitmaps import BitmapEntry, BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.check import check
@@ -130,22 +131,28 @@ def verify_soundness(image: Qcow2Image) -> None:
         raise VerificationFailed(image.name, f"{report.corruptions} corruptions: {first}")
 
 
-def verify_metadata(image: Qcow2Image) -> str:
+def verify_metadata(image: Qcow2Image, kept: Runs) -> str:
     """Recompute an image's refcounts; returns a sentence for the report.
 
-    Raises VerificationFailed.
+    *kept* are the clusters that were leaked before and stay so. Raises VerificationFailed.
     """
     report = check(image)
-    if not report.sound or report.leaks > report.shared_leaks:
+    new = without_runs(Runs(report.leaked.first, report.leaked.count), kept).total
+    if not report.sound or new > report.shared_leaks:
         first = next(iter(report.messages), "no details")
         raise VerificationFailed(
-            image.name, f"{report.corruptions} corruptions, {report.leaks} leaks: {first}"
+            image.name, f"{report.corruptions} corruptions, {new} leaks: {first}"
         )
     if report.shared_leaks:
         return (
             f"refcounts recomputed from the tables: no corruption; {report.shared_leaks} clusters "
             "have too high a refcount, as they are left where QEMU was killed while it wrote to an "
             "image with internal snapshots (`chainmerge repair` lowers it)"
+        )
+    if report.leaks > new:
+        return (
+            "refcounts recomputed from the tables: no corruption, no leak but "
+            f"{report.leaks - new} clusters that were leaked before"
         )
     return "refcounts recomputed from the tables: no corruption, no leak"
 

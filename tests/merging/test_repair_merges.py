@@ -114,7 +114,8 @@ def test_a_merge_by_qemu_is_finished(scenario: Scenario, stage: Stage) -> None:
 def test_a_damaged_journal_is_for_who_started_it(scenario: Scenario) -> None:
     _die_at(scenario.top, Stage.VERIFY, MergeOptions(engine="native"))
     journal_file(scenario.base).write_bytes(b"{")
-    report = chainmerge.repair(scenario.base)
+    # Only the journal says that what is leaked is not what a lost table led to.
+    report = chainmerge.repair(scenario.base, reclaim=True)
     assert report.leaves_damage
     assert "run the same merge again" in report.findings[-1].sentence
     assert_clean(scenario.base)
@@ -235,3 +236,62 @@ def test_what_large_clusters_have_copied_up_is_no_commit(tmp_path: Path) -> None
     report = chainmerge.repair(base)
     assert {finding.kind for finding in report.findings} == {"broken-bitmap"}
     assert content(base) == before
+
+
+@pytest.mark.parametrize(
+    ("guest", "why"),
+    [
+        (("write -z 0 4M", "write -P 5 4M 4M", "write -P 6 9M 1M"), "zeros that base lacks"),
+        (("discard 0 4M", "write -P 5 4M 4M", "write -P 6 9M 1M"), "a hole that base lacks"),
+        (("write -P 5 4M 64k",), "one cluster, which is all that top has"),
+        (("write -P 5 4M 512k", "write -P 6 9M 1M"), "less than a mebibyte"),
+        (("write -P 0 4M 4M", "write -P 6 9M 1M"), "zeros alone"),
+        (("write -P 5 4M 4M",), "all of it, so nothing is half done"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_what_proves_no_half_done_commit(tmp_path: Path, guest: tuple[str, ...], why: str) -> None:
+    """A writer to base has died, and base is a restore point that nobody may destroy."""
+    from tests.support.damage import mark_in_use
+
+    base = create(tmp_path / "base.qcow2", 16 * MIB)
+    qemu_img("bitmap", "--add", base, "cp")
+    filled = "write -P 0 0 8M" if why == "zeros alone" else "write -P 5 0 8M"
+    qemu_io(base, filled)
+    mark_in_use(base, "cp")
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    qemu_io(top, *guest)
+    before = content(base)
+    for image in (base, top):
+        planned = chainmerge.plan_repair(image)
+        assert "half-done-commit" not in {finding.kind for finding in planned.findings}
+    chainmerge.repair(base)
+    assert content(base) == before
+
+
+def test_a_half_done_commit_shows_its_evidence(tmp_path: Path) -> None:
+    chain = _half_commit(tmp_path, ("cp",))
+    (finding,) = [
+        one for one in chainmerge.plan_repair(chain.base).findings if one.kind == "half-done-commit"
+    ]
+    assert f"of its {65 * MIB} bytes of data" in finding.sentence
+    assert "its bitmaps 'cp' are in-use" in finding.sentence
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_finished_merge_is_no_interrupted_commit(tmp_path: Path, delete: bool) -> None:
+    """Top was left, and then a writer to base died."""
+    from tests.support.damage import leak_clusters
+
+    base = create(tmp_path / "base.qcow2", 128 * MIB)
+    qemu_io(base, "write -P 1 0 80M")
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    # More than is compared at the beginning.
+    qemu_io(top, "write -P 5 0 70M", "write -z 75M 1M", "write -P 6 100M 8M")
+    chainmerge.merge(top, options=MergeOptions(delete=delete))
+    leak_clusters(base, 5)
+    for image in (base, top):
+        if image.exists():
+            planned = chainmerge.plan_repair(image)
+            assert {one.kind for one in planned.findings} <= {"leaked-clusters"}, planned.findings
+            assert planned.warnings == ()

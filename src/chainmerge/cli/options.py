@@ -279,6 +279,13 @@ def merge_options(function: Function[R]) -> Function[R]:
         "--discard", is_flag=True, help="Discard what was freed on the volume.", panel=_MERGING
     )
     @click.option(
+        "--reclaim",
+        is_flag=True,
+        help="Give back all leaked clusters of what is written, not only those of earlier merges. "
+        "They may hold what a lost table led to: see the plan.",
+        panel=_MERGING,
+    )
+    @click.option(
         "--key-file",
         "key_files",
         type=KEY_FILE,

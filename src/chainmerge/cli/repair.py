@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     metavar="BACKUP",
     help="Put back what a repair has overwritten; BACKUP is the file that its report names.",
 )
+@click.option(
+    "--reclaim",
+    is_flag=True,
+    help="Give back leaked clusters also where they may be what a lost table led to.",
+)
 @access_options
 @json_option
 def repair(
@@ -46,6 +51,7 @@ def repair(
     yes: bool,
     backup: str | None,
     undo: str | None,
+    reclaim: bool,
     access: Access,
     output: Output,
 ) -> ExitCode:
@@ -55,7 +61,7 @@ def repair(
     sees does not change. The exit status of --yes is 1 if damage is left.
     """
     if undo is not None:
-        if image is not None or yes or dry_run or backup is not None:
+        if image is not None or yes or dry_run or reclaim or backup is not None:
             raise click.UsageError("--undo takes nothing but the backup, which names the image")
         output.document(api.undo_repair(undo, access), undo_report)
         return ExitCode.DONE
@@ -64,8 +70,8 @@ def repair(
     if yes and dry_run:
         raise click.UsageError("--yes and --dry-run contradict each other")
     if not yes:
-        output.document(api.plan_repair(image, access), repair_report)
+        output.document(api.plan_repair(image, access, reclaim=reclaim), repair_report)
         return ExitCode.DONE
-    report = api.repair(image, access, backup)
+    report = api.repair(image, access, backup, reclaim=reclaim)
     output.document(report, repair_report)
     return ExitCode.FAILED if report.leaves_damage else ExitCode.DONE

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from chainmerge.chain.relatives import Descent, ImageAbove
 from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, decide
 from chainmerge.encrypted import has_encrypted
@@ -21,6 +23,7 @@ from chainmerge.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,
 )
+from chainmerge.leaks import to_note
 from chainmerge.live.inspection import (
     LiveTarget,
     layers_of,
@@ -134,9 +137,11 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
         warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
         snapshots=snapshots,
+        leaks=survey.leaks.facts,
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)
+    journal = msgspec.structs.replace(journal, leaked_before=to_note(survey.leaks.kept))
     return LivePlan(plan, find_refusals(facts, asked), journal)
 
 

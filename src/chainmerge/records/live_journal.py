@@ -134,6 +134,9 @@ class LiveJournal(msgspec.Struct, frozen=True):
     say nothing."""
     guest_to_resume: bool = False
     """Whether the guest was suspended for the merge to take effect, and has to run again."""
+    leaked_before: list[tuple[int, int]] | None = None
+    """The clusters of base that were leaked already when it began, as ranges (first cluster,
+    number of clusters); None in a journal of a version that did not record that."""
     request: RecordedRequest | None = None
     """What was asked for, where that is recorded."""
 

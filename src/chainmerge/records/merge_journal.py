@@ -140,7 +140,9 @@ class Journal(msgspec.Struct, frozen=True):
     recorded. ``request`` is what was asked for, where that is recorded. ``volume_size`` is what the
     volume of a raw base had before the merge, in bytes, and 0 of another base: what it holds behind
     that is nobody's. ``shrink_to`` is what its volume is to be reduced to in the end, and 0 where
-    it is not.
+    it is not. ``leaked_before`` are the clusters of base that were leaked already when it began
+    (ranges: first cluster, number of clusters): what else is leaked since is its own. None in a
+    journal of a version that did not record that.
     """
 
     version: int
@@ -157,6 +159,7 @@ class Journal(msgspec.Struct, frozen=True):
     state: JournalState = JournalState.PREPARED
     first_sector: str = ""
     placement: str = ""
+    leaked_before: list[tuple[int, int]] | None = None
     volume_size: int = 0
     shrink_to: int = 0
     old_sector: str = ""

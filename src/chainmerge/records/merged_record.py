@@ -61,10 +61,14 @@ class Pulled(msgspec.Struct, frozen=True):
     The name is as top's header has it, None for none. Nothing else tells as well: a guest that
     goes on writing to top between a kill and the rerun makes QEMU change the rest of the header.
     ``onto`` is the image of that name: another one can have come to stand there.
+    ``leaked_before`` are the clusters of top that were leaked already when it began (ranges:
+    first cluster, number of clusters): what else is leaked since is its own. None once nothing
+    of its own is leaked any more, and in a record of a version that did not record that.
     """
 
     backing: str | None
     onto: ImageIdentity | None = None
+    leaked_before: list[tuple[int, int]] | None = None
 
 
 class Superseded(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from chainmerge.report.layout import words
 from chainmerge.report.plan_tables import others_section, search_lines
 from chainmerge.report.text import count, exact_size, human_size, rough_size
 from chainmerge.types import (
-    UNUSABLE_BITMAP,
+    NO_DAMAGE,
     BackingReport,
     BitmapChange,
     BitmapListing,
@@ -97,10 +97,13 @@ def check_report(result: CheckResult) -> RenderableType:
         found = (
             f"{count(result.corruptions, 'corruption')}, {count(result.leaks, 'leaked cluster')}"
         )
+        if result.remarks:
+            found += f", {count(len(result.remarks), 'remark')}"
         verdict = words(f"{result.image}: {found}", style)
     return Group(
         verdict,
         *((layout.bullets(result.messages),) if result.messages else ()),
+        *((layout.bullets(result.remarks),) if result.remarks else ()),
         words(f"used up to {exact_size(result.image_end_offset)}", layout.QUIET),
     )
 
@@ -351,7 +354,7 @@ def _findings(report: RepairReport) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in report.findings:
-        is_damage = not finding.repairable and finding.kind != UNUSABLE_BITMAP
+        is_damage = not finding.repairable and finding.kind not in NO_DAMAGE
         style = layout.BAD if is_damage else layout.CAUTION
         remark = " (cannot be repaired here)" if is_damage else ""
         table.add_row(words(finding.kind, style), words(f"{finding.sentence}{remark}"))

@@ -82,7 +82,7 @@ class Runs:
         return expanded
 
 
-_NO_RUNS = Runs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+NO_RUNS = Runs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class FreeSpace:
         Ends with the first run of at least *enough* clusters, which may be cut there; there
         always is one, because a file has no end.
         """
-        held = _NO_RUNS
+        held = NO_RUNS
         for first in range(0, self.known, _WINDOW_CLUSTERS):
             count = min(_WINDOW_CLUSTERS, self.known - first)
             found = joined_runs([held, _zero_runs(self.uses(first, count), first)])
@@ -449,7 +449,7 @@ def joined_runs(parts: Sequence[Runs]) -> Runs:
     # Only how many runs are open matters, so that starts and ends need not stay in pairs.
     starts, ends = np.sort(every.start[kept]), np.sort(every.end[kept])
     if not len(starts):
-        return _NO_RUNS
+        return NO_RUNS
     gaps = starts[1:] > ends[:-1]
     first = starts[np.concatenate(([True], gaps))]
     return Runs(first, ends[np.concatenate((gaps, [True]))] - first)
@@ -480,6 +480,11 @@ def without_runs(runs: Runs, removed: Runs) -> Runs:
     return _without_empty(Runs(start, end - start))
 
 
+def runs_in_both(runs: Runs, others: Runs) -> Runs:
+    """The clusters that are in *runs* and in *others*."""
+    return without_runs(runs, without_runs(runs, others))
+
+
 def runs_within(runs: Runs, start: int, end: int) -> Runs:
     """The clusters of *runs* from *start* up to *end*, which is not included."""
     low = int(np.searchsorted(runs.end, start, "right"))
@@ -498,8 +503,8 @@ def blocks_touched(runs: Runs, header: Header) -> Clusters:
 
 def _concatenated(parts: Sequence[Runs]) -> Runs:
     return Runs(
-        np.concatenate([_NO_RUNS.start, *(part.start for part in parts)]),
-        np.concatenate([_NO_RUNS.length, *(part.length for part in parts)]),
+        np.concatenate([NO_RUNS.start, *(part.start for part in parts)]),
+        np.concatenate([NO_RUNS.length, *(part.length for part in parts)]),
     )
 
 

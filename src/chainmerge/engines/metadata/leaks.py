@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving back clusters that are marked used and that nothing uses."""
+"""Giving back clusters that are marked used and that nothing uses.
+
+Which of them may be given back is for :mod:`chainmerge.leaks` to say: nothing but the refcount
+keeps what they hold.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from chainmerge.engines.metadata.allocation import Runs, without_runs
 from chainmerge.engines.metadata.preconditions import require_clean_bits, require_sound_report
 from chainmerge.engines.metadata.refcount_blocks import Write, refcount_writes
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute
@@ -27,14 +32,35 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from chainmerge.engines.metadata.allocation import Clusters
-    from chainmerge.qcow2.references import ReferenceCounts
+    from chainmerge.qcow2.references import Counts, ReferenceCounts
 
 _CLUSTERS_AT_ONCE = 1 << 20
 _TABLE_BYTES_AT_ONCE = 4 << 20
+# Host offsets have 56 bits, and no cluster is smaller than a sector.
+_MOST_CLUSTERS: Final = 1 << 47
+
+EVERYWHERE: Final = Runs(np.zeros(1, dtype=np.int64), np.full(1, _MOST_CLUSTERS, dtype=np.int64))
+"""All clusters that an image can have, and what lies behind its end."""
 
 
-def reclaim_leaks(port: Port) -> int:
+def everywhere_but(kept: Runs) -> Runs:
+    """All clusters but *kept*, which is ascending."""
+    return without_runs(EVERYWHERE, kept)
+
+
+def with_kept(counts: Counts, kept: Runs) -> Counts:
+    """The same refcounts, but at least 1 for clusters that are *kept* though nothing uses them."""
+    raised = counts.copy()
+    for start, end in zip(kept.start.tolist(), kept.end.tolist(), strict=True):
+        part = raised[start:end]
+        part[part == 0] = 1
+    return raised
+
+
+def reclaim_leaks(port: Port, within: Runs = EVERYWHERE) -> int:
     """Set stored refcounts down to what the image's tables use; the number of clusters freed.
+
+    Only those of clusters *within* (ascending), whatever else is leaked.
 
     Only ever frees what no table refers to, so an interruption leaves fewer leaks than
     before and nothing else. Left alone are clusters whose refcount of 2 or more should be
@@ -56,7 +82,7 @@ def reclaim_leaks(port: Port) -> int:
 
     def lowered() -> Iterator[Write]:
         nonlocal reclaimed
-        for clusters, refcounts in _leaked(image, table, references):
+        for clusters, refcounts in _leaked(image, table, references, within):
             reclaimed += len(clusters)
             yield from refcount_writes(port, image.header, table, clusters, refcounts)
 
@@ -65,9 +91,9 @@ def reclaim_leaks(port: Port) -> int:
 
 
 def _leaked(
-    image: Qcow2Image, table: U64Array, references: ReferenceCounts
+    image: Qcow2Image, table: U64Array, references: ReferenceCounts, within: Runs
 ) -> Iterator[tuple[Clusters, U64Array]]:
-    """Leaked clusters, ascending, and the refcounts that they should have.
+    """Leaked clusters *within*, ascending, and the refcounts that they should have.
 
     All refcount blocks are gone through, also for what lies behind the end of the file:
     such clusters would turn up as leaks once the file grows over them.
@@ -80,11 +106,21 @@ def _leaked(
         stored = read_refcounts(image, first, count)
         used = references.of(first, count)
         leaked = np.flatnonzero(stored > used)
+        leaked = leaked[are_within(leaked + first, within)]
         single = leaked[used[leaked] == 1]
         if len(single):
             flagged = single[_named_plainly(image, single + first)]
             leaked = np.setdiff1d(leaked, flagged, assume_unique=True)
         yield leaked + first, used[leaked]
+
+
+def are_within(clusters: Clusters, runs: Runs) -> npt.NDArray[np.bool_]:
+    """Which of *clusters* lie in *runs*, which are ascending."""
+    if not len(runs.start):
+        return np.zeros(len(clusters), dtype=np.bool_)
+    at = np.searchsorted(runs.start, clusters, "right") - 1
+    inside: npt.NDArray[np.bool_] = (at >= 0) & (clusters < runs.end[at])
+    return inside
 
 
 def _named_plainly(image: Qcow2Image, clusters: Clusters) -> npt.NDArray[np.bool_]:

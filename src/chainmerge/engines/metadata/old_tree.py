@@ -36,8 +36,21 @@ def bitmap_clusters(image: Qcow2Image, staying: Collection[str] = ()) -> Cluster
     bit does not vouch for the bitmaps, or where they cannot be read to the end: what they
     used is leaked then, and told from what is in use by recomputing the refcounts.
     """
+    return _bitmap_clusters(image, staying) if image.header.bitmaps_trusted else _NONE
+
+
+def void_bitmap_clusters(image: Qcow2Image) -> Clusters:
+    """Clusters of bitmaps for which the autoclear bit does not vouch, ascending, each once.
+
+    Some may be in use for something else by now. Empty where the bitmaps cannot be read to the
+    end.
+    """
+    return _NONE if image.header.bitmaps_trusted else np.unique(_bitmap_clusters(image, ()))
+
+
+def _bitmap_clusters(image: Qcow2Image, staying: Collection[str]) -> Clusters:
     extension = image.header.bitmaps
-    if extension is None or not image.header.bitmaps_trusted:
+    if extension is None:
         return _NONE
     try:
         entries = read_directory(image)

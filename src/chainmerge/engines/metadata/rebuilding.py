@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from chainmerge.engines.metadata.allocation import (
+    NO_RUNS,
     Allocation,
     FreeSpace,
+    Runs,
     allocate_with_all_blocks,
     runs_of,
     runs_within,
@@ -35,6 +37,7 @@ from chainmerge.engines.metadata.allocation import (
 from chainmerge.engines.metadata.bitmap_set import PlacedBitmapSet, StoredBitmap, lay_out, place
 from chainmerge.engines.metadata.counting import new_refcount_table
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
+from chainmerge.engines.metadata.leaks import with_kept
 from chainmerge.engines.metadata.refcount_blocks import Write, pack_refcounts
 from chainmerge.engines.metadata.replacement import MetadataRewrite, RewriteOutcome, ranges_of
 from chainmerge.engines.metadata.salvage import (
@@ -71,7 +74,7 @@ _CLUSTERS_AT_ONCE: Final = 1 << 20
 
 
 def plan_rebuild(
-    readable: Readable, tables: Tables, bitmaps: Sequence[StoredBitmap]
+    readable: Readable, tables: Tables, bitmaps: Sequence[StoredBitmap], kept: Runs = NO_RUNS
 ) -> MetadataRewrite:
     """Decide how to give an image new refcounts, and *bitmaps* for its bitmaps.
 
@@ -79,12 +82,14 @@ def plan_rebuild(
         readable: The image.
         tables: What :func:`chainmerge.engines.metadata.salvage.tables_of` says of it; sound.
         bitmaps: All bitmaps that it is to have; none that it has stays in its clusters.
+        kept: Clusters that stay marked used though nothing uses them.
 
     Raises:
         BitmapSetUnfit: the image cannot hold this set.
         HeaderFull: one sector write cannot switch to it.
         RefcountTableFull: the refcounts take more than QEMU reads.
     """
+    tables = replace(tables, counts=with_kept(tables.counts, kept))
     header = tables.image.header
     layout = lay_out(readable.name, header, bitmaps)
     space = _free_space(readable, tables)
@@ -101,11 +106,11 @@ def plan_rebuild(
     )
 
 
-def rebuild(port: Port, bitmaps: Sequence[StoredBitmap]) -> RewriteOutcome:
+def rebuild(port: Port, bitmaps: Sequence[StoredBitmap], kept: Runs = NO_RUNS) -> RewriteOutcome:
     """Give a closed image new refcounts, counted from its tables, and *bitmaps*.
 
-    The bits of *bitmaps* are to be in memory already. Raises what :func:`plan_rebuild` raises,
-    and:
+    What nothing uses is free afterwards, but for the *kept* clusters. The bits of *bitmaps* are
+    to be in memory already. Raises what :func:`plan_rebuild` raises, and:
 
     Raises:
         ImageDamaged: the tables contradict each other; nothing was written.
@@ -117,7 +122,7 @@ def rebuild(port: Port, bitmaps: Sequence[StoredBitmap]) -> RewriteOutcome:
     tables = tables_of(port)
     if not tables.sound:
         raise ImageDamaged(port.name, len(tables.problems), tables.problems[0])
-    rewrite = plan_rebuild(port, tables, bitmaps)
+    rewrite = plan_rebuild(port, tables, bitmaps, kept)
     reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
     return RewriteOutcome(rewrite.required_size, execute(port, rewrite.steps), ())
 

@@ -14,6 +14,7 @@ from chainmerge.engines.native.commit import (
     commit,
     cut_to_image_end,
     merged_layers,
+    punch_free,
 )
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.hiding import ZerosBehind, tree_that_hides
@@ -49,6 +50,7 @@ __all__ = [
     "merged_layers",
     "new_tree",
     "place_tree",
+    "punch_free",
     "released_clusters",
     "survey_mapping",
     "tree_that_hides",

@@ -115,7 +115,7 @@ class Commit:
     """A merge of images into the one below them (commit) or above them (pull).
 
     Attributes:
-        image: What is written, read through the port; checked, without leaks.
+        image: What is written, read through the port; checked. What is leaked in it stays so.
         chain: The view of the whole chain, from the root to top.
         base_index: Which of its layers base is.
         tree: What the image gets.
@@ -533,6 +533,17 @@ def cut_to_image_end(port: Port) -> None:
         port.truncate_to(end)
 
 
+def punch_free(port: Port) -> None:
+    """Give the space of all clusters of a regular file back that are free.
+
+    Raises:
+        Failed: some of it is given back.
+    """
+    image = Qcow2Image(port)
+    clusters = port.size // image.header.cluster_size
+    _punch(port, image, Runs(np.zeros(1, dtype=np.int64), np.array([clusters])))
+
+
 def _end_of_use(image: Qcow2Image, end: int) -> int:
     """The cluster behind the last one below *end* that is in use."""
     while end:
@@ -576,7 +587,7 @@ def _undo(port: Port, placed: PlacedTree, old_size: int) -> None:
     Refcount blocks that the table names already stay: they are in use.
     """
     with contextlib.suppress(ChainmergeError):
-        reclaim_leaks(port)
+        reclaim_leaks(port, placed.allocation.everything)
         if port.is_block_device:
             return
         image = Qcow2Image(port)
