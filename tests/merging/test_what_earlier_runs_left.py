@@ -22,6 +22,7 @@ from chainmerge.errors import Interrupted, Refused
 from chainmerge.options import Access, MergeOptions
 from chainmerge.records import files as state_files
 from chainmerge.records import saved_bitmaps
+from chainmerge.records.disks import disk_file
 from chainmerge.records.errors import LeftoverUnclear, MergedBefore
 from chainmerge.records.files import beside, write_state
 from chainmerge.records.identity import ImageIdentity, identify
@@ -35,7 +36,7 @@ from chainmerge.records.live_journal import (
     load_live_journal,
     save_live_journal,
 )
-from chainmerge.records.merge_journal import load_journal
+from chainmerge.records.merge_journal import journal_file, load_journal
 from chainmerge.records.merged_record import load_merged_record, merged_record_file
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.types import MergeOutcome, UnfinishedMerge
@@ -436,13 +437,41 @@ def test_an_old_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert chainmerge.merge(top, options=DELETE).outcome is MergeOutcome.ALREADY_MERGED
 
 
+def test_an_old_journal_is_read_as_it_was_written(tmp_path: Path) -> None:
+    base, top = chain(tmp_path, "base", "top")
+    expected = content(top)
+    killed_at(settle, "delete_recorded", lambda: chainmerge.merge(top, options=DELETE))
+    merged_record_file(top).unlink()
+    file = journal_file(base)
+    file.write_text(json.dumps(_of_before(json.loads(file.read_bytes()))))
+    (found,) = chainmerge.status([tmp_path]).merges
+    assert found.base_holds_data
+    run_verbatim(found.command, Path("/"))
+    assert not top.exists()
+    assert content(base) == expected
+
+
+def test_an_old_entry_of_several_disks_is_read_as_it_was_written(tmp_path: Path) -> None:
+    base, top = chain(tmp_path, "base", "top")
+    entry = {
+        "base": str(base),
+        "top": str(top),
+        "disks": [str(top), "/other"],
+        "command": "chainmerge merge -- /as it was",
+        "done": False,
+    }
+    disk_file(base).write_text(json.dumps(entry))
+    (found,) = chainmerge.status([tmp_path]).merges
+    assert found.command == entry["command"]
+
+
 def _of_before(document: Any) -> Any:
     """The same, without the fields that came later."""
     if isinstance(document, list):
         return [_of_before(one) for one in document]
     if not isinstance(document, dict):
         return document
-    later = {"handle", "boot", "request", "left", "onto"}
+    later = {"handle", "boot", "request", "left", "onto", "old_sector"}
     return {
         name: _of_before(value)
         for name, value in document.items()
