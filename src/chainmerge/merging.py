@@ -60,7 +60,12 @@ from chainmerge.native_facts import (
     shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
-from chainmerge.other_users import look_for_others
+from chainmerge.other_users import (
+    OtherUsers,
+    last_changes,
+    look_for_others,
+    require_unchanged,
+)
 from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
 from chainmerge.planning import (
     EngineName,
@@ -292,7 +297,8 @@ class Prepared:
         base: The image merged into.
         plan: What is going to be done; None where only the end of it is left.
         claim: Bytes that it takes, by the pool that they come from.
-        images: What it wants of which images; nobody has looked yet who else uses them.
+        images: What it wants of which images.
+        seen: When these were written last, before they were looked at.
         carry_out: Does it. Raises what :func:`merge` raises, but for Refused.
     """
 
@@ -300,6 +306,7 @@ class Prepared:
     plan: MergePlan | None
     claim: Mapping[str, int]
     images: tuple[Wanted, ...]
+    seen: Mapping[str, str]
     carry_out: Callable[[], MergeReport]
 
 
@@ -318,7 +325,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     ):
         require_unused(record, request.access, request.options)
         finish_deleting = partial(_report_finished, request, record)
-        return Prepared(Path(record.base), None, {}, _doomed_of(record), finish_deleting)
+        return Prepared(Path(record.base), None, {}, _doomed_of(record), {}, finish_deleting)
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
@@ -332,16 +339,19 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     target = _same_target(target, request)
     base = target.base.real_path
     images = images_wanted(target, request.options)
+    seen = last_changes(images)
+    # Whoever writes now, what is read from here on would be older than that.
+    _refuse_users(look_for_others([images]))
     if journal_of(target) is not None:
         opened = stack.enter_context(open_chain(target.chain, locks))
         finish_pivot = pivot_to_finish(request, target, opened)
         if finish_pivot is not None:
-            return Prepared(base, None, {}, images, finish_pivot)
+            return Prepared(base, None, {}, images, seen, finish_pivot)
     explained = explained_by_records(target)
     resumption = find_resumption(request, target)
     if resumption.journal is not None:
         finish = partial(finish_journalled, request, target, resumption.journal)
-        return Prepared(base, None, {}, images, finish)
+        return Prepared(base, None, {}, images, seen, finish)
     opened = stack.enter_context(open_chain(target.chain, locks))
     request.announce(Stage.PLAN)
     found = _gather_to_merge(target, opened, request, resumption.warnings)
@@ -364,7 +374,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         locks,
     )
     claim = found.facts.volume.claim(decided.space.required)
-    return Prepared(base, decided, claim, images, partial(_start, job))
+    return Prepared(base, decided, claim, images, seen, partial(_start, job))
 
 
 def _lock_all(
@@ -432,19 +442,25 @@ def _doomed_of(record: MergedRecord) -> tuple[Wanted, ...]:
 
 
 def require_no_others(prepared: Sequence[Prepared]) -> tuple[tuple[str, ...], ...]:
-    """Make sure that nobody else uses the images of some merges that are about to begin.
+    """Make sure that nobody uses the images of some merges that are about to begin, or has since.
 
     Returns:
         The warnings for the report of each.
 
     Raises:
-        ImageInUse: somebody does.
+        ImageInUse: somebody does, or has written to one since they were looked at.
     """
     found = look_for_others([one.images for one in prepared])
+    _refuse_users(found)
+    for one in prepared:
+        require_unchanged(one.images, one.seen)
+    return tuple(others.warnings for others in found)
+
+
+def _refuse_users(found: Sequence[OtherUsers]) -> None:
     for others in found:
         for refusal in others.refusals:
             raise refusal
-    return tuple(others.warnings for others in found)
 
 
 def locks_held(target: Target) -> int:
