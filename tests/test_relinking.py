@@ -140,7 +140,7 @@ def test_a_lost_backing_file_is_found_and_linked(chain: tuple[Path, Path]) -> No
     found = chainmerge.find_backing(top)
     assert found.backing == "base.qcow2"
     assert found.problem is not None
-    assert [one.path for one in found.candidates] == [str(elsewhere)]
+    assert found.candidates[0].path == str(elsewhere)
     with pytest.raises(RelinkUncheckable):
         chainmerge.relink(top, elsewhere)
     report = chainmerge.relink(top, elsewhere, unchecked=True)
@@ -162,8 +162,8 @@ def test_the_same_name_elsewhere_is_the_likeliest(chain: tuple[Path, Path]) -> N
     # What stands on the image is not below it.
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "top.qcow2", "-F", "qcow2",
              top.with_name("child.qcow2"), "16M")  # fmt: skip
-    names = {Path(one.path).name for one in chainmerge.find_backing(top).candidates}
-    assert names == {"a.qcow2", "z.qcow2"}
+    near = [Path(one.path) for one in chainmerge.find_backing(top).candidates]
+    assert {path.name for path in near if path.parent == top.parent} == {"a.qcow2", "z.qcow2"}
 
 
 def test_another_directory_is_warned_of(chain: tuple[Path, Path]) -> None:

@@ -70,7 +70,12 @@ from chainmerge.native_facts import (
     look_for_zeroes,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
-from chainmerge.other_users import look_for_others
+from chainmerge.other_users import (
+    OtherUsers,
+    last_changes,
+    look_for_others,
+    require_unchanged,
+)
 from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
 from chainmerge.planning import (
     EngineName,
@@ -318,7 +323,8 @@ class Prepared:
         base: The image merged into.
         plan: What is going to be done; None where only the end of it is left.
         claim: Bytes that it takes, by the pool that they come from.
-        images: What it wants of which images; nobody has looked yet who else uses them.
+        images: What it wants of which images.
+        seen: When these were written last, before they were looked at.
         carry_out: Does it. Raises what :func:`merge` raises, but for Refused.
     """
 
@@ -326,6 +332,7 @@ class Prepared:
     plan: MergePlan | None
     claim: Mapping[str, int]
     images: tuple[Wanted, ...]
+    seen: Mapping[str, str]
     carry_out: Callable[[], MergeReport]
 
 
@@ -344,7 +351,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     ):
         require_unused(record, request.access, request.options)
         finish_deleting = partial(_report_finished, request, record)
-        return Prepared(Path(record.base), None, {}, _doomed_of(record), finish_deleting)
+        return Prepared(Path(record.base), None, {}, _doomed_of(record), {}, finish_deleting)
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
@@ -358,16 +365,19 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     target = _same_target(target, request)
     base = target.base.real_path
     images = images_wanted(target, request.options)
+    seen = last_changes(images)
+    # Whoever writes now, what is read from here on would be older than that.
+    _refuse_users(look_for_others([images]))
     remains = read_remains(base, target.chain.top.real_path)
     opened = stack.enter_context(open_chain(target.chain, locks))
     match find_ending(request, target, opened, remains):
         case TookEffectInVm(journal):
             finish = partial(finish_pivot, request, journal, target, opened)
-            return Prepared(base, None, {}, images, finish)
+            return Prepared(base, None, {}, images, seen, finish)
         case HoldsEverything(journal):
             require_removable(request, target, journal)
             finish = partial(finish_journalled, request, target, journal)
-            return Prepared(base, None, {}, images, finish)
+            return Prepared(base, None, {}, images, seen, finish)
         case ToBeMerged() as ending:
             pass
     request.announce(Stage.PLAN)
@@ -375,7 +385,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     if has_encrypted(target.chain):
         require_keys_that_fit(target.chain, request.options)
     claim = job.facts.volume.claim(job.plan.space.required, job.plan.space.allocates)
-    return Prepared(base, job.plan, claim, images, partial(_start, job))
+    return Prepared(base, job.plan, claim, images, seen, partial(_start, job))
 
 
 def _decided(
@@ -480,19 +490,25 @@ def _doomed_of(record: MergedRecord) -> tuple[Wanted, ...]:
 
 
 def require_no_others(prepared: Sequence[Prepared]) -> tuple[tuple[str, ...], ...]:
-    """Make sure that nobody else uses the images of some merges that are about to begin.
+    """Make sure that nobody uses the images of some merges that are about to begin, or has since.
 
     Returns:
         The warnings for the report of each.
 
     Raises:
-        ImageInUse: somebody does.
+        ImageInUse: somebody does, or has written to one since they were looked at.
     """
     found = look_for_others([one.images for one in prepared])
+    _refuse_users(found)
+    for one in prepared:
+        require_unchanged(one.images, one.seen)
+    return tuple(others.warnings for others in found)
+
+
+def _refuse_users(found: Sequence[OtherUsers]) -> None:
     for others in found:
         for refusal in others.refusals:
             raise refusal
-    return tuple(others.warnings for others in found)
 
 
 def _may_be_extended(target: Target, options: MergeOptions) -> bool:

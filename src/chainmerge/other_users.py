@@ -7,6 +7,8 @@ who only reads is named in a warning.
 
 from __future__ import annotations
 
+import contextlib
+import stat
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,12 +19,12 @@ from chainmerge.storage.errors import ImageInUse
 from chainmerge.storage.locks import LockMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from chainmerge.storage.bystanders import Bystander
 
-_LOOKS: Final = 4
+_LOOKS: Final = 3
 _BETWEEN_LOOKS: Final = 0.05
 
 Images: TypeAlias = "Sequence[Wanted]"
@@ -81,6 +83,33 @@ def require_alone(images: Iterable[Path], known: frozenset[int] = frozenset()) -
     for found in look_for_others([wanted], known):
         for refusal in found.refusals:
             raise refusal
+
+
+def last_changes(images: Images) -> Mapping[str, str]:
+    """What is another text for each file once somebody has written to it; nothing of devices."""
+    found = {}
+    for one in images:
+        with contextlib.suppress(OSError, ValueError):
+            status = one.path.stat()
+            if stat.S_ISREG(status.st_mode):
+                change = f"{status.st_size} {status.st_mtime_ns}"
+                found[str(one.path)] = change
+    return found
+
+
+def require_unchanged(images: Images, seen: Mapping[str, str]) -> None:
+    """Make sure that nobody has written to *images* since :func:`last_changes` gave *seen*.
+
+    Who has come and gone in the meantime is not to be seen any more, but what was decided rests
+    on what was there before.
+
+    Raises:
+        ImageInUse: somebody has.
+    """
+    now = last_changes([one for one in images if str(one.path) in seen])
+    for path, change in seen.items():
+        if now.get(path) != change:
+            raise ImageInUse(path, "somebody who has written to it while it was being looked at")
 
 
 def _judged(images: Images, found: dict[str, list[Bystander]]) -> OtherUsers:

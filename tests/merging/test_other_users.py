@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import chainmerge
+from chainmerge import merging
 from chainmerge.options import Access, MergeOptions
+from chainmerge.planning import make_plan
 from chainmerge.storage.errors import ImageInUse
 from tests.support import cli
 from tests.support.loopdev import loop_device
@@ -24,6 +26,8 @@ from tests.support.qemu import content, create, qemu_io
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from chainmerge.planning import MergeFacts, MergePlan
 
 HOLD: Final = """
 import os, sys
@@ -205,3 +209,37 @@ def test_who_is_gone_at_once_is_no_user(
 
         monkeypatch.setattr(time, "sleep", sleep)
         assert chainmerge.plan(chain["top"], chain["base"]).feasible
+
+
+@pytest.mark.parametrize("name", ["base", "top"])
+def test_who_has_come_and_gone(
+    chain: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What was decided rests on what was there before; nothing is written then."""
+    with chain[name].open("r+b") as writer:
+
+        def write_unlocked(facts: MergeFacts, options: MergeOptions) -> MergePlan:
+            writer.seek(0, os.SEEK_END)
+            writer.write(bytes(512))
+            writer.flush()
+            return make_plan(facts, options)
+
+        monkeypatch.setattr(merging, "make_plan", write_unlocked)
+        before = {path: path.stat().st_size for path in chain.values()}
+        with pytest.raises(ImageInUse, match="while it was being looked at"):
+            chainmerge.merge(chain["top"], chain["base"])
+    before[chain[name]] += 512
+    assert {path: path.stat().st_size for path in chain.values()} == before
+
+
+def test_users_are_looked_for_before_anything_is_read(
+    chain: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One who has gone when everything is planned may have written while it was."""
+    monkeypatch.setattr(merging, "open_chain", _not_to_be_called)
+    with held("O_RDWR", chain["base"]), pytest.raises(ImageInUse):
+        chainmerge.merge(chain["top"], chain["base"])
+
+
+def _not_to_be_called(*_arguments: object) -> None:
+    raise AssertionError("images were opened beside a writer")

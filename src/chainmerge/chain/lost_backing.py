@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -53,13 +52,15 @@ def files_that_could_back(image: ImageInfo, search: Sequence[Path] = ()) -> tupl
         SearchPathUnusable, TooManyFiles
     """
     surroundings = surroundings_of([image.path], search)
-    found = [
-        candidate
-        for path in itertools.chain(surroundings.near(), surroundings.around())
-        if (candidate := _candidate(image, path)) is not None
-    ]
-    found.sort(key=lambda one: (-_weight(one), str(one.path)))
-    return tuple(found[:MOST_CANDIDATES])
+    near = _candidates(image, surroundings.near())
+    # What lies further away is a stranger's more often than not.
+    around = [one for one in _candidates(image, surroundings.around()) if _weight(one) > 1]
+    return tuple([*near, *around][:MOST_CANDIDATES])
+
+
+def _candidates(image: ImageInfo, paths: Iterable[Path]) -> list[Candidate]:
+    found = [one for path in paths if (one := _candidate(image, path)) is not None]
+    return sorted(found, key=lambda one: (-_weight(one), str(one.path)))
 
 
 def _weight(candidate: Candidate) -> int:
