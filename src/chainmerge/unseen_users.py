@@ -30,8 +30,8 @@ class UsersUnknown(Refused):
     )
     hint: ClassVar[str] = (
         "{first}; if you know the directory below which all images lie that can use {images}, "
-        "name it (--search DIR, with everything below); if you know that no other image uses "
-        "it, say so (--sole-user)"
+        "name it (--search DIR, with everything below); if you know that there are no others, say "
+        "so (--sole-user); other guests' disks are destroyed where that is wrong"
     )
     explanation: ClassVar[str] = (
         "Images do not know who uses them. Linked clones often have a directory for each machine "
