@@ -41,6 +41,7 @@ from chainmerge.ops_errors import (
     SizesDiffer,
 )
 from chainmerge.options import Access
+from chainmerge.other_users import require_alone
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.image import Qcow2Image
@@ -279,6 +280,7 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
     target = find_target(top, base, access)
     _require_support(target.base)
     with lock_image(target.base.path, LockMode.WRITER, access.lock_wait):
+        require_alone([target.base.path])
         read_anew(target.base.path)
         target = find_target(top, base, access)
         with open_chain(target.chain) as opened:
@@ -345,6 +347,7 @@ def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport
             stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
             for image in chain.images[first:]
         ]
+        require_alone(image.path for image in chain.images[first:])
         # What an earlier run removed and could not flush would come back below what this one
         # removes, and pass for whole.
         for image in chain.images[first:]:
@@ -500,6 +503,7 @@ class _Edit:
 def _editable(image: str | Path, access: Access) -> Iterator[_Edit]:
     policy = policy_of(access)
     with lock_image(image, LockMode.WRITER, access.lock_wait):
+        require_alone([Path(image)])
         read_anew(image)
         chain = discover(Path(image), policy)
         _require_support(chain.top)

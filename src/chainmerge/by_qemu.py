@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmap_sets import final_set, stand_ins
@@ -10,7 +11,7 @@ from chainmerge.chain import open_for_writing
 from chainmerge.encrypted import encrypted_difference, has_encrypted, image_specs
 from chainmerge.engines import qemu
 from chainmerge.engines.metadata import replace_bitmaps
-from chainmerge.errors import Refused
+from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.inspection import Target, find_target, open_chain
 from chainmerge.merge_job import (
     bitmaps_to_save,
@@ -22,7 +23,8 @@ from chainmerge.merge_job import (
 from chainmerge.planning import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.files import StateDirectoryUnusable
-from chainmerge.records.saved_bitmaps import save_bitmaps, saved_bitmaps_file
+from chainmerge.records.identity import identify
+from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps, saved_bitmaps_file
 from chainmerge.types import ProgressEvent, Stage
 from chainmerge.verify import (
     VerificationFailed,
@@ -50,10 +52,12 @@ def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
 
 def _put_bitmaps_aside(job: Job) -> None:
     """Take base's bitmaps out of QEMU's reach: stale ones for good, kept ones until the end."""
+    saved = bitmaps_to_save(job) if job.base.supports_bitmaps else None
+    if saved is None and not job.facts.interrupted:
+        _note_that_base_is_written(job)
     if not job.base.supports_bitmaps:
         return
     job.request.announce(Stage.PRUNE)
-    saved = bitmaps_to_save(job)
     if saved is not None:
         try:
             save_bitmaps(job.base.real_path, saved)
@@ -74,6 +78,16 @@ def _put_bitmaps_aside(job: Job) -> None:
             # what is left of the volume in one piece.
             with unfinished_where_refused(job):
                 replace_bitmaps(port, between)
+
+
+def _note_that_base_is_written(job: Job) -> None:
+    """Leave word, in the place of saved bitmaps, of who has half written base if we are killed.
+
+    Where there is no place for it, a rerun has to be told that top is right.
+    """
+    nothing = SavedBitmaps(identify(job.base.real_path), identify(job.target.overlay.real_path), ())
+    with contextlib.suppress(ChainmergeError, OSError):
+        save_bitmaps(job.base.real_path, nothing)
 
 
 def _copy(job: Job) -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from chainmerge.errors import Refused
 from chainmerge.merge_job import forget_what_was_noted
-from chainmerge.options import Direction
+from chainmerge.options import Direction, Placement
 from chainmerge.planning import EngineName
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.identity import identify, this_boot
@@ -45,6 +46,9 @@ def asked_of(options: MergeOptions) -> Asked:
 def journal_kept(job: Job) -> Iterator[None]:
     """Keep a journal; where the merge ends before the switch there is none afterwards.
 
+    But where data went into base in place, it stays: base is half written, and a rerun has to
+    know by whom.
+
     Nor is there what was noted for a rerun, where base is what it was. No journal is kept of a
     pull, which has little to settle: its record tells of that.
     """
@@ -55,10 +59,11 @@ def journal_kept(job: Job) -> Iterator[None]:
     keep_journal(_journal(job))
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # Where base cannot be read now, a rerun will have to tell.
         with contextlib.suppress(Exception):
-            _forget_unless_switched(job)
+            if isinstance(error, Refused) or not _writes_in_place(job):
+                _forget_unless_switched(job)
             if first_sector_of(job.base.real_path) == before:
                 forget_what_was_noted(job)
         raise
@@ -78,6 +83,10 @@ def record_switched(job: Job) -> Journal | None:
         return None
     digest = first_sector_of(job.base.real_path)
     return keep_journal(_in_state(job, JournalState.SWITCHED, digest))
+
+
+def _writes_in_place(job: Job) -> bool:
+    return job.base.header is None or job.plan.space.placement is Placement.IN_PLACE
 
 
 def _forget_unless_switched(job: Job) -> None:

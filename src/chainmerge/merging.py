@@ -32,6 +32,7 @@ from chainmerge.engines.metadata.errors import (
 )
 from chainmerge.engines.native import MappingNeed, ZeroRanges
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
 from chainmerge.header_room import header_obstacle
 from chainmerge.inspection import (
     BitmapFacts,
@@ -68,11 +69,14 @@ from chainmerge.native_facts import (
     shares_extents,
 )
 from chainmerge.options import Access, Direction, MergeOptions, Placement
+from chainmerge.other_users import look_for_others
 from chainmerge.plan_errors import ImageDamaged, MergeUnfinished
 from chainmerge.planning import (
     EngineName,
+    Finding,
     MergeFacts,
     MergePlan,
+    bytes_to_copy,
     chosen_space,
     deleted_images,
     find_refusals,
@@ -115,6 +119,7 @@ from chainmerge.settle import (
     settle,
 )
 from chainmerge.space_facts import SpaceSurvey, survey_space
+from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLimited
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
@@ -163,7 +168,39 @@ def plan(
     Raises:
         ChainmergeError: the chain cannot be found or read.
     """
-    return plan_beside(top, base, access or Access(), options or MergeOptions(), {})[0]
+    decided = plan_beside(top, base, access or Access(), options or MergeOptions(), {})
+    return beside_others([decided])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A merge as it would be done if nobody else used the images.
+
+    Attributes:
+        plan: What would be done.
+        claim: Bytes that it would take, by the pool that they come from.
+        images: What it would want of which images.
+    """
+
+    plan: MergePlan
+    claim: Mapping[str, int]
+    images: tuple[Wanted, ...]
+
+
+def beside_others(planned: Sequence[Planned]) -> tuple[MergePlan, ...]:
+    """The plans, with what others that use the images mean for them."""
+    found = look_for_others([one.images for one in planned])
+    return tuple(
+        replace(
+            one.plan,
+            refusals=(
+                *(Finding(error.code, error.sentence, error.advice) for error in others.refusals),
+                *one.plan.refusals,
+            ),
+            warnings=(*one.plan.warnings, *others.warnings),
+        )
+        for one, others in zip(planned, found, strict=True)
+    )
 
 
 def plan_beside(
@@ -172,8 +209,8 @@ def plan_beside(
     access: Access,
     options: MergeOptions,
     claims: Mapping[str, int],
-) -> tuple[MergePlan, Mapping[str, int]]:
-    """As :func:`plan`, of a merge that is done together with others.
+) -> Planned:
+    """As :func:`plan`, of a merge that is done together with others; see :func:`beside_others`.
 
     Args:
         top: as in :func:`plan`, and so are *base*, *access* and *options*.
@@ -181,21 +218,23 @@ def plan_beside(
         access: see there.
         options: see there.
         claims: bytes that the others take, by the pool that they come from.
-
-    Returns:
-        The plan, and the bytes that this merge takes by the pool that they come from.
     """
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
-    saved = load_saved_bitmaps(target.base.real_path)
-    record = load_merged_record(target.chain.top.real_path)
+    remains = read_remains(target.base.real_path, target.chain.top.real_path)
+    saved, record = remains.usable_saved, remains.record
     with open_chain(target.chain) as opened:
         facts = _gather(target, opened, access, options, saved, _never, claims).facts
+        if not explained_by(remains, target):
+            moved = bytes_to_copy(facts)
+            evidence = weigh(target, opened, moved, _never, COMPARED_BY_A_PLAN)
+            facts = replace(facts, evidence=evidence)
         if _was_merged_before(target, facts, record, access) and _base_changed_since(record):
             equal = _holds_content(target, opened, facts, options, _never)
             obstacles += () if equal else (_merged_before(target),)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
-    return decided, facts.volume.claim(decided.space.required)
+    claim = facts.volume.claim(decided.space.required)
+    return Planned(decided, claim, images_wanted(target, options))
 
 
 def measure(
@@ -264,7 +303,9 @@ def merge(
     )
     with contextlib.ExitStack() as stack:
         prepared = prepare(stack, request)
+        (warnings,) = require_no_others([prepared])
         report = prepared.carry_out()
+    report = replace(report, warnings=(*report.warnings, *warnings))
     forget_entry(prepared.base)
     return report
 
@@ -277,12 +318,14 @@ class Prepared:
         base: The image merged into.
         plan: What is going to be done; None where only the end of it is left.
         claim: Bytes that it takes, by the pool that they come from.
+        images: What it wants of which images; nobody has looked yet who else uses them.
         carry_out: Does it. Raises what :func:`merge` raises, but for Refused.
     """
 
     base: Path
     plan: MergePlan | None
     claim: Mapping[str, int]
+    images: tuple[Wanted, ...]
     carry_out: Callable[[], MergeReport]
 
 
@@ -300,7 +343,8 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         record, request.top, request.base, request.options, request.access.active
     ):
         require_unused(record, request.access, request.options)
-        return Prepared(Path(record.base), None, {}, partial(_report_finished, request, record))
+        finish_deleting = partial(_report_finished, request, record)
+        return Prepared(Path(record.base), None, {}, _doomed_of(record), finish_deleting)
     require_clear(request, record)
     request.announce(Stage.LOCK)
     target = _find(request)
@@ -313,16 +357,17 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     _read_from_storage(target, request.options)
     target = _same_target(target, request)
     base = target.base.real_path
+    images = images_wanted(target, request.options)
     remains = read_remains(base, target.chain.top.real_path)
     opened = stack.enter_context(open_chain(target.chain, locks))
     match find_ending(request, target, opened, remains):
         case TookEffectInVm(journal):
             finish = partial(finish_pivot, request, journal, target, opened)
-            return Prepared(base, None, {}, finish)
+            return Prepared(base, None, {}, images, finish)
         case HoldsEverything(journal):
             require_removable(request, target, journal)
             finish = partial(finish_journalled, request, target, journal)
-            return Prepared(base, None, {}, finish)
+            return Prepared(base, None, {}, images, finish)
         case ToBeMerged(warnings):
             pass
     request.announce(Stage.PLAN)
@@ -330,7 +375,7 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     if has_encrypted(target.chain):
         require_keys_that_fit(target.chain, request.options)
     claim = job.facts.volume.claim(job.plan.space.required)
-    return Prepared(base, job.plan, claim, partial(_start, job))
+    return Prepared(base, job.plan, claim, images, partial(_start, job))
 
 
 def _decided(
@@ -347,6 +392,8 @@ def _decided(
         Refused: it will not be done.
     """
     found = _gather_to_merge(target, opened, request, remains, warnings)
+    if not (explained_by(remains, target) or found.facts.content_merged):
+        found = _weighed(found, target, opened, request)
     for refusal in find_refusals(found.facts, request.options):
         raise refusal
     decided = make_plan(found.facts, request.options)
@@ -413,6 +460,36 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
 def _holds_snapshots(target: Target, index: int) -> bool:
     header = target.chain.images[index].header
     return header is not None and header.snapshot_count > 0
+
+
+def images_wanted(target: Target, options: MergeOptions) -> tuple[Wanted, ...]:
+    """What a merge wants of which images: what it locks them as, and which it may delete."""
+    deletes = options.delete or options.keep_name
+    merged = {image.identity for image in target.chain.images[target.base_index :]}
+    return tuple(
+        Wanted(image.path, mode, dies=deletes and image.identity in merged)
+        for image, mode in locks_needed(target, options)
+    )
+
+
+def _doomed_of(record: MergedRecord) -> tuple[Wanted, ...]:
+    return tuple(Wanted(Path(one.path), LockMode.WRITER, dies=True) for one in record.delete)
+
+
+def require_no_others(prepared: Sequence[Prepared]) -> tuple[tuple[str, ...], ...]:
+    """Make sure that nobody else uses the images of some merges that are about to begin.
+
+    Returns:
+        The warnings for the report of each.
+
+    Raises:
+        ImageInUse: somebody does.
+    """
+    found = look_for_others([one.images for one in prepared])
+    for others in found:
+        for refusal in others.refusals:
+            raise refusal
+    return tuple(others.warnings for others in found)
 
 
 def locks_held(target: Target) -> int:
@@ -608,6 +685,12 @@ def _gather_to_merge(
         warnings=(*warnings, *facts.warnings),
     )
     return replace(found, facts=facts)
+
+
+def _weighed(found: _Found, target: Target, opened: OpenChain, request: Request) -> _Found:
+    moved = bytes_to_copy(found.facts)
+    evidence = weigh(target, opened, moved, request.should_stop, None)
+    return replace(found, facts=replace(found.facts, evidence=evidence))
 
 
 def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[ChainmergeError]:

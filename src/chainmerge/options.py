@@ -109,6 +109,8 @@ class MergeOptions:
         drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
         drop_snapshots: Delete the internal snapshots that would show other data afterwards, and
             those of images that are deleted.
+        despite_newer_base: Go on where the overlays look like ones that somebody has merged
+            before and left behind: what was written to base since is overwritten.
         engine: Who writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
             base (``pull``); ``auto`` pulls where ``keep_name`` makes both end alike and a pull
@@ -132,6 +134,7 @@ class MergeOptions:
     keep_name: bool = False
     drop_bitmaps: bool = False
     drop_snapshots: bool = False
+    despite_newer_base: bool = False
     engine: EngineChoice = "auto"
     direction: DirectionChoice = "auto"
     data: DataChoice = "auto"

@@ -48,6 +48,40 @@ class MergeUnfinished(Failed):
 
 
 @dataclass(eq=False)
+class BaseNewer(Refused):
+    """The overlays look like ones that were left behind: base is newer."""
+
+    code: ClassVar[str] = "base-newer"
+    template: ClassVar[str] = (
+        "{base} was written after {top} ({base_time}, {top_time}) and already holds {held} of "
+        "{looked_at} clusters looked at of what is above it: {top} looks like an overlay that was "
+        "merged before and left behind"
+    )
+    hint: ClassVar[str] = (
+        "find out from which of them the guest ran last. If from {base}, {top} is of no use any "
+        "more: do not merge it. If from {top}, a commit into {base} was cut short (by a kill, or "
+        "because it was given up), and --despite-newer-base does it again; if that is wrong, all "
+        "that was written to {base} since is overwritten for good: copy {base} first"
+    )
+    explanation: ClassVar[str] = (
+        "After a commit or a pivot by somebody else (`qemu-img commit -d`, `virsh blockcommit "
+        "--pivot`) the overlay stays where it is, and the guest goes on in base. Merged again, it "
+        "would put its old data over what the guest has written since. Two things show that: base "
+        "has most of what the overlays define already, data and zeros, in whole clusters that are "
+        "spread over all of it; and base was written after all of them. A commit that was killed "
+        "or given up half-way looks the same, and then the overlay is the right one (`chainmerge "
+        "repair` looks for the marks of a writer that died). Merges of chainmerge's that were "
+        "interrupted are known from their records and are not refused. Nothing was changed."
+    )
+    base: str
+    top: str
+    held: int
+    looked_at: int
+    base_time: str
+    top_time: str
+
+
+@dataclass(eq=False)
 class BaseHasOtherChildren(Refused):
     """Another image builds on base."""
 

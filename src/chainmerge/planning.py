@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain import Chain, ImageInfo, Relatives
@@ -23,6 +25,7 @@ from chainmerge.options import Direction, Placement
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
+    BaseNewer,
     CannotDeleteVolume,
     CannotRename,
     CannotTakeAway,
@@ -126,6 +129,74 @@ class SnapshotViews:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageTimes:
+    """When an image was written last, and created; and how large its disk is.
+
+    In nanoseconds since 1970, None where nothing tells that; and in bytes.
+    """
+
+    path: str
+    written: int | None
+    created: int | None
+    virtual_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What tells whether the overlays are newer than base, as they should be.
+
+    Attributes:
+        times: Those of base and the images above it up to top.
+        held: Of the clusters that were looked at, all of which the overlays define, those that
+            base has the same of its own.
+        differing: Those that are not the same.
+        equal: Whether base shows all that top shows; None where not everything was compared.
+    """
+
+    times: tuple[ImageTimes, ...]
+    held: int = 0
+    differing: int = 0
+    equal: bool | None = False
+
+    @property
+    def written_later(self) -> bool:
+        """Whether base was written after all images above it."""
+        base, *above = (one.written for one in self.times)
+        return base is not None and all(one is not None and one < base for one in above)
+
+    @property
+    def is_timeless(self) -> bool:
+        """Whether one of them is a block device, of which there are no times."""
+        return any(one.written is None for one in self.times)
+
+    @property
+    def holds_most(self) -> bool:
+        """Whether base has most of what the overlays define, and shows not all that top shows."""
+        return self.held > self.differing and self.equal is not True
+
+    @property
+    def speaks_for_base(self) -> bool:
+        """Whether the overlays look like ones that were left behind."""
+        return self.holds_most and self.written_later and self.equal is False
+
+    @property
+    def misfits(self) -> tuple[tuple[ImageTimes, ImageTimes], ...]:
+        """Images that changed after the next one above them was made, or do not fit below it."""
+        if self.equal is True:
+            return ()
+        return tuple((low, up) for low, up in pairwise(self.times) if _is_odd(low, up))
+
+
+def _is_odd(lower: ImageTimes, upper: ImageTimes) -> bool:
+    later = _after(lower.written, upper.written) or _after(lower.created, upper.created)
+    return later or lower.virtual_size > upper.virtual_size
+
+
+def _after(one: int | None, other: int | None) -> bool:
+    return one is not None and other is not None and one > other
+
+
+@dataclass(frozen=True, slots=True)
 class MergeFacts:
     """What was found on disk; all that a plan rests on.
 
@@ -164,6 +235,8 @@ class MergeFacts:
     removals: Removals = NOTHING_GOES
     """What is known of the names that the merge may take away."""
     snapshots: tuple[SnapshotViews, ...] = ()
+    evidence: Evidence | None = None
+    """Which of the images looks newer; None where what we recorded tells."""
 
     @property
     def base(self) -> ImageInfo:
@@ -396,6 +469,7 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
     """Every reason not to start, the most fundamental first."""
     return (
         *facts.obstacles,
+        *_left_behind(facts, options),
         *_damage(facts),
         *_others_unknown(facts, options),
         *_others_at_risk(facts),
@@ -712,6 +786,7 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         )
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
+    yield from _doubts(facts, options)
     for views in facts.snapshots:
         dropped = _planned_snapshots(views, facts, options).dropped
         if dropped:
@@ -732,6 +807,74 @@ def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
             yield known.kept_data_file
         elif known.data_file is not None and not options.delete:
             yield f"{known.data_file} stays, the data file of {image.path}: --delete deletes it"
+
+
+def _left_behind(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """What would destroy the newer of two images."""
+    evidence = facts.evidence
+    if evidence is None or options.despite_newer_base or not evidence.speaks_for_base:
+        return
+    # A pull leaves base as it is, unless it is to be deleted.
+    if facts.direction is Direction.PULL and facts.base not in _doomed(facts, options):
+        return
+    yield BaseNewer(
+        str(facts.base.path),
+        str(facts.top.path),
+        evidence.held,
+        evidence.held + evidence.differing,
+        _time(evidence.times[0].written),
+        _time(max(one.written or 0 for one in evidence.times[1:])),
+    )
+
+
+def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
+    """What may have an innocent reason, or be a sign that one of the images is a wrong one."""
+    evidence = facts.evidence
+    if evidence is None or any(True for _ in _left_behind(facts, options)):
+        return
+    base, top = facts.base.path, facts.top.path
+    misfits = evidence.misfits
+    signs = [_misfit(lower, upper) for lower, upper in misfits[:_NAMED_ONE_BY_ONE]]
+    if len(misfits) > len(signs):
+        signs.append(f"{len(misfits) - len(signs)} more images are like that")
+    if evidence.holds_most:
+        seen = f"{evidence.held} of {evidence.held + evidence.differing}"
+        signs.insert(0, f"{base} already holds {seen} clusters looked at of what is above it")
+    if not signs:
+        return
+    untold = " (block devices have no times)" if evidence.is_timeless else ""
+    later = ""
+    if evidence.holds_most and evidence.equal is None and evidence.written_later:
+        later = "; the merge compares all of it, and is refused where it differs"
+    yield (
+        f"{'; '.join(signs)}{untold}: if somebody has merged {top} before, or replaced {base}, the "
+        "wrong data is kept; a restore, a copy, a change of bitmaps or a commit of another layer "
+        f"explains it as well{later}"
+    )
+
+
+def _misfit(lower: ImageTimes, upper: ImageTimes) -> str:
+    signs = []
+    for verb, below, above in (
+        ("written", lower.written, upper.written),
+        ("created", lower.created, upper.created),
+    ):
+        if _after(below, above):
+            signs.append(f"was {verb} ({_time(below)}) after {upper.path} ({_time(above)})")
+    if lower.virtual_size > upper.virtual_size:
+        sizes = f"{lower.virtual_size} bytes) than {upper.path} ({upper.virtual_size} bytes"
+        signs.append(f"has a larger disk ({sizes})")
+    return f"{lower.path} {' and '.join(signs)}"
+
+
+def _time(nanoseconds: int | None) -> str:
+    """A moment in the time zone that people here have."""
+    seconds = (nanoseconds or 0) / 10**9
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(" ", "milliseconds")
+    except (ValueError, OverflowError, OSError):
+        # Files can have times that no calendar has.
+        return f"{seconds:.3f} s after 1970"
 
 
 def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:

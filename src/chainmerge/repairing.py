@@ -32,6 +32,7 @@ from chainmerge.interrupted import Ending, InterruptedMerge, forget, interrupted
 from chainmerge.merging import merge, plan
 from chainmerge.ops_errors import RepairNotVerified
 from chainmerge.options import Access, MergeOptions
+from chainmerge.other_users import require_alone
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
@@ -93,6 +94,7 @@ def repair(
     access = access or Access()
     merges = interrupted_merges(Path(image))
     with lock_image(image, LockMode.WRITER, access.lock_wait):
+        require_alone([Path(image)])
         case = _examine(Path(image), access, merges)
         directory = None if backup_directory is None else Path(backup_directory)
         backup, verified = _mend(case, directory)
@@ -125,6 +127,7 @@ def undo_repair(backup: str | Path, access: Access | None = None) -> UndoReport:
         lock_image(kept.image, LockMode.WRITER, access.lock_wait),
         WritablePort(kept.image) as port,
     ):
+        require_alone([Path(kept.image)])
         kept.restore(port)
     return UndoReport(REPORT_VERSION, str(kept.image), str(backup), kept.bytes_kept)
 
@@ -154,7 +157,8 @@ class _Case:
             for one in self.merges
             if one.ending is Ending.FINISH and one.top is not None
         )
-        commit = MergeOptions(direction="commit")
+        # That base holds much of top already, and was written later, is what shows such a commit.
+        commit = MergeOptions(direction="commit", despite_newer_base=True)
         return ours + tuple((one.top, one.base, commit) for one in self.commits)
 
 

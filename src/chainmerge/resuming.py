@@ -21,6 +21,7 @@ from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitma
 from chainmerge.errors import ChainmergeError
 from chainmerge.job_journal import asked_of
 from chainmerge.live_leftovers import took_effect
+from chainmerge.options import Placement
 from chainmerge.plan_errors import CannotTakeAway
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
@@ -107,8 +108,14 @@ def find_ending(
             journal, request, target
         ):
             return HoldsEverything(journal)
-        case _:
+        case Remains(journal=Journal() as journal) if (
+            is_switched(journal, base) or journal.placement == Placement.COW
+        ):
             forget_journal(base)
+            return ToBeMerged()
+        case _:
+            # Where data is written in place, nothing else tells who has half written base: not
+            # even a kill before the next journal is there may lose that.
             return ToBeMerged()
 
 

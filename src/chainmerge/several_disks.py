@@ -23,7 +23,15 @@ import msgspec
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import find_target
 from chainmerge.merge_job import Request
-from chainmerge.merging import Prepared, locks_held, locks_needed, plan_beside, prepare
+from chainmerge.merging import (
+    Prepared,
+    beside_others,
+    locks_held,
+    locks_needed,
+    plan_beside,
+    prepare,
+    require_no_others,
+)
 from chainmerge.ops_errors import DisksMismatched, DisksShareImage
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import Finding
@@ -79,10 +87,10 @@ def plan_disks(
     claims: Counter[str] = Counter()
     plans = []
     for disk in disks:
-        plan, claim = plan_beside(disk.top, disk.base, access, options, claims)
-        claims.update(claim)
-        plans.append(plan)
-    return DisksPlan(REPORT_VERSION, tuple(plans), tuple(refusals))
+        planned = plan_beside(disk.top, disk.base, access, options, claims)
+        claims.update(planned.claim)
+        plans.append(planned)
+    return DisksPlan(REPORT_VERSION, beside_others(plans), tuple(refusals))
 
 
 def merge_disks(
@@ -128,9 +136,13 @@ def merge_disks(
             request = _request(disk, access, options, report, stop, dict(claims))
             prepared.append(prepare(stack, request))
             claims.update(prepared[-1].claim)
+        warnings = require_no_others(prepared)
         entries = _entries(disks, prepared, access, options)
         _keep(prepared, entries)
-        outcomes = tuple(_carry_out(disks, prepared, entries))
+        outcomes = tuple(
+            _with_warnings(outcome, more)
+            for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
+        )
     if all(one.is_done for one in outcomes):
         for one in prepared:
             forget_entry(one.base)
@@ -266,6 +278,13 @@ def _carry_out(
             yield _failed(top, base, outcome, error)
         else:
             yield DiskReport(top, base, DiskOutcome(report.outcome), report)
+
+
+def _with_warnings(outcome: DiskReport, more: Sequence[str]) -> DiskReport:
+    if outcome.report is None:
+        return outcome
+    warnings = (*outcome.report.warnings, *more)
+    return replace(outcome, report=replace(outcome.report, warnings=warnings))
 
 
 def _failed(top: str, base: str, outcome: DiskOutcome, error: ChainmergeError) -> DiskReport:

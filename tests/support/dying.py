@@ -44,6 +44,11 @@ class DyingVm:
     def address(self) -> tuple[str, ...]:
         return tuple(self.vm.address)
 
+    @property
+    def process(self) -> int | None:
+        process: int | None = self.vm.process
+        return process
+
     def __getattr__(self, name: str) -> Any:
         passed_on = getattr(self.vm, name)
 

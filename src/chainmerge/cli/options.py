@@ -188,6 +188,13 @@ def merge_options(function: Function[R]) -> Function[R]:
         panel=_MERGING,
     )
     @click.option(
+        "--despite-newer-base",
+        is_flag=True,
+        help="Go on where BASE holds most of TOP already and was written later: what was written "
+        "to it since is overwritten.",
+        panel=_MERGING,
+    )
+    @click.option(
         "--engine",
         type=click.Choice(get_args(EngineChoice)),
         default=defaults.engine,

@@ -21,6 +21,7 @@ from chainmerge.chain.reading import data_file_places
 from chainmerge.checkpoints import BitmapState
 from chainmerge.live.domain_connection import DEFAULT_URI, DomainConnection
 from chainmerge.live.errors import NoSuchDisk, VmRefused
+from chainmerge.live.peer import qemu_of_domain
 from chainmerge.live.port import (
     BlockGraph,
     BlockNode,
@@ -146,6 +147,11 @@ class DomainDisk:
         """The options of ``chainmerge live`` that lead to this disk."""
         place = ("--domain", self._domain_name, "--disk", self._disk)
         return place if self._uri == DEFAULT_URI else (*place, "--connect", self._uri)
+
+    @property
+    def process(self) -> int | None:
+        """The id of the domain's QEMU on this machine; None where that cannot be told."""
+        return qemu_of_domain(self._ask("virDomainGetUUIDString", self._domain.UUIDString))
 
     leaves_tombstones: Final = False
     """libvirt removes a bitmap from all images of the chain, and disables none."""

@@ -140,6 +140,35 @@ class LiveChainDiffers(Refused):
 
 
 @dataclass(eq=False)
+class LiveImageExchanged(Refused):
+    """The VM has another file open than the one that stands at the path of its image."""
+
+    code: ClassVar[str] = "live-image-exchanged"
+    template: ClassVar[str] = (
+        "what is at {image} now is not the file that {vm} has open: it was replaced, or removed, "
+        "while the VM ran"
+    )
+    hint: ClassVar[str] = (
+        "keep the VM running: if its file has no name any more, it is gone when the VM ends, with "
+        "all that the guest has written to it; save the guest's disk first (a full backup, or a "
+        "block copy to a new image), then find out who did that (`ls -l /proc/{process}/fd` "
+        "shows what the VM has open)"
+    )
+    explanation: ClassVar[str] = (
+        "A file that is replaced under its name (by a restore, a synchronising or deduplicating "
+        "tool, an editor) goes on living as long as somebody has it open. The VM's QEMU would "
+        "merge into files that are gone when it ends, and chainmerge would look at, re-point and "
+        "delete others that the VM has never seen: the images at these paths are not the guest's "
+        "disk, even where they hold the same today. What the VM has open is told by the kernel "
+        "(/proc/PID/fd), and compared by device and inode. No option goes past this. Nothing was "
+        "changed."
+    )
+    vm: str
+    image: str
+    process: str
+
+
+@dataclass(eq=False)
 class LiveJobRunning(Refused):
     """A block job works on the chain."""
 

@@ -22,6 +22,7 @@ from chainmerge.live.errors import (
     NotInVm,
     VmRefused,
 )
+from chainmerge.live.open_files import require_same_files
 from chainmerge.live.port import (
     PLAIN_PROTOCOLS,
     BlockGraph,
@@ -103,6 +104,7 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
     """Find the merge that was asked for in the VM and on disk.
 
     Raises:
+        LiveImageExchanged: the VM has another file open than what is at an image's path.
         NotInVm: top or base is no image of this disk.
         LiveChainDiffers: the images on disk are not the VM's chain.
         LiveUnsuited: the VM does not tell what has to be known.
@@ -111,6 +113,7 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
     graph = _graph_of(vm, top)
     chain = graph.chain()
     paths = [_required_path(vm, node, graph) for node in chain]
+    require_same_files(vm, paths)
     identities = [_identity_at(path) for path in paths]
     place = _place_of(vm, top, paths, identities)
     whole = discover(paths[0], policy_of(access))

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -21,6 +20,7 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from chainmerge.event_loops import SynchronousLoop
 from chainmerge.live.errors import VmRefused, VmUnreachable
+from chainmerge.live.peer import peer_of, qemu_behind
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _GREETING_SECONDS: Final = 10.0
 # Removing a bitmap can flush, and a flush takes as long as the storage likes.
 _ANSWER_SECONDS: Final = 120.0
-_CREDENTIALS: Final = struct.Struct("=iII")  # pid, uid, gid: struct ucred of unix(7)
 
 _T = TypeVar("_T")
 
@@ -54,7 +53,8 @@ class Monitor:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
             except ValueError as error:
                 raise VmUnreachable(self.name, str(error)) from error
-            self._peer = _peer_of(connection)
+            self._peer = peer_of(connection)
+            self._socket_number = os.fstat(connection.fileno()).st_ino
             self._runner = undo.enter_context(SynchronousLoop())
             self._client = QMPClient()
             self._run(self._client.connect(connection), _GREETING_SECONDS)
@@ -78,9 +78,14 @@ class Monitor:
     def working_directory(self) -> Path | None:
         """From where the VM counts names of files; None where that cannot be told."""
         try:
-            return Path(f"/proc/{self._peer}/cwd").readlink()
+            return Path(f"/proc/{self.process or self._peer}/cwd").readlink()
         except OSError:
             return None
+
+    @property
+    def process(self) -> int | None:
+        """The id of the QEMU at the other end; None where it cannot be told, or is elsewhere."""
+        return qemu_behind(self._socket_number, self._peer)
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a command and return its result, as parsed from JSON.
@@ -124,9 +129,3 @@ def _connect(connection: socket.socket, path: str) -> None:
         connection.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")  # noqa: PTH119
     finally:
         os.close(directory)
-
-
-def _peer_of(connection: socket.socket) -> int:
-    """The process id of who listens at the other end."""
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(packed)[0])

@@ -28,6 +28,7 @@ from chainmerge.live.inspection import (
     require_no_job,
     unchangeable,
 )
+from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.merge_job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
@@ -85,13 +86,18 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
 
 def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     asked = options.as_merge
+    others = others_beside(vm, live)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
     with open_chain(target.chain) as opened:
         require_readable(target, opened)
         layers = layers_of(live, opened)
         decisions = tuple(_decided(live, layers, options))
-        found = (*obstacles(vm, live, opened), *children_with_larger_snapshots(target))
+        found = (
+            *others.refusals,
+            *obstacles(vm, live, opened),
+            *children_with_larger_snapshots(target),
+        )
         # Where the VM and the disk do not agree about a bitmap, that is to be said, and not that
         # the one on disk is broken.
         final_bits = {} if found else dict(_known_bits(live, opened, decisions))
@@ -126,7 +132,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         pull_obstacle="the VM's QEMU commits",
         spaces=survey.spaces,
         obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
-        warnings=tuple(_warnings(live)),
+        warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
         snapshots=snapshots,
     )
     plan = _as_it_grows(make_plan(facts, asked))

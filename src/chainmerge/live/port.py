@@ -269,6 +269,10 @@ class InspectedVm(Protocol):
         """The options of ``chainmerge live`` that lead to this disk."""
 
     @property
+    def process(self) -> int | None:
+        """The id of the VM's process on this machine; None where that cannot be told."""
+
+    @property
     def leaves_tombstones(self) -> bool:
         """Whether base can get a tombstone; else the name goes from all images of the chain."""
 
@@ -320,6 +324,10 @@ class LiveVm(Protocol):
     @property
     def address(self) -> tuple[str, ...]:
         """The options of ``chainmerge live`` that lead to this disk."""
+
+    @property
+    def process(self) -> int | None:
+        """The id of the VM's process on this machine; None where that cannot be told."""
 
     @property
     def leaves_tombstones(self) -> bool:

@@ -126,6 +126,11 @@ class QmpVm:
         disk = ("--device", self._device) if self._device is not None else ("--node", self._node)
         return ("--qmp", self._socket, *(str(part) for part in disk))
 
+    @property
+    def process(self) -> int | None:
+        """See :class:`chainmerge.live.port.LiveVm`."""
+        return self._monitor.process
+
     leaves_tombstones: Final = True
     """See :class:`chainmerge.live.port.LiveVm`."""
 

@@ -5,7 +5,7 @@
 
     Refused                       nothing was changed
     ├── ImageMissing, WrongFileType, AccessDenied, ImageReadOnly, CannotOpen
-    ├── ImageLocked, LocksUnsupported, OpenFilesLimited
+    ├── ImageLocked, ImageInUse, LocksUnsupported, OpenFilesLimited
     ├── LvmMissing, NotALogicalVolume
     └── CannotGrow
         ├── FileSystemFull, FileLimitReached
@@ -142,6 +142,30 @@ class ImageLocked(Refused):
     )
     image: str
     holder: str
+
+
+@dataclass(eq=False)
+class ImageInUse(Refused):
+    """Somebody uses the image whom QEMU's locks do not keep out."""
+
+    code: ClassVar[str] = "image-in-use"
+    template: ClassVar[str] = "{image}: is in use, without a lock that would tell, by {users}"
+    hint: ClassVar[str] = (
+        "end what uses the image: shut the program or the virtual machine down, unmount what is "
+        "mounted, detach the device (losetup -d, dmsetup remove, lvchange -an); see that nothing "
+        "it wrote is missing, then run the command again"
+    )
+    explanation: ClassVar[str] = (
+        "QEMU's locks are on one name of an image, and bind only those who ask for them. A loop "
+        "device over a file, the file below a loop device, another node of the same block device, "
+        "a file system that is mounted, a device-mapper device and a program that is not QEMU's "
+        "are not kept out by them. Two who write at the same time, or one who reads what "
+        "another one moves, destroy an image. They are found by the open files of all processes "
+        "(/proc/*/fd, as far as they may be looked at), by /sys/block and by asking for the "
+        "device exclusively. Nothing was changed."
+    )
+    image: str
+    users: str
 
 
 @dataclass(eq=False)

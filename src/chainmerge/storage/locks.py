@@ -45,9 +45,6 @@ _CONSISTENT_READ: Final = 0
 _WRITE: Final = 1
 _RESIZE: Final = 3
 
-# Not a byte that QEMU gives a meaning; see _kernel_name.
-_IDLE_BYTE: Final = 0
-
 # struct flock with 64-bit offsets: l_type, l_whence, l_start, l_len, l_pid, in native alignment;
 # the "0q" pads it to the size that the compiler gives it. l_pid must be 0 for OFD locks.
 _FLOCK: Final = struct.Struct("@hhqqi0q")
@@ -199,10 +196,12 @@ def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
 
 
 def contentions(wanted: Iterable[tuple[StrPath, LockMode]]) -> Iterator[Refused]:
-    """Why each of the locks *wanted* that cannot be had now cannot be had; none is kept.
+    """Why each of the locks *wanted* that cannot be had now cannot be had.
 
-    Looks for the holders once for all of them: a virtual machine holds all images of its
-    chain, and who looks for the holder of one looks at all open files of all processes.
+    No byte is taken, not even for a moment: a QEMU that opens an image just then would find it
+    locked, and gives up at once. The holders are looked for once for all of them: a virtual
+    machine holds all images of its chain, and who looks for the holder of one looks at all open
+    files of all processes.
 
     Yields:
         What :func:`lock_image` raises without waiting, in the order of *wanted*.
@@ -217,10 +216,17 @@ def contentions(wanted: Iterable[tuple[StrPath, LockMode]]) -> Iterator[Refused]
 def _refusal(path: StrPath, mode: LockMode) -> Iterator[Refused | _Contended]:
     try:
         with FileReadable(path) as file:
-            if not _acquire(file, mode):
+            if _contradicted_now(file, mode):
                 yield _Contended(file.name, _kernel_name(file.fd), mode.contradicting_bytes)
     except Refused as error:
         yield error
+
+
+def _contradicted_now(file: FileReadable, mode: LockMode) -> bool:
+    try:
+        return _contradicted(file.fd, mode)
+    except OSError as error:
+        raise LocksUnsupported(file.name, _reason(error)) from error
 
 
 def _acquire_until(deadline: float, file: FileReadable, mode: LockMode) -> None:
@@ -303,7 +309,7 @@ class _Contended:
             for process, lock in held.get(self.file or "", ())
             if any(lock.touches(byte) for byte in self.wanted)
         }
-        names = ", ".join(_describe(process) for process in sorted(holders))
+        names = ", ".join(process_name(process) for process in sorted(holders))
         return ImageLocked(self.image, names or "another process")
 
 
@@ -318,15 +324,23 @@ def _locks_by_file() -> _LocksByFile:
 def _kernel_name(fd: int) -> str | None:
     """Device and inode as the kernel's lock lists have them.
 
-    They need not be what stat says (Btrfs, overlays), so a lock of our own shows them.
+    The device need not be what stat says (Btrfs, overlays): it is that of the mount.
     """
     try:
-        _set_lock(fd, fcntl.F_RDLCK, _IDLE_BYTE)
-        own = list(_locks_in(Path(f"/proc/self/fdinfo/{fd}")))
-        _set_lock(fd, fcntl.F_UNLCK, _IDLE_BYTE)
+        about = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
+        mounts = Path("/proc/self/mountinfo").read_bytes()
     except OSError:
         return None
-    return own[0].file if own else None
+    told = dict(line.split(":", 1) for line in about.splitlines() if line.count(":") == 1)
+    mount = told.get("mnt_id", "").strip().encode()
+    # Linux tells the inode since 5.14.
+    inode = told.get("ino", "").strip() or str(os.fstat(fd).st_ino)
+    for line in mounts.splitlines():
+        words = line.split(maxsplit=3)
+        if words[0] == mount:
+            major, _, minor = words[2].partition(b":")
+            return f"{int(major):02x}:{int(minor):02x}:{inode}"
+    return None
 
 
 def _locks_of_all_processes() -> Iterator[tuple[int, _KernelLock]]:
@@ -351,15 +365,28 @@ def _locks_in(fdinfo: Path) -> Iterator[_KernelLock]:
         text = fdinfo.read_text(encoding="ascii", errors="replace")
     except OSError:
         return
-    for line in text.splitlines():
+    yield from _locks_told_of(text)
+
+
+def _locks_told_of(fdinfo: str) -> Iterator[_KernelLock]:
+    for line in fdinfo.splitlines():
         words = line.split()
-        # A "->" marks one who waits for the lock.
-        if len(words) == 9 and words[0] == "lock:":
+        # A "->" marks one who waits for the lock. Those of flock(2) meet no others.
+        if len(words) == 9 and words[0] == "lock:" and words[2] != "FLOCK":
             file, first, last = words[-3:]
             yield _KernelLock(file, int(first), None if last == "EOF" else int(last))
 
 
-def _describe(process: int) -> str:
+def lock_bytes_of(fdinfo: str) -> frozenset[int]:
+    """The bytes that QEMU's locks are on, of an open file whose text under ``/proc`` this is."""
+    locks = list(_locks_told_of(fdinfo))
+    permissions = range(_RESIZE + 1)
+    candidates = [start + one for start in (_USED, _UNSHARED) for one in permissions]
+    return frozenset(byte for byte in candidates if any(lock.touches(byte) for lock in locks))
+
+
+def process_name(process: int) -> str:
+    """A process, as messages call it."""
     try:
         # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
         name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes sure that nobody uses the images of a merge, besides who asks for QEMU's locks.
+
+One look serves all images of all disks. Who would be harmed, or would harm, refuses the merge;
+who only reads is named in a warning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from chainmerge.storage.bystanders import Wanted, bystanders_of
+from chainmerge.storage.errors import ImageInUse
+from chainmerge.storage.locks import LockMode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from chainmerge.storage.bystanders import Bystander
+
+_LOOKS: Final = 4
+_BETWEEN_LOOKS: Final = 0.05
+
+Images: TypeAlias = "Sequence[Wanted]"
+"""What one merge wants of which images."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherUsers:
+    """Who else uses the images of one merge.
+
+    Attributes:
+        refusals: Why it must not be done now, one for each image.
+        warnings: Who reads what is going to be another.
+    """
+
+    refusals: tuple[ImageInUse, ...]
+    warnings: tuple[str, ...]
+
+
+def look_for_others(
+    merges: Sequence[Images], known: frozenset[int] = frozenset()
+) -> tuple[OtherUsers, ...]:
+    """Who else uses the images of each of some merges, found in one look.
+
+    Args:
+        merges: the images of each.
+        known: the ids of processes that may use them.
+    """
+    wanted = {(one.path, one.mode, one.dies): one for images in merges for one in images}
+    found: dict[str, list[Bystander]] = defaultdict(list)
+    for bystander in _who_stay(tuple(wanted.values()), known):
+        found[bystander.image].append(bystander)
+    return tuple(_judged(images, found) for images in merges)
+
+
+def _who_stay(wanted: Images, known: frozenset[int]) -> tuple[Bystander, ...]:
+    """Who uses the images, without those who are gone again at once.
+
+    To find out whether an image can be written to is to open it: a plan, a tool that scans.
+    """
+    for _ in range(_LOOKS - 1):
+        found = bystanders_of(wanted, known)
+        if not any(one.excludes for one in found):
+            return found
+        time.sleep(_BETWEEN_LOOKS)
+    return bystanders_of(wanted, known)
+
+
+def require_alone(images: Iterable[Path], known: frozenset[int] = frozenset()) -> None:
+    """Make sure that nobody uses *images*, which are going to be written to.
+
+    Raises:
+        ImageInUse: somebody does.
+    """
+    wanted = tuple(Wanted(image, LockMode.WRITER) for image in images)
+    for found in look_for_others([wanted], known):
+        for refusal in found.refusals:
+            raise refusal
+
+
+def _judged(images: Images, found: dict[str, list[Bystander]]) -> OtherUsers:
+    refusals, warnings = [], []
+    for image in dict.fromkeys(str(one.path) for one in images):
+        excluding = [one.name for one in found[image] if one.excludes]
+        reading = [one.name for one in found[image] if not one.excludes]
+        if excluding:
+            refusals.append(ImageInUse(image, _listed(excluding)))
+        elif reading:
+            warnings.append(
+                f"{image} is being read by {_listed(reading)}, without a lock: what is read while "
+                "the merge goes on can be neither the old content nor the new one"
+            )
+    return OtherUsers(tuple(refusals), tuple(warnings))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
