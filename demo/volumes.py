@@ -86,7 +86,9 @@ class LimitedFile:
 
     @property
     def merge_arguments(self) -> tuple[str, ...]:
-        return ("--allow-backing", str(self.path.parent), "--size-limit", str(self.size))
+        # A base in another directory than top could be a base of many.
+        alone = ("--allow-backing", str(self.path.parent), "--sole-user")
+        return (*alone, "--size-limit", str(self.size))
 
     def fill(self, image: Path) -> None:
         shutil.copyfile(image, self.path)

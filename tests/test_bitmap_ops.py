@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import chainmerge
+from chainmerge.chain.errors import DataFileRefused
 from chainmerge.ops_errors import (
     BitmapExists,
     BitmapMissing,
@@ -304,3 +306,64 @@ def test_thirty_two_bitmaps_cost_one_switch(image: Path) -> None:
     assert len(chainmerge.prune(top).removed) == 32
     assert bitmap_names(image) == {}
     assert_clean(image)
+
+
+def test_what_reads_no_data_asks_for_no_data_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image can name any file of the host as the one that holds its data."""
+    # Where nobody looks for images.
+    data = tmp_path / "1" / "2" / "3" / "4" / "data"
+    data.parent.mkdir(parents=True)
+    home = tmp_path / "images"
+    home.mkdir()
+    base = create(home / "base.qcow2", 16 * MIB, data_file=str(data), data_file_raw="on")
+    qemu_io(base, "write -P 1 1M 1M")
+    top = create(home / "top.qcow2", backing="base.qcow2")
+    with pytest.raises(DataFileRefused):
+        chainmerge.plan(top)
+    opened = _files_opened(monkeypatch)
+    for image in (base, top):
+        chainmerge.bitmaps_add(image, "a")
+        listing = chainmerge.bitmaps_list(image)
+        assert [row.name for row in listing.rows] == ["a"] * (1 if image == base else 2)
+    report = chainmerge.inspect(top)
+    assert [one.allocated_bytes for one in report.images] == [16 * MIB, 0]
+    assert report.images[0].details["data file"] == str(data)
+    chainmerge.bitmaps_remove(top, ["a"])
+    data.unlink()
+    assert chainmerge.inspect(top).images[0].allocated_bytes == 16 * MIB
+    assert str(data) not in opened
+    assert str(base) in opened
+
+
+def _files_opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is opened from now on."""
+    opened: list[str] = []
+    really_open = os.open
+
+    def watched(path: str, *arguments: Any, **options: Any) -> int:
+        opened.append(os.fspath(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", watched)
+    return opened
+
+
+def test_a_chain_over_several_directories_is_pruned_from_its_leaf(tmp_path: Path) -> None:
+    """What stands beside it on the same images need not be followed for that."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    root = create(tmp_path / "a" / "root", 16 * MIB)
+    middle = create(tmp_path / "b" / "middle", backing="../a/root")
+    leaf = create(tmp_path / "c" / "leaf", backing="../b/middle")
+    create(tmp_path / "a" / "branch", backing="root")
+    for image in (root, middle, leaf):
+        qemu_img("bitmap", "--add", image, "broken")
+    mark_in_use(middle, "broken")
+    allowed = (str(tmp_path / "a"), str(tmp_path / "b"))
+    access = Access(allow_backing=allowed, active=str(leaf), search=(str(tmp_path),))
+    report = chainmerge.prune(leaf, access=access)
+    assert [one.image for one in report.removed] == [str(leaf), str(tmp_path / "c/../b/middle")]
+    assert "broken" in bitmap_names(root)
+    assert bitmap_names(middle) == bitmap_names(leaf) == {}

@@ -51,12 +51,42 @@ def volumes_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[st
         VolumeNotActivated, LvmMissing, LvmUnfinished: a volume cannot be activated.
         VolumeStaysActive: one cannot be deactivated afterwards.
     """
-    activated: list[str] = []
-    try:
+    with _deactivated_afterwards() as activated:
         while (path := _inactive(Path(top).absolute(), policy)) is not None:
             _activate(path)
             activated.append(path)
         yield tuple(activated)
+
+
+@contextlib.contextmanager
+def neighbours_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[str, ...]]:
+    """Have the volumes beside those of *top*'s chain active, too; gives those that were not.
+
+    Only then can be seen what stands on the images of the chain. One that cannot be activated
+    stays as it is, and is known as that (:func:`inactive_neighbours`).
+
+    Raises:
+        Refused: what discovery raises.
+        VolumeStaysActive: one cannot be deactivated afterwards.
+    """
+    with _deactivated_afterwards() as activated:
+        for neighbour in inactive_neighbours(discover(Path(top), policy)):
+            with contextlib.suppress(ChainmergeError):
+                lvm.activate(str(neighbour), str(neighbour))
+                activated.append(str(neighbour))
+        yield tuple(activated)
+
+
+@contextlib.contextmanager
+def _deactivated_afterwards() -> Iterator[list[str]]:
+    """Gives a list of volumes, of which those that are in it then are deactivated at the end.
+
+    Raises:
+        VolumeStaysActive: one cannot be.
+    """
+    activated: list[str] = []
+    try:
+        yield activated
     except BaseException:
         for path in reversed(activated):
             with contextlib.suppress(ChainmergeError):
@@ -92,7 +122,8 @@ def _inactive(top: Path, policy: ChainPolicy) -> str | None:
             raise
         missing, cause = Path(error.__cause__.image), error
         # A guest may name what it likes.
-        if not territory_of([top], policy.allow_backing).holds(reached(missing)):
+        territory = territory_of([top], policy)
+        if not (territory.holds(reached(missing)) or territory.names(missing)):
             raise
     else:
         return None
@@ -107,8 +138,8 @@ def _inactive(top: Path, policy: ChainPolicy) -> str | None:
     return path
 
 
-def inactive_neighbours(chain: Chain) -> tuple[tuple[Path, str], ...]:
-    """Inactive volumes beside those of the chain, each with why nothing is known of it.
+def inactive_neighbours(chain: Chain) -> tuple[Path, ...]:
+    """Inactive volumes beside those of the chain, in order.
 
     They can hold images that stand on images of the chain.
     """
@@ -125,4 +156,4 @@ def inactive_neighbours(chain: Chain) -> tuple[tuple[Path, str], ...]:
     except ChainmergeError:
         # What needs LVM will say that it does not work.
         return ()
-    return tuple((Path(path), "the logical volume is not active") for path in sorted(paths))
+    return tuple(map(Path, sorted(paths)))

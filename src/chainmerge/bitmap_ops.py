@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain import Chain, ImageInfo, Relatives, discover, find_relatives, open_for_writing
+from chainmerge.chain import Chain, ImageInfo, Relatives, discover, open_for_writing
 from chainmerge.chain.reading import identity_at
 from chainmerge.checkpoints import BitmapState, Fate, LayerBitmaps, Occurrence, chain_test
 from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, StoredBitmap, replace_bitmaps
@@ -24,8 +24,9 @@ from chainmerge.inspection import (
     bitmaps_of,
     find_target,
     gather_bitmaps,
+    metadata_policy_of,
     open_chain,
-    policy_of,
+    relatives_of,
     storable_granularity,
 )
 from chainmerge.ops_errors import (
@@ -60,9 +61,15 @@ from chainmerge.types import (
     PrunedBitmap,
     PruneReport,
 )
+from chainmerge.unseen_users import unseen_users
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from chainmerge.chain import ChainPolicy
+
+_FIND_OUT: Final = "find out which other images use it"
+_BEGIN_ABOVE: Final = "name as --base the lowest image that lies beside the active one"
 
 
 def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListing:
@@ -72,7 +79,8 @@ def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListi
         ChainmergeError: the chain cannot be found or read.
     """
     access = access or Access()
-    chain = discover(Path(access.active or image), policy_of(access))
+    policy = metadata_policy_of(access, image)
+    chain = discover(Path(access.active or image), policy)
     with open_chain(chain) as opened:
         leaf_first = tuple(reversed(opened.images))
         rows = tuple(row for one in leaf_first for row in _rows(one))
@@ -272,7 +280,8 @@ def prune(
     """
     access = access or Access()
     if access.active is not None:
-        return _prune_chain(Path(access.active), Path(base) if base else None, access)
+        policy = metadata_policy_of(access, top, base)
+        return _prune_chain(Path(access.active), Path(base) if base else None, access, policy)
     return _prune_base(Path(top), Path(base) if base else None, access)
 
 
@@ -313,6 +322,7 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
                 if not (before[name].is_tombstone and name in tombstones)
             )
             if removed:
+                _require_users_known(target)
                 edit.replace_by(
                     (*edit.stored_but(list(stale)), *edit.tombstones(sorted(tombstones))),
                     "prune",
@@ -328,17 +338,25 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
     )
 
 
+def _require_users_known(target: Target) -> None:
+    """Raise what :func:`unseen_users` gives where base is going to be changed."""
+    top = target.chain.top
+    for refusal in unseen_users((target.base,), top, target.relatives, _FIND_OUT):
+        raise refusal
+
+
 def _is_part_of_another(name: str, in_base: Mapping[str, Occurrence], target: Target) -> bool:
     """Whether an image that is not in the chain may have the name from base on."""
     is_valid = in_base[name].state is BitmapState.VALID
     return is_valid and bool(target.relatives.branches_with(name))
 
 
-def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport:
-    policy = policy_of(access)
+def _prune_chain(
+    active: Path, base: Path | None, access: Access, policy: ChainPolicy
+) -> PruneReport:
     chain = discover(active, policy)
     lowest = 0 if base is None else chain.index_of(base)
-    relatives = find_relatives(chain, 0, tuple(map(Path, access.search)), policy=policy)
+    relatives = relatives_of(chain, 0, access, policy)
     first = max(lowest, _above_branches(chain, relatives))
     removed: list[PrunedBitmap] = []
     with contextlib.ExitStack() as stack:
@@ -355,6 +373,13 @@ def _prune_chain(active: Path, base: Path | None, access: Access) -> PruneReport
         opened = stack.enter_context(open_chain(discover(active, policy), locks))
         layers = [bitmaps_of(one) for one in opened.images]
         broken = _broken_names(layers)
+        concerned = [
+            image
+            for image, layer in zip(chain.images[first:-1], layers[first:-1], strict=True)
+            if broken.keys() & layer.occurrences.keys()
+        ]
+        for refusal in unseen_users(concerned, chain.top, relatives, _BEGIN_ABOVE):
+            raise refusal
         for index in range(len(opened.images) - 1, first - 1, -1):
             here = [name for name in broken if name in layers[index].occurrences]
             if not here:
@@ -400,17 +425,9 @@ def _above_branches(chain: Chain, relatives: Relatives) -> int:
     below.
     """
     identities = {image.identity: index for index, image in enumerate(chain.images)}
-    first = 0
-    for outsider in (*relatives.siblings, *relatives.middle_children, *relatives.children):
-        if outsider.backing is None:
-            continue
-        shared = discover(outsider.path, policy_of(Access())) if outsider.backing else None
-        if shared is None:
-            continue
-        for image in shared.images:
-            if image.identity in identities:
-                first = max(first, identities[image.identity] + 1)
-    return first
+    outsiders = (*relatives.siblings, *relatives.middle_children, *relatives.children)
+    shared = (identity_at(one.backing) for one in outsiders if one.backing is not None)
+    return max((identities[one] + 1 for one in shared if one in identities), default=0)
 
 
 @contextlib.contextmanager
@@ -501,19 +518,13 @@ class _Edit:
 
 @contextlib.contextmanager
 def _editable(image: str | Path, access: Access) -> Iterator[_Edit]:
-    policy = policy_of(access)
+    policy = metadata_policy_of(access, image)
     with lock_image(image, LockMode.WRITER, access.lock_wait):
         require_alone([Path(image)])
         read_anew(image)
         chain = discover(Path(image), policy)
         _require_support(chain.top)
-        relatives = find_relatives(
-            chain,
-            len(chain.images) - 1,
-            tuple(map(Path, access.search)),
-            Path(access.active) if access.active else None,
-            policy=policy,
-        )
+        relatives = relatives_of(chain, len(chain.images) - 1, access, policy)
         with _open_top(chain) as opened:
             yield _Edit(opened, relatives, chain.images[:-1])
 
@@ -522,7 +533,7 @@ def _editable(image: str | Path, access: Access) -> Iterator[_Edit]:
 def _locked_reader(image: str | Path, access: Access) -> Iterator[OpenImage]:
     with (
         lock_image(image, LockMode.READER, access.lock_wait),
-        _open_top(discover(Path(image), policy_of(access))) as opened,
+        _open_top(discover(Path(image), metadata_policy_of(access))) as opened,
     ):
         yield opened
 

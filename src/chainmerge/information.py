@@ -6,16 +6,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import ImageInfo, discover, find_relatives
-from chainmerge.inspection import OpenImage, open_chain, policy_of
+from chainmerge.chain import ImageInfo, discover
+from chainmerge.inspection import OpenImage, metadata_policy_of, open_chain, relatives_of
 from chainmerge.options import Access
 from chainmerge.qcow2.header import Compression, Header, extension_name
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.types import REPORT_VERSION, ChainReport, ImageReport
+from chainmerge.unseen_users import volumes
 from chainmerge.view import GuestView
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from chainmerge.chain import Relatives
 
 
 def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
@@ -25,15 +28,9 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
         ChainmergeError: the chain cannot be found or read.
     """
     access = access or Access()
-    policy = policy_of(access)
+    policy = metadata_policy_of(access, image)
     chain = discover(Path(image), policy)
-    relatives = find_relatives(
-        chain,
-        max(0, len(chain.images) - 2),
-        tuple(map(Path, access.search)),
-        Path(access.active) if access.active else None,
-        policy=policy,
-    )
+    relatives = relatives_of(chain, max(0, len(chain.images) - 2), access, policy)
     reports: list[ImageReport] = []
     parent: str | None = None
     with open_chain(chain) as opened:
@@ -48,11 +45,20 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
     reports += [
         _report(other, str(other.backing), in_chain=False, allocated=None) for other in others
     ]
-    warnings = tuple(
-        f"{path} could use these images too, but cannot be read: {reason}"
-        for path, reason in relatives.unreadable
+    return ChainReport(
+        REPORT_VERSION,
+        str(image),
+        tuple(reports),
+        tuple(_warnings(relatives)),
+        relatives.searched,
     )
-    return ChainReport(REPORT_VERSION, str(image), tuple(reports), warnings)
+
+
+def _warnings(relatives: Relatives) -> Iterator[str]:
+    for path, reason in relatives.unreadable:
+        yield f"{path} could use these images too, but cannot be read: {reason}"
+    if relatives.inactive:
+        yield f"{volumes(relatives)} could use these images too, but cannot be read: not active"
 
 
 def _report(

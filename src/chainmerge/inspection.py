@@ -141,12 +141,50 @@ class BitmapFacts:
     warnings: tuple[str, ...]
 
 
-def policy_of(access: Access) -> ChainPolicy:
-    """The rules for following backing names that the caller's options ask for."""
+def policy_of(access: Access, *named: str | Path | None) -> ChainPolicy:
+    """The rules for following backing names that the caller's options ask for.
+
+    Args:
+        access: the options.
+        named: images that the caller has named besides; None for one that he has not.
+    """
     return ChainPolicy(
+        named=tuple(Path(path) for path in (*named, access.active) if path is not None),
         allow_backing=tuple(Path(path) for path in access.allow_backing),
         allow_data_files=tuple(Path(path) for path in access.allow_data_file),
         formats={Path(path): name for path, name in access.formats.items()},
+    )
+
+
+def metadata_policy_of(access: Access, *named: str | Path | None) -> ChainPolicy:
+    """As :func:`policy_of`, where no guest data is going to be read."""
+    return replace(policy_of(access, *named), metadata_only=True)
+
+
+def relatives_of(
+    chain: Chain, base_index: int, access: Access, policy: ChainPolicy | None = None
+) -> Relatives:
+    """Who else uses the images of a chain from base up, as far as that can be found out.
+
+    Args:
+        chain: the chain of top.
+        base_index: where base is in it.
+        access: where to look.
+        policy: by which the chain was found; by default that of *access*.
+
+    Raises what :func:`chainmerge.chain.find_relatives` raises.
+    """
+    found = find_relatives(
+        chain,
+        base_index,
+        search=tuple(Path(path) for path in access.search),
+        active=Path(access.active) if access.active else None,
+        policy=policy or policy_of(access),
+    )
+    return replace(
+        found,
+        searched=replace(found.searched, sole_user=access.sole_user),
+        inactive=inactive_neighbours(chain),
     )
 
 
@@ -159,23 +197,16 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
     Raises:
         BaseNotBelowTop, NoBackingFile, and what discovery raises.
     """
-    policy = policy_of(access)
+    policy = policy_of(access, top, base)
     chain = discover(top, policy)
     base_index = chain.base_index if base is None else chain.index_of(base)
     if base_index == len(chain.images) - 1:
         raise BaseNotBelowTop(str(base), str(top))
-    active = Path(access.active) if access.active is not None else None
-    if active is not None and identity_at(active) == chain.images[base_index].identity:
-        active = None
-    relatives = find_relatives(
-        chain,
-        base_index,
-        search=tuple(Path(path) for path in access.search),
-        active=active,
-        policy=policy,
-    )
-    unreadable = (*relatives.unreadable, *inactive_neighbours(chain))
-    return Target(chain, base_index, replace(relatives, unreadable=unreadable))
+    if access.active is not None:
+        active = identity_at(Path(access.active))
+        if active == chain.images[base_index].identity:
+            access = replace(access, active=None)
+    return Target(chain, base_index, relatives_of(chain, base_index, access, policy))
 
 
 @contextlib.contextmanager

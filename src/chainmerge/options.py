@@ -68,9 +68,11 @@ class Access:
         formats: Explicit formats (``"qcow2"``, ``"raw"``, ...) by image path.
         allow_backing: Directories whose files may serve as backing files.
         allow_data_file: External data files that may be used.
-        search: More directories to look for siblings and children in.
+        search: Directories that images may lie in which use those of the chain; with everything
+            below. What is found nowhere else is then taken for not being there.
         active: The chain's top end, where it is not found by itself.
         lock_wait: Seconds to wait for image locks that others hold.
+        sole_user: No image uses those of the chain but the ones that are found.
         activate: Whether the caller has the chain's logical volumes active for as long as this
             takes; who finishes an interrupted merge has to do so, too. The command line does it.
     """
@@ -81,6 +83,7 @@ class Access:
     search: tuple[str, ...] = ()
     active: str | None = None
     lock_wait: float = 10.0
+    sole_user: bool = False
     activate: bool = False
 
     def __post_init__(self) -> None:

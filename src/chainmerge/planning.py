@@ -17,7 +17,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain import Chain, ImageInfo, Relatives
+from chainmerge.chain import Chain, ImageInfo, Relatives, Searched
 from chainmerge.chain.names import name_to_store
 from chainmerge.checkpoints import BitmapState, Decision, Fate
 from chainmerge.errors import ChainmergeError
@@ -49,6 +49,7 @@ from chainmerge.qcow2.check import CheckReport
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.removals import NOTHING_GOES, Going, Removals, going_with
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
+from chainmerge.unseen_users import inactive_users, unseen_users, volumes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -421,6 +422,8 @@ class MergePlan:
     delete: tuple[str, ...]
     rename: tuple[str, str] | None
     verify: str
+    other_users: tuple[str, ...]
+    searched: Searched
     refusals: tuple[Finding, ...]
     warnings: tuple[str, ...]
 
@@ -457,6 +460,8 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         delete=_delete(facts, options),
         rename=_rename(facts, options),
         verify=options.verify,
+        other_users=_other_users(facts),
+        searched=facts.relatives.searched,
         refusals=tuple(
             Finding(error.code, error.sentence, error.advice)
             for error in find_refusals(facts, options)
@@ -476,6 +481,7 @@ def find_refusals(facts: MergeFacts, options: MergeOptions) -> tuple[ChainmergeE
         *_bitmap_refusals(facts, options),
         *_snapshot_refusals(facts, options),
         *_settle_refusals(facts, options),
+        *_others_unseen(facts, options),
         *_space_refusals(facts, options),
     )
 
@@ -758,6 +764,13 @@ def _rename(facts: MergeFacts, options: MergeOptions) -> tuple[str, str] | None:
     return str(facts.base.path), str(facts.top.path)
 
 
+def _other_users(facts: MergeFacts) -> tuple[str, ...]:
+    """The images outside the chain that stand on one of it, from base up."""
+    relatives = facts.relatives
+    found = (*relatives.siblings, *relatives.middle_children, *relatives.children)
+    return tuple(str(image.path) for image in found)
+
+
 def new_backing(facts: MergeFacts) -> tuple[str, str] | None:
     """Name and format of the backing file that top gets by a pull: base's. None for none."""
     if not facts.base_index:
@@ -786,6 +799,9 @@ def _warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         )
     for path, reason in facts.relatives.unreadable:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
+    changed = _changed(facts, options)
+    if facts.relatives.inactive and not any(inactive_users(changed, top, facts.relatives)):
+        yield f"{volumes(facts.relatives)} could stand on these images and were not looked at"
     yield from _doubts(facts, options)
     for views in facts.snapshots:
         dropped = _planned_snapshots(views, facts, options).dropped
@@ -898,6 +914,32 @@ def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
     for path, reason in facts.relatives.unreadable:
         if path in facts.relatives.unknown:
             yield RelativeUnknown(str(path), str(facts.base.path), str(facts.top.path), reason)
+
+
+def _changed(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
+    """The images besides top that show other content afterwards, or are deleted."""
+    if facts.direction is Direction.PULL:
+        return _doomed(facts, options)
+    return facts.chain.images[facts.base_index : -1]
+
+
+def _others_unseen(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """What may stand where nobody has looked."""
+    changed = _changed(facts, options)
+    if facts.merged:
+        # Base does not change any more. Children that are not seen would still lose top.
+        yield from inactive_users(changed, facts.top, facts.relatives)
+        return
+    yield from unseen_users(changed, facts.top, facts.relatives, _without_change(facts))
+
+
+def _without_change(facts: MergeFacts) -> str:
+    """How to do without a change of base, as the beginning of a hint."""
+    if facts.direction is Direction.PULL:
+        return "leave out --delete and --keep-name, which a pull does not need"
+    if facts.pull_obstacle is None:
+        return f"pull instead (--direction pull), which leaves {facts.base.path} as it is"
+    return f"find out which images use {facts.base.path}"
 
 
 def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:

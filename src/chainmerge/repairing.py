@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, find_relatives, identity_of
+from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, identity_of
 from chainmerge.chain.errors import TopFormatUnknown, WrongFormat
 from chainmerge.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
 from chainmerge.engines.metadata import (
@@ -27,7 +27,7 @@ from chainmerge.engines.metadata import (
 )
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.foreign_commit import HalfDoneCommit, half_done_commit
-from chainmerge.inspection import policy_of
+from chainmerge.inspection import policy_of, relatives_of
 from chainmerge.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
 from chainmerge.merging import merge, plan
 from chainmerge.ops_errors import RepairNotVerified
@@ -46,6 +46,7 @@ from chainmerge.types import (
     RepairReport,
     UndoReport,
 )
+from chainmerge.unseen_users import volumes
 from chainmerge.unusable_bitmaps import unusable_bitmaps
 from chainmerge.verify import bitmap_difference
 
@@ -232,13 +233,7 @@ def _describe(path: Path, readable: FileReadable, access: Access) -> ImageInfo:
 
 
 def _relatives(info: ImageInfo, access: Access) -> Relatives:
-    return find_relatives(
-        Chain((info,)),
-        0,
-        tuple(map(Path, access.search)),
-        Path(access.active) if access.active else None,
-        policy=policy_of(access),
-    )
+    return relatives_of(Chain((info,)), 0, access)
 
 
 def _guarded(relatives: Relatives) -> dict[str, int]:
@@ -313,6 +308,11 @@ def _warnings(relatives: Relatives) -> Iterator[str]:
         yield (
             f"{path} cannot be read ({reason}): should it stand on this image, it must not be "
             "used for an incremental backup before a full one"
+        )
+    if relatives.inactive:
+        yield (
+            f"{volumes(relatives)} cannot be read (not active): what stands on this image must not "
+            "be used for an incremental backup before a full one"
         )
 
 

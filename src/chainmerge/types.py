@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from chainmerge.chain import Searched
 from chainmerge.errors import ChainmergeError, ExitCode, OutcomeUnknown
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import Finding, MergePlan
@@ -305,12 +306,14 @@ class ChainReport:
         image: The image asked about.
         images: The chain from its root up, then siblings and children.
         warnings: What the user should know, a sentence each.
+        searched: Where siblings and children were looked for.
     """
 
     version: int
     image: str
     images: tuple[ImageReport, ...]
     warnings: tuple[str, ...]
+    searched: Searched
 
 
 @dataclass(frozen=True, slots=True)

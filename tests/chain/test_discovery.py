@@ -30,6 +30,7 @@ from chainmerge.chain.errors import (
 from chainmerge.qcow2.errors import BadHeader
 from chainmerge.qcow2.table_errors import BadBitmapDirectory
 from chainmerge.storage.errors import ImageMissing, WrongFileType
+from chainmerge.storage.files import FileReadable
 from tests.chain.overlays import SIZE, overlay, raw
 from tests.chain.unchanged import refusal, unchanged
 from tests.support import qemu
@@ -568,3 +569,54 @@ def test_a_broken_bitmap_directory_is_refused_as_qemu_does(images: Path) -> None
         qemu.qemu_img("info", images / "middle")
     error = refusal(BadBitmapDirectory, images, lambda: discover(images / "top", PLAIN))
     assert error.image == str(images / "middle")
+
+
+# Images that the user has named
+
+
+def test_an_image_that_is_named_is_allowed_by_whatever_name(images: Path, tmp_path: Path) -> None:
+    secret = outside(tmp_path)
+    (images / "link").symlink_to(secret)
+    (tmp_path / "other-name").symlink_to(secret)
+    for name in (str(secret), "link", "../elsewhere/deep/secret"):
+        overlay(images / "over", name)
+        for named in (secret, tmp_path / "other-name", images / "link"):
+            chain = discover(images / "over", ChainPolicy(named=(named,)))
+            assert chain.root.real_path == secret
+
+
+def test_nothing_else_is_allowed_by_that(images: Path, tmp_path: Path) -> None:
+    secret = outside(tmp_path)
+    qemu.create(secret.parent / "beside", SIZE)
+    policy = ChainPolicy(named=(secret,))
+    overlay(images / "over", secret.parent / "beside")
+    refusal(BackingFileOutside, tmp_path, lambda: discover(images / "over", policy))
+    # Not what the image names that is named, either.
+    overlay(secret.parent / "named", "beside")
+    overlay(images / "over", secret.parent / "named")
+    policy = ChainPolicy(named=(secret.parent / "named",))
+    error = refusal(BackingFileOutside, tmp_path, lambda: discover(images / "over", policy))
+    assert error.image == str(secret.parent / "named")
+    # Nor by a directory that is named as if it was one.
+    overlay(images / "over", secret)
+    policy = ChainPolicy(named=(secret.parent,))
+    refusal(BackingFileOutside, tmp_path, lambda: discover(images / "over", policy))
+
+
+def test_a_link_that_is_turned_after_the_look_is_not_followed(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, named = outside(tmp_path), qemu.create(tmp_path / "named", SIZE)
+    (images / "link").symlink_to(named)
+    overlay(images / "over", "link")
+    opening = FileReadable.__init__
+
+    def turning(self: FileReadable, path: Path) -> None:
+        if Path(path).name == "link":
+            (images / "link").unlink()
+            (images / "link").symlink_to(secret)
+        opening(self, path)
+
+    monkeypatch.setattr(FileReadable, "__init__", turning)
+    with pytest.raises(BackingFileOutside):
+        discover(images / "over", ChainPolicy(named=(named,)))

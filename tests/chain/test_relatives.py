@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainmerge.chain import ChainPolicy, Relatives, discover, find_relatives
+from chainmerge.chain import ChainPolicy, Relatives, Searched, discover, find_relatives
 from chainmerge.chain.errors import (
     ActiveElsewhere,
     BackingFileOutside,
     SearchPathUnusable,
     TooManyFiles,
 )
+from chainmerge.chain.surroundings import MAX_AROUND
 from tests.chain.overlays import SIZE, overlay, raw
 from tests.chain.unchanged import refusal, unchanged
 from tests.support import qemu
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from chainmerge.chain import ImageInfo
     from chainmerge.chain.relatives import ImageAbove
 
-NONE = Relatives((), (), (), (), (), (), frozenset())
+NONE = Relatives((), (), (), (), (), (), frozenset(), Searched())
 
 
 @pytest.fixture
@@ -51,12 +52,19 @@ def relatives_of(
     search: tuple[Path, ...] = (),
     active: Path | None = None,
     policy: ChainPolicy | None = None,
+    max_around: int = MAX_AROUND,
 ) -> Relatives:
     """The relatives of a chain from *base* (a name beside top; else top's backing file) to top."""
     chain = discover(top, policy or ChainPolicy())
     base_index = chain.base_index if base is None else chain.index_of(top.parent / base)
     with unchanged(top.parent):
-        return find_relatives(chain, base_index, search, active, policy=policy)
+        return find_relatives(
+            chain, base_index, search, active, policy=policy, max_around=max_around
+        )
+
+
+def are_none(found: Relatives) -> bool:
+    return replace(found, searched=Searched()) == NONE
 
 
 def names(found: Iterable[ImageInfo]) -> list[str]:
@@ -72,8 +80,8 @@ def test_a_chain_that_nobody_else_uses(images: Path) -> None:
     raw(images / "disk")
     (images / "notes.txt").write_text("QFI")
     (images / "empty").touch()
-    assert relatives_of(images / "top") == NONE
-    assert relatives_of(images / "top", "base") == NONE
+    assert are_none(relatives_of(images / "top"))
+    assert are_none(relatives_of(images / "top", "base"))
 
 
 def test_siblings_children_and_middle_children(images: Path) -> None:
@@ -154,17 +162,47 @@ def test_directories_searched(images: Path, tmp_path: Path) -> None:
         overlay(tmp_path / name / name, images / "top")
         overlay(tmp_path / name / "below" / "deep", images / "top")
     (tmp_path / "near" / "link-to-top").symlink_to(images / "top")
-    assert relatives_of(images / "top") == NONE
+    alone = partial(relatives_of, max_around=0)
+    assert are_none(alone(images / "top"))
     far = tmp_path / "far"
-    assert names(relatives_of(images / "top", search=(far,)).children) == ["far"]
-    assert names(relatives_of(images / "top", search=(far / "below" / "deep",)).children) == [
-        "deep"
-    ]
+    found = alone(images / "top", search=(far,))
+    assert names(found.children) == ["deep", "far"]
+    assert found.searched.named == (str(far),)
+    assert names(alone(images / "top", search=(far / "below" / "deep",)).children) == ["deep"]
     # The directory of the path given for top counts as well as that of the file itself.
     (tmp_path / "near" / "middle").symlink_to(images / "middle")
     (tmp_path / "near" / "base").symlink_to(images / "base")
     overlay(images / "beside", "top")
-    assert names(relatives_of(tmp_path / "near" / "link-to-top").children) == ["beside", "near"]
+    assert names(alone(tmp_path / "near" / "link-to-top").children) == ["beside", "near"]
+
+
+def test_what_lies_beside_and_below_is_looked_at_too(images: Path, tmp_path: Path) -> None:
+    for place in ("images/1/2/3", "beside/1/2", "beside"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        overlay(tmp_path / place / "child", images / "top")
+    for place in ("images/1/2/3/4", "beside/1/2/3"):
+        (tmp_path / place).mkdir()
+        overlay(tmp_path / place / "too-deep", images / "top")
+    (tmp_path / "beside" / "linked").symlink_to(tmp_path / "beside" / "1" / "2" / "3")
+    found = relatives_of(images / "top")
+    assert {str(image.path.parent.relative_to(tmp_path)) for image in found.children} == {
+        "beside",
+        "beside/1/2",
+        "images/1/2/3",
+    }
+    assert found.searched.directories[0] == str(images)
+    assert found.searched.around == (str(tmp_path),)
+    assert found.searched.left_out == ()
+
+
+def test_where_a_search_stops_is_said(images: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"vm-{number}").mkdir()
+        overlay(tmp_path / f"vm-{number}" / "child", images / "top")
+    found = relatives_of(images / "top", max_around=8)
+    assert len(found.children) == 2
+    said = f"{tmp_path}/vm-2 and further ones (stopped after 8 files)"
+    assert said in found.searched.left_out
 
 
 def test_a_directory_that_cannot_be_searched(images: Path) -> None:
@@ -179,7 +217,7 @@ def test_a_directory_that_cannot_be_searched(images: Path) -> None:
 def test_the_number_of_files_is_limited(images: Path) -> None:
     chain = discover(images / "top", ChainPolicy())
     (images.parent / "alias").symlink_to("images")
-    assert find_relatives(chain, 1, [images.parent / "alias"], max_files=3) == NONE
+    assert are_none(find_relatives(chain, 1, [images.parent / "alias"], max_files=3))
     (images / "fourth").touch()
     error = refusal(TooManyFiles, images, lambda: find_relatives(chain, 1, max_files=3))
     assert (error.directory, error.limit) == (str(images), 3)
@@ -236,7 +274,7 @@ def test_images_above_are_found_from_the_active_one(images: Path, tmp_path: Path
     overlay(tmp_path / "m" / "x", images / "top")
     overlay(tmp_path / "n" / "active", "../m/x")
     chain = discover(images / "top", ChainPolicy())
-    assert find_relatives(chain, 1) == NONE
+    assert are_none(find_relatives(chain, 1, max_around=0))
 
     active = tmp_path / "n" / "active"
     policy = ChainPolicy(allow_backing=(tmp_path / "m",))

@@ -80,21 +80,13 @@ def test_every_option_of_the_api_can_be_given() -> None:
     seen = given_to_a_command(
         *("--format", "a=raw", "--format", "b=qcow2", "--allow-backing", "/b"),
         *("--allow-data-file", "/d", "--search", "/s", "--search", "/t", "--active", "leaf"),
-        *("--lock-wait", "0.5", "--verify", "metadata", "--delete", "--keep-name"),
-        *(
-            "--drop-bitmaps",
-            "--drop-snapshots",
-            "--engine",
-            "qemu",
-            "--bandwidth",
-            "100M",
-            "--size-limit",
-            "1G",
-        ),
+        *("--lock-wait", "0.5", "--sole-user", "--verify", "metadata", "--delete", "--keep-name"),
+        *("--drop-bitmaps", "--drop-snapshots", "--engine", "qemu"),
+        *("--bandwidth", "100M", "--size-limit", "1G"),
         *("--volume", "lvm", "--shrink", "--discard"),
     )
     assert seen["access"] == Access(
-        {"a": "raw", "b": "qcow2"}, ("/b",), ("/d",), ("/s", "/t"), "leaf", 0.5
+        {"a": "raw", "b": "qcow2"}, ("/b",), ("/d",), ("/s", "/t"), "leaf", 0.5, sole_user=True
     )
     assert seen["options"] == MergeOptions(
         "metadata",

@@ -221,7 +221,7 @@ def test_of_a_device_nothing_tells_whether_it_was_written_to_since(tmp_path: Pat
     with loop_device(tmp_path / "elsewhere" / "volume", 64 << 20) as device:
         create(device, backing=base)
         qemu_io(device, "write -q -P 2 1M 1M")
-        devices = Access(allow_backing=(str(tmp_path),))
+        devices = Access(allow_backing=(str(tmp_path),), sole_user=True)
         with running_vm(tmp_path / "vm", (base, device)) as vm:
             with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
                 for _ in range(2):
@@ -229,7 +229,7 @@ def test_of_a_device_nothing_tells_whether_it_was_written_to_since(tmp_path: Pat
             vm.quit()
         with pytest.raises(LivePivotUnclear):
             chainmerge.merge(device, base, access=devices)
-        told = Access(allow_backing=(str(tmp_path),), active=str(base))
+        told = Access(allow_backing=(str(tmp_path),), sole_user=True, active=str(base))
         report = chainmerge.merge(device, base, access=told)
         assert report.outcome == "already-merged"
         # The volume is used again, for the next snapshot of the same disk.
@@ -238,7 +238,7 @@ def test_of_a_device_nothing_tells_whether_it_was_written_to_since(tmp_path: Pat
         wanted = content(device)
         with pytest.raises(LivePivotUnclear):
             chainmerge.merge(device, base, access=devices)
-        told = Access(allow_backing=(str(tmp_path),), active=str(device))
+        told = Access(allow_backing=(str(tmp_path),), sole_user=True, active=str(device))
         report = chainmerge.merge(device, base, access=told)
         assert report.outcome == "merged"
         assert content(base) == wanted

@@ -26,7 +26,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.exclusive import sole_driver
-from chainmerge.options import LiveOptions
+from chainmerge.options import Access, LiveOptions
 from chainmerge.plan_errors import BaseHasOtherChildren
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import (
@@ -39,6 +39,7 @@ from chainmerge.records.live_journal import (
 from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps
 from chainmerge.storage.errors import WriteFailed
 from chainmerge.types import Stage
+from chainmerge.unseen_users import UsersUnknown
 from tests.support.live_scenario import (
     DISK,
     LiveScenario,
@@ -358,3 +359,27 @@ def test_the_guest_is_slowed_down_and_let_go_again(tmp_path: Path) -> None:
         scenario.top.unlink()
         vm.quit()
     assert_closed_right(scenario, guest)
+
+
+def test_a_base_in_another_directory_that_others_may_use(tmp_path: Path) -> None:
+    """The VM knows its own chain. It does not know who else stands on base."""
+    (tmp_path / "9000").mkdir()
+    (tmp_path / "101").mkdir()
+    base = create(tmp_path / "9000" / "base", DISK)
+    top = create(tmp_path / "101" / "top", backing=base)
+    allowed = (str(base.parent),)
+    with (
+        running_vm(tmp_path / "vm", (base, top)) as running,
+        live.QmpVm(str(running.qmp), device=DEVICE) as disk,
+    ):
+        plan = live.plan(disk, top, base, access=Access(allow_backing=allowed))
+        assert [one.code for one in plan.refusals] == ["users-unknown"]
+        assert "--direction" not in plan.refusals[0].hint
+        with pytest.raises(UsersUnknown):
+            live.merge(disk, top, base, access=Access(allow_backing=allowed))
+        clone = create(tmp_path / "clone", backing=base)
+        vouched = Access(allow_backing=allowed, sole_user=True)
+        with pytest.raises(BaseHasOtherChildren):
+            live.merge(disk, top, base, access=vouched)
+        clone.unlink()
+        live.merge(disk, top, base, access=vouched)

@@ -149,7 +149,7 @@ def test_keep_name_into_another_directory(tmp_path: Path) -> None:
     top = create(tmp_path / "top.img", backing=str(images[1]))
     qemu_io(top, "write -P 9 5M 1M")
     expected = content(top)
-    access = Access(allow_backing=(str(lower),))
+    access = Access(allow_backing=(str(lower),), sole_user=True)
     chainmerge.merge(top, access=access, options=MergeOptions(keep_name=True))
     assert content(top) == expected
     assert not images[1].exists()

@@ -109,7 +109,7 @@ def merge(built: BuiltCase) -> MergeReport:
 def _access(built: BuiltCase) -> Access:
     links = [path for path in (built.base, built.top) if path.is_symlink()]
     allowed = tuple(os.path.realpath(path) for path in links)
-    return Access(allow_backing=allowed)
+    return Access(allow_backing=allowed, sole_user=bool(links))
 
 
 def everything(built: BuiltCase) -> dict[str, object]:

@@ -116,7 +116,7 @@ def test_a_file_system_that_is_full(tmp_path: Path, kind: str) -> None:
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - 2 * MIB)
         before, blocks = base.read_bytes(), base.stat().st_blocks
-        merging = ("merge", "--allow-backing", place, top)
+        merging = ("merge", "--allow-backing", place, "--sole-user", top)
         ran = chainmerge_process(*merging)
         assert_civil(ran)
         assert ran.status == ExitCode.REFUSED
@@ -138,7 +138,7 @@ def test_a_quota(tmp_path: Path) -> None:
         apply_writes(top, [Write(0, 8 * MIB)])
         run("btrfs", "qgroup", "limit", "4M", place)
         before, expected = base.read_bytes(), content(top)
-        merging = ("merge", "--allow-backing", place, top)
+        merging = ("merge", "--allow-backing", place, "--sole-user", top)
         ran = chainmerge_process(*merging)
         assert_civil(ran)
         assert ran.status == ExitCode.REFUSED

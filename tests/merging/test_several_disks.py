@@ -240,7 +240,7 @@ def test_space_is_counted_for_all_of_them_together(tmp_path: Path) -> None:
             top = create(tmp_path / f"{name}-top.qcow2", backing=str(base))
             qemu_io(top, "write -P 4 0 48M")
             tops.append(top)
-        access = chainmerge.Access(allow_backing=(str(mount),))
+        access = chainmerge.Access(allow_backing=(str(mount),), sole_user=True)
         for top in tops:
             assert chainmerge.plan(top, access=access).feasible
         plan = chainmerge.plan_disks(tops, access=access)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from chainmerge.chain import Searched
 from chainmerge.options import Placement
 from chainmerge.planning import (
     DirectionCost,
@@ -106,9 +107,15 @@ def plan(
         delete=(top,),
         rename=(base, top),
         verify="full",
+        other_users=(f"{top}.child",),
+        searched=_searched(words),
         refusals=refusals,
         warnings=(words,),
     )
+
+
+def _searched(words: str) -> Searched:
+    return Searched(("/disks",), ("/more",), ("/",), (words,), "/disks/leaf.qcow2", sole_user=True)
 
 
 def merge_report(of: MergePlan, *, name: str = "daily", words: str = "checked") -> MergeReport:
@@ -157,6 +164,7 @@ def chain_report(*, image: str = "/disks/top.qcow2", words: str = "odd") -> Chai
             one(f"{image}.sibling", root, in_chain=False),
         ),
         (words,),
+        _searched(words),
     )
 
 

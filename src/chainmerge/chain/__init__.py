@@ -5,6 +5,7 @@ from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
 from chainmerge.chain.reading import open_for_writing, open_image
 from chainmerge.chain.relatives import ImageAbove, Relatives, find_relatives, find_users
+from chainmerge.chain.surroundings import Searched
 
 __all__ = [
     "Chain",
@@ -14,6 +15,7 @@ __all__ = [
     "ImageFormat",
     "ImageInfo",
     "Relatives",
+    "Searched",
     "discover",
     "find_relatives",
     "find_users",

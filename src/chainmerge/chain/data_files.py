@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from chainmerge.chain.names import path_from_header, working_directory
 from chainmerge.chain.reading import begins_as_qcow2, identity_at
-from chainmerge.chain.relatives import files_around, find_users
+from chainmerge.chain.relatives import find_users
+from chainmerge.chain.surroundings import surroundings_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import parse_header
@@ -36,13 +38,18 @@ def find_data_file_users(data_file: Path, search: Sequence[Path] = ()) -> tuple[
     """
     identity = identity_at(data_file)
     found = set(find_users([data_file], search))
-    for path in files_around([data_file], search):
+    surroundings = surroundings_of([data_file], search)
+    for path in surroundings.near():
         try:
             if identity in _data_files_of(path):
                 found.add(path)
         except (OSError, ChainmergeError) as error:
             # Damaged images do not count: QEMU does not open them either.
             if not isinstance(error, FormatError | WrongFileType | ImageMissing):
+                found.add(path)
+    for path in surroundings.around():
+        with contextlib.suppress(OSError, ChainmergeError):
+            if identity in _data_files_of(path):
                 found.add(path)
     return tuple(sorted(found))
 

@@ -37,6 +37,8 @@ from chainmerge.storage.files import FileReadable
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from chainmerge.qcow2.header import Header
+
 _THE_USER = "the format given for it"
 
 
@@ -50,7 +52,7 @@ def discover(top: Path, policy: ChainPolicy) -> Chain:
             image is damaged.
     """
     path = top.absolute()
-    images = list(walk_down(path, policy, territory_of([path], policy.allow_backing)))
+    images = list(walk_down(path, policy, territory_of([path], policy)))
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))
 
@@ -131,8 +133,13 @@ class _Walk:
         return replace(
             image,
             backing=None if name is None else backing_path(image.path, name),
-            data_file=allowed_data_file(image, header, self.policy.allow_data_files),
+            data_file=self._data_file(image, header),
         )
+
+    def _data_file(self, image: ImageInfo, header: Header) -> Path | None:
+        if self.policy.metadata_only:
+            return None
+        return allowed_data_file(image, header, self.policy.allow_data_files)
 
     def _given_format(self, path: Path) -> str | None:
         return self.formats.get(os.path.realpath(path))
@@ -152,6 +159,8 @@ class _Walk:
 
     def _check_place(self, child: ImageInfo, name: str, path: Path) -> None:
         named, actual = reached(path), settled(path)
+        if self.territory.names(path):
+            return
         if not self.territory.holds(named):
             outside, how = named, f"is {str(named)!r}"
         elif not self.territory.holds(actual):

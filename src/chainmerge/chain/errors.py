@@ -122,7 +122,7 @@ class BackingFileOutside(Refused):
         "that it leads to through symbolic links are judged. For the nodes of block devices the "
         "second is the last symbolic link under /dev, so that /dev/VG/LV is judged as /dev/VG. "
         "--allow-backing PATH (repeatable) allows one more file, or a directory and everything "
-        "below it."
+        "below it. An image that is itself named on the command line is allowed by that."
     )
     image: str
     name: str

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,7 +17,7 @@ from chainmerge.chain.reading import (
     identity_at,
     identity_of_opened,
 )
-from chainmerge.chain.relatives import files_around
+from chainmerge.chain.surroundings import surroundings_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.storage.files import FileReadable
 
@@ -51,9 +52,10 @@ def files_that_could_back(image: ImageInfo, search: Sequence[Path] = ()) -> tupl
     Raises:
         SearchPathUnusable, TooManyFiles
     """
+    surroundings = surroundings_of([image.path], search)
     found = [
         candidate
-        for path in files_around([image.path], search)
+        for path in itertools.chain(surroundings.near(), surroundings.around())
         if (candidate := _candidate(image, path)) is not None
     ]
     found.sort(key=lambda one: (-_weight(one), str(one.path)))

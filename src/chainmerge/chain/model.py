@@ -182,8 +182,13 @@ class ChainPolicy:
 
     allow_backing: tuple[Path, ...] = ()
     """Further backing files, or directories that may hold them, with everything below."""
+    named: tuple[Path, ...] = ()
+    """Images that the user has named: each may be a backing file, wherever it lies. Not so what
+    is beside it."""
     allow_data_files: tuple[Path, ...] = ()
     """External data files that may be used."""
+    metadata_only: bool = False
+    """Nobody is going to read guest data: external data files are not asked for, nor opened."""
     formats: Mapping[Path, str] = field(default_factory=_no_formats)
     """Formats by image path; symbolic links make no difference."""
     max_images: int = 65536

@@ -11,32 +11,29 @@ import os
 import stat
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.chain.discovery import walk_down
-from chainmerge.chain.errors import ActiveElsewhere, SearchPathUnusable, TooManyFiles
+from chainmerge.chain.errors import ActiveElsewhere
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
 from chainmerge.chain.names import possible_backing_paths
 from chainmerge.chain.reading import (
     DeclaredFormat,
-    begins_as_qcow2,
     describe,
     identity_at,
 )
-from chainmerge.chain.territory import reached, settled, territory_of
+from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Searched, Surroundings
+from chainmerge.chain.territory import territory_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.qcow2.header import parse_header
+from chainmerge.qcow2.header import MAGIC, glance_at_backing_name, parse_header
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-MAX_FILES = 100_000
-"""Directory entries that are looked at."""
+    from collections.abc import Iterable, Sequence
 
 # Floppy and CD-ROM drives: nothing of a chain is there, and they are slow to say so.
 _REMOVABLE = {2, 11}
@@ -94,6 +91,10 @@ class Relatives:
     unknown: frozenset[Path]
     """Those files of them that could not be looked at. Others are damaged: QEMU does not open them
     either. Or they are devices, of which there are many under /dev that nobody can read."""
+    searched: Searched
+    """Where they were looked for."""
+    inactive: tuple[Path, ...] = ()
+    """Logical volumes beside those of the chain that are not active: nobody can look at them."""
 
     def branches_with(self, name: str) -> tuple[ImageInfo, ...]:
         """The siblings, and the others on images between base and top, with a bitmap *name*.
@@ -113,11 +114,13 @@ def find_relatives(
     *,
     policy: ChainPolicy | None = None,
     max_files: int = MAX_FILES,
+    max_around: int = MAX_AROUND,
 ) -> Relatives:
     """Find the users of the images from base to top that are not in the chain themselves.
 
     The headers of all qcow2 images in the directories of the chain's images are read, and
-    in *search*; directories below those are not entered. Images are compared by device
+    in *search* with all directories below; then those around
+    (:class:`chainmerge.chain.surroundings.Surroundings`). Images are compared by device
     and inode. A file that can be reached by several names counts once, by the first name
     (in order) by which it is a relative.
 
@@ -128,7 +131,8 @@ def find_relatives(
         active: the upper end of the chain that the guest writes to. Its backing files
             are found wherever they lie.
         policy: what is allowed and declared for the chain of *active*.
-        max_files: how many directory entries may be looked at.
+        max_files: how many directory entries may be looked at near the chain.
+        max_around: how many are looked at around it.
 
     Raises:
         ActiveElsewhere: top is not below *active*.
@@ -139,9 +143,11 @@ def find_relatives(
     if active is not None:
         survey.add_line(_line_to_top(chain, active, policy or ChainPolicy()))
     images = [image.path for image in chain.images]
-    for path in _files([*_directories(images), *search], max_files):
-        survey.look_at(path)
-    return _judge(chain, base_index, survey)
+    searched = survey.look_around(Surroundings(images, search, max_files, max_around))
+    found = _judge(chain, base_index, survey, searched)
+    return (
+        found if active is None else replace(found, searched=replace(searched, active=str(active)))
+    )
 
 
 def find_users(
@@ -162,21 +168,9 @@ def find_users(
     """
     identities = [identity for path in images if (identity := identity_at(path)) is not None]
     survey = _Survey(frozenset(identities))
-    for path in _files([*_directories(images), *search], max_files):
-        survey.look_at(path)
+    survey.look_around(Surroundings(images, search, max_files, MAX_AROUND))
     users = {path for identity in identities for _, path in survey.users_of(identity)}
     return tuple(sorted(users))
-
-
-def files_around(
-    images: Sequence[Path], search: Sequence[Path] = (), *, max_files: int = MAX_FILES
-) -> Iterator[Path]:
-    """Every file that is looked at for the users of *images*; see :func:`find_relatives`.
-
-    Raises:
-        SearchPathUnusable, TooManyFiles
-    """
-    yield from _files([*_directories(images), *search], max_files)
 
 
 def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageInfo]:
@@ -184,42 +178,11 @@ def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageI
     path = active.absolute()
     places = [path, *(image.path for image in chain.images)]
     line = []
-    for image in walk_down(path, policy, territory_of(places, policy.allow_backing)):
+    for image in walk_down(path, policy, territory_of(places, policy)):
         line.append(image)
         if image.identity == chain.top.identity:
             return line
     raise ActiveElsewhere(str(active), str(chain.top.path))
-
-
-def _directories(images: Iterable[Path]) -> list[Path]:
-    return sorted({place.parent for path in images for place in (reached(path), settled(path))})
-
-
-def _files(places: Iterable[Path], limit: int) -> Iterator[Path]:
-    """The entries of those *places* that are directories, and the others as they are."""
-    count = 0
-    seen: set[Identity] = set()
-    for place in places:
-        try:
-            status = place.stat()
-            if identity_of(status) in seen:
-                continue
-            seen.add(identity_of(status))
-            is_directory = stat.S_ISDIR(status.st_mode)
-            paths = _entries(place, limit - count) if is_directory else [place.absolute()]
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise SearchPathUnusable(str(place), reason) from error
-        count += len(paths)
-        if count > limit:
-            raise TooManyFiles(str(place), limit)
-        yield from paths
-
-
-def _entries(directory: Path, limit: int) -> list[Path]:
-    """The directory's entries in order, no more than one above *limit* of them."""
-    with os.scandir(directory.absolute()) as entries:
-        return sorted(Path(entry.path) for entry in islice(entries, limit + 1))
 
 
 class _Survey:
@@ -228,8 +191,10 @@ class _Survey:
     def __init__(self, chain: frozenset[Identity]) -> None:
         self._chain = chain
         self._backing_names: dict[Identity, str | None] = {}
+        self._identities: dict[Path, Identity | None] = {}
         self._users: dict[Identity, dict[Identity, Path]] = defaultdict(dict)
         self._known: dict[Identity, ImageInfo] = {}
+        self._sound: dict[Identity, bool] = {}
         self.unreadable: dict[Path, str] = {}
         self.unknown: set[Path] = set()
 
@@ -239,32 +204,69 @@ class _Survey:
             self._known[image.identity] = image
             self._users[backing.identity][image.identity] = image.path
 
-    def look_at(self, path: Path) -> None:
-        """Read a file's header if it is a qcow2 image outside the chain, and note what it uses."""
+    def look_around(self, surroundings: Surroundings) -> Searched:
+        """Look at everything that there is to look at; says what that was.
+
+        Raises what :meth:`Surroundings.near` raises.
+        """
+        for path in surroundings.near():
+            self._look_at(path)
+        for path in surroundings.around():
+            if not self._glance_at(path):
+                surroundings.note_unreadable(path)
+        return surroundings.searched()
+
+    def _look_at(self, path: Path) -> None:
+        """Note what a file uses, or why that is not known."""
         try:
-            status = path.stat()
-            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-                return
-            identity = identity_of(status)
-            if identity in self._chain:
-                return
-            if identity not in self._backing_names:
-                self._backing_names[identity] = _backing_name(path, status)
+            self._note_use(path)
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 self.unreadable[path] = error.strerror or str(error)
                 self._note_unknown(path)
-            return
         except ChainmergeError as error:
-            cause = error.__cause__
-            if not (isinstance(cause, OSError) and cause.errno in _NOTHING_THERE):
+            if not _says_nothing_is_there(error):
                 self._note(path, error)
+
+    def _glance_at(self, path: Path) -> bool:
+        """Note what a file uses; whether that could be found out, if it is a file."""
+        try:
+            self._note_use(path)
+        except OSError as error:
+            return error.errno in _NOTHING_THERE or _is_device(path)
+        except FormatError:
+            # QEMU does not open it either.
+            return True
+        except ChainmergeError as error:
+            return _says_nothing_is_there(error) or _is_device(path)
+        return True
+
+    def _note_use(self, path: Path) -> None:
+        """Read a file's header if it is a qcow2 image outside the chain, and note what it uses.
+
+        Raises OSError, ChainmergeError.
+        """
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             return
+        identity = identity_of(status)
+        if identity in self._chain:
+            return
+        if identity not in self._backing_names:
+            self._backing_names[identity] = _backing_name(path, status)
         name = self._backing_names[identity]
-        for backing in possible_backing_paths(path, name or ""):
-            used = identity_at(backing)
+        if not name:
+            return
+        for backing in possible_backing_paths(path, name):
+            used = self._identity_at(backing)
             if used is not None:
                 self._users[used].setdefault(identity, path)
+
+    def _identity_at(self, path: Path) -> Identity | None:
+        """As :func:`identity_at`, which many overlays of one image ask for the same path."""
+        if path not in self._identities:
+            self._identities[path] = identity_at(path)
+        return self._identities[path]
 
     def _note(self, path: Path, error: ChainmergeError) -> None:
         self.unreadable[path] = error.sentence
@@ -272,16 +274,28 @@ class _Survey:
             self._note_unknown(path)
 
     def _note_unknown(self, path: Path) -> None:
-        try:
-            is_device = path.is_block_device()
-        except OSError:
-            is_device = False
-        if not is_device:
+        if not _is_device(path):
             self.unknown.add(path)
 
     def users_of(self, identity: Identity) -> list[tuple[Identity, Path]]:
         """The images outside the chain whose backing file this is, in order of their paths."""
-        return sorted(self._users.get(identity, {}).items(), key=itemgetter(1))
+        users = sorted(self._users.get(identity, {}).items(), key=itemgetter(1))
+        return [(user, path) for user, path in users if self._can_be_opened(user, path)]
+
+    def _can_be_opened(self, identity: Identity, path: Path) -> bool:
+        """Whether a user has a header that QEMU takes."""
+        if identity not in self._sound:
+            self._sound[identity] = identity in self._known or self._has_sound_header(path)
+        return self._sound[identity]
+
+    def _has_sound_header(self, path: Path) -> bool:
+        try:
+            with FileReadable(path) as readable:
+                parse_header(readable)
+        except ChainmergeError as error:
+            self._note(path, error)
+            return False
+        return True
 
     def describe(self, identity: Identity, path: Path, backing: Identity) -> ImageInfo | None:
         """Read an image in full, as one that uses *backing*."""
@@ -313,8 +327,35 @@ def _backing_name(path: Path, status: os.stat_result) -> str | None:
             return None
         if _is_suspended(status.st_rdev):
             raise OSError(errno.EBUSY, "the device is suspended")
+    elif not _begins_as_image(path):
+        return None
     with FileReadable(path) as readable:
-        return parse_header(readable).backing_name if begins_as_qcow2(readable) else None
+        return glance_at_backing_name(readable)
+
+
+def _begins_as_image(path: Path) -> bool:
+    """Whether a regular file has the magic: of most files around there is nothing else to know.
+
+    Raises OSError.
+    """
+    # The file may have become a pipe since it was looked at.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        return os.pread(fd, len(MAGIC), 0) == MAGIC
+    finally:
+        os.close(fd)
+
+
+def _says_nothing_is_there(error: ChainmergeError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _NOTHING_THERE
+
+
+def _is_device(path: Path) -> bool:
+    try:
+        return path.is_block_device()
+    except OSError:
+        return False
 
 
 def _is_suspended(device: int) -> bool:
@@ -326,7 +367,7 @@ def _is_suspended(device: int) -> bool:
         return False
 
 
-def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
+def _judge(chain: Chain, base_index: int, survey: _Survey, searched: Searched) -> Relatives:
     on_base = _above(chain.images[base_index].identity, survey)
     on_middle = [
         found for image in chain.middle(base_index) for found in _above(image.identity, survey)
@@ -340,6 +381,7 @@ def _judge(chain: Chain, base_index: int, survey: _Survey) -> Relatives:
         above=tuple(above),
         unreadable=tuple(sorted(survey.unreadable.items())),
         unknown=frozenset(survey.unknown),
+        searched=searched,
     )
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from chainmerge.chain.model import ChainPolicy
+
 _DEVICES = Path("/dev")
 
 # The kernel follows at most 40 links (path_resolution(7)).
@@ -55,11 +57,12 @@ class Territory:
     """The places where backing files are accepted.
 
     ``directories`` count alone, ``trees`` with everything below (or are single files).
-    All absolute and without symbolic links.
+    ``named`` are images that the user has named. All absolute and without symbolic links.
     """
 
     directories: frozenset[Path]
     trees: frozenset[Path]
+    named: frozenset[Path]
 
     def holds(self, place: Path) -> bool:
         """Whether the file at *place* (from :func:`reached` or :func:`settled`) is inside."""
@@ -67,13 +70,18 @@ class Territory:
             place.is_relative_to(tree) for tree in self.trees
         )
 
+    def names(self, path: Path) -> bool:
+        """Whether *path*, whatever it is called, leads to an image that the user has named."""
+        return bool(self.named) and Path(os.path.realpath(path)) in self.named
 
-def territory_of(images: Iterable[Path], allowed: Iterable[Path]) -> Territory:
-    """The directories of *images*, by name and by where they lead, and the *allowed* paths."""
+
+def territory_of(images: Iterable[Path], policy: ChainPolicy) -> Territory:
+    """The directories of *images*, by name and by where they lead, and what *policy* allows."""
     homes = {place.parent for image in images for place in (reached(image), settled(image))}
     trees = {
         place
-        for path in allowed
+        for path in policy.allow_backing
         for place in (reached(path), settled(path), Path(os.path.realpath(path)))
     }
-    return Territory(frozenset(homes), frozenset(trees))
+    named = frozenset(Path(os.path.realpath(path)) for path in policy.named)
+    return Territory(frozenset(homes), frozenset(trees), named)

@@ -31,6 +31,7 @@ _ACCESS_FIELDS: Final = (
     "allow_backing",
     "allow_data_file",
     "search",
+    "sole_user",
     "active",
     "lock_wait",
 )
@@ -103,7 +104,13 @@ def access_options(function: Function[R]) -> Function[R]:
         type=click.Path(),
         multiple=True,
         metavar="DIR",
-        help="Another directory to look for images in that use the same ones.",
+        help="A directory that images may lie in, however deep, which use the same ones.",
+        panel=_REACHING,
+    )
+    @click.option(
+        "--sole-user",
+        is_flag=True,
+        help="No image uses those of the chain but the ones that are found.",
         panel=_REACHING,
     )
     @click.option(
@@ -121,8 +128,8 @@ def access_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--activate",
         is_flag=True,
-        help="Activate the chain's logical volumes where they are not, and deactivate them "
-        "afterwards.",
+        help="Activate the chain's logical volumes where they are not, and those beside them to "
+        "see what they hold, and deactivate them afterwards.",
         panel=_REACHING,
     )
     @wraps(function)
@@ -142,12 +149,18 @@ def _activate_volumes(
     stack: contextlib.ExitStack, access: Access, arguments: Mapping[str, Any]
 ) -> None:
     """Have the volumes of the chains that a command is for active until *stack* is closed."""
-    from chainmerge.activation import volumes_activated  # noqa: PLC0415 (few commands need it)
-    from chainmerge.inspection import policy_of  # noqa: PLC0415
+    # Few commands need it.
+    from chainmerge.activation import neighbours_activated, volumes_activated  # noqa: PLC0415
+    from chainmerge.inspection import metadata_policy_of  # noqa: PLC0415
 
-    tops = arguments.get("tops") or (arguments.get("top") or arguments["image"],)
-    for top in (access.active,) if access.active else tops:
-        stack.enter_context(volumes_activated(top, policy_of(access)))
+    tops = arguments.get("tops") or tuple(filter(None, (arguments.get("top"),)))
+    named = (*tops, *arguments.get("bases", ()), arguments.get("base"))
+    policy = metadata_policy_of(access, *named)
+    for top in (access.active,) if access.active else tops or (arguments["image"],):
+        stack.enter_context(volumes_activated(top, policy))
+    # What stands on an image matters where base is going to be changed.
+    for top in tops:
+        stack.enter_context(neighbours_activated(top, policy))
 
 
 def merge_options(function: Function[R]) -> Function[R]:

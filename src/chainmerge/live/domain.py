@@ -113,6 +113,9 @@ class DomainDisk:
         NoSuchDisk: the domain has no such disk.
     """
 
+    leaves_tombstones: Final = False
+    """libvirt removes a bitmap from all images of the chain, and disables none."""
+
     def __init__(self, domain: str, disk: str, uri: str = DEFAULT_URI) -> None:
         self._connection = DomainConnection(uri, domain)
         self._domain_name = domain
@@ -152,9 +155,6 @@ class DomainDisk:
     def process(self) -> int | None:
         """The id of the domain's QEMU on this machine; None where that cannot be told."""
         return qemu_of_domain(self._ask("virDomainGetUUIDString", self._domain.UUIDString))
-
-    leaves_tombstones: Final = False
-    """libvirt removes a bitmap from all images of the chain, and disables none."""
 
     # The chain
 

@@ -116,7 +116,7 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
     require_same_files(vm, paths)
     identities = [_identity_at(path) for path in paths]
     place = _place_of(vm, top, paths, identities)
-    whole = discover(paths[0], policy_of(access))
+    whole = discover(paths[0], policy_of(access, top, base))
     _compare(vm, whole, chain, identities)
     target = find_target(top, base, access)
     return LiveTarget(

@@ -158,7 +158,14 @@ def _relatives(live: LiveTarget) -> Relatives:
     in_vm = {image.identity for image in live.above}
     others = tuple(one for one in found.above if one.image.identity not in in_vm)
     children = tuple(child for child in found.children if child.identity not in in_vm)
-    return replace(found, children=(*live.above[:1], *children), above=(*above, *others))
+    leaf = live.above[-1] if live.above else live.target.chain.top
+    return replace(
+        found,
+        children=(*live.above[:1], *children),
+        above=(*above, *others),
+        # The VM says what it writes to.
+        searched=replace(found.searched, active=str(leaf.path)),
+    )
 
 
 def _decided(

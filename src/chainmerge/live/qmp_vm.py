@@ -90,6 +90,9 @@ class QmpVm:
         NoSuchDisk: the VM has no such disk.
     """
 
+    leaves_tombstones: Final = True
+    """See :class:`chainmerge.live.port.LiveVm`."""
+
     def __init__(self, socket: str, *, device: str | None = None, node: str | None = None) -> None:
         self._monitor = Monitor(socket)
         self._device = device
@@ -130,9 +133,6 @@ class QmpVm:
     def process(self) -> int | None:
         """See :class:`chainmerge.live.port.LiveVm`."""
         return self._monitor.process
-
-    leaves_tombstones: Final = True
-    """See :class:`chainmerge.live.port.LiveVm`."""
 
     def graph(self) -> BlockGraph:
         """See :class:`chainmerge.live.port.LiveVm`."""

@@ -25,6 +25,7 @@ from chainmerge.report.text import count, exact_size, human_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from chainmerge.chain import Searched
     from chainmerge.types import DisksPlan
 
 
@@ -80,6 +81,21 @@ def refusals_section(plan: MergePlan | DisksPlan) -> Group:
     return layout.section("Refused", table)
 
 
+def others_section(plan: MergePlan) -> Group:
+    """Which other images use those of the chain, and where they were looked for."""
+    found = ", ".join(plan.other_users) or "none found"
+    return layout.section("Other images that use these", words(found), *search_lines(plan.searched))
+
+
+def search_lines(searched: Searched) -> Iterator[RenderableType]:
+    """How far a search for users of images went."""
+    yield words(f"only these places were searched: {searched.places}", layout.QUIET)
+    for left_out in searched.left_out:
+        yield words(f"not searched: {left_out}", layout.CAUTION)
+    if searched.sole_user:
+        yield words("there are no others, as --sole-user says", layout.QUIET)
+
+
 def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
     top, base = words(plan.top, _ROLE_STYLES[Role.TOP]), words(plan.base, _ROLE_STYLES[Role.BASE])
     if plan.pulls:
@@ -97,6 +113,7 @@ def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
     afterwards = tuple(_afterwards(plan))
     if afterwards:
         yield layout.section("Afterwards", layout.bullets(afterwards))
+    yield others_section(plan)
     yield from layout.warnings_section(plan.warnings)
     if plan.refusals:
         yield refusals_section(plan)

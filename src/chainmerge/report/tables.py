@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 
 from chainmerge.report import layout
 from chainmerge.report.layout import words
+from chainmerge.report.plan_tables import others_section, search_lines
 from chainmerge.report.text import count, exact_size, human_size, rough_size
 from chainmerge.types import (
     UNUSABLE_BITMAP,
@@ -80,7 +81,11 @@ def _disk_parts(disk: DiskReport) -> Iterator[RenderableType]:
 def chain_report(report: ChainReport) -> RenderableType:
     """An image, what it stands on, and what else stands there."""
     nodes = [_node(image, report.image) for image in report.images]
-    return Group(layout.tree(nodes), *layout.warnings_section(report.warnings))
+    return Group(
+        layout.tree(nodes),
+        layout.section("Other images that use these", *search_lines(report.searched)),
+        *layout.warnings_section(report.warnings),
+    )
 
 
 def check_report(result: CheckResult) -> RenderableType:
@@ -241,6 +246,8 @@ def _merge_parts(report: MergeReport) -> Iterator[RenderableType]:
     yield layout.section(f"Bitmaps of {result}", _stored_bitmaps(report.bitmaps))
     yield from _listed("Verified", report.verified)
     yield from _listed("Settled", _settled(report))
+    if report.plan is not None:
+        yield others_section(report.plan)
     yield from layout.warnings_section(report.warnings)
 
 

@@ -213,10 +213,35 @@ def test_an_image_cannot_have_any_volume_activated(group: Group) -> None:
 def test_an_inactive_volume_could_be_another_user_of_base(group: Group) -> None:
     base, middle, top = chain_of_three(group)
     sibling = create(group.create("sibling", 4 * MIB), backing=middle)
-    group.deactivate("sibling")
-    plan = chainmerge_forked("plan", "--json", top).json
-    (warning,) = (each for each in plan["warnings"] if str(sibling) in each)
-    assert "not active" in warning
+    group.create("stranger", 4 * MIB)
+    group.deactivate("sibling", "stranger")
+    ran = refused(top)
+    said = " ".join(ran.err.split())
+    assert f"2 logical volumes ({sibling}, {group.path('stranger')})" in said
+    assert "volumes-inactive" in said
+    plan = chainmerge_forked("plan", "--json", "--active", top, top).json
+    assert [str(sibling) in each for each in plan["warnings"]] == [True]
+    # Once they are looked at, one of them is a sibling, and the other one is not.
+    ran = refused("--activate", top)
+    assert f"also the backing file of {sibling}" in " ".join(ran.err.split())
+    assert not group.is_active("sibling")
+    assert not group.is_active("stranger")
+    assert base.exists()
+
+
+def test_a_child_on_an_inactive_volume_is_re_pointed(group: Group) -> None:
+    base, middle, top = chain_of_three(group)
+    child = create(group.create("child", 4 * MIB), backing=top)
+    qemu_io(child, "write -P 4 2M 64k")
+    group.create("stranger", 4 * MIB)
+    group.deactivate("child", "stranger")
+    ran = chainmerge_forked("merge", "--activate", "--json", top)
+    assert ran.status == 0, ran
+    assert ran.json["repointed"] == [str(child)]
+    assert not group.is_active("child")
+    group.activate("child")
+    assert info(child)["backing-filename"] == str(middle)
+    assert_reads(child, (2, 512 * KIB, MIB), (4, 2 * MIB, 64 * KIB), (3, 3 * MIB, 64 * KIB))
     assert base.exists()
 
 
