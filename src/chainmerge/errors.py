@@ -68,7 +68,12 @@ class ChainmergeError(Exception):
     @property
     def advice(self) -> str:
         """What to do about it."""
-        return self._before_advice + self.hint.format(**self.facts)
+        return self._before_advice + self.own_advice
+
+    @property
+    def own_advice(self) -> str:
+        """The same, whoever passes it on."""
+        return self.hint.format(**self.facts)
 
     def advised(self, before: str) -> Self:
         """The same error, whose advice begins with *before*."""

@@ -426,9 +426,9 @@ class SnapshotsWouldGo(Refused):
     """Another way that changes none, as far as there is one."""
 
     @property
-    def advice(self) -> str:
+    def own_advice(self) -> str:
         """What to do about it."""
-        return self.instead + super().advice
+        return self.instead + super().own_advice
 
 
 @dataclass(eq=False)
@@ -456,9 +456,9 @@ class SnapshotsWouldChange(Refused):
     """Another way that changes none, as far as there is one."""
 
     @property
-    def advice(self) -> str:
+    def own_advice(self) -> str:
         """What to do about it."""
-        return self.instead + super().advice
+        return self.instead + super().own_advice
 
 
 @dataclass(eq=False)
