@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
-import os
 from functools import cache, partial, wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
@@ -20,7 +18,7 @@ from chainmerge.option_checks import (
     require_texts,
 )
 from chainmerge.options import Access, LiveOptions, MergeOptions
-from chainmerge.storage.errors import OutOfMemory, SystemCallFailed, reason_of
+from chainmerge.storage.errors import system_errors_as_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,16 +56,8 @@ def at_the_boundary(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def guarded(*arguments: P.args, **options: P.kwargs) -> T:
         _require_usable(signature, signature.bind(*arguments, **options).arguments)
-        try:
+        with system_errors_as_ours():
             return function(*arguments, **options)
-        except OSError as error:
-            if error.errno == errno.ENOMEM:
-                raise OutOfMemory from error
-            name = error.filename
-            file = os.fsdecode(name) if isinstance(name, str | bytes) else "a file"
-            raise SystemCallFailed(file, reason_of(error)) from error
-        except MemoryError as error:
-            raise OutOfMemory from error
 
     return guarded
 

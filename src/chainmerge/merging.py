@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.bitmap_sets import final_set, lasting_set
 from chainmerge.by_bitmaps import merge_bitmaps
 from chainmerge.chain import open_for_writing
-from chainmerge.chain.errors import ImageReplaced
+from chainmerge.chain.errors import BackingFileMissing, ImageReplaced
 from chainmerge.encrypted import (
     encrypted_difference,
     has_encrypted,
@@ -126,7 +126,12 @@ from chainmerge.settle import (
 )
 from chainmerge.space_facts import survey_space
 from chainmerge.storage.bystanders import Wanted
-from chainmerge.storage.errors import CannotGrow, ExtensionRefused, OpenFilesLimited
+from chainmerge.storage.errors import (
+    CannotGrow,
+    ExtensionRefused,
+    ImageMissing,
+    OpenFilesLimited,
+)
 from chainmerge.storage.files import FileReadable, WritablePort, read_anew
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, contentions, lock_image
@@ -157,6 +162,10 @@ _REFUSED_IN_TIME: Final = (
     StateDirectoryUnusable,
 )
 """What the engines find out before they write, or while what they wrote can be given back."""
+
+
+_TRIES: Final = 5
+"""How often a chain may become another one before a merge of it has its locks."""
 
 
 def plan(
@@ -339,12 +348,44 @@ class Prepared:
 def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     """Look at everything and decide on everything that a merge does; no image is written to.
 
-    What is locked and opened stays so until *stack* is closed.
+    What is locked and opened stays so until *stack* is closed. Where the chain has become another
+    one while this waited for a lock, as another merge of it came to its end, all is looked at anew.
 
     Raises:
         Refused: it will not be done.
         Interrupted: who asked for it said so.
     """
+    for tries_left in reversed(range(_TRIES)):
+        with contextlib.ExitStack() as attempt:
+            try:
+                prepared = _prepare(attempt, request)
+            except _ChangedMeanwhile as error:
+                if not tries_left:
+                    raise error.reason from error
+                continue
+            stack.push(attempt.pop_all())
+            return prepared
+    raise AssertionError("the last try returns or raises")
+
+
+class _ChangedMeanwhile(Exception):
+    """What was found before the images were locked is not what is there now."""
+
+    def __init__(self, reason: ChainmergeError) -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _changes_noticed() -> Iterator[None]:
+    try:
+        yield
+    except (ImageMissing, ImageReplaced, BackingFileMissing) as error:
+        raise _ChangedMeanwhile(error) from error
+
+
+def _prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
+    """As :func:`prepare`. Raises _ChangedMeanwhile, too."""
     record = load_merged_record(request.top)
     if record is not None and finished_before(
         record, request.top, request.base, request.options, request.access.active
@@ -354,15 +395,21 @@ def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
         return Prepared(Path(record.base), None, {}, _doomed_of(record), {}, finish_deleting)
     require_clear(request, record)
     request.announce(Stage.LOCK)
-    target = _find(request)
+    try:
+        target = _find(request)
+    except ImageMissing as error:
+        if load_merged_record(request.top) == record:
+            raise
+        raise _ChangedMeanwhile(error) from error
     if is_anything_left(target.base.real_path, target.chain.top.real_path):
         # What an earlier run put on base may turn out to be a child of top, to be locked, too.
         _read_from_storage(target, request.options)
         target = _find(request)
     allow_open_files(locks_held(target))
-    locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
-    _read_from_storage(target, request.options)
-    target = _same_target(target, request)
+    with _changes_noticed():
+        locks = tuple(_lock_all(stack, target, request.access.lock_wait, request.options))
+        _read_from_storage(target, request.options)
+        target = _same_target(target, request)
     base = target.base.real_path
     images = images_wanted(target, request.options)
     seen = last_changes(images)

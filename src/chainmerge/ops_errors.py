@@ -210,6 +210,25 @@ class DisksMismatched(Misuse):
 
 
 @dataclass(eq=False)
+class DiskGone(Refused):
+    """The overlay of one of several disks is not there, and nothing tells that it was merged."""
+
+    code: ClassVar[str] = "disk-gone"
+    template: ClassVar[str] = "{top}, one of {count} disks, is not there"
+    hint: ClassVar[str] = (
+        "find out what became of it; the other disks can be merged without it: `{others}`"
+    )
+    explanation: ClassVar[str] = (
+        "Several disks are merged as one operation, so that a snapshot goes from all of them. The "
+        "overlay of one disk does not exist, and no record tells that it was merged and deleted. "
+        "Perhaps somebody has deleted or moved it. Nothing was changed."
+    )
+    top: str
+    count: int
+    others: str
+
+
+@dataclass(eq=False)
 class DisksShareImage(Refused):
     """Two of several disks have an image in common that would be written to."""
 

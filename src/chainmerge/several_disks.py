@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from chainmerge.chain import ChainPolicy, discover
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.inspection import find_target
 from chainmerge.merge_job import Request
@@ -32,14 +33,15 @@ from chainmerge.merging import (
     prepare,
     require_no_others,
 )
-from chainmerge.ops_errors import DisksMismatched, DisksShareImage
+from chainmerge.ops_errors import DiskGone, DisksMismatched, DisksShareImage
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import Finding
-from chainmerge.records.disks import DiskEntry, forget_entry, keep_entry
+from chainmerge.records.disks import DiskEntry, disk_file, forget_entry, keep_entry, read_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
-from chainmerge.records.request import recorded
+from chainmerge.records.request import command_of, recorded
 from chainmerge.settle import finished_before
+from chainmerge.storage.errors import system_errors_as_ours
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode
 from chainmerge.types import (
@@ -79,7 +81,10 @@ def plan_disks(
         ChainmergeError: a chain cannot be found or read.
     """
     access, options = access or Access(), options or MergeOptions()
-    disks = _paired(tops, bases)
+    paired = _paired(tops, bases)
+    disks = [disk for disk in paired if not _is_done(disk, paired)]
+    for gone in _gone(disks, access, options):
+        raise gone
     refusals = [
         Finding(error.code, error.sentence, error.advice)
         for error in _shared(disks, access, options)
@@ -125,7 +130,11 @@ def merge_disks(
     report = on_progress or (lambda _event: None)
     stop = should_stop or (lambda: False)
     access, options = access or Access(), options or MergeOptions()
-    disks = _paired(tops, bases)
+    paired = _paired(tops, bases)
+    disks = [disk for disk in paired if not _is_done(disk, paired)]
+    done = [_done_before(disk, paired) for disk in paired if disk not in disks]
+    for gone in _gone(disks, access, options):
+        raise gone
     for refusal in _shared(disks, access, options):
         raise refusal
     allow_open_files(sum(_files_of(disk, access, options) for disk in disks))
@@ -146,7 +155,10 @@ def merge_disks(
     if all(one.is_done for one in outcomes):
         for one in prepared:
             forget_entry(one.base)
-    return DisksReport(REPORT_VERSION, outcomes)
+        for before in done:
+            forget_entry(Path(before.base))
+    by_top = {one.top: one for one in (*outcomes, *done)}
+    return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +208,60 @@ def _target(disk: _Disk, access: Access, options: MergeOptions) -> Target | None
     if record is not None and finished_before(record, disk.top, disk.base, options, access.active):
         return None
     return find_target(disk.top, disk.base, access)
+
+
+def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
+    """What an interrupted run has noted of a disk whose top is gone; None where nothing tells.
+
+    Where its base is not named, the entries of the other disks name it.
+    """
+    if os.path.lexists(disk.top):
+        return None
+    top = os.path.abspath(disk.top)  # noqa: PTH100 (of a link itself)
+    bases = [disk.base] if disk.base is not None else list(_bases_named_by(disks, top))
+    for base in bases:
+        entry = read_entry(disk_file(base))
+        if entry is not None and entry.top == top:
+            return entry
+    return None
+
+
+def _bases_named_by(disks: Sequence[_Disk], top: str) -> Iterator[Path]:
+    for other in disks:
+        with contextlib.suppress(ChainmergeError, OSError):
+            base = other.base or discover(other.top, ChainPolicy()).base.real_path
+            entry = read_entry(disk_file(base))
+            if entry is not None and entry.request is not None and top in entry.disks:
+                yield Path(entry.request.bases[entry.disks.index(top)])
+
+
+def _is_done(disk: _Disk, disks: Sequence[_Disk]) -> bool:
+    """Whether top is gone since an interrupted run of this merge was done with it."""
+    entry = _entry_of(disk, disks)
+    return entry is not None and entry.done
+
+
+def _done_before(disk: _Disk, disks: Sequence[_Disk]) -> DiskReport:
+    entry = _entry_of(disk, disks)
+    assert entry is not None
+    return DiskReport(str(disk.top), entry.base, DiskOutcome.ALREADY_MERGED)
+
+
+def _gone(
+    disks: Sequence[_Disk], access: Access, options: MergeOptions
+) -> Iterator[ChainmergeError]:
+    """Tops that are not there, and of which no record tells that they were merged."""
+    there = [disk for disk in disks if os.path.lexists(disk.top)]
+    for disk in disks:
+        if disk in there:
+            continue
+        record = load_merged_record(disk.top)
+        if finished_before(record, disk.top, disk.base, options, access.active):
+            continue
+        bases = [one.base for one in there if one.base is not None]
+        others = recorded([one.top for one in there], bases, access, options)
+        words = command_of(others) if there else None
+        yield DiskGone(str(disk.top), len(disks), words or "chainmerge merge ...")
 
 
 def _files_of(disk: _Disk, access: Access, options: MergeOptions) -> int:
@@ -268,7 +334,8 @@ def _carry_out(
             yield DiskReport(top, base, DiskOutcome.NOT_BEGUN)
             continue
         try:
-            report = one.carry_out()
+            with system_errors_as_ours():
+                report = one.carry_out()
             _note_done(one.base, entry)
         except Interrupted as error:
             stopped = True

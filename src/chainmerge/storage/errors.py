@@ -20,10 +20,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from chainmerge.errors import Failed, OutcomeUnknown, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def reason_of(error: OSError) -> str:
@@ -620,3 +626,18 @@ class LvmUnfinished(OutcomeUnknown):
     command: str
     pid: int
     seconds: float
+
+
+@contextlib.contextmanager
+def system_errors_as_ours() -> Iterator[None]:
+    """Raise SystemCallFailed and OutOfMemory for what the operating system has to say."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise OutOfMemory from error
+        name = error.filename
+        file = os.fsdecode(name) if isinstance(name, str | bytes) else "a file"
+        raise SystemCallFailed(file, reason_of(error)) from error
+    except MemoryError as error:
+        raise OutOfMemory from error
