@@ -41,7 +41,7 @@ from chainmerge.storage.locks import LockMode, contentions
 from chainmerge.types import REPORT_VERSION, StatusReport, UnfinishedMerge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.request import RecordedRequest
@@ -103,7 +103,7 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
     searches.append(_search_of_devices(searches) if paths else _search_of_all_devices())
     found: dict[str, UnfinishedMerge] = {}
     for search in searches:
-        wanted = [merge for merge in _found_in(search.directories) if search.wants(merge)]
+        wanted = [merge for merge in _found_in(search) if search.wants(merge)]
         if search.missing is not None and not wanted:
             raise ImageMissing(search.missing)
         for merge in wanted:
@@ -201,10 +201,15 @@ def _search_below(root: Path) -> _Search:
     return _Search(tuple(found), (root,), None, left_out=tuple(left_out))
 
 
-def _found_in(directories: Iterable[Path]) -> Iterator[UnfinishedMerge]:
-    """All unfinished merges of which there are files in *directories*."""
+def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
+    """All unfinished merges of which there are files in the directories of a search.
+
+    Raises SearchPathUnusable where one that the report names cannot be read.
+    """
     by_base: dict[str, UnfinishedMerge] = {}
-    for file in [file for directory in directories for file in _files(directory)]:
+    files = [file for directory in search.directories for file in _files(directory, search.named)]
+    # Journals first: they say the most.
+    for file in sorted(files, key=_rank):
         merge = _read(file)
         if merge is not None:
             key = _base_of(file, merge)
@@ -223,20 +228,21 @@ def _base_of(file: Path, merge: UnfinishedMerge) -> str:
     return file.stem if is_filed_by_base else merge.base
 
 
-def _files(directory: Path) -> list[Path]:
-    """The small files in a directory, journals first: they say the most."""
+def _rank(file: Path) -> int:
+    return next(rank for rank, suffix in enumerate(_SUFFIXES) if file.name.endswith(suffix))
+
+
+def _files(directory: Path, named: Sequence[Path]) -> list[Path]:
+    """The small files in a directory."""
     try:
         # Names alone: there can be a great many.
         everything = os.listdir(directory)  # noqa: PTH208
-        names = sorted(name for name in everything if name.endswith(_SUFFIXES))
-    except PermissionError:
-        # Below what was asked for; that it was left out is said.
-        return []
     except OSError as error:
-        if directory == state_files.STATE_DIRECTORY:
+        # One below those has gone in the meantime, or it is said that it was left out.
+        if directory == state_files.STATE_DIRECTORY or directory not in named:
             return []
         raise SearchPathUnusable(str(directory), reason_of(error)) from error
-    return [directory / name for suffix in _SUFFIXES for name in names if name.endswith(suffix)]
+    return [directory / name for name in sorted(everything) if name.endswith(_SUFFIXES)]
 
 
 def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
@@ -276,7 +282,7 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
     if journal is None:
         return None
     where = _where_base_is(journal)
-    base, top = journal.base.path if where is None else str(where), journal.top.path
+    base, top = _name_of(journal.base, where), journal.top.path
     copies = journal.engine == EngineName.QEMU
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
@@ -329,6 +335,11 @@ def _where_is(image: ImageIdentity, request: RecordedRequest | None, *more: str)
     return None
 
 
+def _name_of(base: ImageIdentity, where: Path | None) -> str:
+    """What base is called: a file as it was when the merge began, whatever its name is by now."""
+    return base.path if where is None or base.kind == "file" else str(where)
+
+
 def _may_be_at(path: str, identity: ImageIdentity) -> bool:
     try:
         return what_stands_at(path, identity) is not Sameness.OTHER
@@ -342,7 +353,7 @@ def _of_live_merge(file: Path) -> UnfinishedMerge | None:
         return None
     where = _where_is(journal.base, journal.request)
     there = where is not None
-    base, top = str(where or journal.base.path), journal.top.path
+    base, top = _name_of(journal.base, where), journal.top.path
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
     command, warnings = cold, [f"if the VM still runs, `{resume}` is what carries it on"]
@@ -370,7 +381,7 @@ def _of_saved(file: Path) -> UnfinishedMerge | None:
     if request is None:
         copying += ": the command that was interrupted finishes it"
     return UnfinishedMerge(
-        base=str(_where_is(saved.base, request) or saved.base.path),
+        base=_name_of(saved.base, _where_is(saved.base, request)),
         top=None if request is None else os.path.realpath(request.tops[0]),
         state=UNKNOWN,
         progress=copying,
