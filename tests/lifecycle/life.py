@@ -404,7 +404,33 @@ class Life:
                 words.append("--keep-name")
         if flags // 16 % 5 == 1:
             words += ["--verify", "metadata"]
+        if flags // 32 % 4 == 1:
+            words.append("--drop-snapshots")
         return words
+
+    def _flatten(self, step: Step) -> bool:
+        disk = self._pick(step)
+        if len(chain_of(disk.leaf)) < 2:
+            return False
+        words = ["flatten", "--json"]
+        if self.storage.deletes and step.flags % 2:
+            words.append("--delete")
+        self._command([*words, "--", str(disk.leaf)], step.dies_at)
+        return True
+
+    def _relink(self, step: Step) -> bool:
+        """Somebody copies the backing file of a disk, and puts the disk on the copy."""
+        disk = self._pick(step)
+        chain = chain_of(disk.leaf)
+        image = self._free_name()
+        if len(chain) < 2 or image is None or chain[1] not in self.shows:
+            return False
+        self._say(f"{chain[1].name} is copied to {image.name}")
+        self.storage.put(chain[1], image, same_inode=False)
+        self.shows[image] = list(self.shows[chain[1]])
+        words = ["relink", "--json", "--backing", str(image), str(disk.leaf)]
+        self._command(words, step.dies_at)
+        return True
 
     def _merge_disks(self, step: Step) -> bool:
         tops = [disk.leaf for disk in self.disks if len(chain_of(disk.leaf)) > 1]
@@ -473,7 +499,7 @@ class Life:
         self.happened[f"{' '.join(words[:2])[:10]} {ended.status}"] += 1
         if then is not None:
             then()
-        if words not in self.commands and words[0] in ("merge", "live", "bitmaps"):
+        if words not in self.commands and words[0] in ("merge", "flatten", "live", "bitmaps"):
             self.commands.append(words)
         if ended.status in (2, 3) and words[0] != "live":
             changed = {
@@ -483,9 +509,12 @@ class Life:
             if changed:
                 raise LifeViolated(f"exit {ended.status} of {words} has changed {changed}: {ended}")
             return
+        if "--drop-snapshots" in words:
+            for one in ranges:
+                self._forget_dropped({one.top, *one.between})
         for one in ranges:
             self._follow(one, ended, words)
-        if ended.status == 0 and words[0] == "merge":
+        if ended.status == 0 and words[0] in ("merge", "flatten", "relink"):
             for disk in self.disks:
                 lost = passing[id(disk)] - self._passing(disk)
                 if lost:
@@ -550,6 +579,14 @@ class Life:
     def _forget_snapshotless(self, image: Path) -> None:
         """An overlay that is left behind; only its snapshots are still somebody's."""
         self.shows.pop(image, None)
+
+    def _forget_dropped(self, images: set[Path]) -> None:
+        """Internal snapshots that a command was told to delete where it has to."""
+        for image, name in list(self.snapshots):
+            if image in images and self.storage.holds(image):
+                listed = qemu_img("snapshot", "-U", "-l", image).split()
+                if name not in listed:
+                    del self.snapshots[image, name]
 
     def _may_show(self, image: Path, contents: Iterable[Content]) -> None:
         if image in self.shows:
@@ -628,9 +665,10 @@ def _tops(words: Sequence[str]) -> list[str]:
 def _range(words: Sequence[str], top: str) -> _Range | None:
     """What a merge of *top* is about now; None where its chain cannot be followed."""
     chain = _chain_or_nothing(Path(top))
-    pulls, keeps_name = "pull" in words, "--keep-name" in words
+    flattens = words[0] == "flatten"
+    pulls, keeps_name = flattens or "pull" in words, "--keep-name" in words
     bases = [words[index + 1] for index, word in enumerate(words) if word == "--base"]
-    base = chain[1] if len(chain) > 1 else None
+    base = (chain[-1] if flattens else chain[1]) if len(chain) > 1 else None
     if bases:
         number = _tops(words).index(top) if len(bases) > 1 else 0
         base = Path(bases[number])
