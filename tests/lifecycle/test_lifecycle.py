@@ -27,7 +27,8 @@ KINDS = (
     *("merge",) * 6, *("again",) * 6, *("write",) * 4, *("snapshot",) * 4, *("status",) * 2,
     *("revert",) * 3, *("internal_snapshot",) * 3, *("foreign_commit",) * 2,
     *("restore",) * 2, *("checkpoint",) * 2, "drop_checkpoint", "branch", "resize",
-    "flatten", "relink", "rename", "back_up", "renumber", "merge_disks", "prune", "repair", "live_merge", "new_disk",
+    "flatten", "relink", "rename", "back_up", "renumber", "merge_disks", "prune", "repair",
+    "live_merge", "new_disk",
 )  # fmt: skip
 DEATHS = (*(None,) * 12, 1, 2, 4, 7, 11, 16, 22, 30, 40)
 

@@ -68,6 +68,7 @@ ACCESS = st.builds(
     lock_wait=SECONDS,
     # Would look for volumes to activate.
     activate=st.just(False),
+    sole_user=st.booleans(),
 )
 OPTIONS = st.builds(
     MergeOptions,
@@ -75,6 +76,9 @@ OPTIONS = st.builds(
     delete=st.booleans(),
     keep_name=st.booleans(),
     drop_bitmaps=st.booleans(),
+    drop_snapshots=st.booleans(),
+    despite_newer_base=st.booleans(),
+    reclaim=st.booleans(),
     engine=st.sampled_from(get_args(EngineChoice)),
     direction=st.sampled_from(get_args(DirectionChoice)),
     data=st.sampled_from(get_args(DataChoice)),
@@ -83,6 +87,7 @@ OPTIONS = st.builds(
     size_limit=SIZES,
     volume=st.sampled_from(get_args(VolumeChoice)),
     shrink=st.booleans(),
+    leave=SIZES,
     discard=st.booleans(),
     key_files=st.dictionaries(KEYS, PATHS, max_size=2),
 )

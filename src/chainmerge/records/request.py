@@ -75,11 +75,15 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "active": Spelling("--active", _Paths.VALUE),
         "lock_wait": Spelling("--lock-wait"),
         "activate": Spelling("--activate"),
+        "sole_user": Spelling("--sole-user"),
         # MergeOptions and LiveOptions
         "verify": Spelling("--verify"),
         "delete": Spelling("--delete"),
         "keep_name": Spelling("--keep-name"),
         "drop_bitmaps": Spelling("--drop-bitmaps"),
+        "drop_snapshots": Spelling("--drop-snapshots"),
+        "despite_newer_base": Spelling("--despite-newer-base"),
+        "reclaim": Spelling("--reclaim"),
         "engine": Spelling("--engine"),
         "direction": Spelling("--direction"),
         "data": Spelling("--data"),
@@ -90,6 +94,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "size_limit": Spelling("--size-limit"),
         "volume": Spelling("--volume"),
         "shrink": Spelling("--shrink"),
+        "leave": Spelling("--leave"),
         "discard": Spelling("--discard"),
         "key_files": Spelling("--key-file", _Paths.BOTH),
     }
