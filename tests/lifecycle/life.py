@@ -89,6 +89,11 @@ class _Range:
     pulls: bool
     keeps_name: bool
 
+    @property
+    def doomed(self) -> set[Path]:
+        """What may go: with ``--delete``, and base's name where it gets that of top."""
+        return {*self.between, self.base if self.pulls or self.keeps_name else self.top}
+
 
 class Life:
     """Some disks, and what has happened to them so far."""
@@ -102,6 +107,8 @@ class Life:
         """What images show that no guest writes to; more than one thing after a kill."""
         self.snapshots: dict[tuple[Path, str], Content] = {}
         self.commands: list[list[str]] = []
+        self.doomed: set[Path] = set()
+        """Images that some command was asked to delete, and that were not made since."""
         self.backups: list[Backup] = []
         self.happened: Counter[str] = Counter()
         self.story: list[str] = []
@@ -114,6 +121,7 @@ class Life:
         for name in NAMES:
             place = self.storage.directory / name
             if not self._in_use(place):
+                self.doomed.discard(place)
                 return self.storage.place(name)
         return None
 
@@ -300,6 +308,7 @@ class Life:
         if self.storage.deletes:
             disk.leaf.unlink()
         create(disk.leaf, backing=chain[1].name)
+        self.doomed.discard(disk.leaf)
         disk.content, disk.written_since = contents[0], {}
         return True
 
@@ -337,6 +346,7 @@ class Life:
         if self.storage.deletes:
             for image in owned - set(backup.copies):
                 image.unlink()
+        self.doomed -= set(backup.copies)
         for image, source in backup.copies.items():
             self.storage.put(source, image, same_inode=bool(step.flags % 2))
         self.disks.remove(doomed[0])
@@ -495,6 +505,8 @@ class Life:
         ranges = [one for top in _tops(words) if (one := _range(words, top)) is not None]
         passing = {id(disk): self._passing(disk) for disk in self.disks}
         before = self._digests()
+        if "--delete" in words or "--keep-name" in words:
+            self.doomed |= {image for one in ranges for image in one.doomed}
         ended = self._run(words, dies_at)
         self.happened[f"{' '.join(words[:2])[:10]} {ended.status}"] += 1
         if then is not None:
@@ -514,6 +526,7 @@ class Life:
                 self._forget_dropped({one.top, *one.between})
         for one in ranges:
             self._follow(one, ended, words)
+        self._forget_gone()
         if ended.status == 0 and words[0] in ("merge", "flatten", "relink"):
             for disk in self.disks:
                 lost = passing[id(disk)] - self._passing(disk)
@@ -526,7 +539,7 @@ class Life:
         self._say(f"chainmerge {shlex.join(words)}{moment}: {ended.status}")
         if "internal error" in ended.err or "internal-error" in ended.out:
             raise LifeViolated(f"{words}: {ended}")
-        if ended.status not in (0, 1, 2, 3, 130, KILLED):
+        if ended.status not in (0, 1, 2, 3, 4, 130, KILLED):
             raise LifeViolated(f"{words}: {ended}")
         return ended
 
@@ -547,11 +560,11 @@ class Life:
         disk = next((disk for disk in self.disks if disk.leaf == one.top), None)
         shown = [disk.content] if disk is not None else self.shows.get(one.top, [])
         if one.pulls:
-            self._forget_gone()
             return
         if disk is not None and not one.keeps_name:
             is_gone = not self.storage.holds(one.top)
-            if is_gone or (is_done and len(one.top.name + one.base.name) % 2):
+            goes_down = words[0] == "live" or len(one.top.name + one.base.name) % 2
+            if is_gone or (is_done and goes_down):
                 self._say(f"  the guest goes on in {one.base.name}")
                 disk.leaf = one.base
                 self._fit(disk)
@@ -569,7 +582,6 @@ class Life:
             self._forget(one.base)
         if is_done and disk is None and one.base in self.shows and shown:
             self.shows[one.base] = list(shown)
-        self._forget_gone()
 
     def _fit(self, disk: Disk) -> None:
         """A disk that is merged into a larger one is as large as that."""
@@ -594,10 +606,10 @@ class Life:
             known += [content for content in contents if content not in known]
 
     def _forget_gone(self) -> None:
-        """Images that a command was asked to delete; a guest's own is looked at elsewhere."""
-        for path in list(self.shows):
+        """What was to be deleted may be gone; anything else that is gone will be missed."""
+        for path in self.doomed:
             if not self.storage.holds(path):
-                self.shows.pop(path)
+                self.shows.pop(path, None)
 
     # What must be true.
 
