@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -243,7 +242,7 @@ def plan_beside(
             moved = bytes_to_copy(facts)
             evidence = weigh(target, opened, moved, _never, COMPARED_BY_A_PLAN)
             facts = replace(facts, evidence=evidence)
-        if _was_merged_before(target, facts, record, access) and _base_changed_since(record):
+        if _was_merged_before(target, facts, record, options) and _base_changed_since(record):
             equal = _holds_content(target, opened, facts, options, _never)
             obstacles += () if equal else (_merged_before(target),)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
@@ -727,7 +726,7 @@ def _gather_to_merge(
     commits = facts.direction is Direction.COMMIT
     bitmaps_are_there = commits and _holds_bitmaps(target, opened, found.bitmaps)
     # Who stands on base can be one that is re-pointed already, bitmaps or not.
-    before = _was_merged_before(target, facts, remains.record, request.access)
+    before = _was_merged_before(target, facts, remains.record, options)
     worth_comparing = bitmaps_are_there or before or bool(commits and target.relatives.siblings)
     equal = worth_comparing and _holds_content(target, opened, facts, options, should_stop)
     merged = equal and bitmaps_are_there
@@ -779,13 +778,12 @@ def _holds_bitmaps(target: Target, opened: OpenChain, bitmaps: BitmapFacts) -> b
 
 
 def _was_merged_before(
-    target: Target, facts: MergeFacts, record: MergedRecord | None, access: Access
+    target: Target, facts: MergeFacts, record: MergedRecord | None, options: MergeOptions
 ) -> bool:
     """Whether all of top went into base, so that what base lacks of it is old data."""
-    top = target.chain.top.real_path
-    if facts.direction is Direction.PULL or not is_left_over(record, target.base.real_path, top):
+    if facts.direction is Direction.PULL or options.despite_newer_base:
         return False
-    return access.active is None or os.path.realpath(access.active) != str(top)
+    return is_left_over(record, target.base.real_path, target.chain.top.real_path)
 
 
 def _base_changed_since(record: MergedRecord | None) -> bool:

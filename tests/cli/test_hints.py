@@ -22,7 +22,8 @@ DESTRUCTIVE = {
     r"\brm\b|losetup -d": "removes what may be needed",
     r"repair \{image\} --yes|repair --yes \{image\}": "mends what nobody has looked at",
     r"snapshot -d": "deletes what people keep on purpose",
-    r"(?<!not )qemu-img convert(?!.*keep)": "a copy has no bitmaps and no internal snapshots",
+    # Internal snapshots are copied out like that, before anything is done about them.
+    r"(?<!not )qemu-img convert(?! -O qcow2 -l)(?!.*keep)": "a copy has no bitmaps, no snapshots",
 }
 # These have other owners, or say in the same sentence what it costs.
 KNOWN = {("internal-snapshots", r"snapshot -d")}

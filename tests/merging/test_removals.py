@@ -191,7 +191,7 @@ def test_top_on_a_read_only_mount(tmp_path: Path, end: str) -> None:
     place.mkdir()
     top = create(place / "top.qcow2", backing=str(base))
     qemu_io(top, "write -P 2 1M 1M")
-    access, expected = Access(allow_backing=(str(tmp_path),)), content(top)
+    access, expected = Access(allow_backing=(str(tmp_path),), sole_user=True), content(top)
     options = MergeOptions(**ENDS[end])
     before = base.read_bytes()
     with mounted_over(place, place):

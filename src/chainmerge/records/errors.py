@@ -46,7 +46,8 @@ class MergedBefore(Refused):
     )
     hint: ClassVar[str] = (
         "if the guest uses {base} now, nothing is left to do, and {top} can go; only if {base} "
-        "was put back as it was before that merge, go on with --active {top}"
+        "was put back as it was before that merge, go on with --despite-newer-base, which puts "
+        "what {top} has over what {base} has"
     )
     explanation: ClassVar[str] = (
         "After a merge without --delete top stays where it is, and nothing in it tells that all "

@@ -42,8 +42,9 @@ class OldBytesBehindEnd(Refused):
     )
     hint: ClassVar[str] = (
         "if --engine qemu was asked for, leave it out; else make a new image of what the overlay "
-        "shows ('qemu-img convert'); do not enlarge {image} by other means, the guest would see "
-        "the old bytes"
+        "shows (`qemu-img convert`, which takes no checkpoints along: keep the chain until the "
+        "next full backup); do not enlarge {image} by other means, the guest would see the old "
+        "bytes"
     )
     explanation: ClassVar[str] = (
         "A merge makes base's virtual disk as large as top's. Where base's disk ends inside a "

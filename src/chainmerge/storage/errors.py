@@ -158,8 +158,8 @@ class ImageInUse(Refused):
     template: ClassVar[str] = "{image}: is in use, without a lock that would tell, by {users}"
     hint: ClassVar[str] = (
         "end what uses the image: shut the program or the virtual machine down, unmount what is "
-        "mounted, detach the device (losetup -d, dmsetup remove, lvchange -an); see that nothing "
-        "it wrote is missing, then run the command again"
+        "mounted, give up the device by the tool that set it up; see that nothing it wrote is "
+        "missing, then run the command again"
     )
     explanation: ClassVar[str] = (
         "QEMU's locks are on one name of an image, and bind only those who ask for them. A loop "
