@@ -159,9 +159,12 @@ def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> Merged
 def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
     """Record that top stays, and that all of it is in base: who merges it again may be wrong.
 
-    Where there is no place for that a rerun looks at the images, as ever.
+    Where there is no place for that a rerun looks at the images, as ever; of a block device
+    nothing would tell whether it was written to since.
     """
     top, base = steps.top.real_path, steps.base.real_path
+    if steps.top.is_block_device:
+        return
     left = LeftInPlace(identify(top), data_changed(top), data_changed(base))
     with contextlib.suppress(ChainmergeError):
         record_merged(top, msgspec.structs.replace(_record_of(steps, request), left=left))
