@@ -202,6 +202,22 @@ def test_devices_are_looked_for_among_devices(
         shutil.rmtree(other)
 
 
+@pytest.mark.parametrize("by", ["file", "device"])
+def test_a_loop_device_and_the_file_below_it_are_one_image(
+    tmp_path: Path, loop_device: Callable[[str], Path], by: str
+) -> None:
+    device = loop_device("volume")
+    (tmp_path / "home").mkdir()
+    base = qemu.create(tmp_path / "home" / "base", SIZE)
+    overlay(device, base)
+    other = tmp_path / "home" / "top"
+    other.symlink_to(device if by == "device" else tmp_path / "volume")
+    chain = discover(other, ChainPolicy(allow_backing=(tmp_path,)))
+    # The file lies beside, and all devices are looked at.
+    found = find_relatives(chain, 0, [tmp_path, device])
+    assert found.siblings == ()
+
+
 # Where hosts keep images
 
 POOL = "<pool type='dir'>\n <name>x</name><target>\n <path>{}</path></target></pool>"
