@@ -130,7 +130,7 @@ def test_a_file_further_away_that_cannot_be_read_is_said(
     monkeypatch.setattr(os, "pread", failing)
     found = relatives_of(top)
     assert found.unknown == set()
-    assert found.searched.left_out == (f"{broken} (not to be read)",)
+    assert f"{broken} (not to be read)" in found.searched.left_out
     # Where the user has named it, it may be what he is after.
     found = relatives_of(top, [tmp_path])
     assert found.unknown == {broken}
@@ -145,7 +145,7 @@ def test_a_place_that_is_named_is_looked_at_as_a_whole_or_not_at_all(
     (tmp_path / "far" / "linked").symlink_to(tmp_path / "home")
     found = relatives_of(top, [tmp_path / "far"])
     assert children_of(found) == [child]
-    assert found.searched.left_out == (f"{tmp_path}/far/linked (behind a symbolic link)",)
+    assert f"{tmp_path}/far/linked (behind a symbolic link)" in found.searched.left_out
     chain = discover(top, ChainPolicy())
     with pytest.raises(TooManyFiles):
         find_relatives(chain, 0, [tmp_path / "far"], max_files=6)
