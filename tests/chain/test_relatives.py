@@ -192,7 +192,8 @@ def test_what_lies_beside_and_below_is_looked_at_too(images: Path, tmp_path: Pat
     }
     assert found.searched.directories[0] == str(images)
     assert found.searched.around == (str(tmp_path),)
-    assert found.searched.left_out == ()
+    # Other machines may run on this host.
+    assert not any(str(tmp_path) in one for one in found.searched.left_out)
 
 
 def test_where_a_search_stops_is_said(images: Path, tmp_path: Path) -> None:

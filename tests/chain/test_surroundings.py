@@ -130,7 +130,7 @@ def test_a_file_further_away_that_cannot_be_read_is_said(
     monkeypatch.setattr(os, "pread", failing)
     found = relatives_of(top)
     assert found.unknown == set()
-    assert found.searched.left_out == (f"{broken} (not to be read)",)
+    assert f"{broken} (not to be read)" in found.searched.left_out
     # Where the user has named it, it may be what he is after.
     found = relatives_of(top, [tmp_path])
     assert found.unknown == {broken}
@@ -145,7 +145,7 @@ def test_a_place_that_is_named_is_looked_at_as_a_whole_or_not_at_all(
     (tmp_path / "far" / "linked").symlink_to(tmp_path / "home")
     found = relatives_of(top, [tmp_path / "far"])
     assert children_of(found) == [child]
-    assert found.searched.left_out == (f"{tmp_path}/far/linked (behind a symbolic link)",)
+    assert f"{tmp_path}/far/linked (behind a symbolic link)" in found.searched.left_out
     chain = discover(top, ChainPolicy())
     with pytest.raises(TooManyFiles):
         find_relatives(chain, 0, [tmp_path / "far"], max_files=6)
@@ -200,6 +200,22 @@ def test_devices_are_looked_for_among_devices(
     finally:
         top.unlink()
         shutil.rmtree(other)
+
+
+@pytest.mark.parametrize("by", ["file", "device"])
+def test_a_loop_device_and_the_file_below_it_are_one_image(
+    tmp_path: Path, loop_device: Callable[[str], Path], by: str
+) -> None:
+    device = loop_device("volume")
+    (tmp_path / "home").mkdir()
+    base = qemu.create(tmp_path / "home" / "base", SIZE)
+    overlay(device, base)
+    other = tmp_path / "home" / "top"
+    other.symlink_to(device if by == "device" else tmp_path / "volume")
+    chain = discover(other, ChainPolicy(allow_backing=(tmp_path,)))
+    # The file lies beside, and all devices are looked at.
+    found = find_relatives(chain, 0, [tmp_path, device])
+    assert found.siblings == ()
 
 
 # Where hosts keep images

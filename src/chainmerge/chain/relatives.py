@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # Floppy and CD-ROM drives: nothing of a chain is there, and they are slow to say so.
 _REMOVABLE = {2, 11}
+_LOOP = 7
 _NOTHING_THERE = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOMEDIUM, errno.ENODEV}
 
 
@@ -189,7 +190,7 @@ class _Survey:
     """What has been found out so far: who uses which image."""
 
     def __init__(self, chain: frozenset[Identity]) -> None:
-        self._chain = chain
+        self._chain = chain | {_below(identity) for identity in chain}
         self._backing_names: dict[Identity, str | None] = {}
         self._identities: dict[Path, Identity | None] = {}
         self._users: dict[Identity, dict[Identity, Path]] = defaultdict(dict)
@@ -250,7 +251,7 @@ class _Survey:
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             return
         identity = identity_of(status)
-        if identity in self._chain:
+        if identity in self._chain or _below(identity) in self._chain:
             return
         if identity not in self._backing_names:
             self._backing_names[identity] = _backing_name(path, status)
@@ -356,6 +357,18 @@ def _is_device(path: Path) -> bool:
         return path.is_block_device()
     except OSError:
         return False
+
+
+def _below(identity: Identity) -> Identity:
+    """The file below a loop device, which has the same content; anything else is its own."""
+    of, number = identity
+    if of != 0 or os.major(number) != _LOOP:
+        return identity
+    link = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file")
+    try:
+        return identity_at(Path(link.read_text(encoding="utf-8").rstrip("\n"))) or identity
+    except (OSError, UnicodeDecodeError):
+        return identity
 
 
 def _is_suspended(device: int) -> bool:
