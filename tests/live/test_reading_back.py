@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
+from chainmerge.live.errors import LiveUnsuited
 from chainmerge.options import Access, LiveOptions
 from chainmerge.plan_errors import MergeUnfinished
 from chainmerge.qcow2.header import ExtensionType
@@ -122,8 +123,10 @@ WAYS: tuple[Callable[[Path], Reached], ...] = (
     symbolic_link,
     declared_format,
 )
-# libvirt itself opens no backing file of which nobody tells the format.
-WAYS_OF_LIBVIRT = tuple(way for way in WAYS if way is not declared_format)
+# libvirt itself opens no backing file of which nobody tells the format, and changes no bitmaps of
+# an image whose data is in another file.
+UNSUITED = (raw_data_file, data_file)
+WAYS_OF_LIBVIRT = tuple(way for way in WAYS if way not in (*UNSUITED, declared_format))
 
 
 class Gone(Exception):
@@ -201,3 +204,18 @@ def test_what_would_be_a_refusal_is_none_once_the_merge_has_begun(tmp_path: Path
         saved.unlink()
         live.resume(disk)
     assert info(reached.images[-1])["full-backing-filename"] == str(reached.base)
+
+
+@pytest.mark.parametrize("way", UNSUITED)
+def test_bitmaps_that_libvirt_cannot_change_refuse(
+    tmp_path: Path, uri: str, way: Callable[[Path], Reached]
+) -> None:
+    (tmp_path / "chain").mkdir()
+    reached = way(tmp_path / "chain")
+    before = content(reached.images[-1])
+    with running_domain(tmp_path / "vm", uri, reached.images) as vm:
+        with vm.disk() as disk, pytest.raises(LiveUnsuited):
+            live.merge(disk, reached.top, reached.base, reached.access)
+        vm.quit()
+    assert content(reached.images[-1]) == before
+    assert not [file for file in reached.base.parent.iterdir() if "chainmerge" in file.name]
