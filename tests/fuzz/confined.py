@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from chainmerge.chain.surroundings import Surroundings
 from chainmerge.records import files as state_files
+from chainmerge.storage import bystanders
 from chainmerge.storage.files import FileReadable
 from tests.support.hostile import chainmerge
 
@@ -98,6 +100,9 @@ def _be_confined(directory: Path, commands: Sequence[tuple[str, ...]], report: i
     try:
         # What others on this machine do with their devices is no business of this case.
         state_files.STATE_DIRECTORY = directory / "state"  # type: ignore[misc]
+        # Nor are files that lie further away: they are looked at whatever an image names.
+        Surroundings.around = lambda _self: iter(())  # type: ignore[assignment,method-assign]
+        bystanders._loop_devices = dict
         _watch_opens(directory, report)
         watch_reads(lambda what: _write(report, offence=f"{what} by {_callers()}"))
         _limit()
