@@ -151,11 +151,11 @@ class Life:
         """Do a step, if it is possible, and look at everything."""
         try:
             done = getattr(self, f"_{step.kind}")(step)
-        except ImageMissing as error:
-            raise LifeViolated(f"something has gone that a guest needs: {error}") from error
-        if done:
-            self.happened[step.kind] += 1
-        self.check()
+            if done:
+                self.happened[step.kind] += 1
+            self.check()
+        except (ImageMissing, AssertionError) as error:
+            raise LifeViolated(f"something that a guest needs cannot be read: {error}") from error
 
     def new_disk(self) -> None:
         """A machine is installed."""
@@ -639,6 +639,7 @@ class Life:
     def _seen(self, image: Path, *options: str) -> Content:
         """What QEMU shows of an image: the byte of each granule, -1 where there are several."""
         raw = self.scratch / "raw"
+        chain_of(image)
         try:
             qemu_img("convert", "-U", *options, "-f", "qcow2", "-O", "raw", image, raw)
         except ToolFailed as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SOAK
@@ -106,6 +106,8 @@ lifelike = settings(
     deadline=None,
     max_examples=340 if SOAK else 17,
     suppress_health_check=list(HealthCheck),
+    # A life takes seconds: to find a shorter one that fails would take hours.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )
 
 

@@ -225,6 +225,7 @@ def chain_of(leaf: Path) -> list[Path]:
     """The image and those below it, by their headers."""
     images = [leaf]
     while is_qcow2(images[-1]):
+        assert len(images) < 100, f"the chain of {leaf} has no end: {images[:4]}"
         with FileReadable(images[-1]) as readable:
             name = Qcow2Image(readable).header.backing_name
         if name is None:
