@@ -128,8 +128,8 @@ class Life:
     def _in_use(self, place: Path) -> bool:
         if self.storage.deletes:
             return self.storage.holds(place)
-        known = {image for disk in self.disks for image in chain_of(disk.leaf)}
-        return place in known | set(self.shows) | {path for path, _ in self.snapshots}
+        known = self._all_paths()
+        return place in known | {image for path in known for image in _chain_or_nothing(path)}
 
     def _pick(self, step: Step) -> Disk:
         return self.disks[step.pick % len(self.disks)]
@@ -536,7 +536,8 @@ class Life:
     def _run(self, words: list[str], dies_at: int | None) -> Ended:
         moment = "" if dies_at is None else f" (killed at change {dies_at})"
         ended = carry_out(words, self.state, dies_at=dies_at)
-        self._say(f"chainmerge {shlex.join(words)}{moment}: {ended.status}")
+        why = f" ({(ended.out or ended.err)[-200:]!r})" if ended.status == 1 else ""
+        self._say(f"chainmerge {shlex.join(words)}{moment}: {ended.status}{why}")
         if "internal error" in ended.err or "internal-error" in ended.out:
             raise LifeViolated(f"{words}: {ended}")
         if ended.status not in (0, 1, 2, 3, 4, 130, KILLED):

@@ -93,7 +93,7 @@ def _never_in_the_middle(
     top = _overlay(base, tmp_path)
     expected, before = content(top), content(base, "raw")
     options = MergeOptions(engine=engine, data=data)
-    access = Access(allow_backing=(str(mount),))
+    access = Access(sole_user=True, allow_backing=(str(mount),))
     outcomes = []
     for spare in (4 * MIB, DATA - 4 * MIB, DATA - 64 * KIB, DATA + 40 * MIB):
         _leave_free(mount, spare)
@@ -141,9 +141,9 @@ def test_a_raw_disk_becomes_larger_than_its_file_system(tmp_path: Path) -> None:
         qemu_img("resize", "-q", top, str(DISK))
         qemu_io(top, f"write -q -P 7 {100 * MIB} 64k")
         expected = content(top)
-        plan = chainmerge.plan(top, access=Access(allow_backing=(str(mount),)))
+        plan = chainmerge.plan(top, access=Access(sole_user=True, allow_backing=(str(mount),)))
         assert plan.space.allocates == 64 * KIB
-        chainmerge.merge(top, access=Access(allow_backing=(str(mount),)))
+        chainmerge.merge(top, access=Access(sole_user=True, allow_backing=(str(mount),)))
         assert content(base, "raw") == expected
         assert _allocated(base) < 2 * MIB
 
@@ -173,7 +173,7 @@ def test_holes_of_an_external_data_file(tmp_path: Path) -> None:
         base = create(tmp_path / "base", DISK, data_file=str(data), data_file_raw="on")
         top = _overlay(base, tmp_path)
         expected = content(top)
-        access = Access(allow_data_file=(str(data),))
+        access = Access(sole_user=True, allow_data_file=(str(data),))
         _leave_free(mount, DATA - 4 * MIB)
         held, before = _allocated(data), base.read_bytes()
         assert not chainmerge.plan(top, access=access).feasible

@@ -63,7 +63,7 @@ def beside(image: Path, suffix: str) -> Path:
     # Path.resolve() of Python 3.11 fails where links form a loop.
     real = Path(os.path.realpath(image))
     if not real.is_block_device():
-        return real.with_name(f".{_short(real.name)}.{suffix}")
+        return real.parent / f".{_short(real.name)}.{suffix}"
     unique = device_identity(real.stat().st_rdev)
     return STATE_DIRECTORY / f"{_file_name(unique) if unique else _name_of_node(real)}.{suffix}"
 
