@@ -75,8 +75,11 @@ def _overlay(base: Path, directory: Path) -> Path:
 def _leave_free(mount: Path, spare: int) -> None:
     filler = mount / "filler"
     filler.unlink(missing_ok=True)
-    os.sync()
-    free = shutil.disk_usage(mount).free - spare
+    free = 0
+    # XFS gives the space of a file that is gone back some time later.
+    while free <= 0:
+        os.sync()
+        free = shutil.disk_usage(mount).free - spare
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free)
     os.sync()

@@ -487,9 +487,7 @@ class Model:
         pulls = options.direction == "pull"
         if options.delete:
             return set(range(case.base, case.top) if pulls else range(case.base + 1, case.top + 1))
-        if options.keep_name:
-            return {case.base if pulls else case.top}
-        return set()
+        return {case.top} if options.keep_name and not pulls else set()
 
     def below_after(self, number: int) -> list[Cells]:
         """What an image stands on once the merge is done."""
