@@ -342,16 +342,18 @@ def _base_name(base: ImageIdentity, where: Path | None, request: RecordedRequest
         return base.path
     if where is not None:
         return str(where)
-    # It is not up, and its number can be another one's.
-    return base.path if request is None else request.bases[0]
+    return base.path if request is None else _name_of(base, request.bases)
 
 
 def _top_name(journal: Journal | LiveJournal) -> str:
-    """What top is called, likewise."""
-    top, request = journal.top, journal.request
-    if top.kind == "file" or request is None or _may_be_at(top.path, top):
-        return top.path
-    return request.tops[0]
+    return _name_of(journal.top, () if journal.request is None else journal.request.tops)
+
+
+def _name_of(image: ImageIdentity, named: Sequence[str]) -> str:
+    """Its path; of a device that is not up the first of *named*: its number may be another's."""
+    if image.kind == "file" or not named or _may_be_at(image.path, image):
+        return image.path
+    return named[0]
 
 
 def _may_be_at(path: str, identity: ImageIdentity) -> bool:
@@ -425,8 +427,9 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         words = "base has yet to be given the name of top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
+    source = None if record.pulled is None else record.pulled.base
     return UnfinishedMerge(
-        base=record.base,
+        base=record.base if source is None else _name_of(source, record.known_request.bases),
         top=record.top,
         state=UNKNOWN,
         progress=progress,

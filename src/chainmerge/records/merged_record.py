@@ -202,7 +202,9 @@ def _as_called_now(record: MergedRecord) -> MergedRecord:
             for one in images
         ]
 
-    superseded, left = record.superseded, record.left
+    pulled, superseded, left = record.pulled, record.superseded, record.left
+    if pulled is not None and pulled.base is not None:
+        pulled = msgspec.structs.replace(pulled, base=called(pulled.base, moves))
     if superseded is not None:
         superseded = msgspec.structs.replace(superseded, images=doomed(superseded.images))
     if left is not None:
@@ -214,6 +216,7 @@ def _as_called_now(record: MergedRecord) -> MergedRecord:
         result=moves.get(record.result, record.result),
         result_identity=called(record.result_identity, moves),
         delete=doomed(record.delete),
+        pulled=pulled,
         superseded=superseded,
         left=left,
     )
