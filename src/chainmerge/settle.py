@@ -207,7 +207,7 @@ def record_pull(
         result_identity=identify(top),
         keep_name=False,
         delete=_doomed(deleted_images(facts, options), goes),
-        pulled=Pulled(backing, onto, leaked_before),
+        pulled=Pulled(backing, onto, leaked_before, identify(facts.base.real_path)),
         links=_links(goes),
         request=request,
     )

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chainmerge.records.identity import ImageIdentity
+    from chainmerge.records.live_journal import LiveJournal
     from chainmerge.records.request import RecordedRequest
 
 UNKNOWN: Final = "unknown"
@@ -282,7 +283,7 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
     if journal is None:
         return None
     where = _where_base_is(journal)
-    base, top = _name_of(journal.base, where), journal.top.path
+    base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     copies = journal.engine == EngineName.QEMU
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
@@ -335,9 +336,24 @@ def _where_is(image: ImageIdentity, request: RecordedRequest | None, *more: str)
     return None
 
 
-def _name_of(base: ImageIdentity, where: Path | None) -> str:
+def _base_name(base: ImageIdentity, where: Path | None, request: RecordedRequest | None) -> str:
     """What base is called: a file as it was when the merge began, whatever its name is by now."""
-    return base.path if where is None or base.kind == "file" else str(where)
+    if base.kind == "file":
+        return base.path
+    if where is not None:
+        return str(where)
+    return base.path if request is None else _name_of(base, request.bases)
+
+
+def _top_name(journal: Journal | LiveJournal) -> str:
+    return _name_of(journal.top, () if journal.request is None else journal.request.tops)
+
+
+def _name_of(image: ImageIdentity, named: Sequence[str]) -> str:
+    """Its path; of a device that is not up the first of *named*: its number may be another's."""
+    if image.kind == "file" or not named or _may_be_at(image.path, image):
+        return image.path
+    return named[0]
 
 
 def _may_be_at(path: str, identity: ImageIdentity) -> bool:
@@ -353,7 +369,7 @@ def _of_live_merge(file: Path) -> UnfinishedMerge | None:
         return None
     where = _where_is(journal.base, journal.request)
     there = where is not None
-    base, top = _name_of(journal.base, where), journal.top.path
+    base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
     command, warnings = cold, [f"if the VM still runs, `{resume}` is what carries it on"]
@@ -381,7 +397,7 @@ def _of_saved(file: Path) -> UnfinishedMerge | None:
     if request is None:
         copying += ": the command that was interrupted finishes it"
     return UnfinishedMerge(
-        base=_name_of(saved.base, _where_is(saved.base, request)),
+        base=_base_name(saved.base, _where_is(saved.base, request), request),
         top=None if request is None else os.path.realpath(request.tops[0]),
         state=UNKNOWN,
         progress=copying,
@@ -411,8 +427,9 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         words = "base has yet to be given the name of top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
+    source = None if record.pulled is None else record.pulled.base
     return UnfinishedMerge(
-        base=record.base,
+        base=record.base if source is None else _name_of(source, record.known_request.bases),
         top=record.top,
         state=UNKNOWN,
         progress=progress,

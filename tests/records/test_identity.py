@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from chainmerge.records import identity as identities
+from chainmerge.records.changes import called, moved
 from chainmerge.records.identity import ImageIdentity, Sameness, compare, identify
 from tests.support.loopdev import loop_device, mounted_file_system, mounted_ramfs
 from tests.support.reused import made_again
@@ -43,10 +44,10 @@ def test_a_reused_inode_is_another_image(place: Path) -> None:
     file.write_bytes(b"first")
     before = identify(file)
     assert compare(before, identify(file)) is Sameness.SAME
-    moved = file.rename(place / "moved")
-    moved.write_bytes(b"written to, which makes it none other")
-    assert compare(before, identify(moved)) is Sameness.SAME
-    moved.unlink()
+    renamed = file.rename(place / "renamed")
+    renamed.write_bytes(b"written to, which makes it none other")
+    assert compare(before, identify(renamed)) is Sameness.SAME
+    renamed.unlink()
     made_again(file, before.number)
     assert compare(before, identify(file)) is Sameness.OTHER
 
@@ -138,6 +139,18 @@ def test_a_loop_device_is_the_file_below_it(tmp_path: Path) -> None:
     volume.unlink()
     with loop_device(volume, MIB) as device:
         assert compare(identify(device), before) is Sameness.OTHER
+
+
+def test_a_device_that_has_another_number_is_called_what_it_is_called_now(tmp_path: Path) -> None:
+    volume, other = tmp_path / "volume", tmp_path / "other"
+    with loop_device(volume, MIB) as device:
+        before = identify(device)
+    assert moved([before]) == {}
+    # The number goes to the next one that asks.
+    with loop_device(other, MIB), loop_device(volume, MIB) as device:
+        moves = moved([before, identify(volume)])
+        assert moves == ({} if str(device) == before.path else {before.path: str(device)})
+        assert called(before, moves) == identify(device)
 
 
 def test_a_loop_device_whose_file_was_deleted_is_known_in_this_boot_only(tmp_path: Path) -> None:

@@ -360,14 +360,25 @@ def _is_device(path: Path) -> bool:
 
 
 def _below(identity: Identity) -> Identity:
-    """The file below a loop device, which has the same content; anything else is its own."""
+    """What a device lies on that has the same content; anything else is its own.
+
+    That is the file below a loop device, and the one device of the same size below a device of
+    the device-mapper, such as the hidden ``-real`` of a volume that has snapshots.
+    """
     of, number = identity
-    if of != 0 or os.major(number) != _LOOP:
+    if of != 0 or not number:
         return identity
-    link = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file")
+    node = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     try:
-        return identity_at(Path(link.read_text(encoding="utf-8").rstrip("\n"))) or identity
-    except (OSError, UnicodeDecodeError):
+        if os.major(number) == _LOOP:
+            link = node / "loop" / "backing_file"
+            return identity_at(Path(link.read_text(encoding="utf-8").rstrip("\n"))) or identity
+        (slave,) = (node / "slaves").iterdir()
+        if (slave / "size").read_text() != (node / "size").read_text():
+            return identity
+        major, _, minor = (slave / "dev").read_text().partition(":")
+        return _below((0, os.makedev(int(major), int(minor))))
+    except (OSError, ValueError):
         return identity
 
 

@@ -7,11 +7,15 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.identity import Sameness, compare, identify
+from chainmerge.records.identity import Sameness, compare, identify, node_of
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from chainmerge.records.identity import ImageIdentity
 
 
@@ -32,6 +36,25 @@ def is_there(identity: ImageIdentity) -> bool:
         return what_stands_at(identity.path, identity) is Sameness.SAME
     except OSError:
         return False
+
+
+def moved(identities: Iterable[ImageIdentity]) -> dict[str, str]:
+    """What images were called that have another path by now, and what that is.
+
+    These are block devices: their nodes are numbered as they come up. One that is not up is not
+    among them, nor one that nothing tells from others.
+    """
+    return {
+        one.path: node
+        for one in identities
+        if one.kind == "block" and one.birth and not is_there(one) and (node := node_of(one.birth))
+    }
+
+
+def called(identity: ImageIdentity, moves: Mapping[str, str]) -> ImageIdentity:
+    """The same identity, with the path that the image has by now according to :func:`moved`."""
+    path = moves.get(identity.path, identity.path)
+    return msgspec.structs.replace(identity, path=path)
 
 
 def last_change(image: Path) -> str:

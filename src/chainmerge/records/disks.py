@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError
+from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
     UnusableState,
     beside,
@@ -80,9 +81,19 @@ def forget_entry(base: Path) -> None:
 def read_entry(file: Path) -> DiskEntry | None:
     """The entry in *file*; None where there is none that can be read."""
     try:
-        return read_state(file, DiskEntry, _problems)
+        entry = read_state(file, DiskEntry, _problems)
     except UnusableState:
         return None
+    return None if entry is None else _as_called_now(entry)
+
+
+def _as_called_now(entry: DiskEntry) -> DiskEntry:
+    """The same, where volumes have got other numbers since. Tops are called as they were named."""
+    moves = moved(() if entry.identity is None else (entry.identity,))
+    if entry.identity is None or not moves:
+        return entry
+    base, identity = moves.get(entry.base, entry.base), called(entry.identity, moves)
+    return msgspec.structs.replace(entry, base=base, identity=identity)
 
 
 def _owner(file: Path) -> ImageIdentity | None:

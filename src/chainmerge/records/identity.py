@@ -13,6 +13,7 @@ may be deleted, or taken for done, on that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -144,6 +145,26 @@ def device_identity(device: int) -> str:
         return _loop_identity(node)
     wwid = _read(node / "wwid") or _read(node / "device" / "wwid")
     return f"wwid-{wwid}" if wwid else ""
+
+
+def node_of(unique: str) -> str:
+    """The node of the device of which :func:`device_identity` says *unique*; empty without one."""
+    try:
+        devices = sorted(Path("/sys/class/block").iterdir())
+    except OSError:
+        return ""
+    for device in devices:
+        number = _device_number(device)
+        if not number or device_identity(number) != unique:
+            continue
+        # Where no udev makes links, as in a container, the name in the device-mapper is the node.
+        for name in (device.name.replace("!", "/"), f"mapper/{_read(device / 'dm' / 'name')}"):
+            with contextlib.suppress(OSError):
+                node = Path("/dev", name).resolve()
+                status = node.stat()
+                if stat.S_ISBLK(status.st_mode) and status.st_rdev == number:
+                    return str(node)
+    return ""
 
 
 def _loop_identity(node: Path) -> str:

@@ -12,7 +12,6 @@ right, whether or not the pivot came.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import Refused
+from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
     UnusableState,
     beside,
@@ -30,7 +30,7 @@ from chainmerge.records.files import (
     read_state,
     write_state,
 )
-from chainmerge.records.identity import ImageIdentity, identify, same_image
+from chainmerge.records.identity import ImageIdentity
 from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
@@ -198,13 +198,7 @@ def load_live_journal(base: Path) -> LiveJournal | None:
 
     Raises LiveJournalDamaged.
     """
-    journal = read_live_journal(live_journal_file(base))
-    here = os.path.realpath(base)
-    if journal is None or journal.base.path == here or not base.is_block_device():
-        return journal
-    # The volume has got another number since.
-    now = identify(base)
-    return msgspec.structs.replace(journal, base=now) if same_image(journal.base, now) else journal
+    return read_live_journal(live_journal_file(base))
 
 
 def read_live_journal(file: Path) -> LiveJournal | None:
@@ -213,9 +207,27 @@ def read_live_journal(file: Path) -> LiveJournal | None:
     Raises LiveJournalDamaged.
     """
     try:
-        return read_state(file, LiveJournal, _problems)
+        journal = read_state(file, LiveJournal, _problems)
     except UnusableState as error:
         raise LiveJournalDamaged(str(file), str(error)) from error
+    return None if journal is None else _as_called_now(journal)
+
+
+def _as_called_now(journal: LiveJournal) -> LiveJournal:
+    """The same, where volumes have got other numbers since."""
+    moves = moved(_identities(journal))
+    if not moves:
+        return journal
+    return msgspec.structs.replace(
+        journal,
+        base=called(journal.base, moves),
+        overlays=[called(one, moves) for one in journal.overlays],
+        above=None if journal.above is None else called(journal.above, moves),
+    )
+
+
+def _identities(journal: LiveJournal) -> list[ImageIdentity]:
+    return [journal.base, *journal.overlays, *([journal.above] if journal.above else [])]
 
 
 def _problems(journal: LiveJournal) -> Iterator[str]:
@@ -223,8 +235,7 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
         yield f"it is of version {journal.version}"
     if not journal.overlays:
         yield "it names no overlay"
-    images = [journal.base, *journal.overlays, *([journal.above] if journal.above else [])]
-    if not all(is_path(one.path) for one in images):
+    if not all(is_path(one.path) for one in _identities(journal)):
         yield "it names what is no path"
     last = len(journal.overlays)
     if any(not 0 <= index < last for kept in journal.kept for index in kept.sources):

@@ -45,7 +45,7 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.qcow2.header import SECTOR
-from chainmerge.records.changes import last_change
+from chainmerge.records.changes import called, last_change, moved
 from chainmerge.records.files import (
     UnusableState,
     beside,
@@ -225,9 +225,36 @@ def read_journal(file: Path) -> Journal | None:
     Raises MergeJournalDamaged.
     """
     try:
-        return read_state(file, Journal, _problems)
+        journal = read_state(file, Journal, _problems)
     except UnusableState as error:
         raise MergeJournalDamaged(str(file), str(error)) from error
+    return None if journal is None else _as_called_now(journal)
+
+
+def _as_called_now(journal: Journal) -> Journal:
+    """The same, where volumes have got other numbers since."""
+    moves = moved(_identities(journal))
+    if not moves:
+        return journal
+    return msgspec.structs.replace(
+        journal,
+        base=called(journal.base, moves),
+        overlays=[
+            msgspec.structs.replace(one, identity=called(one.identity, moves))
+            for one in journal.overlays
+        ],
+        children=[called(one, moves) for one in journal.children],
+        repoint=[
+            msgspec.structs.replace(one, child=moves.get(one.child, one.child))
+            for one in journal.repoint
+        ],
+        delete=[moves.get(path, path) for path in journal.delete],
+        rename=[moves.get(path, path) for path in journal.rename],
+    )
+
+
+def _identities(journal: Journal) -> list[ImageIdentity]:
+    return [journal.base, *(one.identity for one in journal.overlays), *journal.children]
 
 
 def _problems(journal: Journal) -> Iterator[str]:
@@ -237,8 +264,7 @@ def _problems(journal: Journal) -> Iterator[str]:
         yield "it names no overlay"
     if len(journal.rename) not in (0, 2):
         yield "it makes no sense of a rename"
-    identities = [journal.base, *(one.identity for one in journal.overlays), *journal.children]
-    paths = [one.path for one in identities] + journal.delete + journal.rename
+    paths = [one.path for one in _identities(journal)] + journal.delete + journal.rename
     paths += [one.child for one in journal.repoint]
     if not all(is_path(path) for path in paths):
         yield "it names what is no path"

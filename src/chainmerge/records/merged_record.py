@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError
+from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
     UnusableState,
     beside,
@@ -27,7 +28,7 @@ from chainmerge.records.files import (
     read_state,
     write_state,
 )
-from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.identity import ImageIdentity, identify, may_be_same
 from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ class Pulled(msgspec.Struct, frozen=True):
     ``leaked_before`` are the clusters of top that were leaked already when it began (ranges:
     first cluster, number of clusters): what else is leaked since is its own. None once nothing
     of its own is leaked any more, and in a record of a version that did not record that.
+    ``base`` is what is pulled from, where that is recorded.
     """
 
     backing: str | None
     onto: ImageIdentity | None = None
     leaked_before: list[tuple[int, int]] | None = None
+    base: ImageIdentity | None = None
 
 
 class Superseded(msgspec.Struct, frozen=True):
@@ -118,7 +121,15 @@ class MergedRecord(msgspec.Struct, frozen=True):
     def names_base(self, path: Path) -> bool:
         """Whether *path* is base's, or that of a link to it that was deleted with it."""
         known = {self.base, *(link.path for link in self.links if link.file == self.base)}
-        return bool({os.path.realpath(path), os.path.abspath(path)} & known)  # noqa: PTH100
+        if not {os.path.realpath(path), os.path.abspath(path)} & known:  # noqa: PTH100
+            return False
+        # The number of a volume that is gone is another one's by now.
+        pulled_from = None if self.pulled is None else self.pulled.base
+        try:
+            there = identify(path)
+        except (OSError, ValueError):
+            return True
+        return pulled_from is None or may_be_same(there, pulled_from)
 
     @property
     def known_request(self) -> RecordedRequest:
@@ -173,9 +184,53 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 def read_merged_record(file: Path) -> MergedRecord | None:
     """The record in *file*; None where there is none that can be read."""
     try:
-        return read_state(file, MergedRecord, _problems)
+        record = read_state(file, MergedRecord, _problems)
     except (OSError, UnusableState):
         return None
+    return None if record is None else _as_called_now(record)
+
+
+def _as_called_now(record: MergedRecord) -> MergedRecord:
+    """The same, where volumes have got other numbers since."""
+    moves = moved(_identities(record))
+    if not moves:
+        return record
+
+    def doomed(images: list[DoomedImage]) -> list[DoomedImage]:
+        return [
+            DoomedImage(moves.get(one.path, one.path), called(one.identity, moves))
+            for one in images
+        ]
+
+    pulled, superseded, left = record.pulled, record.superseded, record.left
+    if pulled is not None and pulled.base is not None:
+        pulled = msgspec.structs.replace(pulled, base=called(pulled.base, moves))
+    if superseded is not None:
+        superseded = msgspec.structs.replace(superseded, images=doomed(superseded.images))
+    if left is not None:
+        left = msgspec.structs.replace(left, identity=called(left.identity, moves))
+    return msgspec.structs.replace(
+        record,
+        top=moves.get(record.top, record.top),
+        base=moves.get(record.base, record.base),
+        result=moves.get(record.result, record.result),
+        result_identity=called(record.result_identity, moves),
+        delete=doomed(record.delete),
+        pulled=pulled,
+        superseded=superseded,
+        left=left,
+    )
+
+
+def _identities(record: MergedRecord) -> list[ImageIdentity]:
+    images = [record.result_identity, *(one.identity for one in record.delete)]
+    if record.superseded is not None:
+        images += [one.identity for one in record.superseded.images]
+    if record.left is not None:
+        images.append(record.left.identity)
+    if record.pulled is not None and record.pulled.base is not None:
+        images.append(record.pulled.base)
+    return images
 
 
 def _problems(record: MergedRecord) -> Iterator[str]:
@@ -184,11 +239,9 @@ def _problems(record: MergedRecord) -> Iterator[str]:
         if not record.superseded.images:
             yield "it names no image that is left"
         doomed += record.superseded.images
-    paths = [record.top, record.base, record.result, record.result_identity.path]
-    paths += [path for one in doomed for path in (one.path, one.identity.path)]
+    paths = [record.top, record.base, record.result, *(one.path for one in doomed)]
     paths += [path for link in record.links for path in (link.path, link.file)]
-    if record.left is not None:
-        paths.append(record.left.identity.path)
+    paths += [one.path for one in _identities(record)]
     if not all(is_path(path) for path in paths):
         yield "it names what is no path"
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from chainmerge.errors import Refused
 from chainmerge.qcow2.bits import BitSet
+from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
     UnusableState,
     beside,
@@ -188,7 +189,9 @@ def _decode(document: bytes) -> SavedBitmaps:
         in_base, blobs = _take(entry.base, blobs)
         in_overlay, blobs = _take(entry.overlay, blobs)
         bitmaps.append(SavedBitmap(name, in_base, in_overlay))
-    return SavedBitmaps(header.base, header.overlay, tuple(bitmaps), header.request)
+    moves = moved((header.base, header.overlay))
+    base, overlay = called(header.base, moves), called(header.overlay, moves)
+    return SavedBitmaps(base, overlay, tuple(bitmaps), header.request)
 
 
 def _announce(bits: BitSet | None, blobs: list[bytes]) -> _SavedBits | None:
