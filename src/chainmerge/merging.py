@@ -92,16 +92,20 @@ from chainmerge.planning import (
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.readability import require_readable
-from chainmerge.records.changes import data_changed
+from chainmerge.records.changes import data_changed, is_there
 from chainmerge.records.disks import forget_entry
-from chainmerge.records.errors import MergedBefore
+from chainmerge.records.errors import BitmapsSetAside, MergedBefore
 from chainmerge.records.files import StateDirectoryUnusable
-from chainmerge.records.identity import same_image
+from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import forget_live_journal
 from chainmerge.records.merge_journal import JournalState, enter, forget_journal
 from chainmerge.records.merged_record import MergedRecord, load_merged_record, note_deleted
 from chainmerge.records.remains import Remains, is_anything_left, is_left_over, read_remains
-from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
+from chainmerge.records.saved_bitmaps import (
+    forget_saved_bitmaps,
+    load_saved_bitmaps,
+    saved_bitmaps_file,
+)
 from chainmerge.removals import look_at_removals
 from chainmerge.results import bitmap_results, verified_before
 from chainmerge.resuming import (
@@ -663,6 +667,7 @@ def _gather(
         chosen.obstacle,
         survey.obstacle,
         *snapshots.obstacles,
+        *_bitmaps_set_aside(target, way.direction),
         *(children_with_larger_snapshots(target) if way.direction is Direction.COMMIT else ()),
         _too_many_files(target, chosen.engine),
         *key_obstacles(target.chain, options),
@@ -699,6 +704,27 @@ def _gather(
     if no_room is not None:
         facts = replace(facts, obstacles=(*facts.obstacles, no_room))
     return _Found(facts, bitmaps, survey.needs, zeroes, survey.leaks)
+
+
+def _bitmaps_set_aside(target: Target, direction: Direction) -> Iterator[ChainmergeError]:
+    """Images other than the base of a commit whose checkpoints an interrupted merge has taken out.
+
+    Those of base are put back, united with the others.
+    """
+    first = target.base_index + (1 if direction is Direction.COMMIT else 0)
+    for image in target.chain.images[first:]:
+        file = saved_bitmaps_file(image.real_path)
+        if image.header is None or not file.exists():
+            continue
+        saved = load_saved_bitmaps(image.real_path)
+        if saved is None or not may_be_same(saved.base, identify(image.real_path)):
+            continue
+        # Without the overlay nobody can finish that merge, nor put anything back.
+        if not is_there(saved.overlay):
+            continue
+        names = [bitmap.name for bitmap in saved.bitmaps if bitmap.in_base is not None]
+        if names:
+            yield BitmapsSetAside(str(image.path), ", ".join(map(repr, names)), str(file))
 
 
 def _too_many_files(target: Target, engine: EngineName) -> OpenFilesLimited | None:

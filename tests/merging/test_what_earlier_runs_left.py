@@ -23,7 +23,7 @@ from chainmerge.options import Access, MergeOptions
 from chainmerge.records import files as state_files
 from chainmerge.records import saved_bitmaps
 from chainmerge.records.disks import disk_file
-from chainmerge.records.errors import LeftoverUnclear, MergedBefore
+from chainmerge.records.errors import BitmapsSetAside, LeftoverUnclear, MergedBefore
 from chainmerge.records.files import beside, write_state
 from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.records.live_journal import (
@@ -641,3 +641,25 @@ def test_status_says_what_it_did_not_look_at(
     monkeypatch.setattr(os, "scandir", refuse)
     (sentence,) = chainmerge.status([tmp_path]).not_searched
     assert sentence.startswith(f"{tmp_path / '1'} was not searched")
+
+
+def test_checkpoints_that_are_set_aside_are_not_merged_past(tmp_path: Path) -> None:
+    """Put back later, they would lack what the image below had recorded."""
+    root, base, top = chain(tmp_path, "root", "base", "top")
+    for number, image in enumerate((root, base, top)):
+        qemu_img("bitmap", "--add", image, "cp")
+        qemu_io(image, f"write -P 9 {number * 512}k 64k")
+    written = {dirty.start for image in (root, base, top) for dirty in dirty_ranges(image, "cp")}
+    options = MergeOptions(engine="qemu")
+    killed_at(by_qemu, "_copy", lambda: chainmerge.merge(top, base, options=options))
+    before = [image.read_bytes() for image in (root, base, top)]
+    for asked in (MergeOptions(direction="pull"), MergeOptions()):
+        with pytest.raises(BitmapsSetAside):
+            chainmerge.merge(base, root, options=asked)
+        assert "bitmaps-set-aside" in {
+            one.code for one in chainmerge.plan(base, root, options=asked).refusals
+        }
+    assert [image.read_bytes() for image in (root, base, top)] == before
+    chainmerge.merge(top, base, options=options)
+    chainmerge.merge(base, root, options=MergeOptions(direction="pull"))
+    assert {dirty.start for dirty in dirty_ranges(base, "cp")} >= written

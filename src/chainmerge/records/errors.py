@@ -36,6 +36,30 @@ class LeftoverUnclear(Refused):
 
 
 @dataclass(eq=False)
+class BitmapsSetAside(Refused):
+    """An image that would be merged has its checkpoints in the file of an interrupted merge."""
+
+    code: ClassVar[str] = "bitmaps-set-aside"
+    template: ClassVar[str] = (
+        "{image} has the checkpoints {names} in {file}, where an interrupted merge into it has set "
+        "them aside: merged as it is, it would lose them, or they would lose bits"
+    )
+    hint: ClassVar[str] = (
+        "finish that merge first: `chainmerge status {image}` prints the command; if the images "
+        "have changed too much for it, the command says what becomes of the checkpoints"
+    )
+    explanation: ClassVar[str] = (
+        "While QEMU copies data into an image, that image's checkpoints are kept in a small file "
+        "beside it. As long as they are there, the image itself says nothing of them. A merge of "
+        "it into another image would take them for broken, and the first merge, finished later, "
+        "would put them back without what the other images had recorded. Nothing was changed."
+    )
+    image: str
+    names: str
+    file: str
+
+
+@dataclass(eq=False)
 class MergedBefore(Refused):
     """Top was merged before, and base has been written to since: it would get old data."""
 
