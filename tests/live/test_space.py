@@ -192,9 +192,11 @@ def test_a_volume_grows_ahead_of_a_guest_that_writes(
         assert data[guest.start : end] == b"\5" * written
         wanted = {*range(40 * MIB // 65536), *range(guest.start // 65536, end // 65536)}
         assert stored_bits(device) == {"good": wanted}
-        # libvirt does not tell what is dirty.
         for bitmap in report.bitmaps:
-            assert bitmap.dirty_bytes is not None
+            if bitmap.dirty_bytes is None:
+                # libvirt does not tell what is dirty.
+                assert isinstance(vm, TestDomain)
+                continue
             assert 40 * MIB < bitmap.dirty_bytes <= 40 * MIB + written
 
 
