@@ -26,6 +26,16 @@ ALL_COUNTS = [
 ]
 
 
+def _far_from_others(directory: Path) -> Path:
+    """A place below *directory* where the images of other tests do not look for relatives.
+
+    Overlays stay there that name a loop device, whose number another test gets later.
+    """
+    place = directory / "not" / "beside" / "others"
+    place.mkdir(parents=True)
+    return place
+
+
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[FixedVolume]:
     with loop_volume(tmp_path, VOLUME_SIZE) as volume:
@@ -34,12 +44,13 @@ def loop(tmp_path: Path) -> Iterator[FixedVolume]:
 
 @pytest.fixture(scope="module")
 def one_good(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("one-good"))
+    return Workshop(_far_from_others(tmp_path_factory.mktemp("one-good")))
 
 
 @pytest.fixture(scope="module")
 def three_good(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("three-good"), shared=("both-1", "both-2"))
+    directory = _far_from_others(tmp_path_factory.mktemp("three-good"))
+    return Workshop(directory, shared=("both-1", "both-2"))
 
 
 @pytest.mark.parametrize("stale", ALL_COUNTS)
