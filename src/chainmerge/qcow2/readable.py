@@ -37,3 +37,31 @@ class BytesReadable:
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly *length* bytes; what lies past the end reads as zeros."""
         return self.data[offset : offset + length].ljust(length, b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class Overlaid:
+    """Something readable in which the bytes from *at* on are *instead*."""
+
+    below: Readable
+    at: int
+    instead: bytes
+
+    @property
+    def name(self) -> str:
+        """See :class:`Readable`."""
+        return self.below.name
+
+    @property
+    def size(self) -> int:
+        """See :class:`Readable`."""
+        return self.below.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See :class:`Readable`."""
+        data = self.below.read(offset, length)
+        low, high = max(offset, self.at), min(offset + length, self.at + len(self.instead))
+        if low >= high:
+            return data
+        changed = self.instead[low - self.at : high - self.at]
+        return data[: low - offset] + changed + data[high - offset :]

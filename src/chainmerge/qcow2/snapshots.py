@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.readable import Readable
+from chainmerge.qcow2.readable import Overlaid
 from chainmerge.qcow2.table_errors import BadSnapshotTable
 
 #: QEMU's limits (block/qcow2.h, 7.2): QCOW_MAX_SNAPSHOTS_SIZE, QCOW_MAX_SNAPSHOT_EXTRA_DATA.
@@ -102,32 +102,7 @@ def image_of_snapshot(image: Qcow2Image, snapshot: Snapshot) -> Qcow2Image:
     wanted = max(snapshot.disk_size, header.virtual_size)
     size = min(wanted, snapshot.l1_size * header.l2_entries * header.cluster_size)
     fields = _DISK_FIELDS.pack(size, header.crypt_method, snapshot.l1_size, snapshot.l1_offset)
-    return Qcow2Image(_WithDisk(image.readable, fields))
-
-
-@dataclass(frozen=True, slots=True)
-class _WithDisk:
-    """An image with other header fields for the guest's disk."""
-
-    image: Readable
-    fields: bytes
-
-    @property
-    def name(self) -> str:
-        return self.image.name
-
-    @property
-    def size(self) -> int:
-        return self.image.size
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = self.image.read(offset, length)
-        low = max(offset, _DISK_FIELDS_AT)
-        high = min(offset + length, _DISK_FIELDS_AT + len(self.fields))
-        if low >= high:
-            return data
-        part = self.fields[low - _DISK_FIELDS_AT : high - _DISK_FIELDS_AT]
-        return data[: low - offset] + part + data[high - offset :]
+    return Qcow2Image(Overlaid(image.readable, _DISK_FIELDS_AT, fields))
 
 
 def _read_entry(image: Qcow2Image, index: int, start: int) -> Snapshot:

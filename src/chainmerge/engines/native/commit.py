@@ -81,9 +81,9 @@ from chainmerge.engines.native.windows import (
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.options import Direction, Placement
-from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COPIED
+from chainmerge.qcow2.readable import Overlaid
 from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
 from chainmerge.storage.file_space import space_of, united
 from chainmerge.storage.files import FileReadable
@@ -455,33 +455,11 @@ def _count(port: Port, job: Commit, placed: PlacedTree) -> None:
 def _verify(
     port: Port, job: Commit, head: HeaderWrite, mapping: _Mapping, before_switch: BeforeSwitch
 ) -> None:
-    image = Qcow2Image(_WithSector(port, head.sector))
+    image = Qcow2Image(Overlaid(port, 0, head.sector))
     layers = list(job.chain.layers)
     layers[job.result] = layer_of_qcow2(image, port)
     origins = trace_of(mapping.origins)
     before_switch(image, TracedView(tuple(layers), job.base_index, job.result, origins))
-
-
-@dataclass(frozen=True, slots=True)
-class _WithSector:
-    """An image as it is once its first sector is written."""
-
-    image: Port
-    sector: bytes
-
-    @property
-    def name(self) -> str:
-        return self.image.name
-
-    @property
-    def size(self) -> int:
-        return self.image.size
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = self.image.read(offset, length)
-        if offset >= SECTOR:
-            return data
-        return self.sector[offset : offset + length] + data[SECTOR - offset :]
 
 
 # SWITCH, RELEASE
