@@ -365,6 +365,25 @@ class CannotRename(Refused):
 
 
 @dataclass(eq=False)
+class BaseNamedByOthers(Refused):
+    """--keep-name would take away the name that other images have for base."""
+
+    code: ClassVar[str] = "base-named-by-others"
+    template: ClassVar[str] = (
+        "{base} cannot get the name {top}: {others} would not find their backing file any more"
+    )
+    hint: ClassVar[str] = "merge without --keep-name, so that {base} stays where it is"
+    explanation: ClassVar[str] = (
+        "With --keep-name the merged image gets top's name, and the name that base had leads "
+        "nowhere. Other images hold that name as their backing file's, and could not be read any "
+        "more. Nothing was changed."
+    )
+    base: str
+    top: str
+    others: str
+
+
+@dataclass(eq=False)
 class CannotTakeAway(Refused):
     """A file was to be deleted, replaced or renamed, and cannot be."""
 

@@ -25,6 +25,7 @@ from chainmerge.options import LEFT_TO_A_GUEST, Direction, Placement
 from chainmerge.plan_errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
+    BaseNamedByOthers,
     BaseNewer,
     CannotDeleteVolume,
     CannotRename,
@@ -1059,7 +1060,7 @@ def _changed(facts: MergeFacts, options: MergeOptions) -> tuple[ImageInfo, ...]:
 def _others_unseen(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What may stand where nobody has looked."""
     changed = _changed(facts, options)
-    if facts.merged:
+    if facts.merged and _rename(facts, options) is None:
         # Base does not change any more. Children that are not seen would still lose top.
         yield from inactive_users(changed, facts.top, facts.relatives)
         return
@@ -1180,6 +1181,9 @@ def _rename_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
     here, there = base.real_path.parent, top.real_path.parent
     if base.identity[0] != top.identity[0] or mounts.get(here) != mounts.get(there):
         yield CannotRename(str(base.path), str(top.path))
+    if facts.relatives.siblings:
+        others = _names(facts.relatives.siblings)
+        yield BaseNamedByOthers(str(base.path), str(top.path), others)
     name = base.header.data_file_name if base.header is not None else None
     if base.data_file is not None and here != there and not (name or "").startswith("/"):
         yield DataFileOutOfReach(str(base.path), name or "", str(there))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -102,6 +102,19 @@ def test_what_is_needed_by_a_clone_is_not_deleted_by_a_pull(clones: Clones) -> N
     clones.machine(102)
     chainmerge.merge(top, access=clones.access, options=MergeOptions(direction="pull"))
     assert (content(other), content(top)) == shown
+
+
+def test_a_base_that_others_may_stand_on_keeps_its_name(clones: Clones) -> None:
+    """It holds all of top's data already: its content does not change, but where it is does."""
+    top = clones.machine(101)
+    access = replace(clones.access, sole_user=True)
+    chainmerge.merge(top, access=access)
+    keep_name = MergeOptions(keep_name=True, direction="commit")
+    refusal(
+        UsersUnknown,
+        clones.root,
+        lambda: chainmerge.merge(top, access=clones.access, options=keep_name),
+    )
 
 
 def test_a_base_elsewhere_is_written_to_only_if_somebody_vouches_for_it(clones: Clones) -> None:

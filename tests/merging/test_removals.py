@@ -17,7 +17,12 @@ import pytest
 import chainmerge
 from chainmerge.errors import ExitCode, Refused
 from chainmerge.options import Access, MergeOptions
-from chainmerge.plan_errors import CannotRename, CannotTakeAway, DataFileOutOfReach
+from chainmerge.plan_errors import (
+    BaseNamedByOthers,
+    CannotRename,
+    CannotTakeAway,
+    DataFileOutOfReach,
+)
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.storage.errors import ImageReadOnly
 from chainmerge.types import MergeOutcome
@@ -406,3 +411,18 @@ def test_an_access_list_does_not_come_along(tmp_path: Path) -> None:
     chainmerge.merge(top, options=MergeOptions(keep_name=True, direction="commit"))
     assert "system.posix_acl_access" not in os.listxattr(top)
     assert top.stat().st_mode & 0o777 == 0o600
+
+
+def test_base_keeps_its_name_while_others_hold_it(tmp_path: Path) -> None:
+    """Even if base holds all of top's data already, and nobody's content would change."""
+    base, top, child = chain(tmp_path / "images")
+    chainmerge.merge(child)
+    chainmerge.merge(top)
+    shown = content(top)
+    options = MergeOptions(keep_name=True, direction="commit")
+    assert_refused(child, BaseNamedByOthers, options)
+    assert (content(top), content(child)) == (shown, shown)
+    top.unlink()
+    chainmerge.merge(child, options=options)
+    assert content(child) == shown
+    assert not base.exists()
