@@ -596,10 +596,14 @@ class Life:
     def _forget_dropped(self, images: set[Path]) -> None:
         """Internal snapshots that a command was told to delete where it has to."""
         for image, name in list(self.snapshots):
-            if image in images and self.storage.holds(image):
-                listed = qemu_img("snapshot", "-U", "-l", image).split()
-                if name not in listed:
-                    del self.snapshots[image, name]
+            if image not in images:
+                continue
+            if self.storage.holds(image):
+                is_gone = name not in qemu_img("snapshot", "-U", "-l", image).split()
+            else:
+                is_gone = image in self.doomed
+            if is_gone:
+                del self.snapshots[image, name]
 
     def _may_show(self, image: Path, contents: Iterable[Content]) -> None:
         if image in self.shows:
