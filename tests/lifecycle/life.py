@@ -521,8 +521,10 @@ class Life:
             if changed:
                 raise LifeViolated(f"exit {ended.status} of {words} has changed {changed}: {ended}")
             return
-        if "--drop-snapshots" in words:
-            for one in ranges:
+        for one in ranges:
+            if one.keeps_name and not one.pulls and not self.storage.holds(one.base):
+                self._rename_snapshots(one.base, one.top)
+            elif "--drop-snapshots" in words:
                 self._forget_dropped({one.top, *one.between})
         for one in ranges:
             self._follow(one, ended, words)
@@ -604,6 +606,13 @@ class Life:
                 is_gone = image in self.doomed
             if is_gone:
                 del self.snapshots[image, name]
+
+    def _rename_snapshots(self, base: Path, top: Path) -> None:
+        """Base has taken top's place, with its snapshots; those of top had to be told to go."""
+        for key in [key for key in self.snapshots if key[0] == top]:
+            del self.snapshots[key]
+        for image, name in [key for key in self.snapshots if key[0] == base]:
+            self.snapshots[top, name] = self.snapshots.pop((image, name))
 
     def _may_show(self, image: Path, contents: Iterable[Content]) -> None:
         if image in self.shows:
