@@ -513,13 +513,10 @@ class Life:
             then()
         if words not in self.commands and words[0] in ("merge", "flatten", "live", "bitmaps"):
             self.commands.append(words)
-        if ended.status in (2, 3) and words[0] != "live":
-            changed = {
-                path for path, digest in self._digests().items() if before.get(path) != digest
-            }
-            changed |= before.keys() - self._digests().keys()
-            if changed:
-                raise LifeViolated(f"exit {ended.status} of {words} has changed {changed}: {ended}")
+        if ended.status in (2, 3):
+            # A machine that runs marks its images as it opens and closes them.
+            if words[0] != "live":
+                self._require_unchanged(before, words, ended)
             return
         for one in ranges:
             if one.keeps_name and not one.pulls and not self.storage.holds(one.base):
@@ -534,6 +531,13 @@ class Life:
                 lost = passing[id(disk)] - self._passing(disk)
                 if lost:
                     raise LifeViolated(f"{words} has lost {lost} of {disk.leaf}")
+
+    def _require_unchanged(self, before: dict[Path, str], words: list[str], ended: Ended) -> None:
+        after = self._digests()
+        changed = {path for path, digest in after.items() if before.get(path) != digest}
+        changed |= before.keys() - after.keys()
+        if changed:
+            raise LifeViolated(f"exit {ended.status} of {words} has changed {changed}: {ended}")
 
     def _run(self, words: list[str], dies_at: int | None) -> Ended:
         moment = "" if dies_at is None else f" (killed at change {dies_at})"
@@ -575,8 +579,11 @@ class Life:
                 self._forget_snapshotless(one.top)
             else:
                 self._may_show(one.base, shown)
-        elif one.base in self.shows:
+        elif one.base in self.shows and shown:
             self._may_show(one.base, shown)
+        elif disk is None:
+            # Nobody has looked at what goes down.
+            self.shows.pop(one.base, None)
         if ended.status in (0, 1, 130, KILLED):
             for image in one.between:
                 self.shows.pop(image, None)
