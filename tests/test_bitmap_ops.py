@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
-from chainmerge.chain.errors import DataFileRefused
-from chainmerge.ops_errors import (
+from chainmerge.bitmaps.errors import (
     BitmapExists,
     BitmapMissing,
     BitmapsImpossible,
@@ -22,6 +21,7 @@ from chainmerge.ops_errors import (
     RemovalUnsafe,
     SizesDiffer,
 )
+from chainmerge.chain.errors import DataFileRefused
 from chainmerge.options import Access
 from tests.support.damage import mark_in_use
 from tests.support.qemu import (

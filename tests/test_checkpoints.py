@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chainmerge.checkpoints import (
+from chainmerge.bitmaps.rules import (
     BitmapState,
     Decision,
     Fate,

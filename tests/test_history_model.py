@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, decide
+from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, decide
 from tests.model.broken_rules import changed, without_tombstones
 from tests.model.disk_history import (
     Backend,

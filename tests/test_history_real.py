@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from chainmerge.checkpoints import BitmapState
-from chainmerge.types import Stage
+from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.documents.merge import Stage
 from tests.model.broken_rules import changed, without_tombstones
 from tests.model.disk_history import (
     Backend,
@@ -191,7 +191,7 @@ def test_killed_anywhere(
 
 @pytest.fixture
 def no_tombstones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chainmerge.inspection.decide", changed(without_tombstones))
+    monkeypatch.setattr("chainmerge.chain.target.decide", changed(without_tombstones))
 
 
 @pytest.mark.parametrize(("story", "leaf"), STORIES)

@@ -17,7 +17,7 @@ import pytest
 
 from chainmerge.chain import discover
 from chainmerge.chain.errors import ImageReplaced
-from chainmerge.inspection import open_chain, policy_of
+from chainmerge.chain.target import open_chain, policy_of
 from chainmerge.options import Access
 from chainmerge.storage.errors import ReadFailed
 from chainmerge.storage.limits import allow_open_files

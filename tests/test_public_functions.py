@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 import chainmerge
 from chainmerge import api, live
+from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.option_checks import OptionUnusable
 from chainmerge.options import Access, LiveOptions, MergeOptions
-from chainmerge.types import MergeOutcome
 from tests.support.qemu import content, create, qemu_io
 
 if TYPE_CHECKING:

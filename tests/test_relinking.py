@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chainmerge
+from chainmerge.bitmaps.errors import (
+    RelinkChangesCheckpoints,
+    RelinkChangesContent,
+    RelinkUncheckable,
+    RelinkUnfinished,
+)
 from chainmerge.chain.errors import (
     BackingCycle,
     BackingFileMissing,
     BackingFileOutside,
     FormatMissing,
     WrongFormat,
-)
-from chainmerge.ops_errors import (
-    RelinkChangesCheckpoints,
-    RelinkChangesContent,
-    RelinkUncheckable,
-    RelinkUnfinished,
 )
 from chainmerge.options import Access
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file

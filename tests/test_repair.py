@@ -13,7 +13,7 @@ import pytest
 
 import chainmerge
 from chainmerge.errors import Refused
-from chainmerge.repair_backup import BackupUnusable, ChangedSinceRepair
+from chainmerge.repairing.backup import BackupUnusable, ChangedSinceRepair
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.chain.unchanged import refusal, unchanged
@@ -36,7 +36,7 @@ from tests.support.qemu import (
 from tests.support.wounds import WOUNDS, inflict
 
 if TYPE_CHECKING:
-    from chainmerge.types import RepairReport
+    from chainmerge.documents.merge import RepairReport
 
 MIB = 1 << 20
 DOCUMENT = Path(__file__).parents[1] / "docs" / "repair.md"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 import chainmerge
-from chainmerge.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
 from chainmerge.engines.metadata import (
     StoredBitmap,
     clear_marks,
@@ -22,6 +21,7 @@ from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import iter_extents
+from chainmerge.repairing.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
 from chainmerge.storage.files import AppendedFile, WritablePort
 from tests.support import qemu
 from tests.support.ailments import AILMENTS

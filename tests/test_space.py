@@ -16,9 +16,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from chainmerge.chain.view import GuestView, layer_of_qcow2
 from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
-from chainmerge.engines.qemu import commit
-from chainmerge.engines.qemu_nodes import ImageSpec
+from chainmerge.engines.qemu.commit import commit
+from chainmerge.engines.qemu.nodes import ImageSpec
+from chainmerge.planning.space.clusters import place, release
+from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
@@ -41,10 +44,7 @@ from chainmerge.space import (
     space_need,
     united,
 )
-from chainmerge.space.clusters import place, release
-from chainmerge.space.errors import CannotGrowBase
 from chainmerge.storage.files import FileReadable, WritablePort
-from chainmerge.view import GuestView, layer_of_qcow2
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, qemu_io, run
 from tests.support.qemu import check as check_by_qemu
 

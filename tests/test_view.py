@@ -15,12 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainmerge import view
-from chainmerge.errors import Interrupted
-from chainmerge.qcow2.errors import EncryptedContent
-from chainmerge.qcow2.mapping import Kind
-from chainmerge.qcow2.readable import BytesReadable, Readable
-from chainmerge.view import (
+from chainmerge.chain import view
+from chainmerge.chain.view import (
     NO_LAYER,
     GuestView,
     Layer,
@@ -29,6 +25,10 @@ from chainmerge.view import (
     layer_of_qcow2,
     layer_of_raw,
 )
+from chainmerge.errors import Interrupted
+from chainmerge.qcow2.errors import EncryptedContent
+from chainmerge.qcow2.mapping import Kind
+from chainmerge.qcow2.readable import BytesReadable, Readable
 from tests.support import qemu
 from tests.support.images import (
     GIB,

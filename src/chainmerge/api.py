@@ -13,10 +13,10 @@ import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from chainmerge.boundary import at_the_boundary
+from chainmerge.storage.boundary import at_the_boundary
 
 if TYPE_CHECKING:
-    from chainmerge.bitmap_ops import (
+    from chainmerge.bitmaps.editing import (
         bitmaps_add,
         bitmaps_clear,
         bitmaps_list,
@@ -26,14 +26,19 @@ if TYPE_CHECKING:
         prune,
     )
     from chainmerge.catalogue import explain
-    from chainmerge.checking import check_image
-    from chainmerge.flattening import flatten, flatten_disks, plan_flatten, plan_flatten_disks
-    from chainmerge.information import inspect
-    from chainmerge.merging import measure, merge, plan
-    from chainmerge.relinking import find_backing, relink
-    from chainmerge.repairing import plan_repair, repair, undo_repair
-    from chainmerge.several_disks import merge_disks, plan_disks
-    from chainmerge.unfinished import status
+    from chainmerge.chain.information import inspect
+    from chainmerge.merging.disks import merge_disks, plan_disks
+    from chainmerge.merging.flattening import (
+        flatten,
+        flatten_disks,
+        plan_flatten,
+        plan_flatten_disks,
+    )
+    from chainmerge.merging.preparing import measure, merge, plan
+    from chainmerge.records.unfinished import status
+    from chainmerge.repairing.checking import check_image
+    from chainmerge.repairing.mending import plan_repair, repair, undo_repair
+    from chainmerge.repairing.relinking import find_backing, relink
 
 __all__ = [
     "bitmaps_add",
@@ -65,31 +70,31 @@ __all__ = [
 
 _MODULES: Final = MappingProxyType(
     {
-        "bitmaps_add": "chainmerge.bitmap_ops",
-        "bitmaps_clear": "chainmerge.bitmap_ops",
-        "bitmaps_list": "chainmerge.bitmap_ops",
-        "bitmaps_merge": "chainmerge.bitmap_ops",
-        "bitmaps_remove": "chainmerge.bitmap_ops",
-        "bitmaps_remove_all": "chainmerge.bitmap_ops",
-        "check_image": "chainmerge.checking",
+        "bitmaps_add": "chainmerge.bitmaps.editing",
+        "bitmaps_clear": "chainmerge.bitmaps.editing",
+        "bitmaps_list": "chainmerge.bitmaps.editing",
+        "bitmaps_merge": "chainmerge.bitmaps.editing",
+        "bitmaps_remove": "chainmerge.bitmaps.editing",
+        "bitmaps_remove_all": "chainmerge.bitmaps.editing",
+        "check_image": "chainmerge.repairing.checking",
         "explain": "chainmerge.catalogue",
-        "find_backing": "chainmerge.relinking",
-        "flatten": "chainmerge.flattening",
-        "flatten_disks": "chainmerge.flattening",
-        "inspect": "chainmerge.information",
-        "measure": "chainmerge.merging",
-        "merge": "chainmerge.merging",
-        "merge_disks": "chainmerge.several_disks",
-        "plan": "chainmerge.merging",
-        "plan_disks": "chainmerge.several_disks",
-        "plan_flatten": "chainmerge.flattening",
-        "plan_flatten_disks": "chainmerge.flattening",
-        "plan_repair": "chainmerge.repairing",
-        "prune": "chainmerge.bitmap_ops",
-        "relink": "chainmerge.relinking",
-        "repair": "chainmerge.repairing",
-        "status": "chainmerge.unfinished",
-        "undo_repair": "chainmerge.repairing",
+        "find_backing": "chainmerge.repairing.relinking",
+        "flatten": "chainmerge.merging.flattening",
+        "flatten_disks": "chainmerge.merging.flattening",
+        "inspect": "chainmerge.chain.information",
+        "measure": "chainmerge.merging.preparing",
+        "merge": "chainmerge.merging.preparing",
+        "merge_disks": "chainmerge.merging.disks",
+        "plan": "chainmerge.merging.preparing",
+        "plan_disks": "chainmerge.merging.disks",
+        "plan_flatten": "chainmerge.merging.flattening",
+        "plan_flatten_disks": "chainmerge.merging.flattening",
+        "plan_repair": "chainmerge.repairing.mending",
+        "prune": "chainmerge.bitmaps.editing",
+        "relink": "chainmerge.repairing.relinking",
+        "repair": "chainmerge.repairing.mending",
+        "status": "chainmerge.records.unfinished",
+        "undo_repair": "chainmerge.repairing.mending",
     }
 )
 

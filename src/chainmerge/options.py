@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a caller asks for: how images may be reached, and how to merge them.
 
-Kept apart from :mod:`chainmerge.types` because planning reads the options and the
+Kept apart from :mod:`chainmerge.documents.merge` because planning reads the options and the
 results contain plans.
 """
 

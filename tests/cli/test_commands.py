@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import pytest
 
-from chainmerge.errors import ExitCode
-from chainmerge.planning import MergePlan
-from chainmerge.report.json import ErrorReport
-from chainmerge.types import (
+from chainmerge.documents.merge import (
     BitmapChange,
     BitmapListing,
     ChainReport,
@@ -31,6 +28,9 @@ from chainmerge.types import (
     StatusReport,
     UndoReport,
 )
+from chainmerge.errors import ExitCode
+from chainmerge.planning.plan import MergePlan
+from chainmerge.report.json import ErrorReport
 from tests.support import qemu
 from tests.support.cli import COMMAND, Ran, chainmerge, environment
 from tests.support.surgery import L1_OFFSET

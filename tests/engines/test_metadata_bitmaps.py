@@ -19,7 +19,7 @@ from chainmerge.engines.metadata.errors import (
     RewriteFailed,
     SwitchUnknown,
 )
-from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
+from chainmerge.planning.errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check

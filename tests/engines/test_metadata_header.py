@@ -19,7 +19,7 @@ from chainmerge.engines.metadata.header import (
     compose_header,
     content_of,
 )
-from chainmerge.plan_errors import ImageCorrupt
+from chainmerge.planning.errors import ImageCorrupt
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.header import BitmapsExtension, Header, Incompatible, parse_header

@@ -11,7 +11,7 @@ import pytest
 
 from chainmerge.engines.metadata import leaks, reclaim_leaks
 from chainmerge.engines.metadata.refcount_blocks import refcount_writes
-from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
+from chainmerge.planning.errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import check, computed_refcounts
 from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.image import Qcow2Image

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from chainmerge.chain.view import GuestView
     from chainmerge.errors import ChainmergeError
-    from chainmerge.view import GuestView
 
 # In a long run every state is looked at by all means there are, of many more states.
 SAMPLES = 400 if SOAK else 4

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chainmerge.chain.view import GuestView, layer_of_qcow2
 from chainmerge.engines.metadata import StoredBitmap, reclaim_leaks
 from chainmerge.engines.metadata.allocation import stored_free_space
 from chainmerge.engines.metadata.errors import NotEnoughSpace
@@ -23,15 +24,14 @@ from chainmerge.engines.native import (
     place_tree,
     survey_mapping,
 )
+from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
-from chainmerge.storage.transfer import ReadBack, transfer_into
-from chainmerge.verify import verify_bitmaps, verify_content, verify_soundness
-from chainmerge.view import GuestView, layer_of_qcow2
+from chainmerge.storage.transfer.copying import ReadBack, transfer_into
 from tests.conftest import SOAK
 from tests.support import qemu
 from tests.support.crash import RecordingPort, Written, crash_states

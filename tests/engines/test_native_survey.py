@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainmerge.chain.view import GuestView, layer_of_raw
 from chainmerge.engines.native import MappedDisk, survey, survey_mapping
 from chainmerge.options import Direction
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
-from chainmerge.view import GuestView, layer_of_raw
 from tests.support import qemu
 from tests.support.images import GIB, KIB, MIB, SECTOR
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chainmerge.engines import qmp
-from chainmerge.engines.errors import CommandRefused, CommitFailed, DaemonFailed, DaemonMissing
-from chainmerge.engines.qemu import CopyProgress, commit
-from chainmerge.engines.qemu_nodes import ImageSpec
-from chainmerge.engines.qmp import StorageDaemon
+from chainmerge.engines.qemu import daemon as qmp
+from chainmerge.engines.qemu.commit import CopyProgress, commit
+from chainmerge.engines.qemu.daemon import StorageDaemon
+from chainmerge.engines.qemu.errors import CommandRefused, CommitFailed, DaemonFailed, DaemonMissing
+from chainmerge.engines.qemu.nodes import ImageSpec
 from chainmerge.errors import Interrupted
 from tests.support.qemu import (
     assert_clean,
@@ -408,8 +408,8 @@ def is_locked(descriptor: int) -> bool:
 
 MERGE_FOREVER = """
 import fcntl, os, sys
-from chainmerge.engines.qemu import commit
-from chainmerge.engines.qemu_nodes import ImageSpec
+from chainmerge.engines.qemu.commit import commit
+from chainmerge.engines.qemu.nodes import ImageSpec
 base, top, lock_file, lock = sys.argv[1:]
 descriptor = os.open(lock_file, os.O_RDWR)
 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, bytes.fromhex(lock))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from chainmerge.chain.view import GuestView, layer_of_qcow2
 from chainmerge.engines.metadata import remove_snapshots
 from chainmerge.engines.metadata.errors import RewriteFailed
 from chainmerge.qcow2.check import check
@@ -17,7 +18,6 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
 from chainmerge.qcow2.snapshots import image_of_snapshot, read_snapshots
 from chainmerge.storage.files import WritablePort
-from chainmerge.view import GuestView, layer_of_qcow2
 from tests.support import qemu
 from tests.support.crash import FailingPort, RecordingPort, crash_states
 from tests.support.images import Discard, Geometry, apply_writes, geometries, operations

@@ -23,11 +23,11 @@ import atheris
 
 with atheris.instrument_imports(include=["chainmerge"]):
     import chainmerge
-    import chainmerge.bitmap_ops
-    import chainmerge.checking
-    import chainmerge.information
-    import chainmerge.merging
-    import chainmerge.repairing
+    import chainmerge.bitmaps.editing
+    import chainmerge.chain.information
+    import chainmerge.merging.preparing
+    import chainmerge.repairing.checking
+    import chainmerge.repairing.mending
     from chainmerge.options import Access
     from chainmerge.records import files as state_files
     from chainmerge.storage.errors import OutOfMemory, SystemCallFailed

@@ -13,7 +13,7 @@ from chainmerge import live
 from chainmerge.catalogue import known_errors
 from chainmerge.cli.live import merge as merge_command
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
-from chainmerge.plan_errors import BaseHasOtherChildren
+from chainmerge.planning.errors import BaseHasOtherChildren
 from tests.support.cli import chainmerge as command
 from tests.support.live_scenario import build
 from tests.support.live_vm import running_vm

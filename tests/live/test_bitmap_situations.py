@@ -9,7 +9,7 @@ import pytest
 
 import chainmerge
 from chainmerge import live
-from chainmerge.checkpoints import BitmapState
+from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.options import LiveOptions, MergeOptions
 from tests.conftest import SOAK
 from tests.support.bitmap_situations import (

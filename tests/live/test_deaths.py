@@ -17,9 +17,9 @@ import chainmerge
 from chainmerge import live
 from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.live.errors import NothingUnfinished, VmLost
-from chainmerge.live_leftovers import LivePivotUnclear
+from chainmerge.merging.live_remains import LivePivotUnclear
 from chainmerge.options import Access, LiveOptions, MergeOptions
-from chainmerge.plan_errors import LeftoverInUse
+from chainmerge.planning.errors import LeftoverInUse
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.conftest import SOAK
@@ -41,7 +41,7 @@ from tests.support.qemu import assert_clean, check, content, create, qemu_img, q
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chainmerge.types import MergeReport
+    from chainmerge.documents.merge import MergeReport
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -13,7 +13,7 @@ import pytest
 from chainmerge import live
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import LiveOptions
-from chainmerge.plan_errors import SnapshotsOfVmWouldChange
+from chainmerge.planning.errors import SnapshotsOfVmWouldChange
 from tests.support.domain_vm import running_domain
 from tests.support.live_scenario import DISK, LiveScenario, build
 from tests.support.live_vm import DEVICE, running_vm

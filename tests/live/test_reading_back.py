@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
+from chainmerge.documents.merge import Stage
 from chainmerge.live.errors import LiveUnsuited
 from chainmerge.options import Access, LiveOptions
-from chainmerge.plan_errors import MergeUnfinished
+from chainmerge.planning.errors import MergeUnfinished
 from chainmerge.qcow2.header import ExtensionType
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
-from chainmerge.types import Stage
 from tests.support.domain_vm import running_domain
 from tests.support.live_scenario import DISK
 from tests.support.live_vm import one_drive, running_vm
@@ -29,7 +29,7 @@ from tests.support.surgery import extension_at, put_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainmerge.types import ProgressEvent
+    from chainmerge.documents.merge import ProgressEvent
 
 pytestmark = pytest.mark.timeout(120)
 

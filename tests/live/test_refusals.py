@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
+from chainmerge.chain.unseen_users import UsersUnknown
+from chainmerge.documents.merge import Stage
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.live.errors import (
     LiveChainDiffers,
@@ -27,7 +29,7 @@ from chainmerge.live.errors import (
 )
 from chainmerge.live.exclusive import sole_driver
 from chainmerge.options import Access, LiveOptions
-from chainmerge.plan_errors import BaseHasOtherChildren
+from chainmerge.planning.errors import BaseHasOtherChildren
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import (
     LiveJournal,
@@ -38,8 +40,6 @@ from chainmerge.records.live_journal import (
 )
 from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps
 from chainmerge.storage.errors import WriteFailed
-from chainmerge.types import Stage
-from chainmerge.unseen_users import UsersUnknown
 from tests.support.live_scenario import (
     DISK,
     LiveScenario,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from chainmerge.types import ProgressEvent
+    from chainmerge.documents.merge import ProgressEvent
 
 pytestmark = pytest.mark.timeout(120)
 # virtio devices have their block device in a part of them.
@@ -185,7 +185,7 @@ def test_a_disk_that_is_not_there(vm: LiveTestVm, tmp_path: Path) -> None:
 def test_a_monitor_that_talks_to_somebody_else(
     vm: LiveTestVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chainmerge.live.monitor._GREETING_SECONDS", 0.5)
+    monkeypatch.setattr("chainmerge.live.qmp.monitor._GREETING_SECONDS", 0.5)
     with (
         live.QmpVm(str(vm.qmp), device=DEVICE),
         pytest.raises(VmUnreachable, match="no answer"),

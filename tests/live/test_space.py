@@ -13,10 +13,10 @@ import pytest
 
 import chainmerge
 from chainmerge import live
+from chainmerge.documents.merge import Stage
 from chainmerge.live import headroom
 from chainmerge.live.errors import LiveMergeFailed
 from chainmerge.options import Access, LiveOptions
-from chainmerge.types import Stage
 from tests.support.domain_vm import TestDomain, running_domain
 from tests.support.fake_lvm import FakeLvm
 from tests.support.live_scenario import stored_bits
@@ -25,7 +25,7 @@ from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
-    from chainmerge.types import ProgressEvent
+    from chainmerge.documents.merge import ProgressEvent
 
 MIB = 1 << 20
 DEVICES = Access(allow_backing=("/dev",))

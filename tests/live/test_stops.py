@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
+from chainmerge.documents.merge import MergeOutcome, Stage
 from chainmerge.errors import Interrupted
 from chainmerge.live.errors import LiveMergeFailed, LiveUnsuited, VmRefused
 from chainmerge.options import LiveOptions
-from chainmerge.types import MergeOutcome, Stage
 from tests.support.domain_vm import running_domain
 from tests.support.live_scenario import DISK, assert_closed_safe, build, leftovers
 from tests.support.live_vm import running_vm
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from chainmerge.types import ProgressEvent
+    from chainmerge.documents.merge import ProgressEvent
     from tests.support.domain_vm import TestDomain
     from tests.support.live_vm import LiveTestVm
 

@@ -9,6 +9,7 @@ import pytest
 
 import chainmerge
 from chainmerge.chain.errors import NoBackingFile, NotInChain
+from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
 from chainmerge.options import (
     Access,
     DataChoice,
@@ -16,7 +17,7 @@ from chainmerge.options import (
     EngineChoice,
     MergeOptions,
 )
-from chainmerge.plan_errors import (
+from chainmerge.planning.errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
     BaseNotBelowTop,
@@ -25,7 +26,6 @@ from chainmerge.plan_errors import (
     DoomedInUse,
     MiddleHasOtherChildren,
 )
-from chainmerge.types import MergeOutcome, ProgressEvent, Stage
 from tests.chain.unchanged import unchanged
 from tests.support.merge_scenario import MIB, Scenario, dirty_granules
 from tests.support.qemu import (

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge import merging, settle
-from chainmerge.ops_errors import DiskGone
+from chainmerge.bitmaps.errors import DiskGone
+from chainmerge.documents.merge import DiskOutcome, MergeOutcome, Stage
+from chainmerge.merging import preparing as merging
+from chainmerge.merging import settling as settle
 from chainmerge.options import MergeOptions
 from chainmerge.records.disks import disk_file
 from chainmerge.records.merged_record import merged_record_file
-from chainmerge.types import DiskOutcome, MergeOutcome, Stage
 from tests.support.qemu import assert_clean, content, create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainmerge.merge_job import OnProgress
-    from chainmerge.types import MergeReport, ProgressEvent
+    from chainmerge.documents.merge import MergeReport, ProgressEvent
+    from chainmerge.merging.job import OnProgress
 
 MIB = 1 << 20
 DELETING = MergeOptions(delete=True)

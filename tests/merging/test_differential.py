@@ -20,12 +20,12 @@ from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 
 import chainmerge
+from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import Refused
 from chainmerge.options import Access, MergeOptions
-from chainmerge.planning import MergePlan
+from chainmerge.planning.plan import MergePlan
+from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
-from chainmerge.space.errors import CannotGrowBase
-from chainmerge.types import MergeOutcome
 from tests.chain.unchanged import state
 from tests.support import qemu
 from tests.support.images import MIB, SECTOR, WriteCompressed, apply_writes, open_qcow2
@@ -47,7 +47,7 @@ BLOCK = 4096
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.types import MergeReport
+    from chainmerge.documents.merge import MergeReport
 
 
 @given(merge_cases("native"))

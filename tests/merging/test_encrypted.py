@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.engines import qemu as qemu_engine
-from chainmerge.engines.errors import ImageNotOpened
+from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
+from chainmerge.engines.qemu import commit as qemu_engine
+from chainmerge.engines.qemu.errors import ImageNotOpened
+from chainmerge.merging.verifying import VerificationFailed
 from chainmerge.options import ANY_IMAGE, MergeOptions
-from chainmerge.plan_errors import (
+from chainmerge.planning.errors import (
     EncryptedImage,
     KeyFileUnusable,
     NativeUnavailable,
     PullUnavailable,
 )
-from chainmerge.types import MergeOutcome, ProgressEvent, Stage
-from chainmerge.verify import VerificationFailed
 from tests.support.cli import chainmerge as command
 from tests.support.encrypted import MIB, build
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chainmerge
-from chainmerge import evidence, merging
-from chainmerge.plan_errors import BaseNewer
-from chainmerge.planning import Evidence, ImageTimes
+from chainmerge.merging import preparing as merging
+from chainmerge.planning import evidence
+from chainmerge.planning.errors import BaseNewer
+from chainmerge.planning.plan import Evidence, ImageTimes
 from tests.support.qemu import create, qemu_io
 
 if TYPE_CHECKING:

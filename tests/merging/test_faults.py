@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 
 import chainmerge
+from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.bitmaps.stored import state_of
 from chainmerge.chain.names import backing_path
-from chainmerge.checkpoints import BitmapState
 from chainmerge.errors import ExitCode
 from chainmerge.options import Access, MergeOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
@@ -32,7 +33,6 @@ from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.files import STATE_DIRECTORY
-from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable
 from tests.conftest import SOAK
 from tests.support.faults import Fault, Lost, Run, faults_of, run_with

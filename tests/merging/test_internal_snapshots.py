@@ -17,16 +17,16 @@ from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 
 import chainmerge
+from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
 from chainmerge.errors import Refused
 from chainmerge.options import Access, DataChoice, DirectionChoice, EngineChoice, MergeOptions
-from chainmerge.plan_errors import (
+from chainmerge.planning.errors import (
     ChildSeesMore,
     ImageDirty,
     MergeUnfinished,
     SnapshotsWouldChange,
     SnapshotsWouldGo,
 )
-from chainmerge.types import MergeOutcome, ProgressEvent, Stage
 from tests.chain.unchanged import refusal, state
 from tests.support.loopdev import loop_device
 from tests.support.qemu import (
@@ -43,7 +43,7 @@ from tests.support.qemu import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.types import MergeReport
+    from chainmerge.documents.merge import MergeReport
 
 MIB = 1 << 20
 CELL = 65536
@@ -403,7 +403,7 @@ def test_what_fails_after_the_removal_is_no_refusal(
     def refused(*_: object) -> None:
         raise ImageDirty(str(base))
 
-    monkeypatch.setattr("chainmerge.merging._decided_again", refused)
+    monkeypatch.setattr("chainmerge.merging.preparing._decided_again", refused)
     with pytest.raises(MergeUnfinished):
         chainmerge.merge(top, options=DROP)
     assert content(top) == view

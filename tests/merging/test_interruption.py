@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 import chainmerge
+from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
 from chainmerge.errors import Interrupted
 from chainmerge.options import EngineChoice, MergeOptions
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from chainmerge.storage.files import WritablePort
-from chainmerge.types import MergeOutcome, ProgressEvent, Stage
 from tests.support.merge_scenario import VALID_IN_BOTH, VALID_IN_TOP, Scenario
 from tests.support.qemu import assert_clean, bitmap_names, content, create, info, qemu_img, qemu_io
 

@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chainmerge
-from chainmerge import leaks
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.engines.metadata.allocation import Runs, runs_of, without_runs
 from chainmerge.errors import Refused
 from chainmerge.options import MergeOptions
+from chainmerge.planning import leaks
 from chainmerge.qcow2.check import check as checked
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.merge_journal import journal_file, load_journal, save_journal
 from chainmerge.storage.files import FileReadable
-from chainmerge.types import ProgressEvent, Stage
 from tests.chain.unchanged import unchanged
 from tests.support.damage import leak_clusters, mark_in_use
 from tests.support.qemu import assert_clean, check, content, create, qemu_img, qemu_io

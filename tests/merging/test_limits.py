@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import chainmerge
+from chainmerge.documents.merge import Stage
 from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.options import MergeOptions
-from chainmerge.types import Stage
 from tests.conftest import SOAK
 from tests.merging.test_faults import Images, build, chain_of, checkpoints_of, is_qcow2
 from tests.support.cli import COMMAND, SOURCES, Ran, environment
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from chainmerge.types import ProgressEvent
+    from chainmerge.documents.merge import ProgressEvent
 
 
 @pytest.fixture

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 import chainmerge
 from chainmerge.chain.errors import BackingFileOutside
 from chainmerge.chain.surroundings import LEVELS
+from chainmerge.chain.target import find_target
+from chainmerge.chain.unseen_users import UsersUnknown, VolumesInactive
 from chainmerge.errors import ExitCode, Refused
-from chainmerge.inspection import find_target
 from chainmerge.options import Access, DirectionChoice, MergeOptions
-from chainmerge.plan_errors import BaseHasOtherChildren, DoomedInUse, MiddleHasOtherChildren
+from chainmerge.planning.errors import BaseHasOtherChildren, DoomedInUse, MiddleHasOtherChildren
 from chainmerge.storage import lvm
 from chainmerge.storage.locks import LockMode, lock_image
-from chainmerge.unseen_users import UsersUnknown, VolumesInactive
 from tests.chain.unchanged import refusal, state
 from tests.support.cli import chainmerge as command
 from tests.support.fake_lvm import FakeLvm
@@ -312,7 +312,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
         name = lvm.DeviceMapperName("vg-base", "V", "L")
         # Only what asks for neighbours takes the device for a volume.
         monkeypatch.setattr(
-            "chainmerge.activation.lvm",
+            "chainmerge.chain.activation.lvm",
             SimpleNamespace(
                 device_mapper_name=lambda number: name if number == device else None,
                 inactive_volumes=lvm.inactive_volumes,

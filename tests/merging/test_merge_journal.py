@@ -15,18 +15,26 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import pytest
 
 import chainmerge
-from chainmerge import by_native, merging, resuming, settle
+from chainmerge.documents.merge import (
+    MergeOutcome,
+    MergeReport,
+    ProgressEvent,
+    Stage,
+    UnfinishedMerge,
+)
 from chainmerge.errors import Interrupted
+from chainmerge.merging import by_native, resuming
+from chainmerge.merging import preparing as merging
+from chainmerge.merging import settling as settle
 from chainmerge.options import Access, MergeOptions
-from chainmerge.plan_errors import LeftoverInUse
-from chainmerge.planning import EngineName
+from chainmerge.planning.errors import LeftoverInUse
+from chainmerge.planning.plan import EngineName
 from chainmerge.records import files as state_files
 from chainmerge.records import merge_journal
 from chainmerge.records.identity import identify, same_image
 from chainmerge.records.merge_journal import JournalState, journal_file, load_journal
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
-from chainmerge.types import MergeOutcome, MergeReport, ProgressEvent, Stage, UnfinishedMerge
-from chainmerge.unfinished import UNKNOWN
+from chainmerge.records.unfinished import UNKNOWN
 from tests.support.loopdev import loop_device
 from tests.support.qemu import (
     assert_clean,

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import chainmerge
-from chainmerge import merging, settle
+from chainmerge.merging import preparing as merging
+from chainmerge.merging import settling as settle
 from chainmerge.options import Access, MergeOptions
-from chainmerge.planning import make_plan
+from chainmerge.planning.plan import make_plan
 from chainmerge.storage.errors import ImageInUse
 from tests.support import cli
 from tests.support.loopdev import loop_device
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chainmerge.planning import MergeFacts, MergePlan
+    from chainmerge.planning.plan import MergeFacts, MergePlan
 
 HOLD: Final = """
 import os, sys

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
+from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import ExitCode, Refused
 from chainmerge.options import Access, MergeOptions
-from chainmerge.plan_errors import (
+from chainmerge.planning.errors import (
     BaseNamedByOthers,
     CannotRename,
     CannotTakeAway,
@@ -25,7 +26,6 @@ from chainmerge.plan_errors import (
 )
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.storage.errors import ImageReadOnly
-from chainmerge.types import MergeOutcome
 from tests.support.cli import COMMAND, environment
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, qemu_io
 

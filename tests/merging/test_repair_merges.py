@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.options import MergeOptions
 from chainmerge.records.merge_journal import journal_file
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
-from chainmerge.types import ProgressEvent, Stage
 from tests.chain.unchanged import unchanged
 from tests.support.qemu import (
     assert_clean,
@@ -30,7 +30,7 @@ from tests.support.qemu import (
 )
 
 if TYPE_CHECKING:
-    from chainmerge.types import RepairReport
+    from chainmerge.documents.merge import RepairReport
     from tests.support.merge_scenario import Scenario
 
 MIB = 1 << 20

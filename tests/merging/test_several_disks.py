@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
-from chainmerge import several_disks
+from chainmerge.bitmaps.errors import DisksMismatched, DisksShareImage
+from chainmerge.documents.merge import DiskOutcome, ProgressEvent, Stage
 from chainmerge.errors import ExitCode, Failed
-from chainmerge.ops_errors import DisksMismatched, DisksShareImage
+from chainmerge.merging import disks as several_disks
 from chainmerge.options import MergeOptions
 from chainmerge.records.disks import SUFFIX, disk_file, keep_entry
 from chainmerge.storage.errors import FileSystemFull, WriteFailed
 from chainmerge.storage.files import AppendedFile, WritablePort
-from chainmerge.types import DiskOutcome, ProgressEvent, Stage
 from tests.chain.unchanged import refusal, unchanged
 from tests.support.cli import chainmerge as command
 from tests.support.cli import environment
@@ -41,7 +41,7 @@ from tests.support.qemu import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainmerge.merging import Prepared
+    from chainmerge.merging.preparing import Prepared
 
 MIB = 1 << 20
 DISKS = 3

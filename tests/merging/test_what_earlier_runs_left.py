@@ -17,8 +17,12 @@ import msgspec
 import pytest
 
 import chainmerge
-from chainmerge import by_native, by_qemu, live_leftovers, merging, settle
+from chainmerge.documents.merge import MergeOutcome, UnfinishedMerge
 from chainmerge.errors import Interrupted, Refused
+from chainmerge.merging import by_native, by_qemu
+from chainmerge.merging import live_remains as live_leftovers
+from chainmerge.merging import preparing as merging
+from chainmerge.merging import settling as settle
 from chainmerge.options import Access, MergeOptions
 from chainmerge.records import files as state_files
 from chainmerge.records import saved_bitmaps
@@ -39,7 +43,6 @@ from chainmerge.records.live_journal import (
 from chainmerge.records.merge_journal import journal_file, load_journal
 from chainmerge.records.merged_record import load_merged_record, merged_record_file
 from chainmerge.storage.errors import ImageMissing
-from chainmerge.types import MergeOutcome, UnfinishedMerge
 from tests.support.cli import COMMAND, environment
 from tests.support.cli import chainmerge as command
 from tests.support.loopdev import loop_device, mounted_file_system
@@ -627,7 +630,7 @@ def test_status_says_what_it_did_not_look_at(
 ) -> None:
     for number in range(5):
         (tmp_path / str(number)).mkdir()
-    monkeypatch.setattr("chainmerge.unfinished._MOST_DIRECTORIES", 3)
+    monkeypatch.setattr("chainmerge.records.unfinished._MOST_DIRECTORIES", 3)
     (sentence,) = chainmerge.status([tmp_path]).not_searched
     assert "more than 3 directories" in sentence
     walk = os.scandir
@@ -637,7 +640,7 @@ def test_status_says_what_it_did_not_look_at(
             raise PermissionError(13, "Permission denied")
         return walk(directory)
 
-    monkeypatch.setattr("chainmerge.unfinished._MOST_DIRECTORIES", 100)
+    monkeypatch.setattr("chainmerge.records.unfinished._MOST_DIRECTORIES", 100)
     monkeypatch.setattr(os, "scandir", refuse)
     (sentence,) = chainmerge.status([tmp_path]).not_searched
     assert sentence.startswith(f"{tmp_path / '1'} was not searched")

@@ -15,7 +15,7 @@ import pytest
 
 import chainmerge
 from chainmerge.options import Access, MergeOptions
-from chainmerge.plan_errors import BaseNewer
+from chainmerge.planning.errors import BaseNewer
 from tests.support import cli
 from tests.support.loopdev import loop_device
 from tests.support.qemu import content, create, qemu_img, qemu_io, run

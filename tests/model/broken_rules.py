@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chainmerge.checkpoints import Decision, LayerBitmaps, decide
+from chainmerge.bitmaps.rules import Decision, LayerBitmaps, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

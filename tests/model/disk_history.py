@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from chainmerge.checkpoints import BitmapState
-from chainmerge.types import Stage
+from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.documents.merge import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chainmerge.checkpoints import BitmapState
+from chainmerge.bitmaps.rules import BitmapState
 from tests.model.disk_history import (
     Backend,
     Ending,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from chainmerge import checkpoints
-from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, Occurrence
+from chainmerge.bitmaps import rules as checkpoints
+from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, Occurrence
 from tests.model.disk_history import Ending, KillPoint, MergeRequest, StoredBitmap
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ TOMBSTONE = StoredBitmap(BitmapState.DISABLED, 1, frozenset())
 
 
 class Decide(Protocol):
-    """The signature of :func:`chainmerge.checkpoints.decide`."""
+    """The signature of :func:`chainmerge.bitmaps.rules.decide`."""
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from chainmerge.engines.qmp import StorageDaemon
+from chainmerge.engines.qemu.daemon import StorageDaemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

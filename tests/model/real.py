@@ -25,17 +25,17 @@ import numpy as np
 from hypothesis import currently_in_test_context, note
 
 import chainmerge
+from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.bitmaps.stored import state_of
 from chainmerge.chain.names import backing_path
-from chainmerge.checkpoints import BitmapState
-from chainmerge.engines.qmp import StorageDaemon
+from chainmerge.chain.view import GuestView, layer_of_qcow2, layer_of_raw
+from chainmerge.engines.qemu.daemon import StorageDaemon
 from chainmerge.errors import Refused
 from chainmerge.options import EngineChoice, MergeOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
-from chainmerge.view import GuestView, layer_of_qcow2, layer_of_raw
 from tests.model.disk_history import (
     Ending,
     KillPoint,
@@ -49,8 +49,8 @@ from tests.support.qemu import create
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from chainmerge.documents.merge import ProgressEvent
     from chainmerge.qcow2.bits import BitSet
-    from chainmerge.types import ProgressEvent
 
 KIB = 1 << 10
 SECONDS_FOR_THE_DYING = 60

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainmerge.chain.view import GuestView, layer_of_qcow2
 from chainmerge.qcow2 import mapping, remembered
 from chainmerge.qcow2.compression import decompress_cluster
 from chainmerge.qcow2.errors import BadEntry, BadOffset, DecompressionFailed, FormatError
@@ -28,7 +29,6 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Extents, Kind, iter_extents, lookup
 from chainmerge.qcow2.readable import BytesReadable
 from chainmerge.qcow2.remembered import MappingMemory
-from chainmerge.view import GuestView, layer_of_qcow2
 from tests.support import qemu
 from tests.support.images import (
     KIB,

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chainmerge.documents.merge import MergeReport, ProgressEvent, Stage
 from chainmerge.errors import Refused
-from chainmerge.planning import MergePlan
+from chainmerge.planning.plan import MergePlan
 from chainmerge.report import schema
 from chainmerge.report.json import encode, encode_error, encode_event
-from chainmerge.types import MergeReport, ProgressEvent, Stage
 from tests.support import reports
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"

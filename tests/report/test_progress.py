@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 import pytest
 from rich.console import Console
 
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.report.bar import BarProgress
 from chainmerge.report.progress import (
     STAGE_WORDS,
@@ -19,7 +20,6 @@ from chainmerge.report.progress import (
     LineProgress,
     ProgressDisplay,
 )
-from chainmerge.types import ProgressEvent, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

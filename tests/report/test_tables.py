@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from chainmerge.planning import Finding
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.planning.plan import Finding
 from chainmerge.report import tables
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 from chainmerge.report.status_table import status_report
-from chainmerge.types import MergeOutcome
 from tests.support import reports
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from chainmerge.storage import crew
-from chainmerge.storage.crew import Crew
-from chainmerge.storage.direct import aligned_buffer
 from chainmerge.storage.errors import OutOfMemory
+from chainmerge.storage.transfer import crew
+from chainmerge.storage.transfer.crew import Crew
+from chainmerge.storage.transfer.direct import aligned_buffer
 
 BUFFER = 4096
 

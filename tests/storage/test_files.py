@@ -418,7 +418,7 @@ def test_no_image_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     image.write_bytes(b"image")
     script = """
 import os, sys
-from chainmerge.storage.direct import DirectFile
+from chainmerge.storage.transfer.direct import DirectFile
 from chainmerge.storage.files import WritablePort
 os.closerange(0, 3)
 with WritablePort(sys.argv[1]) as port:

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from chainmerge.errors import Interrupted
-from chainmerge.storage import file_transfer, offload
 from chainmerge.storage.errors import ReadBackDiffers
 from chainmerge.storage.files import FileReadable, WritablePort
-from chainmerge.storage.transfer import ReadBack, Stretch, Transfer, can_reflink, transfer_into
+from chainmerge.storage.transfer import files as file_transfer
+from chainmerge.storage.transfer import offload
+from chainmerge.storage.transfer.copying import (
+    ReadBack,
+    Stretch,
+    Transfer,
+    can_reflink,
+    transfer_into,
+)
 from tests.support.loopdev import loop_device, mounted_file_system
 from tests.support.qemu import run
 

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 
 from chainmerge.errors import Interrupted
 from chainmerge.qcow2.readable import BytesReadable
-from chainmerge.storage import block, file_transfer
-from chainmerge.storage.direct import DirectFile
+from chainmerge.storage import block
 from chainmerge.storage.errors import FlushFailed, NoSpaceLeft, ReadBackDiffers, ReadFailed
 from chainmerge.storage.files import FileReadable, WritablePort
-from chainmerge.storage.pieces import joined
-from chainmerge.storage.transfer import (
+from chainmerge.storage.transfer import files as file_transfer
+from chainmerge.storage.transfer.copying import (
     ByteSource,
     FileTransfer,
     PortTransfer,
@@ -33,6 +32,8 @@ from chainmerge.storage.transfer import (
     TransferPort,
     transfer_into,
 )
+from chainmerge.storage.transfer.direct import DirectFile
+from chainmerge.storage.transfer.pieces import joined
 from tests.support.crash import RecordingPort, Written
 from tests.support.loopdev import (
     device_that_loses_writes,

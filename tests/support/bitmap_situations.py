@@ -13,12 +13,12 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.checkpoints import BitmapState, chain_test
+from chainmerge.bitmaps.rules import BitmapState, chain_test
+from chainmerge.bitmaps.stored import state_of
 from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.results import state_of
 from chainmerge.storage.files import FileReadable, WritablePort
 from tests.support.live_scenario import granules
 from tests.support.qemu import create, qemu_io

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
+from chainmerge.chain.view import GuestView, layer_of_qcow2, layer_of_raw
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
-from chainmerge.view import GuestView, layer_of_qcow2, layer_of_raw
 from tests.support import qemu
 
 if TYPE_CHECKING:

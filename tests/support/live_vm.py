@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from chainmerge import live
-from chainmerge.live.monitor import Monitor
+from chainmerge.live.qmp.monitor import Monitor
 from tests.support.nbd import NbdClient
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.chain.view import GuestView, Layer, layer_of_qcow2
 from chainmerge.engines.metadata import (
     AnyBitmap,
     StoredBitmap,
@@ -36,6 +37,12 @@ from chainmerge.engines.native import (
     place_tree,
     survey_mapping,
 )
+from chainmerge.merging.verifying import (
+    bitmap_difference,
+    verify_bitmaps,
+    verify_content,
+    verify_soundness,
+)
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
@@ -47,14 +54,7 @@ from chainmerge.qcow2.refcounts import (
     read_refcounts,
     refcounts_per_block,
 )
-from chainmerge.storage.transfer import ReadBack, transfer_into
-from chainmerge.verify import (
-    bitmap_difference,
-    verify_bitmaps,
-    verify_content,
-    verify_soundness,
-)
-from chainmerge.view import GuestView, Layer, layer_of_qcow2
+from chainmerge.storage.transfer.copying import ReadBack, transfer_into
 from tests.support import qemu
 from tests.support.crash import RecordingPort
 from tests.support.images import Discard, ImagePlan, apply_writes, view_of

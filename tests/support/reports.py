@@ -6,24 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from chainmerge.chain import Searched
-from chainmerge.options import Placement
-from chainmerge.planning import (
-    DirectionCost,
-    Directions,
-    EngineName,
-    Finding,
-    MergePlan,
-    Movement,
-    PlannedBitmap,
-    PlannedHiding,
-    PlannedImage,
-    PlannedSnapshots,
-    Progress,
-    Repoint,
-    Role,
-    SpacePlan,
-)
-from chainmerge.types import (
+from chainmerge.documents.merge import (
     REPORT_VERSION,
     BitmapChange,
     BitmapListing,
@@ -48,6 +31,23 @@ from chainmerge.types import (
     StatusReport,
     UndoReport,
     UnfinishedMerge,
+)
+from chainmerge.options import Placement
+from chainmerge.planning.plan import (
+    DirectionCost,
+    Directions,
+    EngineName,
+    Finding,
+    MergePlan,
+    Movement,
+    PlannedBitmap,
+    PlannedHiding,
+    PlannedImage,
+    PlannedSnapshots,
+    Progress,
+    Repoint,
+    Role,
+    SpacePlan,
 )
 
 MIB = 1 << 20

@@ -13,11 +13,12 @@ import tempfile
 import traceback
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-# Loaded here, so that children have them.
-import chainmerge.by_native
 import chainmerge.cli.main
 import chainmerge.cli.merge
 import chainmerge.cli.plan
+
+# Loaded here, so that children have them.
+import chainmerge.merging.by_native
 from tests.support.cli import Ran
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import pytest
 
 import chainmerge
 from chainmerge import live
-from chainmerge.live.monitor import Monitor
+from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.options import LiveOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
-from chainmerge.types import ProgressEvent, Stage
 from tests.support.live_vm import DEVICE, separate_nodes
 from tests.support.qemu import assert_clean, content, info, qemu_img, run
 from tests.vm.rig import MIB, PROJECT, Machine, booted

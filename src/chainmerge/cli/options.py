@@ -150,8 +150,8 @@ def _activate_volumes(
 ) -> None:
     """Have the volumes of the chains that a command is for active until *stack* is closed."""
     # Few commands need it.
-    from chainmerge.activation import neighbours_activated, volumes_activated  # noqa: PLC0415
-    from chainmerge.inspection import metadata_policy_of  # noqa: PLC0415
+    from chainmerge.chain.activation import neighbours_activated, volumes_activated  # noqa: PLC0415
+    from chainmerge.chain.target import metadata_policy_of  # noqa: PLC0415
 
     tops = arguments.get("tops") or tuple(filter(None, (arguments.get("top"),)))
     named = (*tops, *arguments.get("bases", ()), arguments.get("base"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from chainmerge import api
+from chainmerge.bitmaps.errors import DisksMismatched
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
@@ -17,14 +18,13 @@ from chainmerge.cli.options import (
     tops_argument,
 )
 from chainmerge.errors import ExitCode
-from chainmerge.ops_errors import DisksMismatched
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
+    from chainmerge.documents.merge import DisksPlan
     from chainmerge.options import Access, MergeOptions
-    from chainmerge.planning import MergePlan
-    from chainmerge.types import DisksPlan
+    from chainmerge.planning.plan import MergePlan
 
 
 @click.command(cls=Command)

@@ -12,14 +12,14 @@ Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 
 from __future__ import annotations
 
-from chainmerge.boundary import at_the_boundary
 from chainmerge.live import merging
-from chainmerge.live.domain import DomainDisk
-from chainmerge.live.domain_connection import DEFAULT_URI
+from chainmerge.live.libvirt.connection import DEFAULT_URI
+from chainmerge.live.libvirt.disk import DomainDisk
 from chainmerge.live.merging import LiveDisk
 from chainmerge.live.port import LiveVm
-from chainmerge.live.qmp_vm import QmpVm
+from chainmerge.live.qmp.vm import QmpVm
 from chainmerge.options import LiveOptions
+from chainmerge.storage.boundary import at_the_boundary
 
 merge = at_the_boundary(merging.merge)
 plan = at_the_boundary(merging.plan)

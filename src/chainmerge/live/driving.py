@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.errors import Interrupted
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.errors import LiveMergeFailed, LiveNotStarted, VmRefused
@@ -22,7 +23,6 @@ from chainmerge.records.live_journal import (
     enter,
     save_live_journal,
 )
-from chainmerge.types import ProgressEvent, Stage
 
 
 @dataclass(slots=True, kw_only=True)

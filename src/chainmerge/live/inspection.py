@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
 from chainmerge.chain import Chain, ImageInfo, discover, identity_of
-from chainmerge.checkpoints import BitmapState, LayerBitmaps, Occurrence
-from chainmerge.engines.qemu_nodes import is_utf8
-from chainmerge.inspection import Target, bitmaps_of, find_target, policy_of
+from chainmerge.chain.target import Target, bitmaps_of, find_target, policy_of
+from chainmerge.engines.qemu.nodes import is_utf8
 from chainmerge.live.errors import (
     LiveBitmapBusy,
     LiveChainDiffers,
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chainmerge.chain import Identity
+    from chainmerge.chain.target import OpenChain
     from chainmerge.errors import ChainmergeError
-    from chainmerge.inspection import OpenChain
     from chainmerge.options import Access
 
 

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
+from chainmerge.bitmaps.stored import verified_before
+from chainmerge.chain.target import open_chain
+from chainmerge.documents.merge import (
+    REPORT_VERSION,
+    LiveMergeStatus,
+    LiveStatusReport,
+    MergeOutcome,
+    MergeReport,
+    ProgressEvent,
+    Stage,
+)
 from chainmerge.errors import Refused
-from chainmerge.inspection import open_chain
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
 from chainmerge.live.convergence import Convergence
-from chainmerge.live.domain import DomainDisk
-from chainmerge.live.domain_sequence import DomainDrive, carry_on_in_domain
 from chainmerge.live.errors import (
     LiveNotStarted,
     NothingUnfinished,
@@ -24,15 +32,18 @@ from chainmerge.live.errors import (
 )
 from chainmerge.live.exclusive import sole_driver
 from chainmerge.live.inspection import LiveTarget, locate, path_of
+from chainmerge.live.libvirt.disk import DomainDisk
+from chainmerge.live.libvirt.sequence import DomainDrive, carry_on_in_domain
 from chainmerge.live.planning import LivePlan, plan_live
 from chainmerge.live.port import LiveVm
 from chainmerge.live.sequence import Drive, carry_on
 from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
-from chainmerge.merge_job import volume_at, wipe_behind_end
+from chainmerge.merging.job import volume_at, wipe_behind_end
+from chainmerge.merging.settling import finished_before
 from chainmerge.options import Access, LiveOptions
-from chainmerge.plan_errors import MergeUnfinished
-from chainmerge.planning import Finding, MergePlan
+from chainmerge.planning.errors import MergeUnfinished
+from chainmerge.planning.plan import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -53,18 +64,7 @@ from chainmerge.records.saved_bitmaps import (
     save_bitmaps,
     saved_bitmaps_file,
 )
-from chainmerge.results import verified_before
-from chainmerge.settle import finished_before
 from chainmerge.storage.files import FileReadable
-from chainmerge.types import (
-    REPORT_VERSION,
-    LiveMergeStatus,
-    LiveStatusReport,
-    MergeOutcome,
-    MergeReport,
-    ProgressEvent,
-    Stage,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

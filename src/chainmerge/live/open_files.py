@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.live.errors import LiveImageExchanged
-from chainmerge.other_users import look_for_others
 from chainmerge.storage.bystanders import Wanted, files_open_in, key_of
 from chainmerge.storage.locks import LockMode
+from chainmerge.storage.other_users import look_for_others
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chainmerge.live.inspection import LiveTarget
     from chainmerge.live.port import InspectedVm
-    from chainmerge.other_users import OtherUsers
+    from chainmerge.storage.other_users import OtherUsers
 
 
 def require_same_files(vm: InspectedVm, paths: Iterable[Path]) -> None:

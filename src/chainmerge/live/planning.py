@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, decide
+from chainmerge.chain.readability import require_readable
 from chainmerge.chain.relatives import Descent, ImageAbove
-from chainmerge.checkpoints import BitmapState, Decision, Fate, LayerBitmaps, decide
-from chainmerge.encrypted import has_encrypted
-from chainmerge.errors import ChainmergeError
-from chainmerge.inspection import (
+from chainmerge.chain.target import (
     measure_guest_bytes,
     movement_of,
     names_above,
     open_chain,
     storable_granularity,
 )
-from chainmerge.internal_snapshots import (
-    children_with_larger_snapshots,
-    look_at_snapshots_live,
-)
-from chainmerge.leaks import to_note
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.inspection import (
     LiveTarget,
     layers_of,
@@ -32,23 +27,28 @@ from chainmerge.live.inspection import (
     unchangeable,
 )
 from chainmerge.live.open_files import others_beside, uncertain
-from chainmerge.merge_job import volume_of
+from chainmerge.merging.job import volume_of
 from chainmerge.options import Direction, LiveOptions
-from chainmerge.planning import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
+from chainmerge.planning.encryption import has_encrypted
+from chainmerge.planning.internal_snapshots import (
+    children_with_larger_snapshots,
+    look_at_snapshots_live,
+)
+from chainmerge.planning.leaks import to_note
+from chainmerge.planning.plan import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
+from chainmerge.planning.space.survey import survey_for_live
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.readability import require_readable
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
 from chainmerge.space import BitmapShape
-from chainmerge.space_facts import survey_for_live
 from chainmerge.storage.volumes import VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.chain import Relatives
-    from chainmerge.inspection import OpenChain
+    from chainmerge.chain.target import OpenChain
     from chainmerge.live.port import InspectedVm
 
 _REASON: Final = "the VM has the images open: its own QEMU copies"

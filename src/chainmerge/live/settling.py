@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.chain import ChainPolicy, discover
 from chainmerge.chain.model import ImageFormat
 from chainmerge.chain.reading import begins_as_qcow2, data_file_places
-from chainmerge.checkpoints import BitmapState
+from chainmerge.chain.target import open_chain
+from chainmerge.documents.merge import BitmapResult, ProgressEvent, Stage
 from chainmerge.engines.metadata import StoredBitmap
-from chainmerge.inspection import open_chain
 from chainmerge.live.bitmaps import faults
 from chainmerge.live.errors import LiveVerificationFailed, VmRefused
 from chainmerge.live.inspection import path_of
 from chainmerge.live.situation import place_of
+from chainmerge.merging.settling import delete_recorded, not_deleted
+from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.records.changes import data_changed
@@ -33,15 +36,12 @@ from chainmerge.records.merged_record import (
     record_merged,
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
-from chainmerge.settle import delete_recorded, not_deleted
 from chainmerge.storage.files import FileReadable
-from chainmerge.types import BitmapResult, ProgressEvent, Stage
-from chainmerge.verify import verify_bitmaps, verify_content, verify_soundness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chainmerge.inspection import OpenChain, OpenImage
+    from chainmerge.chain.target import OpenChain, OpenImage
     from chainmerge.live.port import BlockGraph, BlockNode, LiveVm
     from chainmerge.live.situation import Place
     from chainmerge.qcow2.image import Qcow2Image
@@ -146,8 +146,8 @@ def verify_on_disk(
         journal: of the merge.
         tombstones: those that base has to have.
         report: told how far the comparison of content is.
-        compare: looks at base's bitmaps: :func:`chainmerge.verify.verify_bitmaps`, or a weaker
-            one.
+        compare: looks at base's bitmaps: :func:`chainmerge.merging.verifying.verify_bitmaps`, or
+            a weaker one.
     """
     top = Path(journal.top.path)
     if not top.exists() or not may_be_same(identify(top), journal.top):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from chainmerge.types import ProgressEvent
+    from chainmerge.documents.merge import ProgressEvent
 
 
 class BarProgress:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from chainmerge.options import Placement
-from chainmerge.planning import (
+from chainmerge.planning.plan import (
     EngineName,
     MergePlan,
     PlannedBitmap,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from chainmerge.chain import Searched
-    from chainmerge.types import DisksPlan
+    from chainmerge.documents.merge import DisksPlan
 
 
 _ROLE_STYLES: Final[Mapping[Role, str]] = {

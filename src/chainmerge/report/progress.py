@@ -15,8 +15,8 @@ from contextlib import suppress
 from types import MappingProxyType, TracebackType
 from typing import Final, Protocol, Self, TextIO
 
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.report.text import printable, rough_size
-from chainmerge.types import ProgressEvent, Stage
 
 Clock = Callable[[], float]
 

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from chainmerge.planning import PLAN_VERSION, MergePlan
-from chainmerge.report.json import ErrorReport
-from chainmerge.types import (
+from chainmerge.documents.merge import (
     REPORT_VERSION,
     BackingReport,
     BitmapChange,
@@ -37,6 +35,8 @@ from chainmerge.types import (
     StatusReport,
     UndoReport,
 )
+from chainmerge.planning.plan import PLAN_VERSION, MergePlan
+from chainmerge.report.json import ErrorReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
 )
 # "    name: text", and the lines below it that are indented further.
 _ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
-# Cross references of the documentation: ":data:`~chainmerge.planning.PLAN_VERSION`".
+# Cross references of the documentation: ":data:`~chainmerge.planning.plan.PLAN_VERSION`".
 _ROLE: Final = re.compile(r":\w+:(`[^`]*`)")
 _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
     {

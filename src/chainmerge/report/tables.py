@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from chainmerge.report import layout
-from chainmerge.report.layout import words
-from chainmerge.report.plan_tables import others_section, search_lines
-from chainmerge.report.text import count, exact_size, human_size, rough_size
-from chainmerge.types import (
+from chainmerge.documents.merge import (
     NO_DAMAGE,
     BackingReport,
     BitmapChange,
@@ -34,6 +30,10 @@ from chainmerge.types import (
     RepairReport,
     UndoReport,
 )
+from chainmerge.report import layout
+from chainmerge.report.layout import words
+from chainmerge.report.plan_tables import others_section, search_lines
+from chainmerge.report.text import count, exact_size, human_size, rough_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

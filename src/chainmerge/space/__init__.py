@@ -3,14 +3,14 @@
 
 Pure arithmetic on counts and tables; nothing here reads or writes an image.
 
-- :mod:`chainmerge.space.clusters`: which clusters of a file are free, and who takes which;
-- :mod:`chainmerge.space.arrivals`: which clusters and tables base gets from the data that moves;
-- :mod:`chainmerge.space.need`: the safe upper bound over all steps of a merge.
+- ``clusters``: which clusters of a file are free, and who takes which;
+- ``arrivals``: which clusters and tables base gets from the data that moves;
+- ``need``: the safe upper bound over all steps of a merge.
 """
 
 from __future__ import annotations
 
-from chainmerge.space.arrivals import (
+from chainmerge.planning.space.arrivals import (
     Arrivals,
     BaseFacts,
     MappedRuns,
@@ -18,8 +18,15 @@ from chainmerge.space.arrivals import (
     growth_obstacle,
     may_detect_zeroes,
 )
-from chainmerge.space.clusters import NO_RUNS, Clusters, HostLayout, Runs, layout_of, united
-from chainmerge.space.need import (
+from chainmerge.planning.space.clusters import (
+    NO_RUNS,
+    Clusters,
+    HostLayout,
+    Runs,
+    layout_of,
+    united,
+)
+from chainmerge.planning.space.need import (
     BitmapShape,
     MergeDemand,
     SpaceNeed,

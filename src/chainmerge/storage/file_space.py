@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.storage import allocation, offload
+from chainmerge.storage import allocation
 from chainmerge.storage.extents import raw_data_extents
+from chainmerge.storage.transfer import offload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

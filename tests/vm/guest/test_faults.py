@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import chainmerge
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions
-from chainmerge.types import ProgressEvent, Stage
 from tests.support.qemu import bitmap_names, content, create, qemu_img, qemu_io, run
 from tests.vm.commands import Running, chainmerge_forked
 from tests.vm.guest import faults

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
+from chainmerge.documents.merge import ProgressEvent, Stage
 from chainmerge.options import MergeOptions
 from chainmerge.records.files import STATE_DIRECTORY
-from chainmerge.types import ProgressEvent, Stage
 from tests.support.qemu import assert_clean, bitmap_names, content, create, info, qemu_img, qemu_io
 from tests.vm.commands import chainmerge_forked
 from tests.vm.guest.volumes import MIB, Group

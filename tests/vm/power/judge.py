@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.chain.view import GuestView, Layer, layer_of_qcow2, layer_of_raw
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
-from chainmerge.view import GuestView, Layer, layer_of_qcow2, layer_of_raw
 from tests.support import qemu
 from tests.support.loopdev import loop_device, mounted
 from tests.vm.commands import chainmerge_forked

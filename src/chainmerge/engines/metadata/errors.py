@@ -10,7 +10,7 @@
     OutcomeUnknown   SwitchUnknown    at the switch: it is one of the two
 
 That an image must be repaired before anything is written to it is for
-:mod:`chainmerge.plan_errors` to say: a plan refuses it for the same reasons.
+:mod:`chainmerge.planning.errors` to say: a plan refuses it for the same reasons.
 """
 
 from __future__ import annotations

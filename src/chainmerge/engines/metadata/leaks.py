@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Giving back clusters that are marked used and that nothing uses.
 
-Which of them may be given back is for :mod:`chainmerge.leaks` to say: nothing but the refcount
-keeps what they hold.
+Which of them may be given back is for :mod:`chainmerge.planning.leaks` to say: nothing but the
+refcount keeps what they hold.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chainmerge.plan_errors import ImageCorrupt, ImageDamaged, ImageDirty
+from chainmerge.planning.errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import CheckReport, check
 from chainmerge.qcow2.header import Autoclear
 from chainmerge.qcow2.image import Qcow2Image

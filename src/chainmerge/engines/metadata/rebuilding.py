@@ -49,7 +49,7 @@ from chainmerge.engines.metadata.salvage import (
 )
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
-from chainmerge.plan_errors import ImageDamaged
+from chainmerge.planning.errors import ImageDamaged
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.errors import FormatError

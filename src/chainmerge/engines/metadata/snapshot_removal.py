@@ -38,7 +38,7 @@ from chainmerge.engines.metadata.replacement import ranges_of
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.errors import ChainmergeError
-from chainmerge.plan_errors import ImageDamaged
+from chainmerge.planning.errors import ImageDamaged
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.image import Qcow2Image

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.chain.view import GuestView, Resolved, joined, layer_of_qcow2
 from chainmerge.engines.metadata.allocation import Runs, runs_of, split_runs
 from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
 from chainmerge.engines.metadata.bitmap_set import place as place_bitmaps
@@ -87,12 +88,11 @@ from chainmerge.qcow2.readable import Overlaid
 from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
 from chainmerge.storage.file_space import space_of, united
 from chainmerge.storage.files import FileReadable
-from chainmerge.view import GuestView, Resolved, joined, layer_of_qcow2
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from chainmerge.storage.transfer import Transfer
+    from chainmerge.storage.transfer.copying import Transfer
 
 # Clusters whose data is put into the order of its sources at once.
 _CLUSTERS_AT_ONCE = 1 << 20

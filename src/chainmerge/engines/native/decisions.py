@@ -36,7 +36,7 @@ from chainmerge.qcow2.header import Header
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 
 if TYPE_CHECKING:
-    from chainmerge.view import Resolved
+    from chainmerge.chain.view import Resolved
 
 U64Array: TypeAlias = npt.NDArray[np.uint64]
 Masks: TypeAlias = npt.NDArray[np.uint32]

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.survey import MappingNeed, NewTree, new_tree, survey_mapping
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.extents import Extents, Kind
-from chainmerge.view import NO_LAYER, GuestView, Resolved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.chain.view import NO_LAYER, Resolved, joined
 from chainmerge.qcow2.extents import Extents, Kind, distinct
-from chainmerge.storage.transfer import Produced, Stretch
-from chainmerge.view import NO_LAYER, Resolved, joined
+from chainmerge.storage.transfer.copying import Produced, Stretch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from chainmerge.chain.view import GuestView
     from chainmerge.engines.native.decisions import Change
     from chainmerge.qcow2.header import Header
-    from chainmerge.view import GuestView
 
 U64Array: TypeAlias = npt.NDArray[np.uint64]
 I32Array: TypeAlias = npt.NDArray[np.int32]
@@ -218,7 +218,7 @@ def _coalesced(moves: Moves) -> Moves:
 
 
 def items_of(moves: Moves, chain: GuestView) -> Iterator[Stretch | Produced]:
-    """The pieces as what :mod:`chainmerge.storage.transfer` moves, in their order."""
+    """The pieces as what :mod:`chainmerge.storage.transfer.copying` moves, in their order."""
 
     @lru_cache(maxsize=_UNPACKED_CLUSTERS)
     def unpacked(layer: int, host: int, csize: int) -> bytes:

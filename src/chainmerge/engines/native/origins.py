@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
 from chainmerge.engines.native.moves import Moves, by_target, concatenated
 from chainmerge.qcow2.extents import Extents, Kind, distinct
-from chainmerge.view import NO_LAYER, GuestView, Resolved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined, layer_of_raw
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.steps import StepName
 from chainmerge.engines.native.errors import MergeNotWritten, reason_of
@@ -22,14 +23,13 @@ from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.errors import Failed, Refused
 from chainmerge.qcow2.extents import Kind, distinct
 from chainmerge.storage.file_space import ByteRanges, I64Array, united
-from chainmerge.view import NO_LAYER, GuestView, Resolved, joined, layer_of_raw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from chainmerge.engines.metadata.steps import Port
     from chainmerge.engines.native.moves import Moves
-    from chainmerge.storage.transfer import Transfer
+    from chainmerge.storage.transfer.copying import Transfer
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,11 @@ from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from chainmerge.chain.view import GuestView, Resolved
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
     from chainmerge.engines.native.decisions import U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
-    from chainmerge.view import GuestView, Resolved
 
 L1_ENTRY_BYTES = 8
 

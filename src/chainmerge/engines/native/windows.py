@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.chain.view import NO_LAYER, Resolved, joined
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
 from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
-from chainmerge.view import NO_LAYER, Resolved, joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.chain.view import GuestView
     from chainmerge.engines.native.decisions import Clusters, MappedDisk, U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
-    from chainmerge.view import GuestView
 
 # Arrays of a word for each stay in the caches, and below the size from which every one of them
 # would be new pages from the kernel.

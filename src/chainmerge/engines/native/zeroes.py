@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
 from chainmerge.qcow2.extents import Extents, Kind
-from chainmerge.view import NO_LAYER, GuestView, Resolved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chainmerge.view import Layer
+    from chainmerge.chain.view import Layer
 
 U64Array: TypeAlias = npt.NDArray[np.uint64]
 

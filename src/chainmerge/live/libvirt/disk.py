@@ -1,0 +1,592 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk of a domain of libvirt, through libvirt's public API alone.
+
+The QEMU of such a domain is libvirt's: nobody else may talk to its monitor. What libvirt does not
+tell is found out by what it does: whether a checkpoint is sound by having libvirt validate it,
+as before a backup; a bitmap that no checkpoint needs goes by defining its checkpoint anew and
+having that deleted, which removes the bitmap from every image of the chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from threading import Event
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+from xml.etree import ElementTree as ET
+
+from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.bitmaps.stored import state_of
+from chainmerge.chain.reading import data_file_places
+from chainmerge.live.errors import NoSuchDisk, VmRefused
+from chainmerge.live.libvirt.connection import DEFAULT_URI, DomainConnection
+from chainmerge.live.peer import qemu_of_domain
+from chainmerge.live.port import (
+    BlockGraph,
+    BlockNode,
+    DiskLimits,
+    JobPhase,
+    JobState,
+    NodeBitmap,
+    NodeUser,
+    UserKind,
+)
+from chainmerge.qcow2.bitmaps import read_bits, read_directory
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.files import FileReadable
+from chainmerge.storage.writability import why_nobody_can_write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from chainmerge.qcow2.bitmaps import BitmapEntry
+
+# Types of disk sources that are a path: its attribute, and what QEMU opens it with.
+_PATHS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {"file": ("file", "file"), "block": ("dev", "host_device")}
+)
+# libvirt's names of limits, by QEMU's.
+_LIMITS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        f"{short}{part}{more}": f"{long}_{unit}{more}"
+        for short, unit in (("bps", "bytes_sec"), ("iops", "iops_sec"))
+        for part, long in (("", "total"), ("_rd", "read"), ("_wr", "write"))
+        for more in ("", "_max", "_max_length")
+    }
+)
+
+
+class DomainJobKind(StrEnum):
+    """What a block job does."""
+
+    COMMIT = "commit"
+    ACTIVE_COMMIT = "active commit"
+    PULL = "pull"
+    COPY = "copy"
+    BACKUP = "backup"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class DomainJob:
+    """The block job of a disk at one moment; bytes of which ``done`` of ``total`` are copied."""
+
+    kind: DomainJobKind
+    done: int
+    total: int
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether it merges."""
+        return self.kind in (DomainJobKind.COMMIT, DomainJobKind.ACTIVE_COMMIT)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether nothing is left to copy. libvirt reports 0 of 0 of a job that just begins."""
+        return 0 < self.total == self.done
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One image of the disk as libvirt's XML names it; ``target`` is its name in libvirt's API."""
+
+    target: str
+    format: str
+    path: Path | None
+    protocol: str
+
+
+class DomainDisk:
+    """One disk of a running domain; a context manager.
+
+    Args:
+        domain: the domain's name.
+        disk: the disk's target, as ``vda``.
+        uri: of the libvirt to connect to.
+
+    Raises:
+        LibvirtMissing, VmUnreachable, NoSuchDomain: see :class:`DomainConnection`.
+        NoSuchDisk: the domain has no such disk.
+    """
+
+    leaves_tombstones: Final = False
+    """libvirt removes a bitmap from all images of the chain, and disables none."""
+
+    def __init__(self, domain: str, disk: str, uri: str = DEFAULT_URI) -> None:
+        self._connection = DomainConnection(uri, domain)
+        self._domain_name = domain
+        self._disk = disk
+        self._uri = uri
+        try:
+            self._layers()
+        except BaseException:
+            self._connection.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> Self:
+        """Return the disk itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Disconnect; the domain goes on with whatever it does."""
+        self._connection.__exit__(kind, error, trace)
+
+    @property
+    def name(self) -> str:
+        """The domain, as messages call it."""
+        return self._connection.name
+
+    @property
+    def address(self) -> tuple[str, ...]:
+        """The options of ``chainmerge live`` that lead to this disk."""
+        place = ("--domain", self._domain_name, "--disk", self._disk)
+        return place if self._uri == DEFAULT_URI else (*place, "--connect", self._uri)
+
+    @property
+    def process(self) -> int | None:
+        """The id of the domain's QEMU on this machine; None where that cannot be told."""
+        return qemu_of_domain(self._ask("virDomainGetUUIDString", self._domain.UUIDString))
+
+    # The chain
+
+    def layout(self) -> BlockGraph:
+        """The chain as it is now, without bitmaps."""
+        layers = self._layers()
+        job = self.block_job()
+        users = () if job is None else (NodeUser(str(job.kind), UserKind.JOB, "backing"),)
+        nodes: dict[str, BlockNode] = {}
+        for position, layer in enumerate(layers):
+            below = layers[position + 1].target if position + 1 < len(layers) else None
+            nodes[layer.target] = BlockNode(
+                name=layer.target,
+                driver=layer.format,
+                filename=layer.path,
+                read_only=position > 0,
+                virtual_size=_virtual_size(layer),
+                backing=below,
+                file=_protocol_of(layer),
+                users=users,
+                bitmaps=(),
+            )
+            nodes[_protocol_of(layer)] = BlockNode(
+                name=_protocol_of(layer),
+                driver=layer.protocol,
+                filename=layer.path,
+                read_only=position > 0,
+                virtual_size=0,
+                backing=None,
+                file=None,
+                users=(),
+                bitmaps=(),
+            )
+        return BlockGraph(nodes, layers[0].target)
+
+    def graph(self) -> BlockGraph:
+        """The chain as it is now, with what is known of its bitmaps.
+
+        Those of images that are open for reading only are what is on disk. Of the active image's
+        those are sound that pass libvirt's test of the whole chain; of others nobody can make
+        use, so that it does not matter what they are.
+        """
+        graph = self.layout()
+        nodes = dict(graph.nodes)
+        active, *below = graph.chain()
+        if active.driver == "qcow2":
+            bitmaps = tuple(self._active_bitmaps((active, *below)))
+            nodes[active.name] = replace(active, bitmaps=bitmaps)
+        for node in below:
+            if node.driver == "qcow2":
+                nodes[node.name] = self._with_stored(node)
+        return BlockGraph(nodes, graph.root)
+
+    def _with_stored(self, node: BlockNode) -> BlockNode:
+        """An image below the active one, with its bitmaps.
+
+        QEMU leaves the base of an active merge writable that is cancelled, and its bitmaps in-use
+        on disk. They are sound in memory if they pass the test of the whole chain.
+        """
+        bitmaps = list(self._stored(node))
+        in_memory = {one.name for one in bitmaps if one.inconsistent and self.passes(one.name)}
+        found = tuple(
+            replace(one, inconsistent=False, recording=True, dirty_bytes=None)
+            if one.name in in_memory
+            else one
+            for one in bitmaps
+        )
+        return replace(node, bitmaps=found, read_only=not in_memory)
+
+    def _layers(self) -> list[_Layer]:
+        described = self._ask("virDomainGetXMLDesc", self._domain.XMLDesc)
+        disks = ET.fromstring(described).findall("./devices/disk")  # noqa: S314  # libvirt's own
+        for disk in disks:
+            if _attribute(disk, "target", "dev") == self._disk:
+                return list(_descend(disk, self._disk))
+        known = sorted(_attribute(disk, "target", "dev") or "?" for disk in disks)
+        raise NoSuchDisk(self.name, self._disk, ", ".join(known))
+
+    # Bitmaps and checkpoints
+
+    def stored_names(self, node: BlockNode) -> Iterator[str]:
+        """The names of the bitmaps that an image has on disk."""
+        for entry in _entries_of(node):
+            yield entry.name
+
+    def known_names(self) -> set[str]:
+        """The names of bitmaps that some image of the chain has, or may not have on disk yet."""
+        names = self._checkpoint_names()
+        for node in self.layout().chain():
+            names.update(self.stored_names(node))
+        return names
+
+    def _stored(self, node: BlockNode) -> Iterator[NodeBitmap]:
+        if node.filename is None:
+            return
+        with FileReadable(node.filename) as readable:
+            image = Qcow2Image(readable)
+            for entry in read_directory(image):
+                state = state_of(image, entry)
+                dirty = None
+                if state is not BitmapState.IN_USE:
+                    dirty = read_bits(image, entry).dirty_bytes()
+                yield _as_node_bitmap(entry, state, dirty)
+
+    def _active_bitmaps(self, chain: Sequence[BlockNode]) -> Iterator[NodeBitmap]:
+        """Those of the first image of the chain.
+
+        On disk they are all in-use, and those are not there yet that it was given while the
+        domain ran: by a backup, or by the snapshot that made it, which carries on what passes.
+        """
+        on_disk = set(self.stored_names(chain[0]))
+        granularities: dict[str, int] = {}
+        for node in reversed(chain):
+            granularities |= {entry.name: entry.granularity for entry in _entries_of(node)}
+        checkpoints = self._checkpoint_names()
+        for name in sorted(granularities.keys() | checkpoints):
+            sound = self.passes(name)
+            if not sound and name not in on_disk | checkpoints:
+                continue
+            yield NodeBitmap(
+                name=name,
+                granularity=granularities.get(name, _DEFAULT_GRANULARITY),
+                dirty_bytes=None,
+                recording=sound,
+                persistent=True,
+                inconsistent=not sound,
+                busy=False,
+            )
+
+    def _checkpoint_names(self) -> set[str]:
+        """The names of the checkpoints that libvirt has for this disk."""
+        found = self._ask("virDomainListAllCheckpoints", self._domain.listAllCheckpoints)
+        return {each.getName() for each in found if self._concerns(each)}
+
+    def _concerns(self, checkpoint: Any) -> bool:
+        described = self._ask("virDomainCheckpointGetXMLDesc", checkpoint.getXMLDesc)
+        disks = ET.fromstring(described).findall("./disks/disk")  # noqa: S314
+        return any(
+            disk.get("name") == self._disk and disk.get("checkpoint") == "bitmap" for disk in disks
+        )
+
+    def passes(self, name: str) -> bool:
+        """Whether libvirt would take a backup since this checkpoint: its test of the chain."""
+        known = self._checkpoint(name)
+        library = self._connection.library
+        flags = library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+        flags |= library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        described = self._described(name) if known is None else known.getXMLDesc()
+        try:
+            made = self._ask(
+                "virDomainCheckpointCreateXML",
+                lambda: self._domain.checkpointCreateXML(described, flags),
+            )
+        except VmRefused as refused:
+            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                return False
+            raise
+        if known is None:
+            self._ask(
+                "virDomainCheckpointDelete",
+                lambda: made.delete(library.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY),
+            )
+        return True
+
+    def remove_everywhere(self, name: str) -> None:
+        """Remove a bitmap, and the checkpoint if there is one, from all images of the chain."""
+        library = self._connection.library
+        checkpoint = self._checkpoint(name)
+        if checkpoint is None:
+            described = self._described(name)
+            checkpoint = self._ask(
+                "virDomainCheckpointCreateXML",
+                lambda: self._domain.checkpointCreateXML(
+                    described, library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+                ),
+            )
+        self._ask("virDomainCheckpointDelete", checkpoint.delete)
+
+    def _checkpoint(self, name: str) -> Any:
+        """Libvirt's checkpoint; None where it knows of none."""
+        library = self._connection.library
+
+        def look_up() -> Any:
+            try:
+                return self._domain.checkpointLookupByName(name)
+            except library.libvirtError as error:
+                if error.get_error_code() == library.VIR_ERR_NO_DOMAIN_CHECKPOINT:
+                    return None
+                raise
+
+        return self._ask("virDomainCheckpointLookupByName", look_up)
+
+    def _described(self, name: str) -> str:
+        """A checkpoint of this disk alone, for a bitmap that libvirt has no checkpoint for."""
+        checkpoint = ET.Element("domaincheckpoint")
+        ET.SubElement(checkpoint, "name").text = name
+        ET.SubElement(checkpoint, "creationTime").text = "0"
+        disks = ET.SubElement(checkpoint, "disks")
+        ET.SubElement(disks, "disk", name=self._disk, checkpoint="bitmap", bitmap=name)
+        return ET.tostring(checkpoint, encoding="unicode")
+
+    # What can be changed
+
+    def why_not_writable(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        libvirt gives its QEMU the permissions for what a job writes to when the job begins, so
+        that only that is known which nobody can write to.
+        """
+        return None if node.filename is None else why_nobody_can_write(node.filename)
+
+    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
+        """See :class:`chainmerge.live.port.InspectedVm`.
+
+        libvirt reopens an image to change its bitmaps, and does not name the data file, which
+        QEMU takes for another one then (seen with libvirt 9.0 and QEMU 7.2).
+        """
+        if node.driver != "qcow2" or node.filename is None or not data_file_places(node.filename):
+            return None
+        return "libvirt cannot change bitmaps of an image whose data is in another file"
+
+    # The job
+
+    def job(self, job: str) -> JobState | None:  # noqa: ARG002  # libvirt has one a disk
+        """How the disk's commit is, whatever name it was to have; None where there is none."""
+        found = self.block_job()
+        if found is None or not found.is_commit:
+            return None
+        phase = JobPhase.READY if found.caught_up else JobPhase.RUNNING
+        return JobState(phase, found.done, found.total)
+
+    def described_job(self, job: str) -> str:
+        """What a job on this disk does; libvirt has no more than one, without a name."""
+        return f"{job} of {self._disk} (virsh blockjob {self._domain_name} {self._disk})"
+
+    def block_job(self) -> DomainJob | None:
+        """The disk's block job, whoever began it."""
+        library = self._connection.library
+        flags = library.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
+        found = self._ask(
+            "virDomainGetBlockJobInfo", lambda: self._domain.blockJobInfo(self._disk, flags)
+        )
+        if not found:
+            return None
+        kinds = {
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: DomainJobKind.COMMIT,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: DomainJobKind.ACTIVE_COMMIT,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: DomainJobKind.PULL,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: DomainJobKind.COPY,
+            library.VIR_DOMAIN_BLOCK_JOB_TYPE_BACKUP: DomainJobKind.BACKUP,
+        }
+        kind = kinds.get(found["type"], DomainJobKind.OTHER)
+        return DomainJob(kind, int(found["cur"]), int(found["end"]))
+
+    def start_commit(self, top: BlockNode, base: BlockNode, bandwidth: int | None) -> None:
+        """Begin to merge; libvirt unites the bitmaps and moves the disk's description with it.
+
+        Args:
+            top: the uppermost image to merge.
+            base: the one to merge into.
+            bandwidth: bytes a second; None for no limit.
+        """
+        library = self._connection.library
+        flags = library.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        if not top.read_only:
+            flags |= library.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        elif self._is_named_relatively(base):
+            flags |= library.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE
+        self._ask(
+            "virDomainBlockCommit",
+            lambda: self._domain.blockCommit(
+                self._disk, base.name, top.name, bandwidth or 0, flags
+            ),
+        )
+
+    def _is_named_relatively(self, base: BlockNode) -> bool:
+        """Whether all images above base name the next one without a directory's full path."""
+        for layer in self._layers():
+            if layer.target == base.name:
+                return True
+            assert layer.path is not None
+            with FileReadable(layer.path) as readable:
+                name = Qcow2Image(readable).header.backing_name
+            if name is None or name.startswith("/"):
+                return False
+        return False
+
+    def pivot(self) -> None:
+        """Have the domain go on with base; returns when it does."""
+        flag = self._connection.library.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+        self._ask("virDomainBlockJobAbort", lambda: self._domain.blockJobAbort(self._disk, flag))
+
+    def cancel(self) -> None:
+        """End the job, with nothing taking effect."""
+        self._ask("virDomainBlockJobAbort", lambda: self._domain.blockJobAbort(self._disk, 0))
+
+    # The guest
+
+    def is_suspended(self) -> bool:
+        """Whether the guest does not run, though its QEMU does."""
+        state, _ = self._ask("virDomainGetState", self._domain.state)
+        return bool(state == self._connection.library.VIR_DOMAIN_PAUSED)
+
+    def suspend(self) -> None:
+        """Stop the guest. What it had asked of its disk is done when this returns."""
+        self._ask("virDomainSuspend", self._domain.suspend)
+
+    def let_run(self) -> None:
+        """Have the guest go on."""
+        self._ask("virDomainResume", self._domain.resume)
+
+    def disk_limits(self) -> DiskLimits:
+        """How the guest's disk is limited now."""
+        found = self._ask("virDomainGetBlockIoTune", lambda: self._domain.blockIoTune(self._disk))
+        limits = {name: int(found[theirs]) for name, theirs in _LIMITS.items() if theirs in found}
+        return DiskLimits(limits, found.get("group_name"))
+
+    def limit_disk(self, limits: DiskLimits) -> None:
+        """Limit the guest's disk."""
+        # libvirt wants no length of a burst where there is no burst.
+        wanted = {
+            _LIMITS[name]: value
+            for name, value in limits.limits.items()
+            if value or not name.endswith("_length")
+        }
+        library = self._connection.library
+        self._ask(
+            "virDomainSetBlockIoTune",
+            lambda: self._domain.setBlockIoTune(self._disk, wanted, library.VIR_DOMAIN_AFFECT_LIVE),
+        )
+
+    # Space
+
+    def set_write_threshold(self, node: str, offset: int) -> None:
+        """Have libvirt tell those who listen once a protocol node is written to behind *offset*."""
+        layer = node.removesuffix(_PROTOCOL_SUFFIX)
+        self._ask(
+            "virDomainSetBlockThreshold", lambda: self._domain.setBlockThreshold(layer, offset)
+        )
+
+    def highest_write(self, node: str) -> int:
+        """The end of the highest write to a protocol node since it was opened."""
+        layer = node.removesuffix(_PROTOCOL_SUFFIX)
+        index = layer.partition("[")[2].rstrip("]")
+        stats = self._connection.domain_stats()
+        for number in range(int(stats.get("block.count", 0))):
+            if stats.get(f"block.{number}.name") != self._disk:
+                continue
+            if str(stats.get(f"block.{number}.backingIndex", "")) == index:
+                return int(stats.get(f"block.{number}.allocation", 0))
+        return 0
+
+    def wait_for_event(self, seconds: float) -> None:
+        """Wait for so many seconds; libvirt is asked how things are, it does not call."""
+        self._nap.wait(seconds)
+
+    _nap: Final = Event()
+
+    @property
+    def _domain(self) -> Any:
+        return self._connection.domain
+
+    def _ask(self, what: str, request: Any) -> Any:
+        return self._connection.ask(what, request)
+
+
+_PROTOCOL_SUFFIX: Final = "-file"
+_DEFAULT_GRANULARITY: Final = 1 << 16
+
+
+def _descend(disk: ET.Element, target: str) -> Iterator[_Layer]:
+    at: ET.Element | None = disk
+    driver = disk.find("driver")
+    image_format = None if driver is None else driver.get("type")
+    while at is not None:
+        source = at.find("source")
+        if source is None:
+            # The element that ends a chain has nothing in it.
+            return
+        index = at.get("index") or source.get("index")
+        attribute, protocol = _PATHS.get(at.get("type", ""), ("", "unknown"))
+        path = source.get(attribute)
+        yield _Layer(
+            f"{target}[{index}]",
+            image_format or "raw",
+            None if path is None else Path(path),
+            protocol,
+        )
+        at = at.find("backingStore")
+        image_format = None if at is None else _attribute(at, "format", "type")
+
+
+def _entries_of(node: BlockNode) -> list[BitmapEntry]:
+    """The bitmaps that an image has on disk."""
+    if node.filename is None or node.driver != "qcow2":
+        return []
+    with FileReadable(node.filename) as readable:
+        return list(read_directory(Qcow2Image(readable)))
+
+
+def _attribute(element: ET.Element, child: str, name: str) -> str | None:
+    found = element.find(child)
+    return None if found is None else found.get(name)
+
+
+def _code_of(refused: VmRefused) -> int | None:
+    """The number of libvirt's error behind one of ours."""
+    code = getattr(refused.__cause__, "get_error_code", None)
+    return None if code is None else int(code())
+
+
+def _protocol_of(layer: _Layer) -> str:
+    return layer.target + _PROTOCOL_SUFFIX
+
+
+def _virtual_size(layer: _Layer) -> int:
+    """Bytes of the guest's disk that an image has."""
+    if layer.path is None:
+        return 0
+    with FileReadable(layer.path) as readable:
+        if layer.format == "qcow2":
+            return Qcow2Image(readable).header.virtual_size
+        return readable.size
+
+
+def _as_node_bitmap(entry: BitmapEntry, state: BitmapState, dirty: int | None) -> NodeBitmap:
+    return NodeBitmap(
+        name=entry.name,
+        granularity=entry.granularity,
+        dirty_bytes=dirty,
+        recording=state is BitmapState.VALID,
+        persistent=True,
+        inconsistent=state is BitmapState.IN_USE,
+        busy=False,
+    )

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disks of one virtual machine, merged as one operation.
+
+A snapshot of a machine with several disks is an overlay on each of them. All are looked at,
+locked and planned before the first image is written to, so that what would refuse one refuses
+all. Then each is merged on its own: a merge changes nothing that a guest sees, so there is no
+moment at which disks that are merged already do not fit those that are not yet. What became of
+each is in the report, and the same call does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chainmerge.bitmaps.errors import DiskGone, DisksMismatched, DisksShareImage
+from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.target import find_target
+from chainmerge.documents.merge import (
+    REPORT_VERSION,
+    DiskError,
+    DiskOutcome,
+    DiskReport,
+    DisksPlan,
+    DisksReport,
+    ProgressEvent,
+)
+from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.merging.job import Request
+from chainmerge.merging.preparing import (
+    Prepared,
+    beside_others,
+    locks_held,
+    locks_needed,
+    plan_beside,
+    prepare,
+    require_no_others,
+)
+from chainmerge.merging.settling import finished_before
+from chainmerge.options import Access, MergeOptions
+from chainmerge.planning.plan import Finding
+from chainmerge.records.disks import DiskEntry, disk_file, forget_entry, keep_entry, read_entry
+from chainmerge.records.identity import identify
+from chainmerge.records.merged_record import load_merged_record
+from chainmerge.records.request import command_of, recorded
+from chainmerge.storage.errors import system_errors_as_ours
+from chainmerge.storage.limits import allow_open_files
+from chainmerge.storage.locks import LockMode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.chain import Identity
+    from chainmerge.chain.target import Target
+    from chainmerge.merging.job import OnProgress, ShouldStop
+
+
+def plan_disks(
+    tops: Sequence[str | Path],
+    bases: Sequence[str | Path] = (),
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+) -> DisksPlan:
+    """Say what a merge of several disks would do. Nothing is written and nothing stays locked.
+
+    Args:
+        tops: the overlays, one of each disk.
+        bases: as many images below them, in the same order; none for their backing files.
+        access: how images may be found and reached.
+        options: how to merge each.
+
+    Raises:
+        DisksMismatched: the numbers of tops and bases differ.
+        ChainmergeError: a chain cannot be found or read.
+    """
+    access, options = access or Access(), options or MergeOptions()
+    paired = _paired(tops, bases)
+    disks = [disk for disk in paired if not _is_done(disk, paired)]
+    for gone in _gone(disks, access, options):
+        raise gone
+    refusals = [
+        Finding(error.code, error.sentence, error.advice)
+        for error in _shared(disks, access, options)
+    ]
+    claims: Counter[str] = Counter()
+    plans = []
+    for disk in disks:
+        planned = plan_beside(disk.top, disk.base, access, options, claims)
+        claims.update(planned.claim)
+        plans.append(planned)
+    return DisksPlan(REPORT_VERSION, beside_others(plans), tuple(refusals))
+
+
+def merge_disks(
+    tops: Sequence[str | Path],
+    bases: Sequence[str | Path] = (),
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> DisksReport:
+    """Merge the overlays of several disks, each into an image below it.
+
+    A merge of several disks that was interrupted, in whatever way, is finished by the same call.
+    One that fails does not keep the others from being done.
+
+    Args:
+        tops: the overlays, one of each disk.
+        bases: as many images below them, in the same order; none for their backing files.
+        access: how images may be found and reached.
+        options: how to merge each.
+        on_progress: called as the work goes on; its events name the overlay.
+        should_stop: asked as the work goes on; the merges stop soon after it says yes.
+
+    Returns:
+        What became of each disk, failures included.
+
+    Raises:
+        DisksMismatched: the numbers of tops and bases differ.
+        Refused: nothing was changed.
+        Interrupted: *should_stop* said yes before anything was changed.
+    """
+    report = on_progress or (lambda _event: None)
+    stop = should_stop or (lambda: False)
+    access, options = access or Access(), options or MergeOptions()
+    paired = _paired(tops, bases)
+    disks = [disk for disk in paired if not _is_done(disk, paired)]
+    done = [_done_before(disk, paired) for disk in paired if disk not in disks]
+    for gone in _gone(disks, access, options):
+        raise gone
+    for refusal in _shared(disks, access, options):
+        raise refusal
+    allow_open_files(sum(_files_of(disk, access, options) for disk in disks))
+    with contextlib.ExitStack() as stack:
+        prepared: list[Prepared] = []
+        claims: Counter[str] = Counter()
+        for disk in disks:
+            request = _request(disk, access, options, report, stop, dict(claims))
+            prepared.append(prepare(stack, request))
+            claims.update(prepared[-1].claim)
+        warnings = require_no_others(prepared)
+        entries = _entries(disks, prepared, access, options)
+        _keep(prepared, entries)
+        outcomes = tuple(
+            _with_warnings(outcome, more)
+            for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
+        )
+    if all(one.is_done for one in outcomes):
+        for one in prepared:
+            forget_entry(one.base)
+        for before in done:
+            forget_entry(Path(before.base))
+    by_top = {one.top: one for one in (*outcomes, *done)}
+    return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """A merge of one of the disks, as it was asked for."""
+
+    top: Path
+    base: Path | None
+
+
+def _paired(tops: Sequence[str | Path], bases: Sequence[str | Path]) -> list[_Disk]:
+    if bases and len(bases) != len(tops):
+        raise DisksMismatched(len(tops), len(bases))
+    chosen: list[Path | None] = [Path(base) for base in bases]
+    chosen = chosen or [None] * len(tops)
+    return [_Disk(Path(top), base) for top, base in zip(tops, chosen, strict=True)]
+
+
+def _request(
+    disk: _Disk,
+    access: Access,
+    options: MergeOptions,
+    report: OnProgress,
+    stop: ShouldStop,
+    claims: dict[str, int],
+) -> Request:
+    top = str(disk.top)
+
+    def report_of_disk(event: ProgressEvent) -> None:
+        report(replace(event, top=top))
+
+    return Request(
+        top=disk.top,
+        base=disk.base,
+        access=access,
+        options=options,
+        report=report_of_disk,
+        should_stop=stop,
+        started=time.monotonic(),
+        claims=claims,
+    )
+
+
+def _target(disk: _Disk, access: Access, options: MergeOptions) -> Target | None:
+    """The disk's chain; None where an earlier run merged it, and top may be gone."""
+    record = load_merged_record(disk.top)
+    if record is not None and finished_before(record, disk.top, disk.base, options, access.active):
+        return None
+    return find_target(disk.top, disk.base, access)
+
+
+def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
+    """What an interrupted run has noted of a disk whose top is gone; None where nothing tells.
+
+    Where its base is not named, the entries of the other disks name it.
+    """
+    if os.path.lexists(disk.top):
+        return None
+    top = os.path.abspath(disk.top)  # noqa: PTH100 (of a link itself)
+    bases = [disk.base] if disk.base is not None else list(_bases_named_by(disks, top))
+    for base in bases:
+        entry = read_entry(disk_file(base))
+        if entry is not None and entry.top == top:
+            return entry
+    return None
+
+
+def _bases_named_by(disks: Sequence[_Disk], top: str) -> Iterator[Path]:
+    for other in disks:
+        with contextlib.suppress(ChainmergeError, OSError):
+            base = other.base or discover(other.top, ChainPolicy()).base.real_path
+            entry = read_entry(disk_file(base))
+            if entry is not None and entry.request is not None and top in entry.disks:
+                yield Path(entry.request.bases[entry.disks.index(top)])
+
+
+def _is_done(disk: _Disk, disks: Sequence[_Disk]) -> bool:
+    """Whether top is gone since an interrupted run of this merge was done with it."""
+    entry = _entry_of(disk, disks)
+    return entry is not None and entry.done
+
+
+def _done_before(disk: _Disk, disks: Sequence[_Disk]) -> DiskReport:
+    entry = _entry_of(disk, disks)
+    assert entry is not None
+    return DiskReport(str(disk.top), entry.base, DiskOutcome.ALREADY_MERGED)
+
+
+def _gone(
+    disks: Sequence[_Disk], access: Access, options: MergeOptions
+) -> Iterator[ChainmergeError]:
+    """Tops that are not there, and of which no record tells that they were merged."""
+    there = [disk for disk in disks if os.path.lexists(disk.top)]
+    for disk in disks:
+        if disk in there:
+            continue
+        record = load_merged_record(disk.top)
+        if finished_before(record, disk.top, disk.base, options, access.active):
+            continue
+        bases = [one.base for one in there if one.base is not None]
+        others = recorded([one.top for one in there], bases, access, options)
+        words = command_of(others) if there else None
+        yield DiskGone(str(disk.top), len(disks), words or "chainmerge merge ...")
+
+
+def _files_of(disk: _Disk, access: Access, options: MergeOptions) -> int:
+    target = _target(disk, access, options)
+    return 0 if target is None else locks_held(target)
+
+
+def _shared(
+    disks: Sequence[_Disk], access: Access, options: MergeOptions
+) -> Iterator[DisksShareImage]:
+    """Images that one of the disks writes to and another one has in its chain."""
+    users: dict[Identity, _Disk] = {}
+    writers: dict[Identity, _Disk] = {}
+    for disk in disks:
+        target = _target(disk, access, options)
+        if target is None:
+            continue
+        needed = list(locks_needed(target, options))
+        for image, mode in needed:
+            is_written = mode is LockMode.WRITER
+            other = users.get(image.identity) if is_written else writers.get(image.identity)
+            if other is not None:
+                yield DisksShareImage(str(image.path), str(other.top), str(disk.top))
+        users |= {image.identity: disk for image, _ in needed}
+        writers |= {image.identity: disk for image, mode in needed if mode is LockMode.WRITER}
+
+
+def _entries(
+    disks: Sequence[_Disk],
+    prepared: Sequence[Prepared],
+    access: Access,
+    options: MergeOptions,
+) -> list[DiskEntry]:
+    """What is kept beside each base. All bases are named: some tops may stand on others by then."""
+    pairs = list(zip(disks, prepared, strict=True))
+    tops = [os.path.abspath(disk.top) for disk in disks]  # noqa: PTH100 (of a link itself)
+    bases = [disk.base or one.base for disk, one in pairs]
+    request = recorded([disk.top for disk in disks], bases, access, options)
+    return [
+        DiskEntry(
+            base=str(one.base),
+            top=top,
+            disks=tops,
+            identity=identify(one.base) if one.base.exists() else None,
+            request=request,
+        )
+        for one, top in zip(prepared, tops, strict=True)
+    ]
+
+
+def _keep(prepared: Sequence[Prepared], entries: Sequence[DiskEntry]) -> None:
+    """Have all entries durable, or none."""
+    try:
+        for one, entry in zip(prepared, entries, strict=True):
+            keep_entry(one.base, entry)
+    except ChainmergeError:
+        for one in prepared:
+            forget_entry(one.base)
+        raise
+
+
+def _carry_out(
+    disks: Sequence[_Disk], prepared: Sequence[Prepared], entries: Sequence[DiskEntry]
+) -> Iterator[DiskReport]:
+    """Merge one disk after the other; what fails is reported, and the next one is done."""
+    stopped = False
+    for disk, one, entry in zip(disks, prepared, entries, strict=True):
+        top, base = str(disk.top), str(one.base)
+        if stopped:
+            yield DiskReport(top, base, DiskOutcome.NOT_BEGUN)
+            continue
+        try:
+            with system_errors_as_ours():
+                report = one.carry_out()
+            _note_done(one.base, entry)
+        except Interrupted as error:
+            stopped = True
+            yield _failed(top, base, DiskOutcome.INTERRUPTED, error)
+        except ChainmergeError as error:
+            outcome = DiskOutcome.of(error)
+            yield _failed(top, base, outcome, error)
+        else:
+            yield DiskReport(top, base, DiskOutcome(report.outcome), report)
+
+
+def _with_warnings(outcome: DiskReport, more: Sequence[str]) -> DiskReport:
+    if outcome.report is None:
+        return outcome
+    warnings = (*outcome.report.warnings, *more)
+    return replace(outcome, report=replace(outcome.report, warnings=warnings))
+
+
+def _failed(top: str, base: str, outcome: DiskOutcome, error: ChainmergeError) -> DiskReport:
+    why = DiskError(error.code, error.sentence, error.advice)
+    return DiskReport(top, base, outcome, None, why)
+
+
+def _note_done(base: Path, entry: DiskEntry) -> None:
+    # If it cannot be noted, a rerun finds out.
+    with contextlib.suppress(ChainmergeError):
+        keep_entry(base, msgspec.structs.replace(entry, done=True))

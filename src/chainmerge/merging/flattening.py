@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes images stand alone: the pull of all that is below, under the name that people look for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.bitmaps.stored import bitmap_results
+from chainmerge.chain import discover
+from chainmerge.chain.target import policy_of
+from chainmerge.documents.merge import (
+    REPORT_VERSION,
+    DiskOutcome,
+    DiskReport,
+    DisksPlan,
+    DisksReport,
+    MergeOutcome,
+    MergePlan,
+    MergeReport,
+)
+from chainmerge.merging.disks import merge_disks, plan_disks
+from chainmerge.merging.preparing import merge, plan
+from chainmerge.options import Access, MergeOptions
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.merged_record import load_merged_record
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chainmerge.merging.job import OnProgress, ShouldStop
+
+
+def plan_flatten(
+    top: str | Path, access: Access | None = None, options: MergeOptions | None = None
+) -> MergePlan:
+    """Say what :func:`flatten` would do. Nothing is written and nothing stays locked.
+
+    Raises:
+        NoBackingFile: *top* stands alone.
+        ChainmergeError: the chain cannot be found or read.
+    """
+    access = access or Access()
+    return plan(top, _lowest(Path(top), access), access, _pulling(options))
+
+
+def plan_flatten_disks(
+    tops: Sequence[str | Path], access: Access | None = None, options: MergeOptions | None = None
+) -> DisksPlan:
+    """As :func:`plan_flatten`, for the disks of one virtual machine, but those that stand alone.
+
+    Raises what :func:`chainmerge.plan_disks` raises.
+    """
+    access = access or Access()
+    bases = {str(top): base for top in tops if (base := _lowest(Path(top), access)) is not None}
+    return plan_disks(tuple(bases), tuple(bases.values()), access, _pulling(options))
+
+
+def flatten(
+    top: str | Path,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> MergeReport:
+    """Pull everything that *top* lacks up from the images below, so that it stands alone.
+
+    What is below stays as it is, unless ``options.delete`` says that it may go. A run that was
+    interrupted is finished by the same call; an image that stands alone is left as it is.
+
+    Args:
+        top: the image, in qcow2.
+        access: how images may be found and reached.
+        options: how to merge; the direction is always ``pull``.
+        on_progress: called as the work goes on.
+        should_stop: asked as the work goes on.
+
+    Raises what :func:`chainmerge.merge` raises.
+    """
+    access, started = access or Access(), time.monotonic()
+    base = _lowest(Path(top), access)
+    if base is None:
+        return _standing_alone(Path(top), started)
+    return merge(top, base, access, _pulling(options), on_progress, should_stop)
+
+
+def flatten_disks(
+    tops: Sequence[str | Path],
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> DisksReport:
+    """As :func:`flatten`, for several disks: all are planned before the first is written to.
+
+    Raises what :func:`chainmerge.merge_disks` raises.
+    """
+    access, started = access or Access(), time.monotonic()
+    lowest = {str(top): _lowest(Path(top), access) for top in tops}
+    bases = {top: base for top, base in lowest.items() if base is not None}
+    merged: dict[str, DiskReport] = {}
+    if bases:
+        options = _pulling(options)
+        report = merge_disks(
+            tuple(bases), tuple(bases.values()), access, options, on_progress, should_stop
+        )
+        merged = {disk.top: disk for disk in report.disks}
+    alone = {
+        top: DiskReport(top, top, DiskOutcome.ALREADY_MERGED, _standing_alone(Path(top), started))
+        for top in lowest.keys() - bases.keys()
+    }
+    return DisksReport(REPORT_VERSION, tuple((merged | alone)[top] for top in lowest))
+
+
+def _pulling(options: MergeOptions | None) -> MergeOptions:
+    return replace(options or MergeOptions(), direction="pull")
+
+
+def _lowest(top: Path, access: Access) -> Path | None:
+    """The root of *top*'s chain; where an earlier run has pulled it up, what that recorded.
+
+    None where *top* stands alone.
+    """
+    chain = discover(top, policy_of(access))
+    if len(chain.images) > 1:
+        return chain.root.path
+    record = load_merged_record(top)
+    return Path(record.base) if record is not None and record.pulled is not None else None
+
+
+def _standing_alone(top: Path, started: float) -> MergeReport:
+    with FileReadable(top) as readable:
+        image = Qcow2Image(readable)
+        return MergeReport(
+            version=REPORT_VERSION,
+            outcome=MergeOutcome.ALREADY_MERGED,
+            plan=None,
+            bitmaps=bitmap_results(image),
+            bytes_copied=0,
+            seconds=time.monotonic() - started,
+            image_end=check(image).image_end_offset,
+            volume_size=readable.size,
+            verified=(f"{top} has no backing file: it stands alone",),
+            repointed=(),
+            deleted=(),
+            renamed=None,
+            warnings=(),
+        )

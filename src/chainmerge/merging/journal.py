@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a native merge writes into its journal until base is settled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chainmerge.engines.metadata.allocation import NO_RUNS, Runs, without_runs
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.merging.job import forget_what_was_noted
+from chainmerge.merging.settling import record_pull
+from chainmerge.options import Direction, Placement
+from chainmerge.planning.leaks import to_note
+from chainmerge.planning.plan import EngineName, new_backing
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.header import SECTOR
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.changes import last_change, stands_on
+from chainmerge.records.identity import identify, this_boot
+from chainmerge.records.merge_journal import (
+    JOURNAL_VERSION,
+    Asked,
+    Journal,
+    JournalledRepoint,
+    JournalState,
+    digest_of,
+    first_sector_of,
+    forget_journal,
+    journalled,
+    keep_journal,
+    load_journal,
+)
+from chainmerge.records.merged_record import (
+    forget_merged_record,
+    load_merged_record,
+    record_merged,
+)
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from chainmerge.merging.job import Job
+    from chainmerge.options import MergeOptions
+
+
+def asked_of(options: MergeOptions) -> Asked:
+    """What is to be done in the end."""
+    return Asked(options.delete, options.keep_name, options.shrink, options.discard)
+
+
+@contextlib.contextmanager
+def journal_kept(job: Job) -> Iterator[None]:
+    """Keep a journal; where the merge ends before the switch there is none afterwards.
+
+    Unless something of it is leaked then: the journal tells whose that is. And where data went
+    into base in place, it stays: base is half written, and a rerun has to know by whom.
+
+    Nor is there what was noted for a rerun, where base is what it was. No journal is kept of a
+    pull, which has little to settle: its record tells of that.
+    """
+    if job.facts.direction is Direction.PULL:
+        with _record_kept(job):
+            yield
+        return
+    base = job.base.real_path
+    before = first_sector_of(base)
+    earlier = _Earlier(_any_journal(base), last_change(base))
+    keep_journal(_journal(job))
+    try:
+        yield
+    except BaseException as error:
+        # Where base cannot be read now, a rerun will have to tell.
+        with contextlib.suppress(Exception):
+            if isinstance(error, Refused) or not _writes_in_place(job):
+                _put_back_unless_switched(job, earlier)
+            if first_sector_of(base) == before:
+                forget_what_was_noted(job)
+        raise
+
+
+@contextlib.contextmanager
+def journal_until_settled(job: Job) -> Iterator[None]:
+    """Keep a journal that tells no more than whose clusters are that are leaked.
+
+    For who has no one moment of a switch. Where it fails, base may be half written, and the
+    journal stays, unless nothing was written at all.
+    """
+    base = job.base.real_path
+    earlier = _Earlier(_any_journal(base), last_change(base))
+    keep_journal(_journal(job))
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if earlier.nothing_was_written_to(base):
+                _put_back_journal(job, earlier)
+        raise
+
+
+def record_switching(job: Job, new_base: Qcow2Image) -> None:
+    """Record, durably, what base begins with once it is switched: the last act before that."""
+    digest = digest_of(new_base.readable.read(0, SECTOR))
+    switching = _in_state(job, JournalState.SWITCHING, digest)
+    old = first_sector_of(job.base.real_path)
+    keep_journal(msgspec.structs.replace(switching, old_sector=old))
+
+
+def record_switched(job: Job) -> Journal | None:
+    """Record that base holds everything, verified; None where no journal is kept."""
+    if job.plan.engine is not EngineName.NATIVE or job.facts.merged:
+        return None
+    digest = first_sector_of(job.base.real_path)
+    return keep_journal(_in_state(job, JournalState.SWITCHED, digest))
+
+
+@contextlib.contextmanager
+def _record_kept(job: Job) -> Iterator[None]:
+    """Keep a record of a pull; where it ends before the switch it is what it was before."""
+    top = job.result.real_path
+    earlier = load_merged_record(top)
+    options, request = job.request.options, job.recorded_request
+    record_pull(job.facts, options, to_note(job.leaks.kept), request)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if not _has_new_backing(job) and not _own_leaks(job):
+                if earlier is None:
+                    forget_merged_record(top)
+                else:
+                    record_merged(top, earlier)
+        raise
+    record_pull(job.facts, options, None, request)
+
+
+def _has_new_backing(job: Job) -> bool:
+    named = new_backing(job.facts)
+    return stands_on(job.result.real_path, None if named is None else named[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """The journal that a merge finds, and when base was written to last; empty if unknown."""
+
+    journal: Journal | None
+    last_change: str
+
+    def nothing_was_written_to(self, base: Path) -> bool:
+        return bool(self.last_change) and last_change(base) == self.last_change
+
+
+def _any_journal(base: Path) -> Journal | None:
+    with contextlib.suppress(ChainmergeError):
+        return load_journal(base)
+    return None
+
+
+def _writes_in_place(job: Job) -> bool:
+    return job.base.header is None or job.plan.space.placement is Placement.IN_PLACE
+
+
+def _put_back_unless_switched(job: Job, earlier: _Earlier) -> None:
+    base = job.base.real_path
+    journal = load_journal(base)
+    if journal is not None and journal.first_sector != first_sector_of(base):
+        _put_back_journal(job, earlier)
+
+
+def _put_back_journal(job: Job, earlier: _Earlier) -> None:
+    """Have no journal, or the earlier one, unless this merge has leaked something."""
+    base = job.base.real_path
+    if _own_leaks(job):
+        return
+    still_tells = _leaks_of_earlier(job) or earlier.nothing_was_written_to(base)
+    if earlier.journal is not None and still_tells:
+        keep_journal(earlier.journal)
+    else:
+        forget_journal(base)
+
+
+def _own_leaks(job: Job) -> int:
+    """How many clusters of the result are leaked that were not when the merge began."""
+    return without_runs(_leaked_now(job), job.leaks.leaked).total
+
+
+def _leaks_of_earlier(job: Job) -> int:
+    """How many clusters of the result are leaked that an earlier merge of ours has left."""
+    return without_runs(_leaked_now(job), job.leaks.others).total
+
+
+def _leaked_now(job: Job) -> Runs:
+    if job.result.header is None:
+        return NO_RUNS
+    with FileReadable(job.result.real_path) as readable:
+        leaked = check(Qcow2Image(readable)).leaked
+    return Runs(leaked.first, leaked.count)
+
+
+def _volume_size(job: Job) -> int:
+    if job.base.header is not None:
+        return 0
+    return job.facts.end_before or job.facts.volume.size
+
+
+def _in_state(job: Job, state: JournalState, digest: str) -> Journal:
+    return msgspec.structs.replace(_journal(job), state=state, first_sector=digest)
+
+
+def _journal(job: Job) -> Journal:
+    plan, facts = job.plan, job.facts
+    return Journal(
+        version=JOURNAL_VERSION,
+        engine=plan.engine,
+        base=identify(job.base.real_path),
+        overlays=[journalled(image.real_path) for image in facts.merged_images],
+        children=[identify(child.real_path) for child in facts.relatives.children],
+        asked=asked_of(job.request.options),
+        repoint=[
+            JournalledRepoint(os.path.realpath(one.child), one.new_backing, one.new_format)
+            for one in plan.repoint
+        ],
+        delete=[os.path.realpath(path) for path in plan.delete],
+        rename=[os.path.realpath(path) for path in plan.rename or ()],
+        spent=[
+            decision.name
+            for decision in job.bitmaps.decisions
+            if decision.tombstone_while_top_exists and not decision.tombstone
+        ],
+        boot=this_boot(),
+        # Raw images have no place for a second copy.
+        placement="" if job.base.header is None else plan.space.placement,
+        request=job.recorded_request,
+        volume_size=_volume_size(job),
+        shrink_to=plan.space.shrink_to or 0,
+        leaked_before=to_note(job.leaks.kept),
+    )

@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the native engine would make of a chain: whether it can, and what base needs for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chainmerge.bitmaps.rules import BitmapState, Fate
+from chainmerge.bitmaps.sets import final_set, lasting_set, stand_ins
+from chainmerge.bitmaps.stored import state_of
+from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, kept_where_unchanged, names_kept
+from chainmerge.engines.metadata.allocation import (
+    Demand,
+    FreeSpace,
+    allocate,
+    counted_free_space,
+)
+from chainmerge.engines.metadata.bitmap_set import lay_out
+from chainmerge.engines.metadata.counting import table_with_new_blocks
+from chainmerge.engines.metadata.old_tree import bitmap_clusters
+from chainmerge.engines.native import (
+    MappedDisk,
+    MappingNeed,
+    NewTree,
+    PlacedTree,
+    ViewWithZeroes,
+    ZeroRanges,
+    find_zeroes,
+    merged_layers,
+    new_tree,
+    place_tree,
+    released_clusters,
+    survey_mapping,
+)
+from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.merging.verifying import bitmap_difference
+from chainmerge.options import Direction, EngineChoice, Placement
+from chainmerge.planning.encryption import has_encrypted
+from chainmerge.planning.errors import NativeUnavailable, PullUnavailable
+from chainmerge.planning.plan import EngineName, SpaceFacts
+from chainmerge.planning.space.errors import CannotGrowBase
+from chainmerge.qcow2.bitmaps import read_directory
+from chainmerge.qcow2.header import MAX_L1_BYTES
+from chainmerge.qcow2.references import ReferenceCounts
+from chainmerge.storage.file_space import FileSpace, space_of, united
+from chainmerge.storage.locks import AnyFile
+from chainmerge.storage.transfer.copying import can_reflink
+
+if TYPE_CHECKING:
+    from chainmerge.chain import Chain
+    from chainmerge.chain.target import BitmapFacts, OpenChain, Target, Volumes
+    from chainmerge.engines.metadata import SnapshotRemoval, StoredBitmap
+    from chainmerge.options import MergeOptions
+    from chainmerge.qcow2.image import Qcow2Image
+
+_L1_ENTRY_BYTES = 8
+_WINDOW = 1 << 20
+# Of the file systems that share blocks; larger ones are rare.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChosen:
+    """Who writes, and why; with *obstacle* if nobody can as it was asked for."""
+
+    engine: EngineName
+    reason: str
+    obstacle: ChainmergeError | None = None
+
+
+def choose_engine(
+    target: Target, opened: OpenChain, wanted: EngineChoice, direction: Direction
+) -> EngineChosen:
+    """Who writes guest data: the native engine wherever it can."""
+    base = opened.images[target.result_index(direction)]
+    if direction is Direction.PULL:
+        return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
+    reason = _native_obstacle(target.chain, base.image)
+    if wanted == "qemu":
+        return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as asked for")
+    if reason is None:
+        return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
+    obstacle = NativeUnavailable(str(target.base.path), reason) if wanted == "native" else None
+    return EngineChosen(EngineName.QEMU, f"qemu-storage-daemon copies, because {reason}", obstacle)
+
+
+def _native_obstacle(chain: Chain, base: Qcow2Image | None) -> str | None:
+    if has_encrypted(chain):
+        return "images are encrypted, and QEMU has what it takes to read them"
+    if base is None:
+        return None
+    if base.header.external_data_file:
+        return "base's guest data is in an external data file"
+    return None
+
+
+def _native_reason(base: Qcow2Image | None) -> str:
+    if base is None:
+        return "data is written straight into the raw image, below top, which hides it until then"
+    return "everything new goes to free clusters, and one sector switches base to it"
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionChosen:
+    """Which way the merge goes, and why a pull cannot; with *obstacle* if one was asked for."""
+
+    direction: Direction
+    pull_obstacle: str | None
+    obstacle: ChainmergeError | None = None
+
+
+def choose_direction(
+    target: Target, opened: OpenChain, volumes: Volumes, options: MergeOptions
+) -> DirectionChosen:
+    """Which way the merge goes.
+
+    By itself a merge is a commit: what else uses base's or top's name relies on that. Where
+    top's name is to be kept, both ways have the result there, and the one that moves less is
+    taken.
+    """
+    reason = _pull_obstacle(target.chain, opened.images[-1].image, options)
+    if options.direction == "pull":
+        obstacle = None
+        if reason is not None:
+            obstacle = PullUnavailable(str(target.base.path), str(target.chain.top.path), reason)
+        return DirectionChosen(Direction.PULL, reason, obstacle)
+    commit_bytes = volumes.data + volumes.zero + volumes.compressed
+    cheaper = reason is None and volumes.pull < commit_bytes
+    can_go = not options.delete or _is_free(target)
+    if options.direction == "auto" and options.keep_name and cheaper and can_go:
+        return DirectionChosen(Direction.PULL, None)
+    return DirectionChosen(Direction.COMMIT, reason)
+
+
+def _is_free(target: Target) -> bool:
+    """Whether base can go once top has what it holds."""
+    base, relatives = target.base, target.relatives
+    holds_snapshots = base.header is not None and base.header.snapshot_count
+    others = relatives.siblings or relatives.middle_children
+    return not (others or holds_snapshots or base.is_block_device)
+
+
+def _pull_obstacle(chain: Chain, top: Qcow2Image | None, options: MergeOptions) -> str | None:
+    if options.engine == "qemu":
+        return "the qemu engine commits only"
+    if has_encrypted(chain):
+        return "images are encrypted, and the qemu engine commits only"
+    if top is None or top.header.external_data_file:
+        return "the native engine does not write into top"
+    return None
+
+
+def shares_extents(opened: OpenChain, base_index: int, direction: Direction) -> bool:
+    """Whether the file system lets the result share all data that moves."""
+    pulls = direction is Direction.PULL
+    written = opened.images[-1 if pulls else base_index]
+    result = written.readable
+    merged = opened.images[base_index:-1] if pulls else opened.images[base_index + 1 :]
+    sources = [image.layer.source for image in merged]
+    # Smaller clusters are no whole blocks of the file system, and are copied.
+    mapped = [image for image in (written, *merged) if image.image is not None]
+    if any(image.layer.cluster_size < _BLOCK for image in mapped) or not isinstance(
+        result, AnyFile
+    ):
+        return False
+    return all(isinstance(one, AnyFile) and can_reflink(one, result) for one in sources)
+
+
+def look_for_zeroes(
+    target: Target, opened: OpenChain, direction: Direction, should_stop: Callable[[], bool]
+) -> ZeroRanges | None:
+    """What of the data that moves is zeros; None for a raw image, which has no zero clusters.
+
+    Raises:
+        Interrupted: *should_stop* said yes.
+    """
+
+    def before_each_read() -> None:
+        if should_stop():
+            raise Interrupted("nothing was written")
+
+    image = opened.images[target.result_index(direction)].image
+    if image is None:
+        return None
+    merged = merged_layers(opened.view(), target.base_index, direction)
+    return find_zeroes(merged, image.header.subcluster_size, before_each_read)
+
+
+def mapped_disk(target: Target, image: Qcow2Image, direction: Direction) -> MappedDisk:
+    """The image that is written, as the native engine sees it."""
+    below = target.chain.images[: target.base_index]
+    size = target.chain.top.virtual_size
+    if direction is Direction.COMMIT:
+        size = max(size, target.base.virtual_size)
+    return MappedDisk(
+        header=image.header,
+        size_after=size,
+        backing_end=below[-1].virtual_size if below else 0,
+        direction=direction,
+    )
+
+
+def result_set(
+    bitmaps: BitmapFacts, size_after: int, direction: Direction
+) -> tuple[StoredBitmap, ...]:
+    """The bitmaps that the result has in the end, as long as top exists."""
+    if direction is Direction.PULL:
+        return lasting_set(bitmaps, size_after)
+    return final_set(bitmaps, size_after)
+
+
+def bitmaps_to_store(
+    image: Qcow2Image, bitmaps: BitmapFacts, disk: MappedDisk
+) -> Sequence[AnyBitmap] | None:
+    """The set that the result gets; None where it has it already."""
+    if image.header.version < 3:
+        return None
+    final = result_set(bitmaps, disk.size_after, disk.direction)
+    if bitmap_difference(image, final) is None:
+        return None
+    return kept_where_unchanged(image, final)
+
+
+def bitmaps_without_stale(
+    image: Qcow2Image, bitmaps: BitmapFacts, direction: Direction
+) -> Sequence[AnyBitmap] | None:
+    """The set of base's bitmaps once those are out of it that the merge does not keep.
+
+    What is kept stays as it is, and tombstones stand where they must. None where nothing can
+    be taken out.
+    """
+    if image.header.version < 3 or direction is Direction.PULL:
+        return None
+    kept = {d.name for d in bitmaps.decisions if d.fate is Fate.KEEP}
+    guards = {one.name: one for one in stand_ins(bitmaps, image.header.virtual_size)}
+    remaining: list[AnyBitmap] = []
+    entries = read_directory(image)
+    for entry in entries:
+        state = state_of(image, entry)
+        if entry.name in kept and state is BitmapState.VALID:
+            remaining.append(KeptBitmap(entry))
+        elif entry.name in guards:
+            remaining.append(guards[entry.name])
+    return remaining if len(remaining) < len(entries) else None
+
+
+def growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase | None:
+    """Why base's disk cannot become as large; None if it can or need not."""
+    header = image.header
+    if size_after <= header.virtual_size:
+        return None
+    if header.version < 3 and header.snapshot_count:
+        reason = "its internal snapshots, in an image of version 2, do not say how large they are"
+        return CannotGrowBase(image.name, size_after, reason)
+    entries = -(-size_after // (header.cluster_size * header.l2_entries))
+    if entries * _L1_ENTRY_BYTES > MAX_L1_BYTES:
+        reason = f"the first-level table would be larger than {MAX_L1_BYTES} bytes"
+        return CannotGrowBase(image.name, size_after, reason)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFacts:
+    """What base needs, by placement; ``needs`` is what the engine is to be given."""
+
+    needs: Mapping[Placement, MappingNeed]
+    spaces: Mapping[Placement, SpaceFacts]
+
+
+def survey_native(
+    target: Target,
+    opened: OpenChain,
+    bitmaps: BitmapFacts,
+    references: ReferenceCounts,
+    direction: Direction,
+    zeroes: ZeroRanges | None,
+    removal: SnapshotRemoval | None,
+) -> NativeFacts:
+    """Work out how large the result must be, for each way of placing data.
+
+    That is exact, but for where snapshots are removed before: what was shared with them need not
+    be copied then, and takes less.
+    """
+    image = opened.images[target.result_index(direction)].image
+    assert image is not None
+    disk = mapped_disk(target, image, direction)
+    merged = merged_layers(opened.view(), target.base_index, direction)
+    if zeroes is not None:
+        merged = ViewWithZeroes(merged.layers, zeroes)
+    needs = survey_mapping(image, disk, merged)
+    file_space = _FileSpace.of(target, opened, direction)
+    space = counted_free_space(image, references)
+    used = _Used.of(references)
+    if removal is not None:
+        space = removal.space_after()
+        used = used.after(removal)
+    stored = bitmaps_to_store(image, bitmaps, disk)
+    given_up = 0
+    if stored is not None:
+        given_up = len(bitmap_clusters(image, names_kept(stored)))
+    pruned = _Pruned.of(image, bitmaps, references, space, direction)
+    spaces = {}
+    for placement, need in needs.items():
+        tree = new_tree(image.name, disk, need, stored)
+        placed = place_tree(tree, space)
+        facts = replace(
+            _facts(tree, placed, used, given_up),
+            allocates=file_space.missing(tree, placed),
+            end_after=_end_after(image, tree, placed, references, used),
+        )
+        if pruned is not None:
+            placed = place_tree(tree, pruned.space)
+            end = max(used.end, pruned.end, placed.allocation.end)
+            facts = replace(
+                facts,
+                required_if_pruned=end * disk.header.cluster_size,
+                allocates_if_pruned=file_space.missing(tree, placed),
+            )
+        spaces[placement] = facts
+    return NativeFacts(needs, spaces)
+
+
+def _end_after(
+    image: Qcow2Image,
+    tree: NewTree,
+    placed: PlacedTree,
+    references: ReferenceCounts,
+    used: _Used,
+) -> int:
+    """Where the image ends once what only its old tree uses is released, in bytes."""
+    first = placed.allocation.end
+    left = references.counts[first : used.end].astype(np.int64)
+    if len(left):
+        released = released_clusters(image, tree, placed, tree.mapping.released)
+        start = np.clip(released.start - first, 0, len(left))
+        end = np.clip(released.end - first, 0, len(left))
+        steps = np.bincount(start, minlength=len(left) + 1)
+        steps -= np.bincount(end, minlength=len(left) + 1)
+        left -= np.cumsum(steps[:-1])
+    still = np.flatnonzero(left)
+    last = first + int(still[-1]) + 1 if len(still) else first
+    return last * image.header.cluster_size
+
+
+@dataclass(frozen=True, slots=True)
+class _FileSpace:
+    """What the file that is written has of its own; *space* is None for a device."""
+
+    space: FileSpace | None
+    shares_extents: bool
+
+    @staticmethod
+    def of(target: Target, opened: OpenChain, direction: Direction) -> _FileSpace:
+        readable = opened.images[target.result_index(direction)].readable
+        space = space_of(readable) if isinstance(readable, AnyFile) else None
+        return _FileSpace(space, shares_extents(opened, target.base_index, direction))
+
+    def missing(self, tree: NewTree, placed: PlacedTree) -> int | None:
+        """Bytes that the file system has to give it."""
+        if self.space is None:
+            return None
+        size = tree.disk.header.cluster_size
+        if self.shares_extents:
+            runs = placed.metadata
+            written = united([(runs.start * size, runs.end * size)])
+            return self.space.missing(written) + tree.mapping.unpacked * size
+        runs = placed.allocation.everything
+        written = united([(runs.start * size, runs.end * size), *tree.mapping.in_place])
+        return self.space.missing(written)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pruned:
+    """Base's file once stale bitmaps are out of it, and how far that reaches at its peak."""
+
+    space: FreeSpace
+    end: int
+
+    @staticmethod
+    def of(
+        image: Qcow2Image,
+        bitmaps: BitmapFacts,
+        references: ReferenceCounts,
+        space: FreeSpace,
+        direction: Direction,
+    ) -> _Pruned | None:
+        """None where nothing can be taken out."""
+        remaining = bitmaps_without_stale(image, bitmaps, direction)
+        if remaining is None:
+            return None
+        layout = lay_out(image.name, image.header, remaining)
+        allocation = allocate(space, layout.demand)
+        placed = allocation.everything.expanded()
+        counts = np.zeros(max(len(references.counts), allocation.end), references.counts.dtype)
+        counts[: len(references.counts)] = references.counts
+        counts[placed] = 1
+        released = bitmap_clusters(image, names_kept(remaining))
+        counts[np.unique(released)] = 0
+        header = image.header
+        if allocation.table_start is not None:
+            header = replace(header, refcount_table_clusters=allocation.table_clusters)
+        table = table_with_new_blocks(image.header, space.table, allocation)
+        after = ReferenceCounts(references.cluster_size, counts, references.complete)
+        return _Pruned(FreeSpace(image.name, header, table, len(counts), after.of), allocation.end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Used:
+    """Clusters of base's file: how many are in use, and the end of the last of them."""
+
+    count: int
+    end: int
+
+    @staticmethod
+    def of(references: ReferenceCounts) -> _Used:
+        count = end = 0
+        for first in range(0, len(references.counts), _WINDOW):
+            used = np.flatnonzero(references.counts[first : first + _WINDOW])
+            count += len(used)
+            if len(used):
+                end = first + int(used[-1]) + 1
+        return _Used(count, end)
+
+    def after(self, removal: SnapshotRemoval) -> _Used:
+        """The same once snapshots are removed."""
+        count = self.count - len(removal.freed) + removal.allocation.everything.total
+        return _Used(count, max(self.end, removal.allocation.end))
+
+
+def _facts(tree: NewTree, placed: PlacedTree, used: _Used, old_bitmaps: int) -> SpaceFacts:
+    cluster_size = tree.disk.header.cluster_size
+    required = max(used.end, placed.allocation.end)
+    demand = tree.demand
+    new = placed.allocation.everything.total
+    parts = {
+        "used": used.count,
+        "data": tree.mapping.data,
+        "L2 tables": tree.mapping.tables,
+        "L1 table": tree.l1_clusters,
+        "bitmaps": 0 if tree.bitmaps is None else _clusters(tree.bitmaps.demand),
+        "refcounts": new - _clusters(demand),
+    }
+    parts["gaps"] = required - sum(parts.values())
+    optimal = used.count + new - tree.mapping.given_up - old_bitmaps
+    return SpaceFacts(
+        image_end=used.end * cluster_size,
+        required=required * cluster_size,
+        optimal=min(optimal, required) * cluster_size,
+        breakdown={part: count * cluster_size for part, count in parts.items() if count},
+        new_clusters=tree.mapping.data,
+        new_l2_tables=tree.mapping.tables,
+        written=tree.mapping.written,
+    )
+
+
+def _clusters(demand: Demand) -> int:
+    return demand.scattered + sum(demand.contiguous)

@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds merges that did not come to their end, by the small files that they leave. Reads only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.errors import SearchPathUnusable
+from chainmerge.documents.merge import REPORT_VERSION, StatusReport, UnfinishedMerge
+from chainmerge.errors import ChainmergeError
+from chainmerge.merging.settling import is_pulled
+from chainmerge.planning.plan import EngineName
+from chainmerge.records import disks, live_journal, merge_journal, merged_record, saved_bitmaps
+from chainmerge.records import files as state_files
+from chainmerge.records.changes import is_there, what_stands_at
+from chainmerge.records.disks import read_entry
+from chainmerge.records.identity import Sameness
+from chainmerge.records.live_journal import LiveState, read_live_journal
+from chainmerge.records.merge_journal import (
+    Journal,
+    JournalState,
+    MergeJournalDamaged,
+    first_sector_of,
+    read_journal,
+)
+from chainmerge.records.merged_record import (
+    MergedRecord,
+    Pulled,
+    merged_record_file,
+    read_merged_record,
+)
+from chainmerge.records.request import command_of, resume_command_of
+from chainmerge.records.saved_bitmaps import read_saved_bitmaps
+from chainmerge.storage.errors import ImageMissing, reason_of
+from chainmerge.storage.locks import LockMode, contentions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from chainmerge.records.identity import ImageIdentity
+    from chainmerge.records.live_journal import LiveJournal
+    from chainmerge.records.request import RecordedRequest
+
+UNKNOWN: Final = "unknown"
+_SAVED: Final = f".{saved_bitmaps.SUFFIX}"
+_MERGED: Final = f".{merged_record.SUFFIX}"
+_JOURNAL: Final = f".{merge_journal.SUFFIX}"
+_LIVE: Final = f".{live_journal.SUFFIX}"
+_DISKS: Final = f".{disks.SUFFIX}"
+_SUFFIXES: Final = (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
+# A tree of images has a few; a search of "/" has to end.
+_MOST_DIRECTORIES: Final = 50_000
+_MOST_SENTENCES: Final = 20
+# What stands for no storage.
+_OF_THE_KERNEL: Final = frozenset({"/proc", "/sys", "/dev"})
+_HOLDS: Final = "base holds everything, verified"
+_PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
+    {
+        JournalState.PREPARED: "data was being written beside what base holds",
+        JournalState.SWITCHING: "base holds everything, and what only the old base used may "
+        "still be marked used",
+        JournalState.SWITCHED: f"{_HOLDS}; nothing is settled yet",
+        JournalState.REPOINT: f"{_HOLDS}; images were being re-pointed",
+        JournalState.RECORD: f"{_HOLDS}; images are re-pointed",
+        JournalState.RENAME: f"{_HOLDS}; it was about to get the name of top",
+        JournalState.DELETE: f"{_HOLDS}; merged images were being deleted",
+        JournalState.TIDY: f"{_HOLDS}; tombstones that nothing needs were being removed",
+        JournalState.GIVE_BACK: f"{_HOLDS}; space was being given back",
+    }
+)
+_COPIED_BY_QEMU: Final = "data was being copied by QEMU into base, which may be half written"
+
+_LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
+    {
+        LiveState.PREPARING: "a running VM was about to copy data",
+        LiveState.COPYING: "a running VM was copying data",
+        LiveState.SWITCHING: "base holds everything, and a running VM was about to go over to it",
+        LiveState.SETTLING: "base holds everything, and a running VM uses it",
+        LiveState.UNDOING: "it was given up in a running VM; base's bitmaps were being put back",
+    }
+)
+
+
+def status(paths: Sequence[str | Path] = ()) -> StatusReport:
+    """Find merges that were interrupted, and those that are going on.
+
+    Args:
+        paths: directories to look at, with everything below, and images: of an image, what is
+            found of merges in which it takes part. By default the current directory, and
+            everything that merges into block devices have left; with paths, what of the latter
+            has its top there.
+
+    Raises:
+        ImageMissing: there is no such image or directory, and no merge is known of it.
+        SearchPathUnusable: a directory cannot be read.
+    """
+    searches = [_search(Path(path)) for path in (paths or (".",))]
+    searches.append(_search_of_devices(searches) if paths else _search_of_all_devices())
+    found: dict[str, UnfinishedMerge] = {}
+    for search in searches:
+        wanted = [merge for merge in _found_in(search) if search.wants(merge)]
+        if search.missing is not None and not wanted:
+            raise ImageMissing(search.missing)
+        for merge in wanted:
+            found.setdefault(f"{merge.base}\0{merge.top}", merge)
+    searched = dict.fromkeys(str(one) for search in searches for one in search.named)
+    return StatusReport(
+        version=REPORT_VERSION,
+        searched=tuple(searched),
+        merges=tuple(sorted(found.values(), key=lambda merge: (merge.base, merge.top or ""))),
+        not_searched=tuple(sentence for search in searches for sentence in search.left_out),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Directories, and the images of which merges are wanted; None for all.
+
+    ``named`` are the directories that a report names, which can stand for all below. ``missing``
+    is an image that is not there. ``left_out`` says what was not looked at.
+    """
+
+    directories: tuple[Path, ...]
+    named: tuple[Path, ...]
+    images: frozenset[str] | None
+    tops_in: frozenset[Path] = frozenset()
+    missing: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    def wants(self, merge: UnfinishedMerge) -> bool:
+        if self.images is None or merge.base in self.images or merge.top in self.images:
+            return True
+        return merge.top is not None and Path(merge.top).parent in self.tops_in
+
+
+def _search_of_all_devices() -> _Search:
+    return _Search((state_files.STATE_DIRECTORY,), (state_files.STATE_DIRECTORY,), None)
+
+
+def _search_of_devices(searches: Sequence[_Search]) -> _Search:
+    """What merges into block devices have left that has to do with what is searched."""
+    images = frozenset(image for search in searches for image in search.images or ())
+    whole = [search for search in searches if search.images is None]
+    directories = frozenset(directory for search in whole for directory in search.directories)
+    place = (state_files.STATE_DIRECTORY,)
+    return _Search(place, place, images, directories)
+
+
+def _search(path: Path) -> _Search:
+    if os.path.isdir(path):  # noqa: PTH112 (any name will do)
+        return _search_below(Path(os.path.realpath(path)))
+    images = {os.path.realpath(path)}
+    # Top may be gone already. Its directory is where base most likely stands.
+    with contextlib.suppress(ChainmergeError):
+        images |= {str(image.real_path) for image in discover(path, ChainPolicy()).images}
+    directories = dict.fromkeys(Path(image).parent for image in sorted(images))
+    here = Path(os.path.realpath(path)).parent
+    places = tuple(dict.fromkeys((here, *directories)))
+    return _Search(places, places, frozenset(images), missing=_missing(path))
+
+
+def _missing(path: Path) -> str | None:
+    """The image, where it is not there, and no record says that a merge has deleted it."""
+    try:
+        known = os.path.lexists(path) or merged_record_file(path).exists()
+    except (OSError, ValueError):
+        known = False
+    return None if known else str(path)
+
+
+def _search_below(root: Path) -> _Search:
+    """A directory with everything below. Links are not followed."""
+    found, left_out = [root], []
+    for directory in found:
+        try:
+            with os.scandir(directory) as entries:
+                below = sorted(
+                    entry.path for entry in entries if entry.is_dir(follow_symlinks=False)
+                )
+        except OSError as error:
+            if directory != root:
+                left_out.append(f"{directory} was not searched: {reason_of(error)}")
+                continue
+            raise SearchPathUnusable(str(directory), reason_of(error)) from error
+        below = [path for path in below if path not in _OF_THE_KERNEL]
+        room = _MOST_DIRECTORIES - len(found)
+        if len(below) > room:
+            left_out.append(
+                f"of {directory} and what comes after it not all was searched: there are more "
+                f"than {_MOST_DIRECTORIES} directories below {root}"
+            )
+        found += [Path(path) for path in below[:room]]
+    more = len(left_out) - _MOST_SENTENCES
+    if more > 0:
+        left_out[_MOST_SENTENCES:] = [f"{more} more directories were not searched"]
+    return _Search(tuple(found), (root,), None, left_out=tuple(left_out))
+
+
+def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
+    """All unfinished merges of which there are files in the directories of a search.
+
+    Raises SearchPathUnusable where one that the report names cannot be read.
+    """
+    by_base: dict[str, UnfinishedMerge] = {}
+    files = [file for directory in search.directories for file in _files(directory, search.named)]
+    # Journals first: they say the most.
+    for file in sorted(files, key=_rank):
+        merge = _read(file)
+        if merge is not None:
+            key = _base_of(file, merge)
+            before = by_base.get(key)
+            by_base[key] = merge if before is None else _together(before, merge)
+    for merge in by_base.values():
+        yield replace(merge, base_is_locked=_is_locked(Path(merge.base)))
+
+
+def _base_of(file: Path, merge: UnfinishedMerge) -> str:
+    """What files that tell of merges into the same base have in common.
+
+    Two volumes that are not there now may have had the same name, one after the other.
+    """
+    is_filed_by_base = file.parent == state_files.STATE_DIRECTORY and file.suffix != _MERGED
+    return file.stem if is_filed_by_base else merge.base
+
+
+def _rank(file: Path) -> int:
+    return next(rank for rank, suffix in enumerate(_SUFFIXES) if file.name.endswith(suffix))
+
+
+def _files(directory: Path, named: Sequence[Path]) -> list[Path]:
+    """The small files in a directory."""
+    try:
+        # Names alone: there can be a great many.
+        everything = os.listdir(directory)  # noqa: PTH208
+    except OSError as error:
+        # One below those has gone in the meantime, or it is said that it was left out.
+        if directory == state_files.STATE_DIRECTORY or directory not in named:
+            return []
+        raise SearchPathUnusable(str(directory), reason_of(error)) from error
+    return [directory / name for name in sorted(everything) if name.endswith(_SUFFIXES)]
+
+
+def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
+    """One merge of which two files tell; *first* has the say."""
+    holds = first.base_holds_data
+    return replace(
+        first,
+        top=first.top or second.top,
+        progress=second.progress if first.state == second.state == UNKNOWN else first.progress,
+        base_holds_data=second.base_holds_data if holds is None else holds,
+        # What finishes all of several disks finishes this one, too.
+        command=second.command if second.disks else first.command or second.command,
+        disks=first.disks or second.disks,
+        files=(*first.files, *second.files),
+        warnings=(*first.warnings, *second.warnings),
+    )
+
+
+def _read(file: Path) -> UnfinishedMerge | None:
+    """The unfinished merge that *file* tells of; None where it tells of none."""
+    try:
+        if file.name.endswith(_JOURNAL):
+            return _of_journal(file)
+        if file.name.endswith(_LIVE):
+            return _of_live_merge(file)
+        if file.name.endswith(_SAVED):
+            return _of_saved(file)
+        if file.name.endswith(_DISKS):
+            return _of_disk(file)
+        return _of_record(file)
+    except ChainmergeError as error:
+        return _unreadable(file, error)
+
+
+def _of_journal(file: Path) -> UnfinishedMerge | None:
+    journal = read_journal(file)
+    if journal is None:
+        return None
+    where = _where_base_is(journal)
+    base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
+    copies = journal.engine == EngineName.QEMU
+    warnings: tuple[str, ...] = ()
+    holds: bool | None = None
+    if where is None:
+        progress = "what stands at base's place is another image"
+        warnings = (f"{file} says nothing of what stands at {base} now",)
+    else:
+        # Of a copy by QEMU, only a look at all of it tells.
+        holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
+    return UnfinishedMerge(
+        base=base,
+        top=top,
+        state=journal.state,
+        progress=progress,
+        base_holds_data=holds,
+        base_is_locked=False,
+        command=None if where is None else command_of(journal.known_request),
+        files=(str(file),),
+        warnings=warnings,
+    )
+
+
+def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
+    if not journal.first_sector:
+        return False, _PROGRESS[journal.state]
+    try:
+        sector = first_sector_of(base)
+    except ChainmergeError as error:
+        return None, f"{_PROGRESS[journal.state]}; base cannot be read: {error.sentence}"
+    if sector == journal.first_sector:
+        return True, _PROGRESS[journal.state]
+    if journal.state is JournalState.SWITCHING and journal.old_sector in ("", sector):
+        return False, "everything was written and verified, and base is the old image"
+    if journal.state is JournalState.SWITCHING:
+        return None, "base was about to be switched, and its header has been changed since"
+    return None, "base held everything, and its header has been changed since"
+
+
+def _where_base_is(journal: Journal) -> Path | None:
+    """Where base is: under its name, or under that of top already."""
+    return _where_is(journal.base, journal.request, *journal.rename[1:])
+
+
+def _where_is(image: ImageIdentity, request: RecordedRequest | None, *more: str) -> Path | None:
+    """Where an image is now: a device can have got another number since."""
+    named = () if request is None else request.bases
+    for path in (image.path, *more, *named):
+        if _may_be_at(path, image):
+            return Path(os.path.realpath(path))
+    return None
+
+
+def _base_name(base: ImageIdentity, where: Path | None, request: RecordedRequest | None) -> str:
+    """What base is called: a file as it was when the merge began, whatever its name is by now."""
+    if base.kind == "file":
+        return base.path
+    if where is not None:
+        return str(where)
+    return base.path if request is None else _name_of(base, request.bases)
+
+
+def _top_name(journal: Journal | LiveJournal) -> str:
+    return _name_of(journal.top, () if journal.request is None else journal.request.tops)
+
+
+def _name_of(image: ImageIdentity, named: Sequence[str]) -> str:
+    """Its path; of a device that is not up the first of *named*: its number may be another's."""
+    if image.kind == "file" or not named or _may_be_at(image.path, image):
+        return image.path
+    return named[0]
+
+
+def _may_be_at(path: str, identity: ImageIdentity) -> bool:
+    try:
+        return what_stands_at(path, identity) is not Sameness.OTHER
+    except OSError:
+        return False
+
+
+def _of_live_merge(file: Path) -> UnfinishedMerge | None:
+    journal = read_live_journal(file)
+    if journal is None:
+        return None
+    where = _where_is(journal.base, journal.request)
+    there = where is not None
+    base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
+    resume = resume_command_of(journal.known_request)
+    cold = command_of(journal.known_request) if there else None
+    command, warnings = cold, [f"if the VM still runs, `{resume}` is what carries it on"]
+    if there and _is_locked(Path(base)):
+        command, warnings = resume, [f"if the VM does not run, `{cold}` is what finishes it"]
+    return UnfinishedMerge(
+        base=base,
+        top=top,
+        state=journal.state,
+        progress=_LIVE_PROGRESS[journal.state],
+        base_holds_data=journal.took_effect if there else None,
+        base_is_locked=False,
+        command=command,
+        files=(str(file),),
+        warnings=tuple(warnings),
+    )
+
+
+def _of_saved(file: Path) -> UnfinishedMerge | None:
+    saved = read_saved_bitmaps(file)
+    if saved is None:
+        return None
+    request = saved.request
+    copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
+    if request is None:
+        copying += ": the command that was interrupted finishes it"
+    return UnfinishedMerge(
+        base=_base_name(saved.base, _where_is(saved.base, request), request),
+        top=None if request is None else os.path.realpath(request.tops[0]),
+        state=UNKNOWN,
+        progress=copying,
+        base_holds_data=None,
+        base_is_locked=False,
+        command=None if request is None else command_of(request),
+        files=(str(file),),
+        warnings=(),
+    )
+
+
+def _of_record(file: Path) -> UnfinishedMerge | None:
+    record = read_merged_record(file)
+    if record is None:
+        return None
+    left = [one.path for one in record.delete if is_there(one.identity)]
+    unnamed = record.keep_name and _may_be_at(record.base, record.result_identity)
+    # Something that a pull has taken of top may be leaked.
+    taken = record.pulled is not None and record.pulled.leaked_before is not None
+    taken = taken and is_there(record.result_identity)
+    if not (left or unnamed or taken):
+        # The record of a merge that came to its end stays: the same command finds it.
+        return None
+    if record.pulled is not None:
+        holds, progress = False, _how_far_pulled(record, record.pulled)
+    else:
+        words = "base has yet to be given the name of top" if unnamed else "merged images are left"
+        holds = _may_be_at(record.result, record.result_identity) or unnamed
+        progress = f"{_HOLDS}; {words}"
+    source = None if record.pulled is None else record.pulled.base
+    return UnfinishedMerge(
+        base=record.base if source is None else _name_of(source, record.known_request.bases),
+        top=record.top,
+        state=UNKNOWN,
+        progress=progress,
+        base_holds_data=holds,
+        base_is_locked=False,
+        command=command_of(record.known_request),
+        files=(str(file),),
+        warnings=(),
+    )
+
+
+def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
+    try:
+        switched = is_pulled(record, pulled, Path(record.known_request.tops[0]))
+    except ChainmergeError as error:
+        return f"data was being pulled into top, which cannot be read: {error.sentence}"
+    if switched:
+        if pulled.leaked_before is not None:
+            return "top holds everything, verified; what only the old top used is still marked used"
+        return "top holds everything, verified; merged images are left"
+    return "data was being pulled into top, beside what top holds"
+
+
+def _of_disk(file: Path) -> UnfinishedMerge | None:
+    """One of several disks; what its own files say of it counts for more."""
+    entry = read_entry(file)
+    if entry is None or entry.done:
+        return None
+    return UnfinishedMerge(
+        base=entry.base,
+        top=entry.top,
+        state=UNKNOWN,
+        progress=f"it is one of {len(entry.disks)} disks that are merged together, and not done",
+        base_holds_data=None,
+        base_is_locked=False,
+        command=entry.finishing_command,
+        files=(str(file),),
+        warnings=(),
+        disks=tuple(entry.disks),
+    )
+
+
+def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
+    """A file of which not even the image can be told, but by its own name."""
+    suffix = next(one for one in _SUFFIXES if file.name.endswith(one))
+    name = file.name.removesuffix(suffix)
+    beside = file.with_name(name.removeprefix("."))
+    is_image = file.parent != state_files.STATE_DIRECTORY
+    only_slower = isinstance(error, MergeJournalDamaged)
+    return UnfinishedMerge(
+        base=str(beside) if is_image else name,
+        top=None,
+        state=UNKNOWN,
+        progress=(
+            "only a look at the images can tell: the command that was interrupted finishes it"
+            if only_slower
+            else "what it saved cannot be read"
+        ),
+        base_holds_data=None,
+        base_is_locked=False,
+        command=None,
+        files=(str(file),),
+        warnings=(error.sentence,),
+    )
+
+
+def _is_locked(base: Path) -> bool:
+    if not base.exists():
+        return False
+    return any(True for _ in contentions([(base, LockMode.WRITER)]))

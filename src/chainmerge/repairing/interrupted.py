@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done about merges of ours that did not come to their end. Reads only.
+
+What had not taken effect can be undone: the image is the old one, with some clusters leaked.
+What had, or has half done so, is finished by doing the same merge again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from chainmerge.errors import ChainmergeError
+from chainmerge.merging.settling import is_pulled
+from chainmerge.options import MergeOptions, Placement
+from chainmerge.records.changes import is_there
+from chainmerge.records.merge_journal import SUFFIX, Journal, forget_journal, read_journal
+from chainmerge.records.merged_record import SUFFIX as MERGED_SUFFIX
+from chainmerge.records.merged_record import forget_merged_record, read_merged_record
+from chainmerge.records.request import options_of
+from chainmerge.records.saved_bitmaps import SUFFIX as SAVED_SUFFIX
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, read_saved_bitmaps
+from chainmerge.records.unfinished import status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chainmerge.documents.merge import UnfinishedMerge
+    from chainmerge.options import DirectionChoice
+    from chainmerge.records.request import RecordedRequest
+
+_JOURNAL: Final = f".{SUFFIX}"
+_SAVED: Final = f".{SAVED_SUFFIX}"
+_MERGED: Final = f".{MERGED_SUFFIX}"
+
+
+class Ending(Enum):
+    """How an interrupted merge can be brought to an end."""
+
+    FINISH = "do it again, which does what is left of it"
+    UNDO = "forget it: nothing of it has taken effect"
+    BY_HAND = "only who started it knows what it was to be"
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptedMerge:
+    """A merge that did not come to its end.
+
+    Attributes:
+        base: The image merged into.
+        top: The uppermost image that is merged; None where that is not known.
+        written: The image that the merge writes to.
+        ending: What is to be done about it.
+        options: What it was to do, as far as it is recorded.
+        sentence: How far it came.
+    """
+
+    base: Path
+    top: Path | None
+    written: Path
+    ending: Ending
+    options: MergeOptions
+    sentence: str
+
+
+def interrupted_merges(image: Path) -> tuple[InterruptedMerge, ...]:
+    """The interrupted merges in which *image* takes part; it must not be locked by the caller.
+
+    Raises:
+        SearchPathUnusable: the image's directory cannot be read.
+    """
+    return tuple(
+        merge
+        for unfinished in status([image]).merges
+        if not unfinished.base_is_locked
+        for merge in _judged(unfinished)
+    )
+
+
+def forget(merge: InterruptedMerge) -> None:
+    """Forget a merge of which nothing has taken effect. The images must be locked."""
+    forget_journal(merge.base)
+    # Of a native merge these say what base lacks. Base has all that it ever had.
+    forget_saved_bitmaps(merge.base)
+    if merge.written != merge.base and merge.top is not None:
+        forget_merged_record(merge.top)
+
+
+def _judged(unfinished: UnfinishedMerge) -> Iterator[InterruptedMerge]:
+    """One that is what the first of its files says: a journal says the most.
+
+    One that is only known to be one of several disks has not begun, and its images are whole.
+    """
+    file = Path(unfinished.files[0])
+    try:
+        if file.name.endswith(_JOURNAL):
+            journal = read_journal(file)
+            if journal is not None:
+                yield _of_journal(unfinished, journal)
+        elif file.name.endswith(_SAVED):
+            yield _of_saved(unfinished, file)
+        elif file.name.endswith(_MERGED):
+            yield _of_record(unfinished, file)
+    except ChainmergeError as error:
+        yield _by_hand(unfinished, error.sentence)
+
+
+def _by_hand(unfinished: UnfinishedMerge, why: str) -> InterruptedMerge:
+    top = None if unfinished.top is None else Path(unfinished.top)
+    base = Path(unfinished.base)
+    sentence = f"a merge into {base} was interrupted: {why}"
+    return InterruptedMerge(base, top, base, Ending.BY_HAND, MergeOptions(), sentence)
+
+
+def _of_journal(unfinished: UnfinishedMerge, journal: Journal) -> InterruptedMerge:
+    if unfinished.command is None:
+        return _by_hand(unfinished, unfinished.progress)
+    holds = unfinished.base_holds_data
+    can_undo = holds is False and journal.placement == Placement.COW
+    base, top = Path(journal.base.path), Path(journal.top.path)
+    return InterruptedMerge(
+        base=base,
+        top=top,
+        written=base,
+        ending=Ending.UNDO if can_undo else Ending.FINISH,
+        options=_asked(journal.known_request, "commit"),
+        sentence=f"a merge of {top} into {base} was interrupted: {unfinished.progress}",
+    )
+
+
+def _of_saved(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
+    saved = read_saved_bitmaps(file)
+    if saved is None:
+        return _by_hand(unfinished, "its files are gone")
+    for one in (saved.base, saved.overlay):
+        if not is_there(one):
+            return _by_hand(unfinished, f"{one.path} is not there any more")
+    base, top = Path(saved.base.path), Path(saved.overlay.path)
+    options = MergeOptions(direction="commit")
+    if saved.request is not None:
+        top, options = Path(saved.request.tops[0]), _asked(saved.request, "commit")
+    return InterruptedMerge(
+        base=base,
+        top=top,
+        written=base,
+        ending=Ending.FINISH,
+        options=options,
+        sentence=(
+            f"a merge of {top} into {base} was interrupted while data was being copied, and "
+            f"{base} is half written; its bitmaps are saved in {file}"
+        ),
+    )
+
+
+def _of_record(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
+    record = read_merged_record(file)
+    if record is None:
+        return _by_hand(unfinished, "its files are gone")
+    base, top = Path(record.base), Path(record.top)
+    if record.pulled is None:
+        options = _asked(record.known_request, "commit")
+        sentence = f"a merge of {top} into {base} was interrupted: {unfinished.progress}"
+        return InterruptedMerge(base, top, base, Ending.FINISH, options, sentence)
+    options = _asked(record.known_request, "pull")
+    done = is_pulled(record, record.pulled, Path(record.known_request.tops[0]))
+    how_far = "all of it is there, not yet cleaned up" if done else "nothing had taken effect"
+    sentence = f"a pull from {base} up into {top} was interrupted: {how_far}"
+    ending = Ending.FINISH if done else Ending.UNDO
+    return InterruptedMerge(base, top, top, ending, options, sentence)
+
+
+def _asked(request: RecordedRequest, direction: DirectionChoice) -> MergeOptions:
+    """What was asked for, in the direction that it took."""
+    return replace(options_of(request) or MergeOptions(), direction=direction)

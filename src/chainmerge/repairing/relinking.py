@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives an image another backing file: the same content under another name.
+
+QEMU's tool for it, ``qemu-img rebase -u``, asks nothing, and opens the image for writing: a kill
+leaves its bitmaps in-use. Here the name changes in one write of the header, and only where the
+image shows the same afterwards, and every checkpoint is worth what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.bitmaps.errors import (
+    RelinkChangesCheckpoints,
+    RelinkChangesContent,
+    RelinkIncomplete,
+    RelinkUncheckable,
+    RelinkUnfinished,
+)
+from chainmerge.bitmaps.rules import LayerBitmaps, chain_test
+from chainmerge.chain import Chain, ImageInfo, discover, open_for_writing
+from chainmerge.chain.errors import BackingCycle, BackingFileOutside, WrongFormat
+from chainmerge.chain.lost_backing import files_that_could_back
+from chainmerge.chain.model import ImageFormat
+from chainmerge.chain.names import name_to_store
+from chainmerge.chain.reading import DeclaredFormat, allowed_data_file, describe
+from chainmerge.chain.target import OpenChain, OpenImage, bitmaps_of, open_chain, policy_of
+from chainmerge.chain.view import GuestView, first_difference
+from chainmerge.documents.merge import (
+    REPORT_VERSION,
+    BackingCandidate,
+    BackingReport,
+    ProgressEvent,
+    RelinkReport,
+    Stage,
+)
+from chainmerge.engines.metadata import change_backing
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.options import Access
+from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.qcow2.snapshots import read_snapshots
+from chainmerge.records.unfinished import status
+from chainmerge.storage.files import FileReadable, read_anew
+from chainmerge.storage.locks import LockMode, lock_image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.chain import ChainPolicy
+
+
+def find_backing(image: str | Path, access: Access | None = None) -> BackingReport:
+    """What an image names as its backing file, and where that is lost, the files that could be it.
+
+    Raises:
+        Refused: the image cannot be read.
+        SearchPathUnusable: a directory cannot be read.
+    """
+    access = access or Access()
+    info = _read_alone(Path(image), policy_of(access))
+    problem: str | None = None
+    candidates: tuple[BackingCandidate, ...] = ()
+    try:
+        discover(info.path, policy_of(access))
+    except ChainmergeError as error:
+        problem = error.sentence
+        candidates = tuple(
+            BackingCandidate(str(one.path), one.format, one.reasons)
+            for one in files_that_could_back(info, [Path(place) for place in access.search])
+        )
+    declared = info.header.backing_format if info.header else None
+    return BackingReport(
+        REPORT_VERSION, str(info.path), info.backing_name, declared, problem, candidates
+    )
+
+
+def relink(
+    image: str | Path,
+    backing: str | Path | None,
+    access: Access | None = None,
+    *,
+    unchecked: bool = False,
+    on_progress: Callable[[ProgressEvent], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> RelinkReport:
+    """Make *backing* the backing file of *image*, in one write of the image's header.
+
+    What the image shows on its old backing file and on the new one is compared first, and so are
+    the checkpoints. The same call again finds all done.
+
+    Args:
+        image: a qcow2 image that nobody has open.
+        backing: the file; None for none, where the image needs none any more. Its format is that
+            of ``access.formats``, else the one that the image declares.
+        access: how images may be found and reached.
+        unchecked: do not compare: the caller knows that the content is the same.
+        on_progress: called while content is compared.
+        should_stop: asked while content is compared.
+
+    Raises:
+        Refused: nothing was changed.
+        Interrupted: *should_stop* said yes; nothing was changed.
+        Failed, OutcomeUnknown: see :func:`chainmerge.engines.metadata.change_backing`.
+    """
+    access = access or Access()
+    policy = policy_of(access)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(lock_image(image, LockMode.WRITER, access.lock_wait))
+        read_anew(image)
+        info = _read_alone(Path(image), policy)
+        _require_finished(info)
+        new = _new_chain(info, None if backing is None else Path(backing), policy)
+        for below in new:
+            stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
+        old = None if unchecked else _old_chain(info, policy)
+        verified: tuple[str, ...] = ()
+        if old is not None:
+            for below in old:
+                stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
+            opened_old = stack.enter_context(open_chain(Chain((*old, info)), (lock,)))
+            opened_new = stack.enter_context(open_chain(Chain((*new, info)), (lock,)))
+            compared = _Comparison(opened_old, opened_new, on_progress, should_stop or _never)
+            verified = tuple(_verify(compared))
+        name, format_name = _as_stored(info, new)
+        if (name, format_name) != (info.backing_name, _declared(info)):
+            with open_for_writing(info) as port:
+                change_backing(port, name, format_name)
+        _require_stands_on(info, name, format_name)
+    return RelinkReport(
+        version=REPORT_VERSION,
+        image=str(info.path),
+        old_backing=info.backing_name,
+        backing=name,
+        backing_format=format_name,
+        verified=verified,
+        warnings=tuple(_warnings(info, new, unchecked=unchecked)),
+    )
+
+
+def _never() -> bool:
+    return False
+
+
+def _read_alone(path: Path, policy: ChainPolicy) -> ImageInfo:
+    """An image, whatever its backing name leads to."""
+    path = path.absolute()
+    with FileReadable(path) as readable:
+        info = describe(path, readable, DeclaredFormat(ImageFormat.QCOW2, "what is asked for"))
+    if info.bitmaps_problem is not None and info.bitmaps_trusted:
+        raise info.bitmaps_problem
+    assert info.header is not None
+    return replace(info, data_file=allowed_data_file(info, info.header, policy.allow_data_files))
+
+
+def _declared(info: ImageInfo) -> str | None:
+    return info.header.backing_format if info.header else None
+
+
+def _require_finished(info: ImageInfo) -> None:
+    """A merge that was interrupted relies on what its images stand on."""
+    for unfinished in status([info.path]).merges:
+        raise RelinkUnfinished(str(info.path), unfinished.base, unfinished.files[0])
+
+
+def _new_chain(info: ImageInfo, backing: Path | None, policy: ChainPolicy) -> tuple[ImageInfo, ...]:
+    if backing is None:
+        return ()
+    path = backing.absolute()
+    declared = _declared(info)
+    formats = {Path(one).resolve(): name for one, name in policy.formats.items()}
+    if declared is not None:
+        formats.setdefault(path.resolve(), declared)
+    try:
+        chain = discover(path, replace(policy, formats=formats))
+    except WrongFormat as error:
+        raise WrongFormat(error.image, str(info.path)) from error
+    for below in chain.images:
+        if below.identity == info.identity:
+            raise BackingCycle(str(chain.top.path), str(backing), str(info.path))
+    return chain.images
+
+
+def _old_chain(info: ImageInfo, policy: ChainPolicy) -> tuple[ImageInfo, ...]:
+    """What the image stands on now.
+
+    Raises:
+        RelinkUncheckable: it cannot be read, so nothing can be compared with it.
+        BackingFileOutside: it may be read if the caller says so.
+    """
+    try:
+        return discover(info.path, policy).images[:-1]
+    except BackingFileOutside:
+        raise
+    except Refused as error:
+        raise RelinkUncheckable(str(info.path), error.sentence) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """An image on its old backing file and on the new one, both open."""
+
+    old: OpenChain
+    new: OpenChain
+    on_progress: Callable[[ProgressEvent], None] | None
+    should_stop: Callable[[], bool]
+
+    @property
+    def image(self) -> OpenImage:
+        return self.old.images[-1]
+
+    @property
+    def path(self) -> str:
+        return str(self.image.info.path)
+
+    @property
+    def backing(self) -> str:
+        below = self.new.images[:-1]
+        return str(below[-1].info.path) if below else "no backing file"
+
+    def difference(self, old: GuestView, new: GuestView, size: int) -> int | None:
+        """The first of *size* guest bytes that differs."""
+
+        def progress(done: int) -> None:
+            if self.on_progress is not None:
+                self.on_progress(ProgressEvent(Stage.VERIFY, done, size))
+
+        return first_difference(old, new, 0, size, progress=progress, should_stop=self.should_stop)
+
+
+def _verify(compared: _Comparison) -> Iterator[str]:
+    """Compare content and checkpoints; yields sentences for the report.
+
+    Raises RelinkUncheckable, RelinkChangesContent, RelinkChangesCheckpoints, Interrupted.
+    """
+    for one in (*compared.old.images, *compared.new.images):
+        if one.info.encrypted:
+            reason = f"{one.info.path} is encrypted"
+            raise RelinkUncheckable(compared.path, reason)
+        if one.info.foreign:
+            reason = f"{one.info.path} is of the format {one.info.format!r}"
+            raise RelinkUncheckable(compared.path, reason)
+    size = compared.image.info.virtual_size
+    offset = compared.difference(compared.old.view(), compared.new.view(), size)
+    if offset is not None:
+        raise RelinkChangesContent(compared.path, compared.backing, offset, "the image")
+    yield f"content of all {size} guest bytes compared with what the image showed before"
+    yield from _verify_snapshots(compared)
+    changed = sorted(_changed_checkpoints(compared))
+    if changed:
+        raise RelinkChangesCheckpoints(
+            compared.path, compared.backing, ", ".join(map(repr, changed))
+        )
+    yield "every checkpoint is worth what it was"
+
+
+def _verify_snapshots(compared: _Comparison) -> Iterator[str]:
+    """Internal snapshots read from below, too, and elsewhere than the image does."""
+    image = compared.image.image
+    snapshots = read_snapshots(image) if image is not None else ()
+    if not snapshots:
+        return
+    size = max(snapshot.disk_size for snapshot in snapshots)
+    old, new = compared.old.images[:-1], compared.new.images[:-1]
+    offset = compared.difference(_view(old), _view(new), size)
+    if offset is not None:
+        raise RelinkChangesContent(
+            compared.path, compared.backing, offset, "an internal snapshot of the image"
+        )
+    yield f"content of {size} bytes below the internal snapshots compared"
+
+
+def _view(images: Sequence[OpenImage]) -> GuestView:
+    return GuestView(tuple(one.layer for one in images))
+
+
+def _changed_checkpoints(compared: _Comparison) -> Iterator[str]:
+    """Names that are worth something else on the new backing file, to whatever reads them.
+
+    An image above may have the name, too: what is below this one is evidence for that.
+    """
+    old, new = (
+        [(one, bitmaps_of(one)) for one in reversed(chain.images)]
+        for chain in (compared.old, compared.new)
+    )
+    names = {name for _, layer in (*old, *new) for name in layer.occurrences}
+    for name in names:
+        before, after = _worth(name, old), _worth(name, new)
+        if (
+            before.passes != after.passes
+            or before.is_below != after.is_below
+            or (before.passes and not _bits(name, new).covers(_bits(name, old)))
+        ):
+            yield name
+
+
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """Whether a name passes the chain test from the image down, or is only below the image."""
+
+    passes: bool
+    is_below: bool
+
+
+def _worth(name: str, leaf_first: Sequence[tuple[OpenImage, LayerBitmaps]]) -> _Worth:
+    states = [layer.state(name) for _, layer in leaf_first]
+    in_image = name in leaf_first[0][1].occurrences
+    is_below = not in_image and any(name in layer.occurrences for _, layer in leaf_first)
+    return _Worth(chain_test(states).passes, is_below)
+
+
+def _bits(name: str, leaf_first: Sequence[tuple[OpenImage, LayerBitmaps]]) -> BitSet:
+    depth = chain_test([layer.state(name) for _, layer in leaf_first]).depth
+    bits = [one.bits(name) for one, _ in leaf_first[:depth]]
+    size = leaf_first[0][0].info.virtual_size
+    return union_all(bits, size, min(one.granularity for one in bits))
+
+
+def _as_stored(info: ImageInfo, new: Sequence[ImageInfo]) -> tuple[str | None, str | None]:
+    if not new:
+        return None, None
+    return name_to_store(info, new[-1]), new[-1].format
+
+
+def _require_stands_on(info: ImageInfo, name: str | None, format_name: str | None) -> None:
+    """Read the header again. Raises RelinkIncomplete."""
+    found = _header_of(info)
+    if found != (name, format_name):
+        raise RelinkIncomplete(str(info.path), str(found[0]))
+
+
+def _header_of(info: ImageInfo) -> tuple[str | None, str | None]:
+    with FileReadable(info.real_path) as readable:
+        again = describe(info.path, readable, DeclaredFormat(ImageFormat.QCOW2, None))
+    return again.backing_name, _declared(again)
+
+
+def _warnings(info: ImageInfo, new: Sequence[ImageInfo], *, unchecked: bool) -> Iterator[str]:
+    if unchecked:
+        yield (
+            "nothing was compared: if the new backing file has other content, the guest's disk is "
+            "wrong where the image has no data of its own"
+        )
+        names = sorted(entry.name for entry in info.bitmaps)
+        if names:
+            yield (
+                f"checkpoints were not compared either ({', '.join(map(repr, names))}): unless "
+                "this is the very file that was there before, let the next backup be a full one"
+            )
+    if new and new[-1].real_path.parent != info.real_path.parent:
+        yield (
+            f"{new[-1].path} is in another directory: commands on {info.path} need "
+            f"--allow-backing {new[-1].real_path.parent}"
+        )

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads that each have a buffer, and the work they have taken on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from chainmerge.storage.errors import OutOfMemory
+from chainmerge.storage.transfer.direct import ALIGNMENT, aligned_buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+_Work: TypeAlias = Callable[[memoryview], "_Rest"]
+_Rest: TypeAlias = Callable[[], None]
+"""What is left to do for a job in the thread that has submitted it; raises what it raised."""
+
+
+class Crew:
+    """Does a limited number of jobs at a time. To be used from one thread."""
+
+    def __init__(self, size: int, buffer_bytes: int) -> None:
+        """Prepare to hire it, one thread after the other as they are needed.
+
+        Args:
+            size: How many jobs at a time.
+            buffer_bytes: What most jobs need; each thread's memory.
+        """
+        self._size = size
+        # A little more than asked for, so that a range can be widened to aligned ends.
+        self._buffer_bytes = buffer_bytes + 2 * ALIGNMENT
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._to_do: SimpleQueue[_Work | None] = SimpleQueue()
+        self._done: SimpleQueue[_Rest] = SimpleQueue()
+        self._unfinished = 0
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within, jobs are submitted; afterwards all are done, or after an error no longer run.
+
+        Raises:
+            Exception: the first that a job, or what was to be done with its result, raised.
+        """
+        try:
+            yield
+            self.drain()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(
+        self, job: Callable[[memoryview], T], buffer_bytes: int, done: Callable[[T], None]
+    ) -> None:
+        """Have a job done; returns when somebody has begun, or is about to.
+
+        Args:
+            job: Called in another thread, with an aligned buffer.
+            buffer_bytes: What the job needs, not counting :data:`ALIGNMENT` at both ends.
+            done: Called with the job's result, in this thread, by a later call.
+        """
+        while self._unfinished == self._size or not self._done.empty():
+            self._finish_one()
+
+        def work(buffer: memoryview) -> _Rest:
+            needed = buffer_bytes + 2 * ALIGNMENT
+            result = job(buffer if needed <= len(buffer) else aligned_buffer(needed))
+            return lambda: done(result)
+
+        if self._unfinished == len(self._threads):
+            self._hire()
+        self._unfinished += 1
+        self._to_do.put(work)
+
+    def drain(self) -> None:
+        """Return when no job is left."""
+        while self._unfinished:
+            self._finish_one()
+
+    def close(self) -> None:
+        """Dismiss it, once it has done what was begun; results are dropped."""
+        for _ in self._threads:
+            self._to_do.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._begin_anew()
+
+    def _hire(self) -> None:
+        try:
+            arguments = (self._to_do, self._done, aligned_buffer(self._buffer_bytes))
+            # Nobody waits for it where the program ends because of an error that is not ours.
+            thread = threading.Thread(target=_labour, args=arguments, name="transfer", daemon=True)
+            thread.start()
+        except (MemoryError, RuntimeError) as error:
+            # No memory for it, or no more threads for this process: those that there are do.
+            if not self._threads:
+                raise OutOfMemory from error
+            self._size = len(self._threads)
+            return
+        self._threads.append(thread)
+
+    def _finish_one(self) -> None:
+        rest = self._done.get()
+        self._unfinished -= 1
+        rest()
+
+
+def _labour(to_do: SimpleQueue[_Work | None], done: SimpleQueue[_Rest], buffer: memoryview) -> None:
+    while (work := to_do.get()) is not None:
+        try:
+            rest = work(buffer)
+        except BaseException as error:  # noqa: BLE001 (it is raised where the job came from)
+            rest = _raising(error)
+        done.put(rest)
+
+
+def _raising(error: BaseException) -> _Rest:
+    def rest() -> None:
+        raise error
+
+    return rest
