@@ -9,7 +9,8 @@ import numpy as np
 
 from benchmarks.harness import CHAINMERGE, Comparison, Contender, run_rounds
 from benchmarks.images import KIB, TIB, fresh_copy, program_loader
-from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
+from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, packed_size
 from chainmerge.storage.files import WritablePort

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from chainmerge.bitmaps.editing import (
         bitmaps_add,
         bitmaps_clear,
-        bitmaps_list,
         bitmaps_merge,
         bitmaps_remove,
         bitmaps_remove_all,
-        prune,
     )
+    from chainmerge.bitmaps.listing import bitmaps_list
+    from chainmerge.bitmaps.pruning import prune
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
     from chainmerge.merging.disks import merge_disks, plan_disks
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         plan_flatten,
         plan_flatten_disks,
     )
-    from chainmerge.merging.preparing import measure, merge, plan
+    from chainmerge.merging.merge import merge
+    from chainmerge.planning.dry_run import measure, plan
     from chainmerge.records.unfinished import status
     from chainmerge.repairing.checking import check_image
     from chainmerge.repairing.mending import plan_repair, repair, undo_repair
@@ -72,7 +73,7 @@ _MODULES: Final = MappingProxyType(
     {
         "bitmaps_add": "chainmerge.bitmaps.editing",
         "bitmaps_clear": "chainmerge.bitmaps.editing",
-        "bitmaps_list": "chainmerge.bitmaps.editing",
+        "bitmaps_list": "chainmerge.bitmaps.listing",
         "bitmaps_merge": "chainmerge.bitmaps.editing",
         "bitmaps_remove": "chainmerge.bitmaps.editing",
         "bitmaps_remove_all": "chainmerge.bitmaps.editing",
@@ -82,15 +83,15 @@ _MODULES: Final = MappingProxyType(
         "flatten": "chainmerge.merging.flattening",
         "flatten_disks": "chainmerge.merging.flattening",
         "inspect": "chainmerge.chain.information",
-        "measure": "chainmerge.merging.preparing",
-        "merge": "chainmerge.merging.preparing",
+        "measure": "chainmerge.planning.dry_run",
+        "merge": "chainmerge.merging.merge",
         "merge_disks": "chainmerge.merging.disks",
-        "plan": "chainmerge.merging.preparing",
+        "plan": "chainmerge.planning.dry_run",
         "plan_disks": "chainmerge.merging.disks",
         "plan_flatten": "chainmerge.merging.flattening",
         "plan_flatten_disks": "chainmerge.merging.flattening",
         "plan_repair": "chainmerge.repairing.mending",
-        "prune": "chainmerge.bitmaps.editing",
+        "prune": "chainmerge.bitmaps.pruning",
         "relink": "chainmerge.repairing.relinking",
         "repair": "chainmerge.repairing.mending",
         "status": "chainmerge.records.unfinished",

@@ -9,9 +9,9 @@ import pkgutil
 import string
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import ClassVar, Final
 
-import chainmerge
 from chainmerge.errors import ChainmergeError, ExitCode, Misuse, all_errors
 
 
@@ -35,7 +35,7 @@ def known_errors() -> dict[str, type[ChainmergeError]]:
 
     Imports the whole package, for only what is imported can be known.
     """
-    for module in pkgutil.walk_packages(chainmerge.__path__, "chainmerge."):
+    for module in pkgutil.walk_packages([str(Path(__file__).parent)], "chainmerge."):
         if not module.name.endswith(".__main__"):
             importlib.import_module(module.name)
     # Who uses the package may have errors of their own that build on ours.

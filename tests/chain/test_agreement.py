@@ -12,7 +12,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.model import ChainPolicy
 from tests.support import qemu
 
 SECTOR = 512

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chainmerge.chain import ChainPolicy, ImageFormat, discover, open_image
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import (
     BackingCycle,
     BackingFileMissing,
@@ -27,6 +27,8 @@ from chainmerge.chain.errors import (
     TopFormatUnknown,
     WrongFormat,
 )
+from chainmerge.chain.model import ChainPolicy, ImageFormat
+from chainmerge.chain.reading import open_image
 from chainmerge.qcow2.errors import BadHeader
 from chainmerge.qcow2.table_errors import BadBitmapDirectory
 from chainmerge.storage.errors import ImageMissing, WrongFileType

@@ -14,14 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainmerge.chain import ChainPolicy, Relatives, Searched, discover, find_relatives
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import (
     ActiveElsewhere,
     BackingFileOutside,
     SearchPathUnusable,
     TooManyFiles,
 )
+from chainmerge.chain.model import ChainPolicy
+from chainmerge.chain.relatives import Relatives, find_relatives
 from chainmerge.chain.surroundings import MAX_AROUND
+from chainmerge.documents.images import Searched
 from tests.chain.overlays import SIZE, overlay, raw
 from tests.chain.unchanged import refusal, unchanged
 from tests.support import qemu
@@ -29,7 +32,7 @@ from tests.support import qemu
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from chainmerge.chain import ImageInfo
+    from chainmerge.chain.model import ImageInfo
     from chainmerge.chain.relatives import ImageAbove
 
 NONE = Relatives((), (), (), (), (), (), frozenset(), Searched())

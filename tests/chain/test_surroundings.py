@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chainmerge.chain import ChainPolicy, Relatives, discover, find_relatives
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import TooManyFiles
 from chainmerge.chain.managers import ManagedPlace, managed_places
-from chainmerge.chain.surroundings import Searched, folded
+from chainmerge.chain.model import ChainPolicy
+from chainmerge.chain.relatives import Relatives, find_relatives
+from chainmerge.chain.surroundings import folded
+from chainmerge.documents.images import Searched
 from chainmerge.storage.mounts import Mounts, mounts
 from tests.chain.overlays import SIZE, overlay
 from tests.support import qemu

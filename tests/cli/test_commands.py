@@ -14,22 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import pytest
 
-from chainmerge.documents.merge import (
-    BitmapChange,
-    BitmapListing,
-    ChainReport,
-    CheckResult,
-    Measurement,
-    MergeReport,
-    ProgressEvent,
-    PruneReport,
-    RepairReport,
-    Stage,
-    StatusReport,
-    UndoReport,
-)
+from chainmerge.documents.bitmaps import BitmapChange, BitmapListing, PruneReport
+from chainmerge.documents.images import ChainReport, CheckResult
+from chainmerge.documents.merge import Measurement, MergeReport
+from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.documents.repair import RepairReport, UndoReport
+from chainmerge.documents.status import StatusReport
 from chainmerge.errors import ExitCode
-from chainmerge.planning.plan import MergePlan
 from chainmerge.report.json import ErrorReport
 from tests.support import qemu
 from tests.support.cli import COMMAND, Ran, chainmerge, environment

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
-from chainmerge.documents.merge import Stage
+from chainmerge.documents.progress import Stage
 from chainmerge.live.errors import LiveUnsuited
+from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.options import Access, LiveOptions
-from chainmerge.planning.errors import MergeUnfinished
-from chainmerge.qcow2.header import ExtensionType
+from chainmerge.qcow2.features import ExtensionType
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from tests.support.domain_vm import running_domain
 from tests.support.live_scenario import DISK
@@ -29,7 +29,7 @@ from tests.support.surgery import extension_at, put_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainmerge.documents.merge import ProgressEvent
+    from chainmerge.documents.progress import ProgressEvent
 
 pytestmark = pytest.mark.timeout(120)
 

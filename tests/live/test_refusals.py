@@ -11,7 +11,7 @@ import pytest
 
 from chainmerge import live
 from chainmerge.chain.unseen_users import UsersUnknown
-from chainmerge.documents.merge import Stage
+from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.live.errors import (
     LiveChainDiffers,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from chainmerge.documents.merge import ProgressEvent
+    from chainmerge.documents.progress import ProgressEvent
 
 pytestmark = pytest.mark.timeout(120)
 # virtio devices have their block device in a part of them.

@@ -13,7 +13,7 @@ import pytest
 
 import chainmerge
 from chainmerge import live
-from chainmerge.documents.merge import Stage
+from chainmerge.documents.progress import Stage
 from chainmerge.live import headroom
 from chainmerge.live.errors import LiveMergeFailed
 from chainmerge.options import Access, LiveOptions
@@ -25,7 +25,7 @@ from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
-    from chainmerge.documents.merge import ProgressEvent
+    from chainmerge.documents.progress import ProgressEvent
 
 MIB = 1 << 20
 DEVICES = Access(allow_backing=("/dev",))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
-from chainmerge.documents.merge import MergeOutcome, Stage
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.progress import Stage
 from chainmerge.errors import Interrupted
 from chainmerge.live.errors import LiveMergeFailed, LiveUnsuited, VmRefused
 from chainmerge.options import LiveOptions
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from chainmerge.documents.merge import ProgressEvent
+    from chainmerge.documents.progress import ProgressEvent
     from tests.support.domain_vm import TestDomain
     from tests.support.live_vm import LiveTestVm
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import chainmerge
-from chainmerge.chain.errors import NoBackingFile, NotInChain
-from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
+from chainmerge.chain.errors import BaseNotBelowTop, NoBackingFile, NotInChain
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.options import (
     Access,
     DataChoice,
@@ -20,7 +21,6 @@ from chainmerge.options import (
 from chainmerge.planning.errors import (
     BaseCannotHoldBitmaps,
     BaseHasOtherChildren,
-    BaseNotBelowTop,
     CheckpointOfOthers,
     ChildSeesMore,
     DoomedInUse,

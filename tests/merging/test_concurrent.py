@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.bitmaps.errors import DiskGone
-from chainmerge.documents.merge import DiskOutcome, MergeOutcome, Stage
-from chainmerge.merging import preparing as merging
-from chainmerge.merging import settling as settle
+from chainmerge.documents.disks import DiskOutcome
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.progress import Stage
+from chainmerge.merging import preparing, settling
+from chainmerge.merging.errors import DiskGone
 from chainmerge.options import MergeOptions
+from chainmerge.planning import locking
 from chainmerge.records.disks import disk_file
 from chainmerge.records.merged_record import merged_record_file
 from tests.support.qemu import assert_clean, content, create, qemu_io
@@ -24,8 +26,8 @@ from tests.support.qemu import assert_clean, content, create, qemu_io
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chainmerge.documents.merge import MergeReport, ProgressEvent
-    from chainmerge.merging.job import OnProgress
+    from chainmerge.documents.merge import MergeReport
+    from chainmerge.documents.progress import OnProgress, ProgressEvent
 
 MIB = 1 << 20
 DELETING = MergeOptions(delete=True)
@@ -70,7 +72,7 @@ def held_until(
 def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Is set when a merge that is not the first one has found its chain, and is about to lock."""
     seen = threading.Event()
-    lock_all = merging._lock_all
+    lock_all = locking.lock_all
     calls = []
 
     def noting(*arguments: object) -> object:
@@ -79,7 +81,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             seen.set()
         return lock_all(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(merging, "_lock_all", noting)
+    monkeypatch.setattr(preparing, "lock_all", noting)
     return seen
 
 
@@ -156,7 +158,7 @@ def test_a_top_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
     tops = disks(tmp_path)
     if is_done:
         # The second disk fails, so that what holds them together stays.
-        monkeypatch.setattr(settle, "repoint", _failing_at(2))
+        monkeypatch.setattr(settling, "repoint", _failing_at(2))
         chainmerge.merge_disks(tops)
         monkeypatch.undo()
     tops[0].unlink()
@@ -178,7 +180,7 @@ def test_a_top_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
 
 def _failing_at(number: int) -> Callable[..., tuple[str, ...]]:
     calls = []
-    repoint = settle.repoint
+    repoint = settling.repoint
 
     def failing(*arguments: object) -> tuple[str, ...]:
         calls.append(arguments)

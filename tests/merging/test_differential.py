@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 import chainmerge
 from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.plan import MergePlan
 from chainmerge.errors import Refused
 from chainmerge.options import Access, MergeOptions
-from chainmerge.planning.plan import MergePlan
 from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from tests.chain.unchanged import state

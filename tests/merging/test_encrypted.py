@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.engines.qemu import commit as qemu_engine
 from chainmerge.engines.qemu.errors import ImageNotOpened
-from chainmerge.merging.verifying import VerificationFailed
+from chainmerge.merging.errors import VerificationFailed
 from chainmerge.options import ANY_IMAGE, MergeOptions
 from chainmerge.planning.errors import (
     EncryptedImage,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import Interrupted
 from chainmerge.options import EngineChoice, MergeOptions
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import Stage
+from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.options import MergeOptions
 from tests.conftest import SOAK
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from chainmerge.documents.merge import ProgressEvent
+    from chainmerge.documents.progress import ProgressEvent
 
 
 @pytest.fixture

@@ -15,20 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import (
-    MergeOutcome,
-    MergeReport,
-    ProgressEvent,
-    Stage,
-    UnfinishedMerge,
-)
+from chainmerge.documents.merge import MergeOutcome, MergeReport
+from chainmerge.documents.plan import EngineName
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import Interrupted
-from chainmerge.merging import by_native, resuming
-from chainmerge.merging import preparing as merging
-from chainmerge.merging import settling as settle
+from chainmerge.merging import by_native, concluding, resuming, settling
+from chainmerge.merging.errors import LeftoverInUse
 from chainmerge.options import Access, MergeOptions
-from chainmerge.planning.errors import LeftoverInUse
-from chainmerge.planning.plan import EngineName
+from chainmerge.planning import already_merged
 from chainmerge.records import files as state_files
 from chainmerge.records import merge_journal
 from chainmerge.records.identity import identify, same_image
@@ -49,6 +43,8 @@ from tests.support.qemu import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from chainmerge.documents.status import UnfinishedMerge
 
 MIB = 1 << 20
 # The package has a function of that name.
@@ -200,21 +196,21 @@ def _dies_after(module: Any, name: str) -> Callable[[], None]:
 AFTER_SWITCH: dict[str, Callable[[], None]] = {
     "release": _dies_once_called(native_commit, "_release"),
     "released": _dies_after(native_commit, "_release"),
-    "switched": _dies_once_called(merging, "settle"),
-    "repoint": _dies_once_called(settle, "repoint"),
-    "repointed one": _dies_after(settle, "change_backing"),
-    "record": _dies_once_called(settle, "record_intent"),
-    "recorded": _dies_after(settle, "record_intent"),
-    "rename": _dies_once_called(settle, "rename_base"),
-    "renamed": _dies_after(settle, "rename_base"),
-    "delete": _dies_once_called(settle, "delete_recorded"),
+    "switched": _dies_once_called(concluding, "settle"),
+    "repoint": _dies_once_called(settling, "repoint"),
+    "repointed one": _dies_after(settling, "change_backing"),
+    "record": _dies_once_called(settling, "record_intent"),
+    "recorded": _dies_after(settling, "record_intent"),
+    "rename": _dies_once_called(settling, "rename_base"),
+    "renamed": _dies_after(settling, "rename_base"),
+    "delete": _dies_once_called(settling, "delete_recorded"),
     "deleted one": _dies_after(Path, "unlink"),
-    "deleted": _dies_after(settle, "delete_recorded"),
-    "forget": _dies_once_called(settle, "forget_saved_bitmaps"),
-    "tidy": _dies_once_called(merging, "_drop_spent_tombstones"),
-    "tidied": _dies_after(merging, "replace_bitmaps"),
-    "give back": _dies_once_called(merging, "give_back"),
-    "end": _dies_once_called(merging, "forget_journal"),
+    "deleted": _dies_after(settling, "delete_recorded"),
+    "forget": _dies_once_called(settling, "forget_saved_bitmaps"),
+    "tidy": _dies_once_called(concluding, "_drop_spent_tombstones"),
+    "tidied": _dies_after(concluding, "replace_bitmaps"),
+    "give back": _dies_once_called(concluding, "give_back"),
+    "end": _dies_once_called(concluding, "forget_journal"),
 }
 BEFORE_SWITCH: dict[str, Callable[[], None]] = {
     "prepared": _dies_once_called(by_native, "leaks_reclaimed"),
@@ -282,7 +278,7 @@ def test_killed_after_the_switch(
     assert merge.base_holds_data is not False
     # Between the switch of top's header and the entry in the journal, only the images tell.
     if (levels, name, point) != (2, "neither", "repointed one"):
-        monkeypatch.setattr(merging, "first_difference", _never)
+        monkeypatch.setattr(already_merged, "first_difference", _never)
     events: list[ProgressEvent] = []
     report = images.merge(options, on_progress=events.append)
     assert report.outcome is MergeOutcome.ALREADY_MERGED
@@ -551,7 +547,7 @@ def test_raw_base(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            settle.repoint = _die
+            settling.repoint = _die
             chainmerge.merge(top)
         finally:
             os._exit(1)

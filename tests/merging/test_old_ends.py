@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import MergeOutcome, ProgressEvent, Stage
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import Refused
 from chainmerge.options import Access, EngineChoice, MergeOptions
 from chainmerge.planning.space.errors import OldBytesBehindEnd
 from chainmerge.records.merge_journal import load_journal
-from chainmerge.storage.errors import DeviceTooSmall, RawDeviceTooSmall
+from chainmerge.storage.volume_errors import DeviceTooSmall, RawDeviceTooSmall
 from tests.support.fake_lvm import FakeLvm
 from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, content, create, qemu_img, qemu_io

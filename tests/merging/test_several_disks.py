@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
-from chainmerge.bitmaps.errors import DisksMismatched, DisksShareImage
-from chainmerge.documents.merge import DiskOutcome, ProgressEvent, Stage
+from chainmerge.documents.disks import DiskOutcome
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ExitCode, Failed
 from chainmerge.merging import disks as several_disks
+from chainmerge.merging.errors import DisksMismatched, DisksShareImage
 from chainmerge.options import MergeOptions
 from chainmerge.records.disks import SUFFIX, disk_file, keep_entry
-from chainmerge.storage.errors import FileSystemFull, WriteFailed
+from chainmerge.storage.errors import WriteFailed
 from chainmerge.storage.files import AppendedFile, WritablePort
+from chainmerge.storage.volume_errors import FileSystemFull
 from tests.chain.unchanged import refusal, unchanged
 from tests.support.cli import chainmerge as command
 from tests.support.cli import environment

@@ -28,7 +28,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.documents.merge import Stage
+from chainmerge.documents.progress import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from chainmerge.documents.merge import Stage
+from chainmerge.documents.progress import Stage
 from tests.model.disk_history import MAX_GRANULARITY, Backend, DiskHistory, Ending, KillPoint
 from tests.model.memory import MemoryBackend
 

@@ -27,8 +27,9 @@ from hypothesis import currently_in_test_context, note
 import chainmerge
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import state_of
+from chainmerge.chain.layers import layer_of_qcow2, layer_of_raw
 from chainmerge.chain.names import backing_path
-from chainmerge.chain.view import GuestView, layer_of_qcow2, layer_of_raw
+from chainmerge.chain.view import GuestView
 from chainmerge.engines.qemu.daemon import StorageDaemon
 from chainmerge.errors import Refused
 from chainmerge.options import EngineChoice, MergeOptions
@@ -49,7 +50,7 @@ from tests.support.qemu import create
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from chainmerge.documents.merge import ProgressEvent
+    from chainmerge.documents.progress import ProgressEvent
     from chainmerge.qcow2.bits import BitSet
 
 KIB = 1 << 10

@@ -22,16 +22,15 @@ from chainmerge.qcow2.errors import (
     NotQcow2,
     UnsupportedFeature,
 )
-from chainmerge.qcow2.header import (
+from chainmerge.qcow2.features import (
     Autoclear,
     Compatible,
     Compression,
     CryptMethod,
     ExtensionType,
-    Header,
     Incompatible,
-    parse_header,
 )
+from chainmerge.qcow2.header import Header, parse_header
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
 from tests.support import qemu

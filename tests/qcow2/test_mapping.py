@@ -19,12 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainmerge.chain.view import GuestView, layer_of_qcow2
+from chainmerge.chain.layers import layer_of_qcow2
+from chainmerge.chain.view import GuestView
 from chainmerge.qcow2 import mapping, remembered
 from chainmerge.qcow2.compression import decompress_cluster
 from chainmerge.qcow2.errors import BadEntry, BadOffset, DecompressionFailed, FormatError
 from chainmerge.qcow2.extents import concatenated
-from chainmerge.qcow2.header import Compression
+from chainmerge.qcow2.features import Compression
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Extents, Kind, iter_extents, lookup
 from chainmerge.qcow2.readable import BytesReadable

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainmerge.documents.merge import MergeReport, ProgressEvent, Stage
+from chainmerge.documents.merge import MergeReport
+from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import Refused
-from chainmerge.planning.plan import MergePlan
 from chainmerge.report import schema
 from chainmerge.report.json import encode, encode_error, encode_event
 from tests.support import reports

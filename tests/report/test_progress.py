@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 import pytest
 from rich.console import Console
 
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.report.bar import BarProgress
 from chainmerge.report.progress import (
     STAGE_WORDS,

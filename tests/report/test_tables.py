@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from chainmerge.documents.merge import MergeOutcome
-from chainmerge.planning.plan import Finding
+from chainmerge.documents.plan import Finding
 from chainmerge.report import tables
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 from chainmerge.report.status_table import status_report

@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chainmerge.storage import lvm
-from chainmerge.storage.errors import (
-    CannotOpen,
-    LvmFailed,
-    LvmUnfinished,
-    NotALogicalVolume,
-)
+from chainmerge.storage.errors import CannotOpen
 from chainmerge.storage.lvm import DeviceMapperName, LogicalVolume
+from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogicalVolume
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,23 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainmerge.storage.errors import (
+from chainmerge.storage.errors import FlushFailed, ImageMissing, ImageReadOnly, WrongFileType
+from chainmerge.storage.files import WritablePort
+from chainmerge.storage.volume_errors import (
     CannotShrink,
     DeviceTooSmall,
     DiscardFailed,
     ExtensionRefused,
     FileLimitReached,
     FileSystemFull,
-    FlushFailed,
-    ImageMissing,
-    ImageReadOnly,
     LvmFailed,
     LvmMissing,
     NotALogicalVolume,
     VolumeGroupFull,
-    WrongFileType,
 )
-from chainmerge.storage.files import WritablePort
 from chainmerge.storage.volumes import (
     BlockVolume,
     FileVolume,

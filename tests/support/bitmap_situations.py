@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmaps.rules import BitmapState, chain_test
 from chainmerge.bitmaps.stored import state_of
-from chainmerge.engines.metadata import StoredBitmap, replace_bitmaps
+from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.image import Qcow2Image

@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_directory
-from chainmerge.qcow2.header import Autoclear
+from chainmerge.qcow2.features import Autoclear
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import BytesReadable
 

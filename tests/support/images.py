@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from chainmerge.chain.view import GuestView, layer_of_qcow2, layer_of_raw
+from chainmerge.chain.layers import layer_of_qcow2, layer_of_raw
+from chainmerge.chain.view import GuestView
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
 from tests.support import qemu

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chainmerge.engines.metadata import change_backing
+from chainmerge.engines.metadata.backing import change_backing
 from tests.support import qemu, surgery
 from tests.support.images import GIB, KIB, SECTOR
 

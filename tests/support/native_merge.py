@@ -17,32 +17,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.chain.view import GuestView, Layer, layer_of_qcow2
-from chainmerge.engines.metadata import (
-    AnyBitmap,
-    StoredBitmap,
-    kept_where_unchanged,
-    reclaim_leaks,
-    replace_bitmaps,
-)
+from chainmerge.bitmaps.comparing import bitmap_difference
+from chainmerge.chain.layers import Layer, layer_of_qcow2
+from chainmerge.chain.view import GuestView
 from chainmerge.engines.metadata.allocation import stored_free_space
+from chainmerge.engines.metadata.bitmap_set import AnyBitmap, StoredBitmap
+from chainmerge.engines.metadata.leaks import reclaim_leaks
 from chainmerge.engines.metadata.refcount_blocks import refcount_writes
-from chainmerge.engines.native import (
-    Commit,
-    CommitOutcome,
-    MappedDisk,
-    PlacedTree,
-    commit,
-    new_tree,
-    place_tree,
-    survey_mapping,
-)
-from chainmerge.merging.verifying import (
-    bitmap_difference,
-    verify_bitmaps,
-    verify_content,
-    verify_soundness,
-)
+from chainmerge.engines.metadata.replacement import kept_where_unchanged, replace_bitmaps
+from chainmerge.engines.native.commit import Commit, CommitOutcome, commit
+from chainmerge.engines.native.decisions import MappedDisk
+from chainmerge.engines.native.survey import PlacedTree, new_tree, place_tree, survey_mapping
+from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.engines.metadata import StoredBitmap
+from chainmerge.engines.metadata.bitmap_set import StoredBitmap
 from chainmerge.options import Placement
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet

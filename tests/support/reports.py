@@ -5,35 +5,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from chainmerge.chain import Searched
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
+from chainmerge.documents.bitmaps import (
     BitmapChange,
     BitmapListing,
     BitmapResult,
     BitmapRow,
     BitmapVerdict,
-    ChainReport,
-    CheckResult,
-    DiskError,
-    DiskOutcome,
-    DiskReport,
-    DisksPlan,
-    DisksReport,
-    ImageReport,
-    Measurement,
-    MergeOutcome,
-    MergeReport,
     PrunedBitmap,
     PruneReport,
-    RepairFinding,
-    RepairReport,
-    StatusReport,
-    UndoReport,
-    UnfinishedMerge,
 )
-from chainmerge.options import Placement
-from chainmerge.planning.plan import (
+from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport, DisksPlan, DisksReport
+from chainmerge.documents.images import ChainReport, CheckResult, ImageReport, Searched
+from chainmerge.documents.merge import Measurement, MergeOutcome, MergeReport
+from chainmerge.documents.plan import (
     DirectionCost,
     Directions,
     EngineName,
@@ -49,6 +33,10 @@ from chainmerge.planning.plan import (
     Role,
     SpacePlan,
 )
+from chainmerge.documents.repair import RepairFinding, RepairReport, UndoReport
+from chainmerge.documents.status import StatusReport, UnfinishedMerge
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.options import Placement
 
 MIB = 1 << 20
 

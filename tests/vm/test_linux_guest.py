@@ -15,7 +15,7 @@ import pytest
 
 import chainmerge
 from chainmerge import live
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.options import LiveOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a request that concerns the bitmaps of one image."""
+"""Why bitmaps were not changed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse, Refused
+from chainmerge.errors import Failed, Refused
 
 
 @dataclass(eq=False)
@@ -176,78 +176,6 @@ class SizesDiffer(Refused):
 
 
 @dataclass(eq=False)
-class RepairNotVerified(Failed):
-    """What a repair has written is not what it should have come to."""
-
-    code: ClassVar[str] = "repair-not-verified"
-    template: ClassVar[str] = "{image} is not as it should be after the repair: {difference}"
-    hint: ClassVar[str] = (
-        "`chainmerge repair --undo BACKUP` puts back what was there, BACKUP being the newest "
-        "file beside the image that has its name and ends in a number; look at the storage below it"
-    )
-    explanation: ClassVar[str] = (
-        "After a repair the image is read back: its refcounts are recomputed and its bitmaps "
-        "compared with what was planned. Something did not agree. What the repair has overwritten "
-        "is in its backup. The tables that say what the guest sees were not changed but for flags."
-    )
-    image: str
-    difference: str
-
-
-@dataclass(eq=False)
-class DisksMismatched(Misuse):
-    """Tops and bases of several disks do not pair up."""
-
-    code: ClassVar[str] = "disks-mismatched"
-    template: ClassVar[str] = "there are {tops} tops and {bases} bases"
-    hint: ClassVar[str] = "give --base once for each top, in the same order, or not at all"
-    explanation: ClassVar[str] = (
-        "Several disks are merged as one operation: each top into an image below it, which is its "
-        "backing file unless a base is named. Bases are named for all disks or for none."
-    )
-    tops: int
-    bases: int
-
-
-@dataclass(eq=False)
-class DiskGone(Refused):
-    """The overlay of one of several disks is not there, and nothing tells that it was merged."""
-
-    code: ClassVar[str] = "disk-gone"
-    template: ClassVar[str] = "{top}, one of {count} disks, is not there"
-    hint: ClassVar[str] = (
-        "find out what became of it; the other disks can be merged without it: `{others}`"
-    )
-    explanation: ClassVar[str] = (
-        "Several disks are merged as one operation, so that a snapshot goes from all of them. The "
-        "overlay of one disk does not exist, and no record tells that it was merged and deleted. "
-        "Perhaps somebody has deleted or moved it. Nothing was changed."
-    )
-    top: str
-    count: int
-    others: str
-
-
-@dataclass(eq=False)
-class DisksShareImage(Refused):
-    """Two of several disks have an image in common that would be written to."""
-
-    code: ClassVar[str] = "disks-share-image"
-    template: ClassVar[str] = "{image} is part of the chains of {first} and of {second}"
-    hint: ClassVar[str] = (
-        "merge them one after the other; or into images below that they do not have in common"
-    )
-    explanation: ClassVar[str] = (
-        "Several disks are merged as one operation only if they have nothing to do with each "
-        "other: what is planned for one must still hold when another one was merged. Images that "
-        "are only read, such as a common root, may be shared. Nothing was changed."
-    )
-    image: str
-    first: str
-    second: str
-
-
-@dataclass(eq=False)
 class BitmapsChanged(Failed):
     """Bitmaps were changed, and then something failed that has nothing to do with them."""
 
@@ -264,103 +192,3 @@ class BitmapsChanged(Failed):
     )
     image: str
     reason: str
-
-
-@dataclass(eq=False)
-class RelinkUncheckable(Refused):
-    """What the image shows on its old backing file cannot be read."""
-
-    code: ClassVar[str] = "relink-uncheckable"
-    template: ClassVar[str] = "what {image} shows today cannot be read: {reason}"
-    hint: ClassVar[str] = (
-        "if the old backing file is still somewhere, bring it back to its place for the "
-        "comparison; only if you know that the new one has the same content, add --unchecked"
-    )
-    explanation: ClassVar[str] = (
-        "An overlay holds only what was written since the snapshot; everything else comes from "
-        "its backing file. With another content below it the guest's disk is destroyed, and "
-        "nothing in the images tells. So both are compared, unless you say that they are the same. "
-        "Nothing was changed."
-    )
-    image: str
-    reason: str
-
-
-@dataclass(eq=False)
-class RelinkChangesContent(Refused):
-    """The image would show other data on the new backing file."""
-
-    code: ClassVar[str] = "relink-changes-content"
-    template: ClassVar[str] = (
-        "{image} would not show the same on {backing}: guest byte {offset} of {what} differs"
-    )
-    hint: ClassVar[str] = (
-        "look for the file that {image} was made on; `chainmerge relink {image}` names files that "
-        "could be it"
-    )
-    explanation: ClassVar[str] = (
-        "What the image shows on its old backing file and on the new one was compared, and is not "
-        "the same. The guest would find another disk. Nothing was changed."
-    )
-    image: str
-    backing: str
-    offset: int
-    what: str
-
-
-@dataclass(eq=False)
-class RelinkChangesCheckpoints(Refused):
-    """A checkpoint would be worth something else on the new backing file."""
-
-    code: ClassVar[str] = "relink-changes-checkpoints"
-    template: ClassVar[str] = (
-        "on {backing} the bitmaps {names} of the chain of {image} would be worth something else"
-    )
-    hint: ClassVar[str] = (
-        "use a copy that has the bitmaps of the old backing file (cp, not qemu-img convert); or "
-        "give those checkpoints up: remove the bitmaps from the images above and from {image} "
-        "(chainmerge bitmaps remove), the active image first, then run this again, and let the "
-        "next backup be a full one"
-    )
-    explanation: ClassVar[str] = (
-        "A backup takes the bits of a checkpoint from the active image and from the images below "
-        "it that have it, too. The new backing file has the same data, but not the same bitmaps: "
-        "a checkpoint would lose bits, so that the next incremental backup misses data, or it "
-        "could not be used any more. Nothing was changed."
-    )
-    image: str
-    backing: str
-    names: str
-
-
-@dataclass(eq=False)
-class RelinkUnfinished(Refused):
-    """A merge in which the image takes part did not come to its end."""
-
-    code: ClassVar[str] = "relink-unfinished-merge"
-    template: ClassVar[str] = (
-        "{image} takes part in a merge into {base} that did not come to its end ({file})"
-    )
-    hint: ClassVar[str] = "`chainmerge status {image}` says how to finish it; do that first"
-    explanation: ClassVar[str] = (
-        "A merge that was interrupted is finished by looking at what the images stand on. With "
-        "another backing file under one of them that would come out wrong. Nothing was changed."
-    )
-    image: str
-    base: str
-    file: str
-
-
-@dataclass(eq=False)
-class RelinkIncomplete(Failed):
-    """The header does not say what was written."""
-
-    code: ClassVar[str] = "relink-incomplete"
-    template: ClassVar[str] = "{image} names {found!r} as its backing file after the change"
-    hint: ClassVar[str] = "look at the storage below {image}, and run the same command again"
-    explanation: ClassVar[str] = (
-        "The image's header was written and read back, and does not hold what was written. The "
-        "image's data is untouched."
-    )
-    image: str
-    found: str

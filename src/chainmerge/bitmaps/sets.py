@@ -5,13 +5,65 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.rules import BitmapState, Fate
-from chainmerge.bitmaps.tombstones import tombstone
-from chainmerge.engines.metadata import StoredBitmap
-from chainmerge.qcow2.bitmaps import BitmapFlag
+from chainmerge.bitmaps.stored import state_of
+from chainmerge.engines.metadata.bitmap_set import AnyBitmap, KeptBitmap, StoredBitmap
+from chainmerge.engines.metadata.replacement import kept_where_unchanged
+from chainmerge.options import Direction
+from chainmerge.qcow2.bitmaps import BitmapFlag, read_directory, storable_granularity
+from chainmerge.qcow2.bits import BitSet
 
 if TYPE_CHECKING:
-    from chainmerge.chain.target import BitmapFacts
+    from collections.abc import Sequence
+
+    from chainmerge.bitmaps.gathering import BitmapFacts
+    from chainmerge.engines.native.decisions import MappedDisk
+    from chainmerge.qcow2.image import Qcow2Image
+
+
+def result_set(
+    bitmaps: BitmapFacts, size_after: int, direction: Direction
+) -> tuple[StoredBitmap, ...]:
+    """The bitmaps that the result has in the end, as long as top exists."""
+    if direction is Direction.PULL:
+        return lasting_set(bitmaps, size_after)
+    return final_set(bitmaps, size_after)
+
+
+def bitmaps_to_store(
+    image: Qcow2Image, bitmaps: BitmapFacts, disk: MappedDisk
+) -> Sequence[AnyBitmap] | None:
+    """The set that the result gets; None where it has it already."""
+    if image.header.version < 3:
+        return None
+    final = result_set(bitmaps, disk.size_after, disk.direction)
+    if bitmap_difference(image, final) is None:
+        return None
+    return kept_where_unchanged(image, final)
+
+
+def bitmaps_without_stale(
+    image: Qcow2Image, bitmaps: BitmapFacts, direction: Direction
+) -> Sequence[AnyBitmap] | None:
+    """The set of base's bitmaps once those are out of it that the merge does not keep.
+
+    What is kept stays as it is, and tombstones stand where they must. None where nothing can
+    be taken out.
+    """
+    if image.header.version < 3 or direction is Direction.PULL:
+        return None
+    kept = {d.name for d in bitmaps.decisions if d.fate is Fate.KEEP}
+    guards = {one.name: one for one in stand_ins(bitmaps, image.header.virtual_size)}
+    remaining: list[AnyBitmap] = []
+    entries = read_directory(image)
+    for entry in entries:
+        state = state_of(image, entry)
+        if entry.name in kept and state is BitmapState.VALID:
+            remaining.append(KeptBitmap(entry))
+        elif entry.name in guards:
+            remaining.append(guards[entry.name])
+    return remaining if len(remaining) < len(entries) else None
 
 
 def stand_ins(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
@@ -56,3 +108,16 @@ def _tombstone(bitmaps: BitmapFacts, name: str, disk_size: int) -> StoredBitmap:
         if (occurrence := layer.occurrence(name)).state is not BitmapState.ABSENT
     )
     return tombstone(name, disk_size, found)
+
+
+def tombstone(name: str, disk_size: int, granularity: int) -> StoredBitmap:
+    """A disabled bitmap without bits.
+
+    Args:
+        name: of the checkpoint.
+        disk_size: guest bytes of the image that gets it.
+        granularity: guest bytes a bit of the bitmap that it stands for; a coarser one is
+            taken where such a bitmap could not be stored.
+    """
+    storable = storable_granularity(disk_size, granularity)
+    return StoredBitmap(name, BitSet.empty(disk_size, storable), BitmapFlag(0))

@@ -1,21 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads images back for the reports."""
+"""The bitmaps that an image stores, as the rules and the reports see them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.documents.merge import BitmapResult
-from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, read_directory
+import numpy as np
+
+from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
+from chainmerge.documents.bitmaps import BitmapResult
+from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, read_directory, read_table
 
 if TYPE_CHECKING:
+    from chainmerge.chain.opening import OpenImage
     from chainmerge.qcow2.image import Qcow2Image
 
 
-def verified_before(source: str, target: str) -> str:
-    """What a report says of an image whose data an earlier run took to another one."""
-    return f"an earlier run merged {source} into {target} and verified it"
+def bitmaps_of(opened: OpenImage) -> LayerBitmaps:
+    """The bitmaps of one image as the rules see them."""
+    image = opened.image
+    occurrences = {
+        entry.name: Occurrence(
+            state := state_of(image, entry),
+            entry.granularity,
+            _is_empty(opened, entry) if state is BitmapState.DISABLED else None,
+        )
+        for entry in opened.info.bitmaps
+        if image is not None
+    }
+    return LayerBitmaps(str(opened.info.path), occurrences, opened.info.supports_bitmaps)
+
+
+def _is_empty(opened: OpenImage, entry: BitmapEntry) -> bool:
+    assert opened.image is not None
+    return not np.any(read_table(opened.image, entry))
 
 
 def state_of(image: Qcow2Image, entry: BitmapEntry) -> BitmapState:

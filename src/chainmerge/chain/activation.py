@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from chainmerge.chain import Chain, discover
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileMissing
 from chainmerge.chain.territory import reached, territory_of
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.storage import lvm
-from chainmerge.storage.errors import ImageMissing, LvmFailed, VolumeNotActivated
+from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.volume_errors import LvmFailed, VolumeNotActivated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.chain import ChainPolicy
+    from chainmerge.chain.model import Chain, ChainPolicy
 
 
 @dataclass(eq=False)

@@ -381,3 +381,72 @@ class ImageReplaced(Refused):
         "one."
     )
     image: str
+
+
+@dataclass(eq=False)
+class BaseNotBelowTop(Misuse):
+    """Base was named, but is not below top."""
+
+    code: ClassVar[str] = "base-not-below-top"
+    template: ClassVar[str] = "{base} is not below {top} in the backing chain"
+    hint: ClassVar[str] = "name the overlay first and the image to merge into with --base"
+    explanation: ClassVar[str] = (
+        "A merge moves the data of an overlay (top) down into an image below it (base). The two "
+        "were given the wrong way round, or are the same image."
+    )
+    base: str
+    top: str
+
+
+@dataclass(eq=False)
+class ImageDirty(Refused):
+    """Base was not closed properly by a writer that defers refcounts."""
+
+    code: ClassVar[str] = "image-dirty"
+    template: ClassVar[str] = "{image} was not closed properly: its dirty bit is set"
+    hint: ClassVar[str] = (
+        "`chainmerge repair {image}` shows what is wrong, and with --yes mends it; then run this "
+        "command again"
+    )
+    explanation: ClassVar[str] = (
+        "The dirty bit (lazy refcounts) says that the refcounts on disk may be too low. Writing "
+        "into the image by them would put new data over clusters that are in use."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class ImageCorrupt(Refused):
+    """QEMU marked the image corrupt."""
+
+    code: ClassVar[str] = "image-corrupt"
+    template: ClassVar[str] = "{image} is marked corrupt"
+    hint: ClassVar[str] = (
+        "`chainmerge repair {image}` shows what is wrong and what of it can be mended; look at "
+        "that before you go on"
+    )
+    explanation: ClassVar[str] = (
+        "QEMU sets the corrupt bit when it meets metadata that contradicts itself, and refuses to "
+        "write to the image from then on. Nothing may be merged into it before it is repaired."
+    )
+    image: str
+
+
+@dataclass(eq=False)
+class ImageDamaged(Refused):
+    """The consistency check of an image that would be written to found corruption."""
+
+    code: ClassVar[str] = "image-damaged"
+    template: ClassVar[str] = "{image} is damaged in {corruptions} places, the first: {first}"
+    hint: ClassVar[str] = (
+        "`chainmerge repair {image}` shows what is wrong and what of it can be mended, and with "
+        "--yes does that; then run this command again"
+    )
+    explanation: ClassVar[str] = (
+        "The refcounts recomputed from the image's tables do not match those stored in it, or "
+        "tables point where they must not. Writing to such an image can destroy data. "
+        "`chainmerge check` lists what was found."
+    )
+    image: str
+    corruptions: int
+    first: str

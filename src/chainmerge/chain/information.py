@@ -6,19 +6,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import ImageInfo, discover
-from chainmerge.chain.target import OpenImage, metadata_policy_of, open_chain, relatives_of
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.opening import OpenImage, open_chain
+from chainmerge.chain.target import metadata_policy_of, relatives_of
 from chainmerge.chain.unseen_users import volumes
 from chainmerge.chain.view import GuestView
-from chainmerge.documents.merge import REPORT_VERSION, ChainReport, ImageReport
+from chainmerge.documents.images import ChainReport, ImageReport
+from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
-from chainmerge.qcow2.header import Compression, Header, extension_name
+from chainmerge.qcow2.features import Compression, extension_name
 from chainmerge.qcow2.mapping import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.chain import Relatives
+    from chainmerge.chain.model import ImageInfo
+    from chainmerge.chain.relatives import Relatives
+    from chainmerge.qcow2.header import Header
 
 
 def inspect(image: str | Path, access: Access | None = None) -> ChainReport:

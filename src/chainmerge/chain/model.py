@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from chainmerge.chain.errors import ForeignFormat, NoBackingFile, NotInChain
 from chainmerge.qcow2.bitmaps import BitmapEntry
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.qcow2.header import CryptMethod, Header
+from chainmerge.qcow2.features import CryptMethod
+from chainmerge.qcow2.header import Header
 
 if TYPE_CHECKING:
     import os

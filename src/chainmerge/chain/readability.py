@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.chain.view import GuestView, Layer, Qcow2Layer, Resolved
+from chainmerge.arithmetic.rounding import round_up
+from chainmerge.chain.layers import Layer, Qcow2Layer
 from chainmerge.qcow2.bitmaps import read_table
 from chainmerge.qcow2.errors import BadOffset
 from chainmerge.qcow2.mapping import Kind
@@ -20,7 +21,9 @@ from chainmerge.qcow2.snapshots import read_snapshots
 from chainmerge.qcow2.table_errors import UnreadableBitmap
 
 if TYPE_CHECKING:
-    from chainmerge.chain.target import OpenChain, OpenImage, Target
+    from chainmerge.chain.opening import OpenChain, OpenImage
+    from chainmerge.chain.target import Target
+    from chainmerge.chain.view import GuestView, Resolved
 
 
 # Host offsets have 63 bits, so that no run reaches as far.
@@ -70,7 +73,7 @@ def _end_of_clusters(layer: Layer) -> int:
     """The end of the last cluster of which the image's file has anything, if that matters."""
     if not isinstance(layer, Qcow2Layer) or layer.image.header.external_data_file:
         return _ANYWHERE
-    return -(-layer.source.size // layer.cluster_size) * layer.cluster_size
+    return round_up(layer.source.size, layer.cluster_size)
 
 
 def _require_tables(opened: OpenImage) -> None:

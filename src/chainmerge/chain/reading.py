@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.chain.errors import DataFileRefused, ImageReplaced, WrongFormat
 from chainmerge.chain.model import Identity, ImageFormat, ImageInfo, identity_of
 from chainmerge.chain.names import path_from_header, working_directory
 from chainmerge.qcow2.bitmaps import BitmapEntry, read_directory
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.qcow2.header import MAGIC, CryptMethod, Header, Incompatible
+from chainmerge.qcow2.features import CryptMethod, Incompatible
+from chainmerge.qcow2.header import MAGIC, Header
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable, WritablePort
 
@@ -116,7 +118,7 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
             problem = error
         notes += _header_notes(header, problem)
     elif declared.name == ImageFormat.RAW:
-        guest_size = -(-readable.size // _SECTOR) * _SECTOR
+        guest_size = round_up(readable.size, _SECTOR)
         if begins_as_qcow2(readable):
             notes.append("its content begins as a qcow2 image does, but it is declared as raw")
     else:

@@ -25,8 +25,9 @@ from chainmerge.chain.reading import (
     describe,
     identity_at,
 )
-from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Searched, Surroundings
+from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Surroundings
 from chainmerge.chain.territory import territory_of
+from chainmerge.documents.images import Searched
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import MAGIC, glance_at_backing_name, parse_header

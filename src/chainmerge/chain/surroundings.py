@@ -22,6 +22,7 @@ from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
 from chainmerge.chain.territory import reached, settled
+from chainmerge.documents.images import LEVELS, Searched
 from chainmerge.storage.mounts import mounts
 
 if TYPE_CHECKING:
@@ -32,52 +33,19 @@ if TYPE_CHECKING:
 MAX_FILES: Final = 100_000
 """Directory entries that are looked at near the chain."""
 
+
 MAX_AROUND: Final = 4096
 """Directory entries that are looked at around it, and as many where this host keeps images."""
 
-LEVELS: Final = 3
-"""How far below a directory one looks around the chain."""
 
 _DEVICES: Final = "/dev"
+
+
 # Volume groups have a directory each, which holds no others.
 _DEVICE_LEVELS: Final = 1
+
+
 _NAMED: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Searched:
-    """Where other users of the images were looked for. Of other places nothing is known.
-
-    Attributes:
-        directories: All files in these were looked at.
-        named: As well as all below these, which the caller has named.
-        around: And what is up to three levels below these.
-        left_out: What of it was not looked at, and why; a phrase each.
-        active: The upper end of the chain, where the caller has named it.
-        sole_user: Whether the caller says that no other images use those of the chain.
-    """
-
-    directories: tuple[str, ...] = ()
-    named: tuple[str, ...] = ()
-    around: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    active: str | None = None
-    sole_user: bool = False
-
-    @property
-    def is_vouched_for(self) -> bool:
-        """Whether the caller has said where the users of the images can be, or that none are."""
-        return self.sole_user or bool(self.named)
-
-    @property
-    def places(self) -> str:
-        """Where was looked, in words."""
-        parts = [*self.directories]
-        if self.named:
-            parts.append(f"{', '.join(self.named)} with everything below")
-        if self.around:
-            parts.append(f"up to {LEVELS} levels below {', '.join(self.around)}")
-        return ", ".join(parts)
 
 
 def surroundings_of(images: Iterable[Path], search: Sequence[Path] = ()) -> Surroundings:

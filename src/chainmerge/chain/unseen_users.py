@@ -16,7 +16,8 @@ from chainmerge.errors import ChainmergeError, Refused
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain import ImageInfo, Relatives
+    from chainmerge.chain.model import ImageInfo
+    from chainmerge.chain.relatives import Relatives
 
 
 @dataclass(eq=False)

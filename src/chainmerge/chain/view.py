@@ -8,197 +8,30 @@ longer layers below it hold there.
 
 from __future__ import annotations
 
-import errno
-import os
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from chainmerge.errors import Interrupted
-from chainmerge.qcow2.compression import decompress_cluster
-from chainmerge.qcow2.errors import EncryptedContent
-from chainmerge.qcow2.extents import (
-    Extents,
-    IndexArray,
-    Kind,
-    U8Array,
-    U32Array,
-    U64Array,
-    concatenated,
-    distinct,
-    follows_guest,
-)
-from chainmerge.qcow2.header import MAX_CLUSTER_BITS, SECTOR
-from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
-from chainmerge.qcow2.readable import Readable
-from chainmerge.qcow2.remembered import Walk
+from chainmerge.arithmetic.arrays import I32Array, IndexArray, U8Array, U32Array, U64Array
+from chainmerge.chain.layers import Layer
+from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct, follows_guest
+from chainmerge.qcow2.header import MAX_CLUSTER_BITS
+from chainmerge.qcow2.mapping import DEFAULT_WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-
-I32Array: TypeAlias = npt.NDArray[np.int32]
+    from collections.abc import Iterator, Sequence
 
 NO_LAYER = -1
-COMPARE_BLOCK = 4 << 20
+
+
 # What all layers together say about one piece of the disk is held at a time: so many runs, and
 # no more than one portion of one layer beyond that. To decide among them takes below 80 MiB.
 RUNS_AT_ONCE = 256 << 10
+
+
 # A piece ends where clusters of every size end, so that none is read or unpacked twice.
 PIECE_ALIGNMENT = 1 << MAX_CLUSTER_BITS
-RAW_EXTENTS_AT_ONCE = 16 << 10
-
-
-class Layer(Protocol):
-    """One image of a chain, without its backing file."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the image."""
-
-    @property
-    def virtual_size(self) -> int:
-        """Bytes of the guest's disk as this image has it."""
-
-    @property
-    def source(self) -> Readable:
-        """The file that host offsets refer to."""
-
-    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
-        """As :func:`chainmerge.qcow2.mapping.iter_extents`."""
-
-    def read_data(self, host: int, length: int) -> bytes:
-        """Read DATA from the file."""
-
-    def read_compressed(self, host: int, csize: int) -> bytes:
-        """Read a COMPRESSED cluster as a whole."""
-
-    @property
-    def cluster_size(self) -> int:
-        """Bytes; guest offsets of compressed clusters are multiples of it."""
-
-
-@runtime_checkable
-class OpenFile(Protocol):
-    """A readable that is a file of the operating system."""
-
-    @property
-    def fd(self) -> int:
-        """The open file."""
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Device and inode, equal for all names of one file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Qcow2Layer:
-    """A qcow2 image as a layer."""
-
-    image: Qcow2Image
-    source: Readable
-    walk: Walk = iter_extents
-    """How the image's tables are read."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the image."""
-        return self.image.name
-
-    @property
-    def virtual_size(self) -> int:
-        """Bytes of the guest's disk as this image has it."""
-        return self.image.header.virtual_size
-
-    @property
-    def cluster_size(self) -> int:
-        """Bytes."""
-        return self.image.header.cluster_size
-
-    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
-        """What the image's tables say."""
-        return self.walk(self.image, start, end, window=window)
-
-    def read_data(self, host: int, length: int) -> bytes:
-        """Read uncompressed clusters.
-
-        Raises:
-            EncryptedContent: what would be read is not the guest's data.
-        """
-        self._refuse_encrypted()
-        return self.source.read(host, length)
-
-    def read_compressed(self, host: int, csize: int) -> bytes:
-        """Read one compressed cluster.
-
-        Raises:
-            DecompressionFailed: it is damaged.
-            EncryptedContent: what would be read is not the guest's data.
-        """
-        self._refuse_encrypted()
-        return decompress_cluster(self.image, host, self.source.read(host, csize))
-
-    def _refuse_encrypted(self) -> None:
-        if self.image.header.encrypted:
-            raise EncryptedContent(self.image.name)
-
-
-@dataclass(frozen=True, slots=True)
-class RawLayer:
-    """A raw image as a layer: data where the file has some, zeros where it has holes."""
-
-    source: Readable
-
-    @property
-    def name(self) -> str:
-        """What messages call the image."""
-        return self.source.name
-
-    @property
-    def virtual_size(self) -> int:
-        """Bytes; QEMU counts the last sector of a raw file as a whole one."""
-        return -(-self.source.size // SECTOR) * SECTOR
-
-    @property
-    def cluster_size(self) -> int:
-        """Raw images have sectors."""
-        return SECTOR
-
-    def iter_extents(self, start: int, end: int, window: int) -> Iterator[Extents]:
-        """DATA and ZERO extents; *window* is not used."""
-        del window
-        end = min(end, self.virtual_size)
-        batch: list[tuple[int, int]] = []
-        done = start
-        for extent_start, extent_end in _data_ranges(self.source, start, end):
-            batch.append((extent_start, extent_end))
-            if len(batch) == RAW_EXTENTS_AT_ONCE:
-                yield _raw_extents(batch, done, extent_end)
-                batch, done = [], extent_end
-        if done < end:
-            yield _raw_extents(batch, done, end)
-
-    def read_data(self, host: int, length: int) -> bytes:
-        """Read from the file."""
-        return self.source.read(host, length)
-
-    def read_compressed(self, host: int, csize: int) -> bytes:
-        """Nothing in a raw image is compressed."""
-        raise AssertionError(f"{self.name}: raw images are not compressed ({host}, {csize})")
-
-
-def layer_of_qcow2(image: Qcow2Image, data: Readable, walk: Walk = iter_extents) -> Layer:
-    """A qcow2 image whose clusters are in *data*: its own file, or its external data file."""
-    return Qcow2Layer(image, data, walk)
-
-
-def layer_of_raw(readable: Readable) -> Layer:
-    """A raw image."""
-    return RawLayer(readable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,129 +199,6 @@ class GuestView:
         return bytes(content)
 
 
-def first_difference(
-    a: GuestView,
-    b: GuestView,
-    start: int = 0,
-    end: int | None = None,
-    *,
-    progress: Callable[[int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-) -> int | None:
-    """Find the first guest byte at which two views differ.
-
-    What both views take from the same place of the same file, and what is zeros in both
-    (no data, or a hole of the file), is not read.
-
-    Args:
-        a: one view.
-        b: the other one. Where a view has ended, it counts as zeros.
-        start: first guest byte to look at.
-        end: guest byte after the last one; the end of the longer view if None.
-        progress: called with the guest byte up to which the views are known to be equal.
-        should_stop: asked before every block.
-
-    Returns:
-        Its guest offset, or None if there is none.
-
-    Raises:
-        FormatError: see :meth:`GuestView.read`.
-        Interrupted: *should_stop* said so.
-    """
-    end = max(a.virtual_size, b.virtual_size) if end is None else end
-    ours_by_layer, theirs_by_layer = _file_numbers(a, b)
-    for ours, theirs in in_step(a.resolve(start, end), b.resolve(start, end)):
-        for low, high in _unequal_ranges(ours, ours_by_layer, theirs, theirs_by_layer):
-            if _are_holes(a, ours.clipped(low, high), b, theirs.clipped(low, high)):
-                continue
-            for at in range(low, high, COMPARE_BLOCK):
-                if should_stop is not None and should_stop():
-                    raise Interrupted("the comparison was stopped, it changes nothing")
-                upto = min(at + COMPARE_BLOCK, high)
-                found = _compare_block(a, ours.clipped(at, upto), b, theirs.clipped(at, upto))
-                if found is not None:
-                    return at + found
-                if progress is not None:
-                    progress(upto)
-        if progress is not None:
-            progress(ours.end)
-    return None
-
-
-def _compare_block(a: GuestView, ours: Resolved, b: GuestView, theirs: Resolved) -> int | None:
-    """Offset of the first difference from the start of the block, if there is one."""
-    if _are_holes(a, ours, b, theirs):
-        return None
-    left, right = a.read_runs(ours), b.read_runs(theirs)
-    if left == right:
-        return None
-    unequal = np.frombuffer(left, np.uint8) != np.frombuffer(right, np.uint8)
-    return int(np.argmax(unequal))
-
-
-def _are_holes(a: GuestView, ours: Resolved, b: GuestView, theirs: Resolved) -> bool:
-    return _is_all_holes(a, ours) and _is_all_holes(b, theirs)
-
-
-def _is_all_holes(view: GuestView, runs: Resolved) -> bool:
-    """Whether there is nothing to read: no data, or data clusters that the file has no data for.
-
-    Preallocated images map terabytes to holes. QEMU trusts SEEK_DATA in the same way.
-    """
-    data = np.flatnonzero(runs.layer != NO_LAYER).tolist()
-    return all(
-        runs.kind[index] == Kind.DATA
-        and _is_hole(
-            view.layers[int(runs.layer[index])], int(runs.host[index]), int(runs.length[index])
-        )
-        for index in data
-    )
-
-
-def _is_hole(layer: Layer, host: int, length: int) -> bool:
-    if isinstance(layer, Qcow2Layer) and layer.image.header.encrypted:
-        return False
-    return (
-        isinstance(layer.source, OpenFile)
-        and next(_data_ranges(layer.source, host, host + length), None) is None
-    )
-
-
-def _data_ranges(source: Readable, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Start and end of what is not known to be a hole of the file, ascending and disjoint.
-
-    Other than :func:`chainmerge.storage.extents.raw_data_extents` this looks at a part of the
-    file only, and takes what is not a file of the operating system for data as a whole.
-    """
-    end = min(end, source.size)
-    while start < end:
-        data, hole = start, end
-        if isinstance(source, OpenFile):
-            try:
-                data = os.lseek(source.fd, start, os.SEEK_DATA)
-                hole = os.lseek(source.fd, data, os.SEEK_HOLE)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end of the file
-                    return
-                # What the file system cannot tell may be data; reading it tells what is wrong.
-        if data >= end:
-            return
-        hole = min(hole, end) if hole > data else end
-        yield data, hole
-        start = hole
-
-
-def _raw_extents(data: Sequence[tuple[int, int]], start: int, end: int) -> Extents:
-    """DATA at the given ranges, ZERO elsewhere from *start* to *end*."""
-    edges = np.array([start, *chain.from_iterable(data), end], np.uint64)
-    length = np.diff(edges)
-    kind = np.full(len(length), Kind.ZERO, np.uint8)
-    kind[1::2] = Kind.DATA
-    host = np.where(kind == Kind.DATA, edges[:-1], np.uint64(0))
-    extents = Extents(edges[:-1], length, kind, host, np.zeros(len(length), np.uint32))
-    return extents.take(np.flatnonzero(length))
-
-
 def _to_the_end(layer: Layer, start: int, end: int, window: int) -> Iterator[Extents]:
     """What a layer says about *start* to *end*, with zeros past its own end."""
     layer_end = min(end, layer.virtual_size)
@@ -602,40 +312,3 @@ def in_step(a: Iterator[Resolved], b: Iterator[Resolved]) -> Iterator[tuple[Reso
             ours = next(a, None)
         if theirs.end == upto:
             theirs = next(b, None)
-
-
-def _unequal_ranges(
-    ours: Resolved, our_files: IndexArray, theirs: Resolved, their_files: IndexArray
-) -> list[tuple[int, int]]:
-    """Ranges of guest bytes for which the tables do not tell that both views are the same.
-
-    The files are those of :func:`_file_numbers`.
-    """
-    bounds = distinct(np.concatenate([ours.guest, theirs.guest]))
-    left, right = ours.cut_at(bounds), theirs.cut_at(bounds)
-    both_zero = (left.layer == NO_LAYER) & (right.layer == NO_LAYER)
-    same_place = (left.layer != NO_LAYER) & (right.layer != NO_LAYER)
-    same_place &= our_files[left.layer] == their_files[right.layer]
-    same_place &= (left.kind == right.kind) & (left.host == right.host)
-    same_place &= left.csize == right.csize
-    steps = np.diff((~(both_zero | same_place)).astype(np.int8), prepend=0, append=0)
-    edges = np.append(bounds, np.uint64(ours.end))
-    starts = edges[np.flatnonzero(steps == 1)]
-    ends = edges[np.flatnonzero(steps == -1)]
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
-
-
-def _file_numbers(a: GuestView, b: GuestView) -> tuple[IndexArray, IndexArray]:
-    """For each layer of *a* and each of *b* a number, the same where the file is the same one."""
-    numbers: dict[tuple[int, ...], int] = {}
-    for layer in (*a.layers, *b.layers):
-        numbers.setdefault(_identity(layer.source), len(numbers))
-    ours, theirs = (
-        np.array([numbers[_identity(layer.source)] for layer in view.layers], np.intp)
-        for view in (a, b)
-    )
-    return ours, theirs
-
-
-def _identity(source: Readable) -> tuple[int, ...]:
-    return source.identity if isinstance(source, OpenFile) else (id(source),)

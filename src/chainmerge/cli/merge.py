@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from chainmerge import api
-from chainmerge.bitmaps.errors import DisksMismatched
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
@@ -19,6 +18,7 @@ from chainmerge.cli.options import (
 )
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.errors import ExitCode
+from chainmerge.merging.errors import DisksMismatched
 from chainmerge.report.tables import disks_report, merge_report
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from chainmerge import api
-from chainmerge.bitmaps.errors import DisksMismatched
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
@@ -18,13 +17,14 @@ from chainmerge.cli.options import (
     tops_argument,
 )
 from chainmerge.errors import ExitCode
+from chainmerge.merging.errors import DisksMismatched
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
-    from chainmerge.documents.merge import DisksPlan
+    from chainmerge.documents.disks import DisksPlan
+    from chainmerge.documents.plan import MergePlan
     from chainmerge.options import Access, MergeOptions
-    from chainmerge.planning.plan import MergePlan
 
 
 @click.command(cls=Command)

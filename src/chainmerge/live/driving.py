@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import Interrupted
 from chainmerge.live.convergence import Convergence
 from chainmerge.live.errors import LiveMergeFailed, LiveNotStarted, VmRefused

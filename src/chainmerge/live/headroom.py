@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.live.port import WatchedVm
 from chainmerge.storage.volumes import Volume, VolumeKind
 
@@ -109,7 +110,7 @@ class Headroom:
 
     def _margin(self, unit: int) -> int:
         wanted = max(int(self._rate * LEAD_SECONDS), LEAST_MARGIN) * self._wider
-        return -(-wanted // unit) * unit
+        return round_up(wanted, unit)
 
     def _observe(self, highest: int) -> None:
         now = self.clock()

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
-from chainmerge.chain import Chain, ImageInfo, discover, identity_of
-from chainmerge.chain.target import Target, bitmaps_of, find_target, policy_of
+from chainmerge.bitmaps.stored import bitmaps_of
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.model import Chain, ImageInfo, identity_of
+from chainmerge.chain.target import find_target, policy_of
 from chainmerge.engines.qemu.nodes import is_utf8
 from chainmerge.live.errors import (
     LiveBitmapBusy,
@@ -31,6 +32,7 @@ from chainmerge.live.port import (
     NodeBitmap,
     UserKind,
 )
+from chainmerge.live.target import LiveTarget
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.storage.files import FileReadable
 
@@ -38,59 +40,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from chainmerge.chain import Identity
-    from chainmerge.chain.target import OpenChain
+    from chainmerge.chain.model import Identity
+    from chainmerge.chain.opening import OpenChain
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import Access
-
-
-@dataclass(frozen=True, slots=True)
-class LiveTarget:
-    """A merge in a running VM: the images on disk, and their nodes.
-
-    Attributes:
-        target: The chain on disk up to top, base's place in it, and who else is around.
-        graph: The VM's block graph.
-        nodes: The nodes of the chain's images, root first.
-        above: The images on top in the VM, the one directly on top first.
-        nodes_above: Their nodes.
-    """
-
-    target: Target
-    graph: BlockGraph
-    nodes: tuple[BlockNode, ...]
-    above: tuple[ImageInfo, ...]
-    nodes_above: tuple[BlockNode, ...]
-
-    @property
-    def base(self) -> BlockNode:
-        """Base's node."""
-        return self.nodes[self.target.base_index]
-
-    @property
-    def merged(self) -> tuple[BlockNode, ...]:
-        """The nodes of the merged images, lowest first."""
-        return self.nodes[self.target.base_index + 1 :]
-
-    @property
-    def top(self) -> BlockNode:
-        """Top's node."""
-        return self.nodes[-1]
-
-    @property
-    def is_active(self) -> bool:
-        """Whether top is what the guest writes to."""
-        return not self.above
-
-    @property
-    def active(self) -> BlockNode:
-        """The node that the guest writes to."""
-        return self.nodes_above[-1] if self.nodes_above else self.top
-
-    @property
-    def merged_images(self) -> tuple[ImageInfo, ...]:
-        """The merged images, lowest first."""
-        return self.target.chain.images[self.target.base_index + 1 :]
 
 
 def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:

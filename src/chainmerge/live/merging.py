@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
-from chainmerge.bitmaps.stored import verified_before
-from chainmerge.chain.target import open_chain
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
-    LiveMergeStatus,
-    LiveStatusReport,
-    MergeOutcome,
-    MergeReport,
-    ProgressEvent,
-    Stage,
-)
+from chainmerge.chain.opening import open_chain
+from chainmerge.documents.merge import MergeOutcome, MergeReport
+from chainmerge.documents.plan import Finding, MergePlan
+from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
+from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import Refused
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
 from chainmerge.live.convergence import Convergence
@@ -31,7 +26,7 @@ from chainmerge.live.errors import (
     UnfinishedMergeFound,
 )
 from chainmerge.live.exclusive import sole_driver
-from chainmerge.live.inspection import LiveTarget, locate, path_of
+from chainmerge.live.inspection import locate, path_of
 from chainmerge.live.libvirt.disk import DomainDisk
 from chainmerge.live.libvirt.sequence import DomainDrive, carry_on_in_domain
 from chainmerge.live.planning import LivePlan, plan_live
@@ -39,11 +34,11 @@ from chainmerge.live.port import LiveVm
 from chainmerge.live.sequence import Drive, carry_on
 from chainmerge.live.settling import results_of
 from chainmerge.live.situation import place_of
-from chainmerge.merging.job import volume_at, wipe_behind_end
-from chainmerge.merging.settling import finished_before
+from chainmerge.merging.errors import MergeUnfinished
+from chainmerge.merging.finished import finished_before
+from chainmerge.merging.job import wipe_behind_end
+from chainmerge.merging.reporting import verified_before
 from chainmerge.options import Access, LiveOptions
-from chainmerge.planning.errors import MergeUnfinished
-from chainmerge.planning.plan import Finding, MergePlan
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
@@ -65,6 +60,7 @@ from chainmerge.records.saved_bitmaps import (
     saved_bitmaps_file,
 )
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +68,7 @@ if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.live.driving import Driven
     from chainmerge.live.settling import Settled
+    from chainmerge.live.target import LiveTarget
     from chainmerge.records.merged_record import MergedRecord
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from chainmerge.live.inspection import LiveTarget
     from chainmerge.live.port import InspectedVm
+    from chainmerge.live.target import LiveTarget
     from chainmerge.storage.other_users import OtherUsers
 
 

@@ -15,6 +15,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.arithmetic.rounding import round_up
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -112,5 +114,5 @@ def _other_end(number: int) -> int:
         size, name = _ATTRIBUTE.unpack_from(answer, at)
         if name == _UNIX_DIAG_PEER:
             return int(struct.unpack_from("=I", answer, at + _ATTRIBUTE.size)[0])
-        at += max(-(-size // 4) * 4, _ATTRIBUTE.size)
+        at += max(round_up(size, 4), _ATTRIBUTE.size)
     raise OSError("it has no other end")

@@ -8,48 +8,43 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.bitmaps.gathering import names_above
 from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, decide
+from chainmerge.chain.opening import open_chain
 from chainmerge.chain.readability import require_readable
 from chainmerge.chain.relatives import Descent, ImageAbove
-from chainmerge.chain.target import (
-    measure_guest_bytes,
-    movement_of,
-    names_above,
-    open_chain,
-    storable_granularity,
-)
+from chainmerge.documents.plan import EngineName, MergePlan
 from chainmerge.errors import ChainmergeError
-from chainmerge.live.inspection import (
-    LiveTarget,
-    layers_of,
-    obstacles,
-    require_no_job,
-    unchangeable,
-)
+from chainmerge.live.inspection import layers_of, obstacles, require_no_job, unchangeable
 from chainmerge.live.open_files import others_beside, uncertain
-from chainmerge.merging.job import volume_of
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning.encryption import has_encrypted
+from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,
 )
 from chainmerge.planning.leaks import to_note
-from chainmerge.planning.plan import EngineName, MergeFacts, MergePlan, find_refusals, make_plan
-from chainmerge.planning.space.survey import survey_for_live
+from chainmerge.planning.movement import measure_guest_bytes, movement_of
+from chainmerge.planning.plan import make_plan
+from chainmerge.planning.refusals import find_refusals
+from chainmerge.planning.space.live import survey_for_live
+from chainmerge.planning.space.need import BitmapShape
+from chainmerge.qcow2.bitmaps import storable_granularity
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
-from chainmerge.space import BitmapShape
-from chainmerge.storage.volumes import VolumeKind
+from chainmerge.storage.volumes import VolumeKind, volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain import Relatives
-    from chainmerge.chain.target import OpenChain
+    from chainmerge.chain.opening import OpenChain
+    from chainmerge.chain.relatives import Relatives
     from chainmerge.live.port import InspectedVm
+    from chainmerge.live.target import LiveTarget
 
 _REASON: Final = "the VM has the images open: its own QEMU copies"
 # The guest may have its QEMU write the tables that are being read.
@@ -128,7 +123,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=volume_of(target.base, asked).facts(),
+        volume=volume_at(target.base.real_path, asked).facts(),
         engine=EngineName.QEMU,
         engine_reason=_REASON,
         direction=Direction.COMMIT,
@@ -242,7 +237,7 @@ def _shapes(
             if bits is None:
                 # The guest can write anywhere until the end.
                 whole = BitSet(size, decision.granularity).packed_size
-                clusters = -(-whole // header.cluster_size)
+                clusters = divide_up(whole, header.cluster_size)
             else:
                 clusters = len(bits.dirty_parts(header.cluster_size))
             yield BitmapShape(length, decision.granularity, clusters)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError
 from chainmerge.live.bitmaps import silence_actions, switch_actions, undo_actions, window_actions
 from chainmerge.live.convergence import Remedy
@@ -33,11 +33,11 @@ from chainmerge.live.port import CommitOrder, InspectedVm, JobPhase, LiveVm
 from chainmerge.live.settling import Settled, close_merged, forget, settle
 from chainmerge.live.situation import Place, place_of
 from chainmerge.live.steps import Situation, Step, next_step
-from chainmerge.merging.job import volume_at
 from chainmerge.merging.live_remains import pivot_unclear
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveJournal, LiveState, save_live_journal
 from chainmerge.records.request import command_of, resume_command_of
+from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from chainmerge.live.port import BlockNode, JobState

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.chain import ChainPolicy, discover
-from chainmerge.chain.model import ImageFormat
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.model import ChainPolicy, ImageFormat
+from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import begins_as_qcow2, data_file_places
-from chainmerge.chain.target import open_chain
-from chainmerge.documents.merge import BitmapResult, ProgressEvent, Stage
-from chainmerge.engines.metadata import StoredBitmap
+from chainmerge.documents.bitmaps import BitmapResult
+from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.engines.metadata.bitmap_set import StoredBitmap
 from chainmerge.live.bitmaps import faults
 from chainmerge.live.errors import LiveVerificationFailed, VmRefused
 from chainmerge.live.inspection import path_of
 from chainmerge.live.situation import place_of
-from chainmerge.merging.settling import delete_recorded, not_deleted
+from chainmerge.merging.deleting import delete_recorded, not_deleted
 from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
@@ -41,7 +42,7 @@ from chainmerge.storage.files import FileReadable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chainmerge.chain.target import OpenChain, OpenImage
+    from chainmerge.chain.opening import OpenChain, OpenImage
     from chainmerge.live.port import BlockGraph, BlockNode, LiveVm
     from chainmerge.live.situation import Place
     from chainmerge.qcow2.image import Qcow2Image

@@ -8,11 +8,12 @@ engine that copies first was interrupted. Nothing is copied again.
 from __future__ import annotations
 
 from chainmerge.bitmaps.sets import final_set
-from chainmerge.chain import open_for_writing
-from chainmerge.chain.target import find_target, open_chain
-from chainmerge.documents.merge import Stage
-from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.chain.opening import open_chain
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.chain.target import find_target
+from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.errors import NotEnoughSpace
+from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.merging.job import Job, leaks_reclaimed, note_what_base_lacks
 from chainmerge.merging.journal import journal_until_settled
 from chainmerge.merging.verifying import verify_bitmaps, verify_metadata
@@ -24,7 +25,7 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
     None where there is no room for them beside those that base has: a merge that has its volume
     extended, or takes stale ones out first, finds it.
 
-    Raises what :func:`chainmerge.engines.metadata.replace_bitmaps` raises, and
+    Raises what :func:`chainmerge.engines.metadata.replacement.replace_bitmaps` raises, and
     VerificationFailed.
     """
     job.request.announce(Stage.BITMAPS)

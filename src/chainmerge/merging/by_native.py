@@ -8,18 +8,13 @@ import os
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain import open_for_writing
-from chainmerge.documents.merge import ProgressEvent, Stage
-from chainmerge.engines.metadata import replace_bitmaps
-from chainmerge.engines.native import (
-    Backing,
-    Commit,
-    RawCommit,
-    commit,
-    commit_to_raw,
-    cut_to_image_end,
-    new_tree,
-)
+from chainmerge.bitmaps.sets import bitmaps_to_store, bitmaps_without_stale, result_set
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.engines.metadata.replacement import replace_bitmaps
+from chainmerge.engines.native.commit import Backing, Commit, commit, cut_to_image_end
+from chainmerge.engines.native.raw import RawCommit, commit_to_raw
+from chainmerge.engines.native.survey import new_tree
 from chainmerge.errors import ChainmergeError
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
@@ -35,14 +30,9 @@ from chainmerge.merging.verifying import (
     verify_soundness,
 )
 from chainmerge.options import Direction
-from chainmerge.planning.plan import new_backing
-from chainmerge.planning.space.native import (
-    bitmaps_to_store,
-    bitmaps_without_stale,
-    mapped_disk,
-    result_set,
-    shares_extents,
-)
+from chainmerge.planning.aftermath import new_backing
+from chainmerge.planning.choices import shares_extents
+from chainmerge.planning.space.native import mapped_disk
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.transfer.copying import ReadBack, Transfer, ZeroedSpace, transfer_into
 from chainmerge.storage.volumes import VolumeKind

@@ -6,13 +6,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.sets import final_set, stand_ins
-from chainmerge.chain import open_for_writing
-from chainmerge.chain.target import Target, find_target, open_chain
-from chainmerge.documents.merge import ProgressEvent, Stage
-from chainmerge.engines.metadata import replace_bitmaps
+from chainmerge.chain.opening import open_chain
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.chain.target import Target, find_target
+from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.engines.qemu import commit as qemu
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.merging.errors import VerificationFailed
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
     bitmaps_to_save,
@@ -22,15 +25,9 @@ from chainmerge.merging.job import (
     wipe_behind_end,
 )
 from chainmerge.merging.journal import journal_until_settled
-from chainmerge.merging.verifying import (
-    VerificationFailed,
-    bitmap_difference,
-    verify_bitmaps,
-    verify_content,
-    verify_metadata,
-)
+from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_metadata
 from chainmerge.planning.encryption import encrypted_difference, has_encrypted, image_specs
-from chainmerge.planning.plan import bytes_to_copy
+from chainmerge.planning.placement import bytes_to_copy
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.records.identity import identify

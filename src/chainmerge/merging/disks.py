@@ -20,32 +20,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.bitmaps.errors import DiskGone, DisksMismatched, DisksShareImage
-from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.model import ChainPolicy
 from chainmerge.chain.target import find_target
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
-    DiskError,
-    DiskOutcome,
-    DiskReport,
-    DisksPlan,
-    DisksReport,
-    ProgressEvent,
-)
+from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport, DisksPlan, DisksReport
+from chainmerge.documents.plan import Finding
+from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError, Interrupted
+from chainmerge.merging.errors import DiskGone, DisksMismatched, DisksShareImage
+from chainmerge.merging.finished import finished_before
 from chainmerge.merging.job import Request
-from chainmerge.merging.preparing import (
-    Prepared,
-    beside_others,
-    locks_held,
-    locks_needed,
-    plan_beside,
-    prepare,
-    require_no_others,
-)
-from chainmerge.merging.settling import finished_before
+from chainmerge.merging.preparing import Prepared, prepare, require_no_others
 from chainmerge.options import Access, MergeOptions
-from chainmerge.planning.plan import Finding
+from chainmerge.planning.dry_run import beside_others, plan_beside
+from chainmerge.planning.locking import locks_held, locks_needed
 from chainmerge.records.disks import DiskEntry, disk_file, forget_entry, keep_entry, read_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
@@ -57,9 +45,9 @@ from chainmerge.storage.locks import LockMode
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain import Identity
+    from chainmerge.chain.model import Identity
     from chainmerge.chain.target import Target
-    from chainmerge.merging.job import OnProgress, ShouldStop
+    from chainmerge.documents.progress import OnProgress, ProgressEvent, ShouldStop
 
 
 def plan_disks(

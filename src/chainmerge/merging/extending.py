@@ -6,18 +6,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from chainmerge.chain import open_for_writing
-from chainmerge.documents.merge import Stage
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.documents.plan import EngineName
+from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.steps import reserve_holes
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.job import volume_of
 from chainmerge.options import Direction
-from chainmerge.planning.plan import EngineName
-from chainmerge.planning.space.native import shares_extents
-from chainmerge.planning.space.survey import data_in_place
+from chainmerge.planning.choices import shares_extents
+from chainmerge.planning.space.raw import data_in_place
 from chainmerge.storage.file_space import space_of
 from chainmerge.storage.files import WritablePort
-from chainmerge.storage.volumes import FileVolume, VolumeKind
+from chainmerge.storage.volumes import FileVolume, VolumeKind, volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +40,7 @@ def _grown(job: Job) -> Iterator[None]:
     if not grows and job.facts.end_before is None:
         yield
         return
-    volume = volume_of(job.result, job.request.options)
+    volume = volume_at(job.result.real_path, job.request.options)
     if grows:
         job.request.announce(Stage.EXTEND)
         volume.grow_to(job.plan.space.required)

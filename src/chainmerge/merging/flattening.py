@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.stored import bitmap_results
-from chainmerge.chain import discover
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.target import policy_of
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
-    DiskOutcome,
-    DiskReport,
-    DisksPlan,
-    DisksReport,
-    MergeOutcome,
-    MergePlan,
-    MergeReport,
-)
+from chainmerge.documents.disks import DiskOutcome, DiskReport, DisksPlan, DisksReport
+from chainmerge.documents.merge import MergeOutcome, MergeReport
+from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.merging.disks import merge_disks, plan_disks
-from chainmerge.merging.preparing import merge, plan
+from chainmerge.merging.merge import merge
 from chainmerge.options import Access, MergeOptions
+from chainmerge.planning.dry_run import plan
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.merged_record import load_merged_record
@@ -32,7 +26,8 @@ from chainmerge.storage.files import FileReadable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.merging.job import OnProgress, ShouldStop
+    from chainmerge.documents.plan import MergePlan
+    from chainmerge.documents.progress import OnProgress, ShouldStop
 
 
 def plan_flatten(

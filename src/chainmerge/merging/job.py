@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmaps.gathering import BitmapFacts
 from chainmerge.bitmaps.rules import Fate
-from chainmerge.chain import open_for_writing
-from chainmerge.chain.target import BitmapFacts, OpenChain, OpenImage, Target
-from chainmerge.documents.merge import ProgressEvent, Stage
-from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.engines.native import MappingNeed, ZeroRanges
+from chainmerge.chain.opening import OpenChain, OpenImage
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.chain.target import Target
+from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.progress import OnProgress, ProgressEvent, ShouldStop, Stage
+from chainmerge.engines.metadata.leaks import reclaim_leaks
+from chainmerge.engines.native.survey import MappingNeed
+from chainmerge.engines.native.zeroes import ZeroRanges
 from chainmerge.errors import Interrupted, Refused
+from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.options import Access, MergeOptions, Placement
-from chainmerge.planning.errors import MergeUnfinished
+from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.leaks import Leaks
-from chainmerge.planning.plan import MergeFacts, MergePlan
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.records.identity import identify
 from chainmerge.records.request import RecordedRequest, recorded
@@ -31,13 +35,9 @@ from chainmerge.records.saved_bitmaps import (
 )
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.locks import ImageLock
-from chainmerge.storage.volumes import FileVolume, Volume, open_lvm_volume, open_volume
 
 if TYPE_CHECKING:
-    from chainmerge.chain import ImageInfo
-
-OnProgress = Callable[[ProgressEvent], None]
-ShouldStop = Callable[[], bool]
+    from chainmerge.chain.model import ImageInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +105,6 @@ class Job:
     def result(self) -> ImageInfo:
         """The image that is written, and holds everything in the end."""
         return self.facts.result
-
-
-def volume_of(base: ImageInfo, options: MergeOptions) -> Volume:
-    return volume_at(base.real_path, options)
-
-
-def volume_at(path: Path, options: MergeOptions) -> Volume:
-    """What an image lies on, as the options say or as it looks."""
-    match options.volume:
-        case "lvm":
-            return open_lvm_volume(path)
-        case "file":
-            return FileVolume(str(path), options.size_limit)
-        case _:
-            return open_volume(path, options.size_limit)
 
 
 def wipe_behind_end(base: OpenImage, size_after: int) -> None:

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.engines.metadata.allocation import NO_RUNS, Runs, without_runs
+from chainmerge.documents.plan import EngineName
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.merging.job import forget_what_was_noted
 from chainmerge.merging.settling import record_pull
 from chainmerge.options import Direction, Placement
+from chainmerge.planning.aftermath import new_backing
 from chainmerge.planning.leaks import to_note
-from chainmerge.planning.plan import EngineName, new_backing
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.runs import NO_RUNS, Runs, without_runs
 from chainmerge.records.changes import last_change, stands_on
 from chainmerge.records.identity import identify, this_boot
 from chainmerge.records.merge_journal import (

@@ -20,12 +20,13 @@ import msgspec
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import bitmap_results
-from chainmerge.chain.view import first_difference
-from chainmerge.documents.merge import REPORT_VERSION, MergeOutcome, MergeReport, Stage
-from chainmerge.engines.metadata import reclaim_leaks
-from chainmerge.engines.metadata.leaks import everywhere_but
+from chainmerge.chain.comparing import first_difference
+from chainmerge.documents.merge import MergeOutcome, MergeReport
+from chainmerge.documents.progress import Stage
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
 from chainmerge.errors import ChainmergeError, OutcomeUnknown
-from chainmerge.merging.settling import delete_recorded, require_no_users
+from chainmerge.merging.deleting import delete_recorded, require_no_users
 from chainmerge.merging.verifying import verify_soundness
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
@@ -49,7 +50,8 @@ from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.storage.files import WritablePort
 
 if TYPE_CHECKING:
-    from chainmerge.chain.target import OpenChain, Target
+    from chainmerge.chain.opening import OpenChain
+    from chainmerge.chain.target import Target
     from chainmerge.merging.job import Request
     from chainmerge.records.request import RecordedRequest
 

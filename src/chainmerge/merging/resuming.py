@@ -15,16 +15,21 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.bitmaps.stored import bitmap_results, verified_before
-from chainmerge.chain import open_for_writing
+from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.chain.errors import ImageReplaced
-from chainmerge.documents.merge import REPORT_VERSION, BitmapResult, MergeOutcome, MergeReport
-from chainmerge.engines.metadata import KeptBitmap, reclaim_leaks, replace_bitmaps
-from chainmerge.engines.metadata.leaks import everywhere_but
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.documents.bitmaps import BitmapResult
+from chainmerge.documents.merge import MergeOutcome, MergeReport
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.engines.metadata.bitmap_set import KeptBitmap
+from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
+from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import ChainmergeError
+from chainmerge.merging.deleting import give_back
 from chainmerge.merging.journal import asked_of
 from chainmerge.merging.live_remains import took_effect
-from chainmerge.merging.settling import SettleSteps, give_back, settle
+from chainmerge.merging.reporting import verified_before
+from chainmerge.merging.settling import SettleSteps, settle
 from chainmerge.merging.verifying import verify_metadata
 from chainmerge.planning.errors import CannotTakeAway
 from chainmerge.planning.leaks import from_note
@@ -52,7 +57,8 @@ from chainmerge.storage.removal import removal_obstacle
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain.target import OpenChain, Target
+    from chainmerge.chain.opening import OpenChain
+    from chainmerge.chain.target import Target
     from chainmerge.merging.job import Request
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.merged_record import MergedRecord

@@ -12,30 +12,20 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.chain import ImageInfo, find_users, identity_of, open_for_writing
-from chainmerge.engines.metadata import change_backing
+from chainmerge.chain.model import ImageInfo
+from chainmerge.chain.reading import open_for_writing
+from chainmerge.documents.plan import Repoint
+from chainmerge.engines.metadata.backing import change_backing
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.job import volume_at
-from chainmerge.planning.errors import CannotTakeAway, LeftoverInUse
-from chainmerge.planning.plan import (
-    MergeFacts,
-    Repoint,
-    deleted_images,
-    going,
-    left_free,
-    new_backing,
-)
+from chainmerge.merging.deleting import delete_recorded
+from chainmerge.planning.aftermath import deleted_images, going, new_backing
 from chainmerge.planning.removals import Going
-from chainmerge.qcow2.check import check
-from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.changes import data_changed, is_there, stands_on, what_stands_at
-from chainmerge.records.errors import LeftoverUnclear
-from chainmerge.records.identity import Sameness, identify, same_image
+from chainmerge.records.changes import data_changed
+from chainmerge.records.identity import identify
 from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
 from chainmerge.records.merged_record import (
     DoomedImage,
@@ -43,25 +33,21 @@ from chainmerge.records.merged_record import (
     LeftInPlace,
     MergedRecord,
     Pulled,
-    Superseded,
     forget_merged_record,
-    merged_record_file,
     note_deleted,
     record_merged,
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
-from chainmerge.storage.files import FileReadable, fsync_directory, read_anew, take_on_access
-from chainmerge.storage.locks import LockMode, contentions
-from chainmerge.storage.removal import removal_obstacle
-from chainmerge.storage.volumes import VolumeKind
+from chainmerge.storage.files import fsync_directory, take_on_access
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from chainmerge.chain import Identity
-    from chainmerge.options import Access, MergeOptions
+    from chainmerge.chain.model import Identity
+    from chainmerge.options import MergeOptions
+    from chainmerge.planning.facts import MergeFacts
     from chainmerge.records.request import RecordedRequest
-    from chainmerge.storage.volumes import Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +87,7 @@ class Settled:
 def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest | None) -> Settled:
     """Do all of it. *request* is what was asked for.
 
-    Raises what :func:`chainmerge.engines.metadata.change_backing` raises, OSError, Failed.
+    Raises what :func:`chainmerge.engines.metadata.backing.change_backing` raises, OSError, Failed.
     """
     base = steps.base.real_path
     journal = enter(journal, JournalState.REPOINT)
@@ -131,7 +117,7 @@ def repoint(
 ) -> tuple[str, ...]:
     """Give images another backing file; returns their paths.
 
-    Raises what :func:`chainmerge.engines.metadata.change_backing` raises, ImageReplaced.
+    Raises what :func:`chainmerge.engines.metadata.backing.change_backing` raises, ImageReplaced.
     """
     by_path = {str(image.path): image for image in above}
     for change in repoints:
@@ -258,199 +244,3 @@ def rename_base(steps: SettleSteps) -> tuple[str, ...]:
     if not lacking:
         return ()
     return (f"{target} has not all that the file it replaced had: {', '.join(lacking)}",)
-
-
-def require_unused(record: MergedRecord, access: Access, options: MergeOptions) -> None:
-    """Make sure that nobody has come to need what *record* says is to be deleted.
-
-    Raises:
-        CannotTakeAway: it cannot be deleted.
-        LeftoverInUse: an overlay stands on it.
-        ImageLocked: somebody has it open.
-        Refused: what :func:`chainmerge.chain.find_users` raises.
-    """
-    doomed = list(record.delete)
-    if options.delete and record.superseded is not None:
-        doomed += record.superseded.images
-    paths = [Path(one.path) for one in doomed if is_there(one.identity)]
-    for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
-        obstacle = removal_obstacle(path)
-        if obstacle is not None:
-            raise CannotTakeAway(str(path), "--delete", obstacle)
-    if not paths:
-        return
-    require_no_users(record.base, paths, access)
-    for refusal in contentions((path, LockMode.WRITER) for path in paths):
-        raise refusal
-
-
-def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
-    """Raise LeftoverInUse where an image outside of *doomed* stands on one of them."""
-    users = find_users(doomed, [Path(place) for place in access.search])
-    if users:
-        raise LeftoverInUse(base, ", ".join(map(str, doomed)), ", ".join(map(str, users)))
-
-
-def delete_recorded(
-    record: MergedRecord, held: frozenset[Identity] = frozenset()
-) -> tuple[str, ...]:
-    """Delete the files that a record names, each only if it is certainly the same, then the links.
-
-    *held* are those that the caller has had open all the time.
-    """
-    deleted = []
-    for doomed in record.delete:
-        path = Path(doomed.path)
-        answer = what_stands_at(path, doomed.identity)
-        is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
-        if answer is Sameness.SAME or is_held:
-            path.unlink()
-            fsync_directory(path.parent)
-            deleted.append(doomed.path)
-    for link in record.links:
-        if _leads_nowhere(link):
-            Path(link.path).unlink()
-            fsync_directory(Path(link.path).parent)
-            deleted.append(link.path)
-    return tuple(deleted)
-
-
-def _leads_nowhere(link: DoomedLink) -> bool:
-    """Whether a link is still the one that was recorded, and what it led to is gone."""
-    return _is_still_there(link) and not Path(link.path).exists()
-
-
-def _is_still_there(link: DoomedLink) -> bool:
-    path = Path(link.path)
-    return path.is_symlink() and os.readlink(path) == link.text  # noqa: PTH115
-
-
-def not_deleted(record: MergedRecord) -> Iterator[str]:
-    """What a record names and nobody can tell whether it is still that image, a warning each."""
-    for doomed in record.delete:
-        if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
-            yield (
-                f"{doomed.path} was to be deleted, and nothing tells whether what stands there "
-                "now is still that image: it is left"
-            )
-
-
-def finished_before(
-    record: MergedRecord | None,
-    top: Path,
-    base: Path | None,
-    options: MergeOptions,
-    active: str | None,
-) -> bool:
-    """Whether *record* says that the merge which is asked for was done, but for deletions.
-
-    Args:
-        record: what was recorded under top's name.
-        top: as it was asked for, and so are *base* and *options*.
-        base: see there.
-        options: see there.
-        active: what the guest is said to write to; None if nobody has said.
-
-    Raises:
-        LeftoverUnclear: nothing tells whether the result is still the image that it was.
-    """
-    if record is None:
-        return False
-    if record.pulled is not None and not _may_pull(options):
-        return False
-    if base is not None and not record.names_base(base):
-        return False
-    result = what_stands_at(record.result, record.result_identity)
-    if result is Sameness.OTHER:
-        return False
-    if record.pulled is not None:
-        read_anew(record.result)
-        if not is_pulled(record, record.pulled, top):
-            return False
-    elif record.superseded is None and not record.keep_name and top.exists():
-        return False
-    if result is Sameness.UNKNOWN:
-        file = str(merged_record_file(top))
-        raise LeftoverUnclear(file, record.result, "no image is changed by that")
-    if record.pulled is not None:
-        return True
-    if record.superseded is not None:
-        in_base = active is not None and os.path.realpath(active) == record.base
-        return _is_superseded(record.superseded, top, in_base=in_base)
-    return True
-
-
-def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:
-    """Whether *top*, as it is reached, stands on what it stands on once the pull is done.
-
-    Raises what opening and reading an image raises.
-    """
-    if not stands_on(top, pulled.backing):
-        return False
-    if pulled.onto is None or pulled.backing is None:
-        return True
-    if any(is_there(one.identity) for one in record.delete):
-        # It has not come to its end, so that this is no later pull.
-        return True
-    backing = top.parent / pulled.backing.removeprefix("file:")
-    return not backing.exists() or what_stands_at(backing, pulled.onto) is not Sameness.OTHER
-
-
-def _is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
-    """Whether *top* is what a live merge has left, or nothing is left of it.
-
-    *in_base* says that the guest writes to base. Only that tells of a block device: it may have
-    become another overlay in the meantime, of which nothing is merged.
-    """
-    try:
-        is_left = same_image(identify(top), superseded.images[0].identity)
-    except (OSError, ValueError):
-        return True
-    if not superseded.since:
-        return is_left and in_base
-    return is_left and superseded.since == data_changed(top)
-
-
-def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
-    """Delete what a live merge has left in place, as if that had been asked for then."""
-    if record.superseded is None:
-        return ()
-    devices = {one.path for one in record.superseded.images if Path(one.path).is_block_device()}
-    doomed = [one for one in record.superseded.images if one.path not in devices]
-    return delete_recorded(msgspec.structs.replace(record, delete=doomed))
-
-
-def _may_pull(options: MergeOptions) -> bool:
-    return options.direction == "pull" or (options.direction == "auto" and options.keep_name)
-
-
-def give_back(
-    result: Path, result_format: str, options: MergeOptions, shrink_to: int | None
-) -> Iterator[str]:
-    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail.
-
-    Args:
-        result: The merged image.
-        result_format: Its format.
-        options: What was asked for.
-        shrink_to: The size that was planned for its volume; None where nobody knows of a plan,
-            and a guest may write to it.
-    """
-    if result_format != "qcow2" or not (options.shrink or options.discard):
-        return
-    volume = volume_at(result, options)
-    with FileReadable(result) as readable:
-        end = check(Qcow2Image(readable)).image_end_offset
-    try:
-        if options.shrink:
-            volume.shrink_to(max(end, _kept(volume, end, options, shrink_to)))
-        if options.discard and volume.size > end:
-            volume.discard(end, volume.size - end)
-    except ChainmergeError as error:
-        yield f"{error.sentence} (the merge itself is done)"
-
-
-def _kept(volume: Volume, end: int, options: MergeOptions, shrink_to: int | None) -> int:
-    if volume.kind is not VolumeKind.LVM:
-        return end
-    return end + left_free(options, is_leaf=True) if shrink_to is None else shrink_to

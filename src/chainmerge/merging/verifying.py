@@ -3,94 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING
 
-from chainmerge.chain.view import GuestView, first_difference
-from chainmerge.engines.metadata.allocation import Runs, without_runs
-from chainmerge.errors import Failed
-from chainmerge.qcow2.bitmaps import BitmapEntry, BitmapFlag, read_bits, read_directory
+from chainmerge.bitmaps.comparing import bitmap_difference, bitmap_shortfall
+from chainmerge.chain.comparing import first_difference
+from chainmerge.merging.errors import VerificationFailed
+from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.check import check
+from chainmerge.qcow2.runs import Runs, without_runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chainmerge.engines.metadata import StoredBitmap
-    from chainmerge.qcow2.bits import BitSet
+    from chainmerge.chain.view import GuestView
+    from chainmerge.engines.metadata.bitmap_set import StoredBitmap
     from chainmerge.qcow2.image import Qcow2Image
-
-# How the bits found differ from those that were planned; None where they do not.
-_BitsDiffer: TypeAlias = "Callable[[BitSet, BitSet], str | None]"
-
-
-@dataclass(eq=False)
-class VerificationFailed(Failed):
-    """What was written is not what was planned."""
-
-    code: ClassVar[str] = "verification-failed"
-    template: ClassVar[str] = "{image} is not as planned after the merge: {difference}"
-    hint: ClassVar[str] = (
-        "the overlays were not changed and still give the right content: keep them, do not use "
-        "{image} alone, look at the storage below it, and run the same command again"
-    )
-    explanation: ClassVar[str] = (
-        "After a merge the image is read back: its refcounts are recomputed, its bitmaps compared "
-        "bit by bit with what was planned, its content with what the overlays show. One of these "
-        "did not agree. Nothing was deleted or re-pointed. The same command does the whole work "
-        "again; if it fails again, suspect the storage."
-    )
-    image: str
-    difference: str
-
-
-def bitmap_difference(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str | None:
-    """How an image's bitmaps differ from the expected set; None if they do not.
-
-    Raises FormatError where they cannot be read.
-    """
-    return _set_difference(image, expected, _bits_differ)
-
-
-def _set_difference(
-    image: Qcow2Image, expected: Sequence[StoredBitmap], bits_differ: _BitsDiffer
-) -> str | None:
-    entries = {entry.name: entry for entry in read_directory(image)}
-    if entries and not image.header.bitmaps_trusted:
-        return "its bitmaps are not marked as consistent"
-    wanted = {bitmap.name: bitmap for bitmap in expected}
-    for name in sorted(wanted.keys() | entries.keys()):
-        if name not in entries:
-            return f"bitmap {name!r} is missing"
-        if name not in wanted:
-            return f"bitmap {name!r} should not be there"
-        difference = _one_difference(image, entries[name], wanted[name], bits_differ)
-        if difference is not None:
-            return f"bitmap {name!r} {difference}"
-    return None
-
-
-def _one_difference(
-    image: Qcow2Image, entry: BitmapEntry, wanted: StoredBitmap, bits_differ: _BitsDiffer
-) -> str | None:
-    if entry.in_use or not entry.readable:
-        return "is in-use: it was not stored properly"
-    if entry.auto != bool(wanted.flags & BitmapFlag.AUTO):
-        return "is enabled" if entry.auto else "is disabled"
-    if entry.granularity != wanted.bits.granularity:
-        return f"has granularity {entry.granularity}, not {wanted.bits.granularity}"
-    return bits_differ(read_bits(image, entry), wanted.bits)
-
-
-def _bits_differ(found: BitSet, wanted: BitSet) -> str | None:
-    if found == wanted:
-        return None
-    return f"has {found.count()} dirty bits, not the {wanted.count()} planned, or others"
-
-
-def _bits_lack(found: BitSet, wanted: BitSet) -> str | None:
-    if found.covers(wanted):
-        return None
-    return f"has {found.count()} dirty bits and lacks some of the {wanted.count()} planned"
 
 
 def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
@@ -111,7 +38,7 @@ def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) ->
 
     Raises VerificationFailed.
     """
-    difference = _set_difference(image, expected, _bits_lack)
+    difference = bitmap_shortfall(image, expected)
     if difference is not None:
         raise VerificationFailed(image.name, difference)
     found = {entry.name: read_bits(image, entry).dirty_bytes() for entry in read_directory(image)}

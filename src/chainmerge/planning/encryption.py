@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from chainmerge.options import ANY_IMAGE
 from chainmerge.planning.errors import EncryptedImage, KeyFileUnusable
-from chainmerge.qcow2.header import CryptMethod
+from chainmerge.qcow2.features import CryptMethod
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chainmerge.chain import Chain, ImageInfo
+    from chainmerge.chain.model import Chain, ImageInfo
     from chainmerge.engines.qemu.nodes import ImageSpec
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import MergeOptions

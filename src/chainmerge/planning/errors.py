@@ -1,50 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a merge is refused before anything is written."""
+"""Why a merge is refused."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse, Refused
-
-
-@dataclass(eq=False)
-class BaseNotBelowTop(Misuse):
-    """Base was named, but is not below top."""
-
-    code: ClassVar[str] = "base-not-below-top"
-    template: ClassVar[str] = "{base} is not below {top} in the backing chain"
-    hint: ClassVar[str] = "name the overlay first and the image to merge into with --base"
-    explanation: ClassVar[str] = (
-        "A merge moves the data of an overlay (top) down into an image below it (base). The two "
-        "were given the wrong way round, or are the same image."
-    )
-    base: str
-    top: str
-
-
-@dataclass(eq=False)
-class MergeUnfinished(Failed):
-    """A merge that had begun could not go on."""
-
-    code: ClassVar[str] = "merge-unfinished"
-    template: ClassVar[str] = (
-        "the merge of {top} began and could not go on: {reason}; what the guest sees, and its "
-        "checkpoints, are whole"
-    )
-    hint: ClassVar[str] = (
-        "remove the cause that the message names, then run the same command again: it finds out "
-        "how far this one came and finishes the job"
-    )
-    explanation: ClassVar[str] = (
-        "Something that was there when the merge was planned was not there any more when it was "
-        "needed: a file that could not be opened again, a limit on open files, storage that went "
-        "away. Images may have changed by then, each of them in one atomic step. 'chainmerge "
-        "status' shows how far the merge came."
-    )
-    top: str
-    reason: str
+from chainmerge.errors import Refused
 
 
 @dataclass(eq=False)
@@ -170,60 +132,6 @@ class MiddleHasOtherChildren(Refused):
     base: str
     top: str
     others: str
-
-
-@dataclass(eq=False)
-class ImageDirty(Refused):
-    """Base was not closed properly by a writer that defers refcounts."""
-
-    code: ClassVar[str] = "image-dirty"
-    template: ClassVar[str] = "{image} was not closed properly: its dirty bit is set"
-    hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what is wrong, and with --yes mends it; then run this "
-        "command again"
-    )
-    explanation: ClassVar[str] = (
-        "The dirty bit (lazy refcounts) says that the refcounts on disk may be too low. Writing "
-        "into the image by them would put new data over clusters that are in use."
-    )
-    image: str
-
-
-@dataclass(eq=False)
-class ImageCorrupt(Refused):
-    """QEMU marked the image corrupt."""
-
-    code: ClassVar[str] = "image-corrupt"
-    template: ClassVar[str] = "{image} is marked corrupt"
-    hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what is wrong and what of it can be mended; look at "
-        "that before you go on"
-    )
-    explanation: ClassVar[str] = (
-        "QEMU sets the corrupt bit when it meets metadata that contradicts itself, and refuses to "
-        "write to the image from then on. Nothing may be merged into it before it is repaired."
-    )
-    image: str
-
-
-@dataclass(eq=False)
-class ImageDamaged(Refused):
-    """The consistency check of an image that would be written to found corruption."""
-
-    code: ClassVar[str] = "image-damaged"
-    template: ClassVar[str] = "{image} is damaged in {corruptions} places, the first: {first}"
-    hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what is wrong and what of it can be mended, and with "
-        "--yes does that; then run this command again"
-    )
-    explanation: ClassVar[str] = (
-        "The refcounts recomputed from the image's tables do not match those stored in it, or "
-        "tables point where they must not. Writing to such an image can destroy data. "
-        "`chainmerge check` lists what was found."
-    )
-    image: str
-    corruptions: int
-    first: str
 
 
 @dataclass(eq=False)
@@ -563,28 +471,5 @@ class DoomedInUse(Refused):
         "A pull leaves base and the images between as they are, and whatever else stands on them "
         "goes on working. With them deleted it would not. Nothing was changed."
     )
-    doomed: str
-    others: str
-
-
-@dataclass(eq=False)
-class LeftoverInUse(Refused):
-    """An image that only has to be deleted is the backing file of others by now."""
-
-    code: ClassVar[str] = "leftover-in-use"
-    template: ClassVar[str] = (
-        "the merge into {base} is done, but {doomed} cannot be deleted: {others} stands on it"
-    )
-    hint: ClassVar[str] = (
-        "leave {doomed} where it is as long as it is needed; or give what stands on it another "
-        "backing file with the same content (`chainmerge relink OVERLAY --backing {base}`, which "
-        "compares first), then run the same command again"
-    )
-    explanation: ClassVar[str] = (
-        "All of the image's data is in base, and all that was left to do is to delete it. But "
-        "somebody has made an overlay on it since, which could not be read without it. Nothing "
-        "was changed."
-    )
-    base: str
     doomed: str
     others: str

@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.chain.view import first_difference
+from chainmerge.chain.comparing import first_difference
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.planning.encryption import has_encrypted
-from chainmerge.planning.plan import Evidence, ImageTimes
+from chainmerge.planning.facts import Evidence, ImageTimes
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.records.identity import identify, same_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chainmerge.chain import ImageInfo
-    from chainmerge.chain.target import OpenChain, Target
+    from chainmerge.chain.model import ImageInfo
+    from chainmerge.chain.opening import OpenChain
+    from chainmerge.chain.target import Target
     from chainmerge.chain.view import GuestView
     from chainmerge.records.remains import Remains
 

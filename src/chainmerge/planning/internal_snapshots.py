@@ -34,14 +34,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.chain import open_image
-from chainmerge.chain.view import GuestView, in_step, layer_of_qcow2
-from chainmerge.engines.metadata import SnapshotRemoval, plan_snapshot_removal
+from chainmerge.chain.layers import layer_of_qcow2
+from chainmerge.chain.reading import open_image
+from chainmerge.chain.view import GuestView, in_step
 from chainmerge.engines.metadata.errors import NotEnoughSpace
+from chainmerge.engines.metadata.snapshot_removal import SnapshotRemoval, plan_snapshot_removal
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction
 from chainmerge.planning.errors import ChildSeesMore
-from chainmerge.planning.plan import SnapshotViews
+from chainmerge.planning.facts import SnapshotViews
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.image import Qcow2Image
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from chainmerge.chain.target import OpenChain, OpenImage, Target
+    from chainmerge.chain.opening import OpenChain, OpenImage
+    from chainmerge.chain.target import Target
     from chainmerge.chain.view import Resolved
 
 # Each takes reading its tables. Further ones count as if they would show other data.

@@ -21,21 +21,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import (
-    NO_RUNS,
-    Runs,
-    joined_runs,
-    runs_in_both,
-    runs_of,
-    without_runs,
-)
+from chainmerge.documents.plan import LeakFacts
 from chainmerge.engines.metadata.leaks import EVERYWHERE, everywhere_but, with_kept
 from chainmerge.engines.metadata.old_tree import void_bitmap_clusters
 from chainmerge.errors import ChainmergeError
-from chainmerge.planning.plan import LeakFacts
 from chainmerge.qcow2.check import ClusterRanges
 from chainmerge.qcow2.lost_tables import Sign, sign_of_lost_table
 from chainmerge.qcow2.references import ReferenceCounts
+from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs, runs_in_both, runs_of, without_runs
 from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import load_live_journal
 from chainmerge.records.merge_journal import load_journal

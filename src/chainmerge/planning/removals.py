@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain import Identity
 from chainmerge.chain.data_files import find_data_file_users
+from chainmerge.chain.model import Identity
 from chainmerge.chain.reading import identity_at
 from chainmerge.errors import ChainmergeError
 from chainmerge.storage.removal import creation_obstacle, mount_of, removal_obstacle
@@ -23,7 +23,7 @@ from chainmerge.storage.removal import creation_obstacle, mount_of, removal_obst
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain import Chain, ImageInfo
+    from chainmerge.chain.model import Chain, ImageInfo
     from chainmerge.options import Access, MergeOptions
 
 # As many as the kernel follows.

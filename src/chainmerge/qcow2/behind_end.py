@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.qcow2.compression import decompress_cluster
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Kind, iter_extents
@@ -68,10 +69,10 @@ def old_bytes(image: Qcow2Image, data: Readable, size_after: int) -> OldBytes:
     end = header.virtual_size
     if size_after <= end:
         return OldBytes()
-    cluster_end = _round_up(end, header.cluster_size)
+    cluster_end = round_up(end, header.cluster_size)
     # QEMU grows the L1 table by entries of zeros.
     mapped = header.l1_size * header.l2_entries * header.cluster_size
-    upto = min(_round_up(size_after, header.cluster_size), max(mapped, cluster_end))
+    upto = min(round_up(size_after, header.cluster_size), max(mapped, cluster_end))
     places: list[tuple[int, int]] = []
     for extents in iter_extents(_Enlarged(image, upto), end, upto):
         stored = (extents.kind == Kind.DATA) | (extents.kind == Kind.COMPRESSED)
@@ -113,7 +114,3 @@ def _is_shared(image: Qcow2Image, offset: int) -> bool:
     if header.external_data_file:
         return False
     return bool((read_refcounts(image, offset >> header.cluster_bits, 1) != 1).any())
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -12,43 +12,67 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.qcow2.bits import MAX_PACKED_SIZE, BitSet, packed_size
+from chainmerge.arithmetic.rounding import divide_up, round_up
+from chainmerge.qcow2.bits import MAX_PACKED_SIZE, BitSet, is_storable, packed_size
 from chainmerge.qcow2.table_errors import BadBitmapDirectory, BadBitmapTable, UnreadableBitmap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.qcow2.header import BitmapsExtension, Header
+    from chainmerge.arithmetic.arrays import U64Array
+    from chainmerge.qcow2.features import BitmapsExtension
+    from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
-
-U64Array: TypeAlias = npt.NDArray[np.uint64]
 
 DIRTY_TRACKING = 1
 """The only type of bitmap that the specification defines."""
+
 
 # QEMU's limits (block/qcow2.h and block/qcow2-bitmap.c): QCOW2_MAX_BITMAPS,
 # QCOW2_MAX_BITMAP_DIRECTORY_SIZE, BME_MAX_TABLE_SIZE, BME_{MIN,MAX}_GRANULARITY_BITS,
 # BME_MAX_NAME_SIZE.
 MAX_BITMAPS = 65535
+
+
 MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
+
+
 MAX_TABLE_ENTRIES = 0x800_0000
+
+
 MIN_GRANULARITY_BITS = 9
+
+
 MAX_GRANULARITY_BITS = 31
+
+
 MAX_NAME_BYTES = 1023
+
+
 #: The specification allows granularities up to here, though QEMU does not.
 MAX_SPECIFIED_GRANULARITY_BITS = 63
 
+
 TABLE_ENTRY_SIZE = 8
+
+
 TABLE_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+
+
 TABLE_RESERVED = 0xFF00_0000_0000_01FE
+
+
 TABLE_ALL_ONES = 1
 
+
 _DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
+
+
 # Bits are read in pieces of this size at most.
 _READ_BYTES = 4 << 20
 
@@ -257,12 +281,12 @@ def read_bits(image: Qcow2Image, entry: BitmapEntry) -> BitSet:
 
 def table_entries(header: Header, granularity: int) -> int:
     """How many entries the table of a valid bitmap has: one a cluster of serialised bits."""
-    return -(-packed_size(header.virtual_size, granularity) // header.cluster_size)
+    return divide_up(packed_size(header.virtual_size, granularity), header.cluster_size)
 
 
 def directory_entry_size(name_bytes: int, extra_bytes: int) -> int:
     """How many bytes a directory entry takes, padding included."""
-    return -(-(_DIRECTORY_ENTRY.size + name_bytes + extra_bytes) // 8) * 8
+    return round_up(_DIRECTORY_ENTRY.size + name_bytes + extra_bytes, 8)
 
 
 def _refuse(image: Qcow2Image, problem: str) -> NoReturn:
@@ -380,3 +404,21 @@ def _runs(table: U64Array, cluster_size: int) -> Iterator[tuple[int, int, int]]:
     heads = np.concatenate(([0], np.flatnonzero(~follows) + 1))
     lengths = np.diff(np.concatenate((heads, [len(stored)])))
     yield from zip(stored[heads].tolist(), lengths.tolist(), values[heads].tolist(), strict=True)
+
+
+MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
+
+
+MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
+
+
+def storable_granularity(disk_size: int, wanted: int) -> int:
+    """*wanted*, or the next coarser granularity (bytes) at which QEMU stores such a bitmap.
+
+    A larger disk can make a bitmap too large to be stored as finely as before. A coarser
+    one covers the same writes.
+    """
+    granularity = min(max(wanted, MIN_GRANULARITY), MAX_GRANULARITY)
+    while granularity < MAX_GRANULARITY and not is_storable(disk_size, granularity):
+        granularity *= 2
+    return granularity

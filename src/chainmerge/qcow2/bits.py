@@ -19,6 +19,8 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.rounding import divide_up
+
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.uint64]
 
@@ -43,12 +45,12 @@ _NO_RANGES: Offsets = np.empty(0, dtype=np.uint64)
 
 def bit_count(disk_size: int, granularity: int) -> int:
     """How many bits describe *disk_size* bytes at *granularity* bytes a bit."""
-    return -(-disk_size // granularity)
+    return divide_up(disk_size, granularity)
 
 
 def packed_size(disk_size: int, granularity: int) -> int:
     """How many bytes the serialised bits take."""
-    return -(-bit_count(disk_size, granularity) // 8)
+    return divide_up(bit_count(disk_size, granularity), 8)
 
 
 def is_storable(disk_size: int, granularity: int) -> bool:
@@ -251,7 +253,7 @@ class BitSet:
         """
         result = np.zeros(byte_length, dtype=np.uint8)
         first = byte_start // _CHUNK_BYTES
-        last = -(-(byte_start + byte_length) // _CHUNK_BYTES)
+        last = divide_up(byte_start + byte_length, _CHUNK_BYTES)
         for number in self._stored_between(first, last):
             chunk = self._chunks[number]
             base = number * _CHUNK_BYTES
@@ -361,7 +363,7 @@ class BitSet:
 
     @property
     def _chunk_count(self) -> int:
-        return -(-self.packed_size // _CHUNK_BYTES)
+        return divide_up(self.packed_size, _CHUNK_BYTES)
 
     def _chunk_length(self, number: int) -> int:
         return min(_CHUNK_BYTES, self.packed_size - number * _CHUNK_BYTES)

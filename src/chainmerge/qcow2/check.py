@@ -8,17 +8,12 @@ The verdict is that of ``qemu-img check`` (QEMU 7.2), with the same number of le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from chainmerge.qcow2.extents import distinct
-from chainmerge.qcow2.refcounts import (
-    read_refcount_table,
-    refcounts_per_block,
-    stored_refcounts,
-)
+from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block, stored_refcounts
 from chainmerge.qcow2.references import (
     Findings,
     ReferenceCounts,
@@ -26,14 +21,15 @@ from chainmerge.qcow2.references import (
     stored_windows,
     usable_blocks,
 )
+from chainmerge.qcow2.runs import Clusters
 
 if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
 
-Clusters: TypeAlias = npt.NDArray[np.int64]
-
 #: A report names at most so many ranges of leaked clusters (16 MiB of them).
 MAX_LEAKED_RANGES = 1 << 20
+
+
 _CLUSTERS_AT_ONCE = 1 << 20
 
 

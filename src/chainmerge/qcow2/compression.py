@@ -8,7 +8,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from chainmerge.qcow2.errors import DecompressionFailed
-from chainmerge.qcow2.header import Compression
+from chainmerge.qcow2.features import Compression
 
 if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-U8Array: TypeAlias = npt.NDArray[np.uint8]
-U32Array: TypeAlias = npt.NDArray[np.uint32]
-U64Array: TypeAlias = npt.NDArray[np.uint64]
-IndexArray: TypeAlias = npt.NDArray[np.intp]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 Number = TypeVar("Number", bound=np.integer)
 

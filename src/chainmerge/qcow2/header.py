@@ -10,132 +10,108 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, NamedTuple
 
-from chainmerge.qcow2.errors import (
-    BadExtension,
-    BadHeader,
-    BadOffset,
-    NotQcow2,
-    UnsupportedFeature,
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.qcow2.errors import BadExtension, BadHeader, BadOffset, NotQcow2, UnsupportedFeature
+from chainmerge.qcow2.features import (
+    EXTENSION_NAMES,
+    Autoclear,
+    BitmapsExtension,
+    Compatible,
+    Compression,
+    CryptMethod,
+    Extension,
+    ExtensionType,
+    Incompatible,
+    extension_name,
 )
 
 if TYPE_CHECKING:
     from chainmerge.qcow2.readable import Readable
 
 MAGIC = b"QFI\xfb"
+
+
 V2_HEADER_LENGTH = 72
+
+
 V3_HEADER_LENGTH = 104
+
+
 COMPRESSION_TYPE_OFFSET = 104
+
+
 EXTRA_OFFSET = 105
 
+
 MIN_CLUSTER_BITS = 9
+
+
 MAX_CLUSTER_BITS = 21
+
+
 MIN_EXTENDED_L2_CLUSTER_BITS = 14
+
+
 SUBCLUSTERS = 32
+
+
 SECTOR = 512
+
 
 # QEMU's limits (block/qcow2.h): QCOW_MAX_L1_SIZE, QCOW_MAX_REFTABLE_SIZE, QCOW_MAX_SNAPSHOTS.
 MAX_L1_BYTES = 32 << 20
+
+
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+
+
 MAX_SNAPSHOTS = 65536
+
+
 _LARGEST_FILE_BYTES = (1 << 63) - 1
+
+
 MIN_SNAPSHOT_ENTRY = 40
+
+
 MAX_NAME_BYTES = 1023
+
+
 MAX_BACKING_FORMAT_BYTES = 15
+
+
 # QEMU has no such limit, but writes five kinds at most; a 2 MiB cluster could hold 262,144.
 MAX_EXTENSIONS = 256
 
+
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+
+
 _V3 = struct.Struct(">QQQII")
+
+
 # Magic, offset and length of the backing file's name; where QEMU puts it is well within a KiB.
 _BACKING = struct.Struct(">4s4xQI")
+
+
 _GLANCE = 1024
+
+
 _EXTENSION = struct.Struct(">II")
+
+
 _BITMAPS = struct.Struct(">IIQQ")
+
+
 _CRYPTO = struct.Struct(">QQ")
+
+
 _FEATURE_NAME = struct.Struct(">BB46s")
 
 
-class Incompatible(IntFlag):
-    """Features that a reader must know (header bytes 72 to 79)."""
-
-    DIRTY = 1
-    CORRUPT = 2
-    DATA_FILE = 4
-    COMPRESSION = 8
-    EXTENDED_L2 = 16
-
-
-class Compatible(IntFlag):
-    """Features that may be ignored (header bytes 80 to 87)."""
-
-    LAZY_REFCOUNTS = 1
-
-
-class Autoclear(IntFlag):
-    """Features whose data is void once a writer that does not know them was here (88 to 95)."""
-
-    BITMAPS = 1
-    RAW_DATA_FILE = 2
-
-
-class Compression(IntEnum):
-    """How compressed clusters are compressed (header byte 104)."""
-
-    ZLIB = 0
-    ZSTD = 1
-
-
-class CryptMethod(IntEnum):
-    """How clusters are encrypted (header bytes 32 to 35)."""
-
-    NONE = 0
-    AES = 1
-    LUKS = 2
-
-
-class ExtensionType(IntEnum):
-    """The header extensions that have a meaning here."""
-
-    END = 0
-    BACKING_FORMAT = 0xE2792ACA
-    FEATURE_NAMES = 0x6803F857
-    BITMAPS = 0x23852875
-    CRYPTO = 0x0537BE77
-    DATA_FILE = 0x44415441
-
-
 _KNOWN_INCOMPATIBLE = sum(Incompatible)
-_EXTENSION_NAMES = {
-    ExtensionType.BACKING_FORMAT: "backing format",
-    ExtensionType.FEATURE_NAMES: "feature names",
-    ExtensionType.BITMAPS: "bitmaps",
-    ExtensionType.CRYPTO: "encryption header",
-    ExtensionType.DATA_FILE: "data file name",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """One header extension, as it stands in the file."""
-
-    type: int
-    data: bytes
-    offset: int
-    """File offset of the extension's own 8-byte header."""
-
-
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
-    """Where the bitmap directory is. Its plausibility is judged by who reads the directory."""
-
-    count: int
-    directory_size: int
-    """Bytes."""
-    directory_offset: int
-    """File offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +184,12 @@ class Header:
     @property
     def clusters(self) -> int:
         """Guest clusters, the last one possibly partial."""
-        return -(-self.virtual_size // self.cluster_size)
+        return divide_up(self.virtual_size, self.cluster_size)
 
     @property
     def l1_entries_used(self) -> int:
         """L1 entries that map the guest's disk; what follows maps saved VM states."""
-        return -(-self.clusters // self.l2_entries)
+        return divide_up(self.clusters, self.l2_entries)
 
     @property
     def bitmaps(self) -> BitmapsExtension | None:
@@ -329,12 +305,6 @@ def glance_at_backing_name(image: Readable) -> str | None:
     return _text(image, "backing file name", beginning[offset : offset + length])
 
 
-def extension_name(extension_type: int) -> str:
-    """What messages call a header extension."""
-    known = {int(kind): name for kind, name in _EXTENSION_NAMES.items()}
-    return f"{extension_type:#010x} ({known.get(extension_type, 'unknown')})"
-
-
 class _Fixed(NamedTuple):
     """The fields at fixed places, as numbers."""
 
@@ -430,7 +400,7 @@ def _read_extensions(
             reason = f"more than {MAX_EXTENSIONS} extensions"
             raise BadExtension(image.name, extension_name(kind), offset, reason)
         # Of two, QEMU keeps the last; another reader may keep the first.
-        if kind in seen and kind in _EXTENSION_NAMES:
+        if kind in seen and kind in EXTENSION_NAMES:
             raise BadExtension(image.name, extension_name(kind), offset, "is there twice")
         seen.add(kind)
         data = cluster[data_offset : data_offset + length]
@@ -537,7 +507,7 @@ def _text_extension(
     image: Readable, extensions: tuple[Extension, ...], kind: ExtensionType
 ) -> str | None:
     data = _extension_data(extensions, kind)
-    return _text(image, _EXTENSION_NAMES[kind], data) if data else None
+    return _text(image, EXTENSION_NAMES[kind], data) if data else None
 
 
 def _text(image: Readable, field: str, data: bytes) -> str | None:

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from chainmerge.qcow2.check import ClusterRanges, Clusters
+    from chainmerge.qcow2.check import ClusterRanges
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.runs import Clusters
 
 # So few clusters of data are left by any writer that dies.
 _A_NUMBER: Final = 16

@@ -17,18 +17,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.qcow2.errors import BadEntry, BadOffset
-from chainmerge.qcow2.extents import (
-    BoolArray,
-    Extents,
-    IndexArray,
-    Kind,
-    Mapping,
-    U8Array,
-    U32Array,
-    U64Array,
-    follows_guest,
-)
+from chainmerge.qcow2.extents import Extents, Kind, Mapping, follows_guest
 from chainmerge.qcow2.header import SECTOR, SUBCLUSTERS
 
 if TYPE_CHECKING:

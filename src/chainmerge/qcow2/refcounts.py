@@ -13,21 +13,27 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.table_errors import BadRefcountTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
 
-U64Array: TypeAlias = npt.NDArray[np.uint64]
 #: Refcounts in the narrowest dtype that holds them: uint8, uint16, uint32 or uint64.
 Refcounts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
+
 OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
+
+
 RESERVED = 0x1FF
+
+
 ENTRY_SIZE = 8
 
 
@@ -75,7 +81,7 @@ def read_refcounts(image: Qcow2Image, first: int, count: int) -> U64Array:
     per_block = refcounts_per_block(header)
     entries = header.refcount_table_clusters * header.cluster_size // ENTRY_SIZE
     start = min(first // per_block, entries)
-    end = min(-(-(first + count) // per_block), entries)
+    end = min(divide_up(first + count, per_block), entries)
     table = _table_part(image, start, end)
     _judge_entries(image, start, table)
     result = np.zeros(count, dtype=np.uint64)
@@ -102,7 +108,7 @@ def stored_refcounts(
     header = image.header
     per_block = refcounts_per_block(header)
     low = max(0, first - blocks_first) // per_block
-    high = min(-(-max(0, first + count - blocks_first) // per_block), len(blocks))
+    high = min(divide_up(max(0, first + count - blocks_first), per_block), len(blocks))
     present = np.flatnonzero(blocks[low:high]) + low
     if not len(present):
         return

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
-from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.header import MAX_L1_BYTES, SECTOR
+from chainmerge.qcow2.l2_tables import L2Group, L2Tables
 from chainmerge.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from chainmerge.qcow2.table_errors import (
     BadBitmapDirectory,
@@ -36,28 +37,42 @@ from chainmerge.qcow2.table_errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.arithmetic.arrays import BoolArray, I64Array, U64Array
     from chainmerge.qcow2.image import Qcow2Image
 
-U64Array: TypeAlias = npt.NDArray[np.uint64]
-IndexArray: TypeAlias = npt.NDArray[np.int64]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+
 
 #: QEMU checks no file of more clusters (``qcow2_check_refcounts``).
 MAX_CLUSTERS = 2**31 - 1
+
+
 MAX_MESSAGES = 100
 
+
 _L1_ENTRY_SIZE = 8
+
+
 # Snapshots of version 3 images must say their disk's size (specification, "Snapshots").
 _MIN_V3_SNAPSHOT_EXTRA = 16
+
+
 _L2_WINDOW_BYTES = 1 << 20
+
+
 _CLUSTERS_AT_ONCE = 1 << 20
+
+
 _COPIED_PROBLEM = "the COPIED flag does not say whether the refcount is 1"
-_UNIQUE_AT_ONCE = 1 << 20
+
 
 # Marks of a cluster.
 _STORED_IS_ONE = 1
+
+
 _EXCLUSIVE = 2
+
+
 _L2_TABLE = 4
 
 
@@ -169,8 +184,8 @@ class _Counting:
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         # QEMU knows a file's length in whole sectors.
-        self._file_end = -(-image.readable.size // SECTOR) * SECTOR
-        self._clusters = -(-self._file_end // self._cluster_size)
+        self._file_end = round_up(image.readable.size, SECTOR)
+        self._clusters = divide_up(self._file_end, self._cluster_size)
         if self._clusters > MAX_CLUSTERS:
             raise TooManyClusters(image.name, self._clusters, MAX_CLUSTERS)
         width = min(32, header.refcount_bits)
@@ -214,10 +229,10 @@ class _Counting:
         if header.luks_header is not None:
             self._count_region("the LUKS header", *header.luks_header)
 
-    def _count_l1_tables(self) -> _L2Tables:
+    def _count_l1_tables(self) -> L2Tables:
         """Count the L1 tables; returns the L2 tables that they name."""
         header = self._image.header
-        tables = _L2Tables()
+        tables = L2Tables()
         self._count_region("the L1 table", header.l1_table_offset, header.l1_size * _L1_ENTRY_SIZE)
         l1 = self._image.l1.astype(np.uint64)
         tables.add_active(self._judge_l1("the L1 table", l1))
@@ -302,7 +317,7 @@ class _Counting:
             self._claim(f"the bits of {what}", clusters)
             self._add(clusters, 1)
 
-    def _count_refcount_blocks(self, table: U64Array) -> IndexArray:
+    def _count_refcount_blocks(self, table: U64Array) -> I64Array:
         findings = self._findings
         reserved = table & np.uint64(refcounts.RESERVED) != 0
         unaligned = table % np.uint64(self._cluster_size) != 0
@@ -337,7 +352,7 @@ class _Counting:
         wrong = _count(self._stored_is_one(offset[present]) != copied)
         self._record_copied(wrong, "L1")
 
-    def _count_l2_tables(self, tables: _L2Tables) -> None:
+    def _count_l2_tables(self, tables: L2Tables) -> None:
         for group in tables.groups():
             clusters = self._touched_clusters(group.offsets)
             overlapping = self._marks[clusters] & _EXCLUSIVE != 0
@@ -346,7 +361,7 @@ class _Counting:
         for group in tables.groups():
             self._marks[self._touched_clusters(group.offsets)] |= _L2_TABLE
 
-    def _count_data(self, group: _L2Group) -> None:
+    def _count_data(self, group: L2Group) -> None:
         per_window = max(1, _L2_WINDOW_BYTES // self._cluster_size)
         for at in range(0, len(group.offsets), per_window):
             offsets = group.offsets[at : at + per_window]
@@ -362,7 +377,7 @@ class _Counting:
             self._count_entries(group, _chosen(entries, in_use), _chosen(subclusters, in_use))
 
     def _count_entries(
-        self, group: _L2Group, entries: U64Array, subclusters: U64Array | None
+        self, group: L2Group, entries: U64Array, subclusters: U64Array | None
     ) -> None:
         if not len(entries):
             return
@@ -378,9 +393,7 @@ class _Counting:
             self._count_plain(group, entries[plain], subclusters[plain])
             self._count_compressed(group, entries[compressed], subclusters[compressed])
 
-    def _count_plain(
-        self, group: _L2Group, entries: U64Array, subclusters: U64Array | None
-    ) -> None:
+    def _count_plain(self, group: L2Group, entries: U64Array, subclusters: U64Array | None) -> None:
         external = self._image.header.external_data_file
         self._corrupt_entries(
             group, entries, entries & np.uint64(mapping.L2_RESERVED) != 0, "reserved bits are set"
@@ -415,7 +428,7 @@ class _Counting:
             self._add_data(group, self._touched_clusters(inside))
 
     def _count_compressed(
-        self, group: _L2Group, entries: U64Array, subclusters: U64Array | None
+        self, group: L2Group, entries: U64Array, subclusters: U64Array | None
     ) -> None:
         copied = entries & np.uint64(mapping.COPIED) != 0
         self._corrupt_entries(group, entries, copied, "COPIED flag on a compressed cluster")
@@ -437,9 +450,7 @@ class _Counting:
             longer = first + reach <= last
             first, last = first[longer], last[longer]
 
-    def _compressed_clusters(
-        self, group: _L2Group, entries: U64Array
-    ) -> tuple[IndexArray, IndexArray]:
+    def _compressed_clusters(self, group: L2Group, entries: U64Array) -> tuple[I64Array, I64Array]:
         """First and last cluster of compressed data, for the entries that lie in the file."""
         # Specification, "Compressed Clusters Descriptor": x = 62 - (cluster_bits - 8).
         offset_bits = 70 - self._bits
@@ -466,7 +477,7 @@ class _Counting:
             self._claim(what, clusters)
             self._add(clusters, 1)
 
-    def _clusters_inside(self, what: str, offsets: U64Array, references: int) -> IndexArray:
+    def _clusters_inside(self, what: str, offsets: U64Array, references: int) -> I64Array:
         """The clusters at *offsets*; those not in the file are corruptions and left out."""
         outside = offsets >= np.uint64(self._file_end)
         bad = _count(outside)
@@ -477,7 +488,7 @@ class _Counting:
             offsets = offsets[~outside]
         return (offsets >> np.uint64(self._bits)).astype(np.int64)
 
-    def _touched_clusters(self, offsets: U64Array) -> IndexArray:
+    def _touched_clusters(self, offsets: U64Array) -> I64Array:
         """The clusters that hold one cluster's bytes from each offset: two if not aligned."""
         clusters = (offsets >> np.uint64(self._bits)).astype(np.int64)
         unaligned = offsets & np.uint64(self._cluster_size - 1) != 0
@@ -485,13 +496,13 @@ class _Counting:
             return np.concatenate([clusters, clusters[unaligned] + 1])
         return clusters
 
-    def _add_data(self, group: _L2Group, clusters: IndexArray) -> None:
+    def _add_data(self, group: L2Group, clusters: I64Array) -> None:
         overlapping = self._marks[clusters] & (_EXCLUSIVE | _L2_TABLE) != 0
         if overlapping.any():
             self._record_overlap("guest data", clusters[overlapping])
         self._add(clusters, group.references)
 
-    def _add(self, clusters: IndexArray, references: int) -> None:
+    def _add(self, clusters: I64Array, references: int) -> None:
         """Count *references* for each of *clusters*, which may have duplicates."""
         if not len(clusters):
             return
@@ -506,7 +517,7 @@ class _Counting:
         clusters, times = np.unique(clusters, return_counts=True)
         self._raise(clusters, times * references)
 
-    def _raise(self, where: IndexArray | slice, by: IndexArray) -> None:
+    def _raise(self, where: I64Array | slice, by: I64Array) -> None:
         counts = self._counts[where].astype(np.int64) + by
         over = counts - self._limit
         np.minimum(counts, self._limit, out=counts)
@@ -515,7 +526,7 @@ class _Counting:
         message = f"clusters are used more often than refcounts up to {self._limit} can tell"
         self._findings.corrupt(excess, message)
 
-    def _claim(self, what: str, clusters: IndexArray) -> None:
+    def _claim(self, what: str, clusters: I64Array) -> None:
         """Mark clusters as such that nothing else may use."""
         ordered = np.sort(clusters)
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
@@ -532,7 +543,7 @@ class _Counting:
     # Findings
 
     def _corrupt_entries(
-        self, group: _L2Group, entries: U64Array, bad: BoolArray, problem: str
+        self, group: L2Group, entries: U64Array, bad: BoolArray, problem: str
     ) -> None:
         count = _count(bad)
         if count:
@@ -545,67 +556,11 @@ class _Counting:
         message = f"{count} {table} entries: {_COPIED_PROBLEM}"
         self._findings.corrupt(count, message)
 
-    def _record_overlap(self, what: str, clusters: IndexArray) -> None:
+    def _record_overlap(self, what: str, clusters: I64Array) -> None:
         if len(clusters):
             example = int(clusters[0]) << self._bits
             message = f"{what}: {len(clusters)} in clusters of metadata, such as at {example:#x}"
             self._findings.overlap(len(clusters), message)
-
-
-@dataclass(frozen=True, slots=True)
-class _L2Group:
-    """Different L2 tables that are referred to equally often."""
-
-    offsets: U64Array
-    references: int
-    """From all L1 tables."""
-    active: int
-    """From the active L1 table."""
-
-
-class _L2Tables:
-    """The L2 tables of all L1 tables, each one once."""
-
-    def __init__(self) -> None:
-        self._active: U64Array = np.empty(0, np.uint64)
-        self._offsets: U64Array = np.empty(0, np.uint64)
-        self._references: IndexArray = np.empty(0, np.int64)
-        self._pending: list[U64Array] = []
-        self._pending_count = 0
-
-    def add_active(self, offsets: U64Array) -> None:
-        """Add the L2 tables of the active L1 table."""
-        # QEMU judges no COPIED flags in what an entry without an offset leads to.
-        self._active = np.sort(offsets[offsets != 0])
-        self.add(offsets)
-
-    def add(self, offsets: U64Array) -> None:
-        """Add the L2 tables of some L1 table."""
-        self._pending.append(offsets)
-        self._pending_count += len(offsets)
-        if self._pending_count > _UNIQUE_AT_ONCE:
-            self._digest()
-
-    def groups(self) -> Iterator[_L2Group]:
-        """The tables by how often they are referred to, each group in the order of the file."""
-        self._digest()
-        first = np.searchsorted(self._active, self._offsets, "left")
-        active = np.searchsorted(self._active, self._offsets, "right") - first
-        # Both numbers in one: an L1 table has at most 2^22 entries, and there are at most 2^16.
-        kinds = (self._references << 23) + active
-        for kind in distinct(kinds).tolist():
-            yield _L2Group(self._offsets[kinds == kind], kind >> 23, kind & (1 << 23) - 1)
-
-    def _digest(self) -> None:
-        if not self._pending:
-            return
-        offsets = np.concatenate([self._offsets, *self._pending])
-        ones = np.ones(self._pending_count, np.int64)
-        weights = np.concatenate([self._references, ones])
-        self._offsets = distinct(offsets)
-        self._references = np.zeros(len(self._offsets), np.int64)
-        np.add.at(self._references, np.searchsorted(self._offsets, offsets), weights)
-        self._pending, self._pending_count = [], 0
 
 
 def _chosen(words: U64Array, in_use: BoolArray) -> U64Array:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import Overlaid
 from chainmerge.qcow2.table_errors import BadSnapshotTable
@@ -78,7 +79,7 @@ def read_snapshot_table(image: Qcow2Image) -> SnapshotTable:
     size = 0
     for index in range(header.snapshot_count):
         # Entries start at multiples of 8 bytes; the last one is not padded.
-        start = -(-size // 8) * 8
+        start = round_up(size, 8)
         snapshot = _read_entry(image, index, start)
         size = start + snapshot.entry_size
         if size > MAX_TABLE_BYTES:

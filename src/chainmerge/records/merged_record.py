@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.records.changes import called, moved
+from chainmerge.records.changes import called, is_there, moved, stands_on, what_stands_at
 from chainmerge.records.files import (
     UnusableState,
     beside,
@@ -28,7 +28,7 @@ from chainmerge.records.files import (
     read_state,
     write_state,
 )
-from chainmerge.records.identity import ImageIdentity, identify, may_be_same
+from chainmerge.records.identity import ImageIdentity, Sameness, identify, may_be_same
 from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
@@ -260,3 +260,19 @@ def note_deleted(top: Path, record: MergedRecord) -> None:
 def forget_merged_record(top: Path) -> None:
     """Remove the record of a merge of *top*."""
     forget_beside(top, SUFFIX, _owner)
+
+
+def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:
+    """Whether *top*, as it is reached, stands on what it stands on once the pull is done.
+
+    Raises what opening and reading an image raises.
+    """
+    if not stands_on(top, pulled.backing):
+        return False
+    if pulled.onto is None or pulled.backing is None:
+        return True
+    if any(is_there(one.identity) for one in record.delete):
+        # It has not come to its end, so that this is no later pull.
+        return True
+    backing = top.parent / pulled.backing.removeprefix("file:")
+    return not backing.exists() or what_stands_at(backing, pulled.onto) is not Sameness.OTHER

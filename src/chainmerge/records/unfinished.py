@@ -10,12 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain import ChainPolicy, discover
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import SearchPathUnusable
-from chainmerge.documents.merge import REPORT_VERSION, StatusReport, UnfinishedMerge
+from chainmerge.chain.model import ChainPolicy
+from chainmerge.documents.plan import EngineName
+from chainmerge.documents.status import StatusReport, UnfinishedMerge
+from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.settling import is_pulled
-from chainmerge.planning.plan import EngineName
 from chainmerge.records import disks, live_journal, merge_journal, merged_record, saved_bitmaps
 from chainmerge.records import files as state_files
 from chainmerge.records.changes import is_there, what_stands_at
@@ -32,6 +33,7 @@ from chainmerge.records.merge_journal import (
 from chainmerge.records.merged_record import (
     MergedRecord,
     Pulled,
+    is_pulled,
     merged_record_file,
     read_merged_record,
 )

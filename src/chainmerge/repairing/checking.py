@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import state_of
-from chainmerge.chain import discover
-from chainmerge.chain.target import open_chain, policy_of
-from chainmerge.documents.merge import REPORT_VERSION, CheckResult
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.opening import open_chain
+from chainmerge.chain.target import policy_of
+from chainmerge.documents.images import CheckResult
+from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
 from chainmerge.qcow2.check import check
 from chainmerge.records.unfinished import status
@@ -18,8 +20,8 @@ from chainmerge.records.unfinished import status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.chain import ImageInfo
-    from chainmerge.chain.target import OpenImage
+    from chainmerge.chain.model import ImageInfo
+    from chainmerge.chain.opening import OpenImage
     from chainmerge.qcow2.image import Qcow2Image
 
 

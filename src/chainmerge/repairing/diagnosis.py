@@ -16,32 +16,29 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.bitmaps.sets import tombstone
 from chainmerge.bitmaps.stored import state_of
-from chainmerge.bitmaps.tombstones import tombstone
-from chainmerge.documents.merge import KEPT_LEAKS, RepairFinding
-from chainmerge.engines.metadata import (
-    AnyBitmap,
-    KeptBitmap,
-    StoredBitmap,
+from chainmerge.documents.repair import KEPT_LEAKS, RepairFinding
+from chainmerge.engines.metadata.bitmap_set import AnyBitmap, KeptBitmap, StoredBitmap
+from chainmerge.engines.metadata.leaks import EVERYWHERE
+from chainmerge.engines.metadata.preconditions import without_bitmaps
+from chainmerge.engines.metadata.rebuilding import count_doubles, plan_rebuild
+from chainmerge.engines.metadata.salvage import (
     Tables,
     clusters_of_bitmap,
-    count_doubles,
     directory_clusters,
     image_without_refcounts,
     overwritten_metadata,
-    plan_rebuild,
     tables_of,
     tables_with_bitmaps,
-    without_bitmaps,
 )
-from chainmerge.engines.metadata.allocation import NO_RUNS, Runs
-from chainmerge.engines.metadata.leaks import EVERYWHERE
 from chainmerge.errors import Refused
 from chainmerge.planning.leaks import Leaks, find_leaks
 from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits, read_table, salvage_directory
 from chainmerge.qcow2.check import CheckReport, check, check_with_references
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.runs import NO_RUNS, Runs
 from chainmerge.qcow2.table_errors import BadBitmapDirectory
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import state_of
-from chainmerge.chain import discover
-from chainmerge.chain.target import OpenImage, open_chain, policy_of
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.opening import OpenImage, open_chain
+from chainmerge.chain.target import policy_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.mapping import Kind

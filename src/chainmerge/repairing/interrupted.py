@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.settling import is_pulled
 from chainmerge.options import MergeOptions, Placement
 from chainmerge.records.changes import is_there
 from chainmerge.records.merge_journal import SUFFIX, Journal, forget_journal, read_journal
 from chainmerge.records.merged_record import SUFFIX as MERGED_SUFFIX
-from chainmerge.records.merged_record import forget_merged_record, read_merged_record
+from chainmerge.records.merged_record import forget_merged_record, is_pulled, read_merged_record
 from chainmerge.records.request import options_of
 from chainmerge.records.saved_bitmaps import SUFFIX as SAVED_SUFFIX
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, read_saved_bitmaps
@@ -27,7 +26,7 @@ from chainmerge.records.unfinished import status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.documents.merge import UnfinishedMerge
+    from chainmerge.documents.status import UnfinishedMerge
     from chainmerge.options import DirectionChoice
     from chainmerge.records.request import RecordedRequest
 

@@ -16,40 +16,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.bitmaps.errors import RepairNotVerified
-from chainmerge.chain import Chain, ImageFormat, ImageInfo, Relatives, discover, identity_of
+from chainmerge.bitmaps.comparing import bitmap_difference
+from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileMissing, TopFormatUnknown, WrongFormat
+from chainmerge.chain.model import Chain, ImageFormat, ImageInfo, identity_of
 from chainmerge.chain.target import policy_of, relatives_of
 from chainmerge.chain.unseen_users import volumes
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
-    UNUSABLE_BITMAP,
-    RepairFinding,
-    RepairReport,
-    UndoReport,
-)
-from chainmerge.engines.metadata import (
-    StoredBitmap,
-    clear_marks,
-    rebuild,
-    reclaim_leaks,
-    replace_bitmaps,
-    tables_of,
-)
-from chainmerge.engines.metadata.allocation import Runs, without_runs
-from chainmerge.engines.metadata.leaks import everywhere_but
-from chainmerge.engines.native import cut_to_image_end, punch_free
+from chainmerge.documents.repair import UNUSABLE_BITMAP, RepairFinding, RepairReport, UndoReport
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
+from chainmerge.engines.metadata.rebuilding import clear_marks, rebuild
+from chainmerge.engines.metadata.replacement import replace_bitmaps
+from chainmerge.engines.metadata.salvage import tables_of
+from chainmerge.engines.native.commit import cut_to_image_end, punch_free
 from chainmerge.errors import ChainmergeError, Refused
-from chainmerge.merging.preparing import merge, plan
-from chainmerge.merging.verifying import bitmap_difference
+from chainmerge.merging.merge import merge
 from chainmerge.options import Access, MergeOptions
+from chainmerge.planning.dry_run import plan
 from chainmerge.planning.leaks import counted_as_used, find_leaks, leaked_before
 from chainmerge.qcow2.check import check, check_with_references
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.header import MAGIC
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.runs import Runs, without_runs
 from chainmerge.repairing.backup import Backup, RecordedPort, new_backup
 from chainmerge.repairing.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
+from chainmerge.repairing.errors import RepairNotVerified
 from chainmerge.repairing.foreign_commit import HalfDoneCommit, half_done_commit
 from chainmerge.repairing.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
 from chainmerge.repairing.unusable_bitmaps import unusable_bitmaps
@@ -59,6 +52,8 @@ from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from chainmerge.chain.relatives import Relatives
 
 
 def plan_repair(

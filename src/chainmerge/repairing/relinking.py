@@ -14,43 +14,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.bitmaps.errors import (
+from chainmerge.bitmaps.rules import LayerBitmaps, chain_test
+from chainmerge.bitmaps.stored import bitmaps_of
+from chainmerge.chain.comparing import first_difference
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.errors import BackingCycle, BackingFileOutside, WrongFormat
+from chainmerge.chain.lost_backing import files_that_could_back
+from chainmerge.chain.model import Chain, ImageFormat, ImageInfo
+from chainmerge.chain.names import name_to_store
+from chainmerge.chain.opening import OpenChain, OpenImage, open_chain
+from chainmerge.chain.reading import DeclaredFormat, allowed_data_file, describe, open_for_writing
+from chainmerge.chain.target import policy_of
+from chainmerge.chain.view import GuestView
+from chainmerge.documents.images import BackingCandidate, BackingReport, RelinkReport
+from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.engines.metadata.backing import change_backing
+from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.options import Access
+from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.qcow2.snapshots import read_snapshots
+from chainmerge.records.unfinished import status
+from chainmerge.repairing.errors import (
     RelinkChangesCheckpoints,
     RelinkChangesContent,
     RelinkIncomplete,
     RelinkUncheckable,
     RelinkUnfinished,
 )
-from chainmerge.bitmaps.rules import LayerBitmaps, chain_test
-from chainmerge.chain import Chain, ImageInfo, discover, open_for_writing
-from chainmerge.chain.errors import BackingCycle, BackingFileOutside, WrongFormat
-from chainmerge.chain.lost_backing import files_that_could_back
-from chainmerge.chain.model import ImageFormat
-from chainmerge.chain.names import name_to_store
-from chainmerge.chain.reading import DeclaredFormat, allowed_data_file, describe
-from chainmerge.chain.target import OpenChain, OpenImage, bitmaps_of, open_chain, policy_of
-from chainmerge.chain.view import GuestView, first_difference
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
-    BackingCandidate,
-    BackingReport,
-    ProgressEvent,
-    RelinkReport,
-    Stage,
-)
-from chainmerge.engines.metadata import change_backing
-from chainmerge.errors import ChainmergeError, Refused
-from chainmerge.options import Access
-from chainmerge.qcow2.bits import BitSet, union_all
-from chainmerge.qcow2.snapshots import read_snapshots
-from chainmerge.records.unfinished import status
 from chainmerge.storage.files import FileReadable, read_anew
 from chainmerge.storage.locks import LockMode, lock_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain import ChainPolicy
+    from chainmerge.chain.model import ChainPolicy
 
 
 def find_backing(image: str | Path, access: Access | None = None) -> BackingReport:
@@ -104,7 +102,7 @@ def relink(
     Raises:
         Refused: nothing was changed.
         Interrupted: *should_stop* said yes; nothing was changed.
-        Failed, OutcomeUnknown: see :func:`chainmerge.engines.metadata.change_backing`.
+        Failed, OutcomeUnknown: see :func:`chainmerge.engines.metadata.backing.change_backing`.
     """
     access = access or Access()
     policy = policy_of(access)

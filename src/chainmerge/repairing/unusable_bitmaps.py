@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, chain_test
-from chainmerge.chain import Identity, discover
-from chainmerge.chain.target import bitmaps_of, open_chain, policy_of
+from chainmerge.bitmaps.stored import bitmaps_of
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.opening import open_chain
+from chainmerge.chain.target import policy_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.storage.locks import LockMode, contentions
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from chainmerge.chain import ImageInfo, Relatives
+    from chainmerge.chain.model import Identity, ImageInfo
+    from chainmerge.chain.relatives import Relatives
     from chainmerge.options import Access
 
 

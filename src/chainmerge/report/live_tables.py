@@ -15,7 +15,7 @@ from chainmerge.report.text import count, human_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.documents.merge import LiveMergeStatus, LiveStatusReport
+    from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 
 
 def live_status_report(report: LiveStatusReport) -> RenderableType:

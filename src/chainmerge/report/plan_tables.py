@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from chainmerge.options import Placement
-from chainmerge.planning.plan import (
+from chainmerge.documents.plan import (
     EngineName,
     MergePlan,
     PlannedBitmap,
@@ -18,6 +17,7 @@ from chainmerge.planning.plan import (
     Progress,
     Role,
 )
+from chainmerge.options import Placement
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.text import count, exact_size, human_size
@@ -25,8 +25,8 @@ from chainmerge.report.text import count, exact_size, human_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from chainmerge.chain import Searched
-    from chainmerge.documents.merge import DisksPlan
+    from chainmerge.documents.disks import DisksPlan
+    from chainmerge.documents.images import Searched
 
 
 _ROLE_STYLES: Final[Mapping[Role, str]] = {

@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import MappingProxyType, TracebackType
 from typing import Final, Protocol, Self, TextIO
 
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.report.text import printable, rough_size
 
 Clock = Callable[[], float]

@@ -16,26 +16,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from chainmerge.documents.merge import (
-    REPORT_VERSION,
-    BackingReport,
-    BitmapChange,
-    BitmapListing,
-    ChainReport,
-    CheckResult,
-    DisksPlan,
-    DisksReport,
-    LiveStatusReport,
-    Measurement,
-    MergeReport,
-    ProgressEvent,
-    PruneReport,
-    RelinkReport,
-    RepairReport,
-    StatusReport,
-    UndoReport,
-)
-from chainmerge.planning.plan import PLAN_VERSION, MergePlan
+from chainmerge.documents.bitmaps import BitmapChange, BitmapListing, PruneReport
+from chainmerge.documents.disks import DisksPlan, DisksReport
+from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
+from chainmerge.documents.merge import Measurement, MergeReport
+from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.progress import ProgressEvent
+from chainmerge.documents.repair import RepairReport, UndoReport
+from chainmerge.documents.status import LiveStatusReport, StatusReport
+from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION
 from chainmerge.report.json import ErrorReport
 
 if TYPE_CHECKING:
@@ -65,7 +54,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
 )
 # "    name: text", and the lines below it that are indented further.
 _ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
-# Cross references of the documentation: ":data:`~chainmerge.planning.plan.PLAN_VERSION`".
+# Cross references of the documentation: ":data:`~chainmerge.documents.versions.PLAN_VERSION`".
 _ROLE: Final = re.compile(r":\w+:(`[^`]*`)")
 _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
     {

@@ -15,7 +15,7 @@ from chainmerge.report.text import count
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.documents.merge import StatusReport, UnfinishedMerge
+    from chainmerge.documents.status import StatusReport, UnfinishedMerge
 
 
 def status_report(report: StatusReport) -> RenderableType:

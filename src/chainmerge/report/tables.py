@@ -9,27 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from chainmerge.documents.merge import (
-    NO_DAMAGE,
-    BackingReport,
-    BitmapChange,
-    BitmapListing,
-    BitmapResult,
-    BitmapRow,
-    ChainReport,
-    CheckResult,
-    DiskReport,
-    DisksReport,
-    ImageReport,
-    Measurement,
-    MergeOutcome,
-    MergeReport,
-    PrunedBitmap,
-    PruneReport,
-    RelinkReport,
-    RepairReport,
-    UndoReport,
-)
+from chainmerge.documents.merge import Measurement, MergeOutcome, MergeReport
+from chainmerge.documents.repair import NO_DAMAGE, RepairReport, UndoReport
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.plan_tables import others_section, search_lines
@@ -40,6 +21,23 @@ if TYPE_CHECKING:
 
     from rich.table import Table
     from rich.text import Text
+
+    from chainmerge.documents.bitmaps import (
+        BitmapChange,
+        BitmapListing,
+        BitmapResult,
+        BitmapRow,
+        PrunedBitmap,
+        PruneReport,
+    )
+    from chainmerge.documents.disks import DiskReport, DisksReport
+    from chainmerge.documents.images import (
+        BackingReport,
+        ChainReport,
+        CheckResult,
+        ImageReport,
+        RelinkReport,
+    )
 
 
 def merge_report(report: MergeReport) -> RenderableType:

@@ -11,6 +11,8 @@ import os
 import struct
 from typing import Final
 
+from chainmerge.arithmetic.rounding import round_up
+
 # linux/fs.h
 _BLKROGET: Final = 0x125E
 _BLKSSZGET: Final = 0x1268
@@ -42,7 +44,7 @@ def is_read_only(fd: int) -> bool:
 def discard(fd: int, offset: int, length: int) -> None:
     """Discard the whole sectors inside a range of bytes. What they read as afterwards is open."""
     sector = logical_sector_size(fd)
-    start = -(-offset // sector) * sector
+    start = round_up(offset, sector)
     end = min(offset + length, device_size(fd)) // sector * sector
     while start < end:
         step = min(end - start, _DISCARD_BYTES)

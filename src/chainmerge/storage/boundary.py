@@ -8,7 +8,10 @@ from functools import cache, partial, wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
-from chainmerge.option_checks import (
+from chainmerge.options import (
+    Access,
+    LiveOptions,
+    MergeOptions,
     require_flag,
     require_instance,
     require_integer,
@@ -17,7 +20,6 @@ from chainmerge.option_checks import (
     require_text,
     require_texts,
 )
-from chainmerge.options import Access, LiveOptions, MergeOptions
 from chainmerge.storage.errors import system_errors_as_ours
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.arrays import I64Array
 from chainmerge.storage import allocation
 from chainmerge.storage.extents import raw_data_extents
 from chainmerge.storage.transfer import offload
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from chainmerge.storage.locks import AnyFile
-
-I64Array: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from chainmerge.storage.errors import (
-    CannotOpen,
-    FlushFailed,
-    LvmFailed,
-    LvmMissing,
-    LvmUnfinished,
-    NotALogicalVolume,
-    reason_of,
-)
+from chainmerge.arithmetic.rounding import divide_up, round_up
+from chainmerge.storage.errors import CannotOpen, FlushFailed, reason_of
+from chainmerge.storage.volume_errors import LvmFailed, LvmMissing, LvmUnfinished, NotALogicalVolume
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,12 +85,12 @@ class LogicalVolume:
 
     def size_after_growth(self, required: int) -> int:
         """The size that lvextend makes it when *required* is asked for; never less than now."""
-        units = max(-(-(required - self.size) // self.growth_unit), 0)
+        units = max(divide_up(required - self.size, self.growth_unit), 0)
         return self.size + units * self.growth_unit
 
     def size_after_shrinking(self, wanted: int) -> int:
         """The smallest size that holds *wanted*; never more than now."""
-        return min(-(-wanted // self.extent_size) * self.extent_size, self.size)
+        return min(round_up(wanted, self.extent_size), self.size)
 
 
 @dataclass(frozen=True, slots=True)

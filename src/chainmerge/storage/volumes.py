@@ -16,8 +16,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.storage import allocation, block, lvm
-from chainmerge.storage.errors import (
+from chainmerge.storage.errors import WriteFailed, reason_of
+from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.volume_errors import (
     CannotGrow,
     CannotShrink,
     DeviceTooSmall,
@@ -28,14 +31,13 @@ from chainmerge.storage.errors import (
     LvmFailed,
     NotALogicalVolume,
     VolumeGroupFull,
-    WriteFailed,
-    reason_of,
 )
-from chainmerge.storage.files import FileReadable, WritablePort
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
+    from chainmerge.options import MergeOptions
     from chainmerge.storage.files import StrPath
 
 
@@ -117,7 +119,7 @@ class VolumeFacts:
             allocates: bytes that the file system has to give a file for it, holes that are
                 written to included; None for what lies behind its end.
         """
-        units = max(-(-(required - self.size) // self.growth_unit), 0)
+        units = max(divide_up(required - self.size, self.growth_unit), 0)
         return Growth(
             required,
             self.size + units * self.growth_unit,
@@ -527,3 +529,14 @@ def _discard(path: str, offset: int, length: int) -> None:
                 allocation.punch_hole(port.fd, offset, length)
         except OSError as error:
             raise DiscardFailed(path, offset, length, reason_of(error)) from error
+
+
+def volume_at(path: Path, options: MergeOptions) -> Volume:
+    """What an image lies on, as the options say or as it looks."""
+    match options.volume:
+        case "lvm":
+            return open_lvm_volume(path)
+        case "file":
+            return FileVolume(str(path), options.size_limit)
+        case _:
+            return open_volume(path, options.size_limit)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions
 from tests.support.qemu import bitmap_names, content, create, qemu_img, qemu_io, run

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.options import MergeOptions
 from chainmerge.records.files import STATE_DIRECTORY
 from tests.support.qemu import assert_clean, bitmap_names, content, create, info, qemu_img, qemu_io

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain.view import GuestView, Layer, layer_of_qcow2, layer_of_raw
+from chainmerge.chain.layers import Layer, layer_of_qcow2, layer_of_raw
+from chainmerge.chain.view import GuestView
 from chainmerge.qcow2.bitmaps import BitmapFlag, read_bits, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.engines.metadata.allocation import Allocation, Clusters, Demand, slices_by
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.engines.metadata.allocation import Allocation, Demand, slices_by
 from chainmerge.engines.metadata.errors import BitmapSetUnfit
 from chainmerge.engines.metadata.header import stored_name
 from chainmerge.engines.metadata.writes import Piece, whole_clusters
@@ -33,7 +34,9 @@ from chainmerge.qcow2.bitmaps import (
     table_entries,
 )
 from chainmerge.qcow2.bits import BitSet
-from chainmerge.qcow2.header import BitmapsExtension, Header
+from chainmerge.qcow2.features import BitmapsExtension
+from chainmerge.qcow2.header import Header
+from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 _MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
 _MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
 _DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
-_NONE: Clusters = np.zeros(0, dtype=np.int64)
 # Bits are looked at and copied in windows of this many serialised bytes.
 _WINDOW_BYTES = 1 << 20
 
@@ -134,7 +136,7 @@ class BitmapSetLayout:
     @property
     def directory_clusters(self) -> int:
         """Length of the directory in clusters."""
-        return -(-self.directory_size // self.header.cluster_size)
+        return divide_up(self.directory_size, self.header.cluster_size)
 
     @property
     def demand(self) -> Demand:
@@ -163,7 +165,7 @@ def lay_out(image: str, header: Header, bitmaps: Sequence[AnyBitmap]) -> BitmapS
         shapes=tuple(
             _shape(header, bitmap.bits)
             if isinstance(bitmap, StoredBitmap)
-            else _Shape(bitmap.entry.table_size, _NONE, _NONE, 0)
+            else _Shape(bitmap.entry.table_size, NO_CLUSTERS, NO_CLUSTERS, 0)
             for bitmap in bitmaps
         ),
         directory_size=sum(directory_entry_size(len(name), 0) for name in encoded),

@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import (
-    Allocation,
-    Clusters,
-    Runs,
-    blocks_touched,
-    runs_within,
-    slices_by,
-)
+from chainmerge.engines.metadata.allocation import Allocation, blocks_touched, slices_by
 from chainmerge.engines.metadata.refcount_blocks import Write, pack_refcounts, refcount_writes
 from chainmerge.engines.metadata.writes import Piece, whole_clusters
 from chainmerge.qcow2.header import SECTOR, Header
-from chainmerge.qcow2.refcounts import U64Array, refcounts_per_block, unpack_refcounts
+from chainmerge.qcow2.refcounts import refcounts_per_block, unpack_refcounts
+from chainmerge.qcow2.runs import Clusters, Runs, runs_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.readable import Readable
 
 _TABLE_ENTRY_BYTES = 8

@@ -20,17 +20,10 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.engines.metadata.errors import BackingNameUnfit, HeaderFull
-from chainmerge.qcow2.header import (
-    MAX_BACKING_FORMAT_BYTES,
-    MAX_NAME_BYTES,
-    SECTOR,
-    Autoclear,
-    BitmapsExtension,
-    ExtensionType,
-    Header,
-    Incompatible,
-)
+from chainmerge.qcow2.features import Autoclear, BitmapsExtension, ExtensionType, Incompatible
+from chainmerge.qcow2.header import MAX_BACKING_FORMAT_BYTES, MAX_NAME_BYTES, SECTOR, Header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -220,7 +213,7 @@ def _packed(extension: tuple[int, bytes]) -> bytes:
 
 
 def _padded(length: int) -> int:
-    return -(-length // 8) * 8
+    return round_up(length, 8)
 
 
 def _live_bytes(header: Header) -> list[tuple[int, int]]:

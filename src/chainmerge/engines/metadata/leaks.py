@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import Runs, without_runs
 from chainmerge.engines.metadata.preconditions import require_clean_bits, require_sound_report
 from chainmerge.engines.metadata.refcount_blocks import Write, refcount_writes
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute
@@ -19,20 +18,17 @@ from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, OFFSET_MASK
-from chainmerge.qcow2.refcounts import (
-    U64Array,
-    read_refcount_table,
-    read_refcounts,
-    refcounts_per_block,
-)
+from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
+from chainmerge.qcow2.runs import Runs, without_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy.typing as npt
 
-    from chainmerge.engines.metadata.allocation import Clusters
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.references import Counts, ReferenceCounts
+    from chainmerge.qcow2.runs import Clusters
 
 _CLUSTERS_AT_ONCE = 1 << 20
 _TABLE_BYTES_AT_ONCE = 4 << 20

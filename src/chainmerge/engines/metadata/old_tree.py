@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.allocation import slices_by
 from chainmerge.qcow2.bitmaps import (
     TABLE_ALL_ONES,
@@ -17,14 +18,13 @@ from chainmerge.qcow2.bitmaps import (
 )
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.refcounts import read_refcounts, refcounts_per_block
+from chainmerge.qcow2.runs import NO_CLUSTERS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from chainmerge.engines.metadata.allocation import Clusters
     from chainmerge.qcow2.image import Qcow2Image
-
-_NONE: Clusters = np.zeros(0, dtype=np.int64)
+    from chainmerge.qcow2.runs import Clusters
 
 
 def bitmap_clusters(image: Qcow2Image, staying: Collection[str] = ()) -> Clusters:
@@ -36,7 +36,7 @@ def bitmap_clusters(image: Qcow2Image, staying: Collection[str] = ()) -> Cluster
     bit does not vouch for the bitmaps, or where they cannot be read to the end: what they
     used is leaked then, and told from what is in use by recomputing the refcounts.
     """
-    return _bitmap_clusters(image, staying) if image.header.bitmaps_trusted else _NONE
+    return _bitmap_clusters(image, staying) if image.header.bitmaps_trusted else NO_CLUSTERS
 
 
 def void_bitmap_clusters(image: Qcow2Image) -> Clusters:
@@ -45,13 +45,13 @@ def void_bitmap_clusters(image: Qcow2Image) -> Clusters:
     Some may be in use for something else by now. Empty where the bitmaps cannot be read to the
     end.
     """
-    return _NONE if image.header.bitmaps_trusted else np.unique(_bitmap_clusters(image, ()))
+    return NO_CLUSTERS if image.header.bitmaps_trusted else np.unique(_bitmap_clusters(image, ()))
 
 
 def _bitmap_clusters(image: Qcow2Image, staying: Collection[str]) -> Clusters:
     extension = image.header.bitmaps
     if extension is None:
-        return _NONE
+        return NO_CLUSTERS
     try:
         entries = read_directory(image)
         parts = [_span(extension.directory_offset, extension.directory_size, image)]
@@ -59,7 +59,7 @@ def _bitmap_clusters(image: Qcow2Image, staying: Collection[str]) -> Clusters:
             if entry.name not in staying:
                 parts += _clusters_of(image, entry)
     except FormatError:
-        return _NONE
+        return NO_CLUSTERS
     return np.sort(np.concatenate(parts))
 
 
@@ -81,7 +81,7 @@ def used_once(image: Qcow2Image, clusters: Clusters) -> Clusters:
     """Those of *clusters* (ascending) that are there once and have a stored refcount of 1."""
     values, counts = np.unique(clusters, return_counts=True)
     single = values[counts == 1]
-    kept = [_NONE]
+    kept = [NO_CLUSTERS]
     per_block = refcounts_per_block(image.header)
     for part in slices_by(single, per_block):
         group = single[part]
@@ -94,4 +94,4 @@ def used_once(image: Qcow2Image, clusters: Clusters) -> Clusters:
 def _span(offset: int, length: int, image: Qcow2Image) -> Clusters:
     cluster_size = image.header.cluster_size
     first = offset // cluster_size
-    return np.arange(first, -(-(offset + length) // cluster_size), dtype=np.int64)
+    return np.arange(first, divide_up(offset + length, cluster_size), dtype=np.int64)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chainmerge.planning.errors import ImageCorrupt, ImageDamaged, ImageDirty
+from chainmerge.chain.errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import CheckReport, check
-from chainmerge.qcow2.header import Autoclear
+from chainmerge.qcow2.features import Autoclear
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import Readable
 

@@ -25,15 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import (
-    NO_RUNS,
-    Allocation,
-    FreeSpace,
-    Runs,
-    allocate_with_all_blocks,
-    runs_of,
-    runs_within,
-)
+from chainmerge.chain.errors import ImageDamaged
+from chainmerge.engines.metadata.allocation import Allocation, FreeSpace, allocate_with_all_blocks
 from chainmerge.engines.metadata.bitmap_set import PlacedBitmapSet, StoredBitmap, lay_out, place
 from chainmerge.engines.metadata.counting import new_refcount_table
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
@@ -49,15 +42,16 @@ from chainmerge.engines.metadata.salvage import (
 )
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
-from chainmerge.planning.errors import ImageDamaged
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.errors import FormatError
+from chainmerge.qcow2.features import Incompatible
 from chainmerge.qcow2.gather import read_pieces
-from chainmerge.qcow2.header import SECTOR, Header, Incompatible
+from chainmerge.qcow2.header import SECTOR, Header
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK
-from chainmerge.qcow2.refcounts import U64Array, refcounts_per_block
+from chainmerge.qcow2.refcounts import refcounts_per_block
+from chainmerge.qcow2.runs import NO_RUNS, Runs, runs_of, runs_within
 from chainmerge.qcow2.table_errors import TooLittleMemory
 
 if TYPE_CHECKING:
@@ -65,8 +59,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from chainmerge.engines.metadata.allocation import Clusters
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.readable import Readable
+    from chainmerge.qcow2.runs import Clusters
 
 _MARKS: Final = Incompatible.DIRTY | Incompatible.CORRUPT
 _TABLE_BYTES_AT_ONCE: Final = 4 << 20

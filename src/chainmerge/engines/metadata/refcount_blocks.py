@@ -14,18 +14,14 @@ import numpy.typing as npt
 
 from chainmerge.engines.metadata.allocation import slices_by
 from chainmerge.qcow2.header import SECTOR, Header
-from chainmerge.qcow2.refcounts import (
-    Refcounts,
-    U64Array,
-    refcounts_per_block,
-    unpack_refcounts,
-)
+from chainmerge.qcow2.refcounts import Refcounts, refcounts_per_block, unpack_refcounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.engines.metadata.allocation import Clusters
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.readable import Readable
+    from chainmerge.qcow2.runs import Clusters
 
 Write = tuple[int, bytes]
 """File offset and bytes."""

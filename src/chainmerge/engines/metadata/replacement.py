@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import (
-    Allocation,
-    Clusters,
-    Runs,
-    allocate,
-    runs_of,
-    stored_free_space,
-)
+from chainmerge.engines.metadata.allocation import Allocation, allocate, stored_free_space
 from chainmerge.engines.metadata.bitmap_set import (
     AnyBitmap,
     KeptBitmap,
@@ -43,14 +36,14 @@ from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, res
 from chainmerge.engines.metadata.writes import Piece, gathered
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.refcounts import U64Array, read_refcount_table
+from chainmerge.qcow2.refcounts import read_refcount_table
+from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters, Runs, runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.engines.metadata.refcount_blocks import Write
-
-_NONE: Clusters = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +142,7 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[AnyBitmap]) -> RewriteOutcome:
     if not bitmaps_sound:
         # Of bitmaps that contradict the refcounts nothing is known to be theirs alone.
         bitmaps = [_copied(image, bitmap) for bitmap in bitmaps]
-    old = bitmap_clusters(image, names_kept(bitmaps)) if bitmaps_sound else _NONE
+    old = bitmap_clusters(image, names_kept(bitmaps)) if bitmaps_sound else NO_CLUSTERS
     rewrite = _planned(image, bitmaps, old)
     reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
     written = execute(port, rewrite.steps)
@@ -177,11 +170,13 @@ def _planned(
     header = image.header
     layout = lay_out(image.name, header, bitmaps)
     if not bitmaps and header.bitmaps is None and not header.bitmaps_trusted:
-        return MetadataRewrite(image.name, 0, runs_of(_NONE), _NONE, header.cluster_size, ())
+        return MetadataRewrite(
+            image.name, 0, runs_of(NO_CLUSTERS), NO_CLUSTERS, header.cluster_size, ()
+        )
     allocation = allocate(stored_free_space(image), layout.demand)
     placed = place(layout, allocation)
     head = _header_write(image, placed, allocation)
-    old_table = _NONE if allocation.table_start is None else refcount_table_clusters(image)
+    old_table = NO_CLUSTERS if allocation.table_start is None else refcount_table_clusters(image)
     released = used_once(image, np.sort(np.concatenate([old_bitmaps, old_table])))
     return MetadataRewrite(
         image=image.name,

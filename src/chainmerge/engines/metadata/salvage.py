@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import Clusters
+from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.preconditions import readable_without_bitmaps
 from chainmerge.qcow2.bitmaps import (
     TABLE_ALL_ONES,
@@ -38,6 +38,7 @@ from chainmerge.qcow2.refcounts import (
     unpack_refcounts,
 )
 from chainmerge.qcow2.references import Counts, Findings, count_references, is_about_copied
+from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 _REFCOUNT_TABLE_FIELD: Final = struct.Struct(">QI")
 _REFCOUNT_TABLE_AT: Final = 48
 _CLUSTER_BITS_AT: Final = 20
-_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _counted(readable: Readable, masked: Readable) -> Tables:
     image = Qcow2Image(masked)
     findings = Findings()
     references = count_references(image, findings)
-    clusters = -(-readable.size // image.header.cluster_size)
+    clusters = divide_up(readable.size, image.header.cluster_size)
     # Without refcounts no COPIED flag is right.
     wrong = findings.corruptions - findings.copied_mismatches + findings.overlaps
     problems: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ def _without_refcounts(readable: Readable) -> _Overlaid:
     if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
         # The header is damaged in more than that, which is for its parser to say.
         return _Overlaid(readable, readable.size, ())
-    end = -(-readable.size // (1 << bits)) << bits
+    end = divide_up(readable.size, 1 << bits) << bits
     field = _REFCOUNT_TABLE_FIELD.pack(end, 1)
     return _Overlaid(readable, end + (1 << bits), ((_REFCOUNT_TABLE_AT, field),))
 
@@ -151,7 +151,7 @@ def clusters_of_bitmap(image: Qcow2Image, entry: BitmapEntry) -> Clusters | None
         return None
     stored = offsets[offsets > TABLE_ALL_ONES] // np.uint64(cluster_size)
     first = entry.table_offset // cluster_size
-    end = -(-(entry.table_offset + entry.table_size * TABLE_ENTRY_SIZE) // cluster_size)
+    end = divide_up(entry.table_offset + entry.table_size * TABLE_ENTRY_SIZE, cluster_size)
     return np.concatenate([np.arange(first, end, dtype=np.int64), stored.astype(np.int64)])
 
 
@@ -159,10 +159,10 @@ def directory_clusters(image: Qcow2Image) -> Clusters:
     """Clusters of the bitmap directory that the file has, wherever the header says it is."""
     extension = image.header.bitmaps
     if extension is None:
-        return _NONE
+        return NO_CLUSTERS
     size = image.header.cluster_size
     end = min(extension.directory_offset + extension.directory_size, image.readable.size)
-    return np.arange(extension.directory_offset // size, -(-end // size), dtype=np.int64)
+    return np.arange(extension.directory_offset // size, divide_up(end, size), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +188,15 @@ def old_refcounts(readable: Readable, cluster_size: int) -> OldRefcounts:
     offset, clusters = _REFCOUNT_TABLE_FIELD.unpack(fields)
     length = min(clusters * cluster_size, MAX_REFCOUNT_TABLE_BYTES)
     if offset >= readable.size or offset % ENTRY_SIZE:
-        return OldRefcounts(_NONE, _NONE, _NONE)
+        return OldRefcounts(NO_CLUSTERS, NO_CLUSTERS, NO_CLUSTERS)
     entries = np.frombuffer(readable.read(offset, length), ">u8").astype(np.uint64)
     offsets = entries & np.uint64(OFFSET_MASK)
     index = np.flatnonzero((offsets != 0) & (offsets < np.uint64(readable.size)))
-    own = np.arange(offset // cluster_size, -(-(offset + length) // cluster_size), dtype=np.int64)
+    own = np.arange(
+        offset // cluster_size, divide_up(offset + length, cluster_size), dtype=np.int64
+    )
     return OldRefcounts(
-        own[own < -(-readable.size // cluster_size)],
+        own[own < divide_up(readable.size, cluster_size)],
         index.astype(np.int64),
         (offsets[index] // np.uint64(cluster_size)).astype(np.int64),
     )

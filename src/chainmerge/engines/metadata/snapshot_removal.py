@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.chain.errors import ImageDamaged
 from chainmerge.engines.metadata.allocation import (
     Allocation,
-    Clusters,
     Demand,
     FreeSpace,
     allocate_with_all_blocks,
-    runs_of,
-    runs_within,
     stored_free_space,
 )
 from chainmerge.engines.metadata.counting import new_refcount_table, table_with_new_blocks
@@ -38,17 +38,12 @@ from chainmerge.engines.metadata.replacement import ranges_of
 from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.errors import ChainmergeError
-from chainmerge.planning.errors import ImageDamaged
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
-from chainmerge.qcow2.refcounts import (
-    U64Array,
-    read_refcount_table,
-    read_refcounts,
-    refcounts_per_block,
-)
+from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
+from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters, runs_of, runs_within
 from chainmerge.qcow2.snapshots import read_snapshot_table
 
 if TYPE_CHECKING:
@@ -60,7 +55,6 @@ if TYPE_CHECKING:
 _ENTRY_BYTES: Final = 8
 _TABLE_BYTES_AT_ONCE: Final = 4 << 20
 _CLUSTERS_AT_ONCE: Final = 1 << 20
-_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class SnapshotRemoval:
     @cached_property
     def freed(self) -> Clusters:
         """Clusters that nothing uses any more afterwards, ascending."""
-        found = [_NONE]
+        found = [NO_CLUSTERS]
         for first in range(0, len(self.given_up), _CLUSTERS_AT_ONCE):
             count = min(_CLUSTERS_AT_ONCE, len(self.given_up) - first)
             stored = read_refcounts(self.image, first, count)
@@ -152,7 +146,7 @@ def plan_snapshot_removal(image: Qcow2Image, removed: Collection[int]) -> Snapsh
     staying = [one for at, one in enumerate(listed.snapshots) if at not in removed]
     snapshot_table = _table_of(image, staying)
 
-    known = -(-image.readable.size // header.cluster_size)
+    known = divide_up(image.readable.size, header.cluster_size)
     given_up = np.zeros(known + 1, np.uint32)
     _give_up(given_up, _span(header.snapshots_offset, listed.size, header))
     for snapshot in going:
@@ -274,7 +268,7 @@ def _give_up(given_up: npt.NDArray[np.uint32], clusters: Clusters) -> None:
 
 def _span(offset: int, length: int, header: Header) -> Clusters:
     first = offset // header.cluster_size
-    return np.arange(first, -(-(offset + length) // header.cluster_size), dtype=np.int64)
+    return np.arange(first, divide_up(offset + length, header.cluster_size), dtype=np.int64)
 
 
 # Which flags change
@@ -340,7 +334,7 @@ def _l2_tables(image: Qcow2Image, tables: U64Array) -> Iterator[tuple[U64Array, 
 def _pieces(header: Header, snapshot_table: bytes, l1_entries: int) -> list[int]:
     """Clusters of the new snapshot table and of the new L1 table, those that are needed."""
     lengths = (len(snapshot_table), l1_entries * _ENTRY_BYTES)
-    return [-(-length // header.cluster_size) for length in lengths if length]
+    return [divide_up(length, header.cluster_size) for length in lengths if length]
 
 
 @dataclass(frozen=True, slots=True)

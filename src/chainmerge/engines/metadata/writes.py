@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.engines.metadata.allocation import Clusters, runs_of
+from chainmerge.arithmetic.rounding import round_up
+from chainmerge.qcow2.runs import Clusters, runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +41,7 @@ def gathered(pieces: Iterator[Piece], cluster_size: int) -> Iterator[Write]:
 
 def whole_clusters(data: bytes, cluster_size: int) -> npt.NDArray[np.uint8]:
     """*data*, padded with zeros to whole clusters: uint8[clusters, cluster size]."""
-    padded = data.ljust(-(-len(data) // cluster_size) * cluster_size, b"\0")
+    padded = data.ljust(round_up(len(data), cluster_size), b"\0")
     return np.frombuffer(padded, dtype=np.uint8).reshape(-1, cluster_size)
 
 

@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.chain.view import GuestView, Resolved, joined, layer_of_qcow2
-from chainmerge.engines.metadata.allocation import Runs, runs_of, split_runs
+from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.chain.layers import layer_of_qcow2
+from chainmerge.chain.view import GuestView, Resolved, joined
 from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
 from chainmerge.engines.metadata.bitmap_set import place as place_bitmaps
 from chainmerge.engines.metadata.counting import (
@@ -85,7 +87,8 @@ from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COPIED
 from chainmerge.qcow2.readable import Overlaid
-from chainmerge.qcow2.refcounts import U64Array, read_refcount_table, read_refcounts
+from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts
+from chainmerge.qcow2.runs import Runs, runs_of, split_runs
 from chainmerge.storage.file_space import space_of, united
 from chainmerge.storage.files import FileReadable
 
@@ -506,7 +509,7 @@ def cut_to_image_end(port: Port) -> None:
     """
     image = Qcow2Image(port)
     cluster_size = image.header.cluster_size
-    end = _end_of_use(image, -(-port.size // cluster_size)) * cluster_size
+    end = _end_of_use(image, divide_up(port.size, cluster_size)) * cluster_size
     if end < port.size:
         port.truncate_to(end)
 

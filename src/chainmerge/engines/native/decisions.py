@@ -25,27 +25,30 @@ bit 0 is the cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from chainmerge.arithmetic.arrays import BoolArray, U32Array, U64Array
+from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.header import Header
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
+from chainmerge.qcow2.runs import Clusters
 
 if TYPE_CHECKING:
     from chainmerge.chain.view import Resolved
 
-U64Array: TypeAlias = npt.NDArray[np.uint64]
-Masks: TypeAlias = npt.NDArray[np.uint32]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
-Clusters: TypeAlias = npt.NDArray[np.int64]
-
 _ALL_SUBCLUSTERS = np.uint32(0xFFFF_FFFF)
+
+
 _LOW_WORD = np.uint64(0xFFFF_FFFF)
+
+
 _HIGH_WORD = np.uint64(32)
+
+
 _NO_UNITS = np.uint32(0)
 
 
@@ -74,7 +77,7 @@ class MappedDisk:
     @property
     def clusters_after(self) -> int:
         """Guest clusters after the merge."""
-        return -(-self.size_after // self.header.cluster_size)
+        return divide_up(self.size_after, self.header.cluster_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,9 @@ class Change:
 
     cluster: Clusters
     entry: U64Array
-    copied: Masks
-    data: Masks
-    zero: Masks
+    copied: U32Array
+    data: U32Array
+    zero: U32Array
     fresh: BoolArray
     reused: BoolArray
     released: BoolArray
@@ -139,11 +142,11 @@ class Wishes:
 
     cluster: Clusters
     entry: U64Array
-    old_data: Masks
-    old_zero: Masks
-    written: Masks
-    data: Masks
-    zero: Masks
+    old_data: U32Array
+    old_zero: U32Array
+    written: U32Array
+    data: U32Array
+    zero: U32Array
 
 
 def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishes:
@@ -163,8 +166,8 @@ def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishe
     unit_starts_bare = _bare_units(disk, window)
     reads_as_zeros = old_zero | (unit_starts_bare & ~old_data)
     partly_zero = wants_zeros & leaves_open & ~wants_data
-    written: Masks = wants_data | (partly_zero & ~reads_as_zeros)
-    zeroed: Masks = wants_zeros & ~wants_data & ~leaves_open & ~reads_as_zeros
+    written: U32Array = wants_data | (partly_zero & ~reads_as_zeros)
+    zeroed: U32Array = wants_zeros & ~wants_data & ~leaves_open & ~reads_as_zeros
     zero_after = (old_zero & ~written) | zeroed
     if disk.header.version < 3:
         # No zero clusters: what nothing below shows through is dropped, the rest is written.
@@ -236,7 +239,7 @@ def old_hosts(change: Change) -> U64Array:
 
 def _unit_flags(
     disk: MappedDisk, window: TableWindow, above: Resolved
-) -> tuple[Masks, Masks, Masks]:
+) -> tuple[U32Array, U32Array, U32Array]:
     """Units of which some bytes are data above, zeros above, or open."""
     unit = disk.header.subcluster_size
     origin = window.first * disk.header.cluster_size
@@ -244,7 +247,7 @@ def _unit_flags(
     first = (above.guest.astype(np.int64) - origin) // unit
     end = -((origin - (above.guest + above.length).astype(np.int64)) // unit)
 
-    def masks(chosen: BoolArray) -> Masks:
+    def masks(chosen: BoolArray) -> U32Array:
         return _as_masks(_painted(first[chosen], end[chosen], count), disk.header)
 
     data = (above.kind == Kind.DATA) | (above.kind == Kind.COMPRESSED)
@@ -259,14 +262,14 @@ def _painted(first: Clusters, end: Clusters, count: int) -> BoolArray:
     return painted
 
 
-def _as_masks(flags: BoolArray, header: Header) -> Masks:
+def _as_masks(flags: BoolArray, header: Header) -> U32Array:
     if not header.extended_l2:
         return flags.astype(np.uint32)
     octets = np.packbits(flags.reshape(-1, header.subclusters_per_cluster), 1, "little")
     return octets.view("<u4").astype(np.uint32).reshape(-1)
 
 
-def _old_units(disk: MappedDisk, window: TableWindow) -> tuple[Masks, Masks]:
+def _old_units(disk: MappedDisk, window: TableWindow) -> tuple[U32Array, U32Array]:
     """Units of base that hold data, and those that read as zeros."""
     compressed = window.entries & np.uint64(COMPRESSED) != 0
     if window.subclusters is None:
@@ -288,10 +291,10 @@ def _old_units(disk: MappedDisk, window: TableWindow) -> tuple[Masks, Masks]:
     return data, zeros
 
 
-def _bare_units(disk: MappedDisk, window: TableWindow) -> Masks:
+def _bare_units(disk: MappedDisk, window: TableWindow) -> U32Array:
     """Units at which nothing below base shows."""
     header = disk.header
-    first_bare = -(-disk.backing_end // header.subcluster_size)
+    first_bare = divide_up(disk.backing_end, header.subcluster_size)
     first_bare -= window.first * header.subclusters_per_cluster
     count = len(window.entries) * header.subclusters_per_cluster
     return _as_masks(np.arange(count) >= first_bare, header)

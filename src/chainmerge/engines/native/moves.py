@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.arrays import BoolArray, I32Array, U64Array
 from chainmerge.chain.view import NO_LAYER, Resolved, joined
 from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.storage.transfer.copying import Produced, Stretch
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from chainmerge.chain.view import GuestView
     from chainmerge.engines.native.decisions import Change
     from chainmerge.qcow2.header import Header
-
-U64Array: TypeAlias = npt.NDArray[np.uint64]
-I32Array: TypeAlias = npt.NDArray[np.int32]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _UNPACKED_CLUSTERS = 64
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined, layer_of_raw
+from chainmerge.chain.layers import layer_of_raw
+from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.steps import StepName
 from chainmerge.engines.native.errors import MergeNotWritten, reason_of
@@ -22,11 +23,12 @@ from chainmerge.engines.native.moves import Segments, by_source, items_of, moves
 from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.errors import Failed, Refused
 from chainmerge.qcow2.extents import Kind, distinct
-from chainmerge.storage.file_space import ByteRanges, I64Array, united
+from chainmerge.storage.file_space import ByteRanges, united
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from chainmerge.arithmetic.arrays import I64Array
     from chainmerge.engines.metadata.steps import Port
     from chainmerge.engines.native.moves import Moves
     from chainmerge.storage.transfer.copying import Transfer

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.engines.metadata.allocation import (
-    Allocation,
-    Clusters,
-    Demand,
-    FreeSpace,
-    Runs,
-    allocate,
-    joined_runs,
-    runs_of,
-    split_runs,
-)
+from chainmerge.arithmetic.rounding import divide_up, round_up
+from chainmerge.engines.metadata.allocation import Allocation, Demand, FreeSpace, allocate
 from chainmerge.engines.metadata.bitmap_set import BitmapSetLayout, lay_out
 from chainmerge.engines.metadata.old_tree import bitmap_clusters, refcount_table_clusters
 from chainmerge.engines.metadata.replacement import names_kept
@@ -40,13 +31,14 @@ from chainmerge.engines.native.windows import (
 from chainmerge.options import Placement
 from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
+from chainmerge.qcow2.runs import Clusters, Runs, joined_runs, runs_of, split_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.chain.view import GuestView, Resolved
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
-    from chainmerge.engines.native.decisions import U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
 
@@ -129,18 +121,18 @@ def need_of_data(header: Header, window: Resolved) -> MappingNeed:
     As :func:`~chainmerge.engines.native.decisions.find_wishes` finds it out cluster by cluster.
     """
     length = window.end - window.start
-    clusters = -(-length // header.cluster_size)
+    clusters = divide_up(length, header.cluster_size)
     return MappingNeed(
         data=clusters,
-        tables=-(-clusters // header.l2_entries),
-        written=-(-length // header.subcluster_size) * header.subcluster_size,
+        tables=divide_up(clusters, header.l2_entries),
+        written=round_up(length, header.subcluster_size),
         unpacked=_clusters_of(header, window.length[window.kind == Kind.COMPRESSED]),
     )
 
 
 def _clusters_of(header: Header, lengths: U64Array) -> int:
     """Clusters that runs of so many bytes reach into at most."""
-    return int((-(-lengths.astype(np.int64) // header.cluster_size)).sum())
+    return int(divide_up(lengths.astype(np.int64), header.cluster_size).sum())
 
 
 def tables_of(change: Change, l2_entries: int) -> Clusters:
@@ -199,7 +191,7 @@ def released_clusters(
 
 
 def _span(offset: int, length: int, cluster_size: int) -> Runs:
-    first, end = offset // cluster_size, -(-(offset + length) // cluster_size)
+    first, end = offset // cluster_size, divide_up(offset + length, cluster_size)
     return Runs(np.array([first], dtype=np.int64), np.array([end - first], dtype=np.int64))
 
 
@@ -325,7 +317,7 @@ def new_tree(
         BitmapSetUnfit: base cannot hold these bitmaps.
     """
     header = disk.header
-    wanted = max(header.l1_size, -(-disk.clusters_after // header.l2_entries))
+    wanted = max(header.l1_size, divide_up(disk.clusters_after, header.l2_entries))
     renewed = mapping.tables > 0 or wanted > header.l1_size
     resized = replace(header, virtual_size=disk.size_after)
     layout = lay_out(name, resized, bitmaps) if bitmaps is not None else None

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.view import NO_LAYER, Resolved, joined
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
@@ -18,17 +18,19 @@ from chainmerge.qcow2.mapping import OFFSET_MASK
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.arithmetic.arrays import I64Array, U64Array
     from chainmerge.chain.view import GuestView
-    from chainmerge.engines.native.decisions import Clusters, MappedDisk, U64Array
+    from chainmerge.engines.native.decisions import MappedDisk
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.runs import Clusters
 
 # Arrays of a word for each stay in the caches, and below the size from which every one of them
 # would be new pages from the kernel.
 _CLUSTERS_AT_ONCE = 1 << 15
-_WORD = 8
 
-Indexes: TypeAlias = npt.NDArray[np.int64]
+
+_WORD = 8
 
 
 def window_bytes(header: Header) -> int:
@@ -48,10 +50,12 @@ def changed_windows(above: GuestView, disk: MappedDisk) -> Iterator[Resolved]:
     return (window for window in _cut(parts, window_bytes(disk.header)) if _says_anything(window))
 
 
-def tables_in(disk: MappedDisk, window: Resolved) -> Indexes:
+def tables_in(disk: MappedDisk, window: Resolved) -> I64Array:
     """L1 indexes of the tables of base that map a window."""
     table_bytes = disk.header.l2_entries * disk.header.cluster_size
-    return np.arange(window.start // table_bytes, -(-window.end // table_bytes), dtype=np.int64)
+    return np.arange(
+        window.start // table_bytes, divide_up(window.end, table_bytes), dtype=np.int64
+    )
 
 
 def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
@@ -61,7 +65,7 @@ def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
     first = first_table * header.l2_entries
     tables = window_bytes(header) // (header.l2_entries * header.cluster_size)
     clusters = min(tables * header.l2_entries, disk.clusters_after - first)
-    tables = -(-clusters // header.l2_entries)
+    tables = divide_up(clusters, header.l2_entries)
     words = read_tables(image, np.arange(first_table, first_table + tables)).reshape(-1)
     if not header.extended_l2:
         return TableWindow(first, words[:clusters], None)

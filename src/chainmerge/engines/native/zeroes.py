@@ -9,20 +9,19 @@ only done when asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
 from chainmerge.qcow2.extents import Extents, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chainmerge.chain.view import Layer
-
-U64Array: TypeAlias = npt.NDArray[np.uint64]
+    from chainmerge.chain.layers import Layer
 
 _READ_BYTES = 4 << 20
 
@@ -57,10 +56,10 @@ def find_zeroes(view: GuestView, unit: int, before_each_read: Callable[[], None]
             layer = view.layers[int(runs.layer[index])]
             guest, host = int(runs.guest[index]), int(runs.host[index])
             end = guest + int(runs.length[index])
-            first = -(-guest // unit) * unit
+            first = round_up(guest, unit)
             if end == view.virtual_size:
                 # The last unit need not be a whole one.
-                end = -(-end // unit) * unit
+                end = round_up(end, unit)
             whole = max(0, (end - first) // unit * unit)
             place = host + first - guest
             starts.extend(_zero_units(layer, first, place, whole, unit, before_each_read))

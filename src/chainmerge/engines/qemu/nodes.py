@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from chainmerge.engines.qemu.errors import CommandRefused
+from chainmerge.engines.qemu.granules import may_detect_zeroes
 from chainmerge.qcow2.header import parse_header
-from chainmerge.space import may_detect_zeroes
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from chainmerge.documents.merge import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.convergence import Remedy
 from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
@@ -37,9 +37,9 @@ from chainmerge.live.port import JobPhase, JobState
 from chainmerge.live.sequence import lost
 from chainmerge.live.settling import Settled, forget
 from chainmerge.live.situation import Place, place_of
-from chainmerge.merging.job import volume_at
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveState, save_live_journal
+from chainmerge.storage.volumes import volume_at
 
 SECONDS_BETWEEN_LOOKS: Final = 0.25
 # With the guest suspended only what it had written already is to be copied.

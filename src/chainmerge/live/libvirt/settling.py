@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.documents.merge import BitmapResult, ProgressEvent, Stage
+from chainmerge.documents.bitmaps import BitmapResult
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.live.errors import LiveVerificationFailed
 from chainmerge.live.settling import (
     Settled,

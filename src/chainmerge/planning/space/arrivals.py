@@ -23,26 +23,28 @@ QEMU 7.2 (block/mirror.c, block/io.c, block/qcow2-cluster.c), the same in 10.0:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from chainmerge.planning.space.clusters import Clusters, Runs
+from chainmerge.arithmetic.arrays import BoolArray, U64Array
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.engines.qemu.granules import MAX_GRANULE, MIN_GRANULE, may_detect_zeroes
 from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.qcow2.header import MAX_L1_BYTES, Header
 from chainmerge.qcow2.mapping import COPIED, Kind
+from chainmerge.qcow2.runs import Clusters, Runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-U64Array: TypeAlias = npt.NDArray[np.uint64]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
-
 L1_ENTRY_BYTES = 8
-MIN_GRANULE = 4 << 10
-MAX_GRANULE = 64 << 10
+
+
 COPY_BYTES = 1 << 20
+
+
 ZERO_COPY_BYTES = 16 << 20
 
 
@@ -128,12 +130,7 @@ class BaseFacts:
         return self.backing_size is not None and size < min(top_size, self.backing_size)
 
 
-def may_detect_zeroes(cluster_size: int) -> bool:
-    """Whether all writes to one cluster of *cluster_size* bytes are part of one request."""
-    return cluster_size <= MAX_GRANULE
-
-
-def growth_obstacle(base: BaseFacts, top_size: int) -> CannotGrowBase | None:
+def qemu_growth_obstacle(base: BaseFacts, top_size: int) -> CannotGrowBase | None:
     """Why QEMU cannot make base's disk as large as *top_size* bytes; None if it can or need not."""
     header = base.header
     if top_size <= header.virtual_size:
@@ -150,7 +147,7 @@ def growth_obstacle(base: BaseFacts, top_size: int) -> CannotGrowBase | None:
 
 def l1_entries(header: Header, virtual_size: int) -> int:
     """Entries of the L1 table that a disk of *virtual_size* bytes takes."""
-    return -(-virtual_size // (header.cluster_size * header.l2_entries))
+    return divide_up(virtual_size, header.cluster_size * header.l2_entries)
 
 
 def count_arrivals(
@@ -174,7 +171,7 @@ def count_arrivals(
     Raises:
         CannotGrowBase: base cannot take it, whatever the space.
     """
-    obstacle = growth_obstacle(base, top_size)
+    obstacle = qemu_growth_obstacle(base, top_size)
     if obstacle is not None:
         raise obstacle
     header = base.header
@@ -196,7 +193,10 @@ def count_arrivals(
         clusters, likely = clusters + data + zeros, likely + data
     if base.uncovers_backing(top_size):
         # Zeros go over all of the new area. An old end inside a cluster is padded with data.
-        first, end = header.virtual_size // header.cluster_size, -(-top_size // header.cluster_size)
+        first, end = (
+            header.virtual_size // header.cluster_size,
+            divide_up(top_size, header.cluster_size),
+        )
         tables.touch(np.array([first]), np.array([end]))
         padded = int(header.virtual_size % header.subcluster_size != 0)
         clusters, likely = clusters + padded, likely + padded
@@ -245,11 +245,11 @@ class _Arriving:
 def _arriving(base: BaseFacts, moved: Iterable[MappedRuns], top_size: int) -> Iterator[_Arriving]:
     unit, cluster_size = base.unit, base.header.cluster_size
     scale = unit // cluster_size
-    last = -(-top_size // cluster_size)
+    last = divide_up(top_size, cluster_size)
     covered = 0
     for runs in _long_runs(moved, top_size):
-        first, behind = runs.start // unit, -(-runs.end // unit)
-        whole_first, whole_behind = -(-runs.start // unit), runs.end // unit
+        first, behind = runs.start // unit, divide_up(runs.end, unit)
+        whole_first, whole_behind = divide_up(runs.start, unit), runs.end // unit
         # All units of a run of data are data; of a run of zeros only those that it shares.
         head_behind = np.where(runs.zero, whole_first, behind)
         tail_first = np.where(runs.zero, whole_behind, behind)
@@ -358,7 +358,7 @@ def _standing(header: Header, present: Iterable[MappedRuns]) -> Iterator[_Standi
             continue
         stands = (window.kind == Kind.DATA) | (window.kind == Kind.ZERO_ALLOCATED)
         guest = window.guest[stands].astype(np.int64)
-        end = -(-(guest + window.length[stands].astype(np.int64)) // cluster_size)
+        end = divide_up(guest + window.length[stands].astype(np.int64), cluster_size)
         start = guest // cluster_size
         host = window.host[stands].astype(np.int64) // cluster_size
         # Several subclusters of one cluster give the same range of clusters.
@@ -368,7 +368,10 @@ def _standing(header: Header, present: Iterable[MappedRuns]) -> Iterator[_Standi
         left = start + skipped < end
         behind = int(window.guest[-1]) + int(window.length[-1])
         yield _Standing(
-            (start + skipped)[left], end[left], (host + skipped)[left], -(-behind // cluster_size)
+            (start + skipped)[left],
+            end[left],
+            (host + skipped)[left],
+            divide_up(behind, cluster_size),
         )
 
 

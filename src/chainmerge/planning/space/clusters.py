@@ -5,46 +5,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs, runs_where
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-Clusters: TypeAlias = npt.NDArray[np.int64]
-"""Cluster numbers (file offset / cluster size), or counts of clusters."""
-
 TABLE_ENTRY_BYTES = 8
+
+
 MAX_RUNS = 1 << 20
+
+
 # Host offsets have 56 bits (specification, "Standard Cluster Descriptor").
 _MAX_FILE_BYTES = 1 << 56
-
-
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Runs of clusters: arrays of equal length, ascending, neither touching nor overlapping."""
-
-    start: Clusters
-    length: Clusters
-
-    @property
-    def total(self) -> int:
-        """Number of clusters in all runs."""
-        return int(self.length.sum())
-
-    @property
-    def end(self) -> Clusters:
-        """The cluster behind each run."""
-        return self.start + self.length
-
-
-def _no_clusters() -> Clusters:
-    return np.zeros(0, dtype=np.int64)
-
-
-NO_RUNS = Runs(_no_clusters(), _no_clusters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +68,7 @@ class HostLayout:
 
     def missing_blocks(self, end: int) -> int:
         """Refcount blocks that there are not yet for the clusters below *end*."""
-        count = -(-end // self.per_block)
+        count = divide_up(end, self.per_block)
         return count - int(np.count_nonzero(self.blocks[:count]))
 
 
@@ -113,19 +92,13 @@ def layout_of(
         used = np.flatnonzero(refcounts)
         if len(used):
             end = first + int(used[-1]) + 1
-        free = _bounded_from_below(united(free, _runs_where(refcounts == 0, first)))
-        shared = _bounded_from_above(united(shared, _runs_where(refcounts > 1, first)))
+        free = _bounded_from_below(joined_runs([free, runs_where(refcounts == 0, first)]))
+        shared = _bounded_from_above(joined_runs([shared, runs_where(refcounts > 1, first)]))
         first += len(refcounts)
     below = free.start < end
     return HostLayout(
         cluster_size, per_block, end, Runs(free.start[below], free.length[below]), shared, blocks
     )
-
-
-def _runs_where(condition: npt.NDArray[np.bool_], first: int) -> Runs:
-    padded = np.concatenate(([False], condition, [False]))
-    edges = np.flatnonzero(padded[1:] != padded[:-1]).astype(np.int64)
-    return Runs(edges[0::2] + first, edges[1::2] - edges[0::2])
 
 
 def _bounded_from_below(runs: Runs) -> Runs:
@@ -145,22 +118,9 @@ def _bounded_from_above(runs: Runs) -> Runs:
     return Runs(np.array([first]), np.array([int(runs.end[-1]) - first]))
 
 
-def united(*several: Runs) -> Runs:
-    """All clusters of the given runs."""
-    start = np.concatenate([runs.start for runs in several])
-    order = np.argsort(start, kind="stable")
-    start = start[order]
-    end = np.maximum.accumulate(np.concatenate([runs.end for runs in several])[order])
-    if not len(start):
-        return NO_RUNS
-    heads = np.flatnonzero(np.concatenate(([True], start[1:] > end[:-1])))
-    tails = np.append(heads[1:], len(start)) - 1
-    return Runs(start[heads], end[tails] - start[heads])
-
-
 def release(layout: HostLayout, given_back: Runs) -> HostLayout:
     """The layout when *given_back*, which is in use, is free again."""
-    free = united(layout.free, given_back)
+    free = joined_runs([layout.free, given_back])
     end = layout.end
     if len(free.start) and int(free.end[-1]) == end:
         end = int(free.start[-1])
@@ -189,7 +149,7 @@ def place(layout: HostLayout, pieces: Sequence[int], singles: int) -> tuple[Host
         described[: len(layout.blocks)] = layout.blocks
         missing = int(np.count_nonzero(touched & ~described[: len(touched)]))
         if len(touched) > entries:
-            table = -(-len(touched) // layout.per_table_cluster)
+            table = divide_up(len(touched), layout.per_table_cluster)
             entries = table * layout.per_table_cluster
         elif missing > blocks:
             blocks = missing
@@ -217,7 +177,7 @@ def _first_fit(layout: HostLayout, pieces: Sequence[int], singles: int) -> tuple
         chosen = np.flatnonzero(used)
         taken.append(Runs(start[chosen], used[chosen]))
         start, length = start + used, length - used
-    return Runs(start, length), united(*taken)
+    return Runs(start, length), joined_runs([*taken])
 
 
 def _touched_blocks(taken: Runs, per_block: int) -> npt.NDArray[np.bool_]:

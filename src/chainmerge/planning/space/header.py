@@ -6,17 +6,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from chainmerge.bitmaps.sets import result_set
 from chainmerge.engines.metadata.errors import BackingNameUnfit, HeaderFull
 from chainmerge.engines.metadata.header import compose_header, content_of
 from chainmerge.options import Direction
-from chainmerge.planning.plan import new_backing
-from chainmerge.planning.space.native import result_set
-from chainmerge.qcow2.header import BitmapsExtension
+from chainmerge.planning.aftermath import new_backing
+from chainmerge.qcow2.features import BitmapsExtension
 
 if TYPE_CHECKING:
-    from chainmerge.chain.target import BitmapFacts, OpenImage
+    from chainmerge.bitmaps.gathering import BitmapFacts
+    from chainmerge.chain.opening import OpenImage
     from chainmerge.errors import ChainmergeError
-    from chainmerge.planning.plan import MergeFacts
+    from chainmerge.planning.facts import MergeFacts
 
 
 def header_obstacle(

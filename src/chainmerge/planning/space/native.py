@@ -1,193 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the native engine would make of a chain: whether it can, and what base needs for it."""
+"""What base needs for a merge by the native engine: exactly, table by table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chainmerge.bitmaps.rules import BitmapState, Fate
-from chainmerge.bitmaps.sets import final_set, lasting_set, stand_ins
-from chainmerge.bitmaps.stored import state_of
-from chainmerge.engines.metadata import AnyBitmap, KeptBitmap, kept_where_unchanged, names_kept
-from chainmerge.engines.metadata.allocation import (
-    Demand,
-    FreeSpace,
-    allocate,
-    counted_free_space,
-)
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.bitmaps.sets import bitmaps_to_store, bitmaps_without_stale
+from chainmerge.engines.metadata.allocation import Demand, FreeSpace, allocate, counted_free_space
 from chainmerge.engines.metadata.bitmap_set import lay_out
 from chainmerge.engines.metadata.counting import table_with_new_blocks
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
-from chainmerge.engines.native import (
-    MappedDisk,
+from chainmerge.engines.metadata.replacement import names_kept
+from chainmerge.engines.native.commit import merged_layers
+from chainmerge.engines.native.decisions import MappedDisk
+from chainmerge.engines.native.survey import (
     MappingNeed,
     NewTree,
     PlacedTree,
-    ViewWithZeroes,
-    ZeroRanges,
-    find_zeroes,
-    merged_layers,
     new_tree,
     place_tree,
     released_clusters,
     survey_mapping,
 )
-from chainmerge.errors import ChainmergeError, Interrupted
-from chainmerge.merging.verifying import bitmap_difference
-from chainmerge.options import Direction, EngineChoice, Placement
-from chainmerge.planning.encryption import has_encrypted
-from chainmerge.planning.errors import NativeUnavailable, PullUnavailable
-from chainmerge.planning.plan import EngineName, SpaceFacts
+from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
+from chainmerge.options import Direction, Placement
+from chainmerge.planning.choices import shares_extents
+from chainmerge.planning.facts import SpaceFacts
 from chainmerge.planning.space.errors import CannotGrowBase
-from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.header import MAX_L1_BYTES
 from chainmerge.qcow2.references import ReferenceCounts
 from chainmerge.storage.file_space import FileSpace, space_of, united
 from chainmerge.storage.locks import AnyFile
-from chainmerge.storage.transfer.copying import can_reflink
 
 if TYPE_CHECKING:
-    from chainmerge.chain import Chain
-    from chainmerge.chain.target import BitmapFacts, OpenChain, Target, Volumes
-    from chainmerge.engines.metadata import SnapshotRemoval, StoredBitmap
-    from chainmerge.options import MergeOptions
+    from chainmerge.bitmaps.gathering import BitmapFacts
+    from chainmerge.chain.opening import OpenChain
+    from chainmerge.chain.target import Target
+    from chainmerge.engines.metadata.snapshot_removal import SnapshotRemoval
     from chainmerge.qcow2.image import Qcow2Image
 
 _L1_ENTRY_BYTES = 8
+
+
 _WINDOW = 1 << 20
-# Of the file systems that share blocks; larger ones are rare.
-_BLOCK = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class EngineChosen:
-    """Who writes, and why; with *obstacle* if nobody can as it was asked for."""
-
-    engine: EngineName
-    reason: str
-    obstacle: ChainmergeError | None = None
-
-
-def choose_engine(
-    target: Target, opened: OpenChain, wanted: EngineChoice, direction: Direction
-) -> EngineChosen:
-    """Who writes guest data: the native engine wherever it can."""
-    base = opened.images[target.result_index(direction)]
-    if direction is Direction.PULL:
-        return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
-    reason = _native_obstacle(target.chain, base.image)
-    if wanted == "qemu":
-        return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as asked for")
-    if reason is None:
-        return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
-    obstacle = NativeUnavailable(str(target.base.path), reason) if wanted == "native" else None
-    return EngineChosen(EngineName.QEMU, f"qemu-storage-daemon copies, because {reason}", obstacle)
-
-
-def _native_obstacle(chain: Chain, base: Qcow2Image | None) -> str | None:
-    if has_encrypted(chain):
-        return "images are encrypted, and QEMU has what it takes to read them"
-    if base is None:
-        return None
-    if base.header.external_data_file:
-        return "base's guest data is in an external data file"
-    return None
-
-
-def _native_reason(base: Qcow2Image | None) -> str:
-    if base is None:
-        return "data is written straight into the raw image, below top, which hides it until then"
-    return "everything new goes to free clusters, and one sector switches base to it"
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionChosen:
-    """Which way the merge goes, and why a pull cannot; with *obstacle* if one was asked for."""
-
-    direction: Direction
-    pull_obstacle: str | None
-    obstacle: ChainmergeError | None = None
-
-
-def choose_direction(
-    target: Target, opened: OpenChain, volumes: Volumes, options: MergeOptions
-) -> DirectionChosen:
-    """Which way the merge goes.
-
-    By itself a merge is a commit: what else uses base's or top's name relies on that. Where
-    top's name is to be kept, both ways have the result there, and the one that moves less is
-    taken.
-    """
-    reason = _pull_obstacle(target.chain, opened.images[-1].image, options)
-    if options.direction == "pull":
-        obstacle = None
-        if reason is not None:
-            obstacle = PullUnavailable(str(target.base.path), str(target.chain.top.path), reason)
-        return DirectionChosen(Direction.PULL, reason, obstacle)
-    commit_bytes = volumes.data + volumes.zero + volumes.compressed
-    cheaper = reason is None and volumes.pull < commit_bytes
-    can_go = not options.delete or _is_free(target)
-    if options.direction == "auto" and options.keep_name and cheaper and can_go:
-        return DirectionChosen(Direction.PULL, None)
-    return DirectionChosen(Direction.COMMIT, reason)
-
-
-def _is_free(target: Target) -> bool:
-    """Whether base can go once top has what it holds."""
-    base, relatives = target.base, target.relatives
-    holds_snapshots = base.header is not None and base.header.snapshot_count
-    others = relatives.siblings or relatives.middle_children
-    return not (others or holds_snapshots or base.is_block_device)
-
-
-def _pull_obstacle(chain: Chain, top: Qcow2Image | None, options: MergeOptions) -> str | None:
-    if options.engine == "qemu":
-        return "the qemu engine commits only"
-    if has_encrypted(chain):
-        return "images are encrypted, and the qemu engine commits only"
-    if top is None or top.header.external_data_file:
-        return "the native engine does not write into top"
-    return None
-
-
-def shares_extents(opened: OpenChain, base_index: int, direction: Direction) -> bool:
-    """Whether the file system lets the result share all data that moves."""
-    pulls = direction is Direction.PULL
-    written = opened.images[-1 if pulls else base_index]
-    result = written.readable
-    merged = opened.images[base_index:-1] if pulls else opened.images[base_index + 1 :]
-    sources = [image.layer.source for image in merged]
-    # Smaller clusters are no whole blocks of the file system, and are copied.
-    mapped = [image for image in (written, *merged) if image.image is not None]
-    if any(image.layer.cluster_size < _BLOCK for image in mapped) or not isinstance(
-        result, AnyFile
-    ):
-        return False
-    return all(isinstance(one, AnyFile) and can_reflink(one, result) for one in sources)
-
-
-def look_for_zeroes(
-    target: Target, opened: OpenChain, direction: Direction, should_stop: Callable[[], bool]
-) -> ZeroRanges | None:
-    """What of the data that moves is zeros; None for a raw image, which has no zero clusters.
-
-    Raises:
-        Interrupted: *should_stop* said yes.
-    """
-
-    def before_each_read() -> None:
-        if should_stop():
-            raise Interrupted("nothing was written")
-
-    image = opened.images[target.result_index(direction)].image
-    if image is None:
-        return None
-    merged = merged_layers(opened.view(), target.base_index, direction)
-    return find_zeroes(merged, image.header.subcluster_size, before_each_read)
 
 
 def mapped_disk(target: Target, image: Qcow2Image, direction: Direction) -> MappedDisk:
@@ -204,51 +64,7 @@ def mapped_disk(target: Target, image: Qcow2Image, direction: Direction) -> Mapp
     )
 
 
-def result_set(
-    bitmaps: BitmapFacts, size_after: int, direction: Direction
-) -> tuple[StoredBitmap, ...]:
-    """The bitmaps that the result has in the end, as long as top exists."""
-    if direction is Direction.PULL:
-        return lasting_set(bitmaps, size_after)
-    return final_set(bitmaps, size_after)
-
-
-def bitmaps_to_store(
-    image: Qcow2Image, bitmaps: BitmapFacts, disk: MappedDisk
-) -> Sequence[AnyBitmap] | None:
-    """The set that the result gets; None where it has it already."""
-    if image.header.version < 3:
-        return None
-    final = result_set(bitmaps, disk.size_after, disk.direction)
-    if bitmap_difference(image, final) is None:
-        return None
-    return kept_where_unchanged(image, final)
-
-
-def bitmaps_without_stale(
-    image: Qcow2Image, bitmaps: BitmapFacts, direction: Direction
-) -> Sequence[AnyBitmap] | None:
-    """The set of base's bitmaps once those are out of it that the merge does not keep.
-
-    What is kept stays as it is, and tombstones stand where they must. None where nothing can
-    be taken out.
-    """
-    if image.header.version < 3 or direction is Direction.PULL:
-        return None
-    kept = {d.name for d in bitmaps.decisions if d.fate is Fate.KEEP}
-    guards = {one.name: one for one in stand_ins(bitmaps, image.header.virtual_size)}
-    remaining: list[AnyBitmap] = []
-    entries = read_directory(image)
-    for entry in entries:
-        state = state_of(image, entry)
-        if entry.name in kept and state is BitmapState.VALID:
-            remaining.append(KeptBitmap(entry))
-        elif entry.name in guards:
-            remaining.append(guards[entry.name])
-    return remaining if len(remaining) < len(entries) else None
-
-
-def growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase | None:
+def native_growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase | None:
     """Why base's disk cannot become as large; None if it can or need not."""
     header = image.header
     if size_after <= header.virtual_size:
@@ -256,7 +72,7 @@ def growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase | None
     if header.version < 3 and header.snapshot_count:
         reason = "its internal snapshots, in an image of version 2, do not say how large they are"
         return CannotGrowBase(image.name, size_after, reason)
-    entries = -(-size_after // (header.cluster_size * header.l2_entries))
+    entries = divide_up(size_after, header.cluster_size * header.l2_entries)
     if entries * _L1_ENTRY_BYTES > MAX_L1_BYTES:
         reason = f"the first-level table would be larger than {MAX_L1_BYTES} bytes"
         return CannotGrowBase(image.name, size_after, reason)

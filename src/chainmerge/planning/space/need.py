@@ -35,16 +35,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chainmerge.planning.space.arrivals import (
-    L1_ENTRY_BYTES,
-    Arrivals,
-    l1_entries,
-    may_detect_zeroes,
-)
-from chainmerge.planning.space.clusters import HostLayout, Runs, place, release
+from chainmerge.arithmetic.rounding import divide_up, round_up
+from chainmerge.engines.qemu.granules import may_detect_zeroes
+from chainmerge.planning.space.arrivals import L1_ENTRY_BYTES, Arrivals, l1_entries
+from chainmerge.planning.space.clusters import HostLayout, place, release
 from chainmerge.qcow2.bitmaps import TABLE_ENTRY_SIZE, directory_entry_size
 from chainmerge.qcow2.bits import packed_size
 from chainmerge.qcow2.header import Header
+from chainmerge.qcow2.runs import Runs
 
 SECTOR = 512
 
@@ -111,7 +109,7 @@ class SpaceNeed:
 
 def raw_space_need(size: int, virtual_size_after: int) -> SpaceNeed:
     """The need of a raw base of *size* bytes: the guest's disk, byte for byte."""
-    after = max(size, -(-virtual_size_after // SECTOR) * SECTOR)
+    after = max(size, round_up(virtual_size_after, SECTOR))
     return SpaceNeed(size, size, after, after, {"used": size, "data": after - size})
 
 
@@ -237,7 +235,7 @@ def _bound(layout: HostLayout, header: Header, steps: Sequence[_Requests]) -> _B
             # Our own writer replaces the table where it cannot link a block into the old one.
             extra += header.refcount_table_clusters
         end = max(_end(layout, steps, extra + gaps), area_end)
-        if -(-end // layout.per_block) > entries:
+        if divide_up(end, layout.per_block) > entries:
             area = _refcount_area(layout, entries, largest)
             entries, areas, area_end = area.entries, areas + area.clusters, area.end
         elif layout.missing_blocks(end) > blocks:
@@ -299,4 +297,4 @@ def _refcounts_for(clusters: int, per_block: int, per_table_cluster: int) -> tup
 
 def _clusters(amount: int, size: int) -> int:
     """How many pieces of *size* an amount takes."""
-    return -(-amount // size)
+    return divide_up(amount, size)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from chainmerge.storage.transfer.direct import ALIGNMENT, DirectFile, round_up
+from chainmerge.arithmetic.rounding import round_up
+from chainmerge.storage.transfer.direct import ALIGNMENT, DirectFile
 from chainmerge.storage.transfer.pieces import ByteSource, Produced, produced_by
 from chainmerge.storage.transfer.readback import Checksum
 

@@ -12,6 +12,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.arithmetic.rounding import round_up
 from chainmerge.storage import block
 from chainmerge.storage.errors import ReadFailed, WriteFailed, reason_of
 from chainmerge.storage.files import open_clear_of_streams, write_error
@@ -26,11 +27,6 @@ ALIGNMENT: Final = 4096
 
 # The kernel's limit for a file offset (loff_t).
 _MAX_OFFSET: Final = (1 << 63) - 1
-
-
-def round_up(value: int, unit: int) -> int:
-    """The smallest multiple of *unit* that is not below *value*."""
-    return -(-value // unit) * unit
 
 
 def aligned_buffer(length: int) -> memoryview:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bitmaps of an image or a chain, and what became of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapResult:
+    """A bitmap of base as it was read back from the closed image.
+
+    Attributes:
+        name: The bitmap's name.
+        state: ``valid``, ``disabled`` or ``in-use``.
+        granularity: Guest bytes that one bit stands for.
+        dirty_bytes: Guest bytes that are marked dirty, None where the content is worthless, and
+            where it is in the memory of a VM that does not tell.
+        tombstone: Whether the name only keeps images above from passing the chain test.
+    """
+
+    name: str
+    state: str
+    granularity: int
+    dirty_bytes: int | None
+    tombstone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRow:
+    """One bitmap in one image.
+
+    Attributes:
+        image: The path of the image that holds it.
+        name: The bitmap's name.
+        state: ``valid``, ``disabled`` or ``in-use``.
+        granularity: Guest bytes that one bit stands for.
+        dirty_bytes: Guest bytes marked dirty, None where the content is worthless.
+        tombstone: Whether the name only keeps images above from passing the chain test.
+    """
+
+    image: str
+    name: str
+    state: str
+    granularity: int
+    dirty_bytes: int | None
+    tombstone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapVerdict:
+    """Whether a checkpoint can still serve a backup read from the chain's top end.
+
+    Attributes:
+        name: The bitmap's name.
+        passes: Whether it passes the chain test.
+        reason: Why, in words.
+    """
+
+    name: str
+    passes: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapListing:
+    """Every bitmap of a chain, top end first, and the verdict on every name."""
+
+    version: int
+    image: str
+    rows: tuple[BitmapRow, ...]
+    verdicts: tuple[BitmapVerdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapChange:
+    """What ``bitmaps add``, ``remove``, ``clear`` or ``merge`` changed in one image.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        action: ``add``, ``remove``, ``clear`` or ``merge``.
+        names: The bitmaps that were added, removed or written to.
+        bitmaps: The image's bitmaps afterwards, re-read from the closed image.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    image: str
+    action: str
+    names: tuple[str, ...]
+    bitmaps: tuple[BitmapResult, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedBitmap:
+    """A bitmap that was removed from an image, or replaced by a tombstone, and why."""
+
+    image: str
+    name: str
+    state: str
+    tombstone: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What ``bitmaps prune`` did.
+
+    Attributes:
+        version: Version of this document.
+        base: The lowest image that was looked at.
+        top: The highest image that was looked at.
+        removed: What was removed or replaced by a tombstone, in the order of removal.
+        kept: Names that were left as they are.
+        tombstones: Names of which a tombstone is left, because an image above has them.
+    """
+
+    version: int
+    base: str
+    top: str
+    removed: tuple[PrunedBitmap, ...]
+    kept: tuple[str, ...]
+    tombstones: tuple[str, ...]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge of several disks would do, and did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from chainmerge.documents.merge import MergeReport
+from chainmerge.documents.plan import Finding, MergePlan
+from chainmerge.errors import ChainmergeError, ExitCode, OutcomeUnknown
+
+
+class DiskOutcome(StrEnum):
+    """What became of one of several disks."""
+
+    MERGED = "merged"
+    ALREADY_MERGED = "already-merged"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+    INTERRUPTED = "interrupted"
+    NOT_BEGUN = "not-begun"
+
+    @classmethod
+    def of(cls, error: ChainmergeError) -> DiskOutcome:
+        """What an error leaves."""
+        return cls.UNKNOWN if isinstance(error, OutcomeUnknown) else cls.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class DiskError:
+    """Why a disk was not merged.
+
+    Attributes:
+        code: The error's code, for ``chainmerge explain``.
+        message: What is wrong, and what the disk holds now.
+        hint: What to do about it.
+    """
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReport:
+    """What became of one of several disks.
+
+    Attributes:
+        top: The overlay.
+        base: The image that it was to be merged into.
+        outcome: ``merged`` and ``already-merged`` (by an earlier run) are verified; ``failed``;
+            ``unknown``; ``interrupted``; ``not-begun``.
+        report: What the merge did, None where it did not come to its end.
+        error: Why it did not.
+    """
+
+    top: str
+    base: str
+    outcome: DiskOutcome
+    report: MergeReport | None = None
+    error: DiskError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the disk is merged."""
+        return self.outcome in (DiskOutcome.MERGED, DiskOutcome.ALREADY_MERGED)
+
+
+@dataclass(frozen=True, slots=True)
+class DisksReport:
+    """What a merge of several disks did.
+
+    Attributes:
+        version: Version of this document.
+        disks: What became of each, in the order in which they were named.
+    """
+
+    version: int
+    disks: tuple[DiskReport, ...]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0 if all are merged; else that of the worst that happened to any."""
+        outcomes = {disk.outcome for disk in self.disks}
+        for outcome, code in (
+            (DiskOutcome.UNKNOWN, ExitCode.UNKNOWN),
+            (DiskOutcome.FAILED, ExitCode.FAILED),
+            (DiskOutcome.INTERRUPTED, ExitCode.INTERRUPTED),
+        ):
+            if outcome in outcomes:
+                return code
+        return ExitCode.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class DisksPlan:
+    """What a merge of several disks would do.
+
+    Attributes:
+        version: Version of this document.
+        disks: The plan of each, in the order in which they were named; space that several take
+            from one file system or volume group is counted for all of them together.
+        refusals: What keeps the disks from being merged together, besides what is in their plans.
+    """
+
+    version: int
+    disks: tuple[MergePlan, ...]
+    refusals: tuple[Finding, ...]
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a merge of all of them would start."""
+        return not self.refusals and all(plan.feasible for plan in self.disks)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge will do, as :func:`chainmerge.plan` returns it.
+
+The field names are also the keys that ``chainmerge plan --json`` prints: a stable interface,
+versioned by :data:`~chainmerge.documents.versions.PLAN_VERSION`. All sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from chainmerge.documents.images import Searched
+from chainmerge.options import Direction, Placement
+
+
+class EngineName(StrEnum):
+    """Who writes guest data into base."""
+
+    NATIVE = "native"
+    QEMU = "qemu"
+
+
+class Role(StrEnum):
+    """An image's part in the merge."""
+
+    BELOW = "below"
+    BASE = "base"
+    MIDDLE = "middle"
+    TOP = "top"
+    ABOVE = "above"
+
+
+class Progress(StrEnum):
+    """How far earlier runs of the same merge came."""
+
+    NEW = "new"
+    INTERRUPTED = "interrupted"
+    MERGED = "merged"
+
+
+@dataclass(frozen=True, slots=True)
+class LeakFacts:
+    """Clusters of the result that are marked used and that nothing uses, in bytes.
+
+    ``ours`` were left by a merge of ours, and are given back. ``others`` were left by somebody
+    else; ``reclaimed`` says whether they are given back, too. ``sign`` is what makes them look like
+    the content of a lost L2 table, which is all that is left of it then; None if nothing does.
+    """
+
+    ours: int = 0
+    others: int = 0
+    sign: str | None = None
+    reclaimed: bool = False
+
+
+NOTHING_LEAKED: Final = LeakFacts()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """One image of the chain, as the tree shows it."""
+
+    path: str
+    role: Role
+    format: str
+    format_declared: bool
+    virtual_size: int
+    file_size: int
+    cluster_size: int | None
+    bitmaps: int
+    parent: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """What the merged range defines, and what of it base must newly allocate.
+
+    The ``*_bytes`` count guest bytes by what the topmost image of the range says of
+    them; ``new_clusters`` and ``new_l2_tables`` count allocations in base.
+    """
+
+    data_bytes: int
+    zero_bytes: int
+    compressed_bytes: int
+    new_clusters: int = 0
+    new_l2_tables: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionCost:
+    """What it costs to merge in one direction: guest bytes to be read and written."""
+
+    bytes_to_copy: int
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Both ways to the same result: top's data down into base, or base's up into top."""
+
+    commit: DirectionCost
+    pull: DirectionCost
+    chosen: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBitmap:
+    """The fate of one bitmap name."""
+
+    name: str
+    fate: str
+    rule: str
+    reason: str
+    tombstone: bool
+    granularity: int | None
+    dirty_bytes: int | None
+    was_valid: bool
+    unguarded: bool
+    states: dict[str, str]
+    recovered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSnapshots:
+    """The fate of an image's internal snapshots, by name.
+
+    Attributes:
+        image: The image that holds them.
+        kept: Those that show the same afterwards.
+        lost: Those that would show other data, or go with their image: this refuses the merge.
+        dropped: Those that are deleted, as asked for.
+        freed: Bytes of the image's file that nothing uses any more without them; 0 where the
+            file is deleted.
+    """
+
+    image: str
+    kept: tuple[str, ...]
+    lost: tuple[str, ...]
+    dropped: tuple[str, ...]
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpacePlan:
+    """Base's volume: what it is, what it must be, what it may become.
+
+    ``required`` is what the merge needs at its peak: exactly with the native engine, with
+    QEMU's a safe upper bound. ``placement`` is where data goes that base has a cluster for,
+    ``required_by_placement`` what each way takes at least, ``prune_first`` whether stale bitmaps
+    have to make room first, by a switch of their own. ``grow_to`` is the size that the volume
+    will be extended to, None where it is large enough. ``missing`` is what cannot be had; a plan
+    with a missing byte is refused. ``allocates`` is what the file system has to give a file:
+    behind its end, in holes that are written to, and for blocks that other files share; None for
+    a volume, and where it is not known.
+    """
+
+    kind: str
+    size: int
+    image_end: int
+    required: int
+    limit: int | None
+    grow_to: int | None
+    missing: int
+    allocates: int | None
+    breakdown: dict[str, int]
+    shrink_to: int | None
+    placement: Placement
+    required_by_placement: dict[str, int]
+    prune_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Repoint:
+    """A child of top whose backing file becomes base."""
+
+    child: str
+    old_backing: str
+    new_backing: str
+    new_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHiding:
+    """An overlay that gets zeros of its own before base's volume is extended.
+
+    From ``start`` to ``end``, in guest bytes, nothing of what the volume holds there can show
+    through it then. ``required`` is what its file has to have for that, in bytes.
+    """
+
+    image: str
+    start: int
+    end: int
+    required: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that refuses the merge, in the words of the error it would raise."""
+
+    code: str
+    sentence: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that a merge will do. The same facts give the same plan."""
+
+    version: int
+    base: str
+    top: str
+    progress: Progress
+    images: tuple[PlannedImage, ...]
+    engine: EngineName
+    engine_reason: str
+    movement: Movement
+    directions: Directions
+    virtual_size_before: int
+    virtual_size_after: int
+    bitmaps: tuple[PlannedBitmap, ...]
+    snapshots: tuple[PlannedSnapshots, ...]
+    space: SpacePlan
+    hides: PlannedHiding | None
+    repoint: tuple[Repoint, ...]
+    delete: tuple[str, ...]
+    rename: tuple[str, str] | None
+    verify: str
+    other_users: tuple[str, ...]
+    searched: Searched
+    refusals: tuple[Finding, ...]
+    warnings: tuple[str, ...]
+    leaks: LeakFacts = NOTHING_LEAKED
+
+    @property
+    def pulls(self) -> bool:
+        """Whether top is what is written."""
+        return self.directions.chosen == Direction.PULL
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a merge by this plan would start."""
+        return not self.refusals

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a merge, and how far one has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """What a merge is doing, in the order in which it happens."""
+
+    LOCK = "lock"
+    PLAN = "plan"
+    SNAPSHOTS = "snapshots"
+    HIDE = "hide"
+    PRUNE = "prune"
+    EXTEND = "extend"
+    COPY = "copy"
+    BITMAPS = "bitmaps"
+    VERIFY = "verify"
+    SETTLE = "settle"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """How far a stage has come.
+
+    Attributes:
+        stage: What is going on.
+        done: Bytes dealt with so far.
+        total: Bytes to deal with; 0 for a stage without a measure.
+        rate: Bytes a second that were dealt with lately; 0 where nobody measures it. In a running
+            VM *total* can grow, so that *done* and *total* alone say little of what remains.
+        top: The overlay that is merged, where several disks are; else empty.
+    """
+
+    stage: Stage
+    done: int = 0
+    total: int = 0
+    rate: int = 0
+    top: str = ""
+
+
+OnProgress = Callable[[ProgressEvent], None]
+
+
+ShouldStop = Callable[[], bool]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``repair`` found, did and undid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNUSABLE_BITMAP = "unusable-bitmap"
+
+
+KEPT_LEAKS = "kept-leaks"
+
+
+NO_DAMAGE = frozenset({UNUSABLE_BITMAP, KEPT_LEAKS})
+"""The kind of a finding that is no damage: a bitmap that no chain can use."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairFinding:
+    """Something wrong with an image.
+
+    Attributes:
+        kind: ``broken-bitmap``, ``broken-bitmap-directory``, ``unusable-bitmap``,
+            ``leaked-clusters``, ``kept-leaks``, ``wrong-refcounts``, ``dirty-bit``,
+            ``corrupt-bit``, ``interrupted-merge``, ``half-done-commit``, ``corruption``,
+            ``lost-data``, or the code of the error that keeps the image from being used or
+            repaired.
+        sentence: What is wrong.
+        repairable: Whether ``repair`` does something about it.
+    """
+
+    kind: str
+    sentence: str
+    repairable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What ``repair`` found and did.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        dry_run: Whether nothing was written.
+        findings: What was wrong.
+        actions: What was done about it (with ``dry_run``: what would be), a sentence each.
+        consequences: What it means for backups, a sentence each.
+        backup: The file that ``repair --undo`` takes to put back what was overwritten, None where
+            nothing was. Merges that were finished cannot be undone.
+        verified: What was checked afterwards, a sentence each.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    image: str
+    dry_run: bool
+    findings: tuple[RepairFinding, ...]
+    actions: tuple[str, ...]
+    consequences: tuple[str, ...]
+    backup: str | None = None
+    verified: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def leaves_damage(self) -> bool:
+        """Whether something is wrong that is not repaired here."""
+        return any(
+            not finding.repairable and finding.kind not in NO_DAMAGE for finding in self.findings
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UndoReport:
+    """What ``repair --undo`` put back.
+
+    Attributes:
+        version: Version of this document.
+        image: The image's path.
+        backup: The file that held what was overwritten.
+        restored_bytes: How many bytes were put back.
+    """
+
+    version: int
+    image: str
+    backup: str
+    restored_bytes: int

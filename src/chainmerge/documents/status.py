@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges that did not come to their end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedMerge:
+    """A merge that did not come to its end, as far as the files that it left say.
+
+    Attributes:
+        base: The image merged into.
+        top: The uppermost image that is merged, None where no file names it.
+        state: The journal's last entry (``prepared``, ``switching``, ``switched``, ``repoint``,
+            ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``; of a live merge
+            ``preparing``, ``copying``, ``switching``, ``settling``, ``undoing``), ``unknown`` where
+            there is no journal that can be used.
+        progress: How far it came, in a sentence.
+        base_holds_data: Whether base holds the data of all merged images already, None where only
+            a look at all of it could tell.
+        base_is_locked: Whether somebody has base open now: perhaps this merge still runs.
+        command: What finishes it, for a shell; None where no file says what was asked for. Of a
+            live merge it is what carries it on in the VM if somebody has base open, else what
+            finishes it without the VM; the other one is in ``warnings``.
+        files: The files that tell of it.
+        warnings: What the user should know, a sentence each.
+        disks: The tops of all disks that are merged together, where it is one of several.
+    """
+
+    base: str
+    top: str | None
+    state: str
+    progress: str
+    base_holds_data: bool | None
+    base_is_locked: bool
+    command: str | None
+    files: tuple[str, ...]
+    warnings: tuple[str, ...]
+    disks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """Merges that did not come to their end.
+
+    Attributes:
+        version: Version of this document.
+        searched: The directories that were looked at. Those that were asked for were searched
+            with everything below, links left out.
+        merges: What was found, in the order of base's path.
+        not_searched: What below them was not looked at, and why, a sentence each.
+    """
+
+    version: int
+    searched: tuple[str, ...]
+    merges: tuple[UnfinishedMerge, ...]
+    not_searched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMergeStatus:
+    """A live merge that did not come to its end.
+
+    Attributes:
+        base: The image merged into.
+        top: The uppermost image that is merged.
+        active: Whether top is, or was, what the guest writes to.
+        state: The journal's last entry (``preparing``, ``copying``, ``switching``, ``settling``,
+            ``undoing``).
+        job: Where the VM's job is (``running``, ``paused``, ``ready``, ``held``, ``ending``,
+            ``done``), None where there is none.
+        bytes_done: Guest bytes that the job has copied.
+        bytes_total: Guest bytes that it is to copy, as far as it is known.
+        merged: Whether the VM's chain lacks the merged images already.
+        guest_waits: Whether the guest's requests wait for the merge to be carried on.
+        error: Why the job failed, None where it did not.
+        command: What carries the merge on, for a shell.
+    """
+
+    base: str
+    top: str
+    active: bool
+    state: str
+    job: str | None
+    bytes_done: int
+    bytes_total: int
+    merged: bool
+    guest_waits: bool
+    error: str | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveStatusReport:
+    """Live merges of one disk that did not come to their end.
+
+    Attributes:
+        version: Version of this document.
+        vm: The VM, as messages call it.
+        chain: The images of the disk, the active one first.
+        merges: What was found.
+    """
+
+    version: int
+    vm: str
+    chain: tuple[str, ...]
+    merges: tuple[LiveMergeStatus, ...]

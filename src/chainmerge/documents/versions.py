@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The versions of the documents that functions return and commands print as JSON."""
+
+from __future__ import annotations
+
+PLAN_VERSION = 1
+
+
+REPORT_VERSION = 1

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a running VM that a merge is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chainmerge.chain.model import ImageInfo
+from chainmerge.chain.target import Target
+from chainmerge.live.port import BlockGraph, BlockNode
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTarget:
+    """A merge in a running VM: the images on disk, and their nodes.
+
+    Attributes:
+        target: The chain on disk up to top, base's place in it, and who else is around.
+        graph: The VM's block graph.
+        nodes: The nodes of the chain's images, root first.
+        above: The images on top in the VM, the one directly on top first.
+        nodes_above: Their nodes.
+    """
+
+    target: Target
+    graph: BlockGraph
+    nodes: tuple[BlockNode, ...]
+    above: tuple[ImageInfo, ...]
+    nodes_above: tuple[BlockNode, ...]
+
+    @property
+    def base(self) -> BlockNode:
+        """Base's node."""
+        return self.nodes[self.target.base_index]
+
+    @property
+    def merged(self) -> tuple[BlockNode, ...]:
+        """The nodes of the merged images, lowest first."""
+        return self.nodes[self.target.base_index + 1 :]
+
+    @property
+    def top(self) -> BlockNode:
+        """Top's node."""
+        return self.nodes[-1]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether top is what the guest writes to."""
+        return not self.above
+
+    @property
+    def active(self) -> BlockNode:
+        """The node that the guest writes to."""
+        return self.nodes_above[-1] if self.nodes_above else self.top
+
+    @property
+    def merged_images(self) -> tuple[ImageInfo, ...]:
+        """The merged images, lowest first."""
+        return self.target.chain.images[self.target.base_index + 1 :]

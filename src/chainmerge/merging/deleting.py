@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that go in the end of a merge, whoever comes to that end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chainmerge.chain.model import identity_of
+from chainmerge.chain.relatives import find_users
+from chainmerge.errors import ChainmergeError
+from chainmerge.merging.errors import LeftoverInUse
+from chainmerge.planning.errors import CannotTakeAway
+from chainmerge.planning.placement import left_free
+from chainmerge.qcow2.check import check
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.changes import is_there, what_stands_at
+from chainmerge.records.identity import Sameness
+from chainmerge.storage.files import FileReadable, fsync_directory
+from chainmerge.storage.locks import LockMode, contentions
+from chainmerge.storage.removal import removal_obstacle
+from chainmerge.storage.volumes import VolumeKind, volume_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chainmerge.chain.model import Identity
+    from chainmerge.options import Access, MergeOptions
+    from chainmerge.records.merged_record import DoomedLink, MergedRecord
+    from chainmerge.storage.volumes import Volume
+
+
+def require_unused(record: MergedRecord, access: Access, options: MergeOptions) -> None:
+    """Make sure that nobody has come to need what *record* says is to be deleted.
+
+    Raises:
+        CannotTakeAway: it cannot be deleted.
+        LeftoverInUse: an overlay stands on it.
+        ImageLocked: somebody has it open.
+        Refused: what :func:`chainmerge.chain.relatives.find_users` raises.
+    """
+    doomed = list(record.delete)
+    if options.delete and record.superseded is not None:
+        doomed += record.superseded.images
+    paths = [Path(one.path) for one in doomed if is_there(one.identity)]
+    for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
+        obstacle = removal_obstacle(path)
+        if obstacle is not None:
+            raise CannotTakeAway(str(path), "--delete", obstacle)
+    if not paths:
+        return
+    require_no_users(record.base, paths, access)
+    for refusal in contentions((path, LockMode.WRITER) for path in paths):
+        raise refusal
+
+
+def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
+    """Raise LeftoverInUse where an image outside of *doomed* stands on one of them."""
+    users = find_users(doomed, [Path(place) for place in access.search])
+    if users:
+        raise LeftoverInUse(base, ", ".join(map(str, doomed)), ", ".join(map(str, users)))
+
+
+def delete_recorded(
+    record: MergedRecord, held: frozenset[Identity] = frozenset()
+) -> tuple[str, ...]:
+    """Delete the files that a record names, each only if it is certainly the same, then the links.
+
+    *held* are those that the caller has had open all the time.
+    """
+    deleted = []
+    for doomed in record.delete:
+        path = Path(doomed.path)
+        answer = what_stands_at(path, doomed.identity)
+        is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
+        if answer is Sameness.SAME or is_held:
+            path.unlink()
+            fsync_directory(path.parent)
+            deleted.append(doomed.path)
+    for link in record.links:
+        if _leads_nowhere(link):
+            Path(link.path).unlink()
+            fsync_directory(Path(link.path).parent)
+            deleted.append(link.path)
+    return tuple(deleted)
+
+
+def _leads_nowhere(link: DoomedLink) -> bool:
+    """Whether a link is still the one that was recorded, and what it led to is gone."""
+    return _is_still_there(link) and not Path(link.path).exists()
+
+
+def _is_still_there(link: DoomedLink) -> bool:
+    path = Path(link.path)
+    return path.is_symlink() and os.readlink(path) == link.text  # noqa: PTH115
+
+
+def not_deleted(record: MergedRecord) -> Iterator[str]:
+    """What a record names and nobody can tell whether it is still that image, a warning each."""
+    for doomed in record.delete:
+        if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
+            yield (
+                f"{doomed.path} was to be deleted, and nothing tells whether what stands there "
+                "now is still that image: it is left"
+            )
+
+
+def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
+    """Delete what a live merge has left in place, as if that had been asked for then."""
+    if record.superseded is None:
+        return ()
+    devices = {one.path for one in record.superseded.images if Path(one.path).is_block_device()}
+    doomed = [one for one in record.superseded.images if one.path not in devices]
+    return delete_recorded(msgspec.structs.replace(record, delete=doomed))
+
+
+def give_back(
+    result: Path, result_format: str, options: MergeOptions, shrink_to: int | None
+) -> Iterator[str]:
+    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail.
+
+    Args:
+        result: The merged image.
+        result_format: Its format.
+        options: What was asked for.
+        shrink_to: The size that was planned for its volume; None where nobody knows of a plan,
+            and a guest may write to it.
+    """
+    if result_format != "qcow2" or not (options.shrink or options.discard):
+        return
+    volume = volume_at(result, options)
+    with FileReadable(result) as readable:
+        end = check(Qcow2Image(readable)).image_end_offset
+    try:
+        if options.shrink:
+            volume.shrink_to(max(end, _kept(volume, end, options, shrink_to)))
+        if options.discard and volume.size > end:
+            volume.discard(end, volume.size - end)
+    except ChainmergeError as error:
+        yield f"{error.sentence} (the merge itself is done)"
+
+
+def _kept(volume: Volume, end: int, options: MergeOptions, shrink_to: int | None) -> int:
+    if volume.kind is not VolumeKind.LVM:
+        return end
+    return end + left_free(options, is_leaf=True) if shrink_to is None else shrink_to

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a merge was stopped when it had begun, or was not begun for several disks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed, Misuse, Refused
+
+
+@dataclass(eq=False)
+class MergeUnfinished(Failed):
+    """A merge that had begun could not go on."""
+
+    code: ClassVar[str] = "merge-unfinished"
+    template: ClassVar[str] = (
+        "the merge of {top} began and could not go on: {reason}; what the guest sees, and its "
+        "checkpoints, are whole"
+    )
+    hint: ClassVar[str] = (
+        "remove the cause that the message names, then run the same command again: it finds out "
+        "how far this one came and finishes the job"
+    )
+    explanation: ClassVar[str] = (
+        "Something that was there when the merge was planned was not there any more when it was "
+        "needed: a file that could not be opened again, a limit on open files, storage that went "
+        "away. Images may have changed by then, each of them in one atomic step. 'chainmerge "
+        "status' shows how far the merge came."
+    )
+    top: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LeftoverInUse(Refused):
+    """An image that only has to be deleted is the backing file of others by now."""
+
+    code: ClassVar[str] = "leftover-in-use"
+    template: ClassVar[str] = (
+        "the merge into {base} is done, but {doomed} cannot be deleted: {others} stands on it"
+    )
+    hint: ClassVar[str] = (
+        "leave {doomed} where it is as long as it is needed; or give what stands on it another "
+        "backing file with the same content (`chainmerge relink OVERLAY --backing {base}`, which "
+        "compares first), then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "All of the image's data is in base, and all that was left to do is to delete it. But "
+        "somebody has made an overlay on it since, which could not be read without it. Nothing "
+        "was changed."
+    )
+    base: str
+    doomed: str
+    others: str
+
+
+@dataclass(eq=False)
+class DisksMismatched(Misuse):
+    """Tops and bases of several disks do not pair up."""
+
+    code: ClassVar[str] = "disks-mismatched"
+    template: ClassVar[str] = "there are {tops} tops and {bases} bases"
+    hint: ClassVar[str] = "give --base once for each top, in the same order, or not at all"
+    explanation: ClassVar[str] = (
+        "Several disks are merged as one operation: each top into an image below it, which is its "
+        "backing file unless a base is named. Bases are named for all disks or for none."
+    )
+    tops: int
+    bases: int
+
+
+@dataclass(eq=False)
+class DiskGone(Refused):
+    """The overlay of one of several disks is not there, and nothing tells that it was merged."""
+
+    code: ClassVar[str] = "disk-gone"
+    template: ClassVar[str] = "{top}, one of {count} disks, is not there"
+    hint: ClassVar[str] = (
+        "find out what became of it; the other disks can be merged without it: `{others}`"
+    )
+    explanation: ClassVar[str] = (
+        "Several disks are merged as one operation, so that a snapshot goes from all of them. The "
+        "overlay of one disk does not exist, and no record tells that it was merged and deleted. "
+        "Perhaps somebody has deleted or moved it. Nothing was changed."
+    )
+    top: str
+    count: int
+    others: str
+
+
+@dataclass(eq=False)
+class DisksShareImage(Refused):
+    """Two of several disks have an image in common that would be written to."""
+
+    code: ClassVar[str] = "disks-share-image"
+    template: ClassVar[str] = "{image} is part of the chains of {first} and of {second}"
+    hint: ClassVar[str] = (
+        "merge them one after the other; or into images below that they do not have in common"
+    )
+    explanation: ClassVar[str] = (
+        "Several disks are merged as one operation only if they have nothing to do with each "
+        "other: what is planned for one must still hold when another one was merged. Images that "
+        "are only read, such as a common root, may be shared. Nothing was changed."
+    )
+    image: str
+    first: str
+    second: str
+
+
+@dataclass(eq=False)
+class VerificationFailed(Failed):
+    """What was written is not what was planned."""
+
+    code: ClassVar[str] = "verification-failed"
+    template: ClassVar[str] = "{image} is not as planned after the merge: {difference}"
+    hint: ClassVar[str] = (
+        "the overlays were not changed and still give the right content: keep them, do not use "
+        "{image} alone, look at the storage below it, and run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "After a merge the image is read back: its refcounts are recomputed, its bitmaps compared "
+        "bit by bit with what was planned, its content with what the overlays show. One of these "
+        "did not agree. Nothing was deleted or re-pointed. The same command does the whole work "
+        "again; if it fails again, suspect the storage."
+    )
+    image: str
+    difference: str

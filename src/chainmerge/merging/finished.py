@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a merge that a record tells of is the one that is asked for."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from chainmerge.records.changes import data_changed, what_stands_at
+from chainmerge.records.errors import LeftoverUnclear
+from chainmerge.records.identity import Sameness, identify, same_image
+from chainmerge.records.merged_record import MergedRecord, Superseded, is_pulled, merged_record_file
+from chainmerge.storage.files import read_anew
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chainmerge.options import MergeOptions
+
+
+def finished_before(
+    record: MergedRecord | None,
+    top: Path,
+    base: Path | None,
+    options: MergeOptions,
+    active: str | None,
+) -> bool:
+    """Whether *record* says that the merge which is asked for was done, but for deletions.
+
+    Args:
+        record: what was recorded under top's name.
+        top: as it was asked for, and so are *base* and *options*.
+        base: see there.
+        options: see there.
+        active: what the guest is said to write to; None if nobody has said.
+
+    Raises:
+        LeftoverUnclear: nothing tells whether the result is still the image that it was.
+    """
+    if record is None:
+        return False
+    if record.pulled is not None and not _may_pull(options):
+        return False
+    if base is not None and not record.names_base(base):
+        return False
+    result = what_stands_at(record.result, record.result_identity)
+    if result is Sameness.OTHER:
+        return False
+    if record.pulled is not None:
+        read_anew(record.result)
+        if not is_pulled(record, record.pulled, top):
+            return False
+    elif record.superseded is None and not record.keep_name and top.exists():
+        return False
+    if result is Sameness.UNKNOWN:
+        file = str(merged_record_file(top))
+        raise LeftoverUnclear(file, record.result, "no image is changed by that")
+    if record.pulled is not None:
+        return True
+    if record.superseded is not None:
+        in_base = active is not None and os.path.realpath(active) == record.base
+        return is_superseded(record.superseded, top, in_base=in_base)
+    return True
+
+
+def is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:
+    """Whether *top* is what a live merge has left, or nothing is left of it.
+
+    *in_base* says that the guest writes to base. Only that tells of a block device: it may have
+    become another overlay in the meantime, of which nothing is merged.
+    """
+    try:
+        is_left = same_image(identify(top), superseded.images[0].identity)
+    except (OSError, ValueError):
+        return True
+    if not superseded.since:
+        return is_left and in_base
+    return is_left and superseded.since == data_changed(top)
+
+
+def _may_pull(options: MergeOptions) -> bool:
+    return options.direction == "pull" or (options.direction == "auto" and options.keep_name)

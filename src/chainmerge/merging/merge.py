@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge, from the lock to the last deleted file. Reads like the table in docs/design.md."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.merging.job import Request
+from chainmerge.merging.preparing import prepare, require_no_others
+from chainmerge.options import Access, MergeOptions
+from chainmerge.records.disks import forget_entry
+
+if TYPE_CHECKING:
+    from chainmerge.documents.merge import MergeReport
+    from chainmerge.documents.progress import OnProgress, ShouldStop
+
+
+def merge(
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+    on_progress: OnProgress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> MergeReport:
+    """Merge *top* into *base* (by default top's backing file), and verify the result.
+
+    A merge that was interrupted, in whatever way, is finished by the same call.
+
+    Args:
+        top: the overlay whose data goes down.
+        base: the image below it that takes the data; images between are merged too.
+        access: how images may be found and reached.
+        options: how to merge.
+        on_progress: called as the work goes on.
+        should_stop: asked as the work goes on; the merge stops soon after it says yes.
+
+    Raises:
+        Refused: nothing was changed.
+        Interrupted: *should_stop* said yes.
+        Failed, OutcomeUnknown: the message says what the disk holds now.
+    """
+    request = Request(
+        top=Path(top),
+        base=Path(base) if base is not None else None,
+        access=access or Access(),
+        options=options or MergeOptions(),
+        report=on_progress or (lambda _event: None),
+        should_stop=should_stop or (lambda: False),
+        started=time.monotonic(),
+        claims={},
+    )
+    with contextlib.ExitStack() as stack:
+        prepared = prepare(stack, request)
+        (warnings,) = require_no_others([prepared])
+        report = prepared.carry_out()
+    report = replace(report, warnings=(*report.warnings, *warnings))
+    forget_entry(prepared.base)
+    return report

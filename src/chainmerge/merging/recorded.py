@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a merge of which only a record tells any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.merging.deleting import delete_recorded, delete_superseded, not_deleted
+from chainmerge.merging.live_remains import forget_left_behind
+from chainmerge.merging.reporting import build_report, verified_before
+from chainmerge.merging.resuming import finish_recorded
+from chainmerge.records.identity import same_image
+from chainmerge.records.merged_record import MergedRecord, note_deleted
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
+
+if TYPE_CHECKING:
+    from chainmerge.documents.merge import MergeReport
+    from chainmerge.merging.job import Request
+
+
+def finish_recorded_merge(request: Request, record: MergedRecord) -> MergeReport:
+    deleted = delete_recorded(record)
+    if request.options.delete:
+        deleted += delete_superseded(record)
+    _forget_bitmaps_saved_for(record)
+    forget_left_behind(record)
+    warnings = (*not_deleted(record), *finish_recorded(request, record))
+    if not any(not_deleted(record)):
+        note_deleted(request.top, record)
+    images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
+    verified = (verified_before(*images),)
+    result = Path(record.result)
+    return build_report(
+        request, None, result, record.result_format, 0, verified, (), deleted, warnings
+    )
+
+
+def _forget_bitmaps_saved_for(record: MergedRecord) -> None:
+    """Remove what that merge saved, and not what another one into the same base has saved."""
+    saved = load_saved_bitmaps(Path(record.base))
+    if saved is None or not same_image(saved.base, record.result_identity):
+        return
+    if record.keep_name or any(
+        same_image(saved.overlay, doomed.identity) for doomed in record.delete
+    ):
+        forget_saved_bitmaps(Path(record.base))

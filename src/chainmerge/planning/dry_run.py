@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge would do: found out without a write, and with no lock that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainmerge.chain.opening import open_chain
+from chainmerge.chain.target import Target, find_target
+from chainmerge.documents.merge import Measurement
+from chainmerge.documents.plan import Finding, MergePlan
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.options import Access, MergeOptions
+from chainmerge.planning.already_merged import (
+    base_changed_since,
+    holds_content,
+    merged_before,
+    was_merged_before,
+)
+from chainmerge.planning.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
+from chainmerge.planning.gathering import gather, never
+from chainmerge.planning.locking import images_wanted, locks_held, locks_needed, not_writable
+from chainmerge.planning.placement import bytes_to_copy, chosen_space
+from chainmerge.planning.plan import make_plan
+from chainmerge.records.remains import read_remains
+from chainmerge.records.saved_bitmaps import load_saved_bitmaps
+from chainmerge.storage.bystanders import Wanted
+from chainmerge.storage.errors import OpenFilesLimited
+from chainmerge.storage.limits import allow_open_files
+from chainmerge.storage.locks import contentions
+from chainmerge.storage.other_users import look_for_others
+
+if TYPE_CHECKING:
+    from chainmerge.errors import ChainmergeError
+
+
+def plan(
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+) -> MergePlan:
+    """Say what a merge would do. Nothing is written and nothing stays locked.
+
+    What would refuse the merge is in the plan's ``refusals``; only what keeps the chain from
+    being read at all is raised.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    decided = plan_beside(top, base, access or Access(), options or MergeOptions(), {})
+    return beside_others([decided])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A merge as it would be done if nobody else used the images.
+
+    Attributes:
+        plan: What would be done.
+        claim: Bytes that it would take, by the pool that they come from.
+        images: What it would want of which images.
+    """
+
+    plan: MergePlan
+    claim: Mapping[str, int]
+    images: tuple[Wanted, ...]
+
+
+def beside_others(planned: Sequence[Planned]) -> tuple[MergePlan, ...]:
+    """The plans, with what others that use the images mean for them."""
+    found = look_for_others([one.images for one in planned])
+    return tuple(
+        replace(
+            one.plan,
+            refusals=(
+                *(Finding(error.code, error.sentence, error.advice) for error in others.refusals),
+                *one.plan.refusals,
+            ),
+            warnings=(*one.plan.warnings, *others.warnings),
+        )
+        for one, others in zip(planned, found, strict=True)
+    )
+
+
+def plan_beside(
+    top: str | Path,
+    base: str | Path | None,
+    access: Access,
+    options: MergeOptions,
+    claims: Mapping[str, int],
+) -> Planned:
+    """As :func:`plan`, of a merge that is done together with others; see :func:`beside_others`.
+
+    Args:
+        top: as in :func:`plan`, and so are *base*, *access* and *options*.
+        base: see there.
+        access: see there.
+        options: see there.
+        claims: bytes that the others take, by the pool that they come from.
+    """
+    target = find_target(Path(top), Path(base) if base is not None else None, access)
+    obstacles = tuple(_obstacles(target, options))
+    remains = read_remains(target.base.real_path, target.chain.top.real_path)
+    saved, record = remains.usable_saved, remains.record
+    with open_chain(target.chain) as opened:
+        facts = gather(target, opened, access, options, saved, never, claims).facts
+        if not explained_by(remains, target):
+            moved = bytes_to_copy(facts)
+            evidence = weigh(target, opened, moved, never, COMPARED_BY_A_PLAN)
+            facts = replace(facts, evidence=evidence)
+        if was_merged_before(target, facts, record, options) and base_changed_since(record):
+            equal = holds_content(target, opened, facts, options, never)
+            obstacles += () if equal else (merged_before(target),)
+    decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
+    claim = facts.volume.claim(decided.space.required, decided.space.allocates)
+    return Planned(decided, claim, images_wanted(target, options))
+
+
+def measure(
+    top: str | Path,
+    base: str | Path | None = None,
+    access: Access | None = None,
+    options: MergeOptions | None = None,
+) -> Measurement:
+    """How large base must be for a merge, and will be after it.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    access, options = access or Access(), options or MergeOptions()
+    target = find_target(Path(top), Path(base) if base is not None else None, access)
+    saved = load_saved_bitmaps(target.base.real_path)
+    with open_chain(target.chain) as opened:
+        facts = gather(target, opened, access, options, saved, never, {}).facts
+    space = chosen_space(facts, options)
+    return Measurement(
+        version=REPORT_VERSION,
+        base=str(target.base.path),
+        top=str(target.chain.top.path),
+        required=space.required,
+        optimal=space.optimal,
+        image_end=space.image_end,
+        volume_size=facts.volume.size,
+        breakdown=dict(space.breakdown),
+    )
+
+
+def _obstacles(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
+    """What would keep a merge from getting the images for itself, found without waiting."""
+    try:
+        allow_open_files(locks_held(target))
+    except OpenFilesLimited as error:
+        yield error
+    locks = locks_needed(target, options)
+    yield from contentions((image.path, mode) for image, mode in locks)
+    yield from not_writable(target, options)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a file, a device or a logical volume does not become larger or smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from chainmerge.errors import Failed, OutcomeUnknown, Refused
+
+
+@dataclass(eq=False)
+class DiscardFailed(Failed):
+    """The space could not be given back; the image is as it was."""
+
+    code: ClassVar[str] = "discard-failed"
+    template: ClassVar[str] = (
+        "{image}: discarding {length} bytes at offset {offset} failed: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "nothing is wrong with the image; leave the discard out where the storage does not "
+        "support it"
+    )
+    explanation: ClassVar[str] = (
+        "Giving back the space of what is no longer used was asked for, and the device or the "
+        "file system could not do it. Only space is lost; image and merge are not affected."
+    )
+    image: str
+    offset: int
+    length: int
+    reason: str
+
+
+@dataclass(eq=False)
+class CannotShrink(Failed):
+    """The volume keeps its size."""
+
+    code: ClassVar[str] = "cannot-shrink"
+    template: ClassVar[str] = "{image}: {kind} of {size} bytes cannot be made smaller: {reason}"
+    hint: ClassVar[str] = "nothing is wrong with the image; leave the shrinking out"
+    explanation: ClassVar[str] = (
+        "Files and logical volumes can be made smaller, other block devices cannot. The image "
+        "and the merge are not affected, the volume is only larger than it need be."
+    )
+    image: str
+    kind: str
+    size: int
+    reason: str
+
+
+@dataclass(eq=False)
+class CannotGrow(Refused):
+    """The image needs more room than its volume can give.
+
+    ``limit`` is the largest possible size in bytes, as far as it is known.
+    """
+
+    image: str
+    kind: str
+    size: int
+    required: int
+    limit: int | None
+    missing: int
+
+
+@dataclass(eq=False)
+class FileSystemFull(CannotGrow):
+    """The file system cannot give the room."""
+
+    code: ClassVar[str] = "file-system-full"
+    template: ClassVar[str] = (
+        "{image}: for what is written behind its end and into its holes (the file has {size} "
+        "bytes and is to have {required}) {missing} bytes are missing on its file system"
+    )
+    hint: ClassVar[str] = (
+        "free at least {missing} bytes on the file system (or raise the quota), then run the same "
+        "command again"
+    )
+    explanation: ClassVar[str] = (
+        "The space that the operation needs at its peak is reserved before anything is written. "
+        "The file system does not have it. The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class FileLimitReached(CannotGrow):
+    """The file may not become as large as it would have to."""
+
+    code: ClassVar[str] = "file-limit-reached"
+    template: ClassVar[str] = (
+        "{image}: the file of {size} bytes must be able to grow to {required} bytes, but may only "
+        "have {limit}: {missing} bytes are missing"
+    )
+    hint: ClassVar[str] = "allow the file to become at least {required} bytes large"
+    explanation: ClassVar[str] = (
+        "A limit was set for the size of this file, and the operation needs more at its peak. "
+        "The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class DeviceTooSmall(CannotGrow):
+    """A block device has the size that it has."""
+
+    code: ClassVar[str] = "device-too-small"
+    template: ClassVar[str] = (
+        "{image}: the block device has {size} bytes, and {required} are needed: {missing} bytes "
+        "are missing"
+    )
+    hint: ClassVar[str] = (
+        "make the device at least {required} bytes large, or copy the image to a larger one"
+    )
+    explanation: ClassVar[str] = (
+        "Only files and logical volumes are made larger by chainmerge; any other block device "
+        "must be large enough for what the operation needs at its peak. The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class RawDeviceTooSmall(CannotGrow):
+    """A block device is the guest's disk itself, and smaller than that of the image above."""
+
+    code: ClassVar[str] = "raw-device-too-small"
+    template: ClassVar[str] = (
+        "{image}: the block device has {size} bytes, it is a raw image, and the disk above it has "
+        "{required}: {missing} bytes are missing"
+    )
+    hint: ClassVar[str] = (
+        "pull instead (`chainmerge merge --direction pull`, with the VM stopped), which leaves "
+        "{image} as it is; do not enlarge the device: the guest would read what lies behind its "
+        "present end where it has zeros now"
+    )
+    explanation: ClassVar[str] = (
+        "A raw image has no size of its own, its device is the disk. Behind its end the guest "
+        "reads zeros, and as soon as the device is larger it reads whatever that holds there. A "
+        "logical volume is extended by chainmerge, which first has the overlay hide that; for any "
+        "other device there is no moment at which it could. Nothing was changed."
+    )
+
+
+@dataclass(eq=False)
+class VolumeGroupFull(CannotGrow):
+    """The logical volume cannot become as large as it would have to."""
+
+    code: ClassVar[str] = "volume-group-full"
+    template: ClassVar[str] = (
+        "{image}: the logical volume of {size} bytes must grow to {required} bytes, but can only "
+        "have {limit}: {missing} bytes are missing in its volume group"
+    )
+    hint: ClassVar[str] = (
+        "add a physical volume to the volume group ('vgextend') or remove what is not needed "
+        "from it; {missing} bytes more must be free"
+    )
+    explanation: ClassVar[str] = (
+        "The logical volume is extended to what the operation needs at its peak before anything "
+        "is written, and its volume group does not have that much free space. Only linear and "
+        "striped volumes are extended; one of another type (thin, mirrored, cached, ...) must be "
+        "extended by hand first if it holds a qcow2 image. Do not do that with a raw image: the "
+        "guest would read what lies behind its present end (pull instead, with --direction pull). "
+        "The image was not changed."
+    )
+
+
+@dataclass(eq=False)
+class ExtensionRefused(Refused):
+    """LVM did not extend a logical volume, which has its old size."""
+
+    code: ClassVar[str] = "lvm-extension-refused"
+    template: ClassVar[str] = (
+        "{image}: lvm did not extend the volume to {size} bytes (status {status}): {reason}"
+    )
+    hint: ClassVar[str] = (
+        "remove the cause that lvm names (where somebody else has the volume group locked: wait "
+        "until they are done), then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "The logical volume has to become larger before anything is written, and LVM refused that, "
+        "for example because somebody else has its volume group locked. The volume has its old "
+        "size, which was looked at. Nothing was changed."
+    )
+    image: str
+    size: int
+    status: int
+    reason: str
+
+
+@dataclass(eq=False)
+class VolumeNotActivated(Refused):
+    """LVM did not activate a logical volume."""
+
+    code: ClassVar[str] = "volume-not-activated"
+    template: ClassVar[str] = "{volume} cannot be activated: {reason}"
+    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    explanation: ClassVar[str] = (
+        "With --activate, logical volumes of the chain that are not active are activated first. "
+        "LVM refused that, for example because another host has the volume active. Nothing was "
+        "changed, and what was activated for this command is not active any more."
+    )
+    volume: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LvmMissing(Refused):
+    """The program that manages logical volumes cannot be run."""
+
+    code: ClassVar[str] = "lvm-missing"
+    template: ClassVar[str] = "{image}: is a logical volume, and 'lvm' cannot be run: {reason}"
+    hint: ClassVar[str] = "install the package lvm2, and see that PATH holds the directory of 'lvm'"
+    explanation: ClassVar[str] = (
+        "Sizes of logical volumes are read and changed with the lvm command. It is not on PATH, "
+        "or it may not be executed."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class NotALogicalVolume(Refused):
+    """LVM does not know the volume."""
+
+    code: ClassVar[str] = "not-a-logical-volume"
+    template: ClassVar[str] = "{image}: is not a logical volume that lvm knows: {reason}"
+    hint: ClassVar[str] = "look for the volume with 'lvm lvs -o +lv_path'"
+    explanation: ClassVar[str] = (
+        "The volume was to be treated as a logical volume, and the report of 'lvm lvs' does not "
+        "have it, or has another volume under its name."
+    )
+    image: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LvmFailed(Failed):
+    """The lvm command reported an error."""
+
+    code: ClassVar[str] = "lvm-failed"
+    template: ClassVar[str] = "{image}: '{command}' failed with status {status}: {reason}"
+    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    explanation: ClassVar[str] = (
+        "LVM could not do what was asked for; the message quotes it. LVM changes its metadata as "
+        "a whole or not at all, so the volume has its old size. The image on it was not touched."
+    )
+    image: str
+    command: str
+    status: int
+    reason: str
+
+
+@dataclass(eq=False)
+class LvmUnfinished(OutcomeUnknown):
+    """The lvm command did not come to an end."""
+
+    code: ClassVar[str] = "lvm-unfinished"
+    template: ClassVar[str] = (
+        "{image}: '{command}' (pid {pid}) had not ended after {seconds} seconds; the volume may "
+        "have its old or its new size"
+    )
+    hint: ClassVar[str] = (
+        "see what process {pid} waits for (a lock held by another lvm command, a device that does "
+        "not answer); when it has ended, run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "A command that changes a logical volume was asked to stop and did not. It is left alone: "
+        "killing it by force could leave the device suspended, which blocks everybody who uses "
+        "it. The image on the volume was not touched, and running the same command again later "
+        "is safe."
+    )
+    image: str
+    command: str
+    pid: int
+    seconds: float
