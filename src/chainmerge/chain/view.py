@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 NO_LAYER = -1
 
-
 # What all layers together say about one piece of the disk is held at a time: so many runs, and
 # no more than one portion of one layer beyond that. To decide among them takes below 80 MiB.
 RUNS_AT_ONCE = 256 << 10
-
 
 # A piece ends where clusters of every size end, so that none is read or unpacked twice.
 PIECE_ALIGNMENT = 1 << MAX_CLUSTER_BITS

@@ -32,46 +32,23 @@ if TYPE_CHECKING:
 DIRTY_TRACKING = 1
 """The only type of bitmap that the specification defines."""
 
-
 # QEMU's limits (block/qcow2.h and block/qcow2-bitmap.c): QCOW2_MAX_BITMAPS,
 # QCOW2_MAX_BITMAP_DIRECTORY_SIZE, BME_MAX_TABLE_SIZE, BME_{MIN,MAX}_GRANULARITY_BITS,
 # BME_MAX_NAME_SIZE.
 MAX_BITMAPS = 65535
-
-
 MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
-
-
 MAX_TABLE_ENTRIES = 0x800_0000
-
-
 MIN_GRANULARITY_BITS = 9
-
-
 MAX_GRANULARITY_BITS = 31
-
-
 MAX_NAME_BYTES = 1023
-
 
 #: The specification allows granularities up to here, though QEMU does not.
 MAX_SPECIFIED_GRANULARITY_BITS = 63
-
-
 TABLE_ENTRY_SIZE = 8
-
-
 TABLE_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-
-
 TABLE_RESERVED = 0xFF00_0000_0000_01FE
-
-
 TABLE_ALL_ONES = 1
-
-
 _DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
-
 
 # Bits are read in pieces of this size at most.
 _READ_BYTES = 4 << 20
@@ -407,8 +384,6 @@ def _runs(table: U64Array, cluster_size: int) -> Iterator[tuple[int, int, int]]:
 
 
 MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
-
-
 MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
 
 

@@ -431,7 +431,7 @@ def _give_back(port: WritablePort, undoing: Undoing) -> None:
     """
     reclaim_leaks(port, undoing.freed)
     punch_free(port)
-    cut_to_image_end(port)
+    cut_to_image_end(port, Qcow2Image(port))
 
 
 def _mend(case: _Case, backup_directory: Path | None) -> tuple[Path | None, tuple[str, ...]]:

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.arithmetic.arrays import U64Array
-from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.layers import layer_of_qcow2
 from chainmerge.chain.view import GuestView, Resolved, joined
 from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
@@ -84,10 +83,11 @@ from chainmerge.engines.native.windows import (
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.options import Direction, Placement
+from chainmerge.qcow2.header import Header
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COPIED
 from chainmerge.qcow2.readable import Overlaid
-from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts
+from chainmerge.qcow2.refcounts import end_of_use, read_refcount_table, read_refcounts
 from chainmerge.qcow2.runs import Runs, runs_of, split_runs
 from chainmerge.storage.file_space import space_of, united
 from chainmerge.storage.files import FileReadable
@@ -193,10 +193,12 @@ class CommitOutcome:
     Attributes:
         required_size: What base's file had to have for it.
         moved: Guest data that was written.
+        header: Base's header now.
     """
 
     required_size: int
     moved: int
+    header: Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,14 +253,14 @@ def commit(
             transfer.verify()
         _count(port, job, placed)
         port.forget_cached()
-        _verify(port, job, head, mapping, before_switch)
+        switched = _verify(port, job, head, mapping, before_switch)
     except BaseException:
         _undo(port, placed, old_size)
         raise
     if not job.changes_nothing:
         _switch(port, head)
-        _release(port, job, placed, mapping)
-    return CommitOutcome(required, job.tree.mapping.written)
+        _release(Qcow2Image(port, switched), port, job, placed, mapping)
+    return CommitOutcome(required, job.tree.mapping.written, switched)
 
 
 def _reserve_in_place(port: Port, job: Commit) -> None:
@@ -457,12 +459,14 @@ def _count(port: Port, job: Commit, placed: PlacedTree) -> None:
 
 def _verify(
     port: Port, job: Commit, head: HeaderWrite, mapping: _Mapping, before_switch: BeforeSwitch
-) -> None:
+) -> Header:
+    """Have the new image verified; returns its header."""
     image = Qcow2Image(Overlaid(port, 0, head.sector))
     layers = list(job.chain.layers)
     layers[job.result] = layer_of_qcow2(image, port)
     origins = trace_of(mapping.origins)
     before_switch(image, TracedView(tuple(layers), job.base_index, job.result, origins))
+    return image.header
 
 
 # SWITCH, RELEASE
@@ -477,11 +481,12 @@ def _switch(port: Port, head: HeaderWrite) -> None:
         raise SwitchUnknown(port.name, reason_of(error, port.name)) from error
 
 
-def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
+def _release(
+    image: Qcow2Image, port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping
+) -> None:
     """Give back what only the old tree used, and on a file system its space, too."""
     everything = released_clusters(job.image, job.tree, placed, mapping.released)
     try:
-        image = Qcow2Image(port)
         table = read_refcount_table(image)
         for offset, data in lowered_refcounts(port, image.header, table, everything):
             port.write(offset, data)
@@ -501,15 +506,13 @@ def _punch(port: Port, image: Qcow2Image, released: Runs) -> None:
         port.punch(start * cluster_size, length * cluster_size)
 
 
-def cut_to_image_end(port: Port) -> None:
+def cut_to_image_end(port: Port, image: Qcow2Image) -> None:
     """Make a regular file end where its image does.
 
     Raises:
         Failed: the file is as it was.
     """
-    image = Qcow2Image(port)
-    cluster_size = image.header.cluster_size
-    end = _end_of_use(image, divide_up(port.size, cluster_size)) * cluster_size
+    end = end_of_use(image)
     if end < port.size:
         port.truncate_to(end)
 
@@ -523,17 +526,6 @@ def punch_free(port: Port) -> None:
     image = Qcow2Image(port)
     clusters = port.size // image.header.cluster_size
     _punch(port, image, Runs(np.zeros(1, dtype=np.int64), np.array([clusters])))
-
-
-def _end_of_use(image: Qcow2Image, end: int) -> int:
-    """The cluster behind the last one below *end* that is in use."""
-    while end:
-        first = max(0, end - _CLUSTERS_AT_ONCE)
-        used = np.flatnonzero(read_refcounts(image, first, end - first))
-        if len(used):
-            return first + int(used[-1]) + 1
-        end = first
-    return 0
 
 
 def _free_parts(image: Qcow2Image, released: Runs) -> Iterator[tuple[int, int]]:

@@ -41,14 +41,8 @@ if TYPE_CHECKING:
     from chainmerge.chain.view import Resolved
 
 _ALL_SUBCLUSTERS = np.uint32(0xFFFF_FFFF)
-
-
 _LOW_WORD = np.uint64(0xFFFF_FFFF)
-
-
 _HIGH_WORD = np.uint64(32)
-
-
 _NO_UNITS = np.uint32(0)
 
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Arrays of a word for each stay in the caches, and below the size from which every one of them
 # would be new pages from the kernel.
 _CLUSTERS_AT_ONCE = 1 << 15
-
-
 _WORD = 8
 
 

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 TABLE_ENTRY_BYTES = 8
-
-
 MAX_RUNS = 1 << 20
-
 
 # Host offsets have 56 bits (specification, "Standard Cluster Descriptor").
 _MAX_FILE_BYTES = 1 << 56
