@@ -114,7 +114,7 @@ def _gather_to_merge(
         facts,
         obstacles=obstacles,
         merged=merged,
-        content_merged=equal,
+        content_merged=equal and commits,
         warnings=(*ending.warnings, *facts.warnings),
         end_before=ending.end_before,
     )
