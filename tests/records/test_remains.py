@@ -29,7 +29,7 @@ from chainmerge.records.errors import BitmapsSetAside, LeftoverUnclear, MergedBe
 from chainmerge.records.files import beside, write_state
 from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.records.live_journal import (
-    SUFFIX as LIVE_SUFFIX,
+    LIVE_JOURNAL_SUFFIX as LIVE_SUFFIX,
 )
 from chainmerge.records.live_journal import (
     VERSION,
@@ -593,7 +593,7 @@ def test_saved_bitmaps_name_the_command(tmp_path: Path) -> None:
     killed_at(by_qemu, "_copy", lambda: chainmerge.merge(top, options=options))
     (found,) = chainmerge.status([tmp_path]).merges
     assert (found.base, found.top) == (str(base), str(top))
-    assert str(beside(base, saved_bitmaps.SUFFIX)) in found.files
+    assert str(beside(base, saved_bitmaps.SAVED_BITMAPS_SUFFIX)) in found.files
     run_verbatim(found.command, Path("/"))
     assert not top.exists()
     assert bitmap_names(base)["cp"]["flags"] == ["auto"]

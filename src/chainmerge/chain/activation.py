@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileMissing
-from chainmerge.chain.territory import reached, territory_of
+from chainmerge.chain.territory import allowed_places_of, reached
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.storage import lvm
 from chainmerge.storage.errors import ImageMissing
@@ -123,7 +123,7 @@ def _inactive(top: Path, policy: ChainPolicy) -> str | None:
             raise
         missing, cause = Path(error.__cause__.image), error
         # A guest may name what it likes.
-        territory = territory_of([top], policy)
+        territory = allowed_places_of([top], policy)
         if not (territory.holds(reached(missing)) or territory.names(missing)):
             raise
     else:

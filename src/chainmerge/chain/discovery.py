@@ -29,7 +29,7 @@ from chainmerge.chain.reading import (
     identity_at,
     identity_of_opened,
 )
-from chainmerge.chain.territory import Territory, reached, settled, territory_of
+from chainmerge.chain.territory import AllowedPlaces, allowed_places_of, reached, resolved
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable
@@ -52,12 +52,12 @@ def discover(top: Path, policy: ChainPolicy) -> Chain:
             image is damaged.
     """
     path = top.absolute()
-    images = list(walk_down(path, policy, territory_of([path], policy)))
+    images = list(walk_down(path, policy, allowed_places_of([path], policy)))
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))
 
 
-def walk_down(top: Path, policy: ChainPolicy, territory: Territory) -> Iterator[ImageInfo]:
+def walk_down(top: Path, policy: ChainPolicy, territory: AllowedPlaces) -> Iterator[ImageInfo]:
     """Yield *top* and then each image's backing file; see :func:`discover` for what it raises.
 
     Args:
@@ -83,7 +83,7 @@ class _Walk:
 
     policy: ChainPolicy
     formats: Mapping[str, str]
-    territory: Territory
+    territory: AllowedPlaces
 
     def read_top(self, path: Path) -> ImageInfo:
         with FileReadable(path) as readable:
@@ -110,7 +110,7 @@ class _Walk:
         with readable:
             # Nothing is read before it is known that what was opened is what was looked at.
             self._check_place(child, name, path)
-            if identity_at(settled(path)) != identity_of_opened(readable):
+            if identity_at(resolved(path)) != identity_of_opened(readable):
                 raise ImageReplaced(str(path))
             twin = seen.get(identity_of_opened(readable))
             if twin is not None:
@@ -158,7 +158,7 @@ class _Walk:
         raise FormatMissing(str(child.path), child.backing_name or "", str(path))
 
     def _check_place(self, child: ImageInfo, name: str, path: Path) -> None:
-        named, actual = reached(path), settled(path)
+        named, actual = reached(path), resolved(path)
         if self.territory.names(path):
             return
         if not self.territory.holds(named):

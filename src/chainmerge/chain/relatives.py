@@ -26,7 +26,7 @@ from chainmerge.chain.reading import (
     identity_at,
 )
 from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Look, Surroundings
-from chainmerge.chain.territory import territory_of
+from chainmerge.chain.territory import allowed_places_of
 from chainmerge.documents.images import Searched
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
@@ -184,7 +184,7 @@ def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageI
     path = active.absolute()
     places = [path, *(image.path for image in chain.images)]
     line = []
-    for image in walk_down(path, policy, territory_of(places, policy)):
+    for image in walk_down(path, policy, allowed_places_of(places, policy)):
         line.append(image)
         if image.identity == chain.top.identity:
             return line

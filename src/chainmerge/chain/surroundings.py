@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
-from chainmerge.chain.territory import reached, settled
+from chainmerge.chain.territory import reached, resolved
 from chainmerge.documents.images import LEVELS, Searched
 from chainmerge.storage.mounts import mounts
 
@@ -97,7 +97,7 @@ class Surroundings:
         self._max_files = max_files
         self._max_around = max_around
         self._homes = sorted(
-            {str(place.parent) for path in images for place in (reached(path), settled(path))}
+            {str(place.parent) for path in images for place in (reached(path), resolved(path))}
         )
         self._mounts = mounts()
         self._file_systems = {self._mounts.file_system_of(home) for home in self._homes}

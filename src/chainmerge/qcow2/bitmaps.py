@@ -40,7 +40,7 @@ MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
 MAX_TABLE_ENTRIES = 0x800_0000
 MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
-MAX_NAME_BYTES = 1023
+MAX_BITMAP_NAME_BYTES = 1023
 
 #: The specification allows granularities up to here, though QEMU does not.
 MAX_SPECIFIED_GRANULARITY_BITS = 63
@@ -256,7 +256,7 @@ def read_bits(image: Qcow2Image, entry: BitmapEntry) -> BitSet:
     return BitSet.from_segments(_segments(image, table), size, entry.granularity)
 
 
-def table_entries(header: Header, granularity: int) -> int:
+def bitmap_table_entries(header: Header, granularity: int) -> int:
     """How many entries the table of a valid bitmap has: one a cluster of serialised bits."""
     return divide_up(packed_size(header.virtual_size, granularity), header.cluster_size)
 
@@ -296,7 +296,7 @@ def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[Bi
     extra_start = position + _DIRECTORY_ENTRY.size
     extra = directory[extra_start : extra_start + extra_size]
     raw_name = directory[extra_start + extra_size : extra_start + extra_size + name_size]
-    if name_size > MAX_NAME_BYTES:
+    if name_size > MAX_BITMAP_NAME_BYTES:
         _refuse(image, f"the entry at byte {position} has a name of {name_size} bytes")
     name = raw_name.decode("utf-8", "surrogateescape")
     if granularity_bits > MAX_SPECIFIED_GRANULARITY_BITS:
@@ -330,7 +330,7 @@ def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
     if entry.in_use or not entry.readable:
         # QEMU marks bitmaps in use at once, and resizes them when it closes the image.
         return None
-    needed = table_entries(header, entry.granularity)
+    needed = bitmap_table_entries(header, entry.granularity)
     if entry.table_size != needed:
         return (
             f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "

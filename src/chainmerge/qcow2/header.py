@@ -47,7 +47,7 @@ MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
 _LARGEST_FILE_BYTES = (1 << 63) - 1
 MIN_SNAPSHOT_ENTRY = 40
-MAX_NAME_BYTES = 1023
+MAX_BACKING_NAME_BYTES = 1023
 MAX_BACKING_FORMAT_BYTES = 15
 
 # QEMU has no such limit, but writes five kinds at most; a 2 MiB cluster could hold 262,144.
@@ -316,7 +316,7 @@ def _check_geometry(image: Readable, fixed: _Fixed) -> None:
     offset = fixed.backing_name_offset
     if offset and not fixed.header_length <= offset <= cluster_size:
         raise refuse("backing file name offset", offset, name_range)
-    longest = min(MAX_NAME_BYTES, cluster_size - offset)
+    longest = min(MAX_BACKING_NAME_BYTES, cluster_size - offset)
     if offset and fixed.backing_name_length > longest:
         raise refuse("backing file name length", fixed.backing_name_length, f"at most {longest}")
 

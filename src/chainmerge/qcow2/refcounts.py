@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Refcounts in the narrowest dtype that holds them: uint8, uint16, uint32 or uint64.
 Refcounts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
-OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
+BLOCK_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 RESERVED = 0x1FF
 ENTRY_SIZE = 8
 _CLUSTERS_AT_ONCE = 1 << 20

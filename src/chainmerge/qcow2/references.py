@@ -123,7 +123,7 @@ def usable_blocks(image: Qcow2Image, table: U64Array) -> U64Array:
     Reserved bits are ignored where the rest is usable, as QEMU does when it looks up a
     refcount.
     """
-    offsets = table & np.uint64(refcounts.OFFSET_MASK)
+    offsets = table & np.uint64(refcounts.BLOCK_OFFSET_MASK)
     bad = offsets % np.uint64(image.header.cluster_size) != 0
     bad |= offsets >= np.uint64(image.readable.size)
     offsets[bad] = 0

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSION: Final = 1
-SUFFIX: Final = "chainmerge-live"
+LIVE_JOURNAL_SUFFIX: Final = "chainmerge-live"
 
 
 @dataclass(eq=False)
@@ -168,7 +168,7 @@ class LiveJournal(msgspec.Struct, frozen=True):
 
 def live_journal_file(base: Path) -> Path:
     """Where the journal of a live merge into *base* stands, whether or not there is one."""
-    return found_beside(base, SUFFIX, _owner)
+    return found_beside(base, LIVE_JOURNAL_SUFFIX, _owner)
 
 
 def _owner(file: Path) -> ImageIdentity | None:
@@ -181,7 +181,7 @@ def save_live_journal(journal: LiveJournal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), SUFFIX), journal)
+    write_state(beside(Path(journal.base.path), LIVE_JOURNAL_SUFFIX), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -244,4 +244,4 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
 
 def forget_live_journal(base: Path) -> None:
     """Remove the journal of *base*, durably; nothing happens where there is none."""
-    forget_beside(base, SUFFIX, _owner)
+    forget_beside(base, LIVE_JOURNAL_SUFFIX, _owner)

@@ -42,7 +42,7 @@ from chainmerge.repairing.errors import (
     RelinkUncheckable,
     RelinkUnfinished,
 )
-from chainmerge.storage.files import FileReadable, read_anew
+from chainmerge.storage.files import FileReadable, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def relink(
     policy = policy_of(access)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(lock_image(image, LockMode.WRITER, access.lock_wait))
-        read_anew(image)
+        drop_cached(image)
         info = _read_alone(Path(image), policy)
         _require_finished(info)
         new = _new_chain(info, None if backing is None else Path(backing), policy)

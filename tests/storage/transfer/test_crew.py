@@ -9,7 +9,7 @@ import pytest
 
 from chainmerge.storage.errors import OutOfMemory
 from chainmerge.storage.transfer import crew
-from chainmerge.storage.transfer.crew import Crew
+from chainmerge.storage.transfer.crew import Workers
 from chainmerge.storage.transfer.direct import aligned_buffer
 
 BUFFER = 4096
@@ -27,7 +27,7 @@ def test_a_crew_of_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(crew, "aligned_buffer", scarce)
     threads: set[str] = set()
     results: list[int] = []
-    team = Crew(8, BUFFER)
+    team = Workers(8, BUFFER)
     with team.at_work():
         for number in range(50):
 
@@ -51,6 +51,6 @@ def test_no_crew_at_all(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
         monkeypatch.setattr(crew, "aligned_buffer", nothing)
     else:
         monkeypatch.setattr(threading.Thread, "start", nothing)
-    team = Crew(8, BUFFER)
+    team = Workers(8, BUFFER)
     with pytest.raises(OutOfMemory), team.at_work():
         team.submit(lambda _buffer: 1, BUFFER, lambda _result: None)

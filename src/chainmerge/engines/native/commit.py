@@ -29,9 +29,9 @@ import numpy as np
 
 from chainmerge.arithmetic.arrays import U64Array
 from chainmerge.chain.layers import layer_of_qcow2
-from chainmerge.chain.view import GuestView, Resolved, joined
+from chainmerge.chain.view import GuestView, Resolved, joined_resolved
 from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
-from chainmerge.engines.metadata.bitmap_set import place as place_bitmaps
+from chainmerge.engines.metadata.bitmap_set import place_bitmap_set as place_bitmaps
 from chainmerge.engines.metadata.counting import (
     link_writes,
     lowered_refcounts,
@@ -42,23 +42,29 @@ from chainmerge.engines.metadata.counting import (
 from chainmerge.engines.metadata.errors import ReleaseFailed, SwitchUnknown
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
 from chainmerge.engines.metadata.leaks import reclaim_leaks
-from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve, reserve_holes
+from chainmerge.engines.metadata.steps import (
+    Port,
+    StepName,
+    require_stored,
+    reserve,
+    reserve_holes,
+)
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.engines.native.decisions import (
     Change,
     MappedDisk,
-    find_wishes,
+    find_wanted,
     new_entries,
     old_hosts,
     place_data,
 )
-from chainmerge.engines.native.errors import MergeNotWritten, reason_of
+from chainmerge.engines.native.errors import MergeNotWritten, cause_of
 from chainmerge.engines.native.moves import (
     Moves,
     Segments,
     by_source,
     by_target,
-    concatenated,
+    concatenated_moves,
     items_of,
     moves_into,
     nothing_there,
@@ -71,9 +77,9 @@ from chainmerge.engines.native.survey import (
     NewTree,
     PlacedTree,
     given_up,
+    l2_tables_of,
     place_tree,
     released_clusters,
-    tables_of,
 )
 from chainmerge.engines.native.windows import (
     changed_windows,
@@ -171,12 +177,12 @@ class Commit:
         # Of a unit of which top decides a part, that part comes from top.
         start, end = merged.start, merged.end
         size = min(end, self.chain.virtual_size)
-        whole = joined(list(self.chain.resolve(start, size)))
+        whole = joined_resolved(list(self.chain.resolve(start, size)))
         return moves_into(segments, with_zeros_to(whole, end), 0, nothing_there)
 
     def _own_view(self, start: int, end: int) -> Resolved:
         own = GuestView(self.chain.layers[: self.base_index + 1])
-        return joined(list(own.resolve(start, end)))
+        return joined_resolved(list(own.resolve(start, end)))
 
 
 def merged_layers(chain: GuestView, base_index: int, direction: Direction) -> GuestView:
@@ -293,7 +299,7 @@ def _write_mapping(port: Port, job: Commit, placed: PlacedTree, transfer: Transf
         hosts = _assign_hosts(batch, for_batch.expanded(), header.cluster_size)
         _move(job, batch, hosts, transfer, mapping)
         for (_, change), host in zip(batch, hosts, strict=True):
-            indexes = tables_of(change, header.l2_entries)
+            indexes = l2_tables_of(change, header.l2_entries)
             for_tables, tables = split_runs(tables, len(indexes))
             piece = _new_tables(job, change, host, indexes, for_tables.expanded())
             _write(port, [piece], header.cluster_size)
@@ -310,8 +316,8 @@ def _batches(job: Commit) -> Iterator[list[tuple[Resolved, Change]]]:
     batch: list[tuple[Resolved, Change]] = []
     clusters = 0
     for window in changed_windows(job.merged, job.disk):
-        wishes = find_wishes(job.disk, read_window(job.image, job.disk, window.start), window)
-        change = place_data(wishes, job.disk, job.placement)
+        wanted = find_wanted(job.disk, read_window(job.image, job.disk, window.start), window)
+        change = place_data(wanted, job.disk, job.placement)
         if not len(change):
             continue
         batch.append((window, change))
@@ -367,7 +373,7 @@ def _move(
                 moves.append(job.moves_of(segments, above))
     for parts, in_order in ((new, by_target), (in_place, by_source)):
         if parts:
-            moved = in_order(concatenated(parts))
+            moved = in_order(concatenated_moves(parts))
             transfer.move(items_of(moved, job.chain))
             mapping.origins.append(moved)
 
@@ -478,7 +484,7 @@ def _switch(port: Port, head: HeaderWrite) -> None:
         port.flush()
         require_stored(port, [(0, head.sector)])
     except (OSError, Failed) as error:
-        raise SwitchUnknown(port.name, reason_of(error, port.name)) from error
+        raise SwitchUnknown(port.name, cause_of(error, port.name)) from error
 
 
 def _release(
@@ -492,7 +498,7 @@ def _release(
             port.write(offset, data)
         port.flush()
     except (OSError, Failed, Refused) as error:
-        raise ReleaseFailed(port.name, reason_of(error, port.name)) from error
+        raise ReleaseFailed(port.name, cause_of(error, port.name)) from error
     if not port.is_block_device:
         # The merge is complete; space that cannot be given back is only that.
         with contextlib.suppress(ChainmergeError):
@@ -551,7 +557,7 @@ def _step(port: Port, step: StepName) -> Iterator[None]:
     try:
         yield
     except (OSError, Failed, Refused) as error:
-        raise MergeNotWritten(port.name, step, reason_of(error, port.name)) from error
+        raise MergeNotWritten(port.name, step, cause_of(error, port.name)) from error
 
 
 def _undo(port: Port, placed: PlacedTree, old_size: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.arithmetic.rounding import divide_up
-from chainmerge.chain.view import NO_LAYER, Resolved, joined
+from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
 from chainmerge.qcow2.extents import Extents, Kind, distinct
@@ -132,7 +132,7 @@ def _cut(parts: Iterator[Resolved], span: int) -> Iterator[Resolved]:
         part = whole
         while part.end >= at + span:
             held.append(part.clipped(max(part.start, at), at + span))
-            yield joined(held)
+            yield joined_resolved(held)
             held = []
             at += span
             at += _open_at(part, at) // span * span
@@ -142,7 +142,7 @@ def _cut(parts: Iterator[Resolved], span: int) -> Iterator[Resolved]:
         else:
             held.append(part)
     if held:
-        yield joined(held)
+        yield joined_resolved(held)
 
 
 def _open_at(part: Resolved, at: int) -> int:

@@ -125,7 +125,9 @@ def release(layout: HostLayout, given_back: Runs) -> HostLayout:
     return replace(layout, free=free, end=end)
 
 
-def place(layout: HostLayout, pieces: Sequence[int], singles: int) -> tuple[HostLayout, Runs]:
+def place_clusters(
+    layout: HostLayout, pieces: Sequence[int], singles: int
+) -> tuple[HostLayout, Runs]:
     """Take clusters as :mod:`chainmerge.engines.metadata` does; returns what was taken too.
 
     That is: the longest piece first, each into the first run that it fits into, then
