@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chainmerge.chain.allowed_places import resolved
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileOutside
 from chainmerge.chain.model import ChainPolicy
 from chainmerge.chain.reading import open_image
 from chainmerge.chain.relatives import find_relatives
-from chainmerge.chain.territory import resolved
 from tests.chain.overlays import overlay
 from tests.chain.unchanged import refusal
 from tests.support import qemu

@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.chain.allowed_places import allowed_places_of
 from chainmerge.chain.discovery import walk_down
 from chainmerge.chain.errors import ActiveElsewhere
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
@@ -26,7 +27,6 @@ from chainmerge.chain.reading import (
     identity_at,
 )
 from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Look, Surroundings
-from chainmerge.chain.territory import allowed_places_of
 from chainmerge.documents.images import Searched
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError

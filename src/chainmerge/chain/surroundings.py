@@ -19,10 +19,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.chain.allowed_places import reached, resolved
 from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
-from chainmerge.chain.territory import reached, resolved
 from chainmerge.documents.images import LEVELS, Searched
 from chainmerge.storage.mounts import mounts
 

@@ -30,7 +30,6 @@ from chainmerge.storage.files import write_error
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.transfer import offload
 from chainmerge.storage.transfer.chunks import Chunk, Making, Moved, PlainRead, Zeros, inner_range
-from chainmerge.storage.transfer.crew import Workers
 from chainmerge.storage.transfer.direct import ALIGNMENT, DirectFile
 from chainmerge.storage.transfer.pacing import Pacing
 from chainmerge.storage.transfer.pieces import (
@@ -41,6 +40,7 @@ from chainmerge.storage.transfer.pieces import (
     joined_items,
 )
 from chainmerge.storage.transfer.readback import Checksum, Ledger
+from chainmerge.storage.transfer.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
