@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse, Refused
+from chainmerge.errors import Failed, Misuse, NeededByOthers, NewerDataAtRisk, NotVerified, Refused
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class MergeUnfinished(Failed):
 
 
 @dataclass(eq=False)
-class LivePivotUnfinished(Refused):
+class LivePivotUnfinished(NewerDataAtRisk, Refused):
     """Top was asked for as the result, and a live merge has left it behind."""
 
     code: ClassVar[str] = "live-pivot-unfinished"
@@ -56,7 +56,7 @@ class LivePivotUnfinished(Refused):
 
 
 @dataclass(eq=False)
-class LeftoverInUse(Refused):
+class LeftoverInUse(NeededByOthers, Refused):
     """An image that only has to be deleted is the backing file of others by now."""
 
     code: ClassVar[str] = "leftover-in-use"
@@ -132,7 +132,7 @@ class DisksShareImage(Refused):
 
 
 @dataclass(eq=False)
-class VerificationFailed(Failed):
+class VerificationFailed(NotVerified, Failed):
     """What was written is not what was planned."""
 
     code: ClassVar[str] = "verification-failed"

@@ -26,7 +26,7 @@ from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.progress import Stage
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
-from chainmerge.errors import ChainmergeError, OutcomeUnknown
+from chainmerge.errors import ChainmergeError, NewerDataAtRisk, OutcomeUnknown
 from chainmerge.merging.deleting import delete_recorded, require_no_users
 from chainmerge.merging.errors import LivePivotUnfinished
 from chainmerge.merging.verifying import verify_soundness
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class LivePivotUnclear(OutcomeUnknown):
+class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
     """Top or base is what the guest has written to last, and the images do not tell which."""
 
     code: ClassVar[str] = "live-pivot-unclear"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
-from chainmerge.errors import Refused
+from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
     UnusableState,
@@ -41,7 +41,7 @@ LIVE_JOURNAL_SUFFIX: Final = "chainmerge-live"
 
 
 @dataclass(eq=False)
-class LiveJournalDamaged(Refused):
+class LiveJournalDamaged(RecordsUnusable, Refused):
     """The journal of a live merge cannot be read."""
 
     code: ClassVar[str] = "live-journal-damaged"

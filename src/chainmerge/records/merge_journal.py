@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
-from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.changes import called, last_change, moved
 from chainmerge.records.files import (
@@ -67,7 +67,7 @@ JOURNAL_SUFFIX: Final = "chainmerge-journal"
 
 
 @dataclass(eq=False)
-class MergeJournalDamaged(Refused):
+class MergeJournalDamaged(RecordsUnusable, Refused):
     """The journal of an interrupted merge cannot be read."""
 
     code: ClassVar[str] = "merge-journal-damaged"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge.errors import Refused
+from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
@@ -56,7 +56,7 @@ _DIGEST_BYTES: Final = 32
 
 
 @dataclass(eq=False)
-class SavedBitmapsDamaged(Refused):
+class SavedBitmapsDamaged(RecordsUnusable, Refused):
     """The file of saved bitmaps cannot be read."""
 
     code: ClassVar[str] = "saved-bitmaps-damaged"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge.errors import Refused
+from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.records import files as state_files
 from chainmerge.records.files import UnusableState, decoded, encoded, make_directory, remove_durably
 from chainmerge.records.identity import ImageIdentity, identify, may_be_same
@@ -56,7 +56,7 @@ class _Kind(StrEnum):
 
 
 @dataclass(eq=False)
-class BackupUnusable(Refused):
+class BackupUnusable(RecordsUnusable, Refused):
     """A file is no backup of a repair, or a damaged one."""
 
     code: ClassVar[str] = "repair-backup-unusable"
