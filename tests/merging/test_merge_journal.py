@@ -19,7 +19,7 @@ from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.plan import EngineName
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import Interrupted
-from chainmerge.merging import by_native, concluding, resuming, settling
+from chainmerge.merging import by_native, concluding, resuming, settling, tombstones
 from chainmerge.merging.errors import LeftoverInUse
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning import already_merged
@@ -207,8 +207,8 @@ AFTER_SWITCH: dict[str, Callable[[], None]] = {
     "deleted one": _dies_after(Path, "unlink"),
     "deleted": _dies_after(settling, "delete_recorded"),
     "forget": _dies_once_called(settling, "forget_saved_bitmaps"),
-    "tidy": _dies_once_called(concluding, "_drop_spent_tombstones"),
-    "tidied": _dies_after(concluding, "replace_bitmaps"),
+    "tidy": _dies_once_called(concluding, "drop_tombstones"),
+    "tidied": _dies_after(tombstones, "replace_bitmaps"),
     "give back": _dies_once_called(concluding, "give_back"),
     "end": _dies_once_called(concluding, "forget_journal"),
 }

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -22,17 +21,15 @@ import msgspec
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.chain.comparing import first_difference
-from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.progress import Stage
-from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
 from chainmerge.errors import ChainmergeError, NewerDataAtRisk, OutcomeUnknown
 from chainmerge.merging.deleting import delete_recorded, require_no_users
 from chainmerge.merging.errors import LivePivotUnfinished
+from chainmerge.merging.reporting import build_report
 from chainmerge.merging.verifying import verify_soundness
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
-from chainmerge.qcow2.check import check
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import (
@@ -54,6 +51,7 @@ from chainmerge.storage.files import WritablePort
 if TYPE_CHECKING:
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.target import Target
+    from chainmerge.documents.merge import MergeReport
     from chainmerge.merging.job import Request
     from chainmerge.records.request import RecordedRequest
 
@@ -199,21 +197,13 @@ def finish_pivot(
             f"the VM did not end in order, so the bitmaps {names} are lost: the next backup that "
             "builds on them must be a full one (`chainmerge repair` removes them)"
         )
-    readable = opened.images[target.base_index].readable
-    return MergeReport(
-        version=REPORT_VERSION,
-        outcome=MergeOutcome.ALREADY_MERGED,
-        plan=None,
-        bitmaps=bitmaps,
-        bytes_copied=0,
-        seconds=time.monotonic() - request.started,
-        image_end=check(image).image_end_offset if image is not None else readable.size,
-        volume_size=readable.size,
-        verified=tuple(verified),
-        repointed=(),
+    return build_report(
+        base.real_path,
+        base.format,
+        request.started,
+        verified=verified,
         deleted=deleted,
-        renamed=None,
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 
