@@ -23,6 +23,8 @@ def drop_tombstones(result: Path, names: Collection[str]) -> Iterator[str]:
 
     Yields a warning then.
     """
+    if not names:
+        return
     try:
         with WritablePort(result) as port:
             image = Qcow2Image(port)
