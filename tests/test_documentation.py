@@ -8,11 +8,13 @@ import functools
 import importlib
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from chainmerge import api
 from chainmerge.cli.main import _COMMANDS
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _PATH: Final = re.compile(
 _QUOTED_PATH: Final = re.compile(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+(?:\.py|/))`")
 _ROW_OF_PACKAGE: Final = re.compile(r"\| `([\w/]+/)` \|")
 _LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
+# A function as `find_refusals()`, or a constant as `SPELLINGS`.
+_QUOTED_NAME: Final = re.compile(r"`(?:\w+\.)*(_*[a-z]\w*(?=\(\)`)|_*[A-Z][A-Z_]+(?=`))")
 _HEADING: Final = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _FENCED: Final = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -50,20 +54,30 @@ def _name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def _docstrings(file: Path) -> str:
-    """All that a source says in docstrings, those of constants and fields included."""
-    return "\n".join(
-        node.value.value
-        for node in ast.walk(ast.parse(file.read_bytes()))
-        if isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is read of a source: docstrings (of fields and constants too), and what it defines."""
+
+    docstrings: str
+    defined: frozenset[str]
 
 
 @functools.cache
+def _source(file: Path) -> Source:
+    docstrings, defined = [], set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                docstrings.append(text)
+            case ast.FunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                defined.add(name)
+            case _:
+                pass
+    return Source("\n".join(docstrings), frozenset(defined))
+
+
 def _said(file: Path) -> str:
-    return _docstrings(file) if file.suffix == ".py" else file.read_text(encoding="utf-8")
+    return _source(file).docstrings if file.suffix == ".py" else file.read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -127,6 +141,14 @@ def test_every_module_that_a_page_quotes_exists(page: Path) -> None:
     assert missing == set()
 
 
+def test_every_name_in_the_instructions_is_defined() -> None:
+    named = _QUOTED_NAME.findall((DOCS / "development.md").read_text(encoding="utf-8"))
+    of_make = set(re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert len(named) > 30
+    defined = frozenset().union(*(_source(file).defined for file in SOURCES))
+    assert set(named) - defined - of_make - {"BENCH_ARGS"} == set()
+
+
 def _anchors(page: Path) -> set[str]:
     """The anchors that the headings of a page have, as GitHub makes them."""
     headings = _HEADING.findall(_FENCED.sub("", page.read_text(encoding="utf-8")))
@@ -187,3 +209,8 @@ def test_every_command_is_described() -> None:
     described = "\n".join(row[0] for row in _rows(DOCS / "commands.md", "# Commands"))
     found = set(re.findall(r"`chainmerge (\w+)", described))
     assert found == set(_COMMANDS)
+
+
+def test_every_public_function_is_described() -> None:
+    described = set(re.findall(r"`(\w+)`", (DOCS / "api.md").read_text(encoding="utf-8")))
+    assert set(api.__all__) - described == set()
