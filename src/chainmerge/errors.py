@@ -10,6 +10,8 @@
     ├── OutcomeUnknown  exit 4    we cannot tell what the disk holds
     └── Interrupted     exit 130  stopped on request; a rerun finishes the job
 
+Besides, an error can belong to a family, which says what it is about: see the end of this module.
+
 A concrete error is a dataclass whose fields are its facts. It names a stable
 ``code``, a ``template`` for its sentence (formatted with the facts), a ``hint``
 that says what to do (formatted too), and an ``explanation``, the long form that
@@ -129,9 +131,67 @@ class Interrupted(ChainmergeError):
     state: str
 
 
+# What callers may want to catch, whatever the exit status is.
+
+
+class ImageUnavailable(ChainmergeError):
+    """An image cannot be opened, or is not the one that was found."""
+
+
+class UsedByOthers(ChainmergeError):
+    """Somebody has an image open, or a job of theirs works on it."""
+
+
+class NeededByOthers(ChainmergeError):
+    """Other images stand on one that would change or go, or nobody knows whether any do."""
+
+
+class ChainUnusable(ChainmergeError):
+    """A backing name cannot be followed, or the format of an image is not known."""
+
+
+class ImageInvalid(ChainmergeError):
+    """An image is damaged, or was not closed in order."""
+
+
+class NoSpace(ChainmergeError):
+    """A file, a volume or an image cannot hold what it would have to."""
+
+
+class RecordsUnusable(ChainmergeError):
+    """A file that an earlier run left cannot be read, or cannot be kept."""
+
+
+class CheckpointsAtRisk(ChainmergeError):
+    """A valid checkpoint would be lost, or a broken one would look whole."""
+
+
+class SnapshotsAtRisk(ChainmergeError):
+    """Internal snapshots would show other data, or go with their image."""
+
+
+class NewerDataAtRisk(ChainmergeError):
+    """Old data would replace what has been written since, or be taken for it."""
+
+
+class StorageFailed(ChainmergeError):
+    """The operating system, or the storage, has refused a request."""
+
+
+class NotVerified(ChainmergeError):
+    """What was read back is not what was to be written."""
+
+
+class VmUnavailable(ChainmergeError):
+    """A running VM, or one of its disks, cannot be reached."""
+
+
 def all_errors(root: type[ChainmergeError] = ChainmergeError) -> Iterator[type[ChainmergeError]]:
     """Every concrete error class (one that has a code), in order of definition."""
-    for subclass in root.__subclasses__():
-        if subclass.code:
-            yield subclass
-        yield from all_errors(subclass)
+    found: dict[type[ChainmergeError], None] = {}
+    pending = [root]
+    while pending:
+        subclasses = pending.pop(0).__subclasses__()
+        found |= dict.fromkeys(subclass for subclass in subclasses if subclass.code)
+        pending = [*subclasses, *pending]
+    yield from found

@@ -225,7 +225,6 @@ class LiveOptions:
 LARGEST: Final = 2**63 - 1
 """Bytes: no file and no device is larger (the kernel's ``loff_t``)."""
 
-
 _SHOWN: Final = 60
 
 

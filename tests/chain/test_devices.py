@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chainmerge.chain.allowed_places import resolved
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileOutside
 from chainmerge.chain.model import ChainPolicy
 from chainmerge.chain.reading import open_image
 from chainmerge.chain.relatives import find_relatives
-from chainmerge.chain.territory import settled
 from tests.chain.overlays import overlay
 from tests.chain.unchanged import refusal
 from tests.support import qemu
@@ -86,7 +86,7 @@ def test_links_from_image_directories_to_volumes(volumes: Path, tmp_path: Path) 
     images.mkdir()
     for name in ("base", "top"):
         (images / name).symlink_to(volumes / name)
-    assert settled(images / "top") == volumes / "top"
+    assert resolved(images / "top") == volumes / "top"
     overlay(images / "top", "base")
     chain = discover(images / "top", PLAIN)
     assert [image.path for image in chain.images] == [images / "base", images / "top"]

@@ -588,11 +588,11 @@ def test_states_only_move_down_the_list(switched: Images) -> None:
     journal = load_journal(switched.base)
     assert journal is not None
     assert journal.engine == EngineName.NATIVE
-    assert merge_journal.enter(None, JournalState.DELETE) is None
-    entered = merge_journal.enter(journal, JournalState.DELETE)
+    assert merge_journal.enter_state(None, JournalState.DELETE) is None
+    entered = merge_journal.enter_state(journal, JournalState.DELETE)
     assert entered is not None
     assert load_journal(switched.base) == entered
-    assert merge_journal.enter(entered, JournalState.REPOINT) is entered
+    assert merge_journal.enter_state(entered, JournalState.REPOINT) is entered
 
 
 def test_saved_bitmaps_wait_until_the_end(templates: dict[int, Images], tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from chainmerge.qcow2.bitmaps import (
     BitmapFlag,
+    bitmap_table_entries,
     directory_entry_size,
     read_bits,
     read_directory,
     read_table,
-    table_entries,
 )
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.table_errors import BadBitmapDirectory, BadBitmapTable, UnreadableBitmap
@@ -147,7 +147,7 @@ def test_directory(tmp_path: Path) -> None:
     assert image.header.bitmaps is not None
     assert sum(sizes) == image.header.bitmaps.directory_size
     for entry in entries:
-        assert entry.table_size == table_entries(image.header, entry.granularity)
+        assert entry.table_size == bitmap_table_entries(image.header, entry.granularity)
         assert read_bits(image, entry).is_empty
 
 

@@ -24,7 +24,7 @@ from chainmerge.chain.view import GuestView
 from chainmerge.qcow2 import mapping, remembered
 from chainmerge.qcow2.compression import decompress_cluster
 from chainmerge.qcow2.errors import BadEntry, BadOffset, DecompressionFailed, FormatError
-from chainmerge.qcow2.extents import concatenated
+from chainmerge.qcow2.extents import concatenated_extents
 from chainmerge.qcow2.features import Compression
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Extents, Kind, iter_extents, lookup
@@ -564,6 +564,6 @@ def _as_one(windows: Iterator[Extents]) -> list[tuple[int, ...]]:
     parts = list(windows)
     if not parts:
         return []
-    whole = concatenated(parts).coalesced()
+    whole = concatenated_extents(parts).coalesced()
     columns = (whole.guest, whole.length, whole.kind, whole.host, whole.csize)
     return list(zip(*(column.tolist() for column in columns), strict=True))

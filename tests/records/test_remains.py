@@ -20,6 +20,7 @@ import chainmerge
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import Interrupted, Refused
 from chainmerge.merging import by_native, by_qemu, concluding, live_remains, recorded, settling
+from chainmerge.merging.errors import LivePivotUnfinished
 from chainmerge.options import Access, MergeOptions
 from chainmerge.records import files as state_files
 from chainmerge.records import saved_bitmaps
@@ -28,7 +29,7 @@ from chainmerge.records.errors import BitmapsSetAside, LeftoverUnclear, MergedBe
 from chainmerge.records.files import beside, write_state
 from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.records.live_journal import (
-    SUFFIX as LIVE_SUFFIX,
+    LIVE_JOURNAL_SUFFIX as LIVE_SUFFIX,
 )
 from chainmerge.records.live_journal import (
     VERSION,
@@ -292,6 +293,49 @@ def test_a_live_merge_of_a_device_is_known_under_another_number(tmp_path: Path) 
         assert content(link) == newest
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        MergeOptions(direction="pull"),
+        MergeOptions(direction="pull", delete=True),
+        MergeOptions(keep_name=True),
+        MergeOptions(keep_name=True, delete=True),
+    ],
+)
+def test_what_a_pivot_has_left_does_not_become_the_result(
+    tmp_path: Path, options: MergeOptions
+) -> None:
+    """The guest went on in base; whoever asks for the result in top would go on in old data."""
+    base, top = chain(tmp_path, "base", "top")
+    save_live_journal(_pivoted(base, top))
+    qemu_io(base, "write -P 9 0 1M")
+    newer = content(base)
+    in_base = Access(active=str(base))
+    for access in (in_base, Access()):
+        with pytest.raises((LivePivotUnfinished, live_remains.LivePivotUnclear)) as refused:
+            chainmerge.merge(top, base, access, options)
+        assert content(base) == newer
+    with pytest.raises(LivePivotUnfinished) as refused:
+        chainmerge.merge(top, base, in_base, options)
+    assert top.exists()
+    assert str(base) in refused.value.finish
+
+
+def test_top_that_stays_does_not_take_what_base_got_since_along(tmp_path: Path) -> None:
+    """Also where the guest has written over most of what was merged."""
+    base, top = chain(tmp_path, "base", "top")
+    pull = MergeOptions(direction="pull", delete=True)
+    chainmerge.merge(top, base)
+    qemu_io(base, "write -P 77 0 8M")
+    newer = content(base)
+    with pytest.raises(MergedBefore):
+        chainmerge.merge(top, base, options=pull)
+    assert "merged-before" in {
+        one.code for one in chainmerge.plan(top, base, options=pull).refusals
+    }
+    assert content(base) == newer
+
+
 @pytest.mark.usefixtures("state_directory")
 def test_what_is_filed_under_a_node_is_not_taken_for_another_volumes(tmp_path: Path) -> None:
     link, top = tmp_path / "lv", tmp_path / "top.qcow2"
@@ -549,7 +593,7 @@ def test_saved_bitmaps_name_the_command(tmp_path: Path) -> None:
     killed_at(by_qemu, "_copy", lambda: chainmerge.merge(top, options=options))
     (found,) = chainmerge.status([tmp_path]).merges
     assert (found.base, found.top) == (str(base), str(top))
-    assert str(beside(base, saved_bitmaps.SUFFIX)) in found.files
+    assert str(beside(base, saved_bitmaps.SAVED_BITMAPS_SUFFIX)) in found.files
     run_verbatim(found.command, Path("/"))
     assert not top.exists()
     assert bitmap_names(base)["cp"]["flags"] == ["auto"]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainmerge.report.text import count, exact_size, human_size, printable, rough_size
+from chainmerge.documents.text import printable
+from chainmerge.report.text import count, exact_size, human_size, rough_size
 
 any_text = st.text(st.characters(exclude_categories=()))
 

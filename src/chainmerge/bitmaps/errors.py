@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Refused
+from chainmerge.errors import Failed, NeededByOthers, Refused
 
 
 @dataclass(eq=False)
@@ -94,7 +94,7 @@ class BrokenBitmapsInTheWay(Refused):
 
 
 @dataclass(eq=False)
-class RemovalUnsafe(Refused):
+class RemovalUnsafe(NeededByOthers, Refused):
     """Removing the bitmap would make a broken checkpoint look whole."""
 
     code: ClassVar[str] = "removal-unsafe"
@@ -119,7 +119,7 @@ class RemovalUnsafe(Refused):
 
 
 @dataclass(eq=False)
-class ClearingUnsafe(Refused):
+class ClearingUnsafe(NeededByOthers, Refused):
     """Clearing the bitmap would leave a checkpoint that misses what it had recorded."""
 
     code: ClassVar[str] = "clearing-unsafe"

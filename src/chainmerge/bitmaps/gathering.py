@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import (
-    NOWHERE,
+    NOT_THERE,
     BitmapState,
     Decision,
     Fate,
@@ -174,7 +174,7 @@ def _still_covers(
 
 def _with_saved(base: LayerBitmaps, saved: Mapping[str, BitSet | None]) -> LayerBitmaps:
     revived = {
-        name: NOWHERE if bits is None else Occurrence(BitmapState.VALID, bits.granularity, None)
+        name: NOT_THERE if bits is None else Occurrence(BitmapState.VALID, bits.granularity, None)
         for name, bits in saved.items()
     }
     return replace(base, occurrences={**base.occurrences, **revived})

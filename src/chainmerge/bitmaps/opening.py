@@ -33,7 +33,7 @@ from chainmerge.engines.metadata.bitmap_set import AnyBitmap, KeptBitmap, Stored
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.files import FileReadable, read_anew
+from chainmerge.storage.files import FileReadable, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_users import require_alone
 
@@ -143,7 +143,7 @@ def editable(image: str | Path, access: Access) -> Iterator[BitmapEdit]:
     policy = metadata_policy_of(access, image)
     with lock_image(image, LockMode.WRITER, access.lock_wait):
         require_alone([Path(image)])
-        read_anew(image)
+        drop_cached(image)
         chain = discover(Path(image), policy)
         require_support(chain.top)
         relatives = relatives_of(chain, len(chain.images) - 1, access, policy)

@@ -25,7 +25,7 @@ from chainmerge.documents.bitmaps import PrunedBitmap, PruneReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
 from chainmerge.records.saved_bitmaps import load_saved_bitmaps
-from chainmerge.storage.files import read_anew
+from chainmerge.storage.files import drop_cached
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_users import require_alone
@@ -65,7 +65,7 @@ def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
     require_support(target.base)
     with lock_image(target.base.path, LockMode.WRITER, access.lock_wait):
         require_alone([target.base.path])
-        read_anew(target.base.path)
+        drop_cached(target.base.path)
         target = find_target(top, base, access)
         with open_chain(target.chain) as opened:
             decisions = gather_bitmaps(
@@ -137,7 +137,7 @@ def _prune_chain(
         # What an earlier run removed and could not flush would come back below what this one
         # removes, and pass for whole.
         for image in chain.images[first:]:
-            read_anew(image.path)
+            drop_cached(image.path)
         opened = stack.enter_context(open_chain(discover(active, policy), locks))
         layers = [bitmaps_of(one) for one in opened.images]
         broken = _broken_names(layers)

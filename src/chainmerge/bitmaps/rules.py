@@ -45,7 +45,7 @@ class Occurrence:
         return self.state is BitmapState.DISABLED and self.empty is True
 
 
-NOWHERE = Occurrence(BitmapState.ABSENT, 0, None)
+NOT_THERE = Occurrence(BitmapState.ABSENT, 0, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class LayerBitmaps:
     supports_bitmaps: bool
 
     def occurrence(self, name: str) -> Occurrence:
-        return self.occurrences.get(name, NOWHERE)
+        return self.occurrences.get(name, NOT_THERE)
 
     def state(self, name: str) -> BitmapState:
         return self.occurrence(name).state

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from chainmerge.chain.allowed_places import allowed_places_of, reached
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileMissing
-from chainmerge.chain.territory import reached, territory_of
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.storage import lvm
 from chainmerge.storage.errors import ImageMissing
@@ -123,8 +123,8 @@ def _inactive(top: Path, policy: ChainPolicy) -> str | None:
             raise
         missing, cause = Path(error.__cause__.image), error
         # A guest may name what it likes.
-        territory = territory_of([top], policy)
-        if not (territory.holds(reached(missing)) or territory.names(missing)):
+        allowed = allowed_places_of([top], policy)
+        if not (allowed.holds(reached(missing)) or allowed.names(missing)):
             raise
     else:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from chainmerge.chain.allowed_places import AllowedPlaces, allowed_places_of, reached, resolved
 from chainmerge.chain.errors import (
     BackingCycle,
     BackingFileMissing,
@@ -20,7 +21,7 @@ from chainmerge.chain.errors import (
     TopFormatUnknown,
 )
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo
-from chainmerge.chain.names import backing_path, printable
+from chainmerge.chain.names import backing_path
 from chainmerge.chain.reading import (
     DeclaredFormat,
     allowed_data_file,
@@ -29,7 +30,7 @@ from chainmerge.chain.reading import (
     identity_at,
     identity_of_opened,
 )
-from chainmerge.chain.territory import Territory, reached, settled, territory_of
+from chainmerge.documents.text import printable
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable
@@ -52,20 +53,20 @@ def discover(top: Path, policy: ChainPolicy) -> Chain:
             image is damaged.
     """
     path = top.absolute()
-    images = list(walk_down(path, policy, territory_of([path], policy)))
+    images = list(walk_down(path, policy, allowed_places_of([path], policy)))
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))
 
 
-def walk_down(top: Path, policy: ChainPolicy, territory: Territory) -> Iterator[ImageInfo]:
+def walk_down(top: Path, policy: ChainPolicy, allowed: AllowedPlaces) -> Iterator[ImageInfo]:
     """Yield *top* and then each image's backing file; see :func:`discover` for what it raises.
 
     Args:
         top: absolute path.
         policy: what the user allows and declares.
-        territory: where backing files may lie.
+        allowed: where backing files may lie.
     """
-    walk = _Walk(policy, _by_real_path(policy.formats), territory)
+    walk = _Walk(policy, _by_real_path(policy.formats), allowed)
     image = walk.read_top(top)
     seen = {image.identity: image}
     yield image
@@ -83,7 +84,7 @@ class _Walk:
 
     policy: ChainPolicy
     formats: Mapping[str, str]
-    territory: Territory
+    allowed: AllowedPlaces
 
     def read_top(self, path: Path) -> ImageInfo:
         with FileReadable(path) as readable:
@@ -110,7 +111,7 @@ class _Walk:
         with readable:
             # Nothing is read before it is known that what was opened is what was looked at.
             self._check_place(child, name, path)
-            if identity_at(settled(path)) != identity_of_opened(readable):
+            if identity_at(resolved(path)) != identity_of_opened(readable):
                 raise ImageReplaced(str(path))
             twin = seen.get(identity_of_opened(readable))
             if twin is not None:
@@ -158,16 +159,16 @@ class _Walk:
         raise FormatMissing(str(child.path), child.backing_name or "", str(path))
 
     def _check_place(self, child: ImageInfo, name: str, path: Path) -> None:
-        named, actual = reached(path), settled(path)
-        if self.territory.names(path):
+        named, actual = reached(path), resolved(path)
+        if self.allowed.names(path):
             return
-        if not self.territory.holds(named):
+        if not self.allowed.holds(named):
             outside, how = named, f"is {str(named)!r}"
-        elif not self.territory.holds(actual):
+        elif not self.allowed.holds(actual):
             outside, how = actual, f"is a symbolic link that leads to {str(actual)!r}"
         else:
             return
-        directories = ", ".join(sorted(map(str, self.territory.directories)))
+        directories = ", ".join(sorted(map(str, self.allowed.directories)))
         raise BackingFileOutside(str(child.path), name, how, directories, str(outside.parent))
 
 

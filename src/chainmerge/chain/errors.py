@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Misuse, Refused
+from chainmerge.errors import ChainUnusable, ImageInvalid, ImageUnavailable, Misuse, Refused
 
 
 @dataclass(eq=False)
-class BackingFileMissing(Refused):
+class BackingFileMissing(ImageUnavailable, Refused):
     """An image names a backing file that cannot be opened."""
 
     code: ClassVar[str] = "backing-file-missing"
@@ -42,7 +42,7 @@ class BackingFileMissing(Refused):
 
 
 @dataclass(eq=False)
-class BackingNameUnusable(Refused):
+class BackingNameUnusable(ChainUnusable, Refused):
     """A backing name that no file can have, or that does not say which file it means."""
 
     code: ClassVar[str] = "backing-name-unusable"
@@ -63,7 +63,7 @@ class BackingNameUnusable(Refused):
 
 
 @dataclass(eq=False)
-class JsonBackingName(Refused):
+class JsonBackingName(ChainUnusable, Refused):
     """A backing name in QEMU's json: syntax."""
 
     code: ClassVar[str] = "backing-name-json"
@@ -82,7 +82,7 @@ class JsonBackingName(Refused):
 
 
 @dataclass(eq=False)
-class RemoteBackingName(Refused):
+class RemoteBackingName(ChainUnusable, Refused):
     """A backing name that QEMU would hand to one of its protocol drivers."""
 
     code: ClassVar[str] = "backing-name-remote"
@@ -105,7 +105,7 @@ class RemoteBackingName(Refused):
 
 
 @dataclass(eq=False)
-class BackingFileOutside(Refused):
+class BackingFileOutside(ChainUnusable, Refused):
     """A backing file outside the directories of the chain."""
 
     code: ClassVar[str] = "backing-file-outside"
@@ -132,7 +132,7 @@ class BackingFileOutside(Refused):
 
 
 @dataclass(eq=False)
-class BackingCycle(Refused):
+class BackingCycle(ChainUnusable, Refused):
     """An image that is, over some steps, its own backing file."""
 
     code: ClassVar[str] = "backing-cycle"
@@ -155,7 +155,7 @@ class BackingCycle(Refused):
 
 
 @dataclass(eq=False)
-class ChainTooLong(Refused):
+class ChainTooLong(ChainUnusable, Refused):
     """More images than we follow."""
 
     code: ClassVar[str] = "chain-too-long"
@@ -170,7 +170,7 @@ class ChainTooLong(Refused):
 
 
 @dataclass(eq=False)
-class FormatMissing(Refused):
+class FormatMissing(ChainUnusable, Refused):
     """A backing file without a declared format, whose content does not say what it is."""
 
     code: ClassVar[str] = "backing-format-missing"
@@ -195,7 +195,7 @@ class FormatMissing(Refused):
 
 
 @dataclass(eq=False)
-class TopFormatUnknown(Refused):
+class TopFormatUnknown(ChainUnusable, Refused):
     """The image that the user named is not qcow2 and no format was given."""
 
     code: ClassVar[str] = "image-format-unknown"
@@ -209,7 +209,7 @@ class TopFormatUnknown(Refused):
 
 
 @dataclass(eq=False)
-class WrongFormat(Refused):
+class WrongFormat(ChainUnusable, Refused):
     """Declared (or said to be) qcow2, but the file is something else."""
 
     code: ClassVar[str] = "wrong-format"
@@ -231,7 +231,7 @@ class WrongFormat(Refused):
 
 
 @dataclass(eq=False)
-class FormatContradiction(Refused):
+class FormatContradiction(ChainUnusable, Refused):
     """The user's format and the one stored in the chain differ."""
 
     code: ClassVar[str] = "format-contradiction"
@@ -253,7 +253,7 @@ class FormatContradiction(Refused):
 
 
 @dataclass(eq=False)
-class ForeignFormat(Refused):
+class ForeignFormat(ChainUnusable, Refused):
     """An image whose format only QEMU understands."""
 
     code: ClassVar[str] = "foreign-format"
@@ -272,7 +272,7 @@ class ForeignFormat(Refused):
 
 
 @dataclass(eq=False)
-class DataFileRefused(Refused):
+class DataFileRefused(ChainUnusable, Refused):
     """An image keeps its guest data in another file, which nobody allowed."""
 
     code: ClassVar[str] = "data-file-refused"
@@ -369,7 +369,7 @@ class SearchPathUnusable(Refused):
 
 
 @dataclass(eq=False)
-class ImageReplaced(Refused):
+class ImageReplaced(ImageUnavailable, Refused):
     """The file under an image's name is not the one that was examined."""
 
     code: ClassVar[str] = "image-replaced"
@@ -399,7 +399,7 @@ class BaseNotBelowTop(Misuse):
 
 
 @dataclass(eq=False)
-class ImageDirty(Refused):
+class ImageDirty(ImageInvalid, Refused):
     """Base was not closed properly by a writer that defers refcounts."""
 
     code: ClassVar[str] = "image-dirty"
@@ -416,7 +416,7 @@ class ImageDirty(Refused):
 
 
 @dataclass(eq=False)
-class ImageCorrupt(Refused):
+class ImageCorrupt(ImageInvalid, Refused):
     """QEMU marked the image corrupt."""
 
     code: ClassVar[str] = "image-corrupt"
@@ -433,7 +433,7 @@ class ImageCorrupt(Refused):
 
 
 @dataclass(eq=False)
-class ImageDamaged(Refused):
+class ImageDamaged(ImageInvalid, Refused):
     """The consistency check of an image that would be written to found corruption."""
 
     code: ClassVar[str] = "image-damaged"

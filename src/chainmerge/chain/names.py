@@ -36,11 +36,6 @@ def path_from_header(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def printable(text: str) -> str:
-    """The text with everything escaped that a terminal might obey or cannot show."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def backing_path(image: Path, name: str) -> Path:
     """The file that the backing name *name*, stored in *image*, means.
 

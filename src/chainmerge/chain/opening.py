@@ -93,7 +93,7 @@ def _open(
     readable = stack.enter_context(open_image(info)) if lock is None else lock.reader()
     if info.header is None:
         return OpenImage(info, readable, None, layer_of_raw(readable), {})
-    image = Qcow2Image(readable)
+    image = Qcow2Image(readable, None if lock is None else info.header)
     data: Readable = readable
     if info.data_file is not None:
         data = stack.enter_context(FileReadable(info.data_file))

@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.chain.allowed_places import allowed_places_of
 from chainmerge.chain.discovery import walk_down
 from chainmerge.chain.errors import ActiveElsewhere
 from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo, identity_of
@@ -25,8 +26,7 @@ from chainmerge.chain.reading import (
     describe,
     identity_at,
 )
-from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Surroundings
-from chainmerge.chain.territory import territory_of
+from chainmerge.chain.surroundings import MAX_AROUND, MAX_FILES, Look, Surroundings
 from chainmerge.documents.images import Searched
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.errors import FormatError
@@ -115,6 +115,7 @@ def find_relatives(
     active: Path | None = None,
     *,
     policy: ChainPolicy | None = None,
+    look: Look | None = None,
     max_files: int = MAX_FILES,
     max_around: int = MAX_AROUND,
 ) -> Relatives:
@@ -133,6 +134,7 @@ def find_relatives(
         active: the upper end of the chain that the guest writes to. Its backing files
             are found wherever they lie.
         policy: what is allowed and declared for the chain of *active*.
+        look: what has been seen on behalf of other chains, in the same look around.
         max_files: how many directory entries may be looked at near the chain.
         max_around: how many are looked at around it.
 
@@ -141,11 +143,12 @@ def find_relatives(
         SearchPathUnusable, TooManyFiles
         Refused: what :func:`chainmerge.chain.discovery.discover` raises, for *active*.
     """
-    survey = _Survey(frozenset(image.identity for image in chain.images))
+    look = look or Look()
+    survey = _Survey(frozenset(image.identity for image in chain.images), look)
     if active is not None:
         survey.add_line(_line_to_top(chain, active, policy or ChainPolicy()))
     images = [image.path for image in chain.images]
-    searched = survey.look_around(Surroundings(images, search, max_files, max_around))
+    searched = survey.look_around(Surroundings(images, search, max_files, max_around, look))
     found = _judge(chain, base_index, survey, searched)
     return (
         found if active is None else replace(found, searched=replace(searched, active=str(active)))
@@ -169,8 +172,9 @@ def find_users(
         SearchPathUnusable, TooManyFiles
     """
     identities = [identity for path in images if (identity := identity_at(path)) is not None]
-    survey = _Survey(frozenset(identities))
-    survey.look_around(Surroundings(images, search, max_files, MAX_AROUND))
+    look = Look()
+    survey = _Survey(frozenset(identities), look)
+    survey.look_around(Surroundings(images, search, max_files, MAX_AROUND, look))
     users = {path for identity in identities for _, path in survey.users_of(identity)}
     return tuple(sorted(users))
 
@@ -180,7 +184,7 @@ def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageI
     path = active.absolute()
     places = [path, *(image.path for image in chain.images)]
     line = []
-    for image in walk_down(path, policy, territory_of(places, policy)):
+    for image in walk_down(path, policy, allowed_places_of(places, policy)):
         line.append(image)
         if image.identity == chain.top.identity:
             return line
@@ -190,9 +194,9 @@ def _line_to_top(chain: Chain, active: Path, policy: ChainPolicy) -> list[ImageI
 class _Survey:
     """What has been found out so far: who uses which image."""
 
-    def __init__(self, chain: frozenset[Identity]) -> None:
+    def __init__(self, chain: frozenset[Identity], look: Look) -> None:
         self._chain = chain | {_below(identity) for identity in chain}
-        self._backing_names: dict[Identity, str | None] = {}
+        self._backing_names = look.backing_names
         self._identities: dict[Path, Identity | None] = {}
         self._users: dict[Identity, dict[Identity, Path]] = defaultdict(dict)
         self._known: dict[Identity, ImageInfo] = {}

@@ -13,15 +13,16 @@ import os
 import stat
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.chain.allowed_places import reached, resolved
 from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
-from chainmerge.chain.territory import reached, settled
 from chainmerge.documents.images import LEVELS, Searched
 from chainmerge.storage.mounts import mounts
 
@@ -33,38 +34,70 @@ if TYPE_CHECKING:
 MAX_FILES: Final = 100_000
 """Directory entries that are looked at near the chain."""
 
-
 MAX_AROUND: Final = 4096
 """Directory entries that are looked at around it, and as many where this host keeps images."""
 
-
 _DEVICES: Final = "/dev"
-
 
 # Volume groups have a directory each, which holds no others.
 _DEVICE_LEVELS: Final = 1
-
-
 _NAMED: Final = 3
 
 
 def surroundings_of(images: Iterable[Path], search: Sequence[Path] = ()) -> Surroundings:
     """What there is to look at around *images*, and in the places that the user names."""
-    return Surroundings(images, search, MAX_FILES, MAX_AROUND)
+    return Surroundings(images, search, MAX_FILES, MAX_AROUND, Look())
+
+
+class Look:
+    """What one look around has seen, for all chains that it is about.
+
+    The disks of a VM mostly lie together: each directory is listed once, and each file read once.
+    What is seen in a look gets old with it, so a later one begins with nothing.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is seen yet."""
+        self.backing_names: dict[Identity, str | None] = {}
+        """By the identity of the overlay."""
+        self._listings: dict[Identity, _Listing] = {}
+
+    @cached_property
+    def managed_places(self) -> tuple[ManagedPlace, ...]:
+        """As :func:`chainmerge.chain.managers.managed_places`."""
+        return managed_places()
+
+    def listing(self, directory: str, identity: Identity, limit: int) -> _Listing:
+        """The entries of a directory; where they are more than *limit*, perhaps not all.
+
+        Raises OSError.
+        """
+        if identity not in self._listings:
+            found = _listed(directory, limit)
+            if len(found) > limit:
+                return found
+            self._listings[identity] = found
+        return self._listings[identity]
 
 
 class Surroundings:
     """What there is to look at for the users of some images."""
 
     def __init__(
-        self, images: Iterable[Path], search: Sequence[Path], max_files: int, max_around: int
+        self,
+        images: Iterable[Path],
+        search: Sequence[Path],
+        max_files: int,
+        max_around: int,
+        look: Look,
     ) -> None:
         """Begin at the directories of *images*, and at the places in *search*."""
+        self._look = look
         self._search = search
         self._max_files = max_files
         self._max_around = max_around
         self._homes = sorted(
-            {str(place.parent) for path in images for place in (reached(path), settled(path))}
+            {str(place.parent) for path in images for place in (reached(path), resolved(path))}
         )
         self._mounts = mounts()
         self._file_systems = {self._mounts.file_system_of(home) for home in self._homes}
@@ -95,7 +128,7 @@ class Surroundings:
         if any(map(_is_below_dev, self._homes)):
             pending.append((_DEVICES, _DEVICE_LEVELS))
         yield from self._walk(pending)
-        yield from self._walk(deque(self._places_of_managers(managed_places())))
+        yield from self._walk(deque(self._places_of_managers(self._look.managed_places)))
 
     def note_unreadable(self, path: Path) -> None:
         """Say that a file that :meth:`around` gave could not be read."""
@@ -191,7 +224,7 @@ class Surroundings:
             identity = identity_of(os.stat(directory))  # noqa: PTH116
             if identity in self._listed:
                 return replace(self._listed[identity], files=())
-            listing = _listed(directory, self._max_files - self._count)
+            listing = self._look.listing(directory, identity, self._max_files - self._count)
         except (OSError, ValueError) as error:
             raise _unusable(called, error) from error
         self._take(len(listing), called)
@@ -217,7 +250,9 @@ class Surroundings:
                     continue
                 entered.add(identity)
                 known = self._listed.get(identity)
-                listing = _listed(directory, self._max_around - count) if known is None else known
+                listing = known
+                if listing is None:
+                    listing = self._look.listing(directory, identity, self._max_around - count)
             except FileNotFoundError:
                 continue
             except OSError:

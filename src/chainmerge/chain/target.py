@@ -16,6 +16,7 @@ from chainmerge.chain.relatives import Relatives, find_relatives
 from chainmerge.options import Direction
 
 if TYPE_CHECKING:
+    from chainmerge.chain.surroundings import Look
     from chainmerge.options import Access
 
 
@@ -63,7 +64,11 @@ def metadata_policy_of(access: Access, *named: str | Path | None) -> ChainPolicy
 
 
 def relatives_of(
-    chain: Chain, base_index: int, access: Access, policy: ChainPolicy | None = None
+    chain: Chain,
+    base_index: int,
+    access: Access,
+    policy: ChainPolicy | None = None,
+    look: Look | None = None,
 ) -> Relatives:
     """Who else uses the images of a chain from base up, as far as that can be found out.
 
@@ -72,6 +77,7 @@ def relatives_of(
         base_index: where base is in it.
         access: where to look.
         policy: by which the chain was found; by default that of *access*.
+        look: as in :func:`chainmerge.chain.relatives.find_relatives`.
 
     Raises what :func:`chainmerge.chain.relatives.find_relatives` raises.
     """
@@ -81,6 +87,7 @@ def relatives_of(
         search=tuple(Path(path) for path in access.search),
         active=Path(access.active) if access.active else None,
         policy=policy or policy_of(access),
+        look=look,
     )
     return replace(
         found,
@@ -89,11 +96,12 @@ def relatives_of(
     )
 
 
-def find_target(top: Path, base: Path | None, access: Access) -> Target:
+def find_target(top: Path, base: Path | None, access: Access, look: Look | None = None) -> Target:
     """Find the chain of *top*, base in it (top's backing file by default), and its relatives.
 
     Where ``access.active`` names base, the guest writes to base, as after a live merge. Nothing
-    that stands on top is found from there, so it is not looked at here.
+    that stands on top is found from there, so it is not looked at here. *look* is as in
+    :func:`chainmerge.chain.relatives.find_relatives`.
 
     Raises:
         BaseNotBelowTop, NoBackingFile, and what discovery raises.
@@ -107,4 +115,4 @@ def find_target(top: Path, base: Path | None, access: Access) -> Target:
         active = identity_at(Path(access.active))
         if active == chain.images[base_index].identity:
             access = replace(access, active=None)
-    return Target(chain, base_index, relatives_of(chain, base_index, access, policy))
+    return Target(chain, base_index, relatives_of(chain, base_index, access, policy, look))

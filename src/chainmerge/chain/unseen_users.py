@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from chainmerge.chain.surroundings import folded
-from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.errors import ChainmergeError, NeededByOthers, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class UsersUnknown(Refused):
+class UsersUnknown(NeededByOthers, Refused):
     """What changes lies in another directory than top, and can be in use from anywhere."""
 
     code: ClassVar[str] = "users-unknown"
@@ -50,7 +50,7 @@ class UsersUnknown(Refused):
 
 
 @dataclass(eq=False)
-class VolumesInactive(Refused):
+class VolumesInactive(NeededByOthers, Refused):
     """Logical volumes that could hold users of what changes cannot be looked at."""
 
     code: ClassVar[str] = "volumes-inactive"

@@ -15,7 +15,7 @@ import numpy as np
 
 from chainmerge.arithmetic.arrays import I32Array, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.chain.layers import Layer
-from chainmerge.qcow2.extents import Extents, Kind, concatenated, distinct, follows_guest
+from chainmerge.qcow2.extents import Extents, Kind, concatenated_extents, distinct, follows_guest
 from chainmerge.qcow2.header import MAX_CLUSTER_BITS
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW
 
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 NO_LAYER = -1
 
-
 # What all layers together say about one piece of the disk is held at a time: so many runs, and
 # no more than one portion of one layer beyond that. To decide among them takes below 80 MiB.
 RUNS_AT_ONCE = 256 << 10
-
 
 # A piece ends where clusters of every size end, so that none is read or unpacked twice.
 PIECE_ALIGNMENT = 1 << MAX_CLUSTER_BITS
@@ -234,7 +232,7 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
     """
     nobody = Resolved(Extents.single(at, upto, Kind.UNALLOCATED), np.array([NO_LAYER], np.int32))
     # From the lowest up, so that the highest index wins.
-    claims = joined([nobody, *reversed(said)])
+    claims = joined_resolved([nobody, *reversed(said)])
     claimed_end = claims.guest + claims.length
     bounds = distinct(np.concatenate([claims.guest, claimed_end]))
     winner = _last_covering(
@@ -249,10 +247,10 @@ def _uppermost(said: Sequence[Resolved], at: int, upto: int) -> Resolved:
     return _coalesced(Resolved(extents, claims.layer[winner]))
 
 
-def joined(parts: Sequence[Resolved]) -> Resolved:
+def joined_resolved(parts: Sequence[Resolved]) -> Resolved:
     """All runs of *parts*, one part after the other."""
     return Resolved(
-        concatenated([part.extents for part in parts]),
+        concatenated_extents([part.extents for part in parts]),
         np.concatenate([part.layer for part in parts]),
     )
 

@@ -21,8 +21,8 @@ from chainmerge.cli.options import (
     top_argument,
 )
 from chainmerge.cli.params import IMAGE, SIZE
+from chainmerge.documents.text import printable
 from chainmerge.report import tables
-from chainmerge.report.text import printable
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output

@@ -17,8 +17,8 @@ from click.exceptions import Exit
 from chainmerge.cli.errors import InternalError, ReportNotDelivered
 from chainmerge.cli.output import Output, TextOutput
 from chainmerge.cli.streams import write_message
+from chainmerge.documents.text import printable
 from chainmerge.errors import ChainmergeError, ExitCode, Failed
-from chainmerge.report.text import printable
 from chainmerge.storage.errors import OutOfMemory
 
 if TYPE_CHECKING:

@@ -34,8 +34,6 @@ Function = Callable[..., R]
 _DISK: Final = "The disk"
 _MERGING: Final = "How to merge"
 _LIVE_FIELDS: Final = tuple(LiveOptions.__dataclass_fields__)
-
-
 _Opener: TypeAlias = "Callable[[], AbstractContextManager[api.LiveDisk]]"
 
 

@@ -16,8 +16,8 @@ from chainmerge.cli.commands import LazyGroup, bug_report, traceback_of
 from chainmerge.cli.output import TextOutput
 from chainmerge.cli.signals import interrupted_by_signals
 from chainmerge.cli.streams import prepare_streams, write_message
+from chainmerge.documents.text import printable
 from chainmerge.errors import ExitCode
-from chainmerge.report.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, Final, ParamSpec, TypeVar, get_args
 
@@ -71,10 +71,17 @@ base_option = click.option(
 )
 
 
-def access_options(function: Function[R]) -> Function[R]:
-    """Add the options that say how images may be reached; the command gets ``access``."""
+def _with(
+    command: Function[R], options: Iterable[Callable[[Function[R]], Function[R]]]
+) -> Function[R]:
+    """Add options to a command, so that its help shows them in their order."""
+    for option in reversed(tuple(options)):
+        command = option(command)
+    return command
 
-    @click.option(
+
+_ACCESS_OPTIONS: Final = (
+    click.option(
         "--format",
         "formats",
         type=PATH_FORMAT,
@@ -82,41 +89,41 @@ def access_options(function: Function[R]) -> Function[R]:
         metavar="PATH=FORMAT",
         help="The format of an image, where no image above it says so.",
         panel=_REACHING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--allow-backing",
         type=click.Path(),
         multiple=True,
         metavar="DIR",
         help="A directory that backing files may lie in, besides those of the chain.",
         panel=_REACHING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--allow-data-file",
         type=click.Path(),
         multiple=True,
         metavar="FILE",
         help="An external data file that may be used.",
         panel=_REACHING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--search",
         type=click.Path(),
         multiple=True,
         metavar="DIR",
         help="A directory that images may lie in, however deep, which use the same ones.",
         panel=_REACHING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--sole-user",
         is_flag=True,
         help="No image uses those of the chain but the ones that are found.",
         panel=_REACHING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--active", type=IMAGE, metavar="LEAF", help="The chain's top end.", panel=_REACHING
-    )
-    @click.option(
+    ),
+    click.option(
         "--lock-wait",
         type=click.FloatRange(min=0, max=86400),
         metavar="SECONDS",
@@ -124,14 +131,20 @@ def access_options(function: Function[R]) -> Function[R]:
         show_default=True,
         help="How long to wait for images that others have locked.",
         panel=_REACHING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--activate",
         is_flag=True,
         help="Activate the chain's logical volumes where they are not, and those beside them to "
         "see what they hold, and deactivate them afterwards.",
         panel=_REACHING,
-    )
+    ),
+)
+
+
+def access_options(function: Function[R]) -> Function[R]:
+    """Add the options that say how images may be reached; the command gets ``access``."""
+
     @wraps(function)
     def command(*args: Any, activate: bool, **kwargs: Any) -> R:
         chosen = {name: kwargs.pop(name) for name in _ACCESS_FIELDS}
@@ -142,7 +155,7 @@ def access_options(function: Function[R]) -> Function[R]:
                 _activate_volumes(stack, access, kwargs)
             return function(*args, access=access, **kwargs)
 
-    return command
+    return _with(command, _ACCESS_OPTIONS)
 
 
 def _activate_volumes(
@@ -163,129 +176,127 @@ def _activate_volumes(
         stack.enter_context(neighbours_activated(top, policy))
 
 
-def merge_options(function: Function[R]) -> Function[R]:
-    """Add the options that say how to merge; the command gets ``options``."""
-    defaults = MergeOptions()
-
-    @click.option(
+_DEFAULTS: Final = MergeOptions()
+_MERGE_OPTIONS: Final = (
+    click.option(
         "--verify",
         type=click.Choice(get_args(VerifyLevel)),
-        default=defaults.verify,
+        default=_DEFAULTS.verify,
         show_default=True,
         help="Compare base's content with top's as well (full), or bitmaps and metadata only.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--delete",
         is_flag=True,
         help="Delete the merged images once all is verified, with their data files and with links "
         "that would lead nowhere.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--keep-name",
         is_flag=True,
         help="Have the result under the name of TOP, in place of TOP's file (files only).",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--drop-bitmaps",
         is_flag=True,
         help="Go on where base cannot hold bitmaps: the next backup will be a full one.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--drop-snapshots",
         is_flag=True,
         help="Delete internal snapshots that would show other data, or go with their image.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--despite-newer-base",
         is_flag=True,
         help="Go on where BASE holds most of TOP already and was written later: what was written "
         "to it since is overwritten.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--engine",
         type=click.Choice(get_args(EngineChoice)),
-        default=defaults.engine,
+        default=_DEFAULTS.engine,
         show_default=True,
         help="Who writes the data.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--direction",
         type=click.Choice(get_args(DirectionChoice)),
-        default=defaults.direction,
+        default=_DEFAULTS.direction,
         show_default=True,
         help="Move TOP's data down into BASE (commit), or what TOP lacks up from BASE (pull), "
         "which leaves BASE as it is.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--data",
         type=click.Choice(get_args(DataChoice)),
-        default=defaults.data,
+        default=_DEFAULTS.data,
         show_default=True,
         help="Where data goes that base has a cluster for: to a new one (cow), or over the old "
         "one (in-place), which takes no second copy.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--detect-zeroes",
         is_flag=True,
         help="Read all data that moves beforehand, and make zero clusters of what is zeros.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--bandwidth",
         type=SIZE,
         metavar="RATE",
         help="Bytes per second to copy at most, as 100M.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--size-limit",
         type=SIZE,
         metavar="SIZE",
         help="Treat base's file as a volume that cannot grow past SIZE.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--volume",
         type=click.Choice(get_args(VolumeChoice)),
-        default=defaults.volume,
+        default=_DEFAULTS.volume,
         show_default=True,
         help="What base lies on.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--shrink",
         is_flag=True,
         help="Reduce the logical volume afterwards to what the merge needed, and --leave.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--leave",
         type=SIZE,
         metavar="SIZE",
         help="What a reduced volume keeps beyond that.  [default: 1G if the guest writes to the "
         "result, else nothing]",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--discard", is_flag=True, help="Discard what was freed on the volume.", panel=_MERGING
-    )
-    @click.option(
+    ),
+    click.option(
         "--reclaim",
         is_flag=True,
         help="Give back all leaked clusters of what is written, not only those of earlier merges. "
         "They may hold what a lost table led to: see the plan.",
         panel=_MERGING,
-    )
-    @click.option(
+    ),
+    click.option(
         "--key-file",
         "key_files",
         type=KEY_FILE,
@@ -293,11 +304,17 @@ def merge_options(function: Function[R]) -> Function[R]:
         metavar="[IMAGE=]FILE",
         help="A file with the passphrase of an encrypted image, or of all of them.",
         panel=_REACHING,
-    )
+    ),
+)
+
+
+def merge_options(function: Function[R]) -> Function[R]:
+    """Add the options that say how to merge; the command gets ``options``."""
+
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> R:
         chosen = {name: kwargs.pop(name) for name in _MERGE_FIELDS}
         chosen["key_files"] = dict(chosen["key_files"])
         return function(*args, options=MergeOptions(**chosen), **kwargs)
 
-    return command
+    return _with(command, _MERGE_OPTIONS)

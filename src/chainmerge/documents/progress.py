@@ -44,6 +44,4 @@ class ProgressEvent:
 
 
 OnProgress = Callable[[ProgressEvent], None]
-
-
 ShouldStop = Callable[[], bool]

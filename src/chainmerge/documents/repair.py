@@ -6,11 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNUSABLE_BITMAP = "unusable-bitmap"
-
-
 KEPT_LEAKS = "kept-leaks"
-
-
 NO_DAMAGE = frozenset({UNUSABLE_BITMAP, KEPT_LEAKS})
 """The kind of a finding that is no damage: a bitmap that no chain can use."""
 

@@ -26,7 +26,7 @@ from chainmerge.merging.journal import journal_kept, record_switching
 from chainmerge.merging.verifying import (
     verify_bitmaps,
     verify_content,
-    verify_metadata,
+    verify_refcounts,
     verify_soundness,
 )
 from chainmerge.options import Direction
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from chainmerge.chain.view import GuestView
     from chainmerge.merging.job import Job
+    from chainmerge.qcow2.references import ReferenceCounts
     from chainmerge.storage.files import WritablePort
 
 # The unit of st_blocks.
@@ -92,7 +93,9 @@ def _room_made(job: Job) -> Iterator[None]:
 
 
 def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:
-    image = Qcow2Image(port)
+    # What was known of the header is not so any more where bitmaps were taken out.
+    known = None if job.plan.space.prune_first else job.result.header
+    image = Qcow2Image(port, known)
     placement = job.plan.space.placement
     disk = mapped_disk(job.target, image, job.facts.direction)
     stored = bitmaps_to_store(image, job.bitmaps, disk)
@@ -108,10 +111,11 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         shares_extents=shares_extents(job.opened, job.target.base_index, disk.direction),
     )
     verified: list[str] = []
+    counted: list[ReferenceCounts] = []
 
     def before_switch(new_image: Qcow2Image, merged: GuestView) -> None:
         job.request.announce(Stage.VERIFY)
-        verify_soundness(new_image)
+        counted.append(verify_soundness(new_image))
         if job.result.supports_bitmaps:
             final = result_set(job.bitmaps, disk.size_after, disk.direction)
             verified.append(verify_bitmaps(new_image, final))
@@ -125,9 +129,11 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
     if job.facts.volume.kind is VolumeKind.FILE:
         # The merge is complete; a file that is longer than it has to be is only that.
         with contextlib.suppress(ChainmergeError):
-            cut_to_image_end(port)
+            cut_to_image_end(port, Qcow2Image(port, outcome.header))
     with open_for_writing(job.result) as written:
-        verified.insert(0, verify_metadata(Qcow2Image(written), job.leaks.kept))
+        (references,) = counted
+        result = Qcow2Image(written, outcome.header)
+        verified.insert(0, verify_refcounts(result, references, job.leaks.kept))
     return outcome.moved, tuple(verified)
 
 

@@ -17,7 +17,7 @@ from chainmerge.options import Direction
 from chainmerge.planning.aftermath import deleted_images, going
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.live_journal import forget_live_journal
-from chainmerge.records.merge_journal import JournalState, enter, forget_journal
+from chainmerge.records.merge_journal import JournalState, enter_state, forget_journal
 from chainmerge.records.merged_record import load_merged_record, note_deleted
 from chainmerge.storage.files import WritablePort
 
@@ -68,10 +68,10 @@ def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     )
     settled = settle(steps, journal, job.recorded_request)
     warnings = [*plan.warnings, *settled.warnings]
-    journal = enter(settled.journal, JournalState.TIDY)
+    journal = enter_state(settled.journal, JournalState.TIDY)
     if settled.top_is_gone:
         warnings += _drop_spent_tombstones(job, steps.result)
-    enter(journal, JournalState.GIVE_BACK)
+    enter_state(journal, JournalState.GIVE_BACK)
     warnings += _give_back(job, steps.result, job.base.format)
     forget_journal(job.base.real_path)
     forget_live_journal(job.base.real_path)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.chain.opening import OpenChain
+    from chainmerge.chain.surroundings import Look
     from chainmerge.errors import ChainmergeError
     from chainmerge.merging.resuming import ToBeMerged
     from chainmerge.planning.facts import MergeFacts
@@ -68,13 +69,14 @@ def decided_job(
     )
 
 
-def find_target_of(request: Request) -> Target:
-    return find_target(request.top, request.base, request.access)
+def find_target_of(request: Request, look: Look) -> Target:
+    """The images that a merge is about; *look* is the one that this is a part of."""
+    return find_target(request.top, request.base, request.access, look)
 
 
-def find_same_target(before: Target, request: Request) -> Target:
+def find_same_target(before: Target, request: Request, look: Look) -> Target:
     """Look again, now that nobody else can change the chain any more."""
-    target = find_target_of(request)
+    target = find_target_of(request, look)
     for old, new in zip(before.chain.images, target.chain.images, strict=False):
         if old.identity != new.identity:
             raise ImageReplaced(str(new.path))
@@ -112,7 +114,7 @@ def _gather_to_merge(
         facts,
         obstacles=obstacles,
         merged=merged,
-        content_merged=equal,
+        content_merged=equal and commits,
         warnings=(*ending.warnings, *facts.warnings),
         end_before=ending.end_before,
     )

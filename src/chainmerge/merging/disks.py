@@ -22,31 +22,28 @@ import msgspec
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ChainPolicy
+from chainmerge.chain.surroundings import Look
 from chainmerge.chain.target import find_target
 from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport, DisksPlan, DisksReport
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError, Interrupted
-from chainmerge.merging.errors import DiskGone, DisksMismatched, DisksShareImage
+from chainmerge.merging.apart import shared_images
+from chainmerge.merging.errors import DiskGone, DisksMismatched
 from chainmerge.merging.finished import finished_before
 from chainmerge.merging.job import Request
 from chainmerge.merging.preparing import Prepared, prepare, require_no_others
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import beside_others, plan_beside
-from chainmerge.planning.locking import locks_held, locks_needed
 from chainmerge.records.disks import DiskEntry, disk_file, forget_entry, keep_entry, read_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
 from chainmerge.records.request import command_of, recorded
 from chainmerge.storage.errors import system_errors_as_ours
-from chainmerge.storage.limits import allow_open_files
-from chainmerge.storage.locks import LockMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain.model import Identity
-    from chainmerge.chain.target import Target
     from chainmerge.documents.progress import OnProgress, ProgressEvent, ShouldStop
 
 
@@ -73,17 +70,19 @@ def plan_disks(
     disks = [disk for disk in paired if not _is_done(disk, paired)]
     for gone in _gone(disks, access, options):
         raise gone
-    refusals = [
+    look = Look()
+    targets = [find_target(disk.top, disk.base, access, look) for disk in disks]
+    refusals = tuple(
         Finding(error.code, error.sentence, error.advice)
-        for error in _shared(disks, access, options)
-    ]
+        for error in shared_images([(target, options) for target in targets])
+    )
     claims: Counter[str] = Counter()
     plans = []
-    for disk in disks:
-        planned = plan_beside(disk.top, disk.base, access, options, claims)
+    for target in targets:
+        planned = plan_beside(target, access, options, claims)
         claims.update(planned.claim)
         plans.append(planned)
-    return DisksPlan(REPORT_VERSION, beside_others(plans), tuple(refusals))
+    return DisksPlan(REPORT_VERSION, beside_others(plans), refusals)
 
 
 def merge_disks(
@@ -123,16 +122,9 @@ def merge_disks(
     done = [_done_before(disk, paired) for disk in paired if disk not in disks]
     for gone in _gone(disks, access, options):
         raise gone
-    for refusal in _shared(disks, access, options):
-        raise refusal
-    allow_open_files(sum(_files_of(disk, access, options) for disk in disks))
     with contextlib.ExitStack() as stack:
-        prepared: list[Prepared] = []
-        claims: Counter[str] = Counter()
-        for disk in disks:
-            request = _request(disk, access, options, report, stop, dict(claims))
-            prepared.append(prepare(stack, request))
-            claims.update(prepared[-1].claim)
+        requests = [_request(disk, access, options, report, stop) for disk in disks]
+        prepared = prepare(stack, requests)
         warnings = require_no_others(prepared)
         entries = _entries(disks, prepared, access, options)
         _keep(prepared, entries)
@@ -171,7 +163,6 @@ def _request(
     options: MergeOptions,
     report: OnProgress,
     stop: ShouldStop,
-    claims: dict[str, int],
 ) -> Request:
     top = str(disk.top)
 
@@ -186,16 +177,8 @@ def _request(
         report=report_of_disk,
         should_stop=stop,
         started=time.monotonic(),
-        claims=claims,
+        claims={},
     )
-
-
-def _target(disk: _Disk, access: Access, options: MergeOptions) -> Target | None:
-    """The disk's chain; None where an earlier run merged it, and top may be gone."""
-    record = load_merged_record(disk.top)
-    if record is not None and finished_before(record, disk.top, disk.base, options, access.active):
-        return None
-    return find_target(disk.top, disk.base, access)
 
 
 def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
@@ -250,31 +233,6 @@ def _gone(
         others = recorded([one.top for one in there], bases, access, options)
         words = command_of(others) if there else None
         yield DiskGone(str(disk.top), len(disks), words or "chainmerge merge ...")
-
-
-def _files_of(disk: _Disk, access: Access, options: MergeOptions) -> int:
-    target = _target(disk, access, options)
-    return 0 if target is None else locks_held(target)
-
-
-def _shared(
-    disks: Sequence[_Disk], access: Access, options: MergeOptions
-) -> Iterator[DisksShareImage]:
-    """Images that one of the disks writes to and another one has in its chain."""
-    users: dict[Identity, _Disk] = {}
-    writers: dict[Identity, _Disk] = {}
-    for disk in disks:
-        target = _target(disk, access, options)
-        if target is None:
-            continue
-        needed = list(locks_needed(target, options))
-        for image, mode in needed:
-            is_written = mode is LockMode.WRITER
-            other = users.get(image.identity) if is_written else writers.get(image.identity)
-            if other is not None:
-                yield DisksShareImage(str(image.path), str(other.top), str(disk.top))
-        users |= {image.identity: disk for image, _ in needed}
-        writers |= {image.identity: disk for image, mode in needed if mode is LockMode.WRITER}
 
 
 def _entries(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse, Refused
+from chainmerge.errors import Failed, Misuse, NeededByOthers, NewerDataAtRisk, NotVerified, Refused
 
 
 @dataclass(eq=False)
@@ -33,7 +33,30 @@ class MergeUnfinished(Failed):
 
 
 @dataclass(eq=False)
-class LeftoverInUse(Refused):
+class LivePivotUnfinished(NewerDataAtRisk, Refused):
+    """Top was asked for as the result, and a live merge has left it behind."""
+
+    code: ClassVar[str] = "live-pivot-unfinished"
+    template: ClassVar[str] = (
+        "a live merge of {top} into {base} has taken effect: the guest wrote to {base} from then "
+        "on, and {top} cannot become the merged image"
+    )
+    hint: ClassVar[str] = (
+        "finish that merge first: `{finish}`; go on with {base}, and not with {top}, which lacks "
+        "what the guest has written since"
+    )
+    explanation: ClassVar[str] = (
+        "When an active image has been merged, the VM goes over from top to base. That merge was "
+        "interrupted before its end, so top is still there, with base below it, but it is old. A "
+        "pull, or --keep-name, would have the result under its name. Nothing was changed."
+    )
+    top: str
+    base: str
+    finish: str
+
+
+@dataclass(eq=False)
+class LeftoverInUse(NeededByOthers, Refused):
     """An image that only has to be deleted is the backing file of others by now."""
 
     code: ClassVar[str] = "leftover-in-use"
@@ -109,7 +132,7 @@ class DisksShareImage(Refused):
 
 
 @dataclass(eq=False)
-class VerificationFailed(Failed):
+class VerificationFailed(NotVerified, Failed):
     """What was written is not what was planned."""
 
     code: ClassVar[str] = "verification-failed"

@@ -10,7 +10,7 @@ from chainmerge.records.changes import data_changed, what_stands_at
 from chainmerge.records.errors import LeftoverUnclear
 from chainmerge.records.identity import Sameness, identify, same_image
 from chainmerge.records.merged_record import MergedRecord, Superseded, is_pulled, merged_record_file
-from chainmerge.storage.files import read_anew
+from chainmerge.storage.files import drop_cached
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,7 @@ def finished_before(
     if result is Sameness.OTHER:
         return False
     if record.pulled is not None:
-        read_anew(record.result)
+        drop_cached(record.result)
         if not is_pulled(record, record.pulled, top):
             return False
     elif record.superseded is None and not record.keep_name and top.exists():

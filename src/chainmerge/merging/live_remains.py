@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.progress import Stage
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
-from chainmerge.errors import ChainmergeError, OutcomeUnknown
+from chainmerge.errors import ChainmergeError, NewerDataAtRisk, OutcomeUnknown
 from chainmerge.merging.deleting import delete_recorded, require_no_users
+from chainmerge.merging.errors import LivePivotUnfinished
 from chainmerge.merging.verifying import verify_soundness
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class LivePivotUnclear(OutcomeUnknown):
+class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
     """Top or base is what the guest has written to last, and the images do not tell which."""
 
     code: ClassVar[str] = "live-pivot-unclear"
@@ -121,12 +123,16 @@ def forget_left_behind(record: MergedRecord) -> None:
 def took_effect(request: Request, journal: LiveJournal, target: Target, opened: OpenChain) -> bool:
     """Whether base is what the guest wrote to last, after the live merge of *journal*.
 
-    Raises LivePivotUnclear, LeftoverInUse.
+    Raises LivePivotUnclear, LivePivotUnfinished, LeftoverInUse.
     """
     if not may_be_same(journal.top, identify(target.chain.top.real_path)):
         return False
     if not _base_is_right(request, journal, target, opened):
         return False
+    if request.options.direction == "pull" or request.options.keep_name:
+        known = journal.known_request
+        finish = command_of(known) or f"chainmerge merge {shlex.quote(known.tops[-1])}"
+        raise LivePivotUnfinished(known.tops[-1], str(target.base.path), finish)
     if request.options.delete or journal.delete:
         overlays = [Path(one.path) for one in journal.overlays]
         require_no_users(str(target.base.path), overlays, request.access)

@@ -55,7 +55,7 @@ def merge(
         claims={},
     )
     with contextlib.ExitStack() as stack:
-        prepared = prepare(stack, request)
+        (prepared,) = prepare(stack, [request])
         (warnings,) = require_no_others([prepared])
         report = prepared.carry_out()
     report = replace(report, warnings=(*report.warnings, *warnings))

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain.errors import BackingFileMissing, ImageReplaced
 from chainmerge.chain.opening import open_chain
+from chainmerge.chain.surroundings import Look
+from chainmerge.chain.target import Target
 from chainmerge.documents.merge import MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import Stage
+from chainmerge.merging.apart import require_apart
 from chainmerge.merging.deciding import decided_job, find_same_target, find_target_of
 from chainmerge.merging.deleting import require_unused
 from chainmerge.merging.execution import execute
@@ -48,6 +52,7 @@ from chainmerge.storage.other_users import last_changes, look_for_others, requir
 if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.merging.job import Request
+    from chainmerge.storage.locks import ImageLock
 
 _TRIES: Final = 5
 """How often a chain may become another one before a merge of it has its locks."""
@@ -74,20 +79,21 @@ class Prepared:
     carry_out: Callable[[], MergeReport]
 
 
-def prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
-    """Look at everything and decide on everything that a merge does; no image is written to.
+def prepare(stack: contextlib.ExitStack, requests: Sequence[Request]) -> tuple[Prepared, ...]:
+    """Look at everything and decide on everything that some merges do; no image is written to.
 
-    What is locked and opened stays so until *stack* is closed. Where the chain has become another
-    one while this waited for a lock, as another merge of it came to its end, all is looked at anew.
+    What is locked and opened stays so until *stack* is closed. Where a chain has become another
+    one while this waited for a lock, as another merge of it came to its end, all is looked at
+    again.
 
     Raises:
-        Refused: it will not be done.
-        Interrupted: who asked for it said so.
+        Refused: they will not be done.
+        Interrupted: who asked for them said so.
     """
     for tries_left in reversed(range(_TRIES)):
         with contextlib.ExitStack() as attempt:
             try:
-                prepared = _prepare(attempt, request)
+                prepared = _prepare(attempt, requests)
             except _ChangedMeanwhile as error:
                 if not tries_left:
                     raise error.reason from error
@@ -113,8 +119,39 @@ def _changes_noticed() -> Iterator[None]:
         raise _ChangedMeanwhile(error) from error
 
 
-def _prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
+def _prepare(stack: contextlib.ExitStack, requests: Sequence[Request]) -> tuple[Prepared, ...]:
     """As :func:`prepare`. Raises _ChangedMeanwhile, too."""
+    look = Look()
+    found = [_find(request, look) for request in requests]
+    merges = [
+        (one, request.options)
+        for one, request in zip(found, requests, strict=True)
+        if isinstance(one, Target)
+    ]
+    require_apart(merges)
+    allow_open_files(sum(locks_held(target) for target, _ in merges))
+    locks = [
+        _locked(stack, one, request) if isinstance(one, Target) else ()
+        for one, request in zip(found, requests, strict=True)
+    ]
+    # Nobody else can change the chains any more.
+    look = Look()
+    claims: Counter[str] = Counter()
+    prepared = []
+    for request, one, held in zip(requests, found, locks, strict=True):
+        if isinstance(one, Target):
+            with _changes_noticed():
+                target = find_same_target(one, request, look)
+            beside = replace(request, claims=dict(claims))
+            prepared.append(_prepare_locked(stack, beside, target, held))
+        else:
+            prepared.append(one)
+        claims.update(prepared[-1].claim)
+    return tuple(prepared)
+
+
+def _find(request: Request, look: Look) -> Target | Prepared:
+    """The images of a merge; or the rest of it where a record tells that they are merged."""
     record = load_merged_record(request.top)
     if record is not None and finished_before(
         record, request.top, request.base, request.options, request.access.active
@@ -125,20 +162,28 @@ def _prepare(stack: contextlib.ExitStack, request: Request) -> Prepared:
     require_clear(request, record)
     request.announce(Stage.LOCK)
     try:
-        target = find_target_of(request)
+        target = find_target_of(request, look)
     except ImageMissing as error:
         if load_merged_record(request.top) == record:
             raise
         raise _ChangedMeanwhile(error) from error
-    if is_anything_left(target.base.real_path, target.chain.top.real_path):
-        # What an earlier run put on base may turn out to be a child of top, to be locked, too.
-        read_from_storage(target, request.options)
-        target = find_target_of(request)
-    allow_open_files(locks_held(target))
+    if not is_anything_left(target.base.real_path, target.chain.top.real_path):
+        return target
+    # What an earlier run put on base may turn out to be a child of top, to be locked, too.
+    read_from_storage(target, request.options)
+    return find_target_of(request, Look())
+
+
+def _locked(stack: contextlib.ExitStack, target: Target, request: Request) -> tuple[ImageLock, ...]:
     with _changes_noticed():
         locks = tuple(lock_all(stack, target, request.access.lock_wait, request.options))
         read_from_storage(target, request.options)
-        target = find_same_target(target, request)
+    return locks
+
+
+def _prepare_locked(
+    stack: contextlib.ExitStack, request: Request, target: Target, locks: tuple[ImageLock, ...]
+) -> Prepared:
     base = target.base.real_path
     images = images_wanted(target, request.options)
     seen = last_changes(images)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.versions import REPORT_VERSION
-from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.refcounts import end_of_use
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def build_report(
             bitmaps=bitmap_results(image) if image is not None else (),
             bytes_copied=copied,
             seconds=time.monotonic() - request.started,
-            image_end=check(image).image_end_offset if image is not None else readable.size,
+            image_end=end_of_use(image) if image is not None else readable.size,
             volume_size=readable.size,
             verified=tuple(verified),
             repointed=tuple(repointed),

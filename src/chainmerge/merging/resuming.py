@@ -43,7 +43,7 @@ from chainmerge.records.merge_journal import (
     Journal,
     JournalState,
     MergeJournalDamaged,
-    enter,
+    enter_state,
     first_sector_of,
     forget_journal,
     journalled,
@@ -195,11 +195,11 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
             verified.append(verify_metadata(Qcow2Image(readable), kept))
     steps = steps_left(request, target, journal)
     settled = settle(steps, journal, request.recorded(base.path))
-    left = enter(settled.journal, JournalState.TIDY)
+    left = enter_state(settled.journal, JournalState.TIDY)
     warnings = list(settled.warnings)
     if settled.top_is_gone and base.header is not None:
         warnings += _drop_tombstones(steps.result, journal.spent)
-    enter(left, JournalState.GIVE_BACK)
+    enter_state(left, JournalState.GIVE_BACK)
     shrink_to = journal.shrink_to or None
     warnings += give_back(steps.result, base.format, request.options, shrink_to)
     forget_journal(base.real_path)

@@ -26,7 +26,7 @@ from chainmerge.planning.aftermath import deleted_images, going, new_backing
 from chainmerge.planning.removals import Going
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify
-from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter
+from chainmerge.records.merge_journal import Journal, JournalledRepoint, JournalState, enter_state
 from chainmerge.records.merged_record import (
     DoomedImage,
     DoomedLink,
@@ -74,7 +74,7 @@ class SettleSteps:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class SettledMerge:
     """What was done of it. ``top_is_gone`` says whether nothing opens top any more."""
 
     repointed: tuple[str, ...]
@@ -84,23 +84,25 @@ class Settled:
     warnings: tuple[str, ...] = ()
 
 
-def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest | None) -> Settled:
+def settle(
+    steps: SettleSteps, journal: Journal | None, request: RecordedRequest | None
+) -> SettledMerge:
     """Do all of it. *request* is what was asked for.
 
     Raises what :func:`chainmerge.engines.metadata.backing.change_backing` raises, OSError, Failed.
     """
     base = steps.base.real_path
-    journal = enter(journal, JournalState.REPOINT)
+    journal = enter_state(journal, JournalState.REPOINT)
     repointed = repoint(steps.repoint, steps.above)
-    journal = enter(journal, JournalState.RECORD)
+    journal = enter_state(journal, JournalState.RECORD)
     record = record_intent(steps, request)
     warnings: tuple[str, ...] = ()
     if steps.keep_name:
-        journal = enter(journal, JournalState.RENAME)
+        journal = enter_state(journal, JournalState.RENAME)
         warnings = rename_base(steps)
     deleted: tuple[str, ...] = ()
     if record is not None:
-        journal = enter(journal, JournalState.DELETE)
+        journal = enter_state(journal, JournalState.DELETE)
         deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is no gap.
@@ -109,7 +111,7 @@ def settle(steps: SettleSteps, journal: Journal | None, request: RecordedRequest
         record_left(steps, request)
     else:
         note_deleted(steps.top.real_path, record)
-    return Settled(repointed, deleted, record is not None, journal, warnings)
+    return SettledMerge(repointed, deleted, record is not None, journal, warnings)
 
 
 def repoint(

@@ -9,7 +9,7 @@ from chainmerge.bitmaps.comparing import bitmap_difference, bitmap_shortfall
 from chainmerge.chain.comparing import first_difference
 from chainmerge.merging.errors import VerificationFailed
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
-from chainmerge.qcow2.check import check
+from chainmerge.qcow2.check import check, check_with_references, compare_refcounts
 from chainmerge.qcow2.runs import Runs, without_runs
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from chainmerge.chain.view import GuestView
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+    from chainmerge.qcow2.check import CheckReport
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.references import ReferenceCounts
 
 
 def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
@@ -47,15 +49,16 @@ def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) ->
     return f"{len(expected)} bitmaps re-read: every bit is there{surplus}"
 
 
-def verify_soundness(image: Qcow2Image) -> None:
+def verify_soundness(image: Qcow2Image) -> ReferenceCounts:
     """Recompute the refcounts of an image that may still count what it does not use any more.
 
-    Raises VerificationFailed.
+    Returns what its tables use. Raises VerificationFailed.
     """
-    report = check(image)
+    report, references = check_with_references(image)
     if not report.sound:
         first = next(iter(report.messages), "no details")
         raise VerificationFailed(image.name, f"{report.corruptions} corruptions: {first}")
+    return references
 
 
 def verify_metadata(image: Qcow2Image, kept: Runs) -> str:
@@ -63,7 +66,15 @@ def verify_metadata(image: Qcow2Image, kept: Runs) -> str:
 
     *kept* are the clusters that were leaked before and stay so. Raises VerificationFailed.
     """
-    report = check(image)
+    return _verify_refcounts(image, check(image), kept)
+
+
+def verify_refcounts(image: Qcow2Image, references: ReferenceCounts, kept: Runs) -> str:
+    """As :func:`verify_metadata`, once :func:`verify_soundness` has counted the references."""
+    return _verify_refcounts(image, compare_refcounts(image, references), kept)
+
+
+def _verify_refcounts(image: Qcow2Image, report: CheckReport, kept: Runs) -> str:
     new = without_runs(Runs(report.leaked.first, report.leaked.count), kept).total
     if not report.sound or new > report.shared_leaks:
         first = next(iter(report.messages), "no details")

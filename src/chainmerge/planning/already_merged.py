@@ -10,6 +10,7 @@ from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.sets import final_set
 from chainmerge.chain.comparing import first_difference
 from chainmerge.options import Direction, MergeOptions
+from chainmerge.planning.aftermath import removed_images
 from chainmerge.planning.encryption import encrypted_difference, has_encrypted, key_obstacles
 from chainmerge.records.changes import data_changed
 from chainmerge.records.errors import MergedBefore
@@ -36,7 +37,10 @@ def was_merged_before(
     target: Target, facts: MergeFacts, record: MergedRecord | None, options: MergeOptions
 ) -> bool:
     """Whether all of top went into base, so that what base lacks of it is old data."""
-    if facts.direction is Direction.PULL or options.despite_newer_base:
+    if options.despite_newer_base:
+        return False
+    # A pull leaves base as it is, unless it is told to delete it.
+    if facts.direction is Direction.PULL and facts.base not in removed_images(facts, options):
         return False
     return is_left_over(record, target.base.real_path, target.chain.top.real_path)
 

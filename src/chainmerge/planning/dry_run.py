@@ -51,8 +51,9 @@ def plan(
     Raises:
         ChainmergeError: the chain cannot be found or read.
     """
-    decided = plan_beside(top, base, access or Access(), options or MergeOptions(), {})
-    return beside_others([decided])[0]
+    access, options = access or Access(), options or MergeOptions()
+    target = find_target(Path(top), Path(base) if base is not None else None, access)
+    return beside_others([plan_beside(target, access, options, {})])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +88,16 @@ def beside_others(planned: Sequence[Planned]) -> tuple[MergePlan, ...]:
 
 
 def plan_beside(
-    top: str | Path,
-    base: str | Path | None,
-    access: Access,
-    options: MergeOptions,
-    claims: Mapping[str, int],
+    target: Target, access: Access, options: MergeOptions, claims: Mapping[str, int]
 ) -> Planned:
-    """As :func:`plan`, of a merge that is done together with others; see :func:`beside_others`.
+    """The plan of a merge that is done together with others; see :func:`beside_others`.
 
     Args:
-        top: as in :func:`plan`, and so are *base*, *access* and *options*.
-        base: see there.
-        access: see there.
+        target: the images that it is about.
+        access: as in :func:`plan`, and so are *options*.
         options: see there.
         claims: bytes that the others take, by the pool that they come from.
     """
-    target = find_target(Path(top), Path(base) if base is not None else None, access)
     obstacles = tuple(_obstacles(target, options))
     remains = read_remains(target.base.real_path, target.chain.top.real_path)
     saved, record = remains.usable_saved, remains.record

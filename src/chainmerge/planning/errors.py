@@ -6,11 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Refused
+from chainmerge.errors import (
+    CheckpointsAtRisk,
+    NeededByOthers,
+    NewerDataAtRisk,
+    Refused,
+    SnapshotsAtRisk,
+)
 
 
 @dataclass(eq=False)
-class BaseNewer(Refused):
+class BaseNewer(NewerDataAtRisk, Refused):
     """The overlays look like ones that were left behind: base is newer."""
 
     code: ClassVar[str] = "base-newer"
@@ -44,7 +50,7 @@ class BaseNewer(Refused):
 
 
 @dataclass(eq=False)
-class BaseHasOtherChildren(Refused):
+class BaseHasOtherChildren(NeededByOthers, Refused):
     """Another image builds on base."""
 
     code: ClassVar[str] = "base-has-other-children"
@@ -63,7 +69,7 @@ class BaseHasOtherChildren(Refused):
 
 
 @dataclass(eq=False)
-class CheckpointOfOthers(Refused):
+class CheckpointOfOthers(NeededByOthers, Refused):
     """What base gets or loses would change a checkpoint of an image outside the chain."""
 
     code: ClassVar[str] = "checkpoint-of-others"
@@ -89,7 +95,7 @@ class CheckpointOfOthers(Refused):
 
 
 @dataclass(eq=False)
-class RelativeUnknown(Refused):
+class RelativeUnknown(NeededByOthers, Refused):
     """A file beside the images could be another user of them, and cannot be looked at."""
 
     code: ClassVar[str] = "relative-unknown"
@@ -116,7 +122,7 @@ class RelativeUnknown(Refused):
 
 
 @dataclass(eq=False)
-class MiddleHasOtherChildren(Refused):
+class MiddleHasOtherChildren(NeededByOthers, Refused):
     """An image outside the chain builds on one between base and top."""
 
     code: ClassVar[str] = "middle-has-other-children"
@@ -135,7 +141,7 @@ class MiddleHasOtherChildren(Refused):
 
 
 @dataclass(eq=False)
-class BaseCannotHoldBitmaps(Refused):
+class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
     """Valid checkpoints would be lost, because base cannot store bitmaps."""
 
     code: ClassVar[str] = "base-cannot-hold-bitmaps"
@@ -156,7 +162,7 @@ class BaseCannotHoldBitmaps(Refused):
 
 
 @dataclass(eq=False)
-class UnguardedBitmaps(Refused):
+class UnguardedBitmaps(CheckpointsAtRisk, Refused):
     """Dropping bitmaps would make images above pass for what they are not."""
 
     code: ClassVar[str] = "bitmaps-unguarded"
@@ -179,7 +185,7 @@ class UnguardedBitmaps(Refused):
 
 
 @dataclass(eq=False)
-class ChildSeesMore(Refused):
+class ChildSeesMore(NeededByOthers, Refused):
     """A child would see data of base that top's smaller size hides from it."""
 
     code: ClassVar[str] = "child-sees-more"
@@ -273,7 +279,7 @@ class CannotRename(Refused):
 
 
 @dataclass(eq=False)
-class BaseNamedByOthers(Refused):
+class BaseNamedByOthers(NeededByOthers, Refused):
     """--keep-name would take away the name that other images have for base."""
 
     code: ClassVar[str] = "base-named-by-others"
@@ -331,7 +337,7 @@ class DataFileOutOfReach(Refused):
 
 
 @dataclass(eq=False)
-class SnapshotsWouldGo(Refused):
+class SnapshotsWouldGo(SnapshotsAtRisk, Refused):
     """An image that is deleted or replaced holds internal snapshots."""
 
     code: ClassVar[str] = "internal-snapshots"
@@ -359,7 +365,7 @@ class SnapshotsWouldGo(Refused):
 
 
 @dataclass(eq=False)
-class SnapshotsWouldChange(Refused):
+class SnapshotsWouldChange(SnapshotsAtRisk, Refused):
     """Internal snapshots read from below what the merge changes there."""
 
     code: ClassVar[str] = "snapshots-would-change"
@@ -389,7 +395,7 @@ class SnapshotsWouldChange(Refused):
 
 
 @dataclass(eq=False)
-class SnapshotsOfVmWouldChange(Refused):
+class SnapshotsOfVmWouldChange(SnapshotsAtRisk, Refused):
     """The same in a running VM, where nobody else may remove them."""
 
     code: ClassVar[str] = "snapshots-would-change-live"
@@ -461,7 +467,7 @@ class PullUnavailable(Refused):
 
 
 @dataclass(eq=False)
-class DoomedInUse(Refused):
+class DoomedInUse(NeededByOthers, Refused):
     """Images that were to be deleted after a pull are the backing files of others."""
 
     code: ClassVar[str] = "doomed-in-use"

@@ -13,15 +13,26 @@ from chainmerge.documents.plan import EngineName
 from chainmerge.engines.native.survey import MappingNeed
 from chainmerge.engines.native.zeroes import ZeroRanges
 from chainmerge.options import Access, Direction, MergeOptions, Placement
-from chainmerge.planning.choices import choose_direction, choose_engine, look_for_zeroes
+from chainmerge.planning.choices import (
+    DirectionChosen,
+    EngineChosen,
+    choose_direction,
+    choose_engine,
+    look_for_zeroes,
+)
 from chainmerge.planning.encryption import key_obstacles
 from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.hiding import hiding_needed
-from chainmerge.planning.internal_snapshots import children_with_larger_snapshots, look_at_snapshots
+from chainmerge.planning.internal_snapshots import (
+    SnapshotFacts,
+    children_with_larger_snapshots,
+    look_at_snapshots,
+)
 from chainmerge.planning.leaks import Leaks
 from chainmerge.planning.locking import too_many_files
-from chainmerge.planning.movement import measure_guest_bytes, movement_of
+from chainmerge.planning.movement import GuestBytes, measure_guest_bytes, movement_of
 from chainmerge.planning.removals import look_at_removals
+from chainmerge.planning.space.figures import SpaceSurvey
 from chainmerge.planning.space.header import header_obstacle
 from chainmerge.planning.space.survey import survey_space
 from chainmerge.records.changes import is_there
@@ -50,7 +61,21 @@ class Gathered:
 
 
 def never() -> bool:
+    """In place of ``should_stop`` where nobody can ask for it."""
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """What was chosen for a merge, and what was found out for it."""
+
+    direction: DirectionChosen
+    engine: EngineChosen
+    guest_bytes: GuestBytes
+    bitmaps: BitmapFacts
+    zeroes: ZeroRanges | None
+    snapshots: SnapshotFacts
+    space: SpaceSurvey
 
 
 def gather(
@@ -62,13 +87,70 @@ def gather(
     should_stop: ShouldStop,
     claims: Mapping[str, int],
 ) -> Gathered:
+    """Find out everything that a plan of a merge rests on.
+
+    Args:
+        target: the images that it is about.
+        opened: the same, open.
+        access: as for a merge, and so are *options* and *should_stop*.
+        options: see there.
+        saved: what an interrupted merge has saved of base's bitmaps.
+        should_stop: see there.
+        claims: bytes that merges take that are done together with this one, by the pool that
+            they come from.
+
+    Raises:
+        Refused: an image cannot be read.
+        Interrupted: *should_stop* said yes.
+    """
     require_readable(target, opened)
-    top_stays = not (options.delete or options.keep_name)
-    volumes = measure_guest_bytes(target, opened)
-    way = choose_direction(target, opened, volumes, options)
+    ways = _choose_ways(target, opened, options, saved, should_stop)
+    result = opened.images[target.result_index(ways.direction.direction)]
+    facts = MergeFacts(
+        chain=target.chain,
+        base_index=target.base_index,
+        relatives=target.relatives,
+        decisions=ways.bitmaps.decisions,
+        final_bits=ways.bitmaps.final_bits,
+        recovered=ways.bitmaps.recovered,
+        interrupted=saved is not None,
+        result_check=ways.space.check,
+        movement=movement_of(ways.guest_bytes),
+        pull_bytes=ways.guest_bytes.pull,
+        undefined_bytes=_undefined_bytes(ways.guest_bytes, options),
+        merged=None,
+        volume=volume_at(result.info.real_path, options).facts().beside(claims),
+        engine=ways.engine.engine,
+        engine_reason=ways.engine.reason,
+        direction=ways.direction.direction,
+        pull_obstacle=ways.direction.pull_obstacle,
+        spaces=ways.space.spaces,
+        obstacles=tuple(_obstacles(target, options, ways)),
+        warnings=ways.bitmaps.warnings,
+        removals=look_at_removals(target.chain, target.base_index, access, options),
+        snapshots=ways.snapshots.views,
+        leaks=ways.space.leaks.facts,
+    )
+    facts = replace(facts, hiding=hiding_needed(target, opened, facts.direction, facts.volume))
+    no_room = header_obstacle(result, facts, ways.bitmaps)
+    if no_room is not None:
+        facts = replace(facts, obstacles=(*facts.obstacles, no_room))
+    return Gathered(facts, ways.bitmaps, ways.space.needs, ways.zeroes, ways.space.leaks)
+
+
+def _choose_ways(
+    target: Target,
+    opened: OpenChain,
+    options: MergeOptions,
+    saved: SavedBitmaps | None,
+    should_stop: ShouldStop,
+) -> _Ways:
+    guest_bytes = measure_guest_bytes(target, opened)
+    way = choose_direction(target, opened, guest_bytes, options)
     if way.direction is Direction.PULL:
         bitmaps = gather_bitmaps_to_pull(target, opened)
     else:
+        top_stays = not (options.delete or options.keep_name)
         bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
     chosen = choose_engine(target, opened, options.engine, way.direction)
     zeroes = None
@@ -76,7 +158,7 @@ def gather(
         zeroes = look_for_zeroes(target, opened, way.direction, should_stop)
     snapshots = look_at_snapshots(target, opened, way.direction, to_remove=options.drop_snapshots)
     result = opened.images[target.result_index(way.direction)]
-    survey = survey_space(
+    space = survey_space(
         target,
         opened,
         bitmaps,
@@ -86,48 +168,28 @@ def gather(
         snapshots.removals.get(str(result.info.path)),
         options,
     )
-    obstacles = (
-        way.obstacle,
-        chosen.obstacle,
-        survey.obstacle,
-        *snapshots.obstacles,
-        *_bitmaps_set_aside(target, way.direction),
-        *(children_with_larger_snapshots(target) if way.direction is Direction.COMMIT else ()),
-        too_many_files(target, chosen.engine),
-        *key_obstacles(target.chain, options),
-    )
-    facts = MergeFacts(
-        chain=target.chain,
-        base_index=target.base_index,
-        relatives=target.relatives,
-        decisions=bitmaps.decisions,
-        final_bits=bitmaps.final_bits,
-        recovered=bitmaps.recovered,
-        interrupted=saved is not None,
-        result_check=survey.check,
-        movement=movement_of(volumes),
-        pull_bytes=volumes.pull,
-        # An earlier run has made zero clusters of stored zeros, or none where none was needed.
-        undefined_bytes=volumes.undefined
-        - (volumes.undefined_zeros if options.detect_zeroes else 0),
-        merged=None,
-        volume=volume_at(result.info.real_path, options).facts().beside(claims),
-        engine=chosen.engine,
-        engine_reason=chosen.reason,
-        direction=way.direction,
-        pull_obstacle=way.pull_obstacle,
-        spaces=survey.spaces,
-        obstacles=tuple(one for one in obstacles if one is not None),
-        warnings=bitmaps.warnings,
-        removals=look_at_removals(target.chain, target.base_index, access, options),
-        snapshots=snapshots.views,
-        leaks=survey.leaks.facts,
-    )
-    facts = replace(facts, hiding=hiding_needed(target, opened, way.direction, facts.volume))
-    no_room = header_obstacle(result, facts, bitmaps)
-    if no_room is not None:
-        facts = replace(facts, obstacles=(*facts.obstacles, no_room))
-    return Gathered(facts, bitmaps, survey.needs, zeroes, survey.leaks)
+    return _Ways(way, chosen, guest_bytes, bitmaps, zeroes, snapshots, space)
+
+
+def _undefined_bytes(guest_bytes: GuestBytes, options: MergeOptions) -> int:
+    """An earlier run has made zero clusters of stored zeros, or none where none was needed."""
+    zeros = guest_bytes.undefined_zeros if options.detect_zeroes else 0
+    return guest_bytes.undefined - zeros
+
+
+def _obstacles(target: Target, options: MergeOptions, ways: _Ways) -> Iterator[ChainmergeError]:
+    direction = ways.direction.direction
+    for one in (ways.direction.obstacle, ways.engine.obstacle, ways.space.obstacle):
+        if one is not None:
+            yield one
+    yield from ways.snapshots.obstacles
+    yield from _bitmaps_set_aside(target, direction)
+    if direction is Direction.COMMIT:
+        yield from children_with_larger_snapshots(target)
+    limited = too_many_files(target, ways.engine.engine)
+    if limited is not None:
+        yield limited
+    yield from key_obstacles(target.chain, options)
 
 
 def _bitmaps_set_aside(target: Target, direction: Direction) -> Iterator[ChainmergeError]:

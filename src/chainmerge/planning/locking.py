@@ -12,7 +12,7 @@ from chainmerge.planning.hiding import may_need_hiding
 from chainmerge.records.remains import is_anything_left
 from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import OpenFilesLimited
-from chainmerge.storage.files import WritablePort, read_anew
+from chainmerge.storage.files import WritablePort, drop_cached
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, lock_image
 
@@ -46,7 +46,7 @@ def read_from_storage(target: Target, options: MergeOptions) -> None:
     for image in images:
         # What cannot be opened for writing is refused with all other obstacles.
         with contextlib.suppress(Refused):
-            read_anew(image.real_path)
+            drop_cached(image.real_path)
 
 
 def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageInfo, LockMode]]:

@@ -32,46 +32,23 @@ if TYPE_CHECKING:
 DIRTY_TRACKING = 1
 """The only type of bitmap that the specification defines."""
 
-
 # QEMU's limits (block/qcow2.h and block/qcow2-bitmap.c): QCOW2_MAX_BITMAPS,
 # QCOW2_MAX_BITMAP_DIRECTORY_SIZE, BME_MAX_TABLE_SIZE, BME_{MIN,MAX}_GRANULARITY_BITS,
 # BME_MAX_NAME_SIZE.
 MAX_BITMAPS = 65535
-
-
 MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
-
-
 MAX_TABLE_ENTRIES = 0x800_0000
-
-
 MIN_GRANULARITY_BITS = 9
-
-
 MAX_GRANULARITY_BITS = 31
-
-
-MAX_NAME_BYTES = 1023
-
+MAX_BITMAP_NAME_BYTES = 1023
 
 #: The specification allows granularities up to here, though QEMU does not.
 MAX_SPECIFIED_GRANULARITY_BITS = 63
-
-
 TABLE_ENTRY_SIZE = 8
-
-
 TABLE_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-
-
 TABLE_RESERVED = 0xFF00_0000_0000_01FE
-
-
 TABLE_ALL_ONES = 1
-
-
 _DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
-
 
 # Bits are read in pieces of this size at most.
 _READ_BYTES = 4 << 20
@@ -279,7 +256,7 @@ def read_bits(image: Qcow2Image, entry: BitmapEntry) -> BitSet:
     return BitSet.from_segments(_segments(image, table), size, entry.granularity)
 
 
-def table_entries(header: Header, granularity: int) -> int:
+def bitmap_table_entries(header: Header, granularity: int) -> int:
     """How many entries the table of a valid bitmap has: one a cluster of serialised bits."""
     return divide_up(packed_size(header.virtual_size, granularity), header.cluster_size)
 
@@ -319,7 +296,7 @@ def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[Bi
     extra_start = position + _DIRECTORY_ENTRY.size
     extra = directory[extra_start : extra_start + extra_size]
     raw_name = directory[extra_start + extra_size : extra_start + extra_size + name_size]
-    if name_size > MAX_NAME_BYTES:
+    if name_size > MAX_BITMAP_NAME_BYTES:
         _refuse(image, f"the entry at byte {position} has a name of {name_size} bytes")
     name = raw_name.decode("utf-8", "surrogateescape")
     if granularity_bits > MAX_SPECIFIED_GRANULARITY_BITS:
@@ -353,7 +330,7 @@ def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
     if entry.in_use or not entry.readable:
         # QEMU marks bitmaps in use at once, and resizes them when it closes the image.
         return None
-    needed = table_entries(header, entry.granularity)
+    needed = bitmap_table_entries(header, entry.granularity)
     if entry.table_size != needed:
         return (
             f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
@@ -407,8 +384,6 @@ def _runs(table: U64Array, cluster_size: int) -> Iterator[tuple[int, int, int]]:
 
 
 MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
-
-
 MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
 
 

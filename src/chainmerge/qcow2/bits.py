@@ -135,14 +135,14 @@ class BitSet:
                 if at // _CHUNK_BYTES != number:
                     # Segments ascend: the chunk before is complete, and kept in its
                     # smallest form before the next one takes memory.
-                    frame._settle(chunks, number)
+                    frame._compact(chunks, number)
                     number = at // _CHUNK_BYTES
                     chunk = chunks.setdefault(number, frame._blank(number))
                 inside = at % _CHUNK_BYTES
                 length = min(end - at, len(chunk) - inside)
                 chunk[inside : inside + length] = data[taken : taken + length]
                 taken += length
-        frame._settle(chunks, number)
+        frame._compact(chunks, number)
         return frame._with_chunks(chunks)
 
     @classmethod
@@ -333,7 +333,7 @@ class BitSet:
             kept = min(len(chunk), len(resized))
             resized[:kept] = chunk[:kept]
             chunks[number] = resized
-            frame._settle(chunks, number)
+            frame._compact(chunks, number)
         return frame._with_chunks(chunks)
 
     def with_granularity(self, granularity: int) -> BitSet:
@@ -376,7 +376,7 @@ class BitSet:
             return [number for number in range(first, end) if number in self._chunks]
         return sorted(number for number in self._chunks if first <= number < end)
 
-    def _settle(self, chunks: dict[int, Bytes], number: int) -> None:
+    def _compact(self, chunks: dict[int, Bytes], number: int) -> None:
         """Bring a freshly written chunk into its canonical form: no tail bits, not if empty."""
         chunk = chunks.get(number)
         if chunk is None:
@@ -454,7 +454,7 @@ class _RunCollector:
     def finish(self) -> BitSet:
         for number in list(self._chunks):
             if self._chunks[number] is not _ALL_ONES:
-                self._frame._settle(self._chunks, number)
+                self._frame._compact(self._chunks, number)
         return self._frame._with_chunks(self._chunks)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Refused
+from chainmerge.errors import ImageInvalid, Refused
 
 _CHECK_HINT = (
     "`chainmerge repair {image}` shows what of it can be mended; what cannot has to be restored "
@@ -18,7 +18,7 @@ _CHECK_HINT = (
 
 
 @dataclass(eq=False)
-class FormatError(Refused):
+class FormatError(ImageInvalid, Refused):
     """The image is not what the qcow2 specification, or QEMU, accepts."""
 
     hint: ClassVar[str] = _CHECK_HINT

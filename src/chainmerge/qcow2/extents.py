@@ -137,7 +137,7 @@ class Extents:
         return self.joined_at(np.concatenate([[0], np.flatnonzero(~self.continues()) + 1]))
 
 
-def concatenated(parts: Sequence[Extents]) -> Extents:
+def concatenated_extents(parts: Sequence[Extents]) -> Extents:
     """All extents of *parts*, one part after the other."""
     if len(parts) == 1:
         return parts[0]

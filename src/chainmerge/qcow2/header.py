@@ -31,86 +31,37 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.readable import Readable
 
 MAGIC = b"QFI\xfb"
-
-
 V2_HEADER_LENGTH = 72
-
-
 V3_HEADER_LENGTH = 104
-
-
 COMPRESSION_TYPE_OFFSET = 104
-
-
 EXTRA_OFFSET = 105
-
-
 MIN_CLUSTER_BITS = 9
-
-
 MAX_CLUSTER_BITS = 21
-
-
 MIN_EXTENDED_L2_CLUSTER_BITS = 14
-
-
 SUBCLUSTERS = 32
-
-
 SECTOR = 512
-
 
 # QEMU's limits (block/qcow2.h): QCOW_MAX_L1_SIZE, QCOW_MAX_REFTABLE_SIZE, QCOW_MAX_SNAPSHOTS.
 MAX_L1_BYTES = 32 << 20
-
-
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
-
-
 MAX_SNAPSHOTS = 65536
-
-
 _LARGEST_FILE_BYTES = (1 << 63) - 1
-
-
 MIN_SNAPSHOT_ENTRY = 40
-
-
-MAX_NAME_BYTES = 1023
-
-
+MAX_BACKING_NAME_BYTES = 1023
 MAX_BACKING_FORMAT_BYTES = 15
-
 
 # QEMU has no such limit, but writes five kinds at most; a 2 MiB cluster could hold 262,144.
 MAX_EXTENSIONS = 256
-
-
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
-
-
 _V3 = struct.Struct(">QQQII")
-
 
 # Magic, offset and length of the backing file's name; where QEMU puts it is well within a KiB.
 _BACKING = struct.Struct(">4s4xQI")
-
-
 _GLANCE = 1024
-
-
 _EXTENSION = struct.Struct(">II")
-
-
 _BITMAPS = struct.Struct(">IIQQ")
-
-
 _CRYPTO = struct.Struct(">QQ")
-
-
 _FEATURE_NAME = struct.Struct(">BB46s")
-
-
 _KNOWN_INCOMPATIBLE = sum(Incompatible)
 
 
@@ -365,7 +316,7 @@ def _check_geometry(image: Readable, fixed: _Fixed) -> None:
     offset = fixed.backing_name_offset
     if offset and not fixed.header_length <= offset <= cluster_size:
         raise refuse("backing file name offset", offset, name_range)
-    longest = min(MAX_NAME_BYTES, cluster_size - offset)
+    longest = min(MAX_BACKING_NAME_BYTES, cluster_size - offset)
     if offset and fixed.backing_name_length > longest:
         raise refuse("backing file name length", fixed.backing_name_length, f"at most {longest}")
 

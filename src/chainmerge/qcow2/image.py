@@ -23,14 +23,18 @@ class Qcow2Image:
     damage is met.
     """
 
-    def __init__(self, readable: Readable) -> None:
-        """Read and validate the header.
+    def __init__(self, readable: Readable, header: Header | None = None) -> None:
+        """Read and validate the header, unless it is known already.
+
+        Args:
+            readable: the image's file.
+            header: what has been read from it, if nobody can have changed it since.
 
         Raises:
             FormatError: the header is not one that QEMU would open.
         """
         self._readable = readable
-        self._header = parse_header(readable)
+        self._header = parse_header(readable) if header is None else header
 
     @property
     def readable(self) -> Readable:

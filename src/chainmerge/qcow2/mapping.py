@@ -514,24 +514,34 @@ def lookup(image: Qcow2Image, guest_offset: int) -> Mapping:
     if header.external_data_file and has_host and offset != cluster * header.cluster_size:
         refuse("not at its guest offset in the external data file")
 
+    contradiction = _contradiction(header, entry, bitmap, has_host=has_host)
+    if contradiction is not None:
+        refuse(contradiction)
     if header.extended_l2:
-        if entry & ZERO_FLAG:
-            refuse("a zero flag in an extended entry")
-        if bitmap >> SUBCLUSTERS & bitmap:
-            refuse("subclusters are both allocated and zero")
-        if not has_host and bitmap & ALL_ALLOCATED:
-            refuse("subclusters are allocated in a cluster that is not")
         zero = bool(bitmap >> SUBCLUSTERS >> subcluster & 1)
         data = bool(bitmap >> subcluster & 1)
     else:
         zero = bool(entry & ZERO_FLAG)
         data = has_host
-        if zero and header.version < 3:
-            refuse("a zero flag in an image of version 2")
     host = offset + subcluster * header.subcluster_size
     if zero:
         return mapping(Kind.ZERO_ALLOCATED, host) if has_host else mapping(Kind.ZERO)
     return mapping(Kind.DATA, host) if data else mapping(Kind.UNALLOCATED)
+
+
+def _contradiction(header: Header, entry: int, bitmap: int, *, has_host: bool) -> str | None:
+    """What of a standard entry, or of its subclusters, cannot be true together."""
+    if not header.extended_l2:
+        if entry & ZERO_FLAG and header.version < 3:
+            return "a zero flag in an image of version 2"
+        return None
+    if entry & ZERO_FLAG:
+        return "a zero flag in an extended entry"
+    if bitmap >> SUBCLUSTERS & bitmap:
+        return "subclusters are both allocated and zero"
+    if not has_host and bitmap & ALL_ALLOCATED:
+        return "subclusters are allocated in a cluster that is not"
+    return None
 
 
 def _read_entry(image: Qcow2Image, cluster: int) -> tuple[int, int]:

@@ -26,15 +26,10 @@ if TYPE_CHECKING:
 
 #: Refcounts in the narrowest dtype that holds them: uint8, uint16, uint32 or uint64.
 Refcounts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
-
-
-OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
-
-
+BLOCK_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 RESERVED = 0x1FF
-
-
 ENTRY_SIZE = 8
+_CLUSTERS_AT_ONCE = 1 << 20
 
 
 def refcounts_per_block(header: Header) -> int:
@@ -88,6 +83,25 @@ def read_refcounts(image: Qcow2Image, first: int, count: int) -> U64Array:
     for at, refcounts in stored_refcounts(image, table, start * per_block, first, count):
         result[at : at + len(refcounts)] = refcounts
     return result
+
+
+def end_of_use(image: Qcow2Image) -> int:
+    """Where the last cluster ends that has a refcount, in bytes.
+
+    Raises:
+        BadRefcountTable: an entry leads nowhere.
+    """
+    header = image.header
+    present = np.flatnonzero(read_refcount_table(image))
+    described = (int(present[-1]) + 1) * refcounts_per_block(header) if len(present) else 0
+    end = min(divide_up(image.readable.size, header.cluster_size), described)
+    while end:
+        first = max(0, end - _CLUSTERS_AT_ONCE)
+        used = np.flatnonzero(read_refcounts(image, first, end - first))
+        if len(used):
+            return (first + int(used[-1]) + 1) * header.cluster_size
+        end = first
+    return 0
 
 
 def stored_refcounts(

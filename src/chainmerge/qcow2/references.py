@@ -42,37 +42,20 @@ if TYPE_CHECKING:
 
 Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
-
 #: QEMU checks no file of more clusters (``qcow2_check_refcounts``).
 MAX_CLUSTERS = 2**31 - 1
-
-
 MAX_MESSAGES = 100
-
-
 _L1_ENTRY_SIZE = 8
-
 
 # Snapshots of version 3 images must say their disk's size (specification, "Snapshots").
 _MIN_V3_SNAPSHOT_EXTRA = 16
-
-
 _L2_WINDOW_BYTES = 1 << 20
-
-
 _CLUSTERS_AT_ONCE = 1 << 20
-
-
 _COPIED_PROBLEM = "the COPIED flag does not say whether the refcount is 1"
-
 
 # Marks of a cluster.
 _STORED_IS_ONE = 1
-
-
 _EXCLUSIVE = 2
-
-
 _L2_TABLE = 4
 
 
@@ -140,7 +123,7 @@ def usable_blocks(image: Qcow2Image, table: U64Array) -> U64Array:
     Reserved bits are ignored where the rest is usable, as QEMU does when it looks up a
     refcount.
     """
-    offsets = table & np.uint64(refcounts.OFFSET_MASK)
+    offsets = table & np.uint64(refcounts.BLOCK_OFFSET_MASK)
     bad = offsets % np.uint64(image.header.cluster_size) != 0
     bad |= offsets >= np.uint64(image.readable.size)
     offsets[bad] = 0

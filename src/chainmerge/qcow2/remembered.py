@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.qcow2.extents import Extents, concatenated
+from chainmerge.qcow2.extents import Extents, concatenated_extents
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
 
 if TYPE_CHECKING:
@@ -74,6 +74,6 @@ class MappingMemory:
             return None
         if not parts:
             return None
-        whole = concatenated(parts).coalesced()
+        whole = concatenated_extents(parts).coalesced()
         self._room -= len(whole)
         return whole

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SUFFIX: Final = "chainmerge-disks"
+DISKS_SUFFIX: Final = "chainmerge-disks"
 
 
 class DiskEntry(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class DiskEntry(msgspec.Struct, frozen=True):
 
 def disk_file(base: Path) -> Path:
     """Where the entry of the disk that is merged into *base* stands, if there is one."""
-    return found_beside(base, SUFFIX, _owner)
+    return found_beside(base, DISKS_SUFFIX, _owner)
 
 
 def keep_entry(base: Path, entry: DiskEntry) -> None:
@@ -69,13 +69,13 @@ def keep_entry(base: Path, entry: DiskEntry) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(base, SUFFIX), entry)
+    write_state(beside(base, DISKS_SUFFIX), entry)
 
 
 def forget_entry(base: Path) -> None:
     """Remove an entry, durably, if there is one; one that stays says less than it did."""
     with contextlib.suppress(OSError, ChainmergeError):
-        forget_beside(base, SUFFIX, _owner)
+        forget_beside(base, DISKS_SUFFIX, _owner)
 
 
 def read_entry(file: Path) -> DiskEntry | None:

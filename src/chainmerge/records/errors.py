@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Refused
+from chainmerge.errors import CheckpointsAtRisk, NewerDataAtRisk, RecordsUnusable, Refused
 
 
 @dataclass(eq=False)
-class LeftoverUnclear(Refused):
+class LeftoverUnclear(RecordsUnusable, Refused):
     """A file that an earlier run left is of an image of which nobody knows whether it is there."""
 
     code: ClassVar[str] = "leftover-unclear"
@@ -36,7 +36,7 @@ class LeftoverUnclear(Refused):
 
 
 @dataclass(eq=False)
-class BitmapsSetAside(Refused):
+class BitmapsSetAside(CheckpointsAtRisk, Refused):
     """An image that would be merged has its checkpoints in the file of an interrupted merge."""
 
     code: ClassVar[str] = "bitmaps-set-aside"
@@ -60,7 +60,7 @@ class BitmapsSetAside(Refused):
 
 
 @dataclass(eq=False)
-class MergedBefore(Refused):
+class MergedBefore(NewerDataAtRisk, Refused):
     """Top was merged before, and base has been written to since: it would get old data."""
 
     code: ClassVar[str] = "merged-before"

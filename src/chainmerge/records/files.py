@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 import msgspec
 
-from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.records.identity import device_identity, identify, may_be_same
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
@@ -43,7 +43,7 @@ class UnusableState(Exception):
 
 
 @dataclass(eq=False)
-class StateDirectoryUnusable(Refused):
+class StateDirectoryUnusable(RecordsUnusable, Refused):
     """There is no place for what must outlive the process."""
 
     code: ClassVar[str] = "state-directory-unusable"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
-from chainmerge.errors import Refused
+from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
     UnusableState,
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSION: Final = 1
-SUFFIX: Final = "chainmerge-live"
+LIVE_JOURNAL_SUFFIX: Final = "chainmerge-live"
 
 
 @dataclass(eq=False)
-class LiveJournalDamaged(Refused):
+class LiveJournalDamaged(RecordsUnusable, Refused):
     """The journal of a live merge cannot be read."""
 
     code: ClassVar[str] = "live-journal-damaged"
@@ -168,7 +168,7 @@ class LiveJournal(msgspec.Struct, frozen=True):
 
 def live_journal_file(base: Path) -> Path:
     """Where the journal of a live merge into *base* stands, whether or not there is one."""
-    return found_beside(base, SUFFIX, _owner)
+    return found_beside(base, LIVE_JOURNAL_SUFFIX, _owner)
 
 
 def _owner(file: Path) -> ImageIdentity | None:
@@ -181,7 +181,7 @@ def save_live_journal(journal: LiveJournal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), SUFFIX), journal)
+    write_state(beside(Path(journal.base.path), LIVE_JOURNAL_SUFFIX), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -244,4 +244,4 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
 
 def forget_live_journal(base: Path) -> None:
     """Remove the journal of *base*, durably; nothing happens where there is none."""
-    forget_beside(base, SUFFIX, _owner)
+    forget_beside(base, LIVE_JOURNAL_SUFFIX, _owner)

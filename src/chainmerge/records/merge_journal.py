@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
-from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.changes import called, last_change, moved
 from chainmerge.records.files import (
@@ -63,11 +63,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOURNAL_VERSION: Final = 1
-SUFFIX: Final = "chainmerge-journal"
+JOURNAL_SUFFIX: Final = "chainmerge-journal"
 
 
 @dataclass(eq=False)
-class MergeJournalDamaged(Refused):
+class MergeJournalDamaged(RecordsUnusable, Refused):
     """The journal of an interrupted merge cannot be read."""
 
     code: ClassVar[str] = "merge-journal-damaged"
@@ -183,7 +183,7 @@ class Journal(msgspec.Struct, frozen=True):
 
 def journal_file(base: Path) -> Path:
     """Where the journal of a merge into *base* stands, whether or not there is one."""
-    return found_beside(base, SUFFIX, _owner)
+    return found_beside(base, JOURNAL_SUFFIX, _owner)
 
 
 def _owner(file: Path) -> ImageIdentity | None:
@@ -196,7 +196,7 @@ def save_journal(journal: Journal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), SUFFIX), journal)
+    write_state(beside(Path(journal.base.path), JOURNAL_SUFFIX), journal)
 
 
 def keep_journal(journal: Journal) -> Journal | None:
@@ -272,10 +272,10 @@ def _problems(journal: Journal) -> Iterator[str]:
 
 def forget_journal(base: Path) -> None:
     """Remove the journal of *base*, durably; nothing happens where there is none."""
-    forget_beside(base, SUFFIX, _owner)
+    forget_beside(base, JOURNAL_SUFFIX, _owner)
 
 
-def enter(journal: Journal | None, state: JournalState) -> Journal | None:
+def enter_state(journal: Journal | None, state: JournalState) -> Journal | None:
     """Record, durably, that what *state* names begins; returns the journal as it is now.
 
     A rerun does what was done before once more; that is not recorded again. Nothing happens

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-SUFFIX: Final = "chainmerge-merged"
+RECORD_SUFFIX: Final = "chainmerge-merged"
 
 
 class DoomedImage(msgspec.Struct, frozen=True):
@@ -148,7 +148,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
 
 def merged_record_file(top: Path) -> Path:
     """Where the record of a merge of *top* stands."""
-    return found_beside(top, SUFFIX, _owner)
+    return found_beside(top, RECORD_SUFFIX, _owner)
 
 
 def _owner(file: Path) -> ImageIdentity | None:
@@ -165,11 +165,11 @@ def _owner(file: Path) -> ImageIdentity | None:
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
-    write_state(beside(top, SUFFIX), record)
+    write_state(beside(top, RECORD_SUFFIX), record)
     for link in record.links:
         # With the link gone, its name is all that the same command has.
         if link.file == record.top:
-            write_state(beside_link(Path(link.path), SUFFIX), record)
+            write_state(beside_link(Path(link.path), RECORD_SUFFIX), record)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
@@ -259,7 +259,7 @@ def note_deleted(top: Path, record: MergedRecord) -> None:
 
 def forget_merged_record(top: Path) -> None:
     """Remove the record of a merge of *top*."""
-    forget_beside(top, SUFFIX, _owner)
+    forget_beside(top, RECORD_SUFFIX, _owner)
 
 
 def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:

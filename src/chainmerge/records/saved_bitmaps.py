@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge.errors import Refused
+from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
@@ -48,15 +48,15 @@ from chainmerge.storage.files import FileReadable, write_file_durably
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAGIC: Final = b"chainmerge saved bitmaps 1\n"
-SUFFIX: Final = "chainmerge-saved"
+SAVED_BITMAPS_MAGIC: Final = b"chainmerge saved bitmaps 1\n"
+SAVED_BITMAPS_SUFFIX: Final = "chainmerge-saved"
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
 
 
 @dataclass(eq=False)
-class SavedBitmapsDamaged(Refused):
+class SavedBitmapsDamaged(RecordsUnusable, Refused):
     """The file of saved bitmaps cannot be read."""
 
     code: ClassVar[str] = "saved-bitmaps-damaged"
@@ -122,7 +122,7 @@ class SavedBitmaps:
 
 def saved_bitmaps_file(base: Path) -> Path:
     """Where the saved bitmaps of *base* stand, whether or not there are any."""
-    return found_beside(base, SUFFIX, _owner)
+    return found_beside(base, SAVED_BITMAPS_SUFFIX, _owner)
 
 
 def _owner(file: Path) -> ImageIdentity | None:
@@ -142,8 +142,8 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
         in_base, in_overlay = _announce(bitmap.in_base, blobs), _announce(bitmap.in_overlay, blobs)
         names.append(_SavedName(name, in_base, in_overlay))
     header = encoded(_SavedHeader(saved.base, saved.overlay, names, saved.request))
-    document = b"".join([MAGIC, header, *blobs])
-    target = beside(base, SUFFIX)
+    document = b"".join([SAVED_BITMAPS_MAGIC, header, *blobs])
+    target = beside(base, SAVED_BITMAPS_SUFFIX)
     make_directory(target.parent)
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
 
@@ -167,7 +167,7 @@ def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
     document, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(document).digest() != digest:
         raise SavedBitmapsDamaged(str(file), "its digest does not match")
-    if not document.startswith(MAGIC):
+    if not document.startswith(SAVED_BITMAPS_MAGIC):
         raise SavedBitmapsDamaged(str(file), "it is of another version")
     try:
         return _decode(document)
@@ -178,8 +178,8 @@ def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
 
 
 def _decode(document: bytes) -> SavedBitmaps:
-    header_end = document.index(b"\n", len(MAGIC)) + 1
-    header = decoded(document[len(MAGIC) : header_end], _SavedHeader)
+    header_end = document.index(b"\n", len(SAVED_BITMAPS_MAGIC)) + 1
+    header = decoded(document[len(SAVED_BITMAPS_MAGIC) : header_end], _SavedHeader)
     if not (is_path(header.base.path) and is_path(header.overlay.path)):
         raise UnusableState("it names what is no path")
     blobs = memoryview(document)[header_end:]
@@ -212,7 +212,7 @@ def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | Non
 
 def forget_saved_bitmaps(base: Path) -> None:
     """Remove the saved bitmaps of *base*, durably; nothing happens where there are none."""
-    forget_beside(base, SUFFIX, _owner)
+    forget_beside(base, SAVED_BITMAPS_SUFFIX, _owner)
 
 
 def _read_file(file: Path) -> bytes | None:

@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from chainmerge.records.request import RecordedRequest
 
 UNKNOWN: Final = "unknown"
-_SAVED: Final = f".{saved_bitmaps.SUFFIX}"
-_MERGED: Final = f".{merged_record.SUFFIX}"
-_JOURNAL: Final = f".{merge_journal.SUFFIX}"
-_LIVE: Final = f".{live_journal.SUFFIX}"
-_DISKS: Final = f".{disks.SUFFIX}"
+_SAVED: Final = f".{saved_bitmaps.SAVED_BITMAPS_SUFFIX}"
+_MERGED: Final = f".{merged_record.RECORD_SUFFIX}"
+_JOURNAL: Final = f".{merge_journal.JOURNAL_SUFFIX}"
+_LIVE: Final = f".{live_journal.LIVE_JOURNAL_SUFFIX}"
+_DISKS: Final = f".{disks.DISKS_SUFFIX}"
 _SUFFIXES: Final = (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
 # A tree of images has a few; a search of "/" has to end.
 _MOST_DIRECTORIES: Final = 50_000

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from chainmerge.errors import Refused
+from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.records import files as state_files
 from chainmerge.records.files import UnusableState, decoded, encoded, make_directory, remove_durably
 from chainmerge.records.identity import ImageIdentity, identify, may_be_same
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from chainmerge.qcow2.readable import Readable
 
-MAGIC: Final = b"chainmerge repair backup 1\n"
-SUFFIX: Final = "chainmerge-repair"
+BACKUP_MAGIC: Final = b"chainmerge repair backup 1\n"
+BACKUP_SUFFIX: Final = "chainmerge-repair"
 _RECORD: Final = struct.Struct(">4sQQQQ32s32s")
 _CHECKSUM: Final = struct.Struct(">I")
 _LONGEST_HEAD: Final = 64 << 10
@@ -56,7 +56,7 @@ class _Kind(StrEnum):
 
 
 @dataclass(eq=False)
-class BackupUnusable(Refused):
+class BackupUnusable(RecordsUnusable, Refused):
     """A file is no backup of a repair, or a damaged one."""
 
     code: ClassVar[str] = "repair-backup-unusable"
@@ -152,7 +152,7 @@ class RecordedPort:
         self._backup = AppendedFile.created(backup)
         identity = identify(Path(port.name))
         head = _Head(identity, port.size, port.is_block_device)
-        self._backup.append(MAGIC + encoded(head))
+        self._backup.append(BACKUP_MAGIC + encoded(head))
         self._backup.flush()
         fsync_directory(backup.parent)
         self._wrote = False
@@ -255,7 +255,7 @@ def new_backup(image: Path, directory: Path | None) -> Path:
     # File names have at most 255 bytes.
     name = os.fsdecode(os.fsencode(name)[:200])
     for number in range(1, _MOST_BACKUPS):
-        path = directory / f"{name}.{SUFFIX}-{number}"
+        path = directory / f"{name}.{BACKUP_SUFFIX}-{number}"
         if not os.path.lexists(path):
             return path
     raise CannotOpen(str(directory / name), "writing", f"there are {_MOST_BACKUPS} backups")
@@ -444,11 +444,11 @@ class _Undone:
 
 def _read_head(file: FileReadable) -> tuple[_Head, int]:
     start = file.read(0, _LONGEST_HEAD)
-    end = start.find(b"\n", len(MAGIC))
-    if not start.startswith(MAGIC) or end < 0:
+    end = start.find(b"\n", len(BACKUP_MAGIC))
+    if not start.startswith(BACKUP_MAGIC) or end < 0:
         raise BackupUnusable(file.name, "it does not begin as one")
     try:
-        head = decoded(start[len(MAGIC) : end], _Head)
+        head = decoded(start[len(BACKUP_MAGIC) : end], _Head)
     except UnusableState as error:
         raise BackupUnusable(file.name, str(error)) from error
     if not head.image.path.startswith("/") or "\0" in head.image.path or head.size < 0:

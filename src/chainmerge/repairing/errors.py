@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Refused
+from chainmerge.errors import CheckpointsAtRisk, Failed, NewerDataAtRisk, NotVerified, Refused
 
 
 @dataclass(eq=False)
-class RepairNotVerified(Failed):
+class RepairNotVerified(NotVerified, Failed):
     """What a repair has written is not what it should have come to."""
 
     code: ClassVar[str] = "repair-not-verified"
@@ -49,7 +49,7 @@ class RelinkUncheckable(Refused):
 
 
 @dataclass(eq=False)
-class RelinkChangesContent(Refused):
+class RelinkChangesContent(NewerDataAtRisk, Refused):
     """The image would show other data on the new backing file."""
 
     code: ClassVar[str] = "relink-changes-content"
@@ -71,7 +71,7 @@ class RelinkChangesContent(Refused):
 
 
 @dataclass(eq=False)
-class RelinkChangesCheckpoints(Refused):
+class RelinkChangesCheckpoints(CheckpointsAtRisk, Refused):
     """A checkpoint would be worth something else on the new backing file."""
 
     code: ClassVar[str] = "relink-changes-checkpoints"

@@ -15,12 +15,24 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions, Placement
 from chainmerge.records.changes import is_there
-from chainmerge.records.merge_journal import SUFFIX, Journal, forget_journal, read_journal
-from chainmerge.records.merged_record import SUFFIX as MERGED_SUFFIX
-from chainmerge.records.merged_record import forget_merged_record, is_pulled, read_merged_record
+from chainmerge.records.merge_journal import (
+    JOURNAL_SUFFIX,
+    Journal,
+    forget_journal,
+    read_journal,
+)
+from chainmerge.records.merged_record import (
+    RECORD_SUFFIX,
+    forget_merged_record,
+    is_pulled,
+    read_merged_record,
+)
 from chainmerge.records.request import options_of
-from chainmerge.records.saved_bitmaps import SUFFIX as SAVED_SUFFIX
-from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, read_saved_bitmaps
+from chainmerge.records.saved_bitmaps import (
+    SAVED_BITMAPS_SUFFIX,
+    forget_saved_bitmaps,
+    read_saved_bitmaps,
+)
 from chainmerge.records.unfinished import status
 
 if TYPE_CHECKING:
@@ -30,9 +42,9 @@ if TYPE_CHECKING:
     from chainmerge.options import DirectionChoice
     from chainmerge.records.request import RecordedRequest
 
-_JOURNAL: Final = f".{SUFFIX}"
-_SAVED: Final = f".{SAVED_SUFFIX}"
-_MERGED: Final = f".{MERGED_SUFFIX}"
+_JOURNAL: Final = f".{JOURNAL_SUFFIX}"
+_SAVED: Final = f".{SAVED_BITMAPS_SUFFIX}"
+_MERGED: Final = f".{RECORD_SUFFIX}"
 
 
 class Ending(Enum):
@@ -78,7 +90,7 @@ def interrupted_merges(image: Path) -> tuple[InterruptedMerge, ...]:
     )
 
 
-def forget(merge: InterruptedMerge) -> None:
+def forget_merge(merge: InterruptedMerge) -> None:
     """Forget a merge of which nothing has taken effect. The images must be locked."""
     forget_journal(merge.base)
     # Of a native merge these say what base lacks. Base has all that it ever had.

@@ -44,7 +44,12 @@ from chainmerge.repairing.backup import Backup, RecordedPort, new_backup
 from chainmerge.repairing.diagnosis import Circumstances, Diagnosis, Treatment, diagnose
 from chainmerge.repairing.errors import RepairNotVerified
 from chainmerge.repairing.foreign_commit import HalfDoneCommit, half_done_commit
-from chainmerge.repairing.interrupted import Ending, InterruptedMerge, forget, interrupted_merges
+from chainmerge.repairing.interrupted import (
+    Ending,
+    InterruptedMerge,
+    forget_merge,
+    interrupted_merges,
+)
 from chainmerge.repairing.unusable_bitmaps import unusable_bitmaps
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
@@ -109,7 +114,7 @@ def repair(
         directory = None if backup_directory is None else Path(backup_directory)
         backup, verified = _mend(case, directory)
         for unfinished in case.to_forget:
-            forget(unfinished)
+            forget_merge(unfinished)
     finished = _finish(case, access)
     report = _report(str(image), finished.case, dry_run=False)
     return replace(
@@ -431,7 +436,7 @@ def _give_back(port: WritablePort, undoing: Undoing) -> None:
     """
     reclaim_leaks(port, undoing.freed)
     punch_free(port)
-    cut_to_image_end(port)
+    cut_to_image_end(port, Qcow2Image(port))
 
 
 def _mend(case: _Case, backup_directory: Path | None) -> tuple[Path | None, tuple[str, ...]]:

@@ -42,7 +42,7 @@ from chainmerge.repairing.errors import (
     RelinkUncheckable,
     RelinkUnfinished,
 )
-from chainmerge.storage.files import FileReadable, read_anew
+from chainmerge.storage.files import FileReadable, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
 
 if TYPE_CHECKING:
@@ -108,20 +108,22 @@ def relink(
     policy = policy_of(access)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(lock_image(image, LockMode.WRITER, access.lock_wait))
-        read_anew(image)
+        drop_cached(image)
         info = _read_alone(Path(image), policy)
         _require_finished(info)
         new = _new_chain(info, None if backing is None else Path(backing), policy)
         for below in new:
             stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
-        old = None if unchecked else _old_chain(info, policy)
         verified: tuple[str, ...] = ()
-        if old is not None:
+        if not unchecked:
+            old = _old_chain(info, policy)
             for below in old:
                 stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
-            opened_old = stack.enter_context(open_chain(Chain((*old, info)), (lock,)))
-            opened_new = stack.enter_context(open_chain(Chain((*new, info)), (lock,)))
-            compared = _Comparison(opened_old, opened_new, on_progress, should_stop or _never)
+            on_old, on_new = (
+                stack.enter_context(open_chain(Chain((*chain, info)), (lock,)))
+                for chain in (old, new)
+            )
+            compared = _Comparison(on_old, on_new, on_progress, should_stop or _never)
             verified = tuple(_verify(compared))
         name, format_name = _as_stored(info, new)
         if (name, format_name) != (info.backing_name, _declared(info)):

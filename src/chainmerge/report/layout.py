@@ -16,7 +16,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from chainmerge.report.text import human_size, printable
+from chainmerge.documents.text import printable
+from chainmerge.report.text import human_size
 from chainmerge.report.tree import draw_tree
 
 if TYPE_CHECKING:

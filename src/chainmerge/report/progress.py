@@ -16,7 +16,8 @@ from types import MappingProxyType, TracebackType
 from typing import Final, Protocol, Self, TextIO
 
 from chainmerge.documents.progress import ProgressEvent, Stage
-from chainmerge.report.text import printable, rough_size
+from chainmerge.documents.text import printable
+from chainmerge.report.text import rough_size
 
 Clock = Callable[[], float]
 

@@ -9,30 +9,6 @@ from typing import Final
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
-def printable(text: str) -> str:
-    r"""Return *text* with everything that is not plainly visible as a backslash escape.
-
-    Bitmap and file names can come from a hostile guest: an escape sequence in them would
-    drive the user's terminal, a newline would forge a line of a report, a bidirectional
-    override would show it in another order. Bytes that are no UTF-8 (surrogates, to
-    Python) become ``\xNN``. The result can always be encoded.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else _escape(character) for character in text
-    )
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    if 0xD800 <= code <= 0xDFFF:
-        return f"\\u{code:04x}"
-    return character.encode("unicode_escape").decode("ascii")
-
-
 def rough_size(size: float) -> str:
     """Return *size* in bytes in the largest binary unit that fits, to one decimal.
 

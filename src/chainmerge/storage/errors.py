@@ -26,7 +26,15 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from chainmerge.errors import Failed, Refused
+from chainmerge.errors import (
+    Failed,
+    ImageUnavailable,
+    NoSpace,
+    NotVerified,
+    Refused,
+    StorageFailed,
+    UsedByOthers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +46,7 @@ def reason_of(error: OSError) -> str:
 
 
 @dataclass(eq=False)
-class ImageMissing(Refused):
+class ImageMissing(ImageUnavailable, Refused):
     """There is nothing under the image's name."""
 
     code: ClassVar[str] = "image-missing"
@@ -57,7 +65,7 @@ class ImageMissing(Refused):
 
 
 @dataclass(eq=False)
-class WrongFileType(Refused):
+class WrongFileType(ImageUnavailable, Refused):
     """The name is that of something which cannot hold an image."""
 
     code: ClassVar[str] = "wrong-file-type"
@@ -73,7 +81,7 @@ class WrongFileType(Refused):
 
 
 @dataclass(eq=False)
-class AccessDenied(Refused):
+class AccessDenied(ImageUnavailable, Refused):
     """The operating system does not let us open the image."""
 
     code: ClassVar[str] = "access-denied"
@@ -92,7 +100,7 @@ class AccessDenied(Refused):
 
 
 @dataclass(eq=False)
-class ImageReadOnly(Refused):
+class ImageReadOnly(ImageUnavailable, Refused):
     """The image cannot be written because what it lies on is read-only."""
 
     code: ClassVar[str] = "image-read-only"
@@ -111,7 +119,7 @@ class ImageReadOnly(Refused):
 
 
 @dataclass(eq=False)
-class CannotOpen(Refused):
+class CannotOpen(ImageUnavailable, Refused):
     """The operating system refuses to open the image for a reason of its own."""
 
     code: ClassVar[str] = "cannot-open"
@@ -128,7 +136,7 @@ class CannotOpen(Refused):
 
 
 @dataclass(eq=False)
-class ImageLocked(Refused):
+class ImageLocked(UsedByOthers, Refused):
     """Another process has the image open in a way that excludes ours."""
 
     code: ClassVar[str] = "image-locked"
@@ -151,7 +159,7 @@ class ImageLocked(Refused):
 
 
 @dataclass(eq=False)
-class ImageInUse(Refused):
+class ImageInUse(UsedByOthers, Refused):
     """Somebody uses the image whom QEMU's locks do not keep out."""
 
     code: ClassVar[str] = "image-in-use"
@@ -219,7 +227,7 @@ class OpenFilesLimited(Refused):
 
 
 @dataclass(eq=False)
-class ReadFailed(Failed):
+class ReadFailed(StorageFailed, Failed):
     """The storage could not be read."""
 
     code: ClassVar[str] = "read-failed"
@@ -240,7 +248,7 @@ class ReadFailed(Failed):
 
 
 @dataclass(eq=False)
-class WriteFailed(Failed):
+class WriteFailed(StorageFailed, Failed):
     """The storage could not be written."""
 
     code: ClassVar[str] = "write-failed"
@@ -261,7 +269,7 @@ class WriteFailed(Failed):
 
 
 @dataclass(eq=False)
-class NoSpaceLeft(Failed):
+class NoSpaceLeft(NoSpace, Failed):
     """The storage became full during a write."""
 
     code: ClassVar[str] = "no-space-left"
@@ -284,7 +292,7 @@ class NoSpaceLeft(Failed):
 
 
 @dataclass(eq=False)
-class FlushFailed(Failed):
+class FlushFailed(StorageFailed, Failed):
     """What was written may not have reached the storage."""
 
     code: ClassVar[str] = "flush-failed"
@@ -304,7 +312,7 @@ class FlushFailed(Failed):
 
 
 @dataclass(eq=False)
-class ReadBackDiffers(Failed):
+class ReadBackDiffers(NotVerified, Failed):
     """The storage took a write, said that it is durable, and has something else."""
 
     code: ClassVar[str] = "read-back-differs"
@@ -329,7 +337,7 @@ class ReadBackDiffers(Failed):
 
 
 @dataclass(eq=False)
-class SystemCallFailed(Failed):
+class SystemCallFailed(StorageFailed, Failed):
     """The operating system did not do what it does for every program."""
 
     code: ClassVar[str] = "system-call-failed"

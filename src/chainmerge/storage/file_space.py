@@ -61,7 +61,7 @@ class ByteRanges:
         return united([(cuts[first], cuts[first + 1])])
 
 
-NOWHERE = ByteRanges(np.zeros(0, np.int64), np.zeros(0, np.int64))
+NO_RANGES = ByteRanges(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 def _contain(ranges: ByteRanges, offsets: I64Array) -> npt.NDArray[np.bool_]:
@@ -74,14 +74,14 @@ def united(parts: Iterable[tuple[I64Array, I64Array]]) -> ByteRanges:
     """Starts and ends of ranges in any order, as one; those that touch or overlap are joined."""
     every = list(parts)
     if not every:
-        return NOWHERE
+        return NO_RANGES
     start = np.concatenate([part for part, _ in every]).astype(np.int64)
     end = np.concatenate([part for _, part in every]).astype(np.int64)
     kept = end > start
     # Only how many ranges are open matters, so that starts and ends need not stay in pairs.
     start, end = np.sort(start[kept]), np.sort(end[kept])
     if not len(start):
-        return NOWHERE
+        return NO_RANGES
     gaps = start[1:] > end[:-1]
     return ByteRanges(start[np.concatenate(([True], gaps))], end[np.concatenate((gaps, [True]))])
 
@@ -125,7 +125,7 @@ def space_of(file: AnyFile) -> FileSpace | None:
         extents = list(allocation.allocated_extents(file.fd))
     except OSError:
         held = _data_of(file)
-        return FileSpace(NOWHERE if copies else held, held)
+        return FileSpace(NO_RANGES if copies else held, held)
     # What was reserved and never written to is written where it is, once.
     own = _ranges(
         (start, end)

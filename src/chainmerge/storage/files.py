@@ -46,7 +46,6 @@ _FILE_TYPES: Final = {
     stat.S_IFSOCK: "a socket",
 }
 
-
 # Who else may use a file. What a file does not have of these counts, too.
 _ACCESS_CONTROL: Final = frozenset({"system.posix_acl_access", "system.nfs4_acl"})
 # Checksums and signatures of what is in the file.
@@ -379,7 +378,7 @@ def _take_on_attributes(fd: int, other: str) -> Iterator[str]:
             yield name
 
 
-def read_anew(path: StrPath) -> None:
+def drop_cached(path: StrPath) -> None:
     """Have a file or device read from the storage from now on, as after a restart of the machine.
 
     For what an earlier process wrote and may not have been able to flush. Linux reports a flush

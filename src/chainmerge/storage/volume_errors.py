@@ -6,11 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, OutcomeUnknown, Refused
+from chainmerge.errors import (
+    Failed,
+    ImageUnavailable,
+    NoSpace,
+    OutcomeUnknown,
+    Refused,
+    StorageFailed,
+)
 
 
 @dataclass(eq=False)
-class DiscardFailed(Failed):
+class DiscardFailed(StorageFailed, Failed):
     """The space could not be given back; the image is as it was."""
 
     code: ClassVar[str] = "discard-failed"
@@ -49,7 +56,7 @@ class CannotShrink(Failed):
 
 
 @dataclass(eq=False)
-class CannotGrow(Refused):
+class CannotGrow(NoSpace, Refused):
     """The image needs more room than its volume can give.
 
     ``limit`` is the largest possible size in bytes, as far as it is known.
@@ -162,7 +169,7 @@ class VolumeGroupFull(CannotGrow):
 
 
 @dataclass(eq=False)
-class ExtensionRefused(Refused):
+class ExtensionRefused(NoSpace, Refused):
     """LVM did not extend a logical volume, which has its old size."""
 
     code: ClassVar[str] = "lvm-extension-refused"
@@ -185,7 +192,7 @@ class ExtensionRefused(Refused):
 
 
 @dataclass(eq=False)
-class VolumeNotActivated(Refused):
+class VolumeNotActivated(ImageUnavailable, Refused):
     """LVM did not activate a logical volume."""
 
     code: ClassVar[str] = "volume-not-activated"
@@ -231,7 +238,7 @@ class NotALogicalVolume(Refused):
 
 
 @dataclass(eq=False)
-class LvmFailed(Failed):
+class LvmFailed(StorageFailed, Failed):
     """The lvm command reported an error."""
 
     code: ClassVar[str] = "lvm-failed"

@@ -28,7 +28,7 @@ from chainmerge.planning.space.arrivals import (
     count_arrivals,
     qemu_growth_obstacle,
 )
-from chainmerge.planning.space.clusters import HostLayout, layout_of, place, release
+from chainmerge.planning.space.clusters import HostLayout, layout_of, place_clusters, release
 from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.planning.space.need import (
     BitmapShape,
@@ -505,7 +505,7 @@ def test_layouts_are_sets_of_clusters(used: set[int], given_back: set[int]) -> N
 
 @given(CLUSTER_SETS, st.lists(st.integers(1, 9), max_size=5), st.integers(0, 9))
 def test_first_fit_takes_the_lowest_places(used: set[int], pieces: list[int], singles: int) -> None:
-    after, taken = place(layout_with(used), pieces, singles)
+    after, taken = place_clusters(layout_with(used), pieces, singles)
     expected: set[int] = set()
     for size in [*sorted(pieces, reverse=True), *([1] * singles)]:
         taken_now = used | expected
@@ -522,7 +522,7 @@ def test_first_fit_takes_the_lowest_places(used: set[int], pieces: list[int], si
     [(61, 0, 0), (62, 0, 0), (63, 1, 0), (62 * 64, 62, 0), (64 * 64, 65, 2)],
 )
 def test_new_clusters_need_refcounts(piece: int, blocks: int, table_clusters: int) -> None:
-    after, taken = place(layout_with({0, 1}, blocks=1), [piece], 0)
+    after, taken = place_clusters(layout_with({0, 1}, blocks=1), [piece], 0)
     assert taken.total == piece + blocks + table_clusters
     assert len(after.blocks) == 64 * max(1, table_clusters)
     assert np.count_nonzero(after.blocks) == 1 + blocks

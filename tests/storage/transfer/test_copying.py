@@ -33,7 +33,7 @@ from chainmerge.storage.transfer.copying import (
     transfer_into,
 )
 from chainmerge.storage.transfer.direct import DirectFile
-from chainmerge.storage.transfer.pieces import joined
+from chainmerge.storage.transfer.pieces import joined_items
 from tests.support.crash import RecordingPort, Written
 from tests.support.loopdev import (
     device_that_loses_writes,
@@ -281,7 +281,7 @@ def test_only_what_continues_in_source_and_target_is_joined() -> None:
         Stretch(65, 5, None, 0),
         Stretch(70, 5, None, 0),
     ]
-    assert list(joined(items)) == [
+    assert list(joined_items(items)) == [
         Stretch(0, 20, one, 0),
         Stretch(20, 10, two, 20),
         Stretch(30, 10, two, 40),
@@ -294,7 +294,7 @@ def test_only_what_continues_in_source_and_target_is_joined() -> None:
 
 def test_joining_comes_to_an_end() -> None:
     endless = (Stretch(at, MIB, None, 0) for at in count(0, MIB))
-    assert next(joined(endless)).length == 64 * MIB
+    assert next(joined_items(endless)).length == 64 * MIB
 
 
 class TestPortTransfer:

@@ -47,10 +47,7 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.references import ReferenceCounts
 
 _TABLE_ENTRY_BYTES = 8
-
-
 _WINDOW_CLUSTERS = 1 << 20
-
 
 # Host offsets have 56 bits (specification, "Standard Cluster Descriptor").
 _MAX_FILE_BYTES = 1 << 56

@@ -8,7 +8,7 @@ from dataclasses import replace
 from chainmerge.engines.metadata.errors import BackingNameUnfit
 from chainmerge.engines.metadata.header import compose_header, content_of
 from chainmerge.engines.metadata.preconditions import require_not_corrupt
-from chainmerge.engines.metadata.steps import Port, Step, StepName, execute
+from chainmerge.engines.metadata.steps import Port, Step, StepName, write_steps
 from chainmerge.qcow2.image import Qcow2Image
 
 
@@ -42,4 +42,4 @@ def change_backing(port: Port, backing_name: str | None, backing_format: str | N
         Step(StepName.FILL, lambda: head.beyond),
         Step(StepName.SWITCH, lambda: [(0, head.sector)]),
     ]
-    execute(port, steps)
+    write_steps(port, steps)

@@ -22,16 +22,16 @@ from chainmerge.engines.metadata.header import stored_name
 from chainmerge.engines.metadata.writes import Piece, whole_clusters
 from chainmerge.qcow2.bitmaps import (
     DIRTY_TRACKING,
+    MAX_BITMAP_NAME_BYTES,
     MAX_BITMAPS,
     MAX_GRANULARITY_BITS,
-    MAX_NAME_BYTES,
     MIN_GRANULARITY_BITS,
     TABLE_ALL_ONES,
     TABLE_ENTRY_SIZE,
     BitmapEntry,
     BitmapFlag,
+    bitmap_table_entries,
     directory_entry_size,
-    table_entries,
 )
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.features import BitmapsExtension
@@ -191,7 +191,7 @@ def _check_bitmap(image: str, header: Header, bitmap: AnyBitmap) -> None:
         return BitmapSetUnfit(image, f"bitmap {bitmap.name!r}: {problem}")
 
     if isinstance(bitmap, KeptBitmap):
-        if bitmap.entry.table_size != table_entries(header, bitmap.granularity):
+        if bitmap.entry.table_size != bitmap_table_entries(header, bitmap.granularity):
             raise unfit("it is of a disk of another size")
         return
     bits = bitmap.bits
@@ -205,16 +205,16 @@ def _check_bitmap(image: str, header: Header, bitmap: AnyBitmap) -> None:
 
 
 def _encoded_name(image: str, bitmap: AnyBitmap) -> bytes:
-    name = stored_name(bitmap.name, MAX_NAME_BYTES)
+    name = stored_name(bitmap.name, MAX_BITMAP_NAME_BYTES)
     if name is None:
-        allowed = f"1 to {MAX_NAME_BYTES} bytes without NUL"
+        allowed = f"1 to {MAX_BITMAP_NAME_BYTES} bytes without NUL"
         raise BitmapSetUnfit(image, f"bitmap {bitmap.name!r}: its name must be {allowed}")
     return name
 
 
 def _shape(header: Header, bits: BitSet) -> _Shape:
     cluster_size = header.cluster_size
-    entries = table_entries(header, bits.granularity)
+    entries = bitmap_table_entries(header, bits.granularity)
     dirty = bits.dirty_parts(cluster_size).astype(np.int64)
     full = [_all_ones(rows) for _, rows in _windows(bits, dirty, cluster_size)]
     ones = np.concatenate(full) if full else np.zeros(0, dtype=np.bool_)
@@ -299,7 +299,7 @@ class PlacedBitmapSet:
         )
 
 
-def place(layout: BitmapSetLayout, allocation: Allocation) -> PlacedBitmapSet:
+def place_bitmap_set(layout: BitmapSetLayout, allocation: Allocation) -> PlacedBitmapSet:
     """Hand out the allocated clusters, so that what is written together lies together."""
     pieces = iter(allocation.contiguous.tolist())
     scattered = allocation.scattered.expanded()

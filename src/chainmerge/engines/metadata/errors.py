@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, OutcomeUnknown, Refused
+from chainmerge.errors import Failed, NoSpace, OutcomeUnknown, Refused
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ class RefcountTableFull(Refused):
 
 
 @dataclass(eq=False)
-class NotEnoughSpace(Refused):
+class NotEnoughSpace(NoSpace, Refused):
     """There is no room for the new metadata beside the old."""
 
     code: ClassVar[str] = "metadata-space-missing"

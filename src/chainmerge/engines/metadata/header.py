@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.engines.metadata.errors import BackingNameUnfit, HeaderFull
 from chainmerge.qcow2.features import Autoclear, BitmapsExtension, ExtensionType, Incompatible
-from chainmerge.qcow2.header import MAX_BACKING_FORMAT_BYTES, MAX_NAME_BYTES, SECTOR, Header
+from chainmerge.qcow2.header import MAX_BACKING_FORMAT_BYTES, MAX_BACKING_NAME_BYTES, SECTOR, Header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -130,7 +130,7 @@ def compose_header(
     """
     name = b""
     if content.backing_name is not None:
-        name = _backing_text(image, "file name", content.backing_name, MAX_NAME_BYTES)
+        name = _backing_text(image, "file name", content.backing_name, MAX_BACKING_NAME_BYTES)
     fields = _fields(cluster, header, content, name)
     live = _live_bytes(header)
     needed = 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from chainmerge.engines.metadata.preconditions import require_clean_bits, require_sound_report
 from chainmerge.engines.metadata.refcount_blocks import Write, refcount_writes
-from chainmerge.engines.metadata.steps import Port, Step, StepName, execute
+from chainmerge.engines.metadata.steps import Port, Step, StepName, write_steps
 from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.image import Qcow2Image
@@ -82,7 +82,7 @@ def reclaim_leaks(port: Port, within: Runs = EVERYWHERE) -> int:
             reclaimed += len(clusters)
             yield from refcount_writes(port, image.header, table, clusters, refcounts)
 
-    execute(port, [Step(StepName.RELEASE, lowered)])
+    write_steps(port, [Step(StepName.RELEASE, lowered)])
     return reclaimed
 
 

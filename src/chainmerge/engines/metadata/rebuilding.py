@@ -27,7 +27,12 @@ import numpy as np
 
 from chainmerge.chain.errors import ImageDamaged
 from chainmerge.engines.metadata.allocation import Allocation, FreeSpace, allocate_with_all_blocks
-from chainmerge.engines.metadata.bitmap_set import PlacedBitmapSet, StoredBitmap, lay_out, place
+from chainmerge.engines.metadata.bitmap_set import (
+    PlacedBitmapSet,
+    StoredBitmap,
+    lay_out,
+    place_bitmap_set,
+)
 from chainmerge.engines.metadata.counting import new_refcount_table
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
 from chainmerge.engines.metadata.leaks import with_kept
@@ -40,7 +45,7 @@ from chainmerge.engines.metadata.salvage import (
     old_refcounts,
     tables_of,
 )
-from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
+from chainmerge.engines.metadata.steps import Port, Step, StepName, reserve, write_steps
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import check
@@ -89,7 +94,7 @@ def plan_rebuild(
     layout = lay_out(readable.name, header, bitmaps)
     space = _free_space(readable, tables)
     allocation = allocate_with_all_blocks(space, layout.demand, _blocks_in_use(tables))
-    placed = place(layout, allocation)
+    placed = place_bitmap_set(layout, allocation)
     head = _header_write(readable, header, placed, allocation)
     return MetadataRewrite(
         image=readable.name,
@@ -119,7 +124,7 @@ def rebuild(port: Port, bitmaps: Sequence[StoredBitmap], kept: Runs = NO_RUNS) -
         raise ImageDamaged(port.name, len(tables.problems), tables.problems[0])
     rewrite = plan_rebuild(port, tables, bitmaps, kept)
     reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
-    return RewriteOutcome(rewrite.required_size, execute(port, rewrite.steps), ())
+    return RewriteOutcome(rewrite.required_size, write_steps(port, rewrite.steps), ())
 
 
 def clear_marks(port: Port) -> None:
@@ -141,7 +146,7 @@ def clear_marks(port: Port) -> None:
         Step(StepName.FILL, lambda: head.beyond),
         Step(StepName.SWITCH, lambda: [(0, head.sector)]),
     ]
-    execute(port, steps)
+    write_steps(port, steps)
 
 
 def _free_space(readable: Readable, tables: Tables) -> FreeSpace:

@@ -15,7 +15,7 @@ from chainmerge.engines.metadata.bitmap_set import (
     PlacedBitmapSet,
     StoredBitmap,
     lay_out,
-    place,
+    place_bitmap_set,
 )
 from chainmerge.engines.metadata.counting import (
     blocks_raised,
@@ -32,7 +32,7 @@ from chainmerge.engines.metadata.old_tree import (
     used_once,
 )
 from chainmerge.engines.metadata.preconditions import require_sound
-from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
+from chainmerge.engines.metadata.steps import Port, Step, StepName, reserve, write_steps
 from chainmerge.engines.metadata.writes import Piece, gathered
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
@@ -145,7 +145,7 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[AnyBitmap]) -> RewriteOutcome:
     old = bitmap_clusters(image, names_kept(bitmaps)) if bitmaps_sound else NO_CLUSTERS
     rewrite = _planned(image, bitmaps, old)
     reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
-    written = execute(port, rewrite.steps)
+    written = write_steps(port, rewrite.steps)
     freed = ranges_of(runs_of(rewrite.released), rewrite.cluster_size)
     return RewriteOutcome(rewrite.required_size, written, freed)
 
@@ -174,7 +174,7 @@ def _planned(
             image.name, 0, runs_of(NO_CLUSTERS), NO_CLUSTERS, header.cluster_size, ()
         )
     allocation = allocate(stored_free_space(image), layout.demand)
-    placed = place(layout, allocation)
+    placed = place_bitmap_set(layout, allocation)
     head = _header_write(image, placed, allocation)
     old_table = NO_CLUSTERS if allocation.table_start is None else refcount_table_clusters(image)
     released = used_once(image, np.sort(np.concatenate([old_bitmaps, old_table])))

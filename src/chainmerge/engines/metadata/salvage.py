@@ -32,8 +32,8 @@ from chainmerge.qcow2.header import (
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.refcounts import (
+    BLOCK_OFFSET_MASK,
     ENTRY_SIZE,
-    OFFSET_MASK,
     refcounts_per_block,
     unpack_refcounts,
 )
@@ -190,7 +190,7 @@ def old_refcounts(readable: Readable, cluster_size: int) -> OldRefcounts:
     if offset >= readable.size or offset % ENTRY_SIZE:
         return OldRefcounts(NO_CLUSTERS, NO_CLUSTERS, NO_CLUSTERS)
     entries = np.frombuffer(readable.read(offset, length), ">u8").astype(np.uint64)
-    offsets = entries & np.uint64(OFFSET_MASK)
+    offsets = entries & np.uint64(BLOCK_OFFSET_MASK)
     index = np.flatnonzero((offsets != 0) & (offsets < np.uint64(readable.size)))
     own = np.arange(
         offset // cluster_size, divide_up(offset + length, cluster_size), dtype=np.int64

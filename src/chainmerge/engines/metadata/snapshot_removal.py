@@ -35,7 +35,7 @@ from chainmerge.engines.metadata.old_tree import refcount_table_clusters
 from chainmerge.engines.metadata.preconditions import require_clean_bits, require_sound_report
 from chainmerge.engines.metadata.refcount_blocks import Write, pack_refcounts
 from chainmerge.engines.metadata.replacement import ranges_of
-from chainmerge.engines.metadata.steps import Port, Step, StepName, execute, reserve
+from chainmerge.engines.metadata.steps import Port, Step, StepName, reserve, write_steps
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.check import check
@@ -204,7 +204,7 @@ def remove_snapshots(port: Port, removed: Collection[int]) -> int:
     steps = [Step(StepName.FILL, fill), Step(StepName.SWITCH, lambda: [(0, head.sector)])]
     try:
         reserve(port, removal.required_size, ranges_of(allocation.everything, cluster_size))
-        execute(port, steps)
+        write_steps(port, steps)
     except (NotEnoughSpace, RewriteFailed):
         # Nothing leads to what is new. What the file has grown by is given back.
         if not port.is_block_device:

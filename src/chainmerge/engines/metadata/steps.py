@@ -133,7 +133,7 @@ def reserve_holes(port: Port, holes: ByteRanges) -> None:
         raise
 
 
-def execute(port: Port, steps: Sequence[Step]) -> int:
+def write_steps(port: Port, steps: Sequence[Step]) -> int:
     """Run the steps; returns how many bytes were written.
 
     Raises:

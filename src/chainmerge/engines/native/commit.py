@@ -28,11 +28,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.arithmetic.arrays import U64Array
-from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.layers import layer_of_qcow2
-from chainmerge.chain.view import GuestView, Resolved, joined
+from chainmerge.chain.view import GuestView, Resolved, joined_resolved
 from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
-from chainmerge.engines.metadata.bitmap_set import place as place_bitmaps
+from chainmerge.engines.metadata.bitmap_set import place_bitmap_set as place_bitmaps
 from chainmerge.engines.metadata.counting import (
     link_writes,
     lowered_refcounts,
@@ -43,23 +42,29 @@ from chainmerge.engines.metadata.counting import (
 from chainmerge.engines.metadata.errors import ReleaseFailed, SwitchUnknown
 from chainmerge.engines.metadata.header import HeaderWrite, compose_header, content_of
 from chainmerge.engines.metadata.leaks import reclaim_leaks
-from chainmerge.engines.metadata.steps import Port, StepName, require_stored, reserve, reserve_holes
+from chainmerge.engines.metadata.steps import (
+    Port,
+    StepName,
+    require_stored,
+    reserve,
+    reserve_holes,
+)
 from chainmerge.engines.metadata.writes import Piece, gathered, whole_clusters
 from chainmerge.engines.native.decisions import (
     Change,
     MappedDisk,
-    find_wishes,
+    find_wanted,
     new_entries,
     old_hosts,
     place_data,
 )
-from chainmerge.engines.native.errors import MergeNotWritten, reason_of
+from chainmerge.engines.native.errors import MergeNotWritten, cause_of
 from chainmerge.engines.native.moves import (
     Moves,
     Segments,
     by_source,
     by_target,
-    concatenated,
+    concatenated_moves,
     items_of,
     moves_into,
     nothing_there,
@@ -72,9 +77,9 @@ from chainmerge.engines.native.survey import (
     NewTree,
     PlacedTree,
     given_up,
+    l2_tables_of,
     place_tree,
     released_clusters,
-    tables_of,
 )
 from chainmerge.engines.native.windows import (
     changed_windows,
@@ -84,10 +89,11 @@ from chainmerge.engines.native.windows import (
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.options import Direction, Placement
+from chainmerge.qcow2.header import Header
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import COPIED
 from chainmerge.qcow2.readable import Overlaid
-from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts
+from chainmerge.qcow2.refcounts import end_of_use, read_refcount_table, read_refcounts
 from chainmerge.qcow2.runs import Runs, runs_of, split_runs
 from chainmerge.storage.file_space import space_of, united
 from chainmerge.storage.files import FileReadable
@@ -171,12 +177,12 @@ class Commit:
         # Of a unit of which top decides a part, that part comes from top.
         start, end = merged.start, merged.end
         size = min(end, self.chain.virtual_size)
-        whole = joined(list(self.chain.resolve(start, size)))
+        whole = joined_resolved(list(self.chain.resolve(start, size)))
         return moves_into(segments, with_zeros_to(whole, end), 0, nothing_there)
 
     def _own_view(self, start: int, end: int) -> Resolved:
         own = GuestView(self.chain.layers[: self.base_index + 1])
-        return joined(list(own.resolve(start, end)))
+        return joined_resolved(list(own.resolve(start, end)))
 
 
 def merged_layers(chain: GuestView, base_index: int, direction: Direction) -> GuestView:
@@ -193,10 +199,12 @@ class CommitOutcome:
     Attributes:
         required_size: What base's file had to have for it.
         moved: Guest data that was written.
+        header: Base's header now.
     """
 
     required_size: int
     moved: int
+    header: Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,14 +259,14 @@ def commit(
             transfer.verify()
         _count(port, job, placed)
         port.forget_cached()
-        _verify(port, job, head, mapping, before_switch)
+        switched = _verify(port, job, head, mapping, before_switch)
     except BaseException:
         _undo(port, placed, old_size)
         raise
     if not job.changes_nothing:
         _switch(port, head)
-        _release(port, job, placed, mapping)
-    return CommitOutcome(required, job.tree.mapping.written)
+        _release(Qcow2Image(port, switched), port, job, placed, mapping)
+    return CommitOutcome(required, job.tree.mapping.written, switched)
 
 
 def _reserve_in_place(port: Port, job: Commit) -> None:
@@ -291,7 +299,7 @@ def _write_mapping(port: Port, job: Commit, placed: PlacedTree, transfer: Transf
         hosts = _assign_hosts(batch, for_batch.expanded(), header.cluster_size)
         _move(job, batch, hosts, transfer, mapping)
         for (_, change), host in zip(batch, hosts, strict=True):
-            indexes = tables_of(change, header.l2_entries)
+            indexes = l2_tables_of(change, header.l2_entries)
             for_tables, tables = split_runs(tables, len(indexes))
             piece = _new_tables(job, change, host, indexes, for_tables.expanded())
             _write(port, [piece], header.cluster_size)
@@ -308,8 +316,8 @@ def _batches(job: Commit) -> Iterator[list[tuple[Resolved, Change]]]:
     batch: list[tuple[Resolved, Change]] = []
     clusters = 0
     for window in changed_windows(job.merged, job.disk):
-        wishes = find_wishes(job.disk, read_window(job.image, job.disk, window.start), window)
-        change = place_data(wishes, job.disk, job.placement)
+        wanted = find_wanted(job.disk, read_window(job.image, job.disk, window.start), window)
+        change = place_data(wanted, job.disk, job.placement)
         if not len(change):
             continue
         batch.append((window, change))
@@ -365,7 +373,7 @@ def _move(
                 moves.append(job.moves_of(segments, above))
     for parts, in_order in ((new, by_target), (in_place, by_source)):
         if parts:
-            moved = in_order(concatenated(parts))
+            moved = in_order(concatenated_moves(parts))
             transfer.move(items_of(moved, job.chain))
             mapping.origins.append(moved)
 
@@ -457,12 +465,14 @@ def _count(port: Port, job: Commit, placed: PlacedTree) -> None:
 
 def _verify(
     port: Port, job: Commit, head: HeaderWrite, mapping: _Mapping, before_switch: BeforeSwitch
-) -> None:
+) -> Header:
+    """Have the new image verified; returns its header."""
     image = Qcow2Image(Overlaid(port, 0, head.sector))
     layers = list(job.chain.layers)
     layers[job.result] = layer_of_qcow2(image, port)
     origins = trace_of(mapping.origins)
     before_switch(image, TracedView(tuple(layers), job.base_index, job.result, origins))
+    return image.header
 
 
 # SWITCH, RELEASE
@@ -474,20 +484,21 @@ def _switch(port: Port, head: HeaderWrite) -> None:
         port.flush()
         require_stored(port, [(0, head.sector)])
     except (OSError, Failed) as error:
-        raise SwitchUnknown(port.name, reason_of(error, port.name)) from error
+        raise SwitchUnknown(port.name, cause_of(error, port.name)) from error
 
 
-def _release(port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping) -> None:
+def _release(
+    image: Qcow2Image, port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping
+) -> None:
     """Give back what only the old tree used, and on a file system its space, too."""
     everything = released_clusters(job.image, job.tree, placed, mapping.released)
     try:
-        image = Qcow2Image(port)
         table = read_refcount_table(image)
         for offset, data in lowered_refcounts(port, image.header, table, everything):
             port.write(offset, data)
         port.flush()
     except (OSError, Failed, Refused) as error:
-        raise ReleaseFailed(port.name, reason_of(error, port.name)) from error
+        raise ReleaseFailed(port.name, cause_of(error, port.name)) from error
     if not port.is_block_device:
         # The merge is complete; space that cannot be given back is only that.
         with contextlib.suppress(ChainmergeError):
@@ -501,15 +512,13 @@ def _punch(port: Port, image: Qcow2Image, released: Runs) -> None:
         port.punch(start * cluster_size, length * cluster_size)
 
 
-def cut_to_image_end(port: Port) -> None:
+def cut_to_image_end(port: Port, image: Qcow2Image) -> None:
     """Make a regular file end where its image does.
 
     Raises:
         Failed: the file is as it was.
     """
-    image = Qcow2Image(port)
-    cluster_size = image.header.cluster_size
-    end = _end_of_use(image, divide_up(port.size, cluster_size)) * cluster_size
+    end = end_of_use(image)
     if end < port.size:
         port.truncate_to(end)
 
@@ -523,17 +532,6 @@ def punch_free(port: Port) -> None:
     image = Qcow2Image(port)
     clusters = port.size // image.header.cluster_size
     _punch(port, image, Runs(np.zeros(1, dtype=np.int64), np.array([clusters])))
-
-
-def _end_of_use(image: Qcow2Image, end: int) -> int:
-    """The cluster behind the last one below *end* that is in use."""
-    while end:
-        first = max(0, end - _CLUSTERS_AT_ONCE)
-        used = np.flatnonzero(read_refcounts(image, first, end - first))
-        if len(used):
-            return first + int(used[-1]) + 1
-        end = first
-    return 0
 
 
 def _free_parts(image: Qcow2Image, released: Runs) -> Iterator[tuple[int, int]]:
@@ -559,7 +557,7 @@ def _step(port: Port, step: StepName) -> Iterator[None]:
     try:
         yield
     except (OSError, Failed, Refused) as error:
-        raise MergeNotWritten(port.name, step, reason_of(error, port.name)) from error
+        raise MergeNotWritten(port.name, step, cause_of(error, port.name)) from error
 
 
 def _undo(port: Port, placed: PlacedTree, old_size: int) -> None:

@@ -41,14 +41,8 @@ if TYPE_CHECKING:
     from chainmerge.chain.view import Resolved
 
 _ALL_SUBCLUSTERS = np.uint32(0xFFFF_FFFF)
-
-
 _LOW_WORD = np.uint64(0xFFFF_FFFF)
-
-
 _HIGH_WORD = np.uint64(32)
-
-
 _NO_UNITS = np.uint32(0)
 
 
@@ -127,7 +121,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class WantedClusters:
     """The same before it is decided where the data goes: one element for each changed cluster.
 
     Attributes:
@@ -149,7 +143,7 @@ class Wishes:
     zero: U32Array
 
 
-def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishes:
+def find_wanted(disk: MappedDisk, window: TableWindow, above: Resolved) -> WantedClusters:
     """What the merge wants of a window of an image.
 
     Args:
@@ -175,7 +169,7 @@ def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishe
         zero_after = np.zeros_like(zeroed)
     data_after = old_data & ~zeroed | written
     changed = np.flatnonzero(written | zeroed)
-    return Wishes(
+    return WantedClusters(
         cluster=changed.astype(np.int64) + window.first,
         entry=window.entries[changed],
         old_data=old_data[changed],
@@ -186,28 +180,28 @@ def find_wishes(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wishe
     )
 
 
-def place_data(wishes: Wishes, disk: MappedDisk, placement: Placement) -> Change:
+def place_data(wanted: WantedClusters, disk: MappedDisk, placement: Placement) -> Change:
     """Decide for each cluster whether it keeps its host cluster."""
-    entry = wishes.entry
+    entry = wanted.entry
     compressed = entry & np.uint64(COMPRESSED) != 0
     has_host = ~compressed & (entry & np.uint64(OFFSET_MASK) != 0)
     alone = entry & np.uint64(COPIED) != 0
-    harmless = wishes.written & wishes.old_data == 0
+    harmless = wanted.written & wanted.old_data == 0
     if placement is Placement.IN_PLACE:
         harmless[:] = True
-    has_data = wishes.data != 0
+    has_data = wanted.data != 0
     # Units that become zeros change only the entry, so that even a shared cluster stays.
-    reused = has_host & has_data & ((wishes.written == 0) | (alone & harmless))
+    reused = has_host & has_data & ((wanted.written == 0) | (alone & harmless))
     # What lay behind the old end of the disk is nobody's data.
-    reused &= wishes.cluster < disk.header.clusters
+    reused &= wanted.cluster < disk.header.clusters
     fresh = has_data & ~reused
-    same = reused & (wishes.data == wishes.old_data) & (wishes.zero == wishes.old_zero)
+    same = reused & (wanted.data == wanted.old_data) & (wanted.zero == wanted.old_zero)
     return Change(
-        cluster=wishes.cluster,
+        cluster=wanted.cluster,
         entry=entry,
-        copied=np.where(fresh, wishes.data, wishes.written),
-        data=wishes.data,
-        zero=wishes.zero,
+        copied=np.where(fresh, wanted.data, wanted.written),
+        data=wanted.data,
+        zero=wanted.zero,
         fresh=fresh,
         reused=reused,
         released=(has_host | compressed) & ~reused,
@@ -248,14 +242,14 @@ def _unit_flags(
     end = -((origin - (above.guest + above.length).astype(np.int64)) // unit)
 
     def masks(chosen: BoolArray) -> U32Array:
-        return _as_masks(_painted(first[chosen], end[chosen], count), disk.header)
+        return _as_masks(_marked(first[chosen], end[chosen], count), disk.header)
 
     data = (above.kind == Kind.DATA) | (above.kind == Kind.COMPRESSED)
     is_open = above.kind == Kind.UNALLOCATED
     return masks(data), masks(~data & ~is_open), masks(is_open)
 
 
-def _painted(first: Clusters, end: Clusters, count: int) -> BoolArray:
+def _marked(first: Clusters, end: Clusters, count: int) -> BoolArray:
     """Which of *count* elements are in any of the ranges."""
     steps = np.bincount(first, minlength=count + 1) - np.bincount(end, minlength=count + 1)
     painted: BoolArray = np.cumsum(steps[:count]) > 0

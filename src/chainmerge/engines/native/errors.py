@@ -16,7 +16,7 @@ from typing import ClassVar
 from chainmerge.errors import ChainmergeError, Failed
 
 
-def reason_of(error: OSError | ChainmergeError, written: str) -> str:
+def cause_of(error: OSError | ChainmergeError, written: str) -> str:
     """What went wrong, without the name of the image that is *written*, but with any other's."""
     if getattr(error, "image", None) == written:
         return str(getattr(error, "reason", error))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chainmerge.arithmetic.arrays import BoolArray, I32Array, U64Array
-from chainmerge.chain.view import NO_LAYER, Resolved, joined
+from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
 from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.storage.transfer.copying import Produced, Stretch
 
@@ -136,7 +136,7 @@ def moves_into(
     start, end = int(gaps.guest[0]), int(gaps.guest[-1] + gaps.length[-1])
     filled, nothing = _crossed(gaps, below(start, end), 0)
     filled.kind[nothing] = Kind.ZERO
-    return concatenated([pieces.take(~is_open), filled])
+    return concatenated_moves([pieces.take(~is_open), filled])
 
 
 def nothing_there(start: int, end: int) -> Resolved:
@@ -172,7 +172,7 @@ def _crossed(segments: Segments, runs: Resolved, first_layer: int) -> tuple[Move
     return moves, is_open
 
 
-def concatenated(parts: Sequence[Moves]) -> Moves:
+def concatenated_moves(parts: Sequence[Moves]) -> Moves:
     """The pieces of several windows together."""
     if len(parts) == 1:
         return parts[0]
@@ -207,10 +207,16 @@ def _coalesced(moves: Moves) -> Moves:
     host_ends = moves.host + np.where(moves.kind == Kind.DATA, moves.length, np.uint64(0))
     joins &= moves.host[1:] == host_ends[:-1]
     heads = np.concatenate([[0], np.flatnonzero(~joins) + 1])
-    joined = moves.take(heads)
+    joined_resolved = moves.take(heads)
     length = np.add.reduceat(moves.length, heads)
     return Moves(
-        joined.target, length, joined.kind, joined.layer, joined.host, joined.csize, joined.guest
+        joined_resolved.target,
+        length,
+        joined_resolved.kind,
+        joined_resolved.layer,
+        joined_resolved.host,
+        joined_resolved.csize,
+        joined_resolved.guest,
     )
 
 
@@ -248,4 +254,4 @@ def with_zeros_to(above: Resolved, end: int) -> Resolved:
     """The same with zeros from where it ends to guest byte *end*."""
     if above.end >= end:
         return above
-    return joined([above, nothing_there(above.end, end)])
+    return joined_resolved([above, nothing_there(above.end, end)])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
-from chainmerge.engines.native.moves import Moves, by_target, concatenated
+from chainmerge.engines.native.moves import Moves, by_target, concatenated_moves
 from chainmerge.qcow2.extents import Extents, Kind, distinct
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def trace_of(parts: Sequence[Moves]) -> Moves | None:
     """What can be traced of what was moved: plain data."""
     plain = [part.take((part.kind == Kind.DATA) & (part.layer != NO_LAYER)) for part in parts]
     plain = [part for part in plain if len(part)]
-    return by_target(concatenated(plain)) if plain else None
+    return by_target(concatenated_moves(plain)) if plain else None
 
 
 def _traced(runs: Resolved, result: int, origins: Moves) -> Resolved:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.chain.layers import layer_of_raw
-from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined
+from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined_resolved
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.steps import StepName
-from chainmerge.engines.native.errors import MergeNotWritten, reason_of
+from chainmerge.engines.native.errors import MergeNotWritten, cause_of
 from chainmerge.engines.native.moves import Segments, by_source, items_of, moves_into
 from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.errors import Failed, Refused
@@ -111,7 +111,7 @@ def _to_write(runs: Resolved, own: GuestView | None) -> Segments:
     zero = said & (runs.layer == NO_LAYER)
     if own is None or not zero.any():
         return Segments(runs.guest[said], runs.length[said], runs.guest[said])
-    below = joined(list(own.resolve(runs.start, runs.end)))
+    below = joined_resolved(list(own.resolve(runs.start, runs.end)))
     bounds = distinct(np.concatenate([runs.guest, below.guest]))
     above, below = runs.cut_at(bounds), below.cut_at(bounds)
     both_zero = (above.layer == NO_LAYER) & (below.layer == NO_LAYER)
@@ -128,4 +128,4 @@ def _writing(port: Port) -> Iterator[None]:
     try:
         yield
     except (OSError, Failed, Refused) as error:
-        raise MergeNotWritten(port.name, StepName.FILL, reason_of(error, port.name)) from error
+        raise MergeNotWritten(port.name, StepName.FILL, cause_of(error, port.name)) from error

@@ -16,7 +16,7 @@ from chainmerge.engines.metadata.replacement import names_kept
 from chainmerge.engines.native.decisions import (
     Change,
     MappedDisk,
-    find_wishes,
+    find_wanted,
     old_hosts,
     place_data,
 )
@@ -104,10 +104,10 @@ def _needs_of(
     tables = tables_in(disk, window)
     if not table_offsets(image, tables).any() and _is_all_data(window):
         return dict.fromkeys(Placement, need_of_data(disk.header, window))
-    wishes = find_wishes(disk, read_window(image, disk, window.start), window)
+    wanted = find_wanted(disk, read_window(image, disk, window.start), window)
     # Where nothing is replaced there is nothing to choose.
-    ways = tuple(Placement) if wishes.entry.any() else (Placement.COW,)
-    needs = {way: _need_of(image, disk, place_data(wishes, disk, way), window) for way in ways}
+    ways = tuple(Placement) if wanted.entry.any() else (Placement.COW,)
+    needs = {way: _need_of(image, disk, place_data(wanted, disk, way), window) for way in ways}
     return {way: needs.get(way, needs[Placement.COW]) for way in Placement}
 
 
@@ -118,7 +118,7 @@ def _is_all_data(window: Resolved) -> bool:
 def need_of_data(header: Header, window: Resolved) -> MappingNeed:
     """What a window takes that is nothing but data above and has no L2 table in base.
 
-    As :func:`~chainmerge.engines.native.decisions.find_wishes` finds it out cluster by cluster.
+    As :func:`~chainmerge.engines.native.decisions.find_wanted` finds it out cluster by cluster.
     """
     length = window.end - window.start
     clusters = divide_up(length, header.cluster_size)
@@ -135,7 +135,7 @@ def _clusters_of(header: Header, lengths: U64Array) -> int:
     return int(divide_up(lengths.astype(np.int64), header.cluster_size).sum())
 
 
-def tables_of(change: Change, l2_entries: int) -> Clusters:
+def l2_tables_of(change: Change, l2_entries: int) -> Clusters:
     """L1 indexes of the tables in which entries change, ascending."""
     indexes = change.cluster[change.remapped] // l2_entries
     if not len(indexes):
@@ -149,7 +149,7 @@ def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change, window: Resolv
     header = disk.header
     fresh = change.cluster[change.fresh].astype(np.uint64) * np.uint64(header.cluster_size)
     run = np.searchsorted(window.guest, fresh, "right") - 1
-    tables = tables_of(change, header.l2_entries)
+    tables = l2_tables_of(change, header.l2_entries)
     units = int(np.count_nonzero(np.unpackbits(change.copied.view(np.uint8))))
     replaced = np.count_nonzero(table_offsets(image, tables))
     return MappingNeed(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.arithmetic.rounding import divide_up
-from chainmerge.chain.view import NO_LAYER, Resolved, joined
+from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
 from chainmerge.qcow2.extents import Extents, Kind, distinct
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Arrays of a word for each stay in the caches, and below the size from which every one of them
 # would be new pages from the kernel.
 _CLUSTERS_AT_ONCE = 1 << 15
-
-
 _WORD = 8
 
 
@@ -134,7 +132,7 @@ def _cut(parts: Iterator[Resolved], span: int) -> Iterator[Resolved]:
         part = whole
         while part.end >= at + span:
             held.append(part.clipped(max(part.start, at), at + span))
-            yield joined(held)
+            yield joined_resolved(held)
             held = []
             at += span
             at += _open_at(part, at) // span * span
@@ -144,7 +142,7 @@ def _cut(parts: Iterator[Resolved], span: int) -> Iterator[Resolved]:
         else:
             held.append(part)
     if held:
-        yield joined(held)
+        yield joined_resolved(held)
 
 
 def _open_at(part: Resolved, at: int) -> int:

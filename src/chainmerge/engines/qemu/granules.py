@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 MIN_GRANULE = 4 << 10
-
-
 MAX_GRANULE = 64 << 10
 
 

@@ -40,11 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 L1_ENTRY_BYTES = 8
-
-
 COPY_BYTES = 1 << 20
-
-
 ZERO_COPY_BYTES = 16 << 20
 
 

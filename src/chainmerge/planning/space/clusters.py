@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 TABLE_ENTRY_BYTES = 8
-
-
 MAX_RUNS = 1 << 20
-
 
 # Host offsets have 56 bits (specification, "Standard Cluster Descriptor").
 _MAX_FILE_BYTES = 1 << 56
@@ -128,7 +125,9 @@ def release(layout: HostLayout, given_back: Runs) -> HostLayout:
     return replace(layout, free=free, end=end)
 
 
-def place(layout: HostLayout, pieces: Sequence[int], singles: int) -> tuple[HostLayout, Runs]:
+def place_clusters(
+    layout: HostLayout, pieces: Sequence[int], singles: int
+) -> tuple[HostLayout, Runs]:
     """Take clusters as :mod:`chainmerge.engines.metadata` does; returns what was taken too.
 
     That is: the longest piece first, each into the first run that it fits into, then

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.target import Target
+    from chainmerge.planning.space.arrivals import Arrivals
+    from chainmerge.qcow2.header import Header
 
 
 def survey_for_live(
@@ -72,25 +74,18 @@ def survey_for_live(
     arrivals = arrivals_in_base(target, opened, about)
     staying = [name for name in base.entries if name not in stale]
     freed = bitmap_clusters(image, staying) if stale else np.zeros(0, dtype=np.int64)
-    need = space_need(
-        MergeDemand(
-            header=image.header,
-            layout=layout,
-            old_bitmaps=runs_of(np.unique(freed)),
-            prunes=bool(stale),
-            stand_ins=(),
-            final_bitmaps=tuple(stored),
-            arrivals=arrivals,
-            virtual_size_after=max(image.header.virtual_size, top_size),
-        )
+    demand = MergeDemand(
+        header=image.header,
+        layout=layout,
+        old_bitmaps=runs_of(np.unique(freed)),
+        prunes=bool(stale),
+        stand_ins=(),
+        final_bitmaps=tuple(stored),
+        arrivals=arrivals,
+        virtual_size_after=max(image.header.virtual_size, top_size),
     )
-    # Each removal writes a directory beside the one before, into what was freed. The last one
-    # cuts a run of free clusters in two, and the first of these can end too early for a request.
-    directory = 0 if image.header.bitmaps is None else image.header.bitmaps.directory_size
-    wasted = min(arrivals.largest - 1, len(freed))
-    clusters = 2 * divide_up(directory, image.header.cluster_size) + wasted
-    slack = clusters * image.header.cluster_size if stale else 0
-    space = facts_of_need(need)
+    space = facts_of_need(space_need(demand))
+    slack = _slack_for_removals(image.header, arrivals, len(freed)) if stale else 0
     space = replace(
         space,
         required=space.required + slack,
@@ -100,3 +95,14 @@ def survey_for_live(
     )
     space = replace(space, allocates=allocated_by_qemu(target, opened, space))
     return SpaceSurvey({Placement.IN_PLACE: space}, {}, report, None, leaks)
+
+
+def _slack_for_removals(header: Header, arrivals: Arrivals, freed: int) -> int:
+    """Bytes that removing bitmaps one by one takes, where *freed* clusters become free.
+
+    Each removal writes a directory beside the one before, into what was freed. The last one cuts
+    a run of free clusters in two, and the first of these can end too early for a request.
+    """
+    directory = 0 if header.bitmaps is None else header.bitmaps.directory_size
+    wasted = min(arrivals.largest - 1, freed)
+    return (2 * divide_up(directory, header.cluster_size) + wasted) * header.cluster_size

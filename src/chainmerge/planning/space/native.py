@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
 
 _L1_ENTRY_BYTES = 8
-
-
 _WINDOW = 1 << 20
 
 

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.engines.qemu.granules import may_detect_zeroes
 from chainmerge.planning.space.arrivals import L1_ENTRY_BYTES, Arrivals, l1_entries
-from chainmerge.planning.space.clusters import HostLayout, place, release
+from chainmerge.planning.space.clusters import HostLayout, place_clusters, release
 from chainmerge.qcow2.bitmaps import TABLE_ENTRY_SIZE, directory_entry_size
 from chainmerge.qcow2.bits import packed_size
 from chainmerge.qcow2.header import Header
@@ -158,11 +158,11 @@ def _prune(demand: MergeDemand) -> tuple[HostLayout, int]:
     if not demand.prunes:
         return layout, layout.end
     pieces = _pieces(demand.header, demand.header.virtual_size, demand.stand_ins)
-    beside, first = place(layout, pieces, 0)
+    beside, first = place_clusters(layout, pieces, 0)
     layout = release(beside, demand.old_bitmaps)
     if not pieces:
         return layout, beside.end
-    lower, _ = place(layout, pieces, 0)
+    lower, _ = place_clusters(layout, pieces, 0)
     return release(lower, first), max(beside.end, lower.end)
 
 

@@ -22,7 +22,7 @@ from chainmerge.storage.transfer.pieces import (
     Transfer,
     TransferPort,
     ZeroedSpace,
-    joined,
+    joined_items,
     produced_by,
 )
 from chainmerge.storage.transfer.readback import Ledger
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
-    from chainmerge.storage.transfer.pieces import Item, OnProgress, ShouldStop
+    from chainmerge.storage.transfer.pieces import Item, OnBytes, ShouldStop
 
 __all__ = [
     "ByteSource",
@@ -53,7 +53,7 @@ _LARGEST_WRITE: Final = 1 << 20
 def transfer_into(
     port: TransferPort,
     *,
-    on_progress: OnProgress,
+    on_progress: OnBytes,
     should_stop: ShouldStop,
     bandwidth: int | None,
     read_back: ReadBack,
@@ -96,7 +96,7 @@ class PortTransfer:
         self,
         port: TransferPort,
         *,
-        on_progress: OnProgress,
+        on_progress: OnBytes,
         should_stop: ShouldStop,
         bandwidth: int | None,
         read_back: ReadBack,
@@ -118,7 +118,7 @@ class PortTransfer:
             pending += data
         self._write(start, bytes(pending))
 
-    def verify(self, on_progress: OnProgress | None = None) -> None:
+    def verify(self, on_progress: OnBytes | None = None) -> None:
         """See :class:`Transfer`."""
         compared = 0
         for target, length, crc in self._ledger.in_target_order():
@@ -145,7 +145,7 @@ class PortTransfer:
 
     def _contents(self, items: Iterable[Item]) -> Iterator[tuple[int, bytes]]:
         """Offset in the target and content of pieces that one write can hold."""
-        for item in joined(items):
+        for item in joined_items(items):
             made = produced_by(item) if isinstance(item, Produced) else b""
             for done in range(0, item.length, _LARGEST_WRITE):
                 length = min(_LARGEST_WRITE, item.length - done)

@@ -30,18 +30,24 @@ from chainmerge.storage.files import write_error
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.transfer import offload
 from chainmerge.storage.transfer.chunks import Chunk, Making, Moved, PlainRead, Zeros, inner_range
-from chainmerge.storage.transfer.crew import Crew
 from chainmerge.storage.transfer.direct import ALIGNMENT, DirectFile
 from chainmerge.storage.transfer.pacing import Pacing
-from chainmerge.storage.transfer.pieces import Produced, ReadBack, Stretch, ZeroedSpace, joined
+from chainmerge.storage.transfer.pieces import (
+    Produced,
+    ReadBack,
+    Stretch,
+    ZeroedSpace,
+    joined_items,
+)
 from chainmerge.storage.transfer.readback import Checksum, Ledger
+from chainmerge.storage.transfer.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from chainmerge.storage.files import WritablePort
-    from chainmerge.storage.transfer.pieces import ByteSource, Item, OnProgress, ShouldStop
+    from chainmerge.storage.transfer.pieces import ByteSource, Item, OnBytes, ShouldStop
 
 # Larger chunks, fewer at a time, are no faster on one stretch and slower on scattered clusters:
 # each chunk reads and writes its pieces one after the other.
@@ -77,7 +83,7 @@ class FileTransfer:
         self,
         port: WritablePort,
         *,
-        on_progress: OnProgress,
+        on_progress: OnBytes,
         should_stop: ShouldStop,
         bandwidth: int | None,
         read_back: ReadBack,
@@ -93,7 +99,7 @@ class FileTransfer:
             self._chunk_bytes = max(_SMALLEST_PART, min(CHUNK, wanted))
         self._target = DirectFile(port, os.O_RDWR)
         self._sources: dict[int, DirectFile] = {}
-        self._crew = Crew(DEPTH, self._chunk_bytes)
+        self._workers = Workers(DEPTH, self._chunk_bytes)
         self._chunk = Chunk(self._chunk_bytes)
         self._edges: list[tuple[int, bytes]] = []
         self._read_back = read_back
@@ -111,8 +117,8 @@ class FileTransfer:
         self._edges.clear()
         self._chunk = Chunk(self._chunk_bytes)
         try:
-            with self._crew.at_work():
-                for item in joined(items):
+            with self._workers.at_work():
+                for item in joined_items(items):
                     if isinstance(item, Produced):
                         self._add_produced(item)
                     elif item.source is None:
@@ -124,7 +130,7 @@ class FileTransfer:
         finally:
             self._port.refresh_size()
 
-    def verify(self, on_progress: OnProgress | None = None) -> None:
+    def verify(self, on_progress: OnBytes | None = None) -> None:
         """See :class:`chainmerge.storage.transfer.pieces.Transfer`."""
         self._port.refuse_after_failed_flush()
         compared = 0
@@ -135,7 +141,7 @@ class FileTransfer:
             if on_progress is not None:
                 on_progress(compared)
 
-        with self._crew.at_work():
+        with self._workers.at_work():
             batch: list[list[Checksum]] = []
             batch_bytes = 0
             for run in self._ledger.runs(self._chunk_bytes):
@@ -149,11 +155,11 @@ class FileTransfer:
                 self._send_comparison(batch, done)
             for part in self._parts_copied_by_server():
                 self._pacing.wait_for_turn(2 * part.length)
-                self._crew.submit(partial(self._compare_with_source, part), part.length, done)
+                self._workers.submit(partial(self._compare_with_source, part), part.length, done)
 
     def close(self) -> None:
         """See :class:`chainmerge.storage.transfer.pieces.Transfer`."""
-        self._crew.close()
+        self._workers.close()
         for file in (self._target, *self._sources.values()):
             file.close()
 
@@ -220,11 +226,11 @@ class FileTransfer:
         if not chunk.length:
             return
         if len(self._edges) > _MOST_EDGES:
-            self._crew.drain()
+            self._workers.drain()
             self._write_edges()
         self._pacing.wait_for_turn(chunk.length)
         move = partial(chunk.move, target=self._target, checksums_of=self._ledger.checksums_of)
-        self._crew.submit(move, chunk.used, self._account_for)
+        self._workers.submit(move, chunk.used, self._account_for)
 
     def _account_for(self, moved: Moved) -> None:
         for checksum in moved.checksums:
@@ -328,11 +334,11 @@ class FileTransfer:
             self._cannot_copy_on_server.add(source.identity)
         return done
 
-    def _send_comparison(self, batch: Sequence[Sequence[Checksum]], done: OnProgress) -> None:
+    def _send_comparison(self, batch: Sequence[Sequence[Checksum]], done: OnBytes) -> None:
         length = sum(checksum.length for run in batch for checksum in run)
         longest = max(run[-1].target + run[-1].length - run[0].target for run in batch)
         self._pacing.wait_for_turn(length)
-        self._crew.submit(partial(self._compare, tuple(batch)), longest, done)
+        self._workers.submit(partial(self._compare, tuple(batch)), longest, done)
 
     def _compare(self, batch: Sequence[Sequence[Checksum]], buffer: memoryview) -> int:
         compared = 0

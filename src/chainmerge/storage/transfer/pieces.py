@@ -71,7 +71,7 @@ class Produced:
 
 
 Item: TypeAlias = Stretch | Produced
-OnProgress: TypeAlias = Callable[[int], None]
+OnBytes: TypeAlias = Callable[[int], None]
 ShouldStop: TypeAlias = Callable[[], bool]
 
 
@@ -111,7 +111,7 @@ class Transfer(Protocol):
             Interrupted: the caller wants to stop.
         """
 
-    def verify(self, on_progress: OnProgress | None = None) -> None:
+    def verify(self, on_progress: OnBytes | None = None) -> None:
         """Read back what was moved and compare it with checksums taken while it was written.
 
         To be called after the target was flushed: what is read then comes from the storage
@@ -139,7 +139,7 @@ def produced_by(item: Produced) -> bytes:
     return data
 
 
-def joined(items: Iterable[Item]) -> Iterator[Item]:
+def joined_items(items: Iterable[Item]) -> Iterator[Item]:
     """The same bytes in fewer items: those that continue each other at both ends become one."""
     pending: Stretch | None = None
     for item in items:

@@ -25,7 +25,7 @@ def reached(path: Path) -> Path:
     return Path(os.path.realpath(path.parent)) / path.name
 
 
-def settled(path: Path) -> Path:
+def resolved(path: Path) -> Path:
     """The file that *path* leads to, all symbolic links resolved.
 
     Where this is a device node behind a link under /dev, that link. All logical volumes
@@ -53,7 +53,7 @@ def _is_device_node(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Territory:
+class AllowedPlaces:
     """The places where backing files are accepted.
 
     ``directories`` count alone, ``trees`` with everything below (or are single files).
@@ -75,13 +75,13 @@ class Territory:
         return bool(self.named) and Path(os.path.realpath(path)) in self.named
 
 
-def territory_of(images: Iterable[Path], policy: ChainPolicy) -> Territory:
+def allowed_places_of(images: Iterable[Path], policy: ChainPolicy) -> AllowedPlaces:
     """The directories of *images*, by name and by where they lead, and what *policy* allows."""
-    homes = {place.parent for image in images for place in (reached(image), settled(image))}
+    homes = {place.parent for image in images for place in (reached(image), resolved(image))}
     trees = {
         place
         for path in policy.allow_backing
-        for place in (reached(path), settled(path), Path(os.path.realpath(path)))
+        for place in (reached(path), resolved(path), Path(os.path.realpath(path)))
     }
     named = frozenset(Path(os.path.realpath(path)) for path in policy.named)
-    return Territory(frozenset(homes), frozenset(trees), named)
+    return AllowedPlaces(frozenset(homes), frozenset(trees), named)

@@ -22,11 +22,11 @@ _Rest: TypeAlias = Callable[[], None]
 """What is left to do for a job in the thread that has submitted it; raises what it raised."""
 
 
-class Crew:
+class Workers:
     """Does a limited number of jobs at a time. To be used from one thread."""
 
     def __init__(self, size: int, buffer_bytes: int) -> None:
-        """Prepare to hire it, one thread after the other as they are needed.
+        """Start with no thread; each is made when it is needed.
 
         Args:
             size: How many jobs at a time.
@@ -35,9 +35,9 @@ class Crew:
         self._size = size
         # A little more than asked for, so that a range can be widened to aligned ends.
         self._buffer_bytes = buffer_bytes + 2 * ALIGNMENT
-        self._begin_anew()
+        self._reset()
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._threads: list[threading.Thread] = []
         self._to_do: SimpleQueue[_Work | None] = SimpleQueue()
         self._done: SimpleQueue[_Rest] = SimpleQueue()
@@ -60,7 +60,7 @@ class Crew:
     def submit(
         self, job: Callable[[memoryview], T], buffer_bytes: int, done: Callable[[T], None]
     ) -> None:
-        """Have a job done; returns when somebody has begun, or is about to.
+        """Have a job done; returns when a thread has begun with it, or is about to.
 
         Args:
             job: Called in another thread, with an aligned buffer.
@@ -76,7 +76,7 @@ class Crew:
             return lambda: done(result)
 
         if self._unfinished == len(self._threads):
-            self._hire()
+            self._add_thread()
         self._unfinished += 1
         self._to_do.put(work)
 
@@ -86,18 +86,20 @@ class Crew:
             self._finish_one()
 
     def close(self) -> None:
-        """Dismiss it, once it has done what was begun; results are dropped."""
+        """End the threads once they have done what was begun; results are dropped."""
         for _ in self._threads:
             self._to_do.put(None)
         for thread in self._threads:
             thread.join()
-        self._begin_anew()
+        self._reset()
 
-    def _hire(self) -> None:
+    def _add_thread(self) -> None:
         try:
             arguments = (self._to_do, self._done, aligned_buffer(self._buffer_bytes))
             # Nobody waits for it where the program ends because of an error that is not ours.
-            thread = threading.Thread(target=_labour, args=arguments, name="transfer", daemon=True)
+            thread = threading.Thread(
+                target=_work_off, args=arguments, name="transfer", daemon=True
+            )
             thread.start()
         except (MemoryError, RuntimeError) as error:
             # No memory for it, or no more threads for this process: those that there are do.
@@ -113,7 +115,9 @@ class Crew:
         rest()
 
 
-def _labour(to_do: SimpleQueue[_Work | None], done: SimpleQueue[_Rest], buffer: memoryview) -> None:
+def _work_off(
+    to_do: SimpleQueue[_Work | None], done: SimpleQueue[_Rest], buffer: memoryview
+) -> None:
     while (work := to_do.get()) is not None:
         try:
             rest = work(buffer)
