@@ -29,7 +29,7 @@ from chainmerge.live.port import (
     NodeBitmap,
     RemoveBitmap,
 )
-from chainmerge.live.steps import Situation, Step, next_step
+from chainmerge.live.qmp.steps import Situation, Step, next_step
 from chainmerge.records.identity import ImageIdentity
 from chainmerge.records.live_journal import (
     VERSION,

@@ -25,15 +25,15 @@ from chainmerge.live.errors import (
     NothingUnfinished,
     UnfinishedMergeFound,
 )
-from chainmerge.live.exclusive import sole_driver
 from chainmerge.live.inspection import locate, path_of
 from chainmerge.live.libvirt.disk import DomainDisk
 from chainmerge.live.libvirt.sequence import DomainDrive, carry_on_in_domain
+from chainmerge.live.merge_nodes import place_of
 from chainmerge.live.planning import LivePlan, plan_live
 from chainmerge.live.port import LiveVm
-from chainmerge.live.sequence import Drive, carry_on
+from chainmerge.live.qmp.sequence import Drive, carry_on
 from chainmerge.live.settling import results_of
-from chainmerge.live.situation import place_of
+from chainmerge.live.sole_manager import sole_driver
 from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.merging.finished import finished_before
 from chainmerge.merging.job import wipe_behind_end
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.errors import ChainmergeError
-    from chainmerge.live.driving import Driven
+    from chainmerge.live.driver import Driven
     from chainmerge.live.settling import Settled
     from chainmerge.live.target import LiveTarget
     from chainmerge.records.merged_record import MergedRecord

@@ -21,7 +21,7 @@ from chainmerge.engines.metadata.bitmap_set import StoredBitmap
 from chainmerge.live.bitmaps import faults
 from chainmerge.live.errors import LiveVerificationFailed, VmRefused
 from chainmerge.live.inspection import path_of
-from chainmerge.live.situation import place_of
+from chainmerge.live.merge_nodes import place_of
 from chainmerge.merging.deleting import delete_recorded, not_deleted
 from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
 from chainmerge.qcow2.bitmaps import BitmapFlag
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from chainmerge.chain.opening import OpenChain, OpenImage
+    from chainmerge.live.merge_nodes import Place
     from chainmerge.live.port import BlockGraph, BlockNode, LiveVm
-    from chainmerge.live.situation import Place
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.records.live_journal import LiveJournal, TombstoneName
 

@@ -22,7 +22,6 @@ from chainmerge.bitmaps.stored import state_of
 from chainmerge.chain.reading import data_file_places
 from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.libvirt.connection import DEFAULT_URI, DomainConnection
-from chainmerge.live.peer import qemu_of_domain
 from chainmerge.live.port import (
     BlockGraph,
     BlockNode,
@@ -33,6 +32,7 @@ from chainmerge.live.port import (
     NodeUser,
     UserKind,
 )
+from chainmerge.live.qemu_processes import qemu_of_domain
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable

@@ -21,7 +21,7 @@ import msgspec
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live.convergence import Remedy
-from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
+from chainmerge.live.driver import Driven, let_disk_go, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
@@ -33,10 +33,10 @@ from chainmerge.live.errors import (
 from chainmerge.live.headroom import Headroom
 from chainmerge.live.libvirt.disk import DomainDisk, DomainJob, DomainJobKind
 from chainmerge.live.libvirt.settling import names_to_remove, settle_in_domain
+from chainmerge.live.merge_nodes import Place, place_of
 from chainmerge.live.port import JobPhase, JobState
-from chainmerge.live.sequence import lost
+from chainmerge.live.qmp.sequence import lost
 from chainmerge.live.settling import Settled, forget
-from chainmerge.live.situation import Place, place_of
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveState, save_live_journal
 from chainmerge.storage.volumes import volume_at

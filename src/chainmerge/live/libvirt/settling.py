@@ -12,6 +12,7 @@ from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.live.errors import LiveVerificationFailed
+from chainmerge.live.merge_nodes import Place, place_of
 from chainmerge.live.settling import (
     Settled,
     forget,
@@ -19,7 +20,6 @@ from chainmerge.live.settling import (
     take_leave,
     verify_on_disk,
 )
-from chainmerge.live.situation import Place, place_of
 from chainmerge.merging.verifying import verify_bitmaps_cover
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from chainmerge.engines.qemu.qmp import Qmp, QmpLost, QmpRefused
 from chainmerge.live.errors import VmRefused, VmUnreachable
-from chainmerge.live.peer import peer_of, qemu_behind
+from chainmerge.live.qemu_processes import peer_of, qemu_behind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A live merge from the journal's first entry to the last deleted file.
 
-A loop: look at the journal, the job and the chain; let :mod:`chainmerge.live.steps` say what is
+A loop: look at the journal, the job and the chain; let :mod:`chainmerge.live.qmp.steps` say what is
 next; do it. docs/live-merge.md has the order of the steps, and what a death in each leaves.
 """
 
@@ -17,9 +17,14 @@ import msgspec
 
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError
-from chainmerge.live.bitmaps import silence_actions, switch_actions, undo_actions, window_actions
+from chainmerge.live.bitmaps import (
+    silence_actions,
+    switch_actions,
+    undo_actions,
+    window_actions,
+)
 from chainmerge.live.convergence import Remedy
-from chainmerge.live.driving import Driven, let_disk_go, slow_disk_down
+from chainmerge.live.driver import Driven, let_disk_go, slow_disk_down
 from chainmerge.live.errors import (
     LiveChainDiffers,
     LiveMergeFailed,
@@ -29,10 +34,10 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.headroom import Headroom
+from chainmerge.live.merge_nodes import Place, place_of
 from chainmerge.live.port import CommitOrder, InspectedVm, JobPhase, LiveVm
+from chainmerge.live.qmp.steps import Situation, Step, next_step
 from chainmerge.live.settling import Settled, close_merged, forget, settle
-from chainmerge.live.situation import Place, place_of
-from chainmerge.live.steps import Situation, Step, next_step
 from chainmerge.merging.live_remains import pivot_unclear
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveJournal, LiveState, save_live_journal
