@@ -27,11 +27,11 @@ from chainmerge.live.errors import (
 )
 from chainmerge.live.inspection import locate, path_of
 from chainmerge.live.libvirt.disk import DomainDisk
-from chainmerge.live.libvirt.sequence import DomainDrive, carry_on_in_domain
+from chainmerge.live.libvirt.driver import DomainDrive, carry_on_in_domain
 from chainmerge.live.merge_nodes import place_of
 from chainmerge.live.planning import LivePlan, plan_live
 from chainmerge.live.port import LiveVm
-from chainmerge.live.qmp.sequence import Drive, carry_on
+from chainmerge.live.qmp.driver import Drive, carry_on
 from chainmerge.live.settling import results_of
 from chainmerge.live.sole_manager import sole_driver
 from chainmerge.merging.errors import MergeUnfinished

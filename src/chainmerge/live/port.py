@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a live merge asks of a running VM, whoever stands between: a QMP socket or libvirt.
 
-The merge itself (:mod:`chainmerge.live.qmp.sequence`) knows nothing but :class:`LiveVm`. Sizes and
+The merge itself (:mod:`chainmerge.live.qmp.driver`) knows nothing but :class:`LiveVm`. Sizes and
 offsets are in bytes, times in seconds.
 
 A node is one layer of the VM's block graph: a *format* node (qcow2, raw) gives guest data and

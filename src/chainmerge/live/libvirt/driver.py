@@ -35,7 +35,7 @@ from chainmerge.live.libvirt.disk import DomainDisk, DomainJob, DomainJobKind
 from chainmerge.live.libvirt.settling import names_to_remove, settle_in_domain
 from chainmerge.live.merge_nodes import Place, place_of
 from chainmerge.live.port import JobPhase, JobState
-from chainmerge.live.qmp.sequence import lost
+from chainmerge.live.qmp.driver import lost
 from chainmerge.live.settling import Settled, forget
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveState, save_live_journal
