@@ -16,6 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from chainmerge.bitmaps.rules import BitmapState
+
 
 @dataclass(frozen=True, slots=True)
 class NodeBitmap:
@@ -38,6 +40,13 @@ class NodeBitmap:
     persistent: bool
     inconsistent: bool
     busy: bool
+
+    @property
+    def state(self) -> BitmapState:
+        """Its state as it will be stored."""
+        if self.inconsistent:
+            return BitmapState.IN_USE
+        return BitmapState.VALID if self.recording else BitmapState.DISABLED
 
 
 class UserKind(StrEnum):
@@ -107,6 +116,13 @@ class BlockGraph:
         Filters, such as one that limits the disk's rate or the one of a job, are left out.
         """
         return tuple(node for node in self._descend() if node.driver not in FILTERS)
+
+    def path_of(self, image: BlockNode) -> Path | None:
+        """The file of an image; None where it lies in none, or behind something unknown."""
+        if image.file is None:
+            return None
+        protocol = self.nodes[image.file]
+        return protocol.filename if protocol.driver in PLAIN_PROTOCOLS else None
 
     def jobs(self) -> tuple[str, ...]:
         """The jobs that use an image of the disk, or a filter above one, by their ids."""
@@ -309,35 +325,32 @@ class WatchedVm(Protocol):
         """The end of the highest write to a protocol node since it was opened."""
 
 
-class LiveVm(Protocol):
-    """One disk of a running VM.
+class MergingDisk(InspectedVm, WatchedVm, Protocol):
+    """What every merge asks of one disk of a running VM, however it is reached.
 
     Every method raises :class:`chainmerge.live.errors.VmUnreachable` where the VM, or what
     stands between, does not answer, and :class:`chainmerge.live.errors.VmRefused` where it
     answers with an error.
     """
 
-    @property
-    def name(self) -> str:
-        """The VM, as messages call it."""
+    def disk_limits(self) -> DiskLimits:
+        """How the guest's disk is limited now.
 
-    @property
-    def address(self) -> tuple[str, ...]:
-        """The options of ``chainmerge live`` that lead to this disk."""
+        Raises VmRefused where it cannot be limited, as for a disk without a device.
+        """
 
-    @property
-    def process(self) -> int | None:
-        """The id of the VM's process on this machine; None where that cannot be told."""
+    def limit_disk(self, limits: DiskLimits) -> None:
+        """Limit the guest's disk."""
 
-    @property
-    def leaves_tombstones(self) -> bool:
-        """Whether base can get a tombstone; else the name goes from all images of the chain."""
+    def wait_for_event(self, seconds: float) -> None:
+        """Return when something may have happened, at the latest after so many seconds."""
 
-    def graph(self) -> BlockGraph:
-        """The block graph as it is now."""
 
-    def layout(self) -> BlockGraph:
-        """The same."""
+class LiveVm(MergingDisk, Protocol):
+    """One disk of a running VM whose jobs and bitmaps are driven command by command.
+
+    What :meth:`layout` returns has the bitmaps, too.
+    """
 
     def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
         """Do all of it, or nothing.
@@ -367,18 +380,6 @@ class LiveVm(Protocol):
         :meth:`dismiss`.
         """
 
-    def job(self, job: str) -> JobState | None:
-        """How the job is; None where there is no such job."""
-
-    def described_job(self, job: str) -> str:
-        """See :class:`InspectedVm`."""
-
-    def why_not_writable(self, node: BlockNode) -> str | None:
-        """See :class:`InspectedVm`."""
-
-    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
-        """See :class:`InspectedVm`."""
-
     def pause(self, job: str) -> None:
         """Let the job wait. Its phase tells when it does."""
 
@@ -402,21 +403,3 @@ class LiveVm(Protocol):
 
     def forget_node(self, node: str) -> None:
         """Close an image that nothing uses any more."""
-
-    def set_write_threshold(self, node: str, offset: int) -> None:
-        """Have :meth:`wait_for_event` end when the node is written to behind *offset*."""
-
-    def highest_write(self, node: str) -> int:
-        """The end of the highest write to a protocol node since it was opened."""
-
-    def disk_limits(self) -> DiskLimits:
-        """How the guest's disk is limited now.
-
-        Raises VmRefused where it cannot be limited, as for a disk without a device.
-        """
-
-    def limit_disk(self, limits: DiskLimits) -> None:
-        """Limit the guest's disk."""
-
-    def wait_for_event(self, seconds: float) -> None:
-        """Return when something may have happened, at the latest after so many seconds."""

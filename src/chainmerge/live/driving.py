@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A live merge from its journal to its report, by the driver of whichever port the VM has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from chainmerge.errors import Refused
+from chainmerge.live.errors import LiveNotStarted, VmUnreachable
+from chainmerge.live.libvirt.disk import DomainDisk
+from chainmerge.live.libvirt.driver import DomainDriver
+from chainmerge.live.port import LiveVm
+from chainmerge.live.qmp.driver import MonitorDriver
+from chainmerge.live.reporting import LiveOutcome, report_merged
+from chainmerge.live.settling import settle
+from chainmerge.merging.errors import MergeUnfinished
+from chainmerge.records.live_journal import LiveState
+
+if TYPE_CHECKING:
+    from chainmerge.documents.merge import MergeReport
+    from chainmerge.documents.plan import MergePlan
+    from chainmerge.live.driver import Caller, LiveDriver
+    from chainmerge.options import LiveOptions
+    from chainmerge.records.live_journal import LiveJournal
+
+LiveDisk: TypeAlias = LiveVm | DomainDisk
+"""A disk of a running VM, whichever way it is reached."""
+
+
+def drive(
+    disk: LiveDisk,
+    journal: LiveJournal,
+    options: LiveOptions,
+    caller: Caller,
+    planned: MergePlan | None,
+) -> MergeReport:
+    """Drive the merge that the journal tells of to its end, from wherever it is.
+
+    Args:
+        disk: the disk of the VM.
+        journal: of the merge.
+        options: how to merge.
+        caller: who asked for it.
+        planned: what it is to do; None if an earlier run has begun it.
+
+    Raises:
+        LiveNotStarted: nothing was changed.
+        LiveMergeFailed, LiveMergeStalled, Interrupted: it was undone.
+        MergeUnfinished: it cannot go on as things are.
+        VmLost: the VM does not answer any more.
+        Failed: the merge took effect, and something is wrong with it.
+    """
+    untouched = planned is not None and planned.space.grow_to is None
+    driver: LiveDriver[Any]
+    if isinstance(disk, DomainDisk):
+        driver = DomainDriver(
+            disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
+        )
+    else:
+        driver = MonitorDriver(
+            disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
+        )
+    return report_merged(driver, _carried_on(driver), planned)
+
+
+def _carried_on(driver: LiveDriver[Any]) -> LiveOutcome:
+    """What would be a refusal before a merge has begun is none any more."""
+    try:
+        return _settled(driver)
+    except LiveNotStarted:
+        raise
+    except Refused as refused:
+        raise MergeUnfinished(driver.top, refused.sentence) from refused
+
+
+def _settled(driver: LiveDriver[Any]) -> LiveOutcome:
+    try:
+        driver.until_merged()
+        driver.enter(LiveState.SETTLING)
+        driver.let_guest_go()
+        driver.close_merged()
+        return settle(driver)
+    except VmUnreachable as error:
+        raise driver.lost(error.reason) from error
