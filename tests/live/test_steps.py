@@ -8,13 +8,6 @@ from itertools import product
 
 import pytest
 
-from chainmerge.live.bitmaps import (
-    disable_actions,
-    faults,
-    switch_actions,
-    undo_actions,
-    window_actions,
-)
 from chainmerge.live.convergence import PATIENCE_SECONDS, Convergence, Remedy
 from chainmerge.live.port import (
     AddBitmap,
@@ -28,6 +21,13 @@ from chainmerge.live.port import (
     MergeBitmap,
     NodeBitmap,
     RemoveBitmap,
+)
+from chainmerge.live.qmp.bitmap_actions import (
+    disable_actions,
+    faults,
+    switch_actions,
+    undo_actions,
+    window_actions,
 )
 from chainmerge.live.qmp.steps import LiveStep, Situation, next_step
 from chainmerge.records.identity import ImageIdentity

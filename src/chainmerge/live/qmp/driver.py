@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError
-from chainmerge.live.bitmaps import (
+from chainmerge.live.driver import GIVEN_UP, LiveDriver
+from chainmerge.live.errors import LiveMergeFailed, VmRefused
+from chainmerge.live.port import CommitOrder, JobPhase, JobState, LiveVm
+from chainmerge.live.qmp.bitmap_actions import (
     disable_actions,
     faults,
     switch_actions,
     undo_actions,
     window_actions,
 )
-from chainmerge.live.driver import GIVEN_UP, LiveDriver
-from chainmerge.live.errors import LiveMergeFailed, VmRefused
-from chainmerge.live.port import CommitOrder, JobPhase, JobState, LiveVm
 from chainmerge.live.qmp.steps import LiveStep, Situation, next_step
 from chainmerge.merging.live_remains import pivot_unclear
 from chainmerge.merging.verifying import verify_bitmaps
