@@ -32,7 +32,6 @@ from chainmerge.engines.qemu.qmp import Qmp, QmpLost, QmpRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
 
 PROGRAM = "qemu-storage-daemon"
 MAX_COMPLAINT_BYTES = 64 << 10
@@ -79,12 +78,7 @@ class StorageDaemon:
         """Return the daemon itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process if it still runs, and release everything."""
         self._undo.close()
 

@@ -20,7 +20,6 @@ from chainmerge.engines.qemu.event_loops import SynchronousLoop
 if TYPE_CHECKING:
     import socket
     from collections.abc import Coroutine, Mapping
-    from types import TracebackType
 
 _T = TypeVar("_T")
 
@@ -66,12 +65,7 @@ class Qmp:
         """Return the connection itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Disconnect."""
         self._undo.close()
 

@@ -15,7 +15,6 @@ from chainmerge.live.qemu_processes import peer_of, qemu_behind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
 _GREETING_SECONDS: Final = 10.0
 # Removing a bitmap can flush, and a flush takes as long as the storage likes.
@@ -52,12 +51,11 @@ class Monitor:
         """Return the connection itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        """As :meth:`close`."""
+        self.close()
+
+    def close(self) -> None:
         """Disconnect; the VM goes on with whatever it does."""
         self._undo.close()
 

@@ -38,7 +38,6 @@ from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
     from typing import Self
 
 _USER_KINDS: Final[Mapping[str, UserKind]] = MappingProxyType(
@@ -102,21 +101,16 @@ class QmpVm:
             self._own_cwd = self._monitor.working_directory
             self.graph()
         except BaseException:
-            self._monitor.__exit__(None, None, None)
+            self._monitor.close()
             raise
 
     def __enter__(self) -> Self:
         """Return the disk itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Disconnect; the VM goes on with whatever it does."""
-        self._monitor.__exit__(kind, error, trace)
+        self._monitor.close()
 
     @property
     def name(self) -> str:
