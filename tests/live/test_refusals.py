@@ -27,7 +27,7 @@ from chainmerge.live.errors import (
     UnfinishedMergeFound,
     VmUnreachable,
 )
-from chainmerge.live.sole_manager import sole_driver
+from chainmerge.live.sole_manager import sole_manager
 from chainmerge.options import Access, LiveOptions
 from chainmerge.planning.errors import BaseHasOtherChildren
 from chainmerge.records.identity import identify
@@ -195,7 +195,7 @@ def test_a_monitor_that_talks_to_somebody_else(
 
 def test_two_managers(vm: LiveTestVm, scenario: LiveScenario) -> None:
     with (
-        sole_driver(identify(scenario.base)),
+        sole_manager(identify(scenario.base)),
         live.QmpVm(str(vm.qmp), device=DEVICE) as disk,
         pytest.raises(LiveMergeDriven),
     ):

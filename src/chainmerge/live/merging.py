@@ -26,7 +26,7 @@ from chainmerge.live.inspection import locate
 from chainmerge.live.merge_nodes import find_merge_nodes
 from chainmerge.live.planning import LivePlan, plan_live
 from chainmerge.live.reporting import report_done_before
-from chainmerge.live.sole_manager import sole_driver
+from chainmerge.live.sole_manager import sole_manager
 from chainmerge.merging.finished import finished_before
 from chainmerge.merging.job import wipe_behind_end
 from chainmerge.options import Access, LiveOptions
@@ -120,11 +120,11 @@ def merge(
         return report_done_before(vm, record, caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
-        with sole_driver(unfinished.base):
+        with sole_manager(unfinished.base):
             return drive(vm, unfinished, options, caller, None)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
-    with sole_driver(identify(live.target.base.real_path)):
+    with sole_manager(identify(live.target.base.real_path)):
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
         _wipe_behind_end(live, decided)
@@ -165,7 +165,7 @@ def resume(
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
     for journal in _journals(vm):
-        with sole_driver(journal.base):
+        with sole_manager(journal.base):
             return drive(vm, journal, options or LiveOptions(), caller, None)
     raise NothingUnfinished(vm.name)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from chainmerge.engines.qemu.qmp import Qmp, QmpLost, QmpRefused
 from chainmerge.live.errors import VmRefused, VmUnreachable
-from chainmerge.live.qemu_processes import peer_of, qemu_behind
+from chainmerge.live.qemu_processes import listener_of, qemu_connected_to
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Monitor:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
             except ValueError as error:
                 raise VmUnreachable(self.name, str(error)) from error
-            self._peer = peer_of(connection)
+            self._listener = listener_of(connection)
             self._socket_number = os.fstat(connection.fileno()).st_ino
             try:
                 self._qmp = undo.enter_context(Qmp(connection, _GREETING_SECONDS))
@@ -63,14 +63,14 @@ class Monitor:
     def working_directory(self) -> Path | None:
         """From where the VM counts names of files; None where that cannot be told."""
         try:
-            return Path(f"/proc/{self.process or self._peer}/cwd").readlink()
+            return Path(f"/proc/{self.process or self._listener}/cwd").readlink()
         except OSError:
             return None
 
     @property
     def process(self) -> int | None:
         """The id of the QEMU at the other end; None where it cannot be told, or is elsewhere."""
-        return qemu_behind(self._socket_number, self._peer)
+        return qemu_connected_to(self._socket_number, self._listener)
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a command and return its result, as parsed from JSON.
