@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from chainmerge.chain.opening import open_chain
 from chainmerge.documents.plan import Finding, MergePlan
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
@@ -18,43 +15,24 @@ from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
 from chainmerge.live.driver import Caller
 from chainmerge.live.driving import LiveDisk, drive
-from chainmerge.live.errors import (
-    NothingUnfinished,
-    UnfinishedMergeFound,
-)
+from chainmerge.live.errors import NothingUnfinished
 from chainmerge.live.inspection import locate
 from chainmerge.live.merge_nodes import find_merge_nodes
 from chainmerge.live.planning import LivePlan, plan_live
+from chainmerge.live.preparing import left_behind, prepare_live_merge
 from chainmerge.live.reporting import report_done_before
 from chainmerge.live.sole_manager import sole_manager
 from chainmerge.merging.finished import finished_before
-from chainmerge.merging.job import wipe_behind_end
 from chainmerge.options import Access, LiveOptions
-from chainmerge.qcow2.bits import BitSet
 from chainmerge.records.identity import identify
-from chainmerge.records.live_journal import (
-    LiveJournal,
-    live_journal_file,
-    load_live_journal,
-    save_live_journal,
-)
-from chainmerge.records.merge_journal import journal_file
+from chainmerge.records.live_journal import LiveJournal, load_live_journal
 from chainmerge.records.merged_record import load_merged_record
-from chainmerge.records.remains import read_remains
 from chainmerge.records.request import recorded, resume_command_of
-from chainmerge.records.saved_bitmaps import (
-    SavedBitmap,
-    SavedBitmaps,
-    save_bitmaps,
-    saved_bitmaps_file,
-)
-from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from chainmerge.documents.merge import MergeReport
-    from chainmerge.errors import ChainmergeError
     from chainmerge.live.target import LiveTarget
 
 
@@ -75,7 +53,7 @@ def plan(
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access or Access())
         decided = plan_live(vm, live, options or LiveOptions())
-        refusals = [for_running_vm(one) for one in (*_left_behind(live), *decided.refusals)]
+        refusals = [for_running_vm(one) for one in (*left_behind(live), *decided.refusals)]
     findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
     return replace(decided.plan, refusals=findings)
 
@@ -127,11 +105,8 @@ def merge(
     with sole_manager(identify(live.target.base.real_path)):
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
-        _wipe_behind_end(live, decided)
-        _extend(decided, options, caller)
         request = recorded([top], [base or live.target.base.path], access, options, vm.address)
-        journal = msgspec.structs.replace(decided.journal, request=request)
-        _record(live, journal)
+        journal = prepare_live_merge(live, decided, request, options, caller)
         return drive(vm, journal, options, caller, decided.plan)
 
 
@@ -140,7 +115,7 @@ def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
 
     Raises what speaks against it.
     """
-    for obstacle in _left_behind(live):
+    for obstacle in left_behind(live):
         raise obstacle
     decided = plan_live(vm, live, options)
     for refusal in decided.refusals:
@@ -241,78 +216,3 @@ def _journal_for(vm: LiveDisk, top: Path, base: Path | None) -> LiveJournal | No
         if base is None or journal.base.path == str(base.resolve()):
             return journal
     return None
-
-
-def _left_behind(live: LiveTarget) -> Iterator[ChainmergeError]:
-    """What other merges have left beside base that must not be lost."""
-    base = live.target.base.real_path
-    remains = read_remains(base, live.target.chain.top.real_path)
-    if remains.live is not None:
-        yield UnfinishedMergeFound(str(base), str(live_journal_file(base)))
-    if remains.journal_problem is not None:
-        yield remains.journal_problem
-    elif remains.journal is not None:
-        yield UnfinishedMergeFound(str(base), str(journal_file(base)))
-    elif remains.usable_saved is not None:
-        yield UnfinishedMergeFound(str(base), str(saved_bitmaps_file(base)))
-
-
-def _extend(decided: LivePlan, options: LiveOptions, caller: Caller) -> None:
-    """Extend base's volume to what the plan says. A file grows as it is written to.
-
-    Reserving space behind the end of a file that somebody else writes to could not be taken
-    back: that is done by truncating it.
-    """
-    space = decided.plan.space
-    if space.grow_to is None:
-        return
-    caller.report(ProgressEvent(Stage.EXTEND))
-    volume = volume_at(Path(decided.journal.base.path), options.as_merge)
-    volume.grow_to(space.required)
-    volume.make_growth_durable()
-
-
-def _wipe_behind_end(live: LiveTarget, decided: LivePlan) -> None:
-    """Make zeros of what base's last cluster holds behind the end that QEMU is going to move.
-
-    The VM reads nothing there, and writes nowhere in base before its job begins.
-    """
-    size = decided.plan.virtual_size_after
-    if live.target.base.virtual_size < size:
-        with open_chain(live.target.chain) as opened:
-            wipe_behind_end(opened.images[live.target.base_index], size)
-
-
-def _record(live: LiveTarget, journal: LiveJournal) -> None:
-    """Save what base has of the kept bitmaps, and note what is about to be done."""
-    saved = _to_save(live, journal)
-    if saved is not None:
-        save_bitmaps(live.target.base.real_path, saved)
-    save_live_journal(journal)
-
-
-def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
-    """What a cold merge needs to know of base's checkpoints, should the VM end in the middle."""
-    index = live.target.base_index
-    if not journal.kept:
-        return None
-    with open_chain(live.target.chain) as opened:
-        base, overlay = opened.images[index], opened.images[index + 1]
-        node = live.nodes[index + 1]
-        bitmaps = []
-        for kept in journal.kept:
-            if kept.in_base and not live.base.read_only:
-                # An active merge that was undone can leave base writable: then nothing but the
-                # VM knows its bits.
-                continue
-            in_overlay = None
-            if 0 in kept.sources and node.read_only:
-                in_overlay = overlay.bits(kept.name)
-            elif 0 in kept.sources:
-                # The guest writes to it: what it had then, it has in any case.
-                found = node.bitmap(kept.name)
-                assert found is not None
-                in_overlay = BitSet.empty(overlay.info.virtual_size, found.granularity)
-            bits = base.bits(kept.name) if kept.in_base else None
-            bitmaps.append(SavedBitmap(kept.name, bits, in_overlay))
-    return SavedBitmaps(journal.base, journal.overlays[0], tuple(bitmaps), journal.request)

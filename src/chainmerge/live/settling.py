@@ -17,6 +17,7 @@ from chainmerge.documents.progress import Stage
 from chainmerge.live.reporting import LiveOutcome, bitmap_results_of
 from chainmerge.live.verifying import verify_in_vm, verify_on_disk
 from chainmerge.merging.deleting import delete_recorded, not_deleted
+from chainmerge.merging.live_remains import merged_images
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.merged_record import (
@@ -79,7 +80,7 @@ def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]
     Returns:
         What was deleted.
     """
-    doomed = _merged_images(journal)
+    doomed = merged_images(journal)
     devices = [one.path for one in doomed if Path(one.path).is_block_device()]
     if devices:
         warnings.append(f"block devices are not deleted: {', '.join(devices)}")
@@ -104,13 +105,9 @@ def _record_superseded(journal: LiveJournal) -> tuple[()]:
     """
     top = Path(journal.top.path)
     if top.exists() and may_be_same(identify(top), journal.top):
-        superseded = Superseded(_merged_images(journal), data_changed(top))
+        superseded = Superseded(merged_images(journal), data_changed(top))
         record_merged(top, _merged_record(journal, [], superseded))
     return ()
-
-
-def _merged_images(journal: LiveJournal) -> list[DoomedImage]:
-    return [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
 
 
 def _merged_record(
