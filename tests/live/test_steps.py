@@ -9,17 +9,16 @@ from itertools import product
 import pytest
 
 from chainmerge.live.convergence import PATIENCE_SECONDS, Convergence, Remedy
+from chainmerge.live.nodes import BlockNode, NodeBitmap
 from chainmerge.live.port import (
     AddBitmap,
     BitmapAction,
-    BlockNode,
     ClearBitmap,
     DisableBitmap,
     EnableBitmap,
     JobPhase,
     JobState,
     MergeBitmap,
-    NodeBitmap,
     RemoveBitmap,
 )
 from chainmerge.live.qmp.bitmap_actions import (

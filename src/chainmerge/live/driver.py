@@ -32,7 +32,7 @@ from chainmerge.live.errors import (
 )
 from chainmerge.live.headroom import Headroom
 from chainmerge.live.merge_nodes import MergeNodes, find_merge_nodes
-from chainmerge.live.port import BlockGraph, DiskLimits, MergingDisk
+from chainmerge.live.port import DiskLimits, MergingDisk
 from chainmerge.options import LiveOptions
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import may_be_same
@@ -50,6 +50,7 @@ from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+    from chainmerge.live.nodes import BlockGraph
     from chainmerge.live.port import JobState
     from chainmerge.qcow2.image import Qcow2Image
 

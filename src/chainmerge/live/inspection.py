@@ -23,13 +23,8 @@ from chainmerge.live.errors import (
     NotInVm,
     VmRefused,
 )
+from chainmerge.live.nodes import BlockGraph, BlockNode, UserKind
 from chainmerge.live.open_files import require_same_files
-from chainmerge.live.port import (
-    BlockGraph,
-    BlockNode,
-    InspectedVm,
-    UserKind,
-)
 from chainmerge.live.target import LiveTarget
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.storage.files import FileReadable
@@ -41,6 +36,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Identity
     from chainmerge.chain.opening import OpenChain
     from chainmerge.errors import ChainmergeError
+    from chainmerge.live.port import InspectedVm
     from chainmerge.options import Access
 
 

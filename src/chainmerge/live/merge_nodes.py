@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.live.port import BlockNode
+from chainmerge.live.nodes import BlockNode
 from chainmerge.records.identity import identify, may_be_same, same_image
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.live.port import BlockGraph
+    from chainmerge.live.nodes import BlockGraph
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.live_journal import LiveJournal
 

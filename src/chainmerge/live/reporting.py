@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from chainmerge.documents.plan import MergePlan
     from chainmerge.live.driver import Caller, LiveDriver
-    from chainmerge.live.port import BlockNode, InspectedVm
+    from chainmerge.live.nodes import BlockNode
+    from chainmerge.live.port import InspectedVm
     from chainmerge.records.merged_record import MergedRecord
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.live.driver import LiveDriver
-    from chainmerge.live.port import BlockNode
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.records.live_journal import LiveJournal
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.opening import OpenChain, OpenImage
     from chainmerge.live.driver import LiveDriver
     from chainmerge.live.merge_nodes import MergeNodes
-    from chainmerge.live.port import BlockGraph
+    from chainmerge.live.nodes import BlockGraph
     from chainmerge.records.live_journal import LiveJournal
 
 

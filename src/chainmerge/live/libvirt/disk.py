@@ -26,16 +26,8 @@ from chainmerge.live.libvirt.description import (
     layer_above_protocol,
 )
 from chainmerge.live.libvirt.stored import stored_bitmaps, stored_entries
-from chainmerge.live.port import (
-    BlockGraph,
-    BlockNode,
-    DiskLimits,
-    JobPhase,
-    JobState,
-    NodeBitmap,
-    NodeUser,
-    UserKind,
-)
+from chainmerge.live.nodes import BlockGraph, BlockNode, NodeBitmap, NodeUser, UserKind
+from chainmerge.live.port import DiskLimits, JobPhase, JobState
 from chainmerge.live.qemu_processes import qemu_of_domain
 from chainmerge.storage.writability import why_nobody_can_write
 

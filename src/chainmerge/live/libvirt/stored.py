@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import state_of
-from chainmerge.live.port import NodeBitmap
+from chainmerge.live.nodes import NodeBitmap
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
@@ -15,7 +15,7 @@ from chainmerge.storage.files import FileReadable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chainmerge.live.port import BlockNode
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.qcow2.bitmaps import BitmapEntry
 
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from chainmerge.live.port import (
     AddBitmap,
     BitmapAction,
-    BlockNode,
     ClearBitmap,
     DisableBitmap,
     EnableBitmap,
@@ -33,6 +32,7 @@ from chainmerge.live.port import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.records.live_journal import KeptName, LiveJournal, TombstoneName
 
 

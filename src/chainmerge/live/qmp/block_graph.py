@@ -11,7 +11,7 @@ from collections import defaultdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from chainmerge.live.port import BlockNode, NodeBitmap, NodeUser, UserKind
+from chainmerge.live.nodes import BlockNode, NodeBitmap, NodeUser, UserKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

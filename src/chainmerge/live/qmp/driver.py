@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
     from chainmerge.live.merge_nodes import MergeNodes
-    from chainmerge.live.port import BlockNode
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.qcow2.image import Qcow2Image
 
 # Nothing but a few requests is to end; a storage that hangs can keep it waiting.

@@ -9,12 +9,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from chainmerge.live.errors import NoSuchDisk, VmRefused
+from chainmerge.live.nodes import PLAIN_PROTOCOLS, BlockGraph, BlockNode
 from chainmerge.live.port import (
-    PLAIN_PROTOCOLS,
     AddBitmap,
     BitmapAction,
-    BlockGraph,
-    BlockNode,
     ClearBitmap,
     CommitOrder,
     DisableBitmap,
