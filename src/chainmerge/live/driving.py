@@ -12,7 +12,7 @@ from chainmerge.live.libvirt.driver import DomainDriver
 from chainmerge.live.port import LiveVm
 from chainmerge.live.qmp.driver import MonitorDriver
 from chainmerge.live.reporting import LiveOutcome, report_merged
-from chainmerge.live.settling import settle
+from chainmerge.live.settling import settle_live_merge
 from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.records.live_journal import LiveState
 
@@ -51,34 +51,27 @@ def drive(
         Failed: the merge took effect, and something is wrong with it.
     """
     untouched = planned is not None and planned.space.grow_to is None
-    driver: LiveDriver[Any]
-    if isinstance(disk, DomainDisk):
-        driver = DomainDriver(
-            disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
-        )
-    else:
-        driver = MonitorDriver(
-            disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
-        )
+    kind: type[LiveDriver[Any]] = DomainDriver if isinstance(disk, DomainDisk) else MonitorDriver
+    driver = kind(disk=disk, journal=journal, options=options, caller=caller, untouched=untouched)
     return report_merged(driver, _carried_on(driver), planned)
 
 
 def _carried_on(driver: LiveDriver[Any]) -> LiveOutcome:
     """What would be a refusal before a merge has begun is none any more."""
     try:
-        return _settled(driver)
+        return _ended(driver)
     except LiveNotStarted:
         raise
     except Refused as refused:
         raise MergeUnfinished(driver.top, refused.sentence) from refused
 
 
-def _settled(driver: LiveDriver[Any]) -> LiveOutcome:
+def _ended(driver: LiveDriver[Any]) -> LiveOutcome:
     try:
         driver.until_merged()
         driver.enter(LiveState.SETTLING)
         driver.let_guest_go()
         driver.close_merged()
-        return settle(driver)
+        return settle_live_merge(driver)
     except VmUnreachable as error:
         raise driver.lost(error.reason) from error

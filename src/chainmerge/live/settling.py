@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from chainmerge.records.live_journal import LiveJournal
 
 
-def settle(driver: LiveDriver[Any]) -> LiveOutcome:
+def settle_live_merge(driver: LiveDriver[Any]) -> LiveOutcome:
     """Verify a merge that took effect, and delete the merged images, which the VM has closed.
 
     Raises:

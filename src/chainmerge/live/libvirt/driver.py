@@ -44,7 +44,6 @@ class DomainDriver(LiveDriver[DomainDisk]):
     TELLER: ClassVar[str] = "libvirt"
 
     def until_merged(self) -> None:
-        """See :class:`LiveDriver`."""
         try:
             self._merge()
         except (VmRefused, *GIVEN_UP) as failure:
@@ -209,7 +208,6 @@ class DomainDriver(LiveDriver[DomainDisk]):
         """Libvirt closes merged images by itself."""
 
     def verify_bitmaps(self, nodes: MergeNodes) -> Iterator[str]:
-        """See :class:`LiveDriver`."""
         for kept in self.journal.kept:
             # In an internal merge images above can lack it, and then nobody could use it before.
             if self.journal.is_active and not self.disk.passes(kept.name):
@@ -229,5 +227,5 @@ class DomainDriver(LiveDriver[DomainDisk]):
         kept: Sequence[StoredBitmap],
         tombstones: Sequence[StoredBitmap],  # noqa: ARG002  # libvirt leaves none
     ) -> str:
-        """See :class:`LiveDriver`: libvirt has base's record what is copied, in whole clusters."""
+        """Have base's cover what they have to hold: they record what is copied, in clusters."""
         return verify_bitmaps_cover(base, kept)

@@ -47,7 +47,7 @@ class GraphEdges:
                 self.children[parent["name"]][edge["name"]] = child["name"]
 
 
-def node_of(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -> BlockNode:
+def block_node(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -> BlockNode:
     """A node, from what ``query-named-block-nodes`` says of it."""
     name = info["node-name"]
     children = edges.children[name]

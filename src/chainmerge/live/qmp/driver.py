@@ -59,7 +59,6 @@ class MonitorDriver(LiveDriver[LiveVm]):
     _completing: bool = False
 
     def until_merged(self) -> None:
-        """See :class:`LiveDriver`."""
         while True:
             step = next_step(self._look())
             if step is LiveStep.SETTLE:
@@ -278,7 +277,6 @@ class MonitorDriver(LiveDriver[LiveVm]):
         self.note(top_since=data_changed(Path(self.top)))
 
     def verify_bitmaps(self, nodes: MergeNodes) -> Iterator[str]:
-        """See :class:`LiveDriver`."""
         for fault in faults(self.journal, nodes.base):
             raise self.differs(fault)
         yield (
@@ -289,7 +287,6 @@ class MonitorDriver(LiveDriver[LiveVm]):
     def verify_stored(
         self, base: Qcow2Image, kept: Sequence[StoredBitmap], tombstones: Sequence[StoredBitmap]
     ) -> str:
-        """See :class:`LiveDriver`."""
         return verify_bitmaps(base, (*kept, *tombstones))
 
 

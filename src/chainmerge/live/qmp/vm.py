@@ -23,7 +23,7 @@ from chainmerge.live.port import (
     MergeBitmap,
     RemoveBitmap,
 )
-from chainmerge.live.qmp.block_graph import GraphEdges, active_nodes, node_of, root_above
+from chainmerge.live.qmp.block_graph import GraphEdges, active_nodes, block_node, root_above
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.storage.writability import why_nobody_can_write
 
@@ -63,6 +63,8 @@ _AUTOMATIC: Final = "#"
 class QmpVm:
     """One disk of a VM, by the VM's QMP socket; a context manager.
 
+    Its methods are those of :class:`chainmerge.live.port.LiveVm`, and are described there.
+
     Args:
         socket: path of the socket.
         device: the id of the guest's device, or of its drive.
@@ -74,7 +76,6 @@ class QmpVm:
     """
 
     leaves_tombstones: Final = True
-    """See :class:`chainmerge.live.port.LiveVm`."""
 
     def __init__(self, socket: str, *, device: str | None = None, node: str | None = None) -> None:
         self._monitor = Monitor(socket)
@@ -98,26 +99,22 @@ class QmpVm:
 
     @property
     def name(self) -> str:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         return self._monitor.name
 
     @property
     def address(self) -> tuple[str, ...]:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         disk = ("--device", self._device) if self._device is not None else ("--node", self._node)
         return ("--qmp", self._socket, *(str(part) for part in disk))
 
     @property
     def process(self) -> int | None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         return self._monitor.process
 
     def graph(self) -> BlockGraph:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         infos = self._node_infos()
         edges = self._edges()
         nodes = {
-            info["node-name"]: node_of(info, edges, self._path(info["file"])) for info in infos
+            info["node-name"]: block_node(info, edges, self._path(info["file"])) for info in infos
         }
         return BlockGraph(nodes, self._root(nodes))
 
@@ -128,7 +125,6 @@ class QmpVm:
         return GraphEdges(self._monitor.execute("x-debug-query-block-graph"))
 
     def layout(self) -> BlockGraph:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         return self.graph()
 
     def _path(self, filename: str) -> Path | None:
@@ -151,11 +147,10 @@ class QmpVm:
         return disks[str(self._device)]
 
     def why_not_writable(self, node: BlockNode) -> str | None:
-        """See :class:`chainmerge.live.port.InspectedVm`.
+        """Have QEMU open what the image lies in a second time, for writing, and close it again.
 
-        QEMU is made to open what the image lies in a second time, for writing, and to close it
-        again: it alone knows what it may do, with its user, its name space, its security label.
-        Nobody uses that node, so nothing is read or written, and no lock is asked for.
+        It alone knows what it may do, with its user, its name space, its security label. Nobody
+        uses that node, so nothing is read or written, and no lock is asked for.
         """
         children = self._edges().children[node.name]
         files = {children.get(role) for role in ("file", "data-file")}
@@ -193,24 +188,19 @@ class QmpVm:
         return None
 
     def why_bitmaps_stay(self, node: BlockNode) -> str | None:  # noqa: ARG002  # QEMU changes all
-        """See :class:`chainmerge.live.port.InspectedVm`."""
         return None
 
     def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         if actions:
             steps = [_as_qmp(action) for action in actions]
             self._monitor.execute("transaction", {"actions": steps})
 
     def make_read_only(self, node: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`.
-
-        Raises VmRefused for a node whose name QEMU made up: it cannot be told to reopen that.
-        """
+        """Raise VmRefused for a node whose name QEMU made up, which cannot be reopened."""
         self._reopen(node, "ro")
 
     def make_writable(self, node: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`, and :meth:`make_read_only`."""
+        """As :meth:`make_read_only`."""
         self._reopen(node, "rw")
 
     def _reopen(self, name: str, mode: str) -> None:
@@ -236,7 +226,6 @@ class QmpVm:
         self._monitor.execute("blockdev-reopen", {"options": [options]})
 
     def start_commit(self, order: CommitOrder) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         arguments: dict[str, object] = {
             "job-id": order.job,
             "device": order.active,
@@ -252,7 +241,6 @@ class QmpVm:
         self._monitor.execute("block-commit", arguments)
 
     def job(self, job: str) -> JobState | None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
         if found is None:
             return None
@@ -269,55 +257,43 @@ class QmpVm:
         )
 
     def described_job(self, job: str) -> str:
-        """See :class:`chainmerge.live.port.InspectedVm`."""
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
         return job if found is None else f"{job} ({found['type']})"
 
     def pause(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-pause", {"id": job})
 
     def resume(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-resume", {"id": job})
 
     def limit(self, job: str, bandwidth: int | None) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("block-job-set-speed", {"device": job, "speed": bandwidth or 0})
 
     def complete(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-complete", {"id": job})
 
     def finalize(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-finalize", {"id": job})
 
     def cancel(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-cancel", {"id": job})
 
     def dismiss(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-dismiss", {"id": job})
 
     def forget_node(self, node: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("blockdev-del", {"node-name": node})
 
     def set_write_threshold(self, node: str, offset: int) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         arguments = {"node-name": node, "write-threshold": offset}
         self._monitor.execute("block-set-write-threshold", arguments)
 
     def highest_write(self, node: str) -> int:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         stats = self._monitor.execute("query-blockstats", {"query-nodes": True})
         found = _with_id(stats, "node-name", node)
         return int(found["stats"]["wr_highest_offset"]) if found is not None else 0
 
     def disk_limits(self) -> DiskLimits:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         inserted = self._disk()["inserted"]
         names = (*_LIMITS, *_MORE_LIMITS)
         return DiskLimits(
@@ -326,7 +302,6 @@ class QmpVm:
         )
 
     def limit_disk(self, limits: DiskLimits) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         disk = self._disk()
         arguments: dict[str, object] = {**dict.fromkeys(_LIMITS, 0), **limits.limits}
         if disk.get("device"):
@@ -346,7 +321,6 @@ class QmpVm:
         raise VmRefused(self.name, "block_set_io_throttle", reason)
 
     def wait_for_event(self, seconds: float) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.wait_for_event(seconds)
 
 
