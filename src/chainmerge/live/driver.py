@@ -49,8 +49,9 @@ from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bi
 from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
+    from chainmerge.documents.bitmaps import BitmapResult
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
-    from chainmerge.live.nodes import BlockGraph
+    from chainmerge.live.nodes import BlockGraph, BlockNode
     from chainmerge.live.port import JobState
     from chainmerge.qcow2.image import Qcow2Image
 
@@ -143,6 +144,10 @@ class LiveDriver(ABC, Generic[Disk]):
 
         Raises VerificationFailed.
         """
+
+    def final_bitmaps(self, base: BlockNode) -> tuple[BitmapResult, ...]:
+        """Base's bitmaps, for the report of a merge that was verified."""
+        return base.bitmap_results()
 
     def let_guest_go(self) -> None:
         """Put back what the guest's disk was limited to, or warn that this cannot be done."""

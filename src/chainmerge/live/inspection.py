@@ -259,9 +259,9 @@ def _bitmap_obstacles(
         busy = [bitmap.name for bitmap in node.bitmaps if bitmap.busy]
         if busy:
             yield LiveBitmapBusy(vm.name, path, ", ".join(map(repr, busy)))
-        unspeakable = [entry.name for entry in image.info.bitmaps if not is_utf8(entry.name)]
-        if unspeakable:
-            reason = f"the name of bitmap {unspeakable[0]!r} is no UTF-8"
+        undecodable = [entry.name for entry in image.info.bitmaps if not is_utf8(entry.name)]
+        if undecodable:
+            reason = f"the name of bitmap {undecodable[0]!r} is no UTF-8"
             yield LiveUnsuited(vm.name, path, reason)
         elif node.read_only and image.info.bitmaps_trusted:
             yield from _bitmap_differences(vm, node, bitmaps_of(image))

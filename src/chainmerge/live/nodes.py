@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.documents.bitmaps import BitmapResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,18 @@ class NodeBitmap:
         if self.inconsistent:
             return BitmapState.IN_USE
         return BitmapState.VALID if self.recording else BitmapState.DISABLED
+
+    @property
+    def result(self) -> BitmapResult:
+        """The bitmap, for a report."""
+        dirty = None if self.inconsistent else self.dirty_bytes
+        return BitmapResult(
+            name=self.name,
+            state=self.state,
+            granularity=self.granularity,
+            dirty_bytes=dirty,
+            tombstone=self.state is BitmapState.DISABLED and dirty == 0,
+        )
 
 
 class UserKind(StrEnum):
@@ -92,6 +105,10 @@ class BlockNode:
     def bitmap(self, name: str) -> NodeBitmap | None:
         """The bitmap of that name."""
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+    def bitmap_results(self) -> tuple[BitmapResult, ...]:
+        """Its bitmaps, for a report."""
+        return tuple(bitmap.result for bitmap in sorted(self.bitmaps, key=lambda one: one.name))
 
     @property
     def jobs(self) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.merge import MergeOutcome, MergeReport
@@ -19,11 +18,8 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from chainmerge.documents.plan import MergePlan
     from chainmerge.live.driver import Caller, LiveDriver
-    from chainmerge.live.nodes import BlockNode
     from chainmerge.live.port import InspectedVm
     from chainmerge.records.merged_record import MergedRecord
 
@@ -92,7 +88,7 @@ def report_done_before(vm: InspectedVm, record: MergedRecord, caller: Caller) ->
         version=REPORT_VERSION,
         outcome=MergeOutcome.ALREADY_MERGED,
         plan=None,
-        bitmaps=tuple(bitmap_results_of(node)) if node is not None else (),
+        bitmaps=node.bitmap_results() if node is not None else (),
         bytes_copied=0,
         seconds=time.monotonic() - caller.started,
         image_end=size,
@@ -103,16 +99,3 @@ def report_done_before(vm: InspectedVm, record: MergedRecord, caller: Caller) ->
         renamed=None,
         warnings=(),
     )
-
-
-def bitmap_results_of(base: BlockNode) -> Iterator[BitmapResult]:
-    """The bitmaps of a node, for a report."""
-    for bitmap in sorted(base.bitmaps, key=lambda one: one.name):
-        dirty = None if bitmap.inconsistent else bitmap.dirty_bytes
-        yield BitmapResult(
-            name=bitmap.name,
-            state=bitmap.state,
-            granularity=bitmap.granularity,
-            dirty_bytes=dirty,
-            tombstone=bitmap.state is BitmapState.DISABLED and dirty == 0,
-        )

@@ -9,12 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.chain.model import ImageFormat
 from chainmerge.chain.reading import begins_as_qcow2
-from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.progress import Stage
-from chainmerge.live.reporting import LiveOutcome, bitmap_results_of
+from chainmerge.live.reporting import LiveOutcome
 from chainmerge.live.verifying import verify_in_vm, verify_on_disk
 from chainmerge.merging.deleting import delete_recorded, not_deleted
 from chainmerge.merging.live_remains import merged_images
@@ -30,10 +28,7 @@ from chainmerge.records.merged_record import (
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from chainmerge.live.driver import LiveDriver
-    from chainmerge.live.nodes import BlockNode
     from chainmerge.records.live_journal import LiveJournal
 
 
@@ -59,15 +54,7 @@ def settle_live_merge(driver: LiveDriver[Any]) -> LiveOutcome:
         deleted = _record_superseded(journal)
     base = driver.merged_nodes(driver.disk.graph()).base
     driver.forget_records()
-    return LiveOutcome(tuple(_results_of(base, journal)), tuple(verified), deleted)
-
-
-def _results_of(base: BlockNode, journal: LiveJournal) -> Iterator[BitmapResult]:
-    """Base's bitmaps; those included that it has not stored yet, and that were found sound."""
-    yield from bitmap_results_of(base)
-    for kept in journal.kept:
-        if base.bitmap(kept.name) is None:
-            yield BitmapResult(kept.name, BitmapState.VALID, kept.granularity, None)
+    return LiveOutcome(driver.final_bitmaps(base), tuple(verified), deleted)
 
 
 def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:

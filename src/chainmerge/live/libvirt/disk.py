@@ -454,9 +454,9 @@ class DomainDisk:
 
     def wait_for_event(self, seconds: float) -> None:
         """Wait for so many seconds; libvirt is asked how things are, it does not call."""
-        self._nap.wait(seconds)
+        self._timer.wait(seconds)
 
-    _nap: Final = Event()
+    _timer: Final = Event()
 
     @property
     def _domain(self) -> Any:

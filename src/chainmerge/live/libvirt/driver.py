@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from chainmerge.bitmaps.rules import BitmapState
+from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.progress import Stage
 from chainmerge.live.driver import GIVEN_UP, LiveDriver
 from chainmerge.live.errors import LiveMergeFailed, VmRefused
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
     from chainmerge.live.merge_nodes import MergeNodes
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.qcow2.image import Qcow2Image
 
 # With the guest suspended only what it had written already is to be copied.
@@ -220,6 +223,15 @@ class DomainDriver(LiveDriver[DomainDisk]):
             f"bitmaps of base: {len(self.journal.kept)} kept, "
             f"{len(gone)} stale ones removed from the chain"
         )
+
+    def final_bitmaps(self, base: BlockNode) -> tuple[BitmapResult, ...]:
+        """Base's bitmaps; those included that it has not stored yet, and that were found sound."""
+        unstored = (
+            BitmapResult(kept.name, BitmapState.VALID, kept.granularity, None)
+            for kept in self.journal.kept
+            if base.bitmap(kept.name) is None
+        )
+        return (*base.bitmap_results(), *unstored)
 
     def verify_stored(
         self,

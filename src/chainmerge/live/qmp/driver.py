@@ -138,12 +138,13 @@ class MonitorDriver(LiveDriver[LiveVm]):
     def _make_room(self) -> None:
         """The volume is full: extend it, or find out that what was freed since is enough."""
         done = self._looked_at_job().done
+        headroom = self.headroom
         try:
-            if self.headroom.grows:
+            if headroom.grows:
                 self.announce(Stage.EXTEND)
-                self.headroom.make_room()
+                headroom.make_room()
             elif self._stuck_at == done:
-                self.headroom.make_room()
+                headroom.make_room()
         except ChainmergeError as error:
             raise self.failed(error.sentence) from error
         self._stuck_at = done
