@@ -61,7 +61,7 @@ SECONDS_BETWEEN_LOOKS: Final = 0.25
 GIVEN_UP: Final = (LiveNotStarted, LiveMergeFailed, LiveMergeStalled, Interrupted)
 """Why a merge is undone."""
 
-Disk = TypeVar("Disk", bound=MergingDisk)
+DiskT = TypeVar("DiskT", bound=MergingDisk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Caller:
 
 
 @dataclass(kw_only=True)
-class LiveDriver(ABC, Generic[Disk]):
+class LiveDriver(ABC, Generic[DiskT]):
     """A live merge that is driven by this process.
 
     Attributes:
@@ -99,7 +99,7 @@ class LiveDriver(ABC, Generic[Disk]):
     TELLER: ClassVar[str]
     """Who tells what the VM has."""
 
-    disk: Disk
+    disk: DiskT
     journal: LiveJournal
     options: LiveOptions
     caller: Caller
