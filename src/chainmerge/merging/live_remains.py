@@ -92,6 +92,11 @@ def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
     return LivePivotUnclear(top, base, if_base or f"--active {base}", if_top or f"--active {top}")
 
 
+def merged_images(journal: LiveJournal) -> list[DoomedImage]:
+    """The images that a live merge makes superfluous, in the order in which they are deleted."""
+    return [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+
+
 def require_clear(request: Request, record: MergedRecord | None) -> None:
     """Make sure that top is not what a live merge has left, and somebody has written to since.
 
@@ -210,7 +215,7 @@ def finish_pivot(
 def _record_of_pivot(request: Request, journal: LiveJournal, target: Target) -> MergedRecord:
     """What is to be deleted, or, as nothing may be merged from it any more, is left."""
     base, top = target.base, target.chain.top.real_path
-    merged = [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+    merged = merged_images(journal)
     record = MergedRecord(
         top=str(top),
         base=str(base.real_path),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def sole_driver(base: ImageIdentity) -> Iterator[None]:
+def sole_manager(base: ImageIdentity) -> Iterator[None]:
     """Be the only one that drives a merge into *base*.
 
     Raises:

@@ -7,44 +7,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.live.inspection import path_of
-from chainmerge.live.port import BlockNode
+from chainmerge.live.nodes import BlockNode
 from chainmerge.records.identity import identify, may_be_same, same_image
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.live.port import BlockGraph
+    from chainmerge.live.nodes import BlockGraph
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.live_journal import LiveJournal
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MergeNodes:
     """The nodes of a live merge.
 
     Attributes:
         active: What the guest writes to.
         base: Base's node.
-        merged_nodes: The merged images that are in the chain still, lowest first.
-        left_over: The merged images that are open and not in the chain any more, upper first.
+        overlays: The merged images that are in the chain still, lowest first.
+        still_open: The merged images that are open and not in the chain any more, upper first.
         above: The node directly on the uppermost of base and the merged ones; None where that
             is the active one.
     """
 
     active: BlockNode
     base: BlockNode
-    merged_nodes: tuple[BlockNode, ...]
-    left_over: tuple[BlockNode, ...]
+    overlays: tuple[BlockNode, ...]
+    still_open: tuple[BlockNode, ...]
     above: BlockNode | None
 
     @property
-    def merged(self) -> bool:
+    def is_merged(self) -> bool:
         """Whether the chain lacks the merged images."""
-        return not self.merged_nodes
+        return not self.overlays
 
 
-def place_of(graph: BlockGraph, journal: LiveJournal) -> Place | None:
+def find_merge_nodes(graph: BlockGraph, journal: LiveJournal) -> MergeNodes | None:
     """Find the images of a journal in the VM; None where base is not in the disk's chain."""
     chain = graph.chain()
     images = [_identity_of(node, graph) for node in chain]
@@ -58,20 +57,20 @@ def place_of(graph: BlockGraph, journal: LiveJournal) -> Place | None:
         for node in graph.nodes.values()
         if node.file is not None and node.name not in chained
     ]
-    left_over = [_node_of(one, others) for one in reversed(journal.overlays)]
+    still_open = [_node_of(one, others) for one in reversed(journal.overlays)]
     merged = [_node_of(one, over) for one in journal.overlays]
     above = [node for image, node in over if not _is_of_any(image, journal.overlays)]
-    return Place(
+    return MergeNodes(
         active=chain[0],
         base=chain[at],
-        merged_nodes=tuple(node for node in merged if node is not None),
-        left_over=tuple(node for node in left_over if node is not None),
+        overlays=tuple(node for node in merged if node is not None),
+        still_open=tuple(node for node in still_open if node is not None),
         above=above[-1] if above else None,
     )
 
 
 def _identity_of(node: BlockNode, graph: BlockGraph) -> ImageIdentity | None:
-    path = path_of(node, graph)
+    path = graph.path_of(node)
     if path is None:
         return None
     try:

@@ -15,7 +15,7 @@ from chainmerge.live.port import JobPhase, JobState
 from chainmerge.records.live_journal import LiveState
 
 
-class Step(StrEnum):
+class LiveStep(StrEnum):
     """What is done next."""
 
     START = "start"
@@ -63,38 +63,38 @@ class Situation:
     merged: bool
 
 
-def next_step(situation: Situation) -> Step:
+def next_step(situation: Situation) -> LiveStep:
     """Decide on the next step."""
     job = situation.job
     if job is None:
         return _without_job(situation)
     if job.phase is JobPhase.DONE:
-        return Step.DISMISS
+        return LiveStep.DISMISS
     if job.phase is JobPhase.ENDING:
-        return Step.WAIT
+        return LiveStep.WAIT
     match situation.state:
         case LiveState.UNDOING:
-            return Step.UNDO
+            return LiveStep.UNDO
         case LiveState.PREPARING:
             # Stopped by an error is as good as paused: nothing is being written.
-            return Step.PAUSE if job.phase is JobPhase.RUNNING else Step.PREPARE
+            return LiveStep.PAUSE if job.phase is JobPhase.RUNNING else LiveStep.PREPARE
         case _:
             return _copying(job)
 
 
-def _without_job(situation: Situation) -> Step:
+def _without_job(situation: Situation) -> LiveStep:
     if situation.merged:
-        return Step.SETTLE
-    return Step.START if situation.state is LiveState.PREPARING else Step.RESTORE
+        return LiveStep.SETTLE
+    return LiveStep.START if situation.state is LiveState.PREPARING else LiveStep.RESTORE
 
 
-def _copying(job: JobState) -> Step:
+def _copying(job: JobState) -> LiveStep:
     if job.phase is JobPhase.HELD:
-        return Step.SWITCH
+        return LiveStep.SWITCH
     if job.phase is JobPhase.PAUSED:
         if job.out_of_space:
-            return Step.MAKE_ROOM
-        return Step.GIVE_UP if job.stopped_by_error else Step.RELEASE
+            return LiveStep.MAKE_ROOM
+        return LiveStep.GIVE_UP if job.stopped_by_error else LiveStep.RELEASE
     if job.phase is JobPhase.READY:
-        return Step.COMPLETE
-    return Step.FOLLOW
+        return LiveStep.COMPLETE
+    return LiveStep.FOLLOW

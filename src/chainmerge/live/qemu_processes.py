@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process is at the other end of a connection to a Unix socket.
+"""Which process is the QEMU of a VM: by a connection to its monitor, or by its domain's UUID.
 
 ``SO_PEERCRED`` names the process that made the socket listen. That is not always who accepts:
 managers make the socket and hand it to QEMU. The kernel tells which socket is the other end
@@ -37,13 +37,13 @@ _CREDENTIALS: Final = struct.Struct("=iII")  # pid, uid, gid: struct ucred of un
 _QEMU: Final = ("qemu", "kvm")
 
 
-def peer_of(connection: socket.socket) -> int:
-    """The id of the process at the other end; 0 if it is not one that can be seen from here."""
+def listener_of(connection: socket.socket) -> int:
+    """The id of the process that made the other end listen; 0 if it cannot be seen from here."""
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(packed)[0])
 
 
-def qemu_behind(number: int, listener: int) -> int | None:
+def qemu_connected_to(number: int, listener: int) -> int | None:
     """The QEMU at the other end of one of our connections; None where there is none to be seen.
 
     Args:
@@ -53,7 +53,7 @@ def qemu_behind(number: int, listener: int) -> int | None:
     if is_qemu(listener):
         return listener
     with contextlib.suppress(OSError, struct.error):
-        wanted = f"socket:[{_other_end(number)}]"
+        wanted = f"socket:[{_connected_socket(number)}]"
         return next((one for one in _qemus() if _has_open(one, wanted)), None)
     return None
 
@@ -93,7 +93,7 @@ def _has_open(process: int, wanted: str) -> bool:
     return False
 
 
-def _other_end(number: int) -> int:
+def _connected_socket(number: int) -> int:
     """The inode of the socket that one of ours is connected to.
 
     Raises OSError, struct.error where the kernel does not tell.

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from chainmerge.live.port import (
     AddBitmap,
     BitmapAction,
-    BlockNode,
     ClearBitmap,
     DisableBitmap,
     EnableBitmap,
@@ -33,10 +32,11 @@ from chainmerge.live.port import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.records.live_journal import KeptName, LiveJournal, TombstoneName
 
 
-def silence_actions(journal: LiveJournal, base: BlockNode) -> tuple[BitmapAction, ...]:
+def disable_actions(journal: LiveJournal, base: BlockNode) -> tuple[BitmapAction, ...]:
     """Switch off what base keeps, before anything is copied. Base may be read-only."""
     return tuple(
         DisableBitmap(base.name, kept.name)
@@ -60,7 +60,7 @@ def window_actions(
     removed: list[BitmapAction] = [
         RemoveBitmap(base.name, name) for name in journal.stale if base.bitmap(name) is not None
     ]
-    first: list[BitmapAction] = [*silence_actions(journal, base)]
+    first: list[BitmapAction] = [*disable_actions(journal, base)]
     for kept in journal.kept:
         if base.bitmap(kept.name) is None:
             first.append(AddBitmap(base.name, kept.name, kept.granularity))
