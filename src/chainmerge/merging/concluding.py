@@ -98,4 +98,4 @@ def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
             if bitmap_difference(Qcow2Image(port), lasting) is not None:
                 replace_bitmaps(port, lasting)
     except ChainmergeError as error:
-        yield f"tombstones that nothing needs any more are left: {error.sentence}"
+        yield f"tombstones that nothing needs any more were left: {error.sentence}"

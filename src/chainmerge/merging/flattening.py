@@ -139,7 +139,7 @@ def _standing_alone(top: Path, started: float) -> MergeReport:
             seconds=time.monotonic() - started,
             image_end=check(image).image_end_offset,
             volume_size=readable.size,
-            verified=(f"{top} has no backing file: it stands alone",),
+            verified=(f"{top} has no backing file: it is already independent",),
             repointed=(),
             deleted=(),
             renamed=None,
