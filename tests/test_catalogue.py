@@ -67,7 +67,7 @@ def test_explain_lists_all_codes() -> None:
 def test_a_code_with_a_slip_is_guessed() -> None:
     ran = chainmerge("explain", "interupted")
     assert ran.status == 2
-    assert "perhaps you mean interrupted" in ran.err
+    assert "did you mean interrupted?" in ran.err
 
 
 def test_placeholders_read_like_words() -> None:

@@ -23,8 +23,8 @@ class UnknownCode(Misuse):
     template: ClassVar[str] = "there is no error with the code {asked!r}"
     hint: ClassVar[str] = "{suggestion}"
     explanation: ClassVar[str] = (
-        "`chainmerge explain` knows the codes that chainmerge prints with its errors and puts "
-        "into its JSON reports. Without a code it lists them all."
+        "`chainmerge explain` knows the codes that chainmerge prints with its errors and puts in "
+        "its JSON reports. Without a code it lists them all."
     )
     asked: str
     suggestion: str
@@ -53,7 +53,7 @@ def explain(code: str) -> str:
     if code not in errors:
         alike = difflib.get_close_matches(code, errors, n=3)
         suggestion = (
-            f"perhaps you mean {' or '.join(alike)}" if alike else "`chainmerge explain` lists them"
+            f"did you mean {' or '.join(alike)}?" if alike else "`chainmerge explain` lists them"
         )
         raise UnknownCode(code, suggestion)
     error = errors[code]

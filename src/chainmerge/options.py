@@ -241,10 +241,10 @@ class OptionUnusable(Misuse):
 
     code: ClassVar[str] = "option-unusable"
     template: ClassVar[str] = "{option} cannot be {value}: it must be {allowed}"
-    hint: ClassVar[str] = "give {option} another value, or leave it out if it is an option"
+    hint: ClassVar[str] = "give {option} another value, or leave it out if it is optional"
     explanation: ClassVar[str] = (
         "A value was given that makes no sense: a copy of 0 bytes per second, a path that no file "
-        "can have, a choice that does not exist. Nothing was looked at and nothing was changed."
+        "can have, a choice that does not exist. Nothing was read and nothing was changed."
     )
     option: str
     value: str

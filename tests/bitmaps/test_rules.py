@@ -543,7 +543,7 @@ def test_base_must_be_below_top(base_index: int) -> None:
             "base=absent top=valid",
             False,
             False,
-            "'cp1' is valid in top and in no image below: base takes it over",
+            "'cp1' is valid in top and not in any image below: base takes it over",
         ),
         (
             "base=valid top=absent",
@@ -622,7 +622,7 @@ def test_base_must_be_below_top(base_index: int) -> None:
             False,
             (
                 "base is raw or qcow2 version 2 and cannot hold bitmaps, so the valid checkpoint "
-                "'cp1' is lost; remove it from the images above, or it passes there for valid and "
+                "'cp1' is lost; remove it from the images above, where it would pass for valid but "
                 "is not"
             ),
         ),

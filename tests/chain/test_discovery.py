@@ -307,7 +307,7 @@ def test_a_link_to_elsewhere_is_refused(images: Path, tmp_path: Path) -> None:
     (images / "link").symlink_to(secret)
     overlay(images / "thief", "hop")
     error = refusal(BackingFileOutside, tmp_path, lambda: discover(images / "thief", PLAIN))
-    assert error.how == f"is a symbolic link that leads to {str(secret)!r}"
+    assert error.how == f"is a symbolic link to {str(secret)!r}"
     assert error.suggestion == str(secret.parent)
 
 
@@ -362,7 +362,7 @@ def test_an_undeclared_qcow2_backing_file_is_noted(images: Path) -> None:
     assert [image.format_declared for image in chain.images] == [True, False, False]
     assert chain.base.format == ImageFormat.QCOW2
     assert chain.base.notes == (
-        "the image above does not declare its format; it begins as qcow2 does",
+        "the image above does not declare its format; it begins like a qcow2 image",
     )
 
 
@@ -394,7 +394,7 @@ def test_declared_raw_stays_raw_whatever_the_guest_wrote(images: Path) -> None:
     assert root.format == ImageFormat.RAW
     assert root.file_size == (images / "disk").stat().st_size
     assert root.file_size <= root.virtual_size < root.file_size + 512
-    assert root.notes == ("its content begins as a qcow2 image does, but it is declared as raw",)
+    assert root.notes == ("its content begins like a qcow2 image, but it is declared as raw",)
 
 
 def test_an_explicit_format_must_not_contradict_the_declared_one(images: Path) -> None:

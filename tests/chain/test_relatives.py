@@ -205,7 +205,7 @@ def test_where_a_search_stops_is_said(images: Path, tmp_path: Path) -> None:
         overlay(tmp_path / f"vm-{number}" / "child", images / "top")
     found = relatives_of(images / "top", max_around=8)
     assert len(found.children) == 2
-    said = f"{tmp_path}/vm-2 and further ones (stopped after 8 files)"
+    said = f"{tmp_path}/vm-2 and others (search stopped after 8 files)"
     assert said in found.searched.left_out
 
 

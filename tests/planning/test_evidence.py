@@ -93,7 +93,7 @@ def test_a_plan_does_not_compare_without_end(
         monkeypatch.setattr(dry_run, "COMPARED_BY_A_PLAN", limit)
         plan = chainmerge.plan(top)
         assert ["base-newer"] * refused == [one.code for one in plan.refusals]
-        told = [one for one in plan.warnings if "the merge compares all of it" in one]
+        told = [one for one in plan.warnings if "the merge compares everything" in one]
         assert len(told) == (not refused)
     with pytest.raises(BaseNewer):
         chainmerge.merge(top)

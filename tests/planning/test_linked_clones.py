@@ -125,7 +125,7 @@ def test_a_base_elsewhere_is_written_to_only_if_somebody_vouches_for_it(clones: 
     ran = command(*merging)
     assert ran.status == ExitCode.REFUSED
     said = " ".join(ran.err.split())
-    assert f"looked for in these places only: {top.parent}, {clones.base.parent}" in said
+    assert f"looked for them only in these places: {top.parent}, {clones.base.parent}" in said
     assert f"pull instead (--direction pull), which leaves {top.parent}/../9000/base" in said
     assert "users-unknown" in said
     plan = command("plan", "--json", *merging[1:])
@@ -347,7 +347,7 @@ def test_volumes_that_cannot_be_looked_at_are_in_the_way(
     pull = chainmerge.plan(top, access=access, options=MergeOptions(direction="pull"))
     assert pull.feasible
     assert [one for one in pull.warnings if "logical volumes" in one] == [
-        f"{SAID} could stand on these images and were not looked at"
+        f"{SAID} could use these images and were not examined"
     ]
     inspected = chainmerge.inspect(top, access).warnings
     assert [SAID in one for one in inspected if "logical volume" in one] == [True]
@@ -372,7 +372,7 @@ def test_who_names_the_leaf_needs_no_look_at_volumes(
     )
     report = chainmerge.merge(top, access=access)
     assert [one for one in report.warnings if "logical volumes" in one] == [
-        f"{SAID} could stand on these images and were not looked at"
+        f"{SAID} could use these images and were not examined"
     ]
 
 

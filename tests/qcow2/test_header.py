@@ -374,7 +374,7 @@ def test_an_extension_that_passes_its_end(image: bytes, excess: int) -> None:
 
 def test_an_extension_whose_header_is_cut(image: bytes) -> None:
     content = BACKING_OFFSET.put(with_extensions(image, (0x12345678, b"12345678")), 132)
-    with pytest.raises(BadExtension, match="its header passes the end"):
+    with pytest.raises(BadExtension, match="its header reaches past the end"):
         parse(content)
     assert not qemu_opens(content)
 

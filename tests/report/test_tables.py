@@ -92,7 +92,7 @@ def test_merge_report_tells_a_second_run_from_the_first() -> None:
     report = reports.merge_report(reports.plan())
     assert "is merged into" in rendered(tables.merge_report(report))
     again = replace(report, outcome=MergeOutcome.ALREADY_MERGED)
-    assert "before; verified again" in rendered(tables.merge_report(again))
+    assert "; verified again" in rendered(tables.merge_report(again))
     assert "earlier run" in rendered(tables.merge_report(replace(again, plan=None)))
 
 

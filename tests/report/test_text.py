@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainmerge.documents.text import printable
-from chainmerge.report.text import count, exact_size, human_size, rough_size
+from chainmerge.report.text import exact_size, human_size, rough_size
 
 any_text = st.text(st.characters(exclude_categories=()))
 
@@ -62,11 +62,6 @@ def test_sizes_say_whether_they_are_rounded(size: int, shown: str) -> None:
 @given(st.integers(0, 2**63 - 1))
 def test_exact_sizes_hold_the_exact_number(size: int) -> None:
     assert str(size) in exact_size(size)
-
-
-def test_counts_agree_with_their_nouns() -> None:
-    assert [count(n, "bitmap") for n in (0, 1, 2)] == ["0 bitmaps", "1 bitmap", "2 bitmaps"]
-    assert count(2, "directory") == "2 directories"
 
 
 def test_rough_sizes_keep_their_width() -> None:

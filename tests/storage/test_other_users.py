@@ -230,7 +230,7 @@ def test_who_has_come_and_gone(
 
         monkeypatch.setattr(deciding, "make_plan", write_unlocked)
         before = {path: path.stat().st_size for path in chain.values()}
-        with pytest.raises(ImageInUse, match="while it was being looked at"):
+        with pytest.raises(ImageInUse, match="while it was being examined"):
             chainmerge.merge(chain["top"], chain["base"])
     before[chain[name]] += 512
     assert {path: path.stat().st_size for path in chain.values()} == before

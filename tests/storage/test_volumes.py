@@ -434,7 +434,7 @@ class TestLogicalVolume:
         self, volume: LvmVolume, fake_lvm: FakeLvm
     ) -> None:
         fake_lvm.break_command("lvextend", 0, "done, honestly")
-        with pytest.raises(LvmFailed, match="not as large as asked for"):
+        with pytest.raises(LvmFailed, match="not as large as requested"):
             volume.grow_to(4 * EXTENT)
 
     def test_a_device_that_has_not_the_size_of_its_volume(self, volume: LvmVolume) -> None:

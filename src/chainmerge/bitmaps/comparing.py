@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.qcow2.bitmaps import BitmapEntry, BitmapFlag, read_bits, read_directory
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _set_difference(
 ) -> str | None:
     entries = {entry.name: entry for entry in read_directory(image)}
     if entries and not image.header.bitmaps_trusted:
-        return "its bitmaps are not marked as consistent"
+        return "its bitmaps are not marked consistent"
     wanted = {bitmap.name: bitmap for bitmap in expected}
     for name in sorted(wanted.keys() | entries.keys()):
         if name not in entries:
@@ -67,10 +68,14 @@ def _one_difference(
 def _bits_differ(found: BitSet, wanted: BitSet) -> str | None:
     if found == wanted:
         return None
-    return f"has {found.count()} dirty bits, not the {wanted.count()} planned, or others"
+    return (
+        f"has {counted(found.count(), 'dirty bit')}, but not exactly the {wanted.count()} planned"
+    )
 
 
 def _bits_lack(found: BitSet, wanted: BitSet) -> str | None:
     if found.covers(wanted):
         return None
-    return f"has {found.count()} dirty bits and lacks some of the {wanted.count()} planned"
+    return (
+        f"has {counted(found.count(), 'dirty bit')}, but lacks some of the {wanted.count()} planned"
+    )

@@ -143,7 +143,7 @@ def bitmaps_clear(
         change = edit.replace_by(tuple(held.values()), "clear", tuple(names))
     warning = (
         f"a backup that builds on {', '.join(map(repr, names))} has only what is written from now "
-        "on: if none was taken right before, the next one must be a full one"
+        "on: unless one was taken right before, the next one must be a full one"
     )
     return replace(change, warnings=(warning,))
 

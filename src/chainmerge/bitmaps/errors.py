@@ -29,9 +29,9 @@ class BitmapExists(Refused):
     """A bitmap of that name is there already."""
 
     code: ClassVar[str] = "bitmap-exists"
-    template: ClassVar[str] = "{image} has a bitmap {name!r} already"
+    template: ClassVar[str] = "{image} already has a bitmap {name!r}"
     hint: ClassVar[str] = (
-        "choose another name: what is there may be a checkpoint that backups build on"
+        "choose another name: the existing bitmap may be a checkpoint that backups build on"
     )
     explanation: ClassVar[str] = (
         "The names of an image's bitmaps are unique. An existing bitmap is not replaced by an "
@@ -49,8 +49,8 @@ class BitmapMissing(Refused):
     template: ClassVar[str] = "{image} has no bitmap {name!r}"
     hint: ClassVar[str] = "`chainmerge bitmaps list {image}` shows those that it has"
     explanation: ClassVar[str] = (
-        "Names are compared byte by byte. A name that begins with a dash has to be given behind "
-        "two dashes that stand alone."
+        "Names are compared byte by byte. A name that begins with a dash must come after a "
+        "separate `--`."
     )
     image: str
     name: str
@@ -61,14 +61,14 @@ class BitmapWorthless(Refused):
     """The bitmap's content means nothing."""
 
     code: ClassVar[str] = "bitmap-in-use"
-    template: ClassVar[str] = "the bitmap {name!r} of {image} is in-use: its content is worthless"
+    template: ClassVar[str] = "bitmap {name!r} of {image} is in-use: its content is worthless"
     hint: ClassVar[str] = (
         "`chainmerge repair {image}` shows what removing it means, and with --yes does that: the "
         "next backup that builds on it must be a full one"
     )
     explanation: ClassVar[str] = (
         "A bitmap is marked in-use while a program has the image open for writing. When that "
-        "program dies, the mark stays, and what was written is not in the bitmap."
+        "program dies, the mark stays, and the bitmap misses what was written."
     )
     image: str
     name: str
@@ -85,9 +85,9 @@ class BrokenBitmapsInTheWay(Refused):
         "next backup that builds on them must be a full one"
     )
     explanation: ClassVar[str] = (
-        "All bitmaps of an image are replaced by one switch. A broken one cannot be stored again: "
-        "its content means nothing. Removing it is a decision of its own, because it makes "
-        "the backups that build on it full ones."
+        "All bitmaps of an image are replaced by one switch. A broken one cannot be stored again, "
+        "because its content means nothing. Removing it is a separate decision: the next backup "
+        "that builds on it must then be a full one."
     )
     image: str
     names: str
@@ -99,8 +99,8 @@ class RemovalUnsafe(NeededByOthers, Refused):
 
     code: ClassVar[str] = "removal-unsafe"
     template: ClassVar[str] = (
-        "removing {names} from {image} would make {above}, which has the same name, pass for a "
-        "whole checkpoint"
+        "with {names} removed from {image}, the bitmap of the same name in {above} would pass for "
+        "a whole checkpoint"
     )
     hint: ClassVar[str] = (
         "remove the name from the images above first, the active image first; "
@@ -108,10 +108,10 @@ class RemovalUnsafe(NeededByOthers, Refused):
     )
     explanation: ClassVar[str] = (
         "A checkpoint's bits are spread over the images of a chain. A backup trusts them if the "
-        "name is valid in the active image and in consecutive images below. Taken out of a "
-        "lower image alone, the rest passes that test, and the next incremental backup misses what "
-        "the removed bitmap had recorded. --force removes it all the same: the next backup must "
-        "be a full one then."
+        "name is valid in the active image and in consecutive images below. If a lower image alone "
+        "loses the name, the rest still passes that test, and the next incremental backup misses "
+        "what the removed bitmap had recorded. --force removes it anyway: the next backup must "
+        "then be a full one."
     )
     image: str
     names: str
@@ -124,17 +124,17 @@ class ClearingUnsafe(NeededByOthers, Refused):
 
     code: ClassVar[str] = "clearing-unsafe"
     template: ClassVar[str] = (
-        "the bitmap {name!r} of {image} is a part of a checkpoint only: {others} has the name, too"
+        "bitmap {name!r} of {image} is only part of a checkpoint: {others} has the name too"
     )
     hint: ClassVar[str] = (
-        "leave it as it is; where the checkpoint is not needed any more, remove the name from all "
+        "leave it as it is; if the checkpoint is no longer needed, remove the name from all "
         "images, the active image first (`chainmerge bitmaps remove IMAGE NAME`)"
     )
     explanation: ClassVar[str] = (
         "A checkpoint's bits are spread over the images of a chain, and a backup takes the union "
-        "of them. With those of one image cleared, the others still pass for the whole checkpoint, "
-        "and the next incremental backup misses what this image had recorded. --force clears it "
-        "all the same: a full backup has to come next then."
+        "of them. If the bits of one image are cleared, the others still pass for the whole "
+        "checkpoint, and the next incremental backup misses what this image had recorded. --force "
+        "clears it anyway: the next backup must then be a full one."
     )
     image: str
     name: str
@@ -149,8 +149,8 @@ class GranularityInvalid(Refused):
     template: ClassVar[str] = "a granularity of {granularity} bytes is not possible for {image}"
     hint: ClassVar[str] = "use a power of two from 512 bytes to 2 GiB; 64 KiB is usual"
     explanation: ClassVar[str] = (
-        "A bit stands for a power of two of guest bytes. QEMU stores at most 512 MiB of bits in "
-        "one bitmap, so that very large disks need a coarser one."
+        "Each bit stands for a power of two of guest bytes. QEMU stores at most 512 MiB of bits in "
+        "one bitmap, so very large disks need a coarser granularity."
     )
     image: str
     granularity: int
@@ -162,12 +162,12 @@ class SizesDiffer(Refused):
 
     code: ClassVar[str] = "bitmap-sizes-differ"
     template: ClassVar[str] = (
-        "{source} has a disk of {source_size} bytes, {image} one of {image_size} bytes"
+        "the disk of {source} has {source_size} bytes, that of {image} has {image_size} bytes"
     )
-    hint: ClassVar[str] = "use a source and a target of disks of the same size"
+    hint: ClassVar[str] = "use a source and a target whose disks have the same size"
     explanation: ClassVar[str] = (
-        "Bits beyond the end of the target's disk would have to be cut off, and with them the "
-        "record of what was written there."
+        "Bits beyond the end of the target's disk would be cut off, and the record of what was "
+        "written there would be lost."
     )
     image: str
     source: str
@@ -180,15 +180,17 @@ class BitmapsChanged(Failed):
     """Bitmaps were changed, and then something failed that has nothing to do with them."""
 
     code: ClassVar[str] = "bitmaps-changed"
-    template: ClassVar[str] = "the bitmaps of {image} were changed, and then: {reason}"
+    template: ClassVar[str] = (
+        "the bitmaps of {image} were changed, but a later step failed: {reason}"
+    )
     hint: ClassVar[str] = (
-        "remove the cause that the message names; `chainmerge bitmaps list {image}` then shows "
-        "what there is, and the same command does what is left, if anything is"
+        "fix the cause that the message names; `chainmerge bitmaps list {image}` then shows the "
+        "bitmaps, and the same command does what is left, if anything"
     )
     explanation: ClassVar[str] = (
-        "The bitmaps of an image are replaced in one atomic step. It was done, and durable, when "
-        "what came after it failed: to read them back for the report, or the same in another "
-        "image of the chain."
+        "The bitmaps of an image are replaced in one atomic step. That step was complete and "
+        "durable. What failed came after it: reading the bitmaps back for the report, or the same "
+        "change in another image of the chain."
     )
     image: str
     reason: str

@@ -147,8 +147,8 @@ def _usable_saved(
         return usable, ()
     warning = (
         f"an interrupted merge saved the bitmaps {', '.join(map(repr, lost))} of "
-        f"{target.base.path}, but what stands on it now is not what stood on it then: they are "
-        "lost, and the next backup that builds on them must be a full one"
+        f"{target.base.path}, but the image on top of it is no longer the same one: they are lost, "
+        "and the next backup that builds on them must be a full one"
     )
     return usable, (warning,)
 

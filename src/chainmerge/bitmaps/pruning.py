@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Chain, ChainPolicy
     from chainmerge.chain.relatives import Relatives
 
-_BEGIN_ABOVE: Final = "name as --base the lowest image that lies beside the active one"
+_BEGIN_ABOVE: Final = "give as --base the lowest image in the directory of the active one"
 
 
 def prune(

@@ -17,6 +17,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from chainmerge.arithmetic.counting import counted
+
 
 class BitmapState(StrEnum):
     """State of one bitmap name in one closed image."""
@@ -322,7 +324,7 @@ def _keep(case: _Case) -> Decision:
     else:
         rule = Rule.KEPT_FROM_OVERLAY
         reason = (
-            f"{case.name!r} is valid in {_images(case, present)} and in no image below: "
+            f"{case.name!r} is valid in {_images(case, present)} and not in any image below: "
             f"{case.base.image} takes it over"
         )
     return Decision(
@@ -428,7 +430,7 @@ def _broken_sentence(case: _Case) -> str:
 def _guard_clause(case: _Case, rule: Rule) -> str:
     if case.unguarded:
         places = "the images above" if case.above else case.top.image
-        return f"; remove it from {places}, or it passes there for valid and is not"
+        return f"; remove it from {places}, where it would pass for valid but is not"
     if not case.base.supports_bitmaps or not case.needs_guard:
         return ""
     if rule is Rule.TOMBSTONE_STANDS:
@@ -443,17 +445,17 @@ def _images(case: _Case, indexes: Sequence[int]) -> str:
 
 
 def _levels(count: int) -> str:
-    return "1 level" if count == 1 else f"{count} levels"
+    return counted(count, "level")
 
 
 def explain_tombstone() -> str:
     """What a tombstone is, for people who meet one in a listing."""
     return (
-        "A tombstone is a disabled bitmap without a dirty bit that a merge left behind. It "
-        "marks a checkpoint that was broken (it had a gap, or was disabled or in-use in some "
-        "image) while images above still have its name: without the mark those images would "
-        "pass for a complete checkpoint with only their own bits, and an incremental backup "
-        "made from them would miss data. It takes no more than its table in the image, stays "
-        "until no image above has the name, and goes with the next merge after that; "
-        "'chainmerge bitmaps prune --active LEAF' removes the name from the whole chain at once."
+        "A tombstone is a disabled bitmap without dirty bits that a merge left behind. It marks a "
+        "checkpoint that was broken (it had a gap, or was disabled or in-use in some image) while "
+        "images above still have its name: without the mark those images would pass for a complete "
+        "checkpoint with only their own bits, and an incremental backup made from them would miss "
+        "data. It takes only the space of its table in the image, stays until no image above has "
+        "the name, and disappears with the next merge after that; 'chainmerge bitmaps prune "
+        "--active LEAF' removes the name from the whole chain at once."
     )

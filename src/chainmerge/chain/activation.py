@@ -29,13 +29,16 @@ class VolumeStaysActive(Failed):
 
     code: ClassVar[str] = "volume-stays-active"
     template: ClassVar[str] = (
-        "{volume} was activated for this and cannot be deactivated: {reason}; all else is done"
+        "{volume} was activated for this command and cannot be deactivated: {reason}; everything "
+        "else is done"
     )
-    hint: ClassVar[str] = "see who has it open, then deactivate it with 'lvchange -an {volume}'"
+    hint: ClassVar[str] = (
+        "find out who has it open, then deactivate it with 'lvchange -an {volume}'"
+    )
     explanation: ClassVar[str] = (
         "With --activate, logical volumes of the chain that are not active are activated, and "
-        "deactivated when the command ends. Somebody has opened the volume in the meantime. What "
-        "the command was to do is done."
+        "deactivated again when the command ends. Somebody has opened the volume in the meantime. "
+        "The command itself has done its work."
     )
     volume: str
     reason: str

@@ -58,7 +58,7 @@ def first_difference(
                 continue
             for at in range(low, high, COMPARE_BLOCK):
                 if should_stop is not None and should_stop():
-                    raise Interrupted("the comparison was stopped, it changes nothing")
+                    raise Interrupted("the comparison was stopped; it changes nothing")
                 upto = min(at + COMPARE_BLOCK, high)
                 found = _compare_block(a, ours.clipped(at, upto), b, theirs.clipped(at, upto))
                 if found is not None:

@@ -118,7 +118,7 @@ class _Walk:
                 raise BackingCycle(str(child.path), name, str(twin.path))
             image = self._read(path, readable, self._format_of(child, path, readable))
         if not image.format_declared:
-            note = "the image above does not declare its format; it begins as qcow2 does"
+            note = "the image above does not declare its format; it begins like a qcow2 image"
             return replace(image, notes=(*image.notes, note))
         return image
 
@@ -165,7 +165,7 @@ class _Walk:
         if not self.allowed.holds(named):
             outside, how = named, f"is {str(named)!r}"
         elif not self.allowed.holds(actual):
-            outside, how = actual, f"is a symbolic link that leads to {str(actual)!r}"
+            outside, how = actual, f"is a symbolic link to {str(actual)!r}"
         else:
             return
         directories = ", ".join(sorted(map(str, self.allowed.directories)))
@@ -186,7 +186,7 @@ def _found_instead(child: ImageInfo, error: Refused) -> str:
     if not candidates:
         return ""
     named = "; ".join(f"{one.path} ({', '.join(one.reasons)})" for one in candidates)
-    return f". Files that could be it: {printable(named)}"
+    return f". Files that could be the missing one: {printable(named)}"
 
 
 def _by_real_path(formats: Mapping[Path, str]) -> dict[str, str]:

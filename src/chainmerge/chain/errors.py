@@ -22,23 +22,23 @@ class BackingFileMissing(ImageUnavailable, Refused):
         "{image} names the backing file {name!r}, which cannot be used: {reason}"
     )
     hint: ClassVar[str] = (
-        "bring the file back to that place, or make it readable; if it is elsewhere now: "
-        "`chainmerge relink {image} --backing NEW`{found}"
+        "put the file back in that place, or make it readable; if it is elsewhere now: `chainmerge "
+        "relink {image} --backing NEW`{found}"
     )
     explanation: ClassVar[str] = (
         "An overlay holds only what was written since the snapshot; everything else is read from "
         "its backing file, so without it the disk cannot be read, let alone merged. A relative "
-        "name counts from the directory of the image that holds it, by the path by which that "
-        "image was reached: QEMU does not resolve symbolic links first. `chainmerge relink` "
-        "changes the name in the header, and compares the content where the old file can still be "
-        "read. Give it the file with the same content as before: any other one corrupts the disk "
-        "without a word. Without --backing it names files that could be the lost one."
+        "name is resolved against the directory of the image that holds it, along the path by "
+        "which that image was reached: QEMU does not resolve symbolic links first. `chainmerge "
+        "relink` changes the name in the header, and compares the content if the old file can "
+        "still be read. Give it the file with the same content as before: any other file silently "
+        "corrupts the disk. Without --backing it lists files that could be the lost one."
     )
     image: str
     name: str
     reason: str
     found: str = ""
-    """What the hint says of files that could be it."""
+    """What the hint says about files that could be the missing one."""
 
 
 @dataclass(eq=False)
@@ -48,14 +48,14 @@ class BackingNameUnusable(ChainUnusable, Refused):
     code: ClassVar[str] = "backing-name-unusable"
     template: ClassVar[str] = "{image} holds the backing name {name!r}: {why}"
     hint: ClassVar[str] = (
-        "find out which file is meant, and have its plain path stored: `chainmerge relink {image} "
+        "find out which file is meant, and store its plain path: `chainmerge relink {image} "
         "--backing FILE`"
     )
     explanation: ClassVar[str] = (
         "The name of the backing file in the image's header is empty, holds a NUL byte, or is a "
-        "relative name behind `file:`, which QEMU resolves against the directory in which it "
-        "happens to be started. Programs disagree about which file such a name means, so it is "
-        "not guessed."
+        "relative name after `file:`, which QEMU resolves against the directory in which it "
+        "happens to be started. Programs disagree about which file such a name means, so "
+        "chainmerge does not guess."
     )
     image: str
     name: str
@@ -69,8 +69,7 @@ class JsonBackingName(ChainUnusable, Refused):
     code: ClassVar[str] = "backing-name-json"
     template: ClassVar[str] = "{image} describes its backing file as {name!r}"
     hint: ClassVar[str] = (
-        "if it is a local file, have its plain path stored: `chainmerge relink {image} --backing "
-        "FILE`"
+        "if it is a local file, store its plain path: `chainmerge relink {image} --backing FILE`"
     )
     explanation: ClassVar[str] = (
         "A `json:` name makes QEMU build any tree of block drivers: network connections, other "
@@ -90,14 +89,14 @@ class RemoteBackingName(ChainUnusable, Refused):
         "{image} names the backing file {name!r}: QEMU's protocol {protocol!r}, not a local path"
     )
     hint: ClassVar[str] = (
-        "make the backing file available as a local file or block device, and have that path "
-        "stored: `chainmerge relink {image} --backing FILE`"
+        "make the backing file available as a local file or block device, and store that path: "
+        "`chainmerge relink {image} --backing FILE`"
     )
     explanation: ClassVar[str] = (
-        "QEMU takes everything before a colon in front of the first slash as a protocol: `nbd:`, "
-        "`http:`, `ssh:`, `rbd:`, and also local ones such as `fat:` or `host_device:`. Merging "
-        "works on local files and block devices, and an image from an untrusted source must not "
-        "make this machine connect anywhere. `file:` with an absolute path is accepted."
+        "QEMU takes whatever stands before a colon, if no slash comes earlier, for a protocol: "
+        "`nbd:`, `http:`, `ssh:`, `rbd:`, and also local ones such as `fat:` or `host_device:`. "
+        "Merging works on local files and block devices, and an image from an untrusted source "
+        "must not make this machine connect anywhere. `file:` with an absolute path is accepted."
     )
     image: str
     name: str
@@ -115,14 +114,14 @@ class BackingFileOutside(ChainUnusable, Refused):
     )
     hint: ClassVar[str] = "if that is right, allow it: --allow-backing {suggestion}"
     explanation: ClassVar[str] = (
-        "Images can come from people who are not trusted, and the name of the backing file is "
-        "theirs to choose: /etc/shadow, another customer's disk. So the backing files of a chain "
-        "must lie in the directory of the top image, as it was given or as its symbolic links "
-        "resolve, and in no directory below it. Both the place that the name says and the place "
-        "that it leads to through symbolic links are judged. For the nodes of block devices the "
-        "second is the last symbolic link under /dev, so that /dev/VG/LV is judged as /dev/VG. "
-        "--allow-backing PATH (repeatable) allows one more file, or a directory and everything "
-        "below it. An image that is itself named on the command line is allowed by that."
+        "Images can come from people who are not trusted, who can choose any backing file name: "
+        "/etc/shadow, another customer's disk. So the backing files of a chain must lie in the "
+        "directory of the top image, either as given or with symbolic links resolved, and not in a "
+        "directory below it. Two places are checked: the one that the name says, and the one that "
+        "it leads to through symbolic links. For block device nodes the second is the last "
+        "symbolic link under /dev, so /dev/VG/LV is checked as /dev/VG. --allow-backing PATH "
+        "(repeatable) allows one more file, or a directory and everything below it. An image that "
+        "is named on the command line is allowed as well."
     )
     image: str
     name: str
@@ -141,13 +140,13 @@ class BackingCycle(ChainUnusable, Refused):
         "is a cycle"
     )
     hint: ClassVar[str] = (
-        "find out which image the right backing file is, and have it stored: `chainmerge relink "
+        "find out which image is the right backing file, and store its path: `chainmerge relink "
         "{image} --backing FILE`"
     )
     explanation: ClassVar[str] = (
-        "Following the backing files never reaches an end, because one of them leads back to an "
-        "image of the chain (perhaps by another name: a hard link, a symbolic link). No "
-        "program can open such a chain. Usually a backing name was set by hand to the wrong file."
+        "Following the backing files never ends, because one of them leads back to an image of the "
+        "chain (perhaps under another name: a hard link, a symbolic link). No program can open "
+        "such a chain. Usually somebody set a backing name to the wrong file by hand."
     )
     image: str
     name: str
@@ -162,8 +161,8 @@ class ChainTooLong(ChainUnusable, Refused):
     template: ClassVar[str] = "{top}: the chain has more than {limit} images"
     hint: ClassVar[str] = "merge from an image further down first"
     explanation: ClassVar[str] = (
-        "Chains are followed up to a limit, which is far beyond what QEMU itself can open, so that "
-        "a forged chain cannot exhaust the memory."
+        "Chains are followed up to a limit far beyond what QEMU itself can open, so that a forged "
+        "chain cannot exhaust memory."
     )
     top: str
     limit: int
@@ -175,7 +174,7 @@ class FormatMissing(ChainUnusable, Refused):
 
     code: ClassVar[str] = "backing-format-missing"
     template: ClassVar[str] = (
-        "{image} does not say which format its backing file {backing} has, and that is no qcow2 "
+        "{image} does not declare the format of its backing file {backing}, which is not a qcow2 "
         "image"
     )
     hint: ClassVar[str] = (
@@ -185,9 +184,9 @@ class FormatMissing(ChainUnusable, Refused):
     explanation: ClassVar[str] = (
         "When the format of a backing file is not declared, QEMU looks at its first bytes. The "
         "content of a raw disk belongs to the guest, which can write the header of any other "
-        "format there and so have other files of the host opened as its disk. Therefore nothing "
-        "is guessed: only a file that begins as qcow2 is taken as that, with a note, and every "
-        "other one needs a word from you."
+        "format there and so have other files of the host opened as its disk. Therefore nothing is "
+        "guessed: only a file that begins like a qcow2 image is taken for one, with a note; for "
+        "any other file you must give the format."
     )
     image: str
     name: str
@@ -199,11 +198,11 @@ class TopFormatUnknown(ChainUnusable, Refused):
     """The image that the user named is not qcow2 and no format was given."""
 
     code: ClassVar[str] = "image-format-unknown"
-    template: ClassVar[str] = "{image} is no qcow2 image (it does not begin with QFI\\xfb)"
+    template: ClassVar[str] = "{image} is not a qcow2 image (it does not begin with QFI\\xfb)"
     hint: ClassVar[str] = "if it is a raw image, say so: --format {image}=raw"
     explanation: ClassVar[str] = (
-        "An image that is given without a format must be qcow2. Every file could be a raw image, "
-        "so raw is never assumed."
+        "An image given without a format must be qcow2. Any file could be a raw image, so raw is "
+        "never assumed."
     )
     image: str
 
@@ -217,14 +216,14 @@ class WrongFormat(ChainUnusable, Refused):
         "{image} should be a qcow2 image, says {declared_by}, but does not begin with QFI\\xfb"
     )
     hint: ClassVar[str] = (
-        "check whether it is the right file and whole: a qcow2 image that has lost its beginning "
-        "must not be declared raw, it comes from a backup; what was replaced by a raw image on "
-        "purpose is declared so with `chainmerge relink CHILD --backing {image} --format "
+        "check that it is the right file and that it is whole: never declare a qcow2 image that "
+        "has lost its beginning as raw, restore it from a backup; if it was replaced by a raw "
+        "image on purpose, declare that with `chainmerge relink CHILD --backing {image} --format "
         "{image}=raw`"
     )
     explanation: ClassVar[str] = (
         "The first four bytes of every qcow2 image are QFI\\xfb. A file without them was "
-        "overwritten, truncated to nothing, or is not the image that was meant."
+        "overwritten or truncated, or is not the image that was meant."
     )
     image: str
     declared_by: str
@@ -239,12 +238,12 @@ class FormatContradiction(ChainUnusable, Refused):
         "{image} is declared as {declared!r} by {child}, but --format says {given!r}"
     )
     hint: ClassVar[str] = (
-        "leave --format out; the declaration is what the virtual machine goes by; where that is "
+        "leave --format out: the virtual machine goes by the declaration; if the declaration is "
         "wrong: `chainmerge relink {child} --backing {image} --format {image}={given}`"
     )
     explanation: ClassVar[str] = (
-        "The declared format is the one by which the virtual machine reads its disk. Merging by "
-        "another one would mix the image's metadata into the guest's data or the other way round."
+        "The virtual machine reads its disk in the declared format. Merging in another one would "
+        "mix the image's metadata into the guest's data, or the other way round."
     )
     image: str
     child: str
@@ -259,9 +258,9 @@ class ForeignFormat(ChainUnusable, Refused):
     code: ClassVar[str] = "foreign-format"
     template: ClassVar[str] = "{image} is declared as {format!r}: only qcow2 and raw can be read"
     hint: ClassVar[str] = (
-        "copy it with `qemu-img convert -O qcow2` to a new file, and have its child stand on that: "
-        "`chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until the disk has "
-        "been looked at"
+        "copy it with `qemu-img convert -O qcow2` to a new file, and make that the backing file of "
+        "its child: `chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until "
+        "you have checked the disk"
     )
     explanation: ClassVar[str] = (
         "chainmerge reads the qcow2 and raw formats itself, to plan and to verify. Images of other "
@@ -276,13 +275,13 @@ class DataFileRefused(ChainUnusable, Refused):
     """An image keeps its guest data in another file, which nobody allowed."""
 
     code: ClassVar[str] = "data-file-refused"
-    template: ClassVar[str] = "{image} keeps its guest data in another file, {name!r}"
+    template: ClassVar[str] = "{image} keeps its guest data in an external data file, {name!r}"
     hint: ClassVar[str] = "if that is right, allow the file by its path: --allow-data-file PATH"
     explanation: ClassVar[str] = (
         "A qcow2 image can name an external data file, and an image from an untrusted source can "
-        "name any file of the host there. The files must be named by the user. A relative name is "
-        "resolved against the directory of the image and, as QEMU does, against the current "
-        "directory; it must give one of the named files."
+        "name any file of the host there. So the user must name the files that are allowed. A "
+        "relative name is resolved against the directory of the image and, as QEMU does, against "
+        "the current directory; it must lead to one of the allowed files."
     )
     image: str
     name: str
@@ -290,14 +289,14 @@ class DataFileRefused(ChainUnusable, Refused):
 
 @dataclass(eq=False)
 class NotInChain(Misuse):
-    """An image was named as a part of a chain that it is no part of."""
+    """An image was named as part of a chain that it does not belong to."""
 
     code: ClassVar[str] = "not-in-chain"
-    template: ClassVar[str] = "{image} is not an image of the chain of {top}"
+    template: ClassVar[str] = "{image} is not in the backing chain of {top}"
     hint: ClassVar[str] = "`chainmerge info {top}` shows the chain"
     explanation: ClassVar[str] = (
         "Files are compared by device and inode, so symbolic and hard links to an image of the "
-        "chain are recognised. This one is none of them."
+        "chain are recognised. This file is not one of them."
     )
     image: str
     top: str
@@ -309,9 +308,9 @@ class NoBackingFile(Misuse):
 
     code: ClassVar[str] = "no-backing-file"
     template: ClassVar[str] = "{image} has no backing file: there is nothing to merge it into"
-    hint: ClassVar[str] = "name the snapshot's overlay, the image above"
+    hint: ClassVar[str] = "name the overlay, which is the image above"
     explanation: ClassVar[str] = (
-        "Merging moves the data of an overlay into an image below it. This image is the root of "
+        "Merging moves the data of an overlay into an image below it. This image is the bottom of "
         "its chain."
     )
     image: str
@@ -319,17 +318,17 @@ class NoBackingFile(Misuse):
 
 @dataclass(eq=False)
 class ActiveElsewhere(Misuse):
-    """The image named as the chain's upper end does not stand on top."""
+    """The image named as the active layer is not above top."""
 
     code: ClassVar[str] = "active-elsewhere"
     template: ClassVar[str] = "the backing chain of {active} does not lead to {top}"
     hint: ClassVar[str] = (
-        "name the image that the virtual machine writes to; `chainmerge info {active}` shows its "
-        "chain"
+        "name the image that the virtual machine writes to; `chainmerge info {active}` shows the "
+        "chain of the one given"
     )
     explanation: ClassVar[str] = (
-        "--active names the upper end of the chain, so that the images above the merged one "
-        "are known. The one given belongs to another chain, or lies below."
+        "--active names the active layer, so that the images above the merged one are known. The "
+        "image given belongs to another chain, or lies below."
     )
     active: str
     top: str
@@ -341,13 +340,14 @@ class TooManyFiles(Refused):
 
     code: ClassVar[str] = "too-many-files"
     template: ClassVar[str] = (
-        "looking for other users of the images: more than {limit} files up to and in {directory}"
+        "cannot search all places for other users of the images: there are more than {limit} files "
+        "up to and in {directory}"
     )
-    hint: ClassVar[str] = "keep the images in directories of their own"
+    hint: ClassVar[str] = "keep the images in directories with few other files"
     explanation: ClassVar[str] = (
-        "An image that other images use must not be changed under them. To find those, the "
-        "headers of all qcow2 files in the directories of the chain are read, up to a limit. "
-        "Stopping short would mean that one could be missed."
+        "An image that other images use must not be changed under them. To find those, the headers "
+        "of all qcow2 files in the directories of the chain are read, up to a limit. If the search "
+        "stopped there, a user could be missed."
     )
     directory: str
     limit: int
@@ -361,8 +361,8 @@ class SearchPathUnusable(Refused):
     template: ClassVar[str] = "cannot search {path} for other users of the images: {reason}"
     hint: ClassVar[str] = "check the path and its permissions"
     explanation: ClassVar[str] = (
-        "An image that other images use must not be changed under them. A directory that may hold "
-        "such images and cannot be listed is no proof that there are none."
+        "An image that other images use must not be changed under them. If a directory cannot be "
+        "listed, it may hold such images."
     )
     path: str
     reason: str
@@ -374,10 +374,12 @@ class ImageReplaced(ImageUnavailable, Refused):
 
     code: ClassVar[str] = "image-replaced"
     template: ClassVar[str] = "{image} was replaced by another file since the chain was examined"
-    hint: ClassVar[str] = "make sure that nothing else works on this chain, then run again"
+    hint: ClassVar[str] = (
+        "make sure that nothing else works on this chain, then run the command again"
+    )
     explanation: ClassVar[str] = (
-        "Between examining the chain and opening the image, its path came to mean another file "
-        "(another inode or device). What was planned for the old one cannot be done to the new "
+        "Between examining the chain and opening the image, its path came to lead to another file "
+        "(another inode or device). What was planned for the old file cannot be done to the new "
         "one."
     )
     image: str
@@ -389,7 +391,7 @@ class BaseNotBelowTop(Misuse):
 
     code: ClassVar[str] = "base-not-below-top"
     template: ClassVar[str] = "{base} is not below {top} in the backing chain"
-    hint: ClassVar[str] = "name the overlay first and the image to merge into with --base"
+    hint: ClassVar[str] = "give the overlay as TOP, and the image to merge into with --base"
     explanation: ClassVar[str] = (
         "A merge moves the data of an overlay (top) down into an image below it (base). The two "
         "were given the wrong way round, or are the same image."
@@ -405,12 +407,12 @@ class ImageDirty(ImageInvalid, Refused):
     code: ClassVar[str] = "image-dirty"
     template: ClassVar[str] = "{image} was not closed properly: its dirty bit is set"
     hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what is wrong, and with --yes mends it; then run this "
+        "`chainmerge repair {image}` shows what is wrong, and with --yes repairs it; then run this "
         "command again"
     )
     explanation: ClassVar[str] = (
-        "The dirty bit (lazy refcounts) says that the refcounts on disk may be too low. Writing "
-        "into the image by them would put new data over clusters that are in use."
+        "The dirty bit (lazy refcounts) says that the refcounts on disk may be too low. Writing to "
+        "the image on that basis would put new data over clusters that are in use."
     )
     image: str
 
@@ -422,12 +424,12 @@ class ImageCorrupt(ImageInvalid, Refused):
     code: ClassVar[str] = "image-corrupt"
     template: ClassVar[str] = "{image} is marked corrupt"
     hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what is wrong and what of it can be mended; look at "
-        "that before you go on"
+        "`chainmerge repair {image}` shows what is wrong and how much of it can be repaired; look "
+        "at that before you go on"
     )
     explanation: ClassVar[str] = (
-        "QEMU sets the corrupt bit when it meets metadata that contradicts itself, and refuses to "
-        "write to the image from then on. Nothing may be merged into it before it is repaired."
+        "QEMU sets the corrupt bit when it finds metadata that contradicts itself, and from then "
+        "on refuses to write to the image. Nothing may be merged into it before it is repaired."
     )
     image: str
 
@@ -437,10 +439,10 @@ class ImageDamaged(ImageInvalid, Refused):
     """The consistency check of an image that would be written to found corruption."""
 
     code: ClassVar[str] = "image-damaged"
-    template: ClassVar[str] = "{image} is damaged in {corruptions} places, the first: {first}"
+    template: ClassVar[str] = "{image} is damaged (corruptions: {corruptions}); the first: {first}"
     hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what is wrong and what of it can be mended, and with "
-        "--yes does that; then run this command again"
+        "`chainmerge repair {image}` shows what is wrong and how much of it can be repaired, and "
+        "with --yes repairs that; then run this command again"
     )
     explanation: ClassVar[str] = (
         "The refcounts recomputed from the image's tables do not match those stored in it, or "

@@ -103,7 +103,7 @@ def _reasons(image: ImageInfo, other: ImageInfo) -> Iterator[str]:
         yield "its disk has the same size"
     shared = _shared_names(image, other)
     if shared:
-        yield f"it has the bitmaps {', '.join(map(repr, shared))}, too"
+        yield f"it also has the bitmaps {', '.join(map(repr, shared))}"
 
 
 def _shared_names(image: ImageInfo, other: ImageInfo) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.chain.errors import DataFileRefused, ImageReplaced, WrongFormat
 from chainmerge.chain.model import Identity, ImageFormat, ImageInfo, identity_of
@@ -120,7 +121,7 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
     elif declared.name == ImageFormat.RAW:
         guest_size = round_up(readable.size, _SECTOR)
         if begins_as_qcow2(readable):
-            notes.append("its content begins as a qcow2 image does, but it is declared as raw")
+            notes.append("its content begins like a qcow2 image, but it is declared as raw")
     else:
         notes.append(f"its format, {declared.name!r}, is known to QEMU only")
     return ImageInfo(
@@ -156,8 +157,8 @@ def _header_notes(header: Header, problem: FormatError | None) -> list[str]:
         notes.append(f"its bitmaps cannot be read: {problem.sentence}")
     if header.bitmaps is not None and not header.bitmaps_trusted:
         notes.append(
-            f"it was written by a program that does not know bitmaps, or that died: the "
-            f"{header.bitmaps.count} bitmaps in it are broken"
+            f"{counted(header.bitmaps.count, 'broken bitmap')}: a program that does not know "
+            "bitmaps wrote to the image, or its last writer died"
         )
     return notes
 

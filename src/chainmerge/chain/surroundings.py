@@ -144,7 +144,7 @@ class Surroundings:
             *self._stopped,
             *_phrase(self._elsewhere, "on another file system"),
             *_phrase(self._links, "behind a symbolic link"),
-            *_phrase(self._unreadable, "not to be read"),
+            *_phrase(self._unreadable, "not readable"),
         ]
         return Searched(
             directories=(*self._homes, *self._managed),
@@ -262,7 +262,7 @@ class Surroundings:
                 count += len(listing)
                 if count > self._max_around:
                     self._stopped.append(
-                        f"{directory} and further ones (stopped after {self._max_around} files)"
+                        f"{directory} and others (search stopped after {self._max_around} files)"
                     )
                     return
                 self._listed[identity] = listing

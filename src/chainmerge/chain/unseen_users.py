@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.surroundings import folded
 from chainmerge.errors import ChainmergeError, NeededByOthers, Refused
 
@@ -26,22 +27,22 @@ class UsersUnknown(NeededByOthers, Refused):
 
     code: ClassVar[str] = "users-unknown"
     template: ClassVar[str] = (
-        "{images}, in another directory than {top}, can be in use from anywhere; other users were "
-        "looked for in these places only: {searched}"
+        "{images}, in another directory than {top}, may have users anywhere; chainmerge looked for "
+        "them only in these places: {searched}"
     )
     hint: ClassVar[str] = (
-        "{first}; if you know the directory below which all images lie that can use {images}, "
-        "name it (--search DIR, with everything below); if you know that there are no others, say "
-        "so (--sole-user); other guests' disks are destroyed where that is wrong"
+        "{first}; if you know a directory that holds, at any depth, all images that can use "
+        "{images}, give it (--search DIR); if you know that there are no other users, say so "
+        "(--sole-user); if that is wrong, other guests' disks are destroyed"
     )
     explanation: ClassVar[str] = (
         "Images do not know who uses them. Linked clones often have a directory for each machine "
-        "and share a base in another one, so that the directories of one machine's chain say "
-        "nothing of the others. A merge into such a base would destroy the disks of all other "
-        "machines that stand on it. chainmerge also looks beside and below the directories of the "
-        "chain, and where libvirt, Proxmox VE and running QEMUs keep images, but no search of its "
-        "own is complete: other hosts can use the same storage. So it goes on only when told "
-        "where such images can be, or that there are none. Nothing was changed."
+        "and share a base in another one, so the directories of one machine's chain say nothing "
+        "about the others. A merge into such a base would destroy the disks of all other machines "
+        "that use it. chainmerge also looks beside and below the directories of the chain, and "
+        "where libvirt, Proxmox VE and running QEMUs keep images, but no search can be complete: "
+        "other hosts can use the same storage. So it goes on only if you say where such images can "
+        "be, or that there are none. Nothing was changed."
     )
     images: str
     top: str
@@ -54,17 +55,15 @@ class VolumesInactive(NeededByOthers, Refused):
     """Logical volumes that could hold users of what changes cannot be looked at."""
 
     code: ClassVar[str] = "volumes-inactive"
-    template: ClassVar[str] = (
-        "{volumes} could stand on {images} and cannot be looked at: not active"
-    )
+    template: ClassVar[str] = "{volumes} could use {images} and cannot be examined: not active"
     hint: ClassVar[str] = (
-        "have them looked at (--activate brings them up while this command runs); or name the "
-        "image that the virtual machine writes to (--active LEAF), if all that stands on "
-        "{images} is in the chain of that one"
+        "let chainmerge examine them (--activate activates them while this command runs); or, if "
+        "all users of {images} are in one chain, name the image of it that the virtual machine "
+        "writes to (--active LEAF)"
     )
     explanation: ClassVar[str] = (
         "Images do not know who uses them, so the headers of all images beside those of the chain "
-        "are read. A logical volume that is not active has no device to be read. If one holds an "
+        "are read. A logical volume that is not active has no device to read from. If one holds an "
         "overlay of an image that is merged or written to, its guest's disk would be destroyed. "
         "Nothing was changed."
     )
@@ -109,6 +108,5 @@ def inactive_users(
 
 def volumes(relatives: Relatives) -> str:
     """The volumes that are not active, for a sentence."""
-    count = len(relatives.inactive)
-    what = "1 logical volume" if count == 1 else f"{count} logical volumes"
+    what = counted(len(relatives.inactive), "logical volume")
     return f"{what} ({folded([str(path) for path in relatives.inactive])})"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 force_option = click.option(
-    "--force", is_flag=True, help="Go on even where that makes a broken checkpoint look good."
+    "--force", is_flag=True, help="Go on even if that makes a broken checkpoint look valid."
 )
 
 
@@ -38,7 +38,7 @@ force_option = click.option(
 def bitmaps() -> None:
     """List and change the persistent dirty bitmaps of images.
 
-    A name that begins with a dash needs two dashes before it, alone: `remove disk.qcow2 -- -x`.
+    A name that begins with a dash must come after a separate `--`: `remove disk.qcow2 -- -x`.
     """
 
 
@@ -47,7 +47,7 @@ def bitmaps() -> None:
 @access_options
 @json_option
 def list_(*, image: str, access: Access, output: Output) -> None:
-    """Show all bitmaps of IMAGE and the images below, and what they are worth to a backup."""
+    """Show all bitmaps of IMAGE and the images below, and which of them a backup can use."""
     output.document(api.bitmaps_list(image, access), tables.bitmap_listing)
 
 
@@ -113,7 +113,7 @@ def remove(
 
 def _ask_before_removing_all(image: str, access: Access) -> None:
     if not sys.stdin.isatty():
-        raise click.UsageError("--all asks first, and there is no terminal: give --yes, too")
+        raise click.UsageError("--all asks first, and there is no terminal: add --yes")
     listing = api.bitmaps_list(image, replace(access, active=None))
     there = [row.name for row in listing.rows if Path(row.image) == Path(image).absolute()]
     question = (
@@ -127,20 +127,21 @@ def _ask_before_removing_all(image: str, access: Access) -> None:
 @bitmaps.command(cls=Command)
 @image_argument
 @click.argument("names", metavar="NAME...", nargs=-1)
-@click.option("--force", is_flag=True, help="Go on where other images have the name, too.")
+@click.option("--force", is_flag=True, help="Go on even if other images have the name too.")
 @access_options
 @json_option
 def clear(
     *, image: str, names: tuple[str, ...], force: bool, access: Access, output: Output
 ) -> None:
-    """Forget what the bitmaps NAME... of IMAGE have recorded; the bitmaps stay.
+    """Clear the bitmaps NAME... of IMAGE: they stay, but forget what they have recorded.
 
-    A backup that builds on one of them then has only what is written from now on: take one
-    right before. To take bitmaps away, use remove.
+    A backup that builds on one of them then has only what is written from now on: take one right
+    before. To remove bitmaps, use `remove`.
     """
     if not names:
         raise click.UsageError(
-            "name the bitmaps to clear; to take all away: chainmerge bitmaps remove IMAGE --all"
+            "name the bitmaps to clear; to remove all of them: chainmerge bitmaps remove IMAGE "
+            "--all"
         )
     change = api.bitmaps_clear(image, names, access, force=force)
     output.document(change, tables.bitmap_change)
@@ -154,8 +155,7 @@ def clear(
 def prune(*, top: str, base: str | None, access: Access, output: Output) -> None:
     """Remove stale and broken bitmaps from BASE up to TOP.
 
-    With --active LEAF, names that are broken are removed from the whole chain, its top
-    end first.
+    With --active LEAF, broken names are removed from the whole chain, the active image first.
     """
     output.document(api.prune(top, base, access), tables.prune_report)
 

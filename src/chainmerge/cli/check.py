@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @access_options
 @json_option
 def check(*, image: str, access: Access, output: Output) -> ExitCode:
-    """Check IMAGE for corruption and leaked clusters; nothing is changed.
+    """Check IMAGE for corruption and leaked clusters. Nothing is changed.
 
     The exit status is 1 if the image is corrupt. Leaked clusters only waste space and
     leave the status at 0.

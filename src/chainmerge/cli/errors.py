@@ -20,10 +20,10 @@ class InternalError(Failed):
         "state that the same command finishes"
     )
     explanation: ClassVar[str] = (
-        "chainmerge met a situation that it does not know. That is a bug in chainmerge and "
-        "not a mistake of yours. Its changes to images become visible in single atomic steps, so "
-        "that an image holds the state before or after such a step. `chainmerge check` and "
-        "`chainmerge bitmaps list` tell which."
+        "chainmerge met a situation that it does not know. That is a bug in chainmerge, not a "
+        "mistake of yours. Its changes to images become visible in single atomic steps, so that an "
+        "image holds the state before or after such a step. `chainmerge check` and `chainmerge "
+        "bitmaps list` show which."
     )
     kind: str
     detail: str
@@ -31,13 +31,13 @@ class InternalError(Failed):
 
 @dataclass(eq=False)
 class ReportNotDelivered(Failed):
-    """The work is done but standard output does not take the report."""
+    """The work is done, but the report cannot be written to standard output."""
 
     code: ClassVar[str] = "report-not-delivered"
-    template: ClassVar[str] = "standard output does not take the report: {reason}"
+    template: ClassVar[str] = "the report could not be written to standard output: {reason}"
     hint: ClassVar[str] = (
-        "make room where standard output goes and run the same command again: "
-        "what is done already is found to be done"
+        "make room where standard output goes, then run the same command again: it finds what is "
+        "already done"
     )
     explanation: ClassVar[str] = (
         "The command did its work, but its report could not be written, for example "
@@ -52,7 +52,7 @@ class DiskNotNamed(Misuse):
     """A command for a running VM does not say which disk of which VM."""
 
     code: ClassVar[str] = "disk-not-named"
-    template: ClassVar[str] = "which disk of which VM is not said, or said twice"
+    template: ClassVar[str] = "which disk of which VM is not given, or is given twice"
     hint: ClassVar[str] = (
         "give --qmp SOCKET and --device ID or --node NODE, or --domain NAME and --disk TARGET"
     )
@@ -68,10 +68,10 @@ class NotConfirmed(Refused):
     """The question whether to go on was answered with no."""
 
     code: ClassVar[str] = "not-confirmed"
-    template: ClassVar[str] = "{image}: it was not confirmed, and nothing was changed"
+    template: ClassVar[str] = "{image}: not confirmed, and nothing was changed"
     hint: ClassVar[str] = "run the same command again and answer with y, if that is what you want"
     explanation: ClassVar[str] = (
-        "What cannot be taken back, and takes much at once, is done only after a question, or "
-        "with --yes. The answer was no."
+        "What cannot be undone, and removes much at once, is done only after a question, or with "
+        "--yes. The answer was no."
     )
     image: str

@@ -34,13 +34,13 @@ def flatten(
     access: Access,
     output: Output,
 ) -> ExitCode:
-    """Make TOP stand alone: pull all that it lacks up from the images below.
+    """Make TOP independent: pull all that it lacks up from the images below.
 
-    The disk keeps its name, and all snapshots below it are merged. Those images stay as they are,
-    unless --delete says that they may go. It is `merge --direction pull` down to the root.
+    The disk keeps its name, and all snapshots below it are merged. The images below stay as they
+    are, unless --delete is given. This is `merge --direction pull` down to the bottom of the chain.
     """
     if options.direction == "commit":
-        raise click.UsageError("flatten pulls: it has no --direction commit")
+        raise click.UsageError("flatten always pulls: --direction commit makes no sense")
     if dry_run:
         return _show(tops, access, options, output)
     if len(tops) > 1:

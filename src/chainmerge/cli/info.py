@@ -22,5 +22,5 @@ if TYPE_CHECKING:
 @access_options
 @json_option
 def info(*, image: str, access: Access, output: Output) -> None:
-    """Show IMAGE, the images below it, and others that use the same ones."""
+    """Show IMAGE, the images below it, and other images that use them."""
     output.document(api.inspect(image, access), chain_report)

@@ -56,7 +56,7 @@ def disk_options(function: Function[R]) -> Function[R]:
     @click.option(
         "--node", metavar="NODE", help="The disk, by the node name of its image.", panel=_DISK
     )
-    @click.option("--domain", metavar="NAME", help="The VM, a domain of libvirt.", panel=_DISK)
+    @click.option("--domain", metavar="NAME", help="The VM, as a libvirt domain.", panel=_DISK)
     @click.option(
         "--disk", "target", metavar="TARGET", help="Its disk, by the target: vda.", panel=_DISK
     )
@@ -106,7 +106,7 @@ def pace_options(function: Function[R]) -> Function[R]:
         "--bandwidth",
         type=SIZE,
         metavar="RATE",
-        help="Bytes per second to copy at most, as 100M.",
+        help="Copy at most this many bytes per second, such as 100M.",
         panel=_MERGING,
     )
     @click.option(
@@ -121,7 +121,7 @@ def pace_options(function: Function[R]) -> Function[R]:
         type=click.Choice(get_args(StallChoice)),
         default=defaults.on_stall,
         show_default=True,
-        help="What to do where it does not: go on, slow the guest's disk down, or undo the merge.",
+        help="What to do if it does not: go on, slow the guest's disk down, or undo the merge.",
         panel=_MERGING,
     )
     @click.option(
@@ -129,7 +129,7 @@ def pace_options(function: Function[R]) -> Function[R]:
         type=click.Choice(get_args(VolumeChoice)),
         default=defaults.volume,
         show_default=True,
-        help="What base lies on.",
+        help="What kind of volume base lies on.",
         panel=_MERGING,
     )
     @wraps(function)
@@ -148,20 +148,20 @@ def result_options(function: Function[R]) -> Function[R]:
         type=click.Choice(get_args(VerifyLevel)),
         default=defaults.verify,
         show_default=True,
-        help="Compare base's content with top's as well (full), where the guest does not write "
-        "to base, or bitmaps and metadata only.",
+        help="Also compare base's content with top's (full), if the guest does not write to base, "
+        "or check only bitmaps and metadata.",
         panel=_MERGING,
     )
     @click.option(
         "--delete",
         is_flag=True,
-        help="Delete the merged images once the VM has closed them and all is verified.",
+        help="Delete the merged images once the VM has closed them and everything is verified.",
         panel=_MERGING,
     )
     @click.option(
         "--drop-bitmaps",
         is_flag=True,
-        help="Go on where base cannot hold bitmaps: the next backup will be a full one.",
+        help="Go on even if base cannot hold bitmaps: the next backup must be a full one.",
         panel=_MERGING,
     )
     @click.option(
@@ -191,7 +191,7 @@ def gathered(function: Function[R]) -> Function[R]:
 
 @click.group(cls=Group)
 def live() -> None:
-    """Merge images of a running VM, by its own QEMU."""
+    """Merge images of a running VM, in its own QEMU."""
 
 
 @live.command(cls=Command)
@@ -212,7 +212,7 @@ def plan(
     access: Access,
     output: Output,
 ) -> ExitCode:
-    """Show what a merge of TOP in the VM would do, and change nothing.
+    """Show what a merge of TOP in the VM would do. Nothing is changed.
 
     The exit status is 3 if the merge would be refused.
     """
@@ -242,9 +242,9 @@ def merge(
 ) -> None:
     """Merge TOP, and all images between, into BASE while the VM runs.
 
-    Ends with status 0 only when the VM says so, and what it does not write to was read back. A
-    merge that was interrupted or killed is carried on by the same command, or by `live resume`.
-    Ctrl-C undoes it.
+    Ends with status 0 only when the VM reports success, and what it does not write to was read
+    back. The same command, or `live resume`, continues a merge that was interrupted or killed.
+    Ctrl-C undoes the merge.
     """
     with (
         stopped_by_signals() as should_stop,
@@ -268,9 +268,9 @@ def resume(
     options: LiveOptions,
     output: Output,
 ) -> None:
-    """Carry on the merge of this disk that was interrupted.
+    """Continue the interrupted merge of this disk.
 
-    What it was to do stays as it was asked for; how fast, and until when, is asked anew.
+    What the merge does stays as first requested; how fast, and until when, is set again here.
     """
     with (
         stopped_by_signals() as should_stop,
@@ -285,7 +285,7 @@ def resume(
 @disk_options
 @json_option
 def status(*, disk: _Opener, output: Output) -> None:
-    """Show which merges of this disk are unfinished, and change nothing."""
+    """Show which merges of this disk are unfinished. Nothing is changed."""
     with disk() as vm:
         found = api.status(vm)
     output.document(found, live_status_report)

@@ -98,5 +98,5 @@ def _usage_message(error: click.ClickException) -> str:
     lines = [f"chainmerge: {printable(error.format_message())}"]
     context = getattr(error, "ctx", None)
     if context is not None:
-        lines.append(f"  what to do: look at {context.command_path} --help")
+        lines.append(f"  what to do: see {context.command_path} --help")
     return "".join(f"{line}\n" for line in lines)

@@ -32,5 +32,5 @@ if TYPE_CHECKING:
 def measure(
     *, top: str, base: str | None, options: MergeOptions, access: Access, output: Output
 ) -> None:
-    """Say how large base must be for a merge of TOP, and how large it will be afterwards."""
+    """Show how large base must be for a merge of TOP, and how large it will be afterwards."""
     output.document(api.measure(top, base, access, options), measurement_report)

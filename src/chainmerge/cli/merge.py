@@ -42,11 +42,11 @@ def merge(
 ) -> ExitCode:
     """Merge TOP, and all images between, into BASE.
 
-    Ends with status 0 only when the result was read back and verified. A merge that was
-    interrupted or killed is finished by the same command.
+    Ends with status 0 only when the result was read back and verified. The same command finishes a
+    merge that was interrupted or killed.
 
     Several TOPs are the disks of one virtual machine: all are planned before the first image is
-    written to, and the report says what became of each.
+    written to, and the report says what happened to each.
     """
     if len(tops) > 1:
         return _merge_disks(tops, bases, access, options, output)

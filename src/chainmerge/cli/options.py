@@ -50,7 +50,7 @@ json_option = click.option(
     "output",
     is_flag=True,
     callback=_choose_output,
-    help="Print JSON instead of tables; errors too.",
+    help="Print JSON instead of tables, errors included.",
 )
 
 top_argument = click.argument("top", type=IMAGE)
@@ -61,7 +61,7 @@ bases_option = click.option(
     "bases",
     type=IMAGE,
     multiple=True,
-    help="The image to merge into: any image below TOP; once for each TOP, in their order.  "
+    help="The image to merge into: any image below TOP; once for each TOP, in the same order.  "
     "[default: TOP's backing file]",
 )
 base_option = click.option(
@@ -87,7 +87,7 @@ _ACCESS_OPTIONS: Final = (
         type=PATH_FORMAT,
         multiple=True,
         metavar="PATH=FORMAT",
-        help="The format of an image, where no image above it says so.",
+        help="The format of an image, if no image above declares it.",
         panel=_REACHING,
     ),
     click.option(
@@ -95,7 +95,7 @@ _ACCESS_OPTIONS: Final = (
         type=click.Path(),
         multiple=True,
         metavar="DIR",
-        help="A directory that backing files may lie in, besides those of the chain.",
+        help="A directory where backing files may lie, besides those of the chain.",
         panel=_REACHING,
     ),
     click.option(
@@ -111,17 +111,17 @@ _ACCESS_OPTIONS: Final = (
         type=click.Path(),
         multiple=True,
         metavar="DIR",
-        help="A directory that images may lie in, however deep, which use the same ones.",
+        help="A directory that may hold, at any depth, other images that use those of the chain.",
         panel=_REACHING,
     ),
     click.option(
         "--sole-user",
         is_flag=True,
-        help="No image uses those of the chain but the ones that are found.",
+        help="Only the images that were found use those of the chain; nobody else does.",
         panel=_REACHING,
     ),
     click.option(
-        "--active", type=IMAGE, metavar="LEAF", help="The chain's top end.", panel=_REACHING
+        "--active", type=IMAGE, metavar="LEAF", help="The chain's active layer.", panel=_REACHING
     ),
     click.option(
         "--lock-wait",
@@ -129,14 +129,14 @@ _ACCESS_OPTIONS: Final = (
         metavar="SECONDS",
         default=Access().lock_wait,
         show_default=True,
-        help="How long to wait for images that others have locked.",
+        help="How long to wait for images that are locked.",
         panel=_REACHING,
     ),
     click.option(
         "--activate",
         is_flag=True,
-        help="Activate the chain's logical volumes where they are not, and those beside them to "
-        "see what they hold, and deactivate them afterwards.",
+        help="Activate the chain's logical volumes if needed, and those beside them to see what "
+        "they hold, and deactivate them afterwards.",
         panel=_REACHING,
     ),
 )
@@ -183,38 +183,38 @@ _MERGE_OPTIONS: Final = (
         type=click.Choice(get_args(VerifyLevel)),
         default=_DEFAULTS.verify,
         show_default=True,
-        help="Compare base's content with top's as well (full), or bitmaps and metadata only.",
+        help="Also compare base's content with top's (full), or check only bitmaps and metadata.",
         panel=_MERGING,
     ),
     click.option(
         "--delete",
         is_flag=True,
-        help="Delete the merged images once all is verified, with their data files and with links "
-        "that would lead nowhere.",
+        help="Delete the merged images once everything is verified, with their data files and with "
+        "links that would lead nowhere.",
         panel=_MERGING,
     ),
     click.option(
         "--keep-name",
         is_flag=True,
-        help="Have the result under the name of TOP, in place of TOP's file (files only).",
+        help="Give the result the name of TOP, in place of TOP's file (files only).",
         panel=_MERGING,
     ),
     click.option(
         "--drop-bitmaps",
         is_flag=True,
-        help="Go on where base cannot hold bitmaps: the next backup will be a full one.",
+        help="Go on even if base cannot hold bitmaps: the next backup must be a full one.",
         panel=_MERGING,
     ),
     click.option(
         "--drop-snapshots",
         is_flag=True,
-        help="Delete internal snapshots that would show other data, or go with their image.",
+        help="Delete internal snapshots that would show other data, or be lost with their image.",
         panel=_MERGING,
     ),
     click.option(
         "--despite-newer-base",
         is_flag=True,
-        help="Go on where BASE holds most of TOP already and was written later: what was written "
+        help="Go on even if BASE already holds most of TOP and was written later: what was written "
         "to it since is overwritten.",
         panel=_MERGING,
     ),
@@ -223,7 +223,7 @@ _MERGE_OPTIONS: Final = (
         type=click.Choice(get_args(EngineChoice)),
         default=_DEFAULTS.engine,
         show_default=True,
-        help="Who writes the data.",
+        help="Which engine writes the data.",
         panel=_MERGING,
     ),
     click.option(
@@ -240,21 +240,21 @@ _MERGE_OPTIONS: Final = (
         type=click.Choice(get_args(DataChoice)),
         default=_DEFAULTS.data,
         show_default=True,
-        help="Where data goes that base has a cluster for: to a new one (cow), or over the old "
-        "one (in-place), which takes no second copy.",
+        help="Where data goes if base already has a cluster for it: to a new one (cow), or over "
+        "the old one (in-place), which needs no second copy.",
         panel=_MERGING,
     ),
     click.option(
         "--detect-zeroes",
         is_flag=True,
-        help="Read all data that moves beforehand, and make zero clusters of what is zeros.",
+        help="Read all data that moves beforehand, and turn zeros into zero clusters.",
         panel=_MERGING,
     ),
     click.option(
         "--bandwidth",
         type=SIZE,
         metavar="RATE",
-        help="Bytes per second to copy at most, as 100M.",
+        help="Copy at most this many bytes per second, such as 100M.",
         panel=_MERGING,
     ),
     click.option(
@@ -269,7 +269,7 @@ _MERGE_OPTIONS: Final = (
         type=click.Choice(get_args(VolumeChoice)),
         default=_DEFAULTS.volume,
         show_default=True,
-        help="What base lies on.",
+        help="What kind of volume base lies on.",
         panel=_MERGING,
     ),
     click.option(
@@ -283,7 +283,7 @@ _MERGE_OPTIONS: Final = (
         type=SIZE,
         metavar="SIZE",
         help="What a reduced volume keeps beyond that.  [default: 1G if the guest writes to the "
-        "result, else nothing]",
+        "result, otherwise nothing]",
         panel=_MERGING,
     ),
     click.option(
@@ -292,8 +292,8 @@ _MERGE_OPTIONS: Final = (
     click.option(
         "--reclaim",
         is_flag=True,
-        help="Give back all leaked clusters of what is written, not only those of earlier merges. "
-        "They may hold what a lost table led to: see the plan.",
+        help="Give back all leaked clusters of the image that is written, not only those of "
+        "earlier merges. They may hold the data that a lost table mapped: see the plan.",
         panel=_MERGING,
     ),
     click.option(

@@ -29,7 +29,7 @@ class Size(click.ParamType[int]):
         match = _SIZE.fullmatch(value)
         if match is None:
             self.fail(
-                f"{value!r} is no size: write a whole number, or one like 64K or 2G", param, ctx
+                f"{value!r} is not a size: write a whole number, or one like 64K or 2G", param, ctx
             )
         # More digits than that are no size, and slow to convert.
         number, unit = match.groups()

@@ -41,7 +41,7 @@ def plan(
     access: Access,
     output: Output,
 ) -> ExitCode:
-    """Show what a merge of TOP would do, and change nothing.
+    """Show what a merge of TOP would do. Nothing is changed.
 
     Several TOPs are the disks of one virtual machine. The exit status is 3 if the merge would be
     refused.

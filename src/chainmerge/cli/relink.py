@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @image_argument
-@click.option("--backing", type=IMAGE, metavar="NEW", help="The file that IMAGE is to stand on.")
-@click.option("--no-backing", is_flag=True, help="IMAGE needs no backing file any more.")
+@click.option("--backing", type=IMAGE, metavar="NEW", help="The new backing file of IMAGE.")
+@click.option(
+    "--no-backing", is_flag=True, help="Remove the backing file: IMAGE no longer needs one."
+)
 @click.option(
     "--unchecked",
     is_flag=True,
@@ -42,12 +44,13 @@ def relink(
 ) -> ExitCode:
     """Give IMAGE another backing file: one with the same content, in another place or format.
 
-    What IMAGE shows on both is compared first, and so is what its checkpoints are worth. Without
-    --backing it shows what IMAGE names, and where that is lost, files that could be it.
+    First chainmerge compares what IMAGE shows with both, and what its checkpoints cover. Without
+    --backing it shows the backing file that IMAGE names, and if that is lost, files that could be
+    the one.
     """
     if backing is None and not no_backing:
         if unchecked:
-            raise click.UsageError("--unchecked goes with --backing or --no-backing")
+            raise click.UsageError("--unchecked needs --backing or --no-backing")
         output.document(api.find_backing(image, access), backing_report)
         return ExitCode.DONE
     if backing is not None and no_backing:

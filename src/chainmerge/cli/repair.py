@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--reclaim",
     is_flag=True,
-    help="Give back leaked clusters also where they may be what a lost table led to.",
+    help="Give back leaked clusters even if they may hold the data that a lost table mapped.",
 )
 @access_options
 @json_option
@@ -55,14 +55,14 @@ def repair(
     access: Access,
     output: Output,
 ) -> ExitCode:
-    """Mend IMAGE: broken bitmaps, wrong refcounts, leaks, merges that were interrupted.
+    """Repair IMAGE: broken bitmaps, wrong refcounts, leaks, interrupted merges.
 
-    Shows what is wrong and what would be done about it; with --yes it does it. What the guest
-    sees does not change. The exit status of --yes is 1 if damage is left.
+    Shows what is wrong and what would be done about it; with --yes, does it. What the guest sees
+    does not change. With --yes, the exit status is 1 if damage is left.
     """
     if undo is not None:
         if image is not None or yes or dry_run or reclaim or backup is not None:
-            raise click.UsageError("--undo takes nothing but the backup, which names the image")
+            raise click.UsageError("--undo takes only the backup, which names the image")
         output.document(api.undo_repair(undo, access), undo_report)
         return ExitCode.DONE
     if image is None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("paths", nargs=-1, type=IMAGE, metavar="[PATH]...")
 @json_option
 def status(*, paths: tuple[str, ...], output: Output) -> None:
-    """List merges that were interrupted, and what finishes them; nothing is changed.
+    """List interrupted merges, and what finishes them. Nothing is changed.
 
     A PATH is an image, or a directory with everything below.  [default: the current directory]
     """

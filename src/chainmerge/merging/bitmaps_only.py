@@ -43,7 +43,7 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
         image = opened.images[target.base_index].image
         assert image is not None
         return (
-            "base holds all of top's data already",
+            "base already holds all of top's data",
             verify_metadata(image, job.leaks.kept),
             verify_bitmaps(image, final),
         )

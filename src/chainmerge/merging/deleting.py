@@ -103,8 +103,8 @@ def not_deleted(record: MergedRecord) -> Iterator[str]:
     for doomed in record.delete:
         if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
             yield (
-                f"{doomed.path} was to be deleted, and nothing tells whether what stands there "
-                "now is still that image: it is left"
+                f"{doomed.path} was to be deleted, but nothing shows whether the file there now is "
+                "still that image: it was left"
             )
 
 

@@ -15,18 +15,18 @@ class MergeUnfinished(Failed):
 
     code: ClassVar[str] = "merge-unfinished"
     template: ClassVar[str] = (
-        "the merge of {top} began and could not go on: {reason}; what the guest sees, and its "
-        "checkpoints, are whole"
+        "the merge of {top} began and could not go on: {reason}; the guest's data and its "
+        "checkpoints are intact"
     )
     hint: ClassVar[str] = (
-        "remove the cause that the message names, then run the same command again: it finds out "
-        "how far this one came and finishes the job"
+        "fix the cause that the message names, then run the same command again: it finds out how "
+        "far this run got and finishes the job"
     )
     explanation: ClassVar[str] = (
-        "Something that was there when the merge was planned was not there any more when it was "
+        "Something that was there when the merge was planned was no longer there when it was "
         "needed: a file that could not be opened again, a limit on open files, storage that went "
-        "away. Images may have changed by then, each of them in one atomic step. 'chainmerge "
-        "status' shows how far the merge came."
+        "away. Images may have changed by then, each in one atomic step. 'chainmerge status' shows "
+        "how far the merge got."
     )
     top: str
     reason: str
@@ -38,17 +38,17 @@ class LivePivotUnfinished(NewerDataAtRisk, Refused):
 
     code: ClassVar[str] = "live-pivot-unfinished"
     template: ClassVar[str] = (
-        "a live merge of {top} into {base} has taken effect: the guest wrote to {base} from then "
-        "on, and {top} cannot become the merged image"
+        "a live merge of {top} into {base} has taken effect: since then the guest has written to "
+        "{base}, and {top} cannot become the merged image"
     )
     hint: ClassVar[str] = (
-        "finish that merge first: `{finish}`; go on with {base}, and not with {top}, which lacks "
+        "finish that merge first: `{finish}`; continue with {base}, not with {top}, which lacks "
         "what the guest has written since"
     )
     explanation: ClassVar[str] = (
-        "When an active image has been merged, the VM goes over from top to base. That merge was "
-        "interrupted before its end, so top is still there, with base below it, but it is old. A "
-        "pull, or --keep-name, would have the result under its name. Nothing was changed."
+        "When the active layer has been merged, the VM switches from top to base. That merge was "
+        "interrupted before its end, so top still exists, with base below it, but its data is old. "
+        "A pull, or --keep-name, would give the result its name. Nothing was changed."
     )
     top: str
     base: str
@@ -57,21 +57,21 @@ class LivePivotUnfinished(NewerDataAtRisk, Refused):
 
 @dataclass(eq=False)
 class LeftoverInUse(NeededByOthers, Refused):
-    """An image that only has to be deleted is the backing file of others by now."""
+    """An image that only remains to be deleted is now the backing file of others."""
 
     code: ClassVar[str] = "leftover-in-use"
     template: ClassVar[str] = (
-        "the merge into {base} is done, but {doomed} cannot be deleted: {others} stands on it"
+        "the merge into {base} is done, but {doomed} cannot be deleted: it is the backing file of "
+        "{others}"
     )
     hint: ClassVar[str] = (
-        "leave {doomed} where it is as long as it is needed; or give what stands on it another "
-        "backing file with the same content (`chainmerge relink OVERLAY --backing {base}`, which "
-        "compares first), then run the same command again"
+        "leave {doomed} where it is as long as it is needed; or give those images another backing "
+        "file with the same content (`chainmerge relink OVERLAY --backing {base}`, which compares "
+        "first), then run the same command again"
     )
     explanation: ClassVar[str] = (
-        "All of the image's data is in base, and all that was left to do is to delete it. But "
-        "somebody has made an overlay on it since, which could not be read without it. Nothing "
-        "was changed."
+        "All of the image's data is in base, and only its deletion was left to do. But somebody "
+        "has since made an overlay on it, which could not be read without it. Nothing was changed."
     )
     base: str
     doomed: str
@@ -83,8 +83,8 @@ class DisksMismatched(Misuse):
     """Tops and bases of several disks do not pair up."""
 
     code: ClassVar[str] = "disks-mismatched"
-    template: ClassVar[str] = "there are {tops} tops and {bases} bases"
-    hint: ClassVar[str] = "give --base once for each top, in the same order, or not at all"
+    template: ClassVar[str] = "the number of tops is {tops}, but the number of bases is {bases}"
+    hint: ClassVar[str] = "give --base once for each TOP, in the same order, or not at all"
     explanation: ClassVar[str] = (
         "Several disks are merged as one operation: each top into an image below it, which is its "
         "backing file unless a base is named. Bases are named for all disks or for none."
@@ -95,17 +95,17 @@ class DisksMismatched(Misuse):
 
 @dataclass(eq=False)
 class DiskGone(Refused):
-    """The overlay of one of several disks is not there, and nothing tells that it was merged."""
+    """The overlay of one of several disks is missing, and no record says that it was merged."""
 
     code: ClassVar[str] = "disk-gone"
-    template: ClassVar[str] = "{top}, one of {count} disks, is not there"
+    template: ClassVar[str] = "{top}, one of {count} disks, is missing"
     hint: ClassVar[str] = (
-        "find out what became of it; the other disks can be merged without it: `{others}`"
+        "find out what happened to it; the other disks can be merged without it: `{others}`"
     )
     explanation: ClassVar[str] = (
-        "Several disks are merged as one operation, so that a snapshot goes from all of them. The "
-        "overlay of one disk does not exist, and no record tells that it was merged and deleted. "
-        "Perhaps somebody has deleted or moved it. Nothing was changed."
+        "Several disks are merged as one operation, so that a snapshot is removed from all of "
+        "them. The overlay of one disk does not exist, and no record says that it was merged and "
+        "deleted. Perhaps somebody has deleted or moved it. Nothing was changed."
     )
     top: str
     count: int
@@ -119,12 +119,12 @@ class DisksShareImage(Refused):
     code: ClassVar[str] = "disks-share-image"
     template: ClassVar[str] = "{image} is part of the chains of {first} and of {second}"
     hint: ClassVar[str] = (
-        "merge them one after the other; or into images below that they do not have in common"
+        "merge them one after the other; or into a base above the images that they have in common"
     )
     explanation: ClassVar[str] = (
-        "Several disks are merged as one operation only if they have nothing to do with each "
-        "other: what is planned for one must still hold when another one was merged. Images that "
-        "are only read, such as a common root, may be shared. Nothing was changed."
+        "Several disks are merged as one operation only if they are independent of each other: "
+        "what is planned for one must still hold after another has been merged. Images that are "
+        "only read, such as a common root, may be shared. Nothing was changed."
     )
     image: str
     first: str
@@ -139,13 +139,13 @@ class VerificationFailed(NotVerified, Failed):
     template: ClassVar[str] = "{image} is not as planned after the merge: {difference}"
     hint: ClassVar[str] = (
         "the overlays were not changed and still give the right content: keep them, do not use "
-        "{image} alone, look at the storage below it, and run the same command again"
+        "{image} alone, check the storage below it, and run the same command again"
     )
     explanation: ClassVar[str] = (
         "After a merge the image is read back: its refcounts are recomputed, its bitmaps compared "
         "bit by bit with what was planned, its content with what the overlays show. One of these "
-        "did not agree. Nothing was deleted or re-pointed. The same command does the whole work "
-        "again; if it fails again, suspect the storage."
+        "did not match. Nothing was deleted or given another backing file. The same command does "
+        "all the work again; if it fails again, suspect the storage."
     )
     image: str
     difference: str

@@ -129,7 +129,7 @@ class _Merged:
 def _do(job: Job) -> _Merged:
     if job.facts.merged:
         reclaim(job)
-        return _Merged(0, ("base holds all of top's data and bitmaps already",))
+        return _Merged(0, ("base already holds all of top's data and bitmaps",))
     if job.facts.content_merged and job.base.supports_bitmaps:
         verified = merge_bitmaps(job)
         if verified is not None:

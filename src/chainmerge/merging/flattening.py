@@ -126,5 +126,5 @@ def _lowest(top: Path, access: Access) -> Path | None:
 
 
 def _standing_alone(top: Path, started: float) -> MergeReport:
-    verified = (f"{top} has no backing file: it stands alone",)
+    verified = (f"{top} has no backing file: it is already independent",)
     return build_report(top, ImageFormat.QCOW2, started, verified=verified)

@@ -60,14 +60,14 @@ class Request:
 
     def announce(self, stage: Stage) -> None:
         """Report that a stage begins; stop here if the caller wants to."""
-        self.stop_if_asked(f"it had not come to stage {stage}")
+        self.stop_if_asked(f"it had not reached stage {stage}")
         self.report(ProgressEvent(stage))
 
     def begin_to_settle(self, result: str) -> None:
         """Report that all is in *result*; stop here if the caller wants to."""
         self.stop_if_asked(
-            f"{result} holds everything, verified; what the merge is to re-point, rename or "
-            "delete is left"
+            f"{result} holds everything, verified; files remain to be given another backing file, "
+            "renamed or deleted"
         )
         self.report(ProgressEvent(Stage.SETTLE))
 

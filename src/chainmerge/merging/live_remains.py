@@ -66,15 +66,15 @@ class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
         "may have been written to since"
     )
     hint: ClassVar[str] = (
-        "find out from which of them the VM ran last, and name it: `{if_base}` if it was {base} "
-        "(which is so unless the VM was started anew with {top}), else `{if_top}`"
+        "find out which of them the VM used last, then run `{if_base}` if it was {base} (it was, "
+        "unless the VM was started again with {top}), otherwise `{if_top}`"
     )
     explanation: ClassVar[str] = (
-        "When the active image has been merged, the VM goes over from top to base, which the "
-        "journal of the merge announces right before. From then on base is the right one, unless "
-        "the VM ended and was started with top again. Times of change tell that of files that "
-        "nobody has touched since, and of block devices nothing does. Copying top into base "
-        "could destroy what the guest has written. Nothing was changed."
+        "When the active layer has been merged, the VM switches from top to base, and the journal "
+        "of the merge announces that right before. From then on base is the right one, unless the "
+        "VM ended and was started with top again. Modification times show that for files that "
+        "nobody has touched since; for block devices nothing shows it. Copying top into base could "
+        "destroy what the guest has written. Nothing was changed."
     )
     top: str
     base: str
@@ -175,7 +175,7 @@ def finish_pivot(
 
     Raises what verifying and deleting raise.
     """
-    verified = ["a live merge came to its end: the guest wrote to base from then on"]
+    verified = ["a live merge was completed: since then the guest has written to base"]
     image = opened.images[target.base_index].image
     if image is not None:
         verify_soundness(image)
@@ -199,8 +199,8 @@ def finish_pivot(
     if broken:
         names = ", ".join(map(repr, broken))
         warnings.append(
-            f"the VM did not end in order, so the bitmaps {names} are lost: the next backup that "
-            "builds on them must be a full one (`chainmerge repair` removes them)"
+            f"the VM did not shut down properly, so the bitmaps {names} are lost: the next backup "
+            "that builds on them must be a full one (`chainmerge repair` removes them)"
         )
     return build_report(
         base.real_path,

@@ -124,7 +124,7 @@ def is_switched(journal: Journal, base: Path) -> bool:
 def _stranger(journal: Journal, target: Target) -> str | None:
     """Which image is not the one that the journal is of, in words."""
     if not same_image(journal.base, identify(target.base.real_path)):
-        return "what stands there now is another image, or nothing tells that it is the same"
+        return "the image there now is another one, or nothing shows that it is the same"
     known = [one.identity for one in journal.overlays]
     for image in target.chain.images[target.base_index + 1 :]:
         if not _is_one_of(known, image.real_path):

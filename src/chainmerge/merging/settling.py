@@ -245,4 +245,4 @@ def rename_base(steps: SettleSteps) -> tuple[str, ...]:
         fsync_directory(base.real_path.parent)
     if not lacking:
         return ()
-    return (f"{target} has not all that the file it replaced had: {', '.join(lacking)}",)
+    return (f"{target} lacks some of what the file it replaced had: {', '.join(lacking)}",)

@@ -36,4 +36,4 @@ def drop_tombstones(result: Path, names: Collection[str]) -> Iterator[str]:
                     port, [KeptBitmap(entry) for entry in entries if entry.name not in spent]
                 )
     except ChainmergeError as error:
-        yield f"tombstones that nothing needs any more are left: {error.sentence}"
+        yield f"tombstones that nothing needs any more were left: {error.sentence}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.comparing import bitmap_difference, bitmap_shortfall
 from chainmerge.chain.comparing import first_difference
 from chainmerge.merging.errors import VerificationFailed
@@ -30,7 +31,7 @@ def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
     difference = bitmap_difference(image, expected)
     if difference is not None:
         raise VerificationFailed(image.name, difference)
-    return f"{len(expected)} bitmaps re-read and compared bit by bit"
+    return f"{counted(len(expected), 'bitmap')} re-read and compared bit by bit"
 
 
 def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
@@ -45,8 +46,8 @@ def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) ->
         raise VerificationFailed(image.name, difference)
     found = {entry.name: read_bits(image, entry).dirty_bytes() for entry in read_directory(image)}
     more = sum(found.values()) - sum(bitmap.bits.dirty_bytes() for bitmap in expected)
-    surplus = f", with {more} bytes more than need be" if more else ""
-    return f"{len(expected)} bitmaps re-read: every bit is there{surplus}"
+    surplus = f", with {counted(more, 'byte')} more than necessary" if more else ""
+    return f"{counted(len(expected), 'bitmap')} re-read: every bit is there{surplus}"
 
 
 def verify_soundness(image: Qcow2Image) -> ReferenceCounts:
@@ -57,7 +58,8 @@ def verify_soundness(image: Qcow2Image) -> ReferenceCounts:
     report, references = check_with_references(image)
     if not report.sound:
         first = next(iter(report.messages), "no details")
-        raise VerificationFailed(image.name, f"{report.corruptions} corruptions: {first}")
+        corruptions = counted(report.corruptions, "corruption")
+        raise VerificationFailed(image.name, f"{corruptions}: {first}")
     return references
 
 
@@ -78,21 +80,20 @@ def _verify_refcounts(image: Qcow2Image, report: CheckReport, kept: Runs) -> str
     new = without_runs(Runs(report.leaked.first, report.leaked.count), kept).total
     if not report.sound or new > report.shared_leaks:
         first = next(iter(report.messages), "no details")
-        raise VerificationFailed(
-            image.name, f"{report.corruptions} corruptions, {new} leaks: {first}"
-        )
+        found = f"{counted(report.corruptions, 'corruption')}, {counted(new, 'leak')}"
+        raise VerificationFailed(image.name, f"{found}: {first}")
     if report.shared_leaks:
         return (
-            f"refcounts recomputed from the tables: no corruption; {report.shared_leaks} clusters "
-            "have too high a refcount, as they are left where QEMU was killed while it wrote to an "
-            "image with internal snapshots (`chainmerge repair` lowers it)"
+            "refcounts recomputed from the tables: no corruption; refcounts too high for "
+            f"{counted(report.shared_leaks, 'cluster')}, as left by a QEMU killed while it wrote "
+            "to an image with internal snapshots (`chainmerge repair` lowers them)"
         )
     if report.leaks > new:
         return (
-            "refcounts recomputed from the tables: no corruption, no leak but "
-            f"{report.leaks - new} clusters that were leaked before"
+            "refcounts recomputed from the tables: no corruption, no leaks except "
+            f"{counted(report.leaks - new, 'cluster')} leaked before"
         )
-    return "refcounts recomputed from the tables: no corruption, no leak"
+    return "refcounts recomputed from the tables: no corruption, no leaks"
 
 
 def verify_content(

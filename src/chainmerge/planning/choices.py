@@ -48,7 +48,7 @@ def choose_engine(
         return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
     reason = _native_obstacle(target.chain, base.image)
     if wanted == "qemu":
-        return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as asked for")
+        return EngineChosen(EngineName.QEMU, "qemu-storage-daemon copies, as requested")
     if reason is None:
         return EngineChosen(EngineName.NATIVE, _native_reason(base.image))
     obstacle = NativeUnavailable(str(target.base.path), reason) if wanted == "native" else None
@@ -57,7 +57,7 @@ def choose_engine(
 
 def _native_obstacle(chain: Chain, base: Qcow2Image | None) -> str | None:
     if has_encrypted(chain):
-        return "images are encrypted, and QEMU has what it takes to read them"
+        return "images are encrypted, and only QEMU can read them"
     if base is None:
         return None
     if base.header.external_data_file:
@@ -113,9 +113,9 @@ def _is_free(target: Target) -> bool:
 
 def _pull_obstacle(chain: Chain, top: Qcow2Image | None, options: MergeOptions) -> str | None:
     if options.engine == "qemu":
-        return "the qemu engine commits only"
+        return "the qemu engine can only commit"
     if has_encrypted(chain):
-        return "images are encrypted, and the qemu engine commits only"
+        return "images are encrypted, and the qemu engine can only commit"
     if top is None or top.header.external_data_file:
         return "the native engine does not write into top"
     return None

@@ -34,7 +34,7 @@ def key_obstacles(chain: Chain, options: MergeOptions) -> Iterator[ChainmergeErr
             continue
         assert image.header is not None
         if image.header.crypt_method is not CryptMethod.LUKS:
-            problem = "by the old AES scheme, of which QEMU itself says not to use it"
+            problem = "with the old AES scheme, which QEMU itself advises against"
             yield EncryptedImage(str(image.path), problem)
             continue
         key_file = _key_file_of(image, options)

@@ -17,29 +17,30 @@ from chainmerge.errors import (
 
 @dataclass(eq=False)
 class BaseNewer(NewerDataAtRisk, Refused):
-    """The overlays look like ones that were left behind: base is newer."""
+    """The overlays look as if they were left behind: base is newer."""
 
     code: ClassVar[str] = "base-newer"
     template: ClassVar[str] = (
-        "{base} was written after {top} ({base_time}, {top_time}) and already holds {held} of "
-        "{looked_at} clusters looked at of what is above it: {top} looks like an overlay that was "
-        "merged before and left behind"
+        "{base} was written after {top} ({base_time}, {top_time}) and already holds {held} of the "
+        "{looked_at} clusters sampled from the images above it: {top} looks like an overlay that "
+        "was merged before and left behind"
     )
     hint: ClassVar[str] = (
-        "find out from which of them the guest ran last. If from {base}, {top} is of no use any "
-        "more: do not merge it. If from {top}, a commit into {base} was cut short (by a kill, or "
-        "because it was given up), and --despite-newer-base does it again; if that is wrong, all "
-        "that was written to {base} since is overwritten for good: copy {base} first"
+        "find out which of them the guest used last. If it was {base}, {top} is obsolete: do not "
+        "merge it. If it was {top}, a commit into {base} was cut short (killed or cancelled), and "
+        "--despite-newer-base does it again; if that is wrong, all that was written to {base} "
+        "since is overwritten for good: copy {base} first"
     )
     explanation: ClassVar[str] = (
-        "After a commit or a pivot by somebody else (`qemu-img commit -d`, `virsh blockcommit "
-        "--pivot`) the overlay stays where it is, and the guest goes on in base. Merged again, it "
-        "would put its old data over what the guest has written since. Two things show that: base "
-        "has most of what the overlays define already, data and zeros, in whole clusters that are "
-        "spread over all of it; and base was written after all of them. A commit that was killed "
-        "or given up half-way looks the same, and then the overlay is the right one (`chainmerge "
-        "repair` looks for the marks of a writer that died). Merges of chainmerge's that were "
-        "interrupted are known from their records and are not refused. Nothing was changed."
+        "After a commit or a pivot by another program (`qemu-img commit -d`, `virsh blockcommit "
+        "--pivot`) the overlay stays where it is, and the guest continues in base. Merged again, "
+        "the overlay would put its old data over what the guest has written since. Two signs "
+        "together suggest that: base already has most of what the overlays define, both data and "
+        "zeros, in whole clusters sampled from all over the disk; and base was written after all "
+        "of them. A commit that was killed or cancelled half-way looks the same, and then the "
+        "overlay is the right one (`chainmerge repair` looks for the marks of a writer that died). "
+        "Interrupted merges by chainmerge itself are known from their records and are not refused. "
+        "Nothing was changed."
     )
     base: str
     top: str
@@ -61,7 +62,7 @@ class BaseHasOtherChildren(NeededByOthers, Refused):
     )
     explanation: ClassVar[str] = (
         "Merging changes what base contains. An image outside the merged range that has base as "
-        "its backing file would see different data under it: its guest's disk would be "
+        "its backing file would then read different data from it: its guest's disk would be "
         "destroyed."
     )
     base: str
@@ -75,18 +76,18 @@ class CheckpointOfOthers(NeededByOthers, Refused):
     code: ClassVar[str] = "checkpoint-of-others"
     template: ClassVar[str] = (
         "the merge of {top} would change which images below {others} have the bitmap {name!r}: "
-        "{base} has other children than {top}"
+        "{base} also has children outside the chain of {top}"
     )
     hint: ClassVar[str] = (
         "pull instead (--direction pull), which leaves {base} as it is; or, if that checkpoint of "
-        "{others} is not needed, remove the bitmap from there (chainmerge bitmaps remove)"
+        "{others} is not needed, remove the bitmap there (chainmerge bitmaps remove)"
     )
     explanation: ClassVar[str] = (
-        "Base holds all that top shows already, so another image on base sees the same as before. "
-        "But the merge would take a bitmap out of base, or put one there, of a name that the other "
-        "image has, and could make a checkpoint worthless that is good for it. An image that stood "
-        "on top before, and was put on base by hand, looks the same; its checkpoint is then a "
-        "broken one, and has to be removed."
+        "Base already holds all that top shows, so another image on base sees the same as before. "
+        "But the merge would remove from base, or add to it, a bitmap whose name the other image "
+        "has too, and could make a good checkpoint of that image worthless. An image that once had "
+        "top as its backing file, and was put on base by hand, looks the same; then its checkpoint "
+        "is a broken one, and must be removed."
     )
     base: str
     name: str
@@ -96,24 +97,24 @@ class CheckpointOfOthers(NeededByOthers, Refused):
 
 @dataclass(eq=False)
 class RelativeUnknown(NeededByOthers, Refused):
-    """A file beside the images could be another user of them, and cannot be looked at."""
+    """A file beside the images could be another user of them, and cannot be examined."""
 
     code: ClassVar[str] = "relative-unknown"
     template: ClassVar[str] = (
-        "{image} could stand on {base} or {top}, or on an image between them, and cannot be looked "
-        "at: {reason}"
+        "{image} could have {base} or {top}, or an image between them, as its backing file, and "
+        "cannot be examined: {reason}"
     )
     hint: ClassVar[str] = (
-        "see to it that {image} can be read (as root, where only permissions are missing); as long "
-        "as it cannot, only a pull without --delete (--direction pull) leaves what it could stand "
-        "on as it is"
+        "make {image} readable (if only permissions are missing: run the command as root); until "
+        "then, only a pull without --delete (--direction pull) leaves everything that could be "
+        "below it unchanged"
     )
     explanation: ClassVar[str] = (
         "Images do not know who builds on them, so the headers of all files in their directories "
-        "are read. An overlay that is missed would be left with a backing file that is deleted, or "
-        "that has other data: its guest's disk would be destroyed. One file could not be opened or "
-        "read, so it cannot be told. Files that are damaged as images do not count: QEMU does not "
-        "open them either."
+        "are read. An overlay that is missed would be left with a backing file that is deleted or "
+        "holds other data: its guest's disk would be destroyed. One file could not be opened or "
+        "read, so nobody can tell whether it is such an overlay. Files that are damaged as images "
+        "do not count: QEMU does not open them either."
     )
     image: str
     base: str
@@ -131,9 +132,9 @@ class MiddleHasOtherChildren(NeededByOthers, Refused):
     )
     hint: ClassVar[str] = "merge or delete {others} first, or choose a base above the branch"
     explanation: ClassVar[str] = (
-        "After a merge of a range, the images between base and top have different data below "
-        "them and are no longer usable. An image of another branch that builds on one of them "
-        "would be destroyed."
+        "After a merge of a range, the images between base and top have different data below them "
+        "and are no longer usable. An image of another branch on top of one of them would be "
+        "destroyed."
     )
     base: str
     top: str
@@ -148,7 +149,7 @@ class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
     template: ClassVar[str] = "{base} is {format} and cannot hold the bitmaps {names}"
     hint: ClassVar[str] = (
         "pull instead (--direction pull), which keeps them in top; or, for a version 2 image, "
-        "`qemu-img amend -o compat=1.1 {base}` first; or give up the checkpoints with "
+        "`qemu-img amend -o compat=1.1 {base}` first; or give the checkpoints up with "
         "--drop-bitmaps: the next backup must then be a full one"
     )
     explanation: ClassVar[str] = (
@@ -163,11 +164,12 @@ class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
 
 @dataclass(eq=False)
 class UnguardedBitmaps(CheckpointsAtRisk, Refused):
-    """Dropping bitmaps would make images above pass for what they are not."""
+    """With bitmaps dropped, those in images above would pass for valid, which they are not."""
 
     code: ClassVar[str] = "bitmaps-unguarded"
     template: ClassVar[str] = (
-        "{base} cannot hold a tombstone for {names}, which {holders} would pass for valid"
+        "{base} cannot hold a tombstone for {names}: without one, those in {holders} would pass "
+        "for valid"
     )
     hint: ClassVar[str] = (
         "pull instead (--direction pull); or remove those names from the images above first, the "
@@ -190,17 +192,17 @@ class ChildSeesMore(NeededByOthers, Refused):
 
     code: ClassVar[str] = "child-sees-more"
     template: ClassVar[str] = (
-        "{child} (disk of {child_size} bytes) would see data of {base} ({base_size} bytes) that "
-        "ends at {top_size} bytes today, where {top} ends"
+        "{child} (disk of {child_size} bytes) would see data of {base} ({base_size} bytes) behind "
+        "byte {top_size}, where {top} ends and hides it today"
     )
     hint: ClassVar[str] = (
-        "pull instead (--direction pull), which leaves {base} as it is, and {child} as it sees "
-        "{top}"
+        "pull instead (--direction pull), which leaves {base} as it is, and leaves what {child} "
+        "sees as it is"
     )
     explanation: ClassVar[str] = (
-        "An overlay shorter than its backing file hides the rest: what lies on it reads zeros "
-        "there. Base does not shrink when it is merged into, so an image above that is larger than "
-        "top would find base's old data where it had zeros."
+        "An overlay shorter than its backing file hides the rest: images above it read zeros "
+        "there. Base does not shrink when top is merged into it, so an image above that is larger "
+        "than top would find base's old data where it had zeros."
     )
     base: str
     top: str
@@ -222,9 +224,9 @@ class EncryptedImage(Refused):
     )
     explanation: ClassVar[str] = (
         "Guest data of an encrypted image can be read, and so moved and verified, only with its "
-        "key. It is QEMU that does so: chainmerge passes the names of the files on and never "
-        "reads them. Images with LUKS encryption can be merged like that, those of QEMU's old AES "
-        "scheme cannot: convert them by `qemu-img convert`."
+        "key. QEMU does that: chainmerge passes on the names of the key files and never reads "
+        "them. Images with LUKS encryption can be merged like that. Those with QEMU's old AES "
+        "scheme cannot: convert them with `qemu-img convert`."
     )
     image: str
     problem: str
@@ -235,10 +237,10 @@ class KeyFileUnusable(Refused):
     """The file with an image's passphrase cannot be read."""
 
     code: ClassVar[str] = "key-file-unusable"
-    template: ClassVar[str] = "{key_file} cannot be read, which has the passphrase of {image}"
-    hint: ClassVar[str] = "look at what was given with --key-file, and at the file's permissions"
+    template: ClassVar[str] = "the key file {key_file} for {image} cannot be read"
+    hint: ClassVar[str] = "check the name given with --key-file, and the file's permissions"
     explanation: ClassVar[str] = (
-        "QEMU reads the passphrases of encrypted images from files. One of these is not there, or "
+        "QEMU reads the passphrases of encrypted images from files. One of these is missing, or "
         "may not be read. Nothing was changed."
     )
     key_file: str
@@ -252,12 +254,12 @@ class CannotDeleteVolume(Refused):
     code: ClassVar[str] = "volume-not-a-file"
     template: ClassVar[str] = "{image} is a block device: {option} works on files only"
     hint: ClassVar[str] = (
-        "merge without {option}; once that is done and verified, remove or rename the volume with "
-        "your volume manager"
+        "merge without {option}; once the merge is done and verified, remove or rename the volume "
+        "with your volume manager"
     )
     explanation: ClassVar[str] = (
-        "A block volume is not deleted or renamed by removing its device node; its volume manager "
-        "does that, and other hosts may have it active."
+        "Removing or renaming a device node does not delete or rename its volume; the volume "
+        "manager does that, and other hosts may have it active."
     )
     image: str
     option: str
@@ -271,8 +273,8 @@ class CannotRename(Refused):
     template: ClassVar[str] = "{base} cannot get the name {top}: they are on different file systems"
     hint: ClassVar[str] = "merge without --keep-name"
     explanation: ClassVar[str] = (
-        "A file takes another's name atomically only within one file system. Copying base to the "
-        "other one would need its space there and a second verification."
+        "A file can take over another file's name atomically only within one file system. Copying "
+        "base to the other one would need space there and a second verification."
     )
     base: str
     top: str
@@ -284,13 +286,14 @@ class BaseNamedByOthers(NeededByOthers, Refused):
 
     code: ClassVar[str] = "base-named-by-others"
     template: ClassVar[str] = (
-        "{base} cannot get the name {top}: {others} would not find their backing file any more"
+        "{base} cannot get the name {top}: it is the backing file of {others}, which could not "
+        "find it any more"
     )
     hint: ClassVar[str] = "merge without --keep-name, so that {base} stays where it is"
     explanation: ClassVar[str] = (
-        "With --keep-name the merged image gets top's name, and the name that base had leads "
-        "nowhere. Other images hold that name as their backing file's, and could not be read any "
-        "more. Nothing was changed."
+        "With --keep-name the merged image gets top's name, and base's old name then leads "
+        "nowhere. Other images name that file as their backing file, and could no longer be read. "
+        "Nothing was changed."
     )
     base: str
     top: str
@@ -304,13 +307,13 @@ class CannotTakeAway(Refused):
     code: ClassVar[str] = "cannot-take-away"
     template: ClassVar[str] = "{path} cannot be deleted, replaced or renamed: {reason}"
     hint: ClassVar[str] = (
-        "find out why it is so, since somebody may have meant it; or merge without {option}, "
+        "find out why, since somebody may have protected it on purpose; or merge without {option}, "
         "which leaves all files where they are"
     )
     explanation: ClassVar[str] = (
-        "The end of the merge that was asked for is to delete or rename files. The directory may "
-        "not be written to, or the file is protected (immutable, append-only, in a sticky "
-        "directory). This is looked at before anything is written. Nothing was changed."
+        "The merge as requested ends by deleting or renaming files. The directory may not be "
+        "written to, or the file is protected (immutable, append-only, in a sticky directory). "
+        "This is checked before anything is written. Nothing was changed."
     )
     path: str
     option: str
@@ -327,9 +330,9 @@ class DataFileOutOfReach(Refused):
     )
     hint: ClassVar[str] = "merge without --keep-name"
     explanation: ClassVar[str] = (
-        "A relative name in an image counts from the image's directory. With base moved to the "
-        "directory of top, the name of its external data file would lead nowhere, or to another "
-        "file. Nothing was changed."
+        "A relative name in an image is resolved against the image's directory. With base moved to "
+        "the directory of top, the name of its external data file would lead nowhere, or to "
+        "another file. Nothing was changed."
     )
     base: str
     name: str
@@ -345,18 +348,19 @@ class SnapshotsWouldGo(SnapshotsAtRisk, Refused):
         "{option} would delete {image}, and with it the internal snapshots {names}"
     )
     hint: ClassVar[str] = (
-        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
-        "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} COPY`, the "
+        "disk without a VM's state), then delete them with --drop-snapshots"
     )
     explanation: ClassVar[str] = (
         "Internal snapshots (`savevm`, `qemu-img snapshot`) live inside one image. A merge moves "
-        "the current state only; with the image its snapshots are gone. Nothing was changed."
+        "only the current state; when the image is deleted, its snapshots are gone. Nothing was "
+        "changed."
     )
     image: str
     names: str
     option: str
     instead: str
-    """Another way that changes none, as far as there is one."""
+    """Another way that changes no snapshots, if there is one."""
 
     @property
     def own_advice(self) -> str:
@@ -373,20 +377,21 @@ class SnapshotsWouldChange(SnapshotsAtRisk, Refused):
         "the merge would change what the internal snapshots {names} of {image} show"
     )
     hint: ClassVar[str] = (
-        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} "
-        "COPY`, the disk without a VM's state), then let them go with --drop-snapshots"
+        "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} COPY`, the "
+        "disk without a VM's state), then delete them with --drop-snapshots"
     )
     explanation: ClassVar[str] = (
         "An internal snapshot (`savevm`, `qemu-img snapshot`) of an overlay holds only what the "
         "overlay held when it was taken, and reads the rest from the image below. A commit puts "
-        "newer data there, and a pull puts the overlay on another image: reverted to, the snapshot "
-        "would show a disk that never was. Snapshots that read nothing of what changes are left "
-        "as they are, and so are those of the image that is committed into. Nothing was changed."
+        "newer data there, and a pull gives the overlay another backing file: after a revert, the "
+        "guest would find a disk that never existed. Snapshots that read nothing of what changes "
+        "are left as they are, and so are those of the image that is committed into. Nothing was "
+        "changed."
     )
     image: str
     names: str
     instead: str
-    """Another way that changes none, as far as there is one."""
+    """Another way that changes no snapshots, if there is one."""
 
     @property
     def own_advice(self) -> str:
@@ -409,9 +414,9 @@ class SnapshotsOfVmWouldChange(SnapshotsAtRisk, Refused):
     explanation: ClassVar[str] = (
         "An internal snapshot of an overlay holds only what the overlay held when it was taken, "
         "and reads the rest from the image below, where the merge puts newer data. What the guest "
-        "writes in the meantime goes there, too, so a snapshot is left as it is only if it reads "
-        "nothing from below. A running VM has its images open, and only it may remove snapshots "
-        "from them. Nothing was changed."
+        "writes in the meantime goes there too, so a snapshot is left as it is only if it reads "
+        "nothing from below. A running VM has its images open, and only the VM may remove "
+        "snapshots from them. Nothing was changed."
     )
     image: str
     names: str
@@ -425,8 +430,8 @@ class NativeUnavailable(Refused):
     template: ClassVar[str] = "the native engine cannot merge into {base}: {reason}"
     hint: ClassVar[str] = "leave the choice to chainmerge (--engine auto), or use --engine qemu"
     explanation: ClassVar[str] = (
-        "The native engine writes qcow2 images whose data is in their own file, and raw images. "
-        "For everything else QEMU does the writing. Nothing was changed."
+        "The native engine writes raw images, and qcow2 images without an external data file. "
+        "Everything else is written by QEMU. Nothing was changed."
     )
     base: str
     reason: str
@@ -437,11 +442,11 @@ class PlacementUnavailable(Refused):
     """Data was asked to be placed in a way that the engine cannot do in this base."""
 
     code: ClassVar[str] = "placement-unavailable"
-    template: ClassVar[str] = "{base}: data cannot be placed as asked for ({placement}): {reason}"
+    template: ClassVar[str] = "{base}: data cannot be placed as requested ({placement}): {reason}"
     hint: ClassVar[str] = "leave the choice to chainmerge (--data auto)"
     explanation: ClassVar[str] = (
-        "Data that base has a cluster for already can go to a new cluster (cow) or over the old "
-        "content (in-place). QEMU always writes in place, and so does everybody in a raw image, "
+        "Where base already has a cluster, the data can go to a new cluster (cow) or over the old "
+        "content (in-place). QEMU always writes in place, and every engine does so in a raw image, "
         "which has no clusters. Nothing was changed."
     )
     base: str
@@ -457,9 +462,9 @@ class PullUnavailable(Refused):
     template: ClassVar[str] = "cannot pull {base} up into {top}: {reason}"
     hint: ClassVar[str] = "commit instead (--direction commit)"
     explanation: ClassVar[str] = (
-        "A pull moves what top lacks up from base and the images between into top, which then "
-        "stands on base's backing file. The native engine does that, in qcow2 images whose data "
-        "is in their own file. Nothing was changed."
+        "A pull moves what top lacks up from base and the images between into top, which then gets "
+        "base's backing file. Only the native engine does that, and only in qcow2 images without "
+        "an external data file. Nothing was changed."
     )
     base: str
     top: str
@@ -472,10 +477,10 @@ class DoomedInUse(NeededByOthers, Refused):
 
     code: ClassVar[str] = "doomed-in-use"
     template: ClassVar[str] = "{doomed} cannot be deleted: it has other children: {others}"
-    hint: ClassVar[str] = "leave out --delete: a pull does not need it"
+    hint: ClassVar[str] = "leave --delete out: a pull does not need it"
     explanation: ClassVar[str] = (
-        "A pull leaves base and the images between as they are, and whatever else stands on them "
-        "goes on working. With them deleted it would not. Nothing was changed."
+        "A pull leaves base and the images between as they are, so other images on top of them "
+        "keep working. If they were deleted, those images would be destroyed. Nothing was changed."
     )
     doomed: str
     others: str

@@ -132,7 +132,7 @@ def _directions(facts: MergeFacts) -> Directions:
         pull=DirectionCost(
             bytes_to_copy=facts.pull_bytes,
             available=facts.pull_obstacle is None,
-            reason=facts.pull_obstacle or "what only base defines comes up into top",
+            reason=facts.pull_obstacle or "what only base defines is pulled up into top",
         ),
         chosen=facts.direction,
     )

@@ -124,7 +124,7 @@ def _others_unseen(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainme
 def _without_change(facts: MergeFacts) -> str:
     """How to do without a change of base, as the beginning of a hint."""
     if facts.direction is Direction.PULL:
-        return "leave out --delete and --keep-name, which a pull does not need"
+        return "leave --delete and --keep-name out: a pull does not need them"
     if facts.pull_obstacle is None:
         return f"pull instead (--direction pull), which leaves {facts.base.path} as it is"
     return f"find out which images use {facts.base.path}"
@@ -206,7 +206,9 @@ def _snapshot_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Cha
             pulls = facts.direction is Direction.PULL
             if views.left_by_other_way and (pulls or facts.pull_obstacle is None):
                 other = Direction.COMMIT if pulls else Direction.PULL
-                instead = f"merge the other way (--direction {other}), which changes none; or "
+                instead = (
+                    f"merge the other way (--direction {other}), which changes no snapshots; or "
+                )
             yield SnapshotsWouldChange(image, first_few(names), instead)
 
 

@@ -107,7 +107,7 @@ def belongings_of(image: ImageInfo, chain: Chain, access: Access) -> Belongings:
     reason = _needed_by(data_file, image, chain, access)
     if reason is None:
         return Belongings(links, data_file)
-    return Belongings(links, None, f"{data_file} stays, the data file of {image.path}: {reason}")
+    return Belongings(links, None, f"{data_file}, the data file of {image.path}, is kept: {reason}")
 
 
 def _links(path: Path) -> Iterator[Path]:
@@ -132,14 +132,14 @@ def _needed_by(data_file: Path, image: ImageInfo, chain: Chain, access: Access) 
         and identity_at(one.data_file) == identity
     ]
     if others:
-        return f"{others[0].path} has its data there, too"
+        return f"{others[0].path} has its data there too"
     try:
         search = [Path(place) for place in access.search]
         users = find_data_file_users(data_file, [image.real_path.parent, *search])
     except ChainmergeError as error:
-        return f"its other users cannot be looked for: {error.sentence}"
+        return f"chainmerge cannot look for its other users: {error.sentence}"
     strangers = [user for user in users if identity_at(user) != image.identity]
-    return f"{strangers[0]} uses it, or may do so" if strangers else None
+    return f"{strangers[0]} uses it, or may use it" if strangers else None
 
 
 def going_with(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.unseen_users import inactive_users, volumes
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import changed_images, planned_snapshots, removed_images
@@ -29,13 +30,13 @@ def find_warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     if top.virtual_size < base.virtual_size and facts.direction is Direction.COMMIT:
         yield (
             f"{top.path} has a smaller disk ({top.virtual_size} bytes) than {base.path} "
-            f"({base.virtual_size} bytes): base does not shrink, so the merged disk is the "
-            "larger one"
+            f"({base.virtual_size} bytes): base does not shrink, so the merged disk has the larger "
+            "size"
         )
     middle = facts.merged_images[:-1]
     if middle and not options.delete and facts.direction is Direction.COMMIT:
         names = run_of_images(middle)
-        yield f"after the merge {names} must not be used any more: the data below is another"
+        yield f"after the merge {names} must not be used any more: the data below them is different"
     yield from _what_stays(facts, options)
     revealed = tuple(image for image in facts.merged_images if image.encrypted)
     if revealed and not facts.result.encrypted:
@@ -47,7 +48,7 @@ def find_warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
     changed = changed_images(facts, options)
     if facts.relatives.inactive and not any(inactive_users(changed, top, facts.relatives)):
-        yield f"{volumes(facts.relatives)} could stand on these images and were not looked at"
+        yield f"{volumes(facts.relatives)} could use these images and were not examined"
     yield from _doubts(facts, options)
     yield from _leaks(facts)
     for views in facts.snapshots:
@@ -61,7 +62,7 @@ def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     """What somebody who asked for less than that could expect to be gone."""
     if options.keep_name and not options.delete and facts.direction is Direction.PULL:
         what = "stays as it is" if len(facts.merged_images) == 1 else "stay as they are"
-        yield f"{run_of_images(facts.merged_images)} {what}: --delete deletes what is pulled up"
+        yield f"{run_of_images(facts.merged_images)} {what}: --delete deletes what was pulled up"
     for image in removed_images(facts, options):
         known = facts.removals.belongings.get(image.identity)
         if known is None:
@@ -69,7 +70,7 @@ def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         if known.kept_data_file is not None:
             yield known.kept_data_file
         elif known.data_file is not None and not options.delete:
-            yield f"{known.data_file} stays, the data file of {image.path}: --delete deletes it"
+            yield f"{known.data_file}, the data file of {image.path}, is kept: --delete deletes it"
 
 
 def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
@@ -81,20 +82,20 @@ def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     misfits = evidence.misfits
     signs = [_misfit(lower, upper) for lower, upper in misfits[:NAMED_ONE_BY_ONE]]
     if len(misfits) > len(signs):
-        signs.append(f"{len(misfits) - len(signs)} more images are like that")
+        signs.append(f"the same holds for {counted(len(misfits) - len(signs), 'more image')}")
     if evidence.holds_most:
         seen = f"{evidence.held} of {evidence.held + evidence.differing}"
-        signs.insert(0, f"{base} already holds {seen} clusters looked at of what is above it")
+        signs.insert(0, f"{base} already holds {seen} clusters sampled from the images above it")
     if not signs:
         return
     untold = " (block devices have no times)" if evidence.is_timeless else ""
     later = ""
     if evidence.holds_most and evidence.equal is None and evidence.written_later:
-        later = "; the merge compares all of it, and is refused where it differs"
+        later = "; the merge compares everything, and is refused if anything differs"
     yield (
         f"{'; '.join(signs)}{untold}: if somebody has merged {top} before, or replaced {base}, the "
-        "wrong data is kept; a restore, a copy, a change of bitmaps or a commit of another layer "
-        f"explains it as well{later}"
+        "merge keeps the wrong data; a restore, a copy, a change of bitmaps or a commit of another "
+        f"layer would also explain it{later}"
     )
 
 
@@ -118,11 +119,13 @@ def _leaks(facts: MergeFacts) -> Iterator[str]:
     leaks, result = facts.leaks, facts.result.path
     if not leaks.others:
         return
-    words = f"{leaks.others} bytes of {result} are leaked, and nobody knows by whom"
+    words = f"{counted(leaks.others, 'byte')} of {result} leaked, and nobody knows by whom"
     if leaks.sign is not None:
-        words += f"; they may be all that is left of what a lost L2 table led to: {leaks.sign}"
+        words += (
+            f"; they may be all that is left of the data that a lost L2 table mapped: {leaks.sign}"
+        )
     if leaks.reclaimed:
-        yield f"{words}. They are given back, as was asked for"
+        yield f"{words}. They are given back, as requested"
     elif leaks.sign is None:
         yield f"{words}. They stay; `chainmerge repair --yes` gives the space back"
     else:

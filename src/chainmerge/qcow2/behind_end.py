@@ -86,7 +86,7 @@ def old_bytes(image: Qcow2Image, data: Readable, size_after: int) -> OldBytes:
                 places.append((int(extents.host[index]), int(extents.length[index])))
     found = tuple(place for place in places if _holds_anything(data, *place))
     if found and _is_shared(image, found[0][0]):
-        return OldBytes(obstacle="it ends inside a cluster that something else uses, too")
+        return OldBytes(obstacle="it ends inside a cluster that something else uses too")
     return OldBytes(found)
 
 

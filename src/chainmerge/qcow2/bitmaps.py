@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2.bits import MAX_PACKED_SIZE, BitSet, is_storable, packed_size
 from chainmerge.qcow2.table_errors import BadBitmapDirectory, BadBitmapTable, UnreadableBitmap
@@ -113,7 +114,7 @@ class BitmapEntry:
         if self.type != DIRTY_TRACKING:
             return f"its type is {self.type}"
         if self.extra_data:
-            return f"it has {len(self.extra_data)} bytes of extra data"
+            return f"it has {counted(len(self.extra_data), 'byte')} of extra data"
         # As numbers: the complement of an IntFlag has no unknown bits.
         if int(self.flags) & ~_QEMU_FLAGS:
             return f"its flags are {int(self.flags):#x}"
@@ -181,7 +182,8 @@ def _listed_entries(image: Qcow2Image) -> Iterator[BitmapEntry]:
     position = 0
     while position < len(directory):
         if len(names) == extension.count:
-            _refuse(image, f"it holds more than the {extension.count} bitmaps that it should hold")
+            promised = counted(extension.count, "bitmap")
+            _refuse(image, f"it holds more than the {promised} that it should hold")
         entry, length = _parse_entry(image, directory, position)
         # QEMU cuts names at a NUL byte.
         name = entry.name.partition("\0")[0]
@@ -191,7 +193,8 @@ def _listed_entries(image: Qcow2Image) -> Iterator[BitmapEntry]:
         yield entry
         position += length
     if len(names) != extension.count:
-        _refuse(image, f"it holds {len(names)} bitmaps, but should hold {extension.count}")
+        held = counted(len(names), "bitmap")
+        _refuse(image, f"it holds {held}, but should hold {extension.count}")
 
 
 def read_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
@@ -205,7 +208,7 @@ def read_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
     """
     size = image.readable.size
     if entry.table_offset + entry.table_size * TABLE_ENTRY_SIZE > size:
-        raise BadBitmapTable(image.name, entry.name, "its table passes the end of the file")
+        raise BadBitmapTable(image.name, entry.name, "its table reaches past the end of the file")
     table = load_table(image, entry)
     _refuse_entries(image, entry, table, table >= np.uint64(size), "is not within the file")
     return table
@@ -274,13 +277,14 @@ def _check_extension(image: Qcow2Image, extension: BitmapsExtension) -> None:
     offset, size = extension.directory_offset, extension.directory_size
     cluster_size = image.header.cluster_size
     if not 1 <= extension.count <= MAX_BITMAPS:
-        _refuse(image, f"it should hold {extension.count} bitmaps, but can hold 1 to {MAX_BITMAPS}")
+        promised = counted(extension.count, "bitmap")
+        _refuse(image, f"it should hold {promised}, but can hold 1 to {MAX_BITMAPS}")
     if not 1 <= size <= MAX_DIRECTORY_SIZE:
         _refuse(image, f"its size is {size} bytes, but must be 1 to {MAX_DIRECTORY_SIZE}")
     if offset == 0 or offset % cluster_size:
         _refuse(image, f"it is at offset {offset:#x}, which is not where a cluster starts")
     if offset + size > image.readable.size:
-        _refuse(image, f"its {size} bytes at offset {offset:#x} pass the end of the file")
+        _refuse(image, f"its {size} bytes at offset {offset:#x} reach past the end of the file")
 
 
 def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[BitmapEntry, int]:
@@ -319,8 +323,8 @@ def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
     most = min(MAX_TABLE_ENTRIES, MAX_PACKED_SIZE // header.cluster_size)
     if not 1 <= entry.table_size <= most:
         return (
-            f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
-            f"but can have 1 to {most}"
+            f"the table of bitmap {entry.name!r} has {counted(entry.table_size, 'entry')}, but can "
+            f"have 1 to {most}"
         )
     if entry.table_offset == 0 or entry.table_offset % header.cluster_size:
         return (
@@ -333,8 +337,8 @@ def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
     needed = bitmap_table_entries(header, entry.granularity)
     if entry.table_size != needed:
         return (
-            f"the table of bitmap {entry.name!r} has {entry.table_size} entries, "
-            f"but a disk of {header.virtual_size} bytes needs {needed}"
+            f"the table of bitmap {entry.name!r} has {counted(entry.table_size, 'entry')}, but a "
+            f"disk of {header.virtual_size} bytes needs {needed}"
         )
     return None
 

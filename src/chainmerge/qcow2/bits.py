@@ -81,11 +81,11 @@ class BitSet:
         if self.disk_size < 0:
             raise ValueError(f"a disk cannot have {self.disk_size} bytes")
         if self.granularity < 1 or self.granularity & (self.granularity - 1):
-            raise ValueError(f"a granularity of {self.granularity} bytes is no power of two")
+            raise ValueError(f"a granularity of {self.granularity} bytes is not a power of two")
         if not is_storable(self.disk_size, self.granularity):
             raise ValueError(
-                f"{self.disk_size} bytes at {self.granularity} bytes a bit "
-                "are more bits than a bitmap can have"
+                f"{self.disk_size} bytes at {self.granularity} bytes a bit need more bits than a "
+                "bitmap can have"
             )
 
     # Making sets

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block, stored_refcounts
 from chainmerge.qcow2.references import (
@@ -185,25 +186,25 @@ def _compare(image: Qcow2Image, references: ReferenceCounts, findings: Findings)
     leaks = shared_leaks = end = 0
     runs = _RunList(MAX_LEAKED_RANGES)
     for first, stored in stored_windows(image, blocks, len(counts)):
-        counted = counts[first : first + len(stored)]
-        too_low = np.flatnonzero(stored < counted)
+        used = counts[first : first + len(stored)]
+        too_low = np.flatnonzero(stored < used)
         if len(too_low):
             at = int(too_low[0])
             findings.corrupt(
                 len(too_low),
-                f"{len(too_low)} clusters are used more often than their refcounts say, such as "
-                f"cluster {first + at}: refcount {stored[at]}, used {counted[at]} times",
+                f"refcounts too low for {counted(len(too_low), 'cluster')}, such as cluster "
+                f"{first + at}: refcount {stored[at]}, used {counted(int(used[at]), 'time')}",
             )
-        in_use = np.flatnonzero((stored != 0) | (counted != 0))
+        in_use = np.flatnonzero((stored != 0) | (used != 0))
         if len(in_use):
             end = first + int(in_use[-1]) + 1
         if findings.complete:
-            too_high = np.flatnonzero(stored > counted)
+            too_high = np.flatnonzero(stored > used)
             leaks += len(too_high)
-            shared_leaks += int(np.count_nonzero(counted[too_high] == 1))
+            shared_leaks += int(np.count_nonzero(used[too_high] == 1))
             runs.add(too_high + first)
     if leaks:
-        findings.note(f"{leaks} clusters are leaked")
+        findings.note(f"{counted(leaks, 'leaked cluster')}")
     return _Comparison(leaks, shared_leaks, runs.ranges(), end)
 
 

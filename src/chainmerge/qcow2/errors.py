@@ -12,8 +12,7 @@ from typing import ClassVar
 from chainmerge.errors import ImageInvalid, Refused
 
 _CHECK_HINT = (
-    "`chainmerge repair {image}` shows what of it can be mended; what cannot has to be restored "
-    "from a backup"
+    "`chainmerge repair {image}` shows what can be repaired; restore the rest from a backup"
 )
 
 
@@ -32,13 +31,13 @@ class NotQcow2(FormatError):
     code: ClassVar[str] = "not-qcow2"
     template: ClassVar[str] = "{image}: not a qcow2 image: {reason}"
     hint: ClassVar[str] = (
-        "check the name, and that the format is given correctly; 'qemu-img info {image}' shows "
-        "what QEMU takes the file for"
+        "check the name, and the format if you gave one; 'qemu-img info {image}' shows what QEMU "
+        "takes the file for"
     )
     explanation: ClassVar[str] = (
-        "A qcow2 image starts with the bytes 'QFI' and 0xfb, and a header of at least 72 bytes. "
-        "The file has neither, so it is an image of another format, an empty or truncated file, "
-        "or something else altogether. Nothing was guessed and nothing was changed."
+        "A qcow2 image starts with the bytes 'QFI' and 0xfb, in a header of at least 72 bytes. "
+        "This file does not, so it is an image of another format, an empty or truncated file, or "
+        "something else altogether. Nothing was guessed and nothing was changed."
     )
     reason: str
 
@@ -51,9 +50,9 @@ class BadHeader(FormatError):
     template: ClassVar[str] = "{image}: {field} is {value}, but must be {allowed}"
     explanation: ClassVar[str] = (
         "A field of the image's header has a value that the qcow2 specification forbids, or that "
-        "QEMU refuses to open. The header is written rarely and as a whole, so this is an image "
-        "that was damaged, truncated, or made by hand, and nothing in it can be relied on. "
-        "QEMU refuses such an image too."
+        "QEMU refuses to open. The header is written rarely and as a whole, so this image was "
+        "damaged, truncated, or made by hand, and nothing in it can be relied on. QEMU refuses "
+        "such an image too."
     )
     field: str
     value: int | str
@@ -69,7 +68,7 @@ class BadExtension(FormatError):
     explanation: ClassVar[str] = (
         "Header extensions follow the header in the image's first cluster, one after another, and "
         "hold the backing file's format, the bitmaps, the name of an external data file and the "
-        "like. One of them is malformed. Stopping quietly there would lose whatever comes after "
+        "like. One of them is malformed. To stop there silently would lose whatever comes after "
         "it, bitmaps included, so the image is refused, as QEMU refuses it."
     )
     extension: str
@@ -85,12 +84,13 @@ class UnsupportedFeature(FormatError):
     template: ClassVar[str] = "{image}: needs a feature that is not supported: {feature}"
     hint: ClassVar[str] = (
         "use the newest release of chainmerge; or copy the image with 'qemu-img convert' of the "
-        "QEMU that wrote it, and keep it: its bitmaps and internal snapshots are not in the copy"
+        "QEMU that wrote it, and keep the original: its bitmaps and internal snapshots are not in "
+        "the copy"
     )
     explanation: ClassVar[str] = (
-        "The image says that it cannot be read correctly by a program that does not know a "
-        "certain feature (an 'incompatible' feature bit), or asks for a variant of something "
-        "that is not implemented. Reading on would give wrong data."
+        "The image says that it cannot be read correctly by a program that does not know a certain "
+        "feature (an 'incompatible' feature bit), or uses a variant of something that is not "
+        "implemented. Reading it anyway would give wrong data."
     )
     feature: str
 
@@ -121,7 +121,7 @@ class BadEntry(FormatError):
     )
     explanation: ClassVar[str] = (
         "An entry of the tables that map the guest's disk to the file has reserved bits set or "
-        "contradicts itself. What the guest would read there cannot be told, so nothing is done "
+        "contradicts itself. Nobody can tell what the guest would read there, so nothing is done "
         "with the image."
     )
     table: str
@@ -138,8 +138,8 @@ class DecompressionFailed(FormatError):
     template: ClassVar[str] = "{image}: compressed cluster at offset {offset:#x}: {reason}"
     explanation: ClassVar[str] = (
         "The image holds compressed clusters, and one of them is not valid compressed data, or "
-        "not a whole cluster of it. The guest's data there is lost in this image; QEMU answers a "
-        "read of it with an I/O error."
+        "does not give a whole cluster. The guest's data there is lost in this image; QEMU answers "
+        "a read of it with an I/O error."
     )
     offset: int
     reason: str
@@ -151,8 +151,10 @@ class EncryptedContent(FormatError):
 
     code: ClassVar[str] = "encrypted-content"
     template: ClassVar[str] = "{image}: the image is encrypted, its content cannot be read"
-    hint: ClassVar[str] = "leave what needs the content of encrypted images to QEMU, with its key"
+    hint: ClassVar[str] = (
+        "use QEMU, with the key, for whatever needs the content of encrypted images"
+    )
     explanation: ClassVar[str] = (
-        "The image's clusters are encrypted (LUKS, or the old AES scheme). Its tables can be "
-        "read and are, but not the guest's data itself."
+        "The image's clusters are encrypted (LUKS, or the old AES scheme). chainmerge reads its "
+        "tables, but cannot read the guest's data."
     )

@@ -338,12 +338,12 @@ def _read_extensions(
     offset = start
     while offset < end:
         if offset + _EXTENSION.size > end:
-            reason = f"its header passes the end of the extensions at {end}"
+            reason = f"its header reaches past the end of the extensions at {end}"
             raise BadExtension(image.name, "of unknown type", offset, reason)
         kind, length = _EXTENSION.unpack_from(cluster, offset)
         data_offset = offset + _EXTENSION.size
         if length > end - data_offset:
-            reason = f"{length} bytes long, which passes the end of the extensions at {end}"
+            reason = f"{length} bytes long, which reaches past the end of the extensions at {end}"
             raise BadExtension(image.name, extension_name(kind), offset, reason)
         if kind == ExtensionType.END:
             break

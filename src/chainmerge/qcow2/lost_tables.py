@@ -74,9 +74,7 @@ def sign_of_lost_table(image: Qcow2Image, leaked: ClusterRanges) -> Sign | None:
         entries = _entries_leading_to(image, content, leaked)
         if entries:
             at = cluster * image.header.cluster_size
-            clause = (
-                f"the one at byte {at} can be read as an L2 table and leads to {entries} of them"
-            )
+            clause = f"the one at byte {at} can be read as an L2 table that maps {entries} of them"
             return Sign(clause, is_plain=True)
     if not with_data:
         return None

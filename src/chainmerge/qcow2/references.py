@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
 from chainmerge.qcow2.gather import read_pieces
@@ -51,7 +52,7 @@ _L1_ENTRY_SIZE = 8
 _MIN_V3_SNAPSHOT_EXTRA = 16
 _L2_WINDOW_BYTES = 1 << 20
 _CLUSTERS_AT_ONCE = 1 << 20
-_COPIED_PROBLEM = "the COPIED flag does not say whether the refcount is 1"
+_COPIED_PROBLEM = "the COPIED flag contradicts the refcount"
 
 # Marks of a cluster.
 _STORED_IS_ONE = 1
@@ -191,7 +192,7 @@ class _Counting:
         for group in tables.groups():
             self._count_data(group)
         shared = _count(self._counts[blocks] > 1)
-        message = f"{shared} refcount blocks are used for something else as well"
+        message = f"{counted(shared, 'refcount block')} in clusters that something else uses too"
         self._findings.corrupt(shared, message)
         end = self._clusters + int(self._counts[-1] > 0)
         counts = self._counts[:end]
@@ -255,7 +256,7 @@ class _Counting:
             self._findings.corrupt(1, message)
         if header.version >= 3:
             short = sum(one.extra_size < _MIN_V3_SNAPSHOT_EXTRA for one in table.snapshots)
-            self._findings.corrupt(short, f"{short} snapshot table entries are incomplete")
+            self._findings.corrupt(short, counted(short, "incomplete snapshot table entry"))
         return table
 
     def _count_bitmaps(self) -> None:
@@ -281,7 +282,7 @@ class _Counting:
         for entry in entries:
             what = f"bitmap {entry.name!r}"
             if entry.unknown:
-                message = f"QEMU does not open the image because of {what}: {entry.unknown}"
+                message = f"QEMU refuses to open the image because of {what}: {entry.unknown}"
                 self._findings.corrupt(1, message)
             size = entry.table_size * bitmaps.TABLE_ENTRY_SIZE
             self._count_region(f"the table of {what}", entry.table_offset, size)
@@ -305,9 +306,9 @@ class _Counting:
         reserved = table & np.uint64(refcounts.RESERVED) != 0
         unaligned = table % np.uint64(self._cluster_size) != 0
         bad = _count(reserved)
-        findings.corrupt(bad, f"{bad} refcount table entries have reserved bits set")
+        findings.corrupt(bad, f"{counted(bad, 'refcount table entry')} with reserved bits set")
         bad = _count(unaligned & ~reserved)
-        findings.corrupt(bad, f"{bad} refcount blocks are not aligned to clusters")
+        findings.corrupt(bad, f"{counted(bad, 'refcount block')} not aligned to clusters")
         offsets = table[~unaligned & (table != 0)]
         clusters = self._clusters_inside("refcount blocks", offsets, 1)
         self._claim("refcount blocks", clusters)
@@ -320,10 +321,10 @@ class _Counting:
         """The entries of an L1 table that QEMU follows; also one that has flags only."""
         present = l1[l1 != 0]
         bad = _count(present & np.uint64(mapping.L1_RESERVED))
-        self._findings.corrupt(bad, f"{bad} entries of {what} have reserved bits set")
+        self._findings.corrupt(bad, f"{counted(bad, 'entry')} of {what} with reserved bits set")
         offset = present & np.uint64(mapping.OFFSET_MASK)
         bad = _count(offset & np.uint64(self._cluster_size - 1))
-        self._findings.corrupt(bad, f"{bad} L2 tables of {what} are not aligned to clusters")
+        self._findings.corrupt(bad, f"{counted(bad, 'L2 table')} of {what} not aligned to clusters")
         self._clusters_inside(f"L2 tables of {what}", offset, 1)
         inside: U64Array = offset[offset < np.uint64(self._file_end)]
         return inside
@@ -506,7 +507,7 @@ class _Counting:
         np.minimum(counts, self._limit, out=counts)
         self._counts[where] = counts
         excess = int(over[over > 0].sum())
-        message = f"clusters are used more often than refcounts up to {self._limit} can tell"
+        message = f"clusters are used more often than refcounts up to {self._limit} can count"
         self._findings.corrupt(excess, message)
 
     def _claim(self, what: str, clusters: I64Array) -> None:
@@ -531,12 +532,12 @@ class _Counting:
         count = _count(bad)
         if count:
             example = int(entries[bad][0])
-            message = f"{count} L2 entries, such as {example:#018x}: {problem}"
+            message = f"{counted(count, 'L2 entry')}, such as {example:#018x}: {problem}"
             self._findings.corrupt(group.references * count, message)
 
     def _record_copied(self, count: int, table: str) -> None:
         self._findings.copied_mismatches += count
-        message = f"{count} {table} entries: {_COPIED_PROBLEM}"
+        message = f"{counted(count, f'{table} entry')}: {_COPIED_PROBLEM}"
         self._findings.corrupt(count, message)
 
     def _record_overlap(self, what: str, clusters: I64Array) -> None:

@@ -83,7 +83,9 @@ def read_snapshot_table(image: Qcow2Image) -> SnapshotTable:
         snapshot = _read_entry(image, index, start)
         size = start + snapshot.entry_size
         if size > MAX_TABLE_BYTES:
-            problem = f"it passes the {MAX_TABLE_BYTES} bytes that a snapshot table may have"
+            problem = (
+                f"it is longer than the {MAX_TABLE_BYTES} bytes that a snapshot table may have"
+            )
             raise BadSnapshotTable(image.name, index, problem)
         snapshots.append(snapshot)
     return SnapshotTable(tuple(snapshots), size)
@@ -117,7 +119,7 @@ def _read_entry(image: Qcow2Image, index: int, start: int) -> Snapshot:
         raise BadSnapshotTable(image.name, index, problem)
     length = _ENTRY.size + extra_size + id_size + name_size
     if offset + length > readable.size:
-        raise BadSnapshotTable(image.name, index, "it passes the end of the file")
+        raise BadSnapshotTable(image.name, index, "it reaches past the end of the file")
     rest = readable.read(offset + _ENTRY.size, length - _ENTRY.size)
     extra, names = rest[:extra_size], rest[extra_size:]
     disk_size = image.header.virtual_size

@@ -16,9 +16,9 @@ class BadRefcountTable(FormatError):
     code: ClassVar[str] = "bad-refcount-table"
     template: ClassVar[str] = "{image}: refcount table entry {index} is {entry:#018x}: {problem}"
     explanation: ClassVar[str] = (
-        "The refcount table says where the image keeps the use counts of its clusters. One of "
-        "its entries points to where no refcount block can be, so it cannot be told which "
-        "clusters of the file are free, and nothing may be written to it."
+        "The refcount table says where the image keeps the use counts of its clusters. One of its "
+        "entries points to where no refcount block can be, so nobody can tell which clusters of "
+        "the file are free, and nothing may be written to it."
     )
     index: int
     entry: int
@@ -34,8 +34,8 @@ class TooManyClusters(FormatError):
         "{image}: the file has {clusters} clusters, more than the {limit} that can be checked"
     )
     hint: ClassVar[str] = (
-        "if the file really holds so much, copy it with 'qemu-img convert' to larger clusters, and "
-        "keep it: its bitmaps and internal snapshots are not in the copy"
+        "if the file really holds so much, copy it with 'qemu-img convert' to an image with larger "
+        "clusters, and keep the original: its bitmaps and internal snapshots are not in the copy"
     )
     explanation: ClassVar[str] = (
         "A consistency check counts the references to every cluster of the file. QEMU refuses to "
@@ -56,12 +56,12 @@ class TooLittleMemory(FormatError):
         "references to them"
     )
     hint: ClassVar[str] = (
-        "if the file really holds so much, give the command more memory: 6 bytes a cluster"
+        "if the file really holds so much, give the command more memory: 6 bytes for each cluster"
     )
     explanation: ClassVar[str] = (
-        "A consistency check counts the references to every cluster of the file. A sparse file "
-        "can claim many clusters and take little space. Memory is taken only for those that are "
-        "in use, so this happens where a limit is set on the address space of the process."
+        "A consistency check counts the references to every cluster of the file. A sparse file can "
+        "claim many clusters and take little space. Memory is taken only for those that are in "
+        "use, so this happens if the address space of the process is limited."
     )
     clusters: int
 
@@ -73,8 +73,8 @@ class BadSnapshotTable(FormatError):
     code: ClassVar[str] = "bad-snapshot-table"
     template: ClassVar[str] = "{image}: snapshot table entry {index}: {problem}"
     explanation: ClassVar[str] = (
-        "The image has internal snapshots, and the table that lists them is damaged. Which "
-        "clusters the snapshots use cannot be told, so nothing may be written to the image."
+        "The image has internal snapshots, and the table that lists them is damaged. Nobody can "
+        "tell which clusters the snapshots use, so nothing may be written to the image."
     )
     index: int
     problem: str
@@ -87,14 +87,15 @@ class BadBitmapDirectory(FormatError):
     code: ClassVar[str] = "bad-bitmap-directory"
     template: ClassVar[str] = "{image}: bitmap directory: {problem}"
     hint: ClassVar[str] = (
-        "QEMU does not open the image either; `chainmerge repair {image}` takes the bitmaps out "
-        "and keeps the guest's data. The next backup of the disk must be a full one"
+        "QEMU does not open the image either; `chainmerge repair {image}` shows what is wrong, and "
+        "with --yes removes the bitmaps and keeps the guest's data; the next backup of the disk "
+        "must then be a full one"
     )
     explanation: ClassVar[str] = (
         "The bitmap directory lists the dirty bitmaps that the image holds for incremental "
         "backups. It must have exactly the size and the number of entries that the header says, "
-        "and each entry must be one that QEMU accepts. It does not, so none of the bitmaps can "
-        "be relied on. The guest's data is not concerned, but QEMU refuses to open the image."
+        "and QEMU must accept each entry. This one breaks these rules, so none of the bitmaps can "
+        "be relied on. The guest's data is not affected, but QEMU refuses to open the image."
     )
     problem: str
 
@@ -107,8 +108,8 @@ class BadBitmapTable(FormatError):
     template: ClassVar[str] = "{image}: bitmap {bitmap!r}: {problem}"
     explanation: ClassVar[str] = (
         "The table of a dirty bitmap points to where its bits cannot be, so the bitmap is lost, "
-        "and QEMU refuses to open the image. The guest's data is not concerned. The next backup "
-        "of the disk must be a full one."
+        "and QEMU refuses to open the image. The guest's data is not affected. The next backup of "
+        "the disk must be a full one."
     )
     bitmap: str
     problem: str
@@ -116,19 +117,19 @@ class BadBitmapTable(FormatError):
 
 @dataclass(eq=False)
 class UnreadableBitmap(FormatError):
-    """The bits of a bitmap were asked for that has none to rely on."""
+    """A bitmap whose bits cannot be relied on was to be read."""
 
     code: ClassVar[str] = "unreadable-bitmap"
     template: ClassVar[str] = "{image}: bitmap {bitmap!r} has no usable content: {reason}"
     hint: ClassVar[str] = (
         "`chainmerge repair {image}` shows what removing it means, and with --yes does that; the "
-        "next backup that would have used it must be a full one"
+        "next backup that builds on it must be a full one"
     )
     explanation: ClassVar[str] = (
-        "A bitmap is marked 'in use' while a program that writes to the image keeps it in "
-        "memory. If the mark is still there after the program has ended, the bitmap was not "
-        "stored and writes are missing from it. Other bitmaps use a type, a flag or extra data "
-        "that is not known. In neither case can it be told what changed on the disk."
+        "A bitmap is marked 'in use' while a program that writes to the image keeps it in memory. "
+        "If the mark is still there after the program has ended, the bitmap was not stored and "
+        "writes are missing from it. Other bitmaps use a type, a flag or extra data that is not "
+        "known. In either case nobody can tell what changed on the disk."
     )
     bitmap: str
     reason: str

@@ -103,4 +103,4 @@ def _owner(file: Path) -> ImageIdentity | None:
 
 def _problems(entry: DiskEntry) -> Iterator[str]:
     if not all(is_path(path) for path in (entry.base, entry.top, *entry.disks)):
-        yield "it names what is no path"
+        yield "a name in it is not a path"

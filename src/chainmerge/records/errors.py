@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with what an earlier run left, whichever of its files it is about."""
+"""What can be wrong with the files that an earlier run left, whichever file it is."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from chainmerge.errors import CheckpointsAtRisk, NewerDataAtRisk, RecordsUnusabl
 
 @dataclass(eq=False)
 class LeftoverUnclear(RecordsUnusable, Refused):
-    """A file that an earlier run left is of an image of which nobody knows whether it is there."""
+    """A file of an earlier run is about an image, and nobody knows whether that is still there."""
 
     code: ClassVar[str] = "leftover-unclear"
     template: ClassVar[str] = (
-        "{file} tells of a merge in which {image} took part, and nothing tells whether what "
-        "stands there now is still that image"
+        "{file} belongs to a merge of {image}, and nothing shows whether the image that is there "
+        "now is still the same one"
     )
     hint: ClassVar[str] = (
-        "find out whether {image} was replaced since; where it was, or where nothing of that "
-        "merge is left to do, remove {file}; {consequence}"
+        "find out whether {image} has been replaced since; if it has, or if nothing of that merge "
+        "is left to do, remove {file}; {consequence}"
     )
     explanation: ClassVar[str] = (
-        "What an interrupted merge leaves is used for the same images only. A file is known by "
-        "its inode together with its time of birth or its generation, which some file systems "
-        "keep neither of; a block device by the identity that the device-mapper or the device "
-        "itself gives it, which some do not have, and which else is known until the next boot "
-        "only. Taking one image for another could delete what came later, or make a checkpoint "
-        "of bits that are another image's. Nothing was changed."
+        "What an interrupted merge leaves is used for the same images only. A file is identified "
+        "by its inode together with its birth time or its generation, and some file systems keep "
+        "neither. A block device is identified by what the device-mapper or the device itself "
+        "says; without that, it can be identified only until the next boot. Taking one image for "
+        "another could delete newer data, or make a checkpoint out of another image's bits. "
+        "Nothing was changed."
     )
     file: str
     image: str
@@ -37,22 +37,22 @@ class LeftoverUnclear(RecordsUnusable, Refused):
 
 @dataclass(eq=False)
 class BitmapsSetAside(CheckpointsAtRisk, Refused):
-    """An image that would be merged has its checkpoints in the file of an interrupted merge."""
+    """An image to be merged has its checkpoints in the file of an interrupted merge."""
 
     code: ClassVar[str] = "bitmaps-set-aside"
     template: ClassVar[str] = (
-        "{image} has the checkpoints {names} in {file}, where an interrupted merge into it has set "
-        "them aside: merged as it is, it would lose them, or they would lose bits"
+        "the checkpoints {names} of {image} are in {file}, where an interrupted merge into it has "
+        "set them aside: if the image were merged as it is, they would be lost, or would lose bits"
     )
     hint: ClassVar[str] = (
         "finish that merge first: `chainmerge status {image}` prints the command; if the images "
-        "have changed too much for it, the command says what becomes of the checkpoints"
+        "have changed too much for it, that command says what happens to the checkpoints"
     )
     explanation: ClassVar[str] = (
         "While QEMU copies data into an image, that image's checkpoints are kept in a small file "
-        "beside it. As long as they are there, the image itself says nothing of them. A merge of "
-        "it into another image would take them for broken, and the first merge, finished later, "
-        "would put them back without what the other images had recorded. Nothing was changed."
+        "beside it. As long as they are there, the image itself does not show them. A merge of it "
+        "into another image would take them for broken, and the first merge, finished later, would "
+        "put them back without what the other images had recorded. Nothing was changed."
     )
     image: str
     names: str
@@ -65,20 +65,20 @@ class MergedBefore(NewerDataAtRisk, Refused):
 
     code: ClassVar[str] = "merged-before"
     template: ClassVar[str] = (
-        "{top} was merged into {base} before and has not been written to since, but {base} has: "
-        "merged again, it would put old data over new"
+        "{top} was merged into {base} before, and since then {base} has been written to and {top} "
+        "has not: another merge would overwrite new data with old"
     )
     hint: ClassVar[str] = (
-        "if the guest uses {base} now, nothing is left to do, and {top} can go; only if {base} "
-        "was put back as it was before that merge, go on with --despite-newer-base, which puts "
-        "what {top} has over what {base} has"
+        "if the guest uses {base} now, nothing is left to do, and {top} is not needed any more; "
+        "only if {base} was put back as it was before that merge, go on with --despite-newer-base, "
+        "which overwrites what {base} has with what {top} has"
     )
     explanation: ClassVar[str] = (
-        "After a merge without --delete top stays where it is, and nothing in it tells that all "
-        "of it is in base. A guest that goes on with base writes there what top does not have. The "
-        "record of the merge, a small file beside top, says which image was merged and when it was "
-        "changed last, so that the same command, run again, does not destroy that. Nothing was "
-        "changed."
+        "After a merge without --delete top stays where it is, and nothing in it shows that all of "
+        "it is in base. A guest that continues with base writes data there that top does not have. "
+        "The record of the merge, a small file beside top, says which image was merged and when it "
+        "was last changed, so that the same command, run again, does not destroy that data. "
+        "Nothing was changed."
     )
     top: str
     base: str

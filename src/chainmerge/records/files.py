@@ -48,11 +48,13 @@ class StateDirectoryUnusable(RecordsUnusable, Refused):
 
     code: ClassVar[str] = "state-directory-unusable"
     template: ClassVar[str] = "{directory} cannot be used: {reason}"
-    hint: ClassVar[str] = "run as root, or make {directory} a directory that you can write to"
+    hint: ClassVar[str] = (
+        "run the command as root, or make {directory} a directory that you can write to"
+    )
     explanation: ClassVar[str] = (
         "While guest data is copied into base, base's checkpoints are kept in a small file, so "
-        "that a kill cannot cost them. For an image file it stands beside the image, for a block "
-        "device in /var/lib/chainmerge. Nothing was changed in the images."
+        "that they survive if the command is killed. For an image file that file lies beside the "
+        "image, for a block device in /var/lib/chainmerge. The images were not changed."
     )
     directory: str
     reason: str
@@ -151,12 +153,12 @@ def read_state(
     except ChainmergeError as error:
         raise UnusableState(error.sentence) from error
     if len(content) > _LARGEST:
-        raise UnusableState(f"it has more than {_LARGEST} bytes")
+        raise UnusableState(f"it is larger than {_LARGEST} bytes")
     document = decoded(content, form)
     try:
         problem = next(problems(document), None)
     except UnicodeEncodeError as error:
-        raise UnusableState("it names what no file can be called") from error
+        raise UnusableState("a name in it is not a valid file name") from error
     if problem is not None:
         raise UnusableState(problem)
     return document
@@ -191,4 +193,4 @@ def decoded(text: bytes, form: type[Document]) -> Document:
     try:
         return msgspec.convert(json.loads(text), type=form)
     except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
-        raise UnusableState(f"it makes no sense ({type(error).__name__})") from error
+        raise UnusableState(f"it cannot be understood ({type(error).__name__})") from error

@@ -58,7 +58,7 @@ class Sameness(Enum):
 
     SAME = "it is the same image"
     OTHER = "it is another one"
-    UNKNOWN = "nothing tells whether it is the same"
+    UNKNOWN = "nothing shows whether it is the same"
 
 
 def identify(path: Path) -> ImageIdentity:

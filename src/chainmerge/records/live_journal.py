@@ -47,18 +47,18 @@ class LiveJournalDamaged(RecordsUnusable, Refused):
     code: ClassVar[str] = "live-journal-damaged"
     template: ClassVar[str] = "{file}: the journal of a live merge cannot be used: {why}"
     hint: ClassVar[str] = (
-        "keep {file}, and merge nothing into this base or out of what stands on it, before it is "
-        "known which image the guest wrote to last; as long as the VM runs, `query-block` on its "
-        "monitor (for libvirt: `virsh domblklist`) shows it"
+        "keep {file}, and do not merge anything into this base, or any image on top of it, until "
+        "you know which image the guest wrote to last; as long as the VM runs, `query-block` on "
+        "its monitor (for libvirt: `virsh domblklist`) shows it"
     )
     explanation: ClassVar[str] = (
-        "While images are merged in a running VM, a small file beside base says what is "
-        "intended. Without it nobody can tell whether the guest has written to base already, so "
-        "nothing is done. If the VM runs and its disk ends in top, or in an image above it, the "
-        "merge has not taken effect, and can be started again once the job, if there is one, is "
-        "cancelled and the file is moved away. If it ends in base, or in an image that stands on "
-        "base, top is what was merged: it has older data, and must never be merged again. If the "
-        "VM does not run, and nobody knows, copy all images before anything else."
+        "While images are merged in a running VM, a small file beside base says what is intended. "
+        "Without it nobody can tell whether the guest has already written to base, so nothing is "
+        "done. If the VM runs and the chain of its disk still contains top, the merge has not "
+        "taken effect, and can be started again once the job, if there is one, is cancelled and "
+        "the file is moved away. If that chain contains base but no longer top, then top has been "
+        "merged: it has older data, and must never be merged again. If the VM does not run, and "
+        "nobody knows, copy all images before anything else."
     )
     file: str
     why: str
@@ -236,10 +236,10 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
     if not journal.overlays:
         yield "it names no overlay"
     if not all(is_path(one.path) for one in _identities(journal)):
-        yield "it names what is no path"
+        yield "a name in it is not a path"
     last = len(journal.overlays)
     if any(not 0 <= index < last for kept in journal.kept for index in kept.sources):
-        yield "it names an overlay that there is not"
+        yield "it names an overlay that is not in its list"
 
 
 def forget_live_journal(base: Path) -> None:

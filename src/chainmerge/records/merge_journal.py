@@ -74,9 +74,9 @@ class MergeJournalDamaged(RecordsUnusable, Refused):
     template: ClassVar[str] = "{file}: the journal of an interrupted merge cannot be used: {why}"
     hint: ClassVar[str] = "remove {file}, and run the same merge again"
     explanation: ClassVar[str] = (
-        "While a merge goes on, a small file beside base says how far it came. A rerun that finds "
-        "it need not compare base with the overlays again. A journal that cannot be read is not "
-        "needed for anything else: the rerun looks at the images, which takes longer."
+        "While a merge goes on, a small file beside base says how far it got. A rerun that finds "
+        "it need not compare base with the overlays again. The journal is not needed for anything "
+        "else: without it the rerun looks at the images, which takes longer."
     )
     file: str
     why: str
@@ -263,11 +263,11 @@ def _problems(journal: Journal) -> Iterator[str]:
     if not journal.overlays:
         yield "it names no overlay"
     if len(journal.rename) not in (0, 2):
-        yield "it makes no sense of a rename"
+        yield "its rename is incomplete"
     paths = [one.path for one in _identities(journal)] + journal.delete + journal.rename
     paths += [one.child for one in journal.repoint]
     if not all(is_path(path) for path in paths):
-        yield "it names what is no path"
+        yield "a name in it is not a path"
 
 
 def forget_journal(base: Path) -> None:

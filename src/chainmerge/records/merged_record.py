@@ -237,13 +237,13 @@ def _problems(record: MergedRecord) -> Iterator[str]:
     doomed = list(record.delete)
     if record.superseded is not None:
         if not record.superseded.images:
-            yield "it names no image that is left"
+            yield "it names no image that was left"
         doomed += record.superseded.images
     paths = [record.top, record.base, record.result, *(one.path for one in doomed)]
     paths += [path for link in record.links for path in (link.path, link.file)]
     paths += [one.path for one in _identities(record)]
     if not all(is_path(path) for path in paths):
-        yield "it names what is no path"
+        yield "a name in it is not a path"
 
 
 def note_deleted(top: Path, record: MergedRecord) -> None:

@@ -174,14 +174,14 @@ def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
     except UnusableState as error:
         raise SavedBitmapsDamaged(str(file), str(error)) from error
     except (ValueError, struct.error, zlib.error, MemoryError) as error:
-        raise SavedBitmapsDamaged(str(file), f"it makes no sense ({error})") from error
+        raise SavedBitmapsDamaged(str(file), f"it cannot be understood ({error})") from error
 
 
 def _decode(document: bytes) -> SavedBitmaps:
     header_end = document.index(b"\n", len(SAVED_BITMAPS_MAGIC)) + 1
     header = decoded(document[len(SAVED_BITMAPS_MAGIC) : header_end], _SavedHeader)
     if not (is_path(header.base.path) and is_path(header.overlay.path)):
-        raise UnusableState("it names what is no path")
+        raise UnusableState("a name in it is not a path")
     blobs = memoryview(document)[header_end:]
     bitmaps = []
     for entry in header.bitmaps:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import SearchPathUnusable
 from chainmerge.chain.model import ChainPolicy
@@ -65,11 +66,13 @@ _HOLDS: Final = "base holds everything, verified"
 _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
     {
         JournalState.PREPARED: "data was being written beside what base holds",
-        JournalState.SWITCHING: "base holds everything, and what only the old base used may "
-        "still be marked used",
-        JournalState.SWITCHED: f"{_HOLDS}; nothing is settled yet",
-        JournalState.REPOINT: f"{_HOLDS}; images were being re-pointed",
-        JournalState.RECORD: f"{_HOLDS}; images are re-pointed",
+        JournalState.SWITCHING: (
+            "base holds everything; clusters that only the old base used may still be marked as "
+            "used"
+        ),
+        JournalState.SWITCHED: f"{_HOLDS}; nothing is cleaned up yet",
+        JournalState.REPOINT: f"{_HOLDS}; images were being given their new backing file",
+        JournalState.RECORD: f"{_HOLDS}; images have their new backing file",
         JournalState.RENAME: f"{_HOLDS}; it was about to get the name of top",
         JournalState.DELETE: f"{_HOLDS}; merged images were being deleted",
         JournalState.TIDY: f"{_HOLDS}; tombstones that nothing needs were being removed",
@@ -82,9 +85,9 @@ _LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
     {
         LiveState.PREPARING: "a running VM was about to copy data",
         LiveState.COPYING: "a running VM was copying data",
-        LiveState.SWITCHING: "base holds everything, and a running VM was about to go over to it",
+        LiveState.SWITCHING: "base holds everything, and a running VM was about to switch to it",
         LiveState.SETTLING: "base holds everything, and a running VM uses it",
-        LiveState.UNDOING: "it was given up in a running VM; base's bitmaps were being put back",
+        LiveState.UNDOING: "it was undone in a running VM; base's bitmaps were being put back",
     }
 )
 
@@ -194,13 +197,13 @@ def _search_below(root: Path) -> _Search:
         room = _MOST_DIRECTORIES - len(found)
         if len(below) > room:
             left_out.append(
-                f"of {directory} and what comes after it not all was searched: there are more "
-                f"than {_MOST_DIRECTORIES} directories below {root}"
+                f"{directory}, and the directories that follow it, were not searched completely: "
+                f"there are more than {_MOST_DIRECTORIES} directories below {root}"
             )
         found += [Path(path) for path in below[:room]]
     more = len(left_out) - _MOST_SENTENCES
     if more > 0:
-        left_out[_MOST_SENTENCES:] = [f"{more} more directories were not searched"]
+        left_out[_MOST_SENTENCES:] = [f"{counted(more, 'more directory')} not searched"]
     return _Search(tuple(found), (root,), None, left_out=tuple(left_out))
 
 
@@ -290,8 +293,8 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
     warnings: tuple[str, ...] = ()
     holds: bool | None = None
     if where is None:
-        progress = "what stands at base's place is another image"
-        warnings = (f"{file} says nothing of what stands at {base} now",)
+        progress = "another image has base's name now"
+        warnings = (f"{file} does not apply to the image that is at {base} now",)
     else:
         # Of a copy by QEMU, only a look at all of it tells.
         holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
@@ -374,9 +377,9 @@ def _of_live_merge(file: Path) -> UnfinishedMerge | None:
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
-    command, warnings = cold, [f"if the VM still runs, `{resume}` is what carries it on"]
+    command, warnings = cold, [f"if the VM still runs, continue with `{resume}`"]
     if there and _is_locked(Path(base)):
-        command, warnings = resume, [f"if the VM does not run, `{cold}` is what finishes it"]
+        command, warnings = resume, [f"if the VM does not run, finish with `{cold}`"]
     return UnfinishedMerge(
         base=base,
         top=top,
@@ -397,7 +400,7 @@ def _of_saved(file: Path) -> UnfinishedMerge | None:
     request = saved.request
     copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
     if request is None:
-        copying += ": the command that was interrupted finishes it"
+        copying += ": the command that was interrupted finishes the merge"
     return UnfinishedMerge(
         base=_base_name(saved.base, _where_is(saved.base, request), request),
         top=None if request is None else os.path.realpath(request.tops[0]),
@@ -426,7 +429,7 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
     if record.pulled is not None:
         holds, progress = False, _how_far_pulled(record, record.pulled)
     else:
-        words = "base has yet to be given the name of top" if unnamed else "merged images are left"
+        words = "base still has to get the name of top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
     source = None if record.pulled is None else record.pulled.base
@@ -450,7 +453,10 @@ def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
         return f"data was being pulled into top, which cannot be read: {error.sentence}"
     if switched:
         if pulled.leaked_before is not None:
-            return "top holds everything, verified; what only the old top used is still marked used"
+            return (
+                "top holds everything, verified; clusters that only the old top used are still "
+                "marked as used"
+            )
         return "top holds everything, verified; merged images are left"
     return "data was being pulled into top, beside what top holds"
 
@@ -464,7 +470,7 @@ def _of_disk(file: Path) -> UnfinishedMerge | None:
         base=entry.base,
         top=entry.top,
         state=UNKNOWN,
-        progress=f"it is one of {len(entry.disks)} disks that are merged together, and not done",
+        progress=f"it is one of {len(entry.disks)} disks merged together, and is not finished",
         base_holds_data=None,
         base_is_locked=False,
         command=entry.finishing_command,
@@ -486,7 +492,7 @@ def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
         top=None,
         state=UNKNOWN,
         progress=(
-            "only a look at the images can tell: the command that was interrupted finishes it"
+            "only the images can show it: the command that was interrupted finishes the merge"
             if only_slower
             else "what it saved cannot be read"
         ),

@@ -62,13 +62,13 @@ class BackupUnusable(RecordsUnusable, Refused):
     code: ClassVar[str] = "repair-backup-unusable"
     template: ClassVar[str] = "{backup} cannot be used as the backup of a repair: {why}"
     hint: ClassVar[str] = (
-        "name the file that `chainmerge repair --yes` named in its report; it stands beside the "
-        "image, or where --backup said"
+        "give the file that `chainmerge repair --yes` named in its report; it is beside the image, "
+        "or where --backup said"
     )
     explanation: ClassVar[str] = (
-        "Before `chainmerge repair` changes an image it keeps what it is going to overwrite in a "
-        "file, with a checksum of each piece. This file is not one of these, or it was damaged. "
-        "Nothing was changed in the image."
+        "Before `chainmerge repair` changes an image, it saves what it is going to overwrite in a "
+        "file, with a checksum of each piece. This file is not such a backup, or it was damaged. "
+        "The image was not changed."
     )
     backup: str
     why: str
@@ -81,15 +81,15 @@ class ChangedSinceRepair(Refused):
     code: ClassVar[str] = "changed-since-repair"
     template: ClassVar[str] = "{image} has been changed since it was repaired: {what}"
     hint: ClassVar[str] = (
-        "leave it as it is: what stood there before was damaged, and would not go together with "
-        "what was written since"
+        "leave it as it is: what was there before was damaged, and would not fit what was written "
+        "since"
     )
     explanation: ClassVar[str] = (
         "`chainmerge repair --undo` puts back the bytes that a repair has overwritten. That is "
-        "only right as long as nobody has written to the image since: else the old tables would "
-        "say nothing of what was written, and a guest's data would be lost. So the image must be "
-        "the same file, as large and as old as the repair left it, with the same bytes in every "
-        "place that the repair wrote to. Nothing was changed."
+        "right only as long as nobody has written to the image since: otherwise the old tables "
+        "would not contain what was written, and a guest's data would be lost. So the image must "
+        "be the same file, with the size and the modification time that the repair left, and with "
+        "the same bytes in every place that the repair wrote to. Nothing was changed."
     )
     image: str
     what: str
@@ -258,7 +258,7 @@ def new_backup(image: Path, directory: Path | None) -> Path:
         path = directory / f"{name}.{BACKUP_SUFFIX}-{number}"
         if not os.path.lexists(path):
             return path
-    raise CannotOpen(str(directory / name), "writing", f"there are {_MOST_BACKUPS} backups")
+    raise CannotOpen(str(directory / name), "writing", f"there are already {_MOST_BACKUPS} backups")
 
 
 def _packed_record(
@@ -385,7 +385,7 @@ class Backup:
             if found == record.new_digest:
                 waiting.append(record)
             elif complete or not _is_old(undone, record):
-                place = f"{record.length} bytes at offset {record.offset:#x} are others now"
+                place = f"the {record.length} bytes at offset {record.offset:#x} are different now"
                 raise ChangedSinceRepair(port.name, place)
             undone.undo(record)
         return frozenset(waiting)
@@ -446,13 +446,13 @@ def _read_head(file: FileReadable) -> tuple[_Head, int]:
     start = file.read(0, _LONGEST_HEAD)
     end = start.find(b"\n", len(BACKUP_MAGIC))
     if not start.startswith(BACKUP_MAGIC) or end < 0:
-        raise BackupUnusable(file.name, "it does not begin as one")
+        raise BackupUnusable(file.name, "it does not begin like one")
     try:
         head = decoded(start[len(BACKUP_MAGIC) : end], _Head)
     except UnusableState as error:
         raise BackupUnusable(file.name, str(error)) from error
     if not head.image.path.startswith("/") or "\0" in head.image.path or head.size < 0:
-        raise BackupUnusable(file.name, "it does not say of which image it is")
+        raise BackupUnusable(file.name, "it does not say which image it belongs to")
     return head, end + 1
 
 
@@ -481,7 +481,7 @@ def _read_records(file: FileReadable, position: int) -> Iterator[_Record]:
         )
         if record.kind == _Kind.WRITE:
             if max(record.length, record.old_length, record.packed_length) > _LARGEST_WRITE:
-                raise BackupUnusable(file.name, f"it makes no sense at byte {position}")
+                raise BackupUnusable(file.name, f"it cannot be understood at byte {position}")
             position += record.packed_length
             if position > file.size:
                 return

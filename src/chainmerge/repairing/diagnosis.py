@@ -15,6 +15,7 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.sets import tombstone
 from chainmerge.bitmaps.stored import state_of
@@ -56,9 +57,9 @@ _MOST_MESSAGES: Final = 20
 class Treatment(Enum):
     """How an image is mended."""
 
-    NONE = "nothing is to be done, or nothing can"
+    NONE = "nothing is to be done, or nothing can be done"
     MARKS = "clear the dirty bit and the corrupt bit"
-    BITMAPS = "replace its bitmaps; its refcounts are right, but for leaks"
+    BITMAPS = "replace its bitmaps; its refcounts are right, except for leaks"
     REBUILD = "give it new refcounts, and bitmaps with them"
 
 
@@ -164,7 +165,7 @@ class _Examination:
             return Diagnosis(findings, Treatment.MARKS, actions=self._actions_of_marks())
         actions = bitmaps.actions
         if leaks.any_freed:
-            actions += (f"reclaim {_freed(leaks)} leaked clusters",)
+            actions += (f"reclaim {counted(_freed(leaks), 'leaked cluster')}",)
         return Diagnosis(
             findings,
             Treatment.BITMAPS if bitmaps.lost or leaks.any_freed else Treatment.NONE,
@@ -223,7 +224,7 @@ class _Examination:
         if header.dirty:
             actions.append("clear the dirty bit")
         if header.corrupt:
-            actions.append("clear the mark of corruption: its tables are sound")
+            actions.append("clear the corrupt bit: its tables are sound")
         return tuple(actions)
 
     def _wrong_refcounts(self) -> Iterator[RepairFinding]:
@@ -243,26 +244,27 @@ def _leak_findings(leaks: Leaks) -> Iterator[RepairFinding]:
     size = leaks.cluster_size
     within = leaks.ours - leaks.hidden
     if within:
-        ours = f"{within} clusters ({within * size} bytes)"
-        sentence = f"{ours} of a merge that was killed, or of void bitmaps, are marked used"
+        ours = f"{counted(within, 'cluster')} ({within * size} bytes)"
+        sentence = f"{ours} still marked as used by a merge that was killed, or by void bitmaps"
         yield RepairFinding("leaked-clusters", sentence, repairable=True)
     if leaks.hidden:
-        sentence = f"{leaks.hidden} clusters behind the end of the file are marked used"
+        sentence = f"{counted(leaks.hidden, 'cluster')} behind the end of the file marked as used"
         yield RepairFinding("leaked-clusters", sentence, repairable=True)
     if not leaks.count:
         return
-    others = f"{leaks.count} clusters ({leaks.count * size} bytes)"
-    sentence = f"{others} are leaked: marked used, and nothing uses them"
+    others = f"{counted(leaks.count, 'leaked cluster')} ({leaks.count * size} bytes)"
+    sentence = f"{others}: marked as used, but nothing uses them"
     if leaks.sign is None:
         yield RepairFinding("leaked-clusters", sentence, repairable=True)
         return
     sentence += (
-        f"; they may be all that is left of what a lost L2 table led to: {leaks.sign.clause}"
+        "; they may be all that is left of the data that a lost L2 table mapped: "
+        f"{leaks.sign.clause}"
     )
     if not len(leaks.kept.start):
         yield RepairFinding("leaked-clusters", sentence, repairable=True)
         return
-    sentence += "; so they stay, and only --reclaim gives the space back, and destroys them"
+    sentence += "; so they stay; only --reclaim gives the space back, and it destroys them"
     kind = "lost-data" if leaks.sign.is_plain else KEPT_LEAKS
     yield RepairFinding(kind, sentence, repairable=False)
 
@@ -271,8 +273,9 @@ def _doubles(readable: Readable, tables: Tables) -> Iterator[RepairFinding]:
     doubles = count_doubles(readable, tables)
     if doubles:
         sentence = (
-            f"{doubles} guest clusters are stored where another one is, which no internal snapshot "
-            "explains: the guest reads the same in both, and the data of one is lost"
+            f"{counted(doubles, 'guest cluster')} stored in the same place as another one, which "
+            "no internal snapshot explains: the guest reads the same data in both, and the data of "
+            "one is lost"
         )
         yield RepairFinding("lost-data", sentence, repairable=False)
 
@@ -298,8 +301,8 @@ def _rebuilding(
         return Diagnosis((*findings, finding))
     size = rewrite.allocated.total * rewrite.cluster_size
     rebuild = (
-        f"write new refcounts, counted from the tables: {size} bytes, for which the image must "
-        f"have {rewrite.required_size} bytes"
+        f"write new refcounts, counted from the tables: {size} bytes; the image must have "
+        f"{rewrite.required_size} bytes for that"
     )
     return Diagnosis(
         findings,
@@ -374,7 +377,7 @@ def _some_lost(
     for name, problem in sorted(broken.items()):
         findings.append(RepairFinding("broken-bitmap", problem, repairable=True))
         actions.append(
-            f"replace the bitmap {name!r} by a tombstone, because an image above has the name"
+            f"replace the bitmap {name!r} with a tombstone, because an image above has the name"
             if name in guarded
             else f"remove the bitmap {name!r}"
         )
@@ -392,7 +395,7 @@ def _all_lost(image: Qcow2Image, circumstances: Circumstances, problem: str) -> 
     guarded = circumstances.guarded
     size = image.header.virtual_size
     finding = RepairFinding("broken-bitmap-directory", problem, repairable=True)
-    actions = ["remove all bitmaps: which ones there were cannot be told any more"]
+    actions = ["remove all bitmaps: nobody can tell any more which ones there were"]
     actions += [
         f"leave a tombstone for {name!r}, because an image above has the name"
         for name in sorted(guarded)
@@ -414,10 +417,10 @@ def _problem(image: Qcow2Image, entry: BitmapEntry, tables: Tables | None) -> st
     name = repr(entry.name)
     if state_of(image, entry) is BitmapState.IN_USE:
         if entry.in_use:
-            return f"bitmap {name} is in-use: a writer died before it could store it"
+            return f"bitmap {name} is in-use: its writer died before it could store the bitmap"
         if not image.header.bitmaps_trusted:
             return f"bitmap {name} is void: a program that does not know bitmaps wrote to the image"
-        return f"bitmap {name} cannot be used: {entry.unknown or 'its name cannot be one'}"
+        return f"bitmap {name} cannot be used: {entry.unknown or 'its name is not valid'}"
     if tables is None:
         return None
     try:
@@ -426,7 +429,7 @@ def _problem(image: Qcow2Image, entry: BitmapEntry, tables: Tables | None) -> st
         return error.sentence
     clusters = clusters_of_bitmap(image, entry)
     if clusters is None or _shares_clusters(tables, clusters):
-        return f"bitmap {name} is where something else is as well"
+        return f"bitmap {name} is in clusters that something else uses too"
     return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why an image was not repaired, or not given another backing file."""
+"""Why an image was not repaired, or was not given another backing file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from chainmerge.errors import CheckpointsAtRisk, Failed, NewerDataAtRisk, NotVer
 
 @dataclass(eq=False)
 class RepairNotVerified(NotVerified, Failed):
-    """What a repair has written is not what it should have come to."""
+    """The image is not what the repair should have made of it."""
 
     code: ClassVar[str] = "repair-not-verified"
     template: ClassVar[str] = "{image} is not as it should be after the repair: {difference}"
     hint: ClassVar[str] = (
-        "`chainmerge repair --undo BACKUP` puts back what was there, BACKUP being the newest "
-        "file beside the image that has its name and ends in a number; look at the storage below it"
+        "`chainmerge repair --undo BACKUP` puts back what was there, BACKUP being the newest file "
+        "beside the image that has its name and ends in a number; check the storage below it"
     )
     explanation: ClassVar[str] = (
         "After a repair the image is read back: its refcounts are recomputed and its bitmaps "
-        "compared with what was planned. Something did not agree. What the repair has overwritten "
-        "is in its backup. The tables that say what the guest sees were not changed but for flags."
+        "compared with what was planned. Something did not match. What the repair has overwritten "
+        "is in its backup. In the tables that say what the guest sees, only flags were changed."
     )
     image: str
     difference: str
@@ -30,19 +30,19 @@ class RepairNotVerified(NotVerified, Failed):
 
 @dataclass(eq=False)
 class RelinkUncheckable(Refused):
-    """What the image shows on its old backing file cannot be read."""
+    """What the image shows with its old backing file cannot be read."""
 
     code: ClassVar[str] = "relink-uncheckable"
-    template: ClassVar[str] = "what {image} shows today cannot be read: {reason}"
+    template: ClassVar[str] = "what {image} shows now cannot be read: {reason}"
     hint: ClassVar[str] = (
-        "if the old backing file is still somewhere, bring it back to its place for the "
-        "comparison; only if you know that the new one has the same content, add --unchecked"
+        "if the old backing file still exists, put it back in its place for the comparison; add "
+        "--unchecked only if you know that the new one has the same content"
     )
     explanation: ClassVar[str] = (
-        "An overlay holds only what was written since the snapshot; everything else comes from "
-        "its backing file. With another content below it the guest's disk is destroyed, and "
-        "nothing in the images tells. So both are compared, unless you say that they are the same. "
-        "Nothing was changed."
+        "An overlay holds only what was written since the snapshot; everything else comes from its "
+        "backing file. With other content below it the guest's disk is destroyed, and nothing in "
+        "the images shows it. So both are compared, unless you say that they are the same. Nothing "
+        "was changed."
     )
     image: str
     reason: str
@@ -50,19 +50,20 @@ class RelinkUncheckable(Refused):
 
 @dataclass(eq=False)
 class RelinkChangesContent(NewerDataAtRisk, Refused):
-    """The image would show other data on the new backing file."""
+    """The image would show other data with the new backing file."""
 
     code: ClassVar[str] = "relink-changes-content"
     template: ClassVar[str] = (
-        "{image} would not show the same on {backing}: guest byte {offset} of {what} differs"
+        "{image} would not show the same data with {backing} as its backing file: guest byte "
+        "{offset} of {what} differs"
     )
     hint: ClassVar[str] = (
-        "look for the file that {image} was made on; `chainmerge relink {image}` names files that "
-        "could be it"
+        "look for the file that {image} was made on; `chainmerge relink {image}` lists files that "
+        "could be the right one"
     )
     explanation: ClassVar[str] = (
-        "What the image shows on its old backing file and on the new one was compared, and is not "
-        "the same. The guest would find another disk. Nothing was changed."
+        "What the image shows with its old backing file and with the new one was compared, and "
+        "differs. The guest would find other data on its disk. Nothing was changed."
     )
     image: str
     backing: str
@@ -72,22 +73,23 @@ class RelinkChangesContent(NewerDataAtRisk, Refused):
 
 @dataclass(eq=False)
 class RelinkChangesCheckpoints(CheckpointsAtRisk, Refused):
-    """A checkpoint would be worth something else on the new backing file."""
+    """A checkpoint would mean something else with the new backing file."""
 
     code: ClassVar[str] = "relink-changes-checkpoints"
     template: ClassVar[str] = (
-        "on {backing} the bitmaps {names} of the chain of {image} would be worth something else"
+        "with {backing} as the backing file of {image}, the bitmaps {names} of the chain would not "
+        "make the same checkpoints"
     )
     hint: ClassVar[str] = (
         "use a copy that has the bitmaps of the old backing file (cp, not qemu-img convert); or "
         "give those checkpoints up: remove the bitmaps from the images above and from {image} "
-        "(chainmerge bitmaps remove), the active image first, then run this again, and let the "
-        "next backup be a full one"
+        "(chainmerge bitmaps remove), the active image first, then run this command again; the "
+        "next backup must then be a full one"
     )
     explanation: ClassVar[str] = (
         "A backup takes the bits of a checkpoint from the active image and from the images below "
-        "it that have it, too. The new backing file has the same data, but not the same bitmaps: "
-        "a checkpoint would lose bits, so that the next incremental backup misses data, or it "
+        "it that also have it. The new backing file has the same data, but not the same bitmaps: a "
+        "checkpoint would lose bits, so that the next incremental backup would miss data, or it "
         "could not be used any more. Nothing was changed."
     )
     image: str
@@ -97,16 +99,14 @@ class RelinkChangesCheckpoints(CheckpointsAtRisk, Refused):
 
 @dataclass(eq=False)
 class RelinkUnfinished(Refused):
-    """A merge in which the image takes part did not come to its end."""
+    """A merge in which the image takes part was not finished."""
 
     code: ClassVar[str] = "relink-unfinished-merge"
-    template: ClassVar[str] = (
-        "{image} takes part in a merge into {base} that did not come to its end ({file})"
-    )
+    template: ClassVar[str] = "{image} takes part in an unfinished merge into {base} ({file})"
     hint: ClassVar[str] = "`chainmerge status {image}` says how to finish it; do that first"
     explanation: ClassVar[str] = (
-        "A merge that was interrupted is finished by looking at what the images stand on. With "
-        "another backing file under one of them that would come out wrong. Nothing was changed."
+        "To finish an interrupted merge, chainmerge looks at the backing files of its images. If "
+        "one of them had another backing file, the result would be wrong. Nothing was changed."
     )
     image: str
     base: str
@@ -115,11 +115,11 @@ class RelinkUnfinished(Refused):
 
 @dataclass(eq=False)
 class RelinkIncomplete(Failed):
-    """The header does not say what was written."""
+    """The header does not hold what was written."""
 
     code: ClassVar[str] = "relink-incomplete"
     template: ClassVar[str] = "{image} names {found!r} as its backing file after the change"
-    hint: ClassVar[str] = "look at the storage below {image}, and run the same command again"
+    hint: ClassVar[str] = "check the storage below {image}, and run the same command again"
     explanation: ClassVar[str] = (
         "The image's header was written and read back, and does not hold what was written. The "
         "image's data is untouched."

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import state_of
 from chainmerge.chain.discovery import discover
@@ -121,10 +122,10 @@ def _marks(base: OpenImage) -> Iterator[str]:
         entry.name for entry in base.info.bitmaps if state_of(image, entry) is BitmapState.IN_USE
     ]
     if in_use:
-        yield f"its bitmaps {', '.join(map(repr, in_use))} are in-use"
+        yield f"it has in-use bitmaps: {', '.join(map(repr, in_use))}"
     leaks = check(image).leaks
     if leaks:
-        yield f"{leaks} of its clusters are leaked"
+        yield f"it has {counted(leaks, 'leaked cluster')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,9 @@ _MERGED: Final = f".{RECORD_SUFFIX}"
 class Ending(Enum):
     """How an interrupted merge can be brought to an end."""
 
-    FINISH = "do it again, which does what is left of it"
-    UNDO = "forget it: nothing of it has taken effect"
-    BY_HAND = "only who started it knows what it was to be"
+    FINISH = "do it again, which does what is left"
+    UNDO = "forget it: it has not taken effect"
+    BY_HAND = "only the person who started it knows what it was for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _of_saved(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
         return _by_hand(unfinished, "its files are gone")
     for one in (saved.base, saved.overlay):
         if not is_there(one):
-            return _by_hand(unfinished, f"{one.path} is not there any more")
+            return _by_hand(unfinished, f"{one.path} does not exist any more")
     base, top = Path(saved.base.path), Path(saved.overlay.path)
     options = MergeOptions(direction="commit")
     if saved.request is not None:
@@ -176,7 +176,9 @@ def _of_record(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
         return InterruptedMerge(base, top, base, Ending.FINISH, options, sentence)
     options = _asked(record.known_request, "pull")
     done = is_pulled(record, record.pulled, Path(record.known_request.tops[0]))
-    how_far = "all of it is there, not yet cleaned up" if done else "nothing had taken effect"
+    how_far = (
+        "all data is there, but nothing is cleaned up yet" if done else "nothing had taken effect"
+    )
     sentence = f"a pull from {base} up into {top} was interrupted: {how_far}"
     ending = Ending.FINISH if done else Ending.UNDO
     return InterruptedMerge(base, top, top, ending, options, sentence)

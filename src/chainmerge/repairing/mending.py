@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileMissing, TopFormatUnknown, WrongFormat
@@ -235,14 +236,15 @@ def _examine(
         findings += _findings_below(info, access)
     if undoing is not None and undoing.reserved:
         actions.append(
-            f"give back what the merge had reserved: {undoing.reserved} bytes at the file's end"
+            f"give back the {undoing.reserved} bytes that the merge had reserved at the end of the "
+            "file"
         )
     for one in merges:
         findings.append(_finding_of(one, info))
         actions += _actions_of(one, info)
     for commit in commits:
         findings.append(_finding_of_commit(commit))
-        actions.append(f"finish it: merge {commit.top} into {commit.base}; {commit.top} is left")
+        actions.append(f"finish it: merge {commit.top} into {commit.base}; {commit.top} is kept")
     if diagnosis.treatment is Treatment.NONE and not merges and not commits:
         findings += _unusable(info, relatives, access)
     warnings = [_suspicion(one) for one in suspected if not one.is_certain]
@@ -354,9 +356,9 @@ def _finding_of(one: InterruptedMerge, info: ImageInfo) -> RepairFinding:
 
 def _actions_of(one: InterruptedMerge, info: ImageInfo) -> Iterator[str]:
     if _is_to_forget(one, info):
-        yield f"undo the merge of {one.top}: forget it, as nothing of it has taken effect"
+        yield f"undo the merge of {one.top}: forget it, since it has not taken effect"
     elif one.ending is Ending.FINISH:
-        yield f"finish the merge of {one.top} into {one.base}, as far as it is not done"
+        yield f"finish the merge of {one.top} into {one.base}, as far as it is not done yet"
 
 
 def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
@@ -369,16 +371,16 @@ def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
 
 def _suspicion(commit: HalfDoneCommit) -> str:
     return (
-        f"{_evidence(commit)}: should a commit have been interrupted, `chainmerge merge` "
-        "finishes it; a guest that wrote the same again does as much"
+        f"{_evidence(commit)}: if a commit was interrupted, `chainmerge merge` finishes it; a "
+        "guest that wrote the same data again would leave the same picture"
     )
 
 
 def _evidence(commit: HalfDoneCommit) -> str:
     return (
-        f"all that {commit.top} defines up to byte {commit.reached} of the guest's disk is in "
-        f"{commit.base} as well, and what follows is not; of its {commit.data} bytes of data these "
-        f"are {commit.copied} at least that are not zeros"
+        f"all that {commit.top} defines up to byte {commit.reached} of the guest's disk is also in "
+        f"{commit.base}, and what follows is not; of its {commit.data} bytes of data that is at "
+        f"least {commit.copied} bytes that are not zeros"
     )
 
 
@@ -388,7 +390,7 @@ def _unusable(info: ImageInfo, relatives: Relatives, access: Access) -> Iterator
     for name, reason in unusable_bitmaps(info, relatives, access).items():
         sentence = (
             f"no chain can use the bitmap {name!r}: it is {reason}; `chainmerge bitmaps prune` "
-            "removes such"
+            "removes such bitmaps"
         )
         yield RepairFinding(UNUSABLE_BITMAP, sentence, repairable=False)
 
@@ -396,12 +398,12 @@ def _unusable(info: ImageInfo, relatives: Relatives, access: Access) -> Iterator
 def _warnings(relatives: Relatives) -> Iterator[str]:
     for path, reason in relatives.unreadable:
         yield (
-            f"{path} cannot be read ({reason}): should it stand on this image, it must not be "
-            "used for an incremental backup before a full one"
+            f"{path} cannot be read ({reason}): if this image is below it, it must not be used for "
+            "an incremental backup before a full one"
         )
     if relatives.inactive:
         yield (
-            f"{volumes(relatives)} cannot be read (not active): what stands on this image must not "
+            f"{volumes(relatives)} cannot be read (not active): images on top of this one must not "
             "be used for an incremental backup before a full one"
         )
 
@@ -489,8 +491,8 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
         if not report.sound or new or image.header.dirty or image.header.corrupt:
             first = next(iter(report.messages), "it is still marked dirty or corrupt")
             raise RepairNotVerified(str(path), first)
-        but = f" but {report.leaks} clusters that stay" if report.leaks else ""
-        yield f"refcounts recomputed from the tables: no corruption, no leak{but}"
+        but = f" except {counted(report.leaks, 'kept cluster')}" if report.leaks else ""
+        yield f"refcounts recomputed from the tables: no corruption, no leaks{but}"
         if diagnosis.bitmaps is None:
             return
         stored = [one for one in diagnosis.bitmaps if isinstance(one, StoredBitmap)]
@@ -498,7 +500,7 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
             difference = bitmap_difference(image, stored)
             if difference is not None:
                 raise RepairNotVerified(str(path), difference)
-        yield f"{len(diagnosis.bitmaps)} bitmaps re-read"
+        yield f"{counted(len(diagnosis.bitmaps), 'bitmap')} re-read"
 
 
 @dataclass(frozen=True, slots=True)

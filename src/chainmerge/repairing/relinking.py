@@ -254,7 +254,7 @@ def _verify(compared: _Comparison) -> Iterator[str]:
         raise RelinkChangesCheckpoints(
             compared.path, compared.backing, ", ".join(map(repr, changed))
         )
-    yield "every checkpoint is worth what it was"
+    yield "every checkpoint covers what it covered before"
 
 
 def _verify_snapshots(compared: _Comparison) -> Iterator[str]:
@@ -348,7 +348,7 @@ def _warnings(info: ImageInfo, new: Sequence[ImageInfo], *, unchecked: bool) -> 
         if names:
             yield (
                 f"checkpoints were not compared either ({', '.join(map(repr, names))}): unless "
-                "this is the very file that was there before, let the next backup be a full one"
+                "this is exactly the file that was there before, the next backup must be a full one"
             )
     if new and new[-1].real_path.parent != info.real_path.parent:
         yield (

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.report import layout
 from chainmerge.report.layout import words
-from chainmerge.report.text import count, human_size
+from chainmerge.report.text import human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,7 @@ def live_status_report(report: LiveStatusReport) -> RenderableType:
     if not report.merges:
         return Group(words(f"no unfinished merges in {report.vm}", layout.GOOD), chain)
     return Group(
-        words(f"{count(len(report.merges), 'unfinished merge')} in {report.vm}", layout.CAUTION),
+        words(f"{counted(len(report.merges), 'unfinished merge')} in {report.vm}", layout.CAUTION),
         *(part for merge in report.merges for part in _parts(merge)),
         chain,
     )
@@ -41,12 +42,12 @@ def _parts(merge: LiveMergeStatus) -> Iterator[RenderableType]:
     merged = words("yes", layout.GOOD) if merge.merged else words("no", layout.CAUTION)
     table.add_row(words("took effect", layout.QUIET), merged)
     if merge.guest_waits:
-        waits = "the guest's requests wait until the merge is carried on"
+        waits = "the guest's requests wait until the merge continues"
         table.add_row(words("now", layout.QUIET), words(waits, layout.BAD))
     if merge.error is not None:
         table.add_row(words("error", layout.QUIET), words(merge.error, layout.BAD))
     yield layout.indented(table)
-    yield layout.indented(words("carried on by", layout.QUIET))
+    yield layout.indented(words("to continue, run", layout.QUIET))
     yield layout.command(f"    {merge.command}")
 
 

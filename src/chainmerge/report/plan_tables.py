@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.plan import (
     EngineName,
     MergePlan,
@@ -20,7 +21,7 @@ from chainmerge.documents.plan import (
 from chainmerge.options import Placement
 from chainmerge.report import layout
 from chainmerge.report.layout import words
-from chainmerge.report.text import count, exact_size, human_size
+from chainmerge.report.text import exact_size, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,20 +43,22 @@ _FATE_STYLES: Final[Mapping[str, str]] = {
 }
 _PROGRESS_WORDS: Final[Mapping[Progress, str]] = {
     Progress.INTERRUPTED: "An earlier run of this merge was interrupted; this one finishes it.",
-    Progress.MERGED: "This merge has been done already.",
+    Progress.MERGED: "This merge has already been done.",
 }
 
 _PLACEMENTS = {
-    Placement.COW: "data that it has a cluster for goes to a new one (cow)",
-    Placement.IN_PLACE: "data that it has a cluster for goes over the old content (in-place)",
+    Placement.COW: "data goes to new clusters, even where base has one already (cow)",
+    Placement.IN_PLACE: (
+        "data goes over the old content where base has a cluster already (in-place)"
+    ),
 }
 _REQUIRED = {
     EngineName.NATIVE: "at the merge's peak, exactly",
     EngineName.QEMU: "at the merge's peak, an upper bound",
 }
 _SNAPSHOTS_LISTED: Final = 20
-_HIDDEN = "behind base's end, by zeros in the overlay, before the volume is extended"
-_PRUNED_FIRST = "stale bitmaps are removed first, by a switch of their own, to make room"
+_HIDDEN = "behind base's end, with zeros in the overlay, before the volume is extended"
+_PRUNED_FIRST = "stale bitmaps are removed first, in a switch of their own, to make room"
 
 
 def plan_report(plan: MergePlan) -> RenderableType:
@@ -131,7 +134,7 @@ def _node(image: PlannedImage) -> layout.TreeNode:
         f"{image.role}: {image.format}{declared}",
         f"disk {human_size(image.virtual_size)}",
         f"file {human_size(image.file_size)}",
-        count(image.bitmaps, "bitmap"),
+        counted(image.bitmaps, "bitmap"),
     ]
     if image.cluster_size is not None:
         about.insert(3, f"clusters {human_size(image.cluster_size)}")
@@ -161,8 +164,8 @@ def _movement(plan: MergePlan) -> Group:
             words(cost.reason, layout.QUIET),
         )
     allocations = (
-        f"{_written(plan)} allocates {count(movement.new_clusters, 'cluster')}"
-        f" and {count(movement.new_l2_tables, 'mapping table')}"
+        f"{_written(plan)} allocates {counted(movement.new_clusters, 'cluster')}"
+        f" and {counted(movement.new_l2_tables, 'mapping table')}"
     )
     return Group(
         layout.sizes(rows),
@@ -192,7 +195,7 @@ def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> RenderableType:
         )
     kept = sum(bitmap.fate == "keep" for bitmap in bitmaps)
     lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in bitmaps)
-    summary = f"{kept} of {count(len(bitmaps), 'bitmap')} kept"
+    summary = f"{kept} of {counted(len(bitmaps), 'bitmap')} kept"
     if lost:
         summary += f", {lost} lost that could have served a backup"
     return Group(table, words(summary, layout.BAD if lost else layout.QUIET))
@@ -218,9 +221,9 @@ def _snapshots(snapshots: tuple[PlannedSnapshots, ...]) -> RenderableType:
 def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
     yield bitmap.reason
     if bitmap.unguarded:
-        yield "nothing in base will keep it from passing for a good one"
+        yield "nothing in base will keep it from passing for a valid one"
     if bitmap.recovered:
-        yield "its bits come from what the interrupted run had saved"
+        yield "its bits come from the bitmaps that the interrupted run saved"
 
 
 def _space(plan: MergePlan) -> Group:
@@ -240,7 +243,7 @@ def _space(plan: MergePlan) -> Group:
     if space.missing:
         rows.append(("MISSING", space.missing, "cannot be had"))
     if space.shrink_to is not None:
-        rows.append(("will be reduced to", space.shrink_to, "once all is verified"))
+        rows.append(("will be reduced to", space.shrink_to, "once everything is verified"))
     place = f"{_written(plan)} is a file"
     if space.kind != "file":
         place = f"{_written(plan)} lies on a {space.kind} volume"
@@ -272,4 +275,4 @@ def _afterwards(plan: MergePlan) -> Iterator[str]:
         yield f"{path} is deleted"
     if plan.rename is not None:
         old, new = plan.rename
-        yield f"{old} is renamed to {new}, and takes the place of that file"
+        yield f"{old} is renamed to {new}, and replaces that file"

@@ -27,7 +27,7 @@ STAGE_WORDS: Final[Mapping[str, str]] = MappingProxyType(
         Stage.PLAN: "planning",
         Stage.SNAPSHOTS: "removing internal snapshots",
         Stage.PRUNE: "pruning stale bitmaps",
-        Stage.HIDE: "having the overlay hide what the larger volume would show",
+        Stage.HIDE: "letting the overlay hide what the larger volume would show",
         Stage.EXTEND: "extending the volume",
         Stage.COPY: "copying data",
         Stage.BITMAPS: "storing bitmaps",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.report import layout
 from chainmerge.report.layout import words
-from chainmerge.report.text import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ def status_report(report: StatusReport) -> RenderableType:
     """Which merges did not come to their end, and what finishes them."""
     searched = ", ".join(report.searched)
     if report.merges:
-        title = words(count(len(report.merges), "unfinished merge"), layout.CAUTION)
+        title = words(counted(len(report.merges), "unfinished merge"), layout.CAUTION)
     else:
         title = words(f"no unfinished merges in {searched}", layout.GOOD)
     return Group(
@@ -38,18 +38,18 @@ def _parts(merge: UnfinishedMerge) -> Iterator[RenderableType]:
     table = layout.grid()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(words("came to", layout.QUIET), words(merge.progress))
-    table.add_row(words("base has it all", layout.QUIET), _answer(merge))
+    table.add_row(words("progress", layout.QUIET), words(merge.progress))
+    table.add_row(words("data in base", layout.QUIET), _answer(merge))
     if merge.base_is_locked:
         open_now = words("base is open: perhaps this merge is still running", layout.CAUTION)
         table.add_row(words("now", layout.QUIET), open_now)
     for file in merge.files:
-        table.add_row(words("told by", layout.QUIET), words(file, layout.QUIET))
+        table.add_row(words("state files", layout.QUIET), words(file, layout.QUIET))
     for warning in merge.warnings:
         table.add_row(words("warning", layout.CAUTION), words(warning, layout.CAUTION))
     yield layout.indented(table)
     if merge.command is not None:
-        yield layout.indented(words("finished by", layout.QUIET))
+        yield layout.indented(words("to finish, run", layout.QUIET))
         yield layout.command(f"    {merge.command}")
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.merge import Measurement, MergeOutcome, MergeReport
 from chainmerge.documents.repair import NO_DAMAGE, RepairReport, UndoReport
 from chainmerge.report import layout
 from chainmerge.report.layout import words
 from chainmerge.report.plan_tables import others_section, search_lines
-from chainmerge.report.text import count, exact_size, human_size, rough_size
+from chainmerge.report.text import exact_size, human_size, rough_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -53,7 +54,7 @@ def disks_report(report: DisksReport) -> RenderableType:
         style = layout.GOOD if disk.is_done else layout.BAD
         table.add_row(words(disk.top), words(disk.outcome, style), words(copied))
     done = sum(disk.is_done for disk in report.disks)
-    summary = f"{done} of {count(len(report.disks), 'disk')} merged"
+    summary = f"{done} of {counted(len(report.disks), 'disk')} merged"
     parts: list[RenderableType] = [
         words(summary, layout.GOOD if done == len(report.disks) else layout.BAD),
         layout.indented(table),
@@ -92,11 +93,10 @@ def check_report(result: CheckResult) -> RenderableType:
         verdict = words(f"{result.image}: nothing is wrong", layout.GOOD)
     else:
         style = layout.BAD if result.corruptions else layout.CAUTION
-        found = (
-            f"{count(result.corruptions, 'corruption')}, {count(result.leaks, 'leaked cluster')}"
-        )
+        corruptions = counted(result.corruptions, "corruption")
+        found = f"{corruptions}, {counted(result.leaks, 'leaked cluster')}"
         if result.remarks:
-            found += f", {count(len(result.remarks), 'remark')}"
+            found += f", {counted(len(result.remarks), 'remark')}"
         verdict = words(f"{result.image}: {found}", style)
     return Group(
         verdict,
@@ -110,7 +110,7 @@ def measurement_report(measurement: Measurement) -> RenderableType:
     """How large base must be."""
     rows: list[tuple[str, int | None, str]] = [
         ("required", measurement.required, "at the merge's peak"),
-        ("optimal", measurement.optimal, "once it is done"),
+        ("optimal", measurement.optimal, "after the merge"),
         ("used up to", measurement.image_end, "today"),
         ("size", measurement.volume_size, "today"),
     ]
@@ -155,7 +155,7 @@ def prune_report(report: PruneReport) -> RenderableType:
     """Which bitmaps a pruning removed, and why."""
     if not report.removed:
         return words(f"no stale bitmaps between {report.base} and {report.top}", layout.GOOD)
-    summary = f"{count(len(report.removed), 'bitmap')} pruned, {len(report.kept)} kept"
+    summary = f"{counted(len(report.removed), 'bitmap')} pruned, {len(report.kept)} kept"
     by_image = itertools.groupby(report.removed, key=lambda bitmap: bitmap.image)
     return Group(
         *(part for image, bitmaps in by_image for part in (words(image), _pruned_table(bitmaps))),
@@ -171,7 +171,7 @@ def repair_report(report: RepairReport) -> RenderableType:
             *layout.warnings_section(report.warnings),
         )
     return Group(
-        words(f"{report.image}: {count(len(report.findings), 'finding')}"),
+        words(f"{report.image}: {counted(len(report.findings), 'finding')}"),
         layout.section("Found", _findings(report)),
         *_listed("Would be done" if report.dry_run else "Done", report.actions),
         *_listed("What it means for backups", report.consequences),
@@ -193,13 +193,16 @@ def backing_report(report: BackingReport) -> RenderableType:
         words(report.problem, layout.BAD),
     ]
     if not report.candidates:
-        note = "No file that could be it was found; --search DIR looks in other directories."
+        note = (
+            "No file was found that could be the missing one; --search DIR looks in other "
+            "directories."
+        )
         return Group(*parts, words(note, layout.QUIET))
     for candidate in report.candidates:
         about = f"{candidate.path} ({candidate.format})"
         parts += [words(about), layout.indented(layout.bullets(candidate.reasons))]
     image, first = shlex.quote(report.image), shlex.quote(report.candidates[0].path)
-    note = f"If you know that it is the right one: `chainmerge relink {image} --backing {first}`"
+    note = f"If you know that this is the right file: `chainmerge relink {image} --backing {first}`"
     return Group(*parts, words(note, layout.QUIET))
 
 
@@ -216,7 +219,7 @@ def relink_report(report: RelinkReport) -> RenderableType:
 def undo_report(report: UndoReport) -> RenderableType:
     """What was put back."""
     restored = exact_size(report.restored_bytes)
-    return words(f"{report.image} is what it was before the repair: {restored} put back")
+    return words(f"{report.image} is as it was before the repair: {restored} put back")
 
 
 def _ways_back(report: RepairReport) -> Iterator[str]:
@@ -254,9 +257,9 @@ def _merge_parts(report: MergeReport) -> Iterator[RenderableType]:
 
 def _headline(report: MergeReport) -> str:
     if report.plan is None:
-        return "merged and verified by an earlier run; what that had left to do is done"
+        return "merged and verified by an earlier run; the rest of its work is now done"
     if report.outcome == MergeOutcome.ALREADY_MERGED:
-        return f"{report.plan.top} was merged into {report.plan.base} before; verified again"
+        return f"{report.plan.top} was already merged into {report.plan.base}; verified again"
     if report.plan.pulls:
         return f"{report.plan.base} is pulled up into {report.plan.top}"
     return f"{report.plan.top} is merged into {report.plan.base}"
@@ -271,12 +274,12 @@ def _speed(report: MergeReport) -> str:
 
 def _settled(report: MergeReport) -> Iterator[str]:
     for path in report.repointed:
-        yield f"{path} stands on base now"
+        yield f"{path} now has base as its backing file"
     for path in report.deleted:
         yield f"{path} is deleted"
     if report.renamed is not None:
         old, new = report.renamed
-        yield f"{old} is now {new}, in place of the file that was there"
+        yield f"{old} is now {new}, and has replaced the file that was there"
 
 
 def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:
@@ -296,8 +299,8 @@ def _node(image: ImageReport, asked: str) -> layout.TreeNode:
         about.append(f"defines {human_size(image.allocated_bytes)}")
     if image.cluster_size is not None:
         about.append(f"clusters {human_size(image.cluster_size)}")
-    about.append(count(image.bitmaps, "bitmap"))
-    about.append(count(image.snapshots, "snapshot"))
+    about.append(counted(image.bitmaps, "bitmap"))
+    about.append(counted(image.snapshots, "snapshot"))
     below = [words(", ".join(about), layout.QUIET)]
     if image.details:
         details = "; ".join(f"{name}: {value}" for name, value in image.details.items())
@@ -341,8 +344,8 @@ def _pruned_table(bitmaps: Iterable[PrunedBitmap]) -> RenderableType:
 def _tombstone_note(listing: BitmapListing) -> Iterator[Text]:
     if any(row.tombstone for row in listing.rows):
         yield words(
-            "A tombstone is a disabled, empty bitmap that keeps the same name in images above "
-            "from passing for a good one.",
+            "A tombstone is a disabled, empty bitmap that keeps the same name in images above from "
+            "passing for a valid one.",
             layout.QUIET,
         )
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Final
 
+from chainmerge.arithmetic.counting import counted
+
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -30,12 +32,4 @@ def human_size(size: int) -> str:
 
 def exact_size(size: int) -> str:
     """Return *size* as people say it, with the exact number of bytes beside it."""
-    return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else count(size, "byte")
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number and its noun: ``1 bitmap``, ``2 bitmaps``."""
-    if number == 1:
-        return f"1 {noun}"
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number} {plural}"
+    return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else counted(size, "byte")

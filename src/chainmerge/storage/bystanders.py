@@ -385,7 +385,7 @@ def _claims(device: int) -> Iterator[str]:
     """What has a device to itself, in words."""
     if _is_claimed(device):
         named = list(islice(_claimants(device), _NAMED))
-        yield ", ".join(named) or "something in the kernel that has it to itself (O_EXCL)"
+        yield ", ".join(named) or "something in the kernel that holds it exclusively (O_EXCL)"
 
 
 def _is_claimed(device: int) -> bool:

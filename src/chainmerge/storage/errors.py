@@ -47,34 +47,34 @@ def reason_of(error: OSError) -> str:
 
 @dataclass(eq=False)
 class ImageMissing(ImageUnavailable, Refused):
-    """There is nothing under the image's name."""
+    """No file has the image's name."""
 
     code: ClassVar[str] = "image-missing"
-    template: ClassVar[str] = "{image}: there is no such file"
+    template: ClassVar[str] = "{image}: no such file"
     hint: ClassVar[str] = (
-        "check the name; if the image's storage is not mounted, see to that first; a logical "
-        "volume that is not active is activated with --activate"
+        "check the name; if the image's storage is not mounted, mount it first; --activate "
+        "activates a logical volume that is not active"
     )
     explanation: ClassVar[str] = (
-        "The name was given on the command line, or stands in another image as that of its "
-        "backing file, and nothing is found under it: the file does not exist, a symbolic link "
-        "leads nowhere, or a directory on the way is missing. Relative names of backing files "
-        "count from the directory of the image that names them."
+        "The name was given on the command line, or another image names it as its backing file, "
+        "and nothing is found there: the file does not exist, a symbolic link leads nowhere, or a "
+        "directory on the way is missing. Relative names of backing files are resolved against the "
+        "directory of the image that names them."
     )
     image: str
 
 
 @dataclass(eq=False)
 class WrongFileType(ImageUnavailable, Refused):
-    """The name is that of something which cannot hold an image."""
+    """The name is that of something that cannot hold an image."""
 
     code: ClassVar[str] = "wrong-file-type"
     template: ClassVar[str] = "{image}: is {file_type}, not a regular file or a block device"
     hint: ClassVar[str] = "give the name of the image itself"
     explanation: ClassVar[str] = (
         "Images are regular files or block devices. Directories, pipes, sockets and character "
-        "devices are not opened at all: doing so could block for ever, or set off whatever the "
-        "device does when it is opened."
+        "devices are not opened at all: that could block forever, or trigger whatever the device "
+        "does when it is opened."
     )
     image: str
     file_type: str
@@ -82,18 +82,18 @@ class WrongFileType(ImageUnavailable, Refused):
 
 @dataclass(eq=False)
 class AccessDenied(ImageUnavailable, Refused):
-    """The operating system does not let us open the image."""
+    """The operating system does not allow us to open the image."""
 
     code: ClassVar[str] = "access-denied"
     template: ClassVar[str] = "{image}: no permission to open it for {access}"
     hint: ClassVar[str] = (
-        "run the command as the owner of the image, or as root; on network storage check what "
-        "the server allows"
+        "run the command as the owner of the image, or as root; on network storage, check what the "
+        "server allows"
     )
     explanation: ClassVar[str] = (
         "The permissions of the file, or of a directory on the way to it, do not allow what is "
-        "needed. To look at an image, permission to read it is enough; to merge into it, "
-        "permission to write is needed too."
+        "needed. Read permission is enough to look at an image; a merge into it needs write "
+        "permission too."
     )
     image: str
     access: str
@@ -106,13 +106,13 @@ class ImageReadOnly(ImageUnavailable, Refused):
     code: ClassVar[str] = "image-read-only"
     template: ClassVar[str] = "{image}: cannot be written: {reason}"
     hint: ClassVar[str] = (
-        "find out why that is so: it may be shared, or protected on purpose; if the image is meant "
-        "to be changed, make it writable again where it was made read-only (a logical volume: "
-        "'lvchange -prw VG/LV'; a file: 'chattr -i'; or remount the file system)"
+        "find out why: it may be shared, or protected on purpose; if the image is meant to be "
+        "changed, make it writable again where it was made read-only (a logical volume: 'lvchange "
+        "-prw VG/LV'; a file: 'chattr -i'; or remount the file system)"
     )
     explanation: ClassVar[str] = (
-        "The image must be written for this operation, and its file system is mounted read-only, "
-        "its block device is set read-only, or the file is marked immutable."
+        "This operation must write to the image, but its file system is mounted read-only, its "
+        "block device is set read-only, or the file is marked immutable."
     )
     image: str
     reason: str
@@ -124,7 +124,7 @@ class CannotOpen(ImageUnavailable, Refused):
 
     code: ClassVar[str] = "cannot-open"
     template: ClassVar[str] = "{image}: cannot be opened for {access}: {reason}"
-    hint: ClassVar[str] = "remove the cause that the message names, then run the command again"
+    hint: ClassVar[str] = "fix the cause that the message names, then run the command again"
     explanation: ClassVar[str] = (
         "Opening the file failed with the operating system's error that the message quotes: a "
         "loop of symbolic links, a name that is too long or not valid, a device that is busy or "
@@ -142,17 +142,17 @@ class ImageLocked(UsedByOthers, Refused):
     code: ClassVar[str] = "image-locked"
     template: ClassVar[str] = "{image}: is in use by {holder}"
     hint: ClassVar[str] = (
-        "wait for what uses the image to end (--lock-wait SECONDS); or shut the virtual machine "
-        "down in order, or merge while it runs (`chainmerge live merge`); do not kill a program "
-        "that may be writing to it"
+        "wait until nothing uses the image any more (--lock-wait SECONDS); or shut the virtual "
+        "machine down properly, or merge while it runs (`chainmerge live merge`); do not kill a "
+        "program that may be writing to the image"
     )
     explanation: ClassVar[str] = (
         "QEMU locks the images it has open (open file description locks on single bytes of the "
         "file), and chainmerge takes the same locks. A process that reads the image excludes "
-        "writers, one that writes excludes everybody. The holder is found by looking through "
-        "/proc for a process that has such a lock; one in another container, on another host, "
-        "or of another user may not be visible and is then called 'another process'. Never "
-        "remove a lock by force: two writers destroy an image."
+        "writers; one that writes excludes everybody. The holder is found by looking through /proc "
+        "for a process that has such a lock; one in another container, on another host, or of "
+        "another user may not be visible and is then called 'another process'. Never remove a lock "
+        "by force: two writers destroy an image."
     )
     image: str
     holder: str
@@ -160,23 +160,23 @@ class ImageLocked(UsedByOthers, Refused):
 
 @dataclass(eq=False)
 class ImageInUse(UsedByOthers, Refused):
-    """Somebody uses the image whom QEMU's locks do not keep out."""
+    """Something uses the image that QEMU's locks do not keep out."""
 
     code: ClassVar[str] = "image-in-use"
-    template: ClassVar[str] = "{image}: is in use, without a lock that would tell, by {users}"
+    template: ClassVar[str] = "{image}: is in use, without a lock that would show it, by {users}"
     hint: ClassVar[str] = (
         "end what uses the image: shut the program or the virtual machine down, unmount what is "
-        "mounted, give up the device by the tool that set it up; see that nothing it wrote is "
-        "missing, then run the command again"
+        "mounted, detach the device with the tool that set it up; make sure that nothing it wrote "
+        "is missing, then run the command again"
     )
     explanation: ClassVar[str] = (
-        "QEMU's locks are on one name of an image, and bind only those who ask for them. A loop "
-        "device over a file, the file below a loop device, another node of the same block device, "
-        "a file system that is mounted, a device-mapper device and a program that is not QEMU's "
-        "are not kept out by them. Two who write at the same time, or one who reads what "
-        "another one moves, destroy an image. They are found by the open files of all processes "
-        "(/proc/*/fd, as far as they may be looked at), by /sys/block and by asking for the "
-        "device exclusively. Nothing was changed."
+        "QEMU's locks apply to one name of an image, and bind only programs that ask for them. A "
+        "loop device over a file, the file below a loop device, another node of the same block "
+        "device, a file system that is mounted, a device-mapper device and a program that is not "
+        "QEMU's are not kept out by them. Two writers at the same time destroy an image, and a "
+        "reader gets garbage while data moves. Such users are found through the open files of all "
+        "processes (/proc/*/fd, as far as permissions allow), through /sys/block, and by opening "
+        "the device exclusively. Nothing was changed."
     )
     image: str
     users: str
@@ -208,7 +208,8 @@ class OpenFilesLimited(Refused):
 
     code: ClassVar[str] = "open-files-limit"
     template: ClassVar[str] = (
-        "{needed} files have to be open at a time, and the hard limit of this process is {limit}"
+        "{needed} files must be open at the same time, but the hard limit of this process is "
+        "{limit}"
     )
     hint: ClassVar[str] = (
         "run `ulimit -n {needed}` in the shell first (as root, since it is above the hard limit); "
@@ -218,9 +219,9 @@ class OpenFilesLimited(Refused):
         "A lock on an image lives as long as the file is open, so a chain takes one open file for "
         "each image, and the QEMU process that copies data opens every image once more. The "
         "operating system limits the number of open files of a process. The soft limit (often "
-        "1024) is raised where that is not enough, but no further than the hard limit, which only "
-        "root can raise. It is inherited: what counts is the limit of the shell, service or "
-        "container in which chainmerge is started."
+        "1024) is raised if it is not enough, but no further than the hard limit, which only root "
+        "can raise. It is inherited: what counts is the limit of the shell, service or container "
+        "in which chainmerge is started."
     )
     needed: int
     limit: int
@@ -233,13 +234,13 @@ class ReadFailed(StorageFailed, Failed):
     code: ClassVar[str] = "read-failed"
     template: ClassVar[str] = "{image}: reading {length} bytes at offset {offset} failed: {reason}"
     hint: ClassVar[str] = (
-        "look for errors of the storage in the kernel's log ('dmesg'); the same command can be "
-        "run again once the image can be read"
+        "look for storage errors in the kernel log ('dmesg'); run the same command again once the "
+        "image can be read"
     )
     explanation: ClassVar[str] = (
-        "The operating system reported an error while the image was read. This is nearly always "
-        "a fault of the storage (a failing disk, a lost network connection), not of the image. "
-        "Reading changes nothing; what had been done before is safe and a rerun goes on from it."
+        "The operating system reported an error while the image was read. This is nearly always a "
+        "fault of the storage (a failing disk, a lost network connection), not of the image. "
+        "Reading changes nothing; what was done before is safe, and a rerun continues from there."
     )
     image: str
     offset: int
@@ -254,13 +255,13 @@ class WriteFailed(StorageFailed, Failed):
     code: ClassVar[str] = "write-failed"
     template: ClassVar[str] = "{image}: writing {length} bytes at offset {offset} failed: {reason}"
     hint: ClassVar[str] = (
-        "look for errors of the storage in the kernel's log ('dmesg'), repair it, then run the "
-        "same command again"
+        "look for storage errors in the kernel log ('dmesg'), repair it, then run the same command "
+        "again"
     )
     explanation: ClassVar[str] = (
-        "The operating system reported an error while the image was written. Some of the bytes "
-        "may have reached the storage. Writes go to parts of the image that nothing refers to "
-        "yet, so its content is still the old one; a rerun starts from it."
+        "The operating system reported an error while the image was written. Some of the bytes may "
+        "have reached the storage. Writes go to parts of the image that nothing refers to yet, so "
+        "its content is still the old one; a rerun starts from there."
     )
     image: str
     offset: int
@@ -277,13 +278,14 @@ class NoSpaceLeft(NoSpace, Failed):
         "{image}: no space left for {length} bytes at offset {offset}: {reason}"
     )
     hint: ClassVar[str] = (
-        "make room on the file system, or a larger device or quota, then run the same command again"
+        "make room on the file system, or enlarge the device or the quota, then run the same "
+        "command again"
     )
     explanation: ClassVar[str] = (
-        "The file system, the quota or the device under the image was full. The space for a "
-        "merge is reserved before it starts, so this happens only where space cannot be reserved "
-        "(a file system without that function, thin provisioning) and somebody else took it. "
-        "The image's content is still the old one; a rerun starts from it."
+        "The file system, the quota or the device under the image was full. The space for a merge "
+        "is reserved before it starts, so this happens only where space cannot be reserved (a file "
+        "system without that function, thin provisioning) and something else took it. The image's "
+        "content is still the old one; a rerun starts from there."
     )
     image: str
     offset: int
@@ -296,16 +298,16 @@ class FlushFailed(StorageFailed, Failed):
     """What was written may not have reached the storage."""
 
     code: ClassVar[str] = "flush-failed"
-    template: ClassVar[str] = "{image}: what was written could not be made durable: {reason}"
+    template: ClassVar[str] = "{image}: written data could not be made durable: {reason}"
     hint: ClassVar[str] = (
-        "look for errors of the storage in the kernel's log ('dmesg') and repair it; check the "
-        "image ('chainmerge check {image}') before running the same command again"
+        "look for storage errors in the kernel log ('dmesg') and repair it; check the image "
+        "('chainmerge check {image}') before running the same command again"
     )
     explanation: ClassVar[str] = (
-        "The operating system could not write cached data to the storage. It reports such an "
-        "error once and then forgets it: a second attempt would succeed although the data is "
-        "gone (Linux marks the pages clean). So the first failure is final, and nothing that "
-        "relies on the lost writes is written after it."
+        "The operating system could not write cached data to the storage. It reports such an error "
+        "once and then forgets it: a second attempt would succeed although the data is gone (Linux "
+        "marks the pages clean). So the first failure is final, and nothing that relies on the "
+        "lost writes is written afterwards."
     )
     image: str
     reason: str
@@ -313,21 +315,21 @@ class FlushFailed(StorageFailed, Failed):
 
 @dataclass(eq=False)
 class ReadBackDiffers(NotVerified, Failed):
-    """The storage took a write, said that it is durable, and has something else."""
+    """The storage took a write, reported it as durable, and holds something else."""
 
     code: ClassVar[str] = "read-back-differs"
     template: ClassVar[str] = (
-        "{image}: among the {length} bytes at offset {offset}, what is read back is not what was "
-        "written"
+        "{image}: within the {length} bytes at offset {offset}, the data read back is not the data "
+        "that was written"
     )
     hint: ClassVar[str] = (
-        "do not trust this storage: look into the kernel's log ('dmesg'), test its disks, memory "
-        "and controller, and run the same command again only on storage that is sound"
+        "do not trust this storage: look into the kernel log ('dmesg'), test its disks, memory and "
+        "controller, and run the same command again only on sound storage"
     )
     explanation: ClassVar[str] = (
-        "While guest data is copied, a checksum of every piece is taken. Once the storage has "
-        "reported the copy as durable, the pieces are read back from it, past the page cache, "
-        "and one of them had another checksum. Either the storage (or the memory of this "
+        "While guest data is copied, chainmerge takes a checksum of every piece. Once the storage "
+        "has reported the copy as durable, the pieces are read back from it, bypassing the page "
+        "cache, and one of them had another checksum. Either the storage (or the memory of this "
         "machine) corrupts data, or another program writes to the image. Nothing refers to the "
         "copied data yet: base's content is still the old one, and the overlay is untouched."
     )
@@ -338,19 +340,19 @@ class ReadBackDiffers(NotVerified, Failed):
 
 @dataclass(eq=False)
 class SystemCallFailed(StorageFailed, Failed):
-    """The operating system did not do what it does for every program."""
+    """The operating system refused an ordinary request."""
 
     code: ClassVar[str] = "system-call-failed"
     template: ClassVar[str] = "{file}: the operating system reports: {reason}"
     hint: ClassVar[str] = (
-        "remove the cause (the kernel's log, 'dmesg', tells of faults of the storage), then run "
-        "the same command again: it finds out how far this one came"
+        "fix the cause (the kernel log, 'dmesg', shows storage faults), then run the same command "
+        "again: it finds out how far this run got"
     )
     explanation: ClassVar[str] = (
-        "Looking at a file's properties, renaming it, removing it or something of that kind failed "
-        "with the operating system's error that the message quotes. Every change to images takes "
-        "effect in one atomic step, and nothing is removed before all that depends on it is done, "
-        "so images and checkpoints are whole. 'chainmerge status' shows a merge that is unfinished."
+        "Reading a file's properties, renaming it, removing it or the like failed with the "
+        "operating system's error that the message quotes. Every change to images takes effect in "
+        "one atomic step, and nothing is removed before all that depends on it is done, so images "
+        "and checkpoints are intact. 'chainmerge status' shows an unfinished merge."
     )
     file: str
     reason: str
@@ -361,15 +363,15 @@ class OutOfMemory(Failed):
     """There is not enough memory."""
 
     code: ClassVar[str] = "out-of-memory"
-    template: ClassVar[str] = "there is not enough memory to go on"
+    template: ClassVar[str] = "not enough memory to go on"
     hint: ClassVar[str] = (
         "raise the limit under which the command runs ('ulimit -v', the container's, the "
         "service's MemoryMax), or free memory, then run the same command again"
     )
     explanation: ClassVar[str] = (
-        "Tables of images are read in pieces, so what is needed depends little on their size; a "
-        "few hundred MiB are enough. The operating system did not give that much. Every change to "
-        "images takes effect in one atomic step, so images and checkpoints are whole."
+        "Image tables are read in pieces, so the memory needed depends little on their size; a few "
+        "hundred MiB are enough. The operating system did not give that much. Every change to "
+        "images takes effect in one atomic step, so images and checkpoints are intact."
     )
 
 

@@ -109,7 +109,7 @@ def require_unchanged(images: Images, seen: Mapping[str, str]) -> None:
     now = last_changes([one for one in images if str(one.path) in seen])
     for path, change in seen.items():
         if now.get(path) != change:
-            raise ImageInUse(path, "somebody who has written to it while it was being looked at")
+            raise ImageInUse(path, "somebody who wrote to it while it was being examined")
 
 
 def _judged(images: Images, found: dict[str, list[Bystander]]) -> OtherUsers:
@@ -121,8 +121,8 @@ def _judged(images: Images, found: dict[str, list[Bystander]]) -> OtherUsers:
             refusals.append(ImageInUse(image, _listed(excluding)))
         elif reading:
             warnings.append(
-                f"{image} is being read by {_listed(reading)}, without a lock: what is read while "
-                "the merge goes on can be neither the old content nor the new one"
+                f"{image} is being read by {_listed(reading)}, without a lock: what it reads "
+                "during the merge may be neither the old content nor the new one"
             )
     return OtherUsers(tuple(refusals), tuple(warnings))
 

@@ -68,7 +68,7 @@ def removal_obstacle(path: StrPath) -> str | None:
         if mount_of(name) != mount_of(directory):
             return "something is mounted there"
     if parent.st_mode & stat.S_ISVTX and not _may_remove_from_sticky(status, parent):
-        return f"the directory {directory} is sticky, and neither it nor the file is ours"
+        return f"the directory {directory} is sticky, and neither it nor the file belongs to us"
     return None
 
 

@@ -25,12 +25,11 @@ class DiscardFailed(StorageFailed, Failed):
         "{image}: discarding {length} bytes at offset {offset} failed: {reason}"
     )
     hint: ClassVar[str] = (
-        "nothing is wrong with the image; leave the discard out where the storage does not "
-        "support it"
+        "nothing is wrong with the image; leave the discard out if the storage does not support it"
     )
     explanation: ClassVar[str] = (
-        "Giving back the space of what is no longer used was asked for, and the device or the "
-        "file system could not do it. Only space is lost; image and merge are not affected."
+        "The space of freed clusters was to be given back, but the device or the file system could "
+        "not do it. Only space is lost; the image and the merge are not affected."
     )
     image: str
     offset: int
@@ -46,8 +45,8 @@ class CannotShrink(Failed):
     template: ClassVar[str] = "{image}: {kind} of {size} bytes cannot be made smaller: {reason}"
     hint: ClassVar[str] = "nothing is wrong with the image; leave the shrinking out"
     explanation: ClassVar[str] = (
-        "Files and logical volumes can be made smaller, other block devices cannot. The image "
-        "and the merge are not affected, the volume is only larger than it need be."
+        "Files and logical volumes can be made smaller; other block devices cannot. The image and "
+        "the merge are not affected: the volume is only larger than it needs to be."
     )
     image: str
     kind: str
@@ -76,16 +75,16 @@ class FileSystemFull(CannotGrow):
 
     code: ClassVar[str] = "file-system-full"
     template: ClassVar[str] = (
-        "{image}: for what is written behind its end and into its holes (the file has {size} "
-        "bytes and is to have {required}) {missing} bytes are missing on its file system"
+        "{image}: its file system lacks {missing} bytes for what will be written behind the file's "
+        "end and into its holes (the file has {size} bytes and must have {required})"
     )
     hint: ClassVar[str] = (
-        "free at least {missing} bytes on the file system (or raise the quota), then run the same "
-        "command again"
+        "free at least {missing} bytes more on the file system (or raise the quota), then run the "
+        "same command again"
     )
     explanation: ClassVar[str] = (
         "The space that the operation needs at its peak is reserved before anything is written. "
-        "The file system does not have it. The image was not changed."
+        "The file system does not have that much. The image was not changed."
     )
 
 
@@ -95,10 +94,10 @@ class FileLimitReached(CannotGrow):
 
     code: ClassVar[str] = "file-limit-reached"
     template: ClassVar[str] = (
-        "{image}: the file of {size} bytes must be able to grow to {required} bytes, but may only "
-        "have {limit}: {missing} bytes are missing"
+        "{image}: the file of {size} bytes must be able to grow to {required} bytes, but may have "
+        "only {limit}: {missing} bytes more are needed"
     )
-    hint: ClassVar[str] = "allow the file to become at least {required} bytes large"
+    hint: ClassVar[str] = "allow the file to grow to at least {required} bytes"
     explanation: ClassVar[str] = (
         "A limit was set for the size of this file, and the operation needs more at its peak. "
         "The image was not changed."
@@ -111,15 +110,15 @@ class DeviceTooSmall(CannotGrow):
 
     code: ClassVar[str] = "device-too-small"
     template: ClassVar[str] = (
-        "{image}: the block device has {size} bytes, and {required} are needed: {missing} bytes "
-        "are missing"
+        "{image}: the block device has {size} bytes, but {required} are needed: {missing} bytes "
+        "more"
     )
     hint: ClassVar[str] = (
-        "make the device at least {required} bytes large, or copy the image to a larger one"
+        "enlarge the device to at least {required} bytes, or copy the image to a larger one"
     )
     explanation: ClassVar[str] = (
-        "Only files and logical volumes are made larger by chainmerge; any other block device "
-        "must be large enough for what the operation needs at its peak. The image was not changed."
+        "chainmerge enlarges only files and logical volumes; any other block device must be large "
+        "enough for what the operation needs at its peak. The image was not changed."
     )
 
 
@@ -129,8 +128,8 @@ class RawDeviceTooSmall(CannotGrow):
 
     code: ClassVar[str] = "raw-device-too-small"
     template: ClassVar[str] = (
-        "{image}: the block device has {size} bytes, it is a raw image, and the disk above it has "
-        "{required}: {missing} bytes are missing"
+        "{image}: this block device with a raw image has {size} bytes, but the disk above it has "
+        "{required}: {missing} bytes more are needed"
     )
     hint: ClassVar[str] = (
         "pull instead (`chainmerge merge --direction pull`, with the VM stopped), which leaves "
@@ -138,10 +137,11 @@ class RawDeviceTooSmall(CannotGrow):
         "present end where it has zeros now"
     )
     explanation: ClassVar[str] = (
-        "A raw image has no size of its own, its device is the disk. Behind its end the guest "
-        "reads zeros, and as soon as the device is larger it reads whatever that holds there. A "
-        "logical volume is extended by chainmerge, which first has the overlay hide that; for any "
-        "other device there is no moment at which it could. Nothing was changed."
+        "A raw image has no size of its own: its device is the disk. Behind its end the guest "
+        "reads zeros, but as soon as the device is larger the guest reads whatever the device "
+        "holds there. chainmerge extends a logical volume, and first lets the overlay hide those "
+        "bytes; for any other device there is no moment at which it could do so. Nothing was "
+        "changed."
     )
 
 
@@ -151,18 +151,18 @@ class VolumeGroupFull(CannotGrow):
 
     code: ClassVar[str] = "volume-group-full"
     template: ClassVar[str] = (
-        "{image}: the logical volume of {size} bytes must grow to {required} bytes, but can only "
-        "have {limit}: {missing} bytes are missing in its volume group"
+        "{image}: the logical volume of {size} bytes must grow to {required} bytes, but can have "
+        "only {limit}: its volume group lacks {missing} bytes"
     )
     hint: ClassVar[str] = (
-        "add a physical volume to the volume group ('vgextend') or remove what is not needed "
-        "from it; {missing} bytes more must be free"
+        "add a physical volume to the volume group ('vgextend'), or remove what nobody needs from "
+        "it; {missing} bytes more must be free"
     )
     explanation: ClassVar[str] = (
-        "The logical volume is extended to what the operation needs at its peak before anything "
-        "is written, and its volume group does not have that much free space. Only linear and "
-        "striped volumes are extended; one of another type (thin, mirrored, cached, ...) must be "
-        "extended by hand first if it holds a qcow2 image. Do not do that with a raw image: the "
+        "The logical volume is extended to what the operation needs at its peak before anything is "
+        "written, and its volume group does not have that much free space. Only linear and striped "
+        "volumes are extended; a volume of another type (thin, mirrored, cached, ...) must be "
+        "extended by hand first if it holds a qcow2 image. Never do that with a raw image: the "
         "guest would read what lies behind its present end (pull instead, with --direction pull). "
         "The image was not changed."
     )
@@ -177,13 +177,13 @@ class ExtensionRefused(NoSpace, Refused):
         "{image}: lvm did not extend the volume to {size} bytes (status {status}): {reason}"
     )
     hint: ClassVar[str] = (
-        "remove the cause that lvm names (where somebody else has the volume group locked: wait "
-        "until they are done), then run the same command again"
+        "fix the cause that lvm names (if somebody else has the volume group locked: wait until "
+        "they are done), then run the same command again"
     )
     explanation: ClassVar[str] = (
-        "The logical volume has to become larger before anything is written, and LVM refused that, "
-        "for example because somebody else has its volume group locked. The volume has its old "
-        "size, which was looked at. Nothing was changed."
+        "The logical volume must be extended before anything is written, and LVM refused that, for "
+        "example because somebody else has its volume group locked. The volume was checked: it "
+        "still has its old size. Nothing was changed."
     )
     image: str
     size: int
@@ -197,11 +197,11 @@ class VolumeNotActivated(ImageUnavailable, Refused):
 
     code: ClassVar[str] = "volume-not-activated"
     template: ClassVar[str] = "{volume} cannot be activated: {reason}"
-    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    hint: ClassVar[str] = "fix the cause that lvm names, then run the same command again"
     explanation: ClassVar[str] = (
         "With --activate, logical volumes of the chain that are not active are activated first. "
         "LVM refused that, for example because another host has the volume active. Nothing was "
-        "changed, and what was activated for this command is not active any more."
+        "changed, and what was activated for this command has been deactivated again."
     )
     volume: str
     reason: str
@@ -212,8 +212,10 @@ class LvmMissing(Refused):
     """The program that manages logical volumes cannot be run."""
 
     code: ClassVar[str] = "lvm-missing"
-    template: ClassVar[str] = "{image}: is a logical volume, and 'lvm' cannot be run: {reason}"
-    hint: ClassVar[str] = "install the package lvm2, and see that PATH holds the directory of 'lvm'"
+    template: ClassVar[str] = "{image}: is a logical volume, but 'lvm' cannot be run: {reason}"
+    hint: ClassVar[str] = (
+        "install the package lvm2, and make sure that the directory of 'lvm' is on PATH"
+    )
     explanation: ClassVar[str] = (
         "Sizes of logical volumes are read and changed with the lvm command. It is not on PATH, "
         "or it may not be executed."
@@ -230,8 +232,8 @@ class NotALogicalVolume(Refused):
     template: ClassVar[str] = "{image}: is not a logical volume that lvm knows: {reason}"
     hint: ClassVar[str] = "look for the volume with 'lvm lvs -o +lv_path'"
     explanation: ClassVar[str] = (
-        "The volume was to be treated as a logical volume, and the report of 'lvm lvs' does not "
-        "have it, or has another volume under its name."
+        "The volume was to be treated as a logical volume, but the report of 'lvm lvs' does not "
+        "list it, or lists another volume under its name."
     )
     image: str
     reason: str
@@ -243,10 +245,10 @@ class LvmFailed(StorageFailed, Failed):
 
     code: ClassVar[str] = "lvm-failed"
     template: ClassVar[str] = "{image}: '{command}' failed with status {status}: {reason}"
-    hint: ClassVar[str] = "remove the cause that lvm names, then run the same command again"
+    hint: ClassVar[str] = "fix the cause that lvm names, then run the same command again"
     explanation: ClassVar[str] = (
-        "LVM could not do what was asked for; the message quotes it. LVM changes its metadata as "
-        "a whole or not at all, so the volume has its old size. The image on it was not touched."
+        "LVM could not do what was requested; the message quotes it. LVM changes its metadata as a "
+        "whole or not at all, so the volume has its old size. The image on it was not touched."
     )
     image: str
     command: str
@@ -256,7 +258,7 @@ class LvmFailed(StorageFailed, Failed):
 
 @dataclass(eq=False)
 class LvmUnfinished(OutcomeUnknown):
-    """The lvm command did not come to an end."""
+    """The lvm command did not end."""
 
     code: ClassVar[str] = "lvm-unfinished"
     template: ClassVar[str] = (
@@ -265,13 +267,13 @@ class LvmUnfinished(OutcomeUnknown):
     )
     hint: ClassVar[str] = (
         "see what process {pid} waits for (a lock held by another lvm command, a device that does "
-        "not answer); when it has ended, run the same command again"
+        "not answer); once it has ended, run the same command again"
     )
     explanation: ClassVar[str] = (
         "A command that changes a logical volume was asked to stop and did not. It is left alone: "
-        "killing it by force could leave the device suspended, which blocks everybody who uses "
-        "it. The image on the volume was not touched, and running the same command again later "
-        "is safe."
+        "killing it by force could leave the device suspended, which blocks everything that uses "
+        "it. The image on the volume was not touched, and running the same command again later is "
+        "safe."
     )
     image: str
     command: str

@@ -416,7 +416,7 @@ class LvmVolume:
                 raise
             raise ExtensionRefused(self.path, target, error.status, error.reason) from error
         if self._reported().size < required:
-            raise LvmFailed(self.path, "lvm lvextend", 0, "the volume is not as large as asked for")
+            raise LvmFailed(self.path, "lvm lvextend", 0, "the volume is not as large as requested")
 
     def make_growth_durable(self) -> None:
         """See :class:`Volume`."""
@@ -452,7 +452,7 @@ class LvmVolume:
         else:
             known = lvm.find_by_device(self.path, self.device)
         if known.size != size:
-            reason = f"lvm says that it has {known.size} bytes, but it has {size}"
+            reason = f"lvm reports {known.size} bytes, but it has {size}"
             raise NotALogicalVolume(self.path, reason)
         return known
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.allocation import Allocation, Demand, slices_by
 from chainmerge.engines.metadata.errors import BitmapSetUnfit
@@ -181,7 +182,7 @@ def _check_set(image: str, header: Header, bitmaps: Sequence[AnyBitmap]) -> None
         raise BitmapSetUnfit(image, "a disk of 0 bytes cannot have bitmaps")
     for name, count in Counter(bitmap.name for bitmap in bitmaps).items():
         if count > 1:
-            raise BitmapSetUnfit(image, f"the name {name!r} is there {count} times")
+            raise BitmapSetUnfit(image, f"the name {name!r} is used {counted(count, 'time')}")
     for bitmap in bitmaps:
         _check_bitmap(image, header, bitmap)
 
@@ -192,11 +193,11 @@ def _check_bitmap(image: str, header: Header, bitmap: AnyBitmap) -> None:
 
     if isinstance(bitmap, KeptBitmap):
         if bitmap.entry.table_size != bitmap_table_entries(header, bitmap.granularity):
-            raise unfit("it is of a disk of another size")
+            raise unfit("it is for a disk of another size")
         return
     bits = bitmap.bits
     if bits.disk_size != header.virtual_size:
-        raise unfit(f"it is of a disk of {bits.disk_size} bytes, not {header.virtual_size}")
+        raise unfit(f"it is for a disk of {bits.disk_size} bytes, not {header.virtual_size}")
     if not _MIN_GRANULARITY <= bits.granularity <= _MAX_GRANULARITY:
         allowed = f"{_MIN_GRANULARITY} to {_MAX_GRANULARITY}"
         raise unfit(f"its granularity is {bits.granularity} bytes, but must be {allowed}")

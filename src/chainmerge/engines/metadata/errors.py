@@ -29,7 +29,7 @@ class BitmapSetUnfit(Refused):
     template: ClassVar[str] = "{image}: cannot hold these bitmaps: {problem}"
     hint: ClassVar[str] = (
         "for a version 2 image, 'qemu-img amend -o compat=1.1 {image}' makes it able to hold "
-        "bitmaps; else give the new bitmap another name or a coarser granularity"
+        "bitmaps; otherwise give the new bitmap another name or a coarser granularity"
     )
     explanation: ClassVar[str] = (
         "Bitmaps can only be stored in qcow2 images of version 3, under distinct names of at most "
@@ -48,18 +48,18 @@ class HeaderFull(Refused):
     code: ClassVar[str] = "header-full"
     template: ClassVar[str] = (
         "{image}: no room in the header: the extensions and the backing file name take {needed} "
-        "bytes of a header cluster of {cluster_size}, and what changes must fit its first 512"
+        "bytes of a header cluster of {cluster_size}, and what changes must fit in its first 512"
     )
     hint: ClassVar[str] = (
-        "shorten the names that the header holds (backing file, external data file), for instance "
-        "by a relative name or a symbolic link"
+        "shorten the names that the header holds (backing file, external data file), for example "
+        "with a relative name or a symbolic link"
     )
     explanation: ClassVar[str] = (
         "Bitmaps and backing file names are switched from old to new by writing the first 512 "
-        "bytes of the image, which a disk does entirely or not at all. Everything that has to "
-        "change at that instant must be in them, and whatever lies behind them must be writable "
-        "beforehand without disturbing the header as it is. With very long names, or header "
-        "extensions of other programs, there is no such layout. Nothing was written."
+        "bytes of the image, which a disk does entirely or not at all. Everything that must change "
+        "at that moment has to be in those bytes, and whatever lies after them must be writable "
+        "beforehand without disturbing the present header. With very long names, or header "
+        "extensions of other programs, no such layout exists. Nothing was written."
     )
     image: str
     needed: int
@@ -72,7 +72,7 @@ class BackingNameUnfit(Refused):
 
     code: ClassVar[str] = "backing-name-unfit"
     template: ClassVar[str] = "{image}: {value!r} cannot be its backing {what}: {problem}"
-    hint: ClassVar[str] = "use another name, for instance a relative one, which is shorter"
+    hint: ClassVar[str] = "use another name, for example a relative one, which is shorter"
     explanation: ClassVar[str] = (
         "An image stores the name of its backing file in at most 1023 bytes, and the name of that "
         "file's format in at most 15. An image with an external data file that must be a plain "
@@ -110,13 +110,15 @@ class NotEnoughSpace(NoSpace, Refused):
 
     code: ClassVar[str] = "metadata-space-missing"
     template: ClassVar[str] = (
-        "{image}: no room for new metadata beside the old: {missing} bytes are missing"
+        "{image}: no room for new metadata beside the old: {missing} more bytes are needed"
     )
-    hint: ClassVar[str] = "extend the volume or free space on the file system, then run it again"
+    hint: ClassVar[str] = (
+        "extend the volume or free space on the file system, then run the command again"
+    )
     explanation: ClassVar[str] = (
         "New bitmaps are written beside the old ones, which are freed afterwards, so that a crash "
-        "leaves one set or the other. All the space is reserved before the first write; it was "
-        "not there. Nothing was written. If earlier attempts were interrupted, 'chainmerge "
+        "leaves one set or the other. All the space is reserved before the first write, and there "
+        "was not enough. Nothing was written. If earlier attempts were interrupted, 'chainmerge "
         "repair' gives back the clusters that they left."
     )
     image: str
@@ -129,11 +131,13 @@ class RewriteFailed(Failed):
 
     code: ClassVar[str] = "metadata-rewrite-failed"
     template: ClassVar[str] = "{image}: could not write new metadata ({step}): {reason}"
-    hint: ClassVar[str] = "see the kernel's log for I/O errors, then run the same command again"
+    hint: ClassVar[str] = (
+        "look for I/O errors in the kernel log ('dmesg'), then run the same command again"
+    )
     explanation: ClassVar[str] = (
-        "The image still holds its old metadata, unchanged: what failed was the preparation of "
-        "the new one in clusters that are not in use. A few clusters may be marked used that "
-        "nothing uses; 'chainmerge repair' gives them back. Running the command again is safe."
+        "The image still holds its old metadata, unchanged: what failed was the preparation of the "
+        "new one in clusters that are not in use. A few clusters may be marked as used although "
+        "nothing uses them; 'chainmerge repair' gives them back. Running the command again is safe."
     )
     image: str
     step: str
@@ -149,13 +153,13 @@ class SwitchUnknown(OutcomeUnknown):
         "{image}: cannot tell whether the switch to the new metadata took effect: {reason}"
     )
     hint: ClassVar[str] = (
-        "see the kernel's log; once the storage works, run the same command again: it reads from "
-        "the image which of the two it is"
+        "look at the kernel log ('dmesg'); once the storage works, run the same command again: it "
+        "reads from the image which of the two is in effect"
     )
     explanation: ClassVar[str] = (
-        "The old metadata and the new one are both complete in the image, and its first sector "
-        "says which one counts. Writing that sector, or making it durable, failed, so the image "
-        "is entirely in its old or entirely in its new state. Both are safe to go on from."
+        "The old and the new metadata are both complete in the image, and its first sector says "
+        "which one counts. Writing that sector, or making it durable, failed, so the image is "
+        "entirely in its old or entirely in its new state. Both are safe to go on from."
     )
     image: str
     reason: str
@@ -167,15 +171,16 @@ class ReleaseFailed(Failed):
 
     code: ClassVar[str] = "metadata-release-failed"
     template: ClassVar[str] = (
-        "{image}: the new metadata is in effect, but clusters of the old could not be freed: "
-        "{reason}"
+        "{image}: the new metadata is in effect, but the clusters of the old metadata could not be "
+        "freed: {reason}"
     )
     hint: ClassVar[str] = (
-        "see the kernel's log for I/O errors, then 'chainmerge repair {image}' frees the clusters"
+        "look for I/O errors in the kernel log ('dmesg'), then run 'chainmerge repair {image}', "
+        "which shows the clusters, and with --yes frees them"
     )
     explanation: ClassVar[str] = (
-        "The switch to the new metadata is complete and durable. Only the clusters that the old "
-        "metadata used are still marked used, which costs space and nothing else."
+        "The switch to the new metadata is complete and durable. Only the clusters of the old "
+        "metadata are still marked as used, which costs space and nothing else."
     )
     image: str
     reason: str

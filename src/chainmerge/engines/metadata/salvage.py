@@ -214,13 +214,13 @@ def overwritten_metadata(readable: Readable, tables: Tables) -> tuple[str, ...]:
     problems = []
     are_real = _count_what_is_used(readable, tables, old)
     if are_real[tables.counts[old.block] != 0].any():
-        problems.append("the guest's tables lead to where refcount blocks are")
+        problems.append("the guest's tables point to where refcount blocks are")
     if are_real.any() and tables.counts[old.table].any():
-        problems.append("the guest's tables lead to where the refcount table is")
+        problems.append("the guest's tables point to where the refcount table is")
     clusters = directory_clusters(tables.image)
     clusters = clusters[clusters < len(tables.counts)]
     if tables.counts[clusters].any() and _makes_sense(tables.image):
-        problems.append("the guest's tables lead to where the bitmap directory is")
+        problems.append("the guest's tables point to where the bitmap directory is")
     return tuple(problems)
 
 

@@ -33,15 +33,15 @@ class MergeNotWritten(Failed):
         "is untouched and still gives the right content"
     )
     hint: ClassVar[str] = (
-        "remove the reason (the kernel's log tells of I/O errors; data that is damaged itself "
-        "needs a backup), then run the same command again"
+        "fix the cause (the kernel log, 'dmesg', shows I/O errors; damaged data must come from a "
+        "backup), then run the same command again"
     )
     explanation: ClassVar[str] = (
-        "Everything new is written to clusters that base does not use, and base's first sector "
-        "is switched to it at the end. That did not come about, so base's tables and bitmaps are "
-        "the old ones. Where data was asked to be written in place, base may hold some of the new "
-        "data in clusters that the images above hide: base alone is no restore point then. A few "
-        "clusters may be marked used that nothing uses; the same command, or 'chainmerge repair', "
+        "Everything new is written to clusters that base does not use, and base's first sector is "
+        "switched to it at the end. That did not happen, so base's tables and bitmaps are the old "
+        "ones. If data was to be written in place, base may hold some of the new data in clusters "
+        "that the images above hide: then base alone is not a restore point. A few clusters may be "
+        "marked as used although nothing uses them; the same command, or 'chainmerge repair', "
         "gives them back."
     )
     image: str

@@ -40,7 +40,7 @@ PROGRAM: Final = "qemu-img"
 _SECONDS_BETWEEN_QUESTIONS: Final = 0.25
 _DIFFERENT: Final = 1
 _AT_OFFSET: Final = re.compile(r"mismatch at offset (\d+)")
-_STOPPED: Final = "the comparison was stopped, it changes nothing"
+_STOPPED: Final = "the comparison was stopped; it changes nothing"
 
 
 def require_openable(images: Sequence[ImageSpec]) -> None:

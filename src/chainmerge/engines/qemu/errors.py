@@ -19,9 +19,9 @@ from typing import ClassVar
 from chainmerge.errors import Failed, Refused
 
 _STATE = (
-    "The images above base were open for reading only and still give the right content. Base "
-    "may hold a part of the copied data, which the images above hide. Its bitmaps were put "
-    "aside before the copy began, so the same command finishes the job."
+    "The images above base were open read-only and still give the right content. Base may hold "
+    "part of the copied data, which the images above hide. Its bitmaps were set aside before the "
+    "copy began, so the same command finishes the job."
 )
 
 
@@ -30,7 +30,7 @@ class DaemonMissing(Refused):
     """QEMU's storage daemon, which writes the guest data, is not installed."""
 
     code: ClassVar[str] = "qemu-storage-daemon-missing"
-    template: ClassVar[str] = "there is no {program} on the search path"
+    template: ClassVar[str] = "{program} is not on the search path"
     hint: ClassVar[str] = (
         "install it: package qemu-system-common on Debian 12, qemu-utils on Debian 13, "
         "qemu-img on Fedora and its relatives"
@@ -49,7 +49,7 @@ class DaemonFailed(Failed):
     code: ClassVar[str] = "qemu-storage-daemon-failed"
     template: ClassVar[str] = "qemu-storage-daemon {reason}"
     hint: ClassVar[str] = (
-        "see what it says; if `qemu-storage-daemon --version` works, run the same command again"
+        "read its message; if `qemu-storage-daemon --version` works, run the same command again"
     )
     explanation: ClassVar[str] = (
         "The program that copies guest data did not start, ended by itself, or did not end "
@@ -64,7 +64,7 @@ class CommandRefused(Failed):
 
     code: ClassVar[str] = "qemu-command-refused"
     template: ClassVar[str] = "qemu-storage-daemon refused {command}: {reason}"
-    hint: ClassVar[str] = "remove the reason that QEMU gives, then run the same command again"
+    hint: ClassVar[str] = "fix the cause that QEMU names, then run the same command again"
     explanation: ClassVar[str] = (
         "QEMU was asked to open an image or to start a job, and declined with the reason shown. "
         "A command that was refused has changed nothing by itself. " + _STATE
@@ -80,12 +80,12 @@ class ConnectionLost(Failed):
     code: ClassVar[str] = "qemu-connection-lost"
     template: ClassVar[str] = "qemu-storage-daemon went away: {reason}"
     hint: ClassVar[str] = (
-        "find out what ended it (the kernel log tells of killed processes), then run the same "
-        "command again"
+        "find out what ended it (the kernel log, 'dmesg', shows killed processes), then run the "
+        "same command again"
     )
     explanation: ClassVar[str] = (
-        "The program that copies guest data was killed or crashed. It holds the image locks "
-        "too, so they are free only now that it is gone. " + _STATE
+        "The program that copies guest data was killed or crashed. It also holds the image locks, "
+        "so they are free only now that it is gone. " + _STATE
     )
     reason: str
 
@@ -99,7 +99,7 @@ class CommitFailed(Failed):
         "copying {top} down into {base} failed: {reason}; {top} is untouched and still gives the "
         "right content"
     )
-    hint: ClassVar[str] = "remove the reason that QEMU gives, then run the same command again"
+    hint: ClassVar[str] = "fix the cause that QEMU names, then run the same command again"
     explanation: ClassVar[str] = (
         "QEMU reported an error while it copied guest data into base, or while it closed base "
         "(it exits with status 0 even then, so its messages are what counts). " + _STATE
@@ -116,12 +116,13 @@ class ImageNotOpened(Refused):
     code: ClassVar[str] = "qemu-cannot-read"
     template: ClassVar[str] = "QEMU cannot read {image} or what it stands on: {reason}"
     hint: ClassVar[str] = (
-        "where a passphrase is wrong: each encrypted image has its own, see --key-file; the file "
-        "must hold it to the byte, without a newline at its end"
+        "if a passphrase is wrong: each encrypted image has its own, see --key-file; the file must "
+        "hold exactly the passphrase, without a newline at its end"
     )
     explanation: ClassVar[str] = (
         "The content of encrypted images is read by QEMU, which is given the files with the "
-        "passphrases. It could not open an image, or not read it to its end. Nothing was changed."
+        "passphrases. It could not open an image, or could not read it to its end. Nothing was "
+        "changed."
     )
     image: str
     reason: str

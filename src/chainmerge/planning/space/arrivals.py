@@ -135,9 +135,9 @@ def qemu_growth_obstacle(base: BaseFacts, top_size: int) -> CannotGrowBase | Non
     if l1_entries(header, top_size) * L1_ENTRY_BYTES > MAX_L1_BYTES:
         reason = f"its L1 table would be longer than {MAX_L1_BYTES} bytes"
     elif header.version < 3 and header.snapshot_count:
-        reason = "it is of version 2 and has internal snapshots"
+        reason = "it is a version 2 image and has internal snapshots"
     elif header.version < 3 and base.uncovers_backing(top_size):
-        reason = "it is of version 2 and its backing file is longer"
+        reason = "it is a version 2 image and its backing file is longer"
     return None if reason is None else CannotGrowBase(base.image, top_size, reason)
 
 

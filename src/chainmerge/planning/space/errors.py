@@ -16,15 +16,15 @@ class CannotGrowBase(Refused):
     code: ClassVar[str] = "cannot-grow-base"
     template: ClassVar[str] = "{image}: its disk cannot grow to top's {size} bytes: {reason}"
     hint: ClassVar[str] = (
-        "pull instead (--direction pull), which leaves {image} as it is; do not shrink top: what "
-        "the guest has behind the new end would be lost"
+        "pull instead (--direction pull), which leaves {image} as it is; do not shrink top: the "
+        "guest's data behind the new end would be lost"
     )
     explanation: ClassVar[str] = (
-        "A merge makes base's virtual disk as large as top's. QEMU cannot do that to an image of "
-        "version 2 that has internal snapshots, or whose backing file is longer than it is (it "
-        "has no way to hide the part that would come to light), nor to one with extended L2 "
-        "entries whose backing file is longer and whose last cluster is compressed; and the "
-        "first-level table of an image is limited to 32 MiB. Nothing was changed."
+        "A merge makes base's virtual disk as large as top's. QEMU cannot do that to a version 2 "
+        "image that has internal snapshots, or whose backing file is longer than it is (such an "
+        "image cannot hide the part that would become visible), nor to one with extended L2 "
+        "entries whose backing file is longer and whose last cluster is compressed. Also, the L1 "
+        "table of an image is limited to 32 MiB. Nothing was changed."
     )
     image: str
     size: int
@@ -37,21 +37,20 @@ class OldBytesBehindEnd(Refused):
 
     code: ClassVar[str] = "old-bytes-behind-end"
     template: ClassVar[str] = (
-        "{image}: its disk would have to grow to {size} bytes, and what it holds behind the "
-        "present end would show: {reason}"
+        "{image}: its disk would have to grow to {size} bytes, and old bytes behind the present "
+        "end would become visible: {reason}"
     )
     hint: ClassVar[str] = (
-        "if --engine qemu was asked for, leave it out; else make a new image of what the overlay "
-        "shows (`qemu-img convert`, which takes no checkpoints along: keep the chain until the "
-        "next full backup); do not enlarge {image} by other means, the guest would see the old "
-        "bytes"
+        "if you gave --engine qemu, leave it out; otherwise make a new image of what the overlay "
+        "shows (`qemu-img convert`, which does not copy checkpoints: keep the chain until the next "
+        "full backup); do not enlarge {image} by other means: the guest would see the old bytes"
     )
     explanation: ClassVar[str] = (
         "A merge makes base's virtual disk as large as top's. Where base's disk ends inside a "
-        "cluster, the rest of that cluster can hold bytes of a time when the disk was larger. QEMU "
-        "does not wipe them when it moves the end, so the guest would read them where it has zeros "
-        "now. The native engine never shows them; where QEMU has to copy (images that are "
-        "encrypted, external data files), they are wiped beforehand, unless they are encrypted, "
+        "cluster, the rest of that cluster can hold bytes from a time when the disk was larger. "
+        "QEMU does not wipe them when it moves the end, so the guest would read them where it "
+        "reads zeros now. The native engine never shows them. If QEMU has to copy (encrypted "
+        "images, external data files), they are wiped beforehand, unless they are encrypted, "
         "compressed or shared with an internal snapshot, or whole clusters are mapped there. "
         "Nothing was changed."
     )

@@ -68,11 +68,11 @@ def native_growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase
     if size_after <= header.virtual_size:
         return None
     if header.version < 3 and header.snapshot_count:
-        reason = "its internal snapshots, in an image of version 2, do not say how large they are"
+        reason = "it is a version 2 image, whose internal snapshots do not say how large they are"
         return CannotGrowBase(image.name, size_after, reason)
     entries = divide_up(size_after, header.cluster_size * header.l2_entries)
     if entries * _L1_ENTRY_BYTES > MAX_L1_BYTES:
-        reason = f"the first-level table would be larger than {MAX_L1_BYTES} bytes"
+        reason = f"its L1 table would be larger than {MAX_L1_BYTES} bytes"
         return CannotGrowBase(image.name, size_after, reason)
     return None
 

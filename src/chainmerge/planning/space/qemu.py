@@ -135,7 +135,9 @@ def end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotGr
         return None
     if lookup(image, header.virtual_size - 1).kind is not Kind.COMPRESSED:
         return None
-    reason = "its last cluster is compressed, its clusters have parts, its backing file is longer"
+    reason = (
+        "its last cluster is compressed, it has extended L2 entries, and its backing file is longer"
+    )
     return CannotGrowBase(image.name, top_size, reason)
 
 
