@@ -166,6 +166,7 @@ LINKED: Final = with_belongings(
     with_top(MERGE, path=TOP_LINK), base=Belongings(), top=Belongings(links=TOP_LINKS)
 )
 TOP_FILE: Final = MERGE.top.path
+ALIAS: Final = VM.parent / "alias" / "top.qcow2"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,14 @@ TOP_FILE: Final = MERGE.top.path
             TOP_LINKS,
             [TOP_FILE, *TOP_LINKS],
             id="the file is deleted, not only the link to it",
+        ),
+        pytest.param(
+            with_belongings(with_top(MERGE, path=ALIAS), base=Belongings(), top=Belongings()),
+            DELETE,
+            [],
+            [],
+            [ALIAS],
+            id="it is deleted by the name it has in a directory that is a link",
         ),
         pytest.param(
             with_belongings(

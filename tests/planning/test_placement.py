@@ -240,6 +240,7 @@ class Growth:
 
 GROWTHS: Final = [
     Growth("a file", free(9 * MIB), FILE_SIZE + MIB, FILE_SIZE + 9 * MIB, FILE_SIZE + MIB),
+    Growth("of whose room nothing is known", replace(FILE, free_bytes=None), NEEDED, None, NEEDED),
     Growth("as it is", free(9 * MIB), FILE_SIZE, FILE_SIZE + 9 * MIB),
     Growth(
         "a file system lacks some",

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 
+from chainmerge.chain.relatives import Descent, ImageAbove
 from chainmerge.documents.plan import (
     DirectionCost,
     EngineName,
@@ -301,6 +302,22 @@ def test_each_image_has_a_role_and_a_parent() -> None:
 
 def test_the_roles_are_the_same_by_a_pull() -> None:
     assert roles(planned(pull_of(overlays=2))) == roles(planned(merge_of(overlays=2)))
+
+
+def test_images_above_top_follow_it() -> None:
+    leaf = qcow2(VM / "leaf.qcow2", CHILD.path)
+    above = (ImageAbove(CHILD, None), ImageAbove(leaf, Descent(CHILD.path, None)))
+    found = roles(planned(with_relatives(MERGE, children=(CHILD,), above=above)))
+    assert list(found.items())[1:] == [
+        ("top", ("top", "base")),
+        ("child", ("above", "top")),
+        ("leaf", ("above", "child")),
+    ]
+
+
+def test_an_image_of_another_format_has_no_size_that_is_known() -> None:
+    plan = planned(with_image(RANGE, 0, format="vmdk", header=None, guest_size=None))
+    assert plan.images[0].virtual_size == 0
 
 
 def test_an_image_is_described() -> None:

@@ -133,6 +133,11 @@ STAYS: Final = [
         KEEP_NAME,
     ),
     Row("it is deleted", OWNING, options=BOTH),
+    Row(
+        "there is none",
+        with_removals(MERGE, belongings={MERGE.top.identity: Belongings()}),
+        options=KEEP_NAME,
+    ),
     Row("top itself stays", OWNING),
     Row("a data file that others need", KEEPING, (KEPT,), DELETE),
     Row("of an image that stays", KEEPING),
@@ -317,6 +322,11 @@ DOUBTS: Final = [
         "so it does not where base was written before",
         replace(MERGE, evidence=replace(HOLDING, equal=None)),
         (doubt(f"{BASE} already holds 15 of 16 clusters looked at of what is above it"),),
+    ),
+    Row(
+        "nothing is compared where base holds little",
+        replace(MERGE, evidence=base_written_last(MERGE, held=0, differing=16, equal=None)),
+        (doubt(written("base", NOON + HOUR, "top", NOON)),),
     ),
     Row(
         "devices have no times",

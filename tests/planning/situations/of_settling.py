@@ -27,6 +27,7 @@ from tests.planning.situations.rows import (
 )
 from tests.support.merge_facts import (
     DEVICE,
+    RAW,
     VM,
     decided,
     header,
@@ -110,6 +111,18 @@ SETTLING: Final = [
         ),
         ("data-file-out-of-reach",),
         options=KEEP_NAME,
+    ),
+    Row(
+        "base does not name it at all",
+        with_base(BASE_AWAY, data_file=ELSEWHERE / "base.raw"),
+        ("data-file-out-of-reach",),
+        options=KEEP_NAME,
+    ),
+    Row(
+        "base is raw, and can have none",
+        with_decisions(with_base(BASE_AWAY, **RAW)),
+        options=KEEP_NAME,
+        spares="data-file-out-of-reach",
     ),
     Row(
         "base names it from the root",
@@ -205,6 +218,27 @@ CLOSED: Final = with_removals(MERGE, closed={VM: NO_WRITES})
 BY_QEMU: Final = replace(CLOSED, engine=EngineName.QEMU)
 RECORDS: Final = [
     Row("no journal can be kept beside base", CLOSED, ("state-directory-unusable",)),
+    Row(
+        "a journal is kept though there is no bitmap to be saved",
+        with_decisions(CLOSED),
+        ("state-directory-unusable",),
+    ),
+    Row(
+        "what is to be renamed cannot be written down",
+        with_decisions(BY_QEMU, TAKEN_OVER),
+        ("state-directory-unusable",),
+        options=KEEP_NAME,
+    ),
+    Row(
+        "base's bitmap is not to be kept, and need not be saved",
+        with_decisions(BY_QEMU, decided("valid", "absent")),
+        spares="state-directory-unusable",
+    ),
+    Row(
+        "base's directory is of no use for a pull",
+        with_removals(replace(BASE_AWAY, direction=Direction.PULL), closed={ELSEWHERE: NO_WRITES}),
+        spares="state-directory-unusable",
+    ),
     Row(
         "base's bitmap cannot be saved while QEMU copies",
         BY_QEMU,

@@ -121,6 +121,12 @@ SPACE: Final = [
         ("raw-device-too-small",),
     ),
     Row(
+        "it is raw, in a file",
+        with_decisions(with_base(on(replace(FILE, capacity_limit=NEEDS - 1)), **RAW)),
+        ("file-limit-reached",),
+        spares="raw-device-too-small",
+    ),
+    Row(
         "so is a volume, which can be extended",
         with_decisions(with_base(on(LVM), **RAW)),
         spares="raw-device-too-small",
