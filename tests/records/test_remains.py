@@ -19,9 +19,9 @@ import pytest
 import chainmerge
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import Interrupted, Refused
-from chainmerge.merging import by_native, by_qemu, concluding, live_remains, recorded, settling
-from chainmerge.merging.errors import LivePivotUnfinished
+from chainmerge.merging import by_native, by_qemu, concluding, recorded, settling
 from chainmerge.options import Access, MergeOptions
+from chainmerge.planning.pivot import LivePivotUnclear, LivePivotUnfinished
 from chainmerge.records import files as state_files
 from chainmerge.records import saved_bitmaps
 from chainmerge.records.disks import disk_file
@@ -258,7 +258,7 @@ def test_a_live_merge_of_before_is_found_under_the_name_of_the_node(tmp_path: Pa
         write_state(state_files.STATE_DIRECTORY / name, _pivoted(link, top))
         qemu_io(link, "write -P 9 0 1M")
         newer = content(link)
-        with pytest.raises(live_remains.LivePivotUnclear):
+        with pytest.raises(LivePivotUnclear):
             chainmerge.merge(top, None, DEVICES)
         in_base = Access(allow_backing=("/dev",), active=str(link))
         assert chainmerge.merge(top, None, in_base).outcome is MergeOutcome.ALREADY_MERGED
@@ -280,7 +280,7 @@ def test_a_live_merge_of_a_device_is_known_under_another_number(tmp_path: Path) 
     with contextlib.ExitStack() as stack:
         stack.enter_context(loop_device(tmp_path / "other", 32 * MIB))
         _attached(stack, volume, link)
-        with pytest.raises(live_remains.LivePivotUnclear) as unclear:
+        with pytest.raises(LivePivotUnclear) as unclear:
             chainmerge.merge(top, None, DEVICES)
         assert content(link) == newer
         run_verbatim(unclear.value.if_base, tmp_path)
@@ -312,13 +312,25 @@ def test_what_a_pivot_has_left_does_not_become_the_result(
     newer = content(base)
     in_base = Access(active=str(base))
     for access in (in_base, Access()):
-        with pytest.raises((LivePivotUnfinished, live_remains.LivePivotUnclear)) as refused:
+        with pytest.raises((LivePivotUnfinished, LivePivotUnclear)) as refused:
             chainmerge.merge(top, base, access, options)
         assert content(base) == newer
     with pytest.raises(LivePivotUnfinished) as refused:
         chainmerge.merge(top, base, in_base, options)
+    plan = chainmerge.plan(top, base, in_base, options)
+    assert plan.refusals[0].code == LivePivotUnfinished.code
     assert top.exists()
     assert str(base) in refused.value.finish
+
+
+def test_a_plan_knows_of_a_pivot(tmp_path: Path) -> None:
+    base, top = chain(tmp_path, "base", "top")
+    save_live_journal(_pivoted(base, top))
+    assert "was about to take effect" in " ".join(chainmerge.plan(top, base).warnings)
+    qemu_io(base, "write -P 9 0 1M")
+    plan = chainmerge.plan(top, base, Access(active=str(base)))
+    assert (plan.progress, plan.refusals) == ("merged", ())
+    assert chainmerge.plan(top, base, Access(active=str(top))).progress == "new"
 
 
 def test_top_that_stays_does_not_take_what_base_got_since_along(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from chainmerge.live.qmp.bitmap_actions import (
     window_actions,
 )
 from chainmerge.live.qmp.steps import LiveStep, Situation, next_step
-from chainmerge.merging.live_remains import pivot_unclear
 from chainmerge.merging.verifying import verify_bitmaps
+from chainmerge.planning.pivot import pivot_unclear
 from chainmerge.records.changes import data_changed
 from chainmerge.records.live_journal import LiveState, forget_live_journal
 
