@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from chainmerge.errors import ExitCode
 from tests.chain.overlays import overlay
 from tests.chain.unchanged import unchanged
-from tests.merging.hostile.verdict import GARBAGE, ROLES
+from tests.merging.hostile.spoiling import GARBAGE, ROLES
 from tests.support import qemu
 from tests.support.hostile import (
     CLUSTER,

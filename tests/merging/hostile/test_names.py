@@ -13,7 +13,7 @@ import pytest
 
 from chainmerge.errors import ExitCode
 from tests.chain.overlays import overlay
-from tests.merging.hostile.verdict import GARBAGE
+from tests.merging.hostile.spoiling import GARBAGE
 from tests.support import qemu
 from tests.support.hostile import (
     DISK,

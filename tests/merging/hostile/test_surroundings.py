@@ -14,7 +14,7 @@ import pytest
 
 from chainmerge.errors import ExitCode
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
-from tests.merging.hostile.verdict import ROLES
+from tests.merging.hostile.spoiling import ROLES
 from tests.support.hostile import (
     NO_WAITING,
     Victim,

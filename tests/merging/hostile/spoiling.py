@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a hostile image is answered."""
+"""Which image is spoiled, and what takes its place."""
 
 from __future__ import annotations
 
