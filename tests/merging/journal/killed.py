@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import chainmerge
-from chainmerge.merging import concluding, settling
+from chainmerge.merging import concluding, settling, tombstones
 from chainmerge.options import MergeOptions
 from tests.support.qemu import (
     assert_clean,
@@ -171,8 +171,8 @@ AFTER_SWITCH: dict[str, Callable[[], None]] = {
     "deleted one": dies_after(Path, "unlink"),
     "deleted": dies_after(settling, "delete_recorded"),
     "forget": dies_once_called(settling, "forget_saved_bitmaps"),
-    "tidy": dies_once_called(concluding, "_drop_spent_tombstones"),
-    "tidied": dies_after(concluding, "replace_bitmaps"),
+    "tidy": dies_once_called(concluding, "drop_tombstones"),
+    "tidied": dies_after(tombstones, "replace_bitmaps"),
     "give back": dies_once_called(concluding, "give_back"),
     "end": dies_once_called(concluding, "forget_journal"),
 }
