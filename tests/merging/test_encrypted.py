@@ -86,7 +86,7 @@ def test_a_copy_that_went_wrong_is_found(tmp_path: Path, monkeypatch: pytest.Mon
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(qemu_engine, "commit", copies_nothing)
+        patch.setattr(qemu_engine, "commit_by_daemon", copies_nothing)
         with pytest.raises(VerificationFailed, match="mismatch at offset 524288"):
             chainmerge.merge(chain.top, options=chain.options)
     chainmerge.merge(chain.top, options=chain.options)

@@ -25,7 +25,7 @@ from chainmerge.engines.metadata.bitmap_set import AnyBitmap, StoredBitmap
 from chainmerge.engines.metadata.leaks import reclaim_leaks
 from chainmerge.engines.metadata.refcount_blocks import refcount_writes
 from chainmerge.engines.metadata.replacement import kept_where_unchanged, replace_bitmaps
-from chainmerge.engines.native.commit import Commit, CommitOutcome, commit
+from chainmerge.engines.native.commit import Commit, CommitOutcome, commit_natively
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.survey import PlacedTree, new_tree, place_tree, survey_mapping
 from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
@@ -285,7 +285,7 @@ def run(
         bandwidth=None,
         read_back=ReadBack.COMPARED,
     )
-    return commit(port, job, transfer, verify)
+    return commit_natively(port, job, transfer, verify)
 
 
 def _ignored(done: int) -> None:

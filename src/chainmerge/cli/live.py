@@ -178,7 +178,7 @@ def result_options(function: Function[R]) -> Function[R]:
     return command
 
 
-def gathered(function: Function[R]) -> Function[R]:
+def gathered_live_options(function: Function[R]) -> Function[R]:
     """Give the command one object, ``options``, for the options above that it has."""
 
     @wraps(function)
@@ -200,7 +200,7 @@ def live() -> None:
 @disk_options
 @result_options
 @pace_options
-@gathered
+@gathered_live_options
 @access_options
 @json_option
 def plan(
@@ -228,7 +228,7 @@ def plan(
 @disk_options
 @result_options
 @pace_options
-@gathered
+@gathered_live_options
 @access_options
 @json_option
 def merge(
@@ -260,7 +260,7 @@ def merge(
 @live.command(cls=Command)
 @disk_options
 @pace_options
-@gathered
+@gathered_live_options
 @json_option
 def resume(
     *,

@@ -87,6 +87,7 @@ class DisksReport:
             (DiskOutcome.UNKNOWN, ExitCode.UNKNOWN),
             (DiskOutcome.FAILED, ExitCode.FAILED),
             (DiskOutcome.INTERRUPTED, ExitCode.INTERRUPTED),
+            (DiskOutcome.NOT_BEGUN, ExitCode.INTERRUPTED),
         ):
             if outcome in outcomes:
                 return code

@@ -12,7 +12,7 @@ from chainmerge.bitmaps.sets import bitmaps_to_store, bitmaps_without_stale, res
 from chainmerge.chain.reading import open_for_writing
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.engines.metadata.replacement import replace_bitmaps
-from chainmerge.engines.native.commit import Backing, Commit, commit, cut_to_image_end
+from chainmerge.engines.native.commit import Backing, Commit, commit_natively, cut_to_image_end
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import new_tree
 from chainmerge.errors import ChainmergeError
@@ -125,7 +125,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
             record_switching(job, new_image)
 
     with contextlib.closing(_transfer(job, port, need.written)) as transfer:
-        outcome = commit(port, work, transfer, before_switch)
+        outcome = commit_natively(port, work, transfer, before_switch)
     if job.facts.volume.kind is VolumeKind.FILE:
         # The merge is complete; a file that is longer than it has to be is only that.
         with contextlib.suppress(ChainmergeError):

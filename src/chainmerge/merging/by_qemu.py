@@ -102,7 +102,7 @@ def _copy(job: Job) -> int:
     def on_progress(progress: qemu.CopyProgress) -> None:
         job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))
 
-    qemu.commit(
+    qemu.commit_by_daemon(
         image_specs(job.target.chain, job.request.options),
         job.target.base_index,
         [lock.share_with_child() for lock in job.locks],

@@ -133,10 +133,8 @@ def merge_disks(
             for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
         )
     if all(one.is_done for one in outcomes):
-        for one in prepared:
-            forget_entry(one.base)
-        for before in done:
-            forget_entry(Path(before.base))
+        for base in (*(one.base for one in prepared), *(Path(before.base) for before in done)):
+            forget_entry(base)
     by_top = {one.top: one for one in (*outcomes, *done)}
     return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 

@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from chainmerge.chain.reading import open_for_writing
-from chainmerge.engines.native.commit import Commit, commit
+from chainmerge.engines.native.commit import Commit, commit_natively
 from chainmerge.engines.native.hiding import ZerosBehind, tree_that_hides
 from chainmerge.merging.verifying import verify_content, verify_soundness
 from chainmerge.options import Placement
@@ -58,7 +58,7 @@ def hide(job: Job) -> None:
             read_back=ReadBack.COMPARED,
         )
         with contextlib.closing(transfer):
-            commit(port, work, transfer, before_switch)
+            commit_natively(port, work, transfer, before_switch)
 
 
 def _nothing(_done: int) -> None:

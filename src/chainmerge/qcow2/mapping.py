@@ -499,10 +499,7 @@ def lookup(image: Qcow2Image, guest_offset: int) -> Mapping:
             refuse("a compressed cluster with subclusters")
         if header.external_data_file:
             refuse("a compressed cluster in an image with an external data file")
-        offset_bits = 70 - header.cluster_bits
-        host = entry % (1 << offset_bits)
-        sectors = (entry % COMPRESSED >> offset_bits) + 1
-        return mapping(Kind.COMPRESSED, host, sectors * SECTOR - host % SECTOR)
+        return mapping(Kind.COMPRESSED, *_compressed_data(header, entry))
 
     if entry & L2_RESERVED:
         refuse("reserved bits are set")
@@ -527,6 +524,14 @@ def lookup(image: Qcow2Image, guest_offset: int) -> Mapping:
     if zero:
         return mapping(Kind.ZERO_ALLOCATED, host) if has_host else mapping(Kind.ZERO)
     return mapping(Kind.DATA, host) if data else mapping(Kind.UNALLOCATED)
+
+
+def _compressed_data(header: Header, entry: int) -> tuple[int, int]:
+    """Where a compressed cluster begins in the file, and its length: whole sectors, in bytes."""
+    offset_bits = 70 - header.cluster_bits
+    host = entry % (1 << offset_bits)
+    sectors = (entry % COMPRESSED >> offset_bits) + 1
+    return host, sectors * SECTOR - host % SECTOR
 
 
 def _contradiction(header: Header, entry: int, bitmap: int, *, has_host: bool) -> str | None:

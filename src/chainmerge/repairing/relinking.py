@@ -119,16 +119,13 @@ def relink(
             old = _old_chain(info, policy)
             for below in old:
                 stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
-            on_old, on_new = (
-                stack.enter_context(open_chain(Chain((*chain, info)), (lock,)))
-                for chain in (old, new)
-            )
+            on_old = stack.enter_context(open_chain(Chain((*old, info)), (lock,)))
+            on_new = stack.enter_context(open_chain(Chain((*new, info)), (lock,)))
             compared = _Comparison(on_old, on_new, on_progress, should_stop or _never)
             verified = tuple(_verify(compared))
         name, format_name = _as_stored(info, new)
         if (name, format_name) != (info.backing_name, _declared(info)):
-            with open_for_writing(info) as port:
-                change_backing(port, name, format_name)
+            _write_backing(info, name, format_name)
         _require_stands_on(info, name, format_name)
     return RelinkReport(
         version=REPORT_VERSION,
@@ -139,6 +136,11 @@ def relink(
         verified=verified,
         warnings=tuple(_warnings(info, new, unchecked=unchecked)),
     )
+
+
+def _write_backing(info: ImageInfo, name: str | None, format_name: str | None) -> None:
+    with open_for_writing(info) as port:
+        change_backing(port, name, format_name)
 
 
 def _never() -> bool:

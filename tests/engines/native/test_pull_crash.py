@@ -16,7 +16,7 @@ from chainmerge.engines.metadata.allocation import stored_free_space
 from chainmerge.engines.metadata.bitmap_set import StoredBitmap
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.leaks import reclaim_leaks
-from chainmerge.engines.native.commit import Backing, Commit, commit, merged_layers
+from chainmerge.engines.native.commit import Backing, Commit, commit_natively, merged_layers
 from chainmerge.engines.native.decisions import MappedDisk
 from chainmerge.engines.native.survey import new_tree, place_tree, survey_mapping
 from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_soundness
@@ -180,7 +180,7 @@ def pull(built: Built, port: RecordingPort) -> None:
         bandwidth=None,
         read_back=ReadBack.COMPARED,
     )
-    commit(port, job, transfer, before_switch)
+    commit_natively(port, job, transfer, before_switch)
     transfer.close()
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chainmerge.engines.qemu import daemon as qmp
-from chainmerge.engines.qemu.commit import CopyProgress, commit
+from chainmerge.engines.qemu.commit import CopyProgress, commit_by_daemon
 from chainmerge.engines.qemu.daemon import StorageDaemon
 from chainmerge.engines.qemu.errors import CommandRefused, CommitFailed, DaemonFailed, DaemonMissing
 from chainmerge.engines.qemu.nodes import ImageSpec
@@ -59,7 +59,7 @@ class Watch:
 
 def merge(*images: ImageSpec, base: int = 0, bandwidth: int | None = None) -> Watch:
     watch = Watch()
-    commit(images, base, (), watch.on_progress, watch.should_stop, bandwidth=bandwidth)
+    commit_by_daemon(images, base, (), watch.on_progress, watch.should_stop, bandwidth=bandwidth)
     return watch
 
 
@@ -310,7 +310,7 @@ def test_stopping_closes_base_and_a_second_run_finishes(tmp_path: Path) -> None:
     watch = Watch(stop_after=2)
 
     with pytest.raises(Interrupted):
-        commit(
+        commit_by_daemon(
             [qcow2(base), qcow2(top)], 0, (), watch.on_progress, watch.should_stop, bandwidth=MIB
         )
 
@@ -370,7 +370,7 @@ def test_a_killed_daemon_is_an_error_and_nothing_waits_for_it(tmp_path: Path) ->
         os.kill(daemon_of(os.getpid()), signal.SIGKILL)
 
     with pytest.raises(CommitFailed, match="killed by signal 9"):
-        commit([qcow2(base), qcow2(top)], 0, (), kill_it, never, bandwidth=MIB)
+        commit_by_daemon([qcow2(base), qcow2(top)], 0, (), kill_it, never, bandwidth=MIB)
 
     merge(qcow2(base), qcow2(top))
     assert content(base) == content(top)
@@ -387,7 +387,7 @@ def test_an_exception_of_the_caller_ends_the_daemon(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        commit([qcow2(base), qcow2(top)], 0, (), fail, never, bandwidth=MIB)
+        commit_by_daemon([qcow2(base), qcow2(top)], 0, (), fail, never, bandwidth=MIB)
 
     assert select.select(daemons, [], [], 0)[0] == daemons
     assert_clean(base)
@@ -466,7 +466,7 @@ def test_no_daemon_starts_for_a_process_that_is_gone(tmp_path: Path) -> None:
 
 
 def fake_daemon(directory: Path, script: str) -> Path:
-    program = directory / qmp.PROGRAM
+    program = directory / qmp.STORAGE_DAEMON
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     return directory
@@ -508,7 +508,9 @@ def test_a_daemon_that_heeds_no_signal_is_killed(monkeypatch: pytest.MonkeyPatch
 def test_a_talkative_daemon_neither_blocks_nor_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    talk = "head -c 10000000 /dev/zero | tr '\\0' x >&2; exec " + str(qmp._found(qmp.PROGRAM))
+    talk = "head -c 10000000 /dev/zero | tr '\\0' x >&2; exec " + str(
+        qmp._found(qmp.STORAGE_DAEMON)
+    )
     directory = fake_daemon(tmp_path, talk + ' "$@"')
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
     with StorageDaemon() as daemon:
@@ -529,7 +531,7 @@ def test_only_warnings_may_be_said_while_an_image_is_open(
     base = create(tmp_path / "base", 1 * MIB)
     top = create(tmp_path / "top", backing=base)
     qemu_io(top, "write -P 1 0 64k")
-    real = qmp._found(qmp.PROGRAM)
+    real = qmp._found(qmp.STORAGE_DAEMON)
     (tmp_path / "bin").mkdir()
     directory = fake_daemon(tmp_path / "bin", f'{real} "$@"; status=$?; echo "{said}" >&2; exit 0')
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")

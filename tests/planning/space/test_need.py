@@ -19,7 +19,7 @@ from chainmerge.chain.layers import layer_of_qcow2
 from chainmerge.chain.view import GuestView
 from chainmerge.engines.metadata.bitmap_set import StoredBitmap
 from chainmerge.engines.metadata.replacement import replace_bitmaps
-from chainmerge.engines.qemu.commit import commit
+from chainmerge.engines.qemu.commit import commit_by_daemon
 from chainmerge.engines.qemu.nodes import ImageSpec
 from chainmerge.planning.space.arrivals import (
     BaseFacts,
@@ -181,7 +181,7 @@ def merge_into_what_is_needed(
     images = [ImageSpec(str(path), "qcow2") for path in chain.all]
     base_index = len(images) - len(chain.merged) - 1
     images[base_index] = ImageSpec(str(chain.base), "qcow2", limit=need.required)
-    commit(images, base_index, (), lambda _: None, lambda: False)
+    commit_by_daemon(images, base_index, (), lambda _: None, lambda: False)
     copied_end = file_end(chain.base)
     stored_end = replace_with(chain.base, final)
     assert stored_end <= need.required

@@ -222,7 +222,7 @@ class _Mapping:
     origins: list[Moves]
 
 
-def commit(
+def commit_natively(
     port: Port, job: Commit, transfer: Transfer, before_switch: BeforeSwitch
 ) -> CommitOutcome:
     """Write the merge and switch to it.

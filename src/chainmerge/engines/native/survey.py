@@ -23,13 +23,14 @@ from chainmerge.engines.native.decisions import (
 from chainmerge.engines.native.moves import segments_of
 from chainmerge.engines.native.windows import (
     changed_windows,
+    l2_entries_of,
     read_window,
-    table_entries,
     table_offsets,
     tables_in,
 )
 from chainmerge.options import Placement
 from chainmerge.qcow2.extents import Kind
+from chainmerge.qcow2.header import L1_ENTRY_BYTES
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
 from chainmerge.qcow2.runs import Clusters, Runs, joined_runs, runs_of, split_runs
 
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
-
-L1_ENTRY_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ def given_up(
         change: What changes.
         indexes: L1 indexes of the tables in which that changes entries.
     """
-    tables = table_entries(image, indexes)
+    tables = l2_entries_of(image, indexes)
     entry = change.entry[change.released]
     packed = entry & np.uint64(COMPRESSED) != 0
     named = np.concatenate([tables, entry[~packed]])
@@ -251,7 +250,7 @@ class NewTree:
     @property
     def l1_clusters(self) -> int:
         """Length of the new L1 table."""
-        return -(-self.l1_entries * L1_ENTRY_BYTES // self.disk.header.cluster_size)
+        return divide_up(self.l1_entries * L1_ENTRY_BYTES, self.disk.header.cluster_size)
 
     @property
     def changes_nothing(self) -> bool:

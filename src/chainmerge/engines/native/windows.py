@@ -84,11 +84,11 @@ def read_tables(image: Qcow2Image, indexes: Clusters) -> U64Array:
 
 def table_offsets(image: Qcow2Image, indexes: Clusters) -> U64Array:
     """File offsets of L2 tables by their L1 index, 0 where there is none: uint64[n]."""
-    offsets: U64Array = table_entries(image, indexes) & np.uint64(OFFSET_MASK)
+    offsets: U64Array = l2_entries_of(image, indexes) & np.uint64(OFFSET_MASK)
     return offsets
 
 
-def table_entries(image: Qcow2Image, indexes: Clusters) -> U64Array:
+def l2_entries_of(image: Qcow2Image, indexes: Clusters) -> U64Array:
     """L1 entries as they are stored, 0 behind the end of the table: uint64[n]."""
     entries = np.zeros(len(indexes), dtype=np.uint64)
     inside = indexes < len(image.l1)

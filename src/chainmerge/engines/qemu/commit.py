@@ -70,7 +70,7 @@ class _Outcome:
     error: str | None
 
 
-def commit(
+def commit_by_daemon(
     images: Sequence[ImageSpec],
     base_index: int,
     lock_fds: Sequence[int],

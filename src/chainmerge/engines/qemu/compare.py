@@ -36,7 +36,7 @@ from chainmerge.errors import Interrupted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-PROGRAM: Final = "qemu-img"
+QEMU_IMG: Final = "qemu-img"
 _SECONDS_BETWEEN_QUESTIONS: Final = 0.25
 _DIFFERENT: Final = 1
 _AT_OFFSET: Final = re.compile(r"mismatch at offset (\d+)")
@@ -94,9 +94,9 @@ def _opened(images: Sequence[ImageSpec]) -> Iterator[StorageDaemon]:
 
 
 def _program() -> str:
-    program = shutil.which(PROGRAM)
+    program = shutil.which(QEMU_IMG)
     if program is None:
-        raise DaemonMissing(PROGRAM)
+        raise DaemonMissing(QEMU_IMG)
     return program
 
 

@@ -33,7 +33,7 @@ from chainmerge.engines.qemu.qmp import Qmp, QmpLost, QmpRefused
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-PROGRAM = "qemu-storage-daemon"
+STORAGE_DAEMON = "qemu-storage-daemon"
 MAX_COMPLAINT_BYTES = 64 << 10
 SECONDS_TO_END = 60.0
 
@@ -60,7 +60,7 @@ class StorageDaemon:
             DaemonMissing: it is not installed.
             DaemonFailed: it did not start.
         """
-        program = _found(PROGRAM)
+        program = _found(STORAGE_DAEMON)
         with contextlib.ExitStack() as undo:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)

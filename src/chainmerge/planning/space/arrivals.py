@@ -32,14 +32,13 @@ from chainmerge.arithmetic.arrays import BoolArray, U64Array
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.qemu.granules import MAX_GRANULE, MIN_GRANULE, may_detect_zeroes
 from chainmerge.planning.space.errors import CannotGrowBase
-from chainmerge.qcow2.header import MAX_L1_BYTES, Header
+from chainmerge.qcow2.header import L1_ENTRY_BYTES, MAX_L1_BYTES, Header
 from chainmerge.qcow2.mapping import COPIED, Kind
 from chainmerge.qcow2.runs import Clusters, Runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-L1_ENTRY_BYTES = 8
 COPY_BYTES = 1 << 20
 ZERO_COPY_BYTES = 16 << 20
 

@@ -32,7 +32,7 @@ from chainmerge.options import Direction, Placement
 from chainmerge.planning.choices import shares_extents
 from chainmerge.planning.facts import SpaceFacts
 from chainmerge.planning.space.errors import CannotGrowBase
-from chainmerge.qcow2.header import MAX_L1_BYTES
+from chainmerge.qcow2.header import L1_ENTRY_BYTES, MAX_L1_BYTES
 from chainmerge.qcow2.references import ReferenceCounts
 from chainmerge.storage.file_space import FileSpace, space_of, united
 from chainmerge.storage.locks import AnyFile
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from chainmerge.engines.metadata.snapshot_removal import SnapshotRemoval
     from chainmerge.qcow2.image import Qcow2Image
 
-_L1_ENTRY_BYTES = 8
 _WINDOW = 1 << 20
 
 
@@ -71,7 +70,7 @@ def native_growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase
         reason = "it is a version 2 image, whose internal snapshots do not say how large they are"
         return CannotGrowBase(image.name, size_after, reason)
     entries = divide_up(size_after, header.cluster_size * header.l2_entries)
-    if entries * _L1_ENTRY_BYTES > MAX_L1_BYTES:
+    if entries * L1_ENTRY_BYTES > MAX_L1_BYTES:
         reason = f"its L1 table would be larger than {MAX_L1_BYTES} bytes"
         return CannotGrowBase(image.name, size_after, reason)
     return None

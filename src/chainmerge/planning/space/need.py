@@ -37,14 +37,12 @@ from dataclasses import dataclass
 
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.engines.qemu.granules import may_detect_zeroes
-from chainmerge.planning.space.arrivals import L1_ENTRY_BYTES, Arrivals, l1_entries
+from chainmerge.planning.space.arrivals import Arrivals, l1_entries
 from chainmerge.planning.space.clusters import HostLayout, place_clusters, release
 from chainmerge.qcow2.bitmaps import TABLE_ENTRY_SIZE, directory_entry_size
 from chainmerge.qcow2.bits import packed_size
-from chainmerge.qcow2.header import Header
+from chainmerge.qcow2.header import L1_ENTRY_BYTES, SECTOR, Header
 from chainmerge.qcow2.runs import Runs
-
-SECTOR = 512
 
 
 @dataclass(frozen=True, slots=True)

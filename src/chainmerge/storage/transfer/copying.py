@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
-    from chainmerge.storage.transfer.pieces import Item, OnBytes, ShouldStop
+    from chainmerge.storage.transfer.pieces import IsToStop, Item, OnBytes
 
 __all__ = [
     "ByteSource",
@@ -54,7 +54,7 @@ def transfer_into(
     port: TransferPort,
     *,
     on_progress: OnBytes,
-    should_stop: ShouldStop,
+    should_stop: IsToStop,
     bandwidth: int | None,
     read_back: ReadBack,
     zeroed: ZeroedSpace = ZeroedSpace.KEPT,
@@ -97,7 +97,7 @@ class PortTransfer:
         port: TransferPort,
         *,
         on_progress: OnBytes,
-        should_stop: ShouldStop,
+        should_stop: IsToStop,
         bandwidth: int | None,
         read_back: ReadBack,
     ) -> None:

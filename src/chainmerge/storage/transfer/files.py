@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from chainmerge.storage.files import WritablePort
-    from chainmerge.storage.transfer.pieces import ByteSource, Item, OnBytes, ShouldStop
+    from chainmerge.storage.transfer.pieces import ByteSource, IsToStop, Item, OnBytes
 
 # Larger chunks, fewer at a time, are no faster on one stretch and slower on scattered clusters:
 # each chunk reads and writes its pieces one after the other.
@@ -84,7 +84,7 @@ class FileTransfer:
         port: WritablePort,
         *,
         on_progress: OnBytes,
-        should_stop: ShouldStop,
+        should_stop: IsToStop,
         bandwidth: int | None,
         read_back: ReadBack,
         zeroed: ZeroedSpace,

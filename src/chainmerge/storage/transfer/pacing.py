@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.errors import Interrupted
 
 if TYPE_CHECKING:
-    from chainmerge.storage.transfer.pieces import ShouldStop
+    from chainmerge.storage.transfer.pieces import IsToStop
 
 # How long a request to stop can go unnoticed while waiting.
 _LONGEST_NAP_SECONDS: Final = 0.1
@@ -19,7 +19,7 @@ _LONGEST_NAP_SECONDS: Final = 0.1
 class Pacing:
     """Keeps a transfer to its bandwidth, and ends it when its caller wants to stop."""
 
-    def __init__(self, should_stop: ShouldStop, bandwidth: int | None) -> None:
+    def __init__(self, should_stop: IsToStop, bandwidth: int | None) -> None:
         """Begin with nothing used up.
 
         Args:

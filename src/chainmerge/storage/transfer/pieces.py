@@ -72,7 +72,7 @@ class Produced:
 
 Item: TypeAlias = Stretch | Produced
 OnBytes: TypeAlias = Callable[[int], None]
-ShouldStop: TypeAlias = Callable[[], bool]
+IsToStop: TypeAlias = Callable[[], bool]
 
 
 class ReadBack(Enum):
