@@ -71,7 +71,7 @@ class Access:
         lock_wait: Seconds to wait for image locks that others hold.
         sole_user: No image uses those of the chain but the ones that are found.
         activate: Whether the caller has the chain's logical volumes active for as long as this
-            takes; who finishes an interrupted merge has to do so, too. The command line does it.
+            takes; who finishes an interrupted merge has to do so too. The command line does it.
     """
 
     formats: Mapping[str, str] = field(default_factory=_nothing_declared)

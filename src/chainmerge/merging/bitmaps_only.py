@@ -22,7 +22,7 @@ from chainmerge.merging.verifying import verify_bitmaps, verify_metadata
 def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
     """Give base its bitmaps; returns what was verified, in sentences.
 
-    None where there is no room for them beside those that base has: a merge that has its volume
+    None if there is no room for them beside those that base has: a merge that has its volume
     extended, or takes stale ones out first, finds it.
 
     Raises what :func:`chainmerge.engines.metadata.replacement.replace_bitmaps` raises, and

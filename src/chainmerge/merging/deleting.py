@@ -126,7 +126,7 @@ def give_back(
         result: The merged image.
         result_format: Its format.
         options: What was asked for.
-        shrink_to: The size that was planned for its volume; None where nobody knows of a plan,
+        shrink_to: The size that was planned for its volume; None if nobody knows of a plan,
             and a guest may write to it.
     """
     if result_format != "qcow2" or not (options.shrink or options.discard):

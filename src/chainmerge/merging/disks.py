@@ -182,7 +182,7 @@ def _request(
 
 
 def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
-    """What an interrupted run has noted of a disk whose top is gone; None where nothing tells.
+    """What an interrupted run has noted of a disk whose top is gone; None if nothing tells.
 
     Where its base is not named, the entries of the other disks name it.
     """

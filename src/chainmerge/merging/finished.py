@@ -25,7 +25,7 @@ def finished_before(
     options: MergeOptions,
     active: str | None,
 ) -> bool:
-    """Whether *record* says that the merge which is asked for was done, but for deletions.
+    """Whether *record* says that the merge which is asked for was done, except for deletions.
 
     Args:
         record: what was recorded under top's name.

@@ -118,7 +118,7 @@ def _pulling(options: MergeOptions | None) -> MergeOptions:
 def _lowest(top: Path, access: Access) -> Path | None:
     """The root of *top*'s chain; where an earlier run has pulled it up, what that recorded.
 
-    None where *top* stands alone.
+    None if *top* stands alone.
     """
     chain = discover(top, policy_of(access))
     if len(chain.images) > 1:

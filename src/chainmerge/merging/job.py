@@ -160,7 +160,7 @@ def leaks_reclaimed(job: Job) -> Iterator[None]:
 
 
 def bitmaps_to_save(job: Job) -> SavedBitmaps | None:
-    """What a rerun has to know of the kept checkpoints; None where the images tell it all.
+    """What a rerun has to know of the kept checkpoints; None if the images tell it all.
 
     That is the bits of those that base has, as they will not be in base for a while. In a
     merge of several levels it is also which ones base did not have: with them stored in

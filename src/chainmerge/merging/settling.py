@@ -105,7 +105,7 @@ def settle(
         journal = enter_state(journal, JournalState.DELETE)
         deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
-    # to be told that this is no gap.
+    # to be told that this is not a gap.
     forget_saved_bitmaps(base)
     if record is None:
         record_left(steps, request)
@@ -133,7 +133,7 @@ def _identities(images: Sequence[ImageInfo]) -> frozenset[Identity]:
 
 
 def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord | None:
-    """Record what is going to be renamed and deleted; None where nothing is."""
+    """Record what is going to be renamed and deleted; None if nothing is."""
     top = steps.top.real_path
     if not (steps.keep_name or steps.doomed):
         # A record of an older merge under this name says nothing about this one.

@@ -39,7 +39,7 @@ GLANCE: Final = 16
 PLACES: Final = 128
 """Clusters that are looked at, at most, where base has some of those."""
 SAMPLE_BYTES: Final = 16 << 20
-"""What is read of an image to look at them, at most, but for eight of the largest clusters."""
+"""What is read of an image to look at them, at most, except for eight of the largest clusters."""
 COMPARED_BY_A_PLAN: Final = 1 << 30
 """Guest bytes up to which a plan compares everything where all that it looked at is equal."""
 

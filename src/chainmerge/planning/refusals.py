@@ -131,7 +131,7 @@ def _without_change(facts: MergeFacts) -> str:
 
 
 def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
-    """What base gets or loses is below the checkpoints of its other children, too."""
+    """What base gets or loses is below the checkpoints of its other children too."""
     relatives = facts.relatives
     for decision in facts.decisions:
         name, in_base = decision.name, decision.states[facts.base_index]

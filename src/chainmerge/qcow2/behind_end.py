@@ -32,7 +32,7 @@ class OldBytes:
 
     Attributes:
         places: Offset and length, in the file that holds the data, of what is not all zeros.
-        obstacle: Why that cannot be known, or not be made zeros where it is; None where it can.
+        obstacle: Why that cannot be known, or not be made zeros where it is; None if it can.
     """
 
     places: tuple[tuple[int, int], ...] = ()

@@ -318,7 +318,7 @@ def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[Bi
 
 
 def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
-    """Why the bitmap's table cannot be what the entry says, None where it can."""
+    """Why the bitmap's table cannot be what the entry says, None if it can."""
     header = image.header
     most = min(MAX_TABLE_ENTRIES, MAX_PACKED_SIZE // header.cluster_size)
     if not 1 <= entry.table_size <= most:

@@ -140,7 +140,7 @@ def _entries_leading_to(
     if (plain & np.uint64(_RESERVED)).any() or (offsets % np.uint64(header.cluster_size)).any():
         return 0
     if not packed.any() and not (plain & np.uint64(COPIED)).any():
-        # Tables of bitmaps look alike, but for that.
+        # Tables of bitmaps look alike, except for that.
         return 0
     hosts = offsets[offsets != 0]
     if packed.any():

@@ -46,7 +46,7 @@ class Snapshot:
 
     @property
     def label(self) -> str:
-        """What people call it: its name, or its number where it has none."""
+        """What people call it: its name, or its number if it has none."""
         return self.name or self.id
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def what_stands_at(path: str | Path, identity: ImageIdentity) -> Sameness:
     """Whether *identity* is that of what stands at *path*; OTHER also where nothing does.
 
-    Raises OSError where that cannot be looked at.
+    Raises OSError if that cannot be looked at.
     """
     try:
         return compare(identify(Path(path)), identity)
@@ -58,11 +58,11 @@ def called(identity: ImageIdentity, moves: Mapping[str, str]) -> ImageIdentity:
 
 
 def last_change(image: Path) -> str:
-    """What is another text after every change of *image*; empty where nothing is.
+    """What is another text after every change of *image*; empty if nothing is.
 
-    Changes of its name, owner and the like count, too.
+    Changes of its name, owner and the like count too.
 
-    Raises OSError where there is nothing.
+    Raises OSError if there is nothing.
     """
     status = image.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -71,7 +71,7 @@ def last_change(image: Path) -> str:
 
 
 def data_changed(image: Path) -> str:
-    """What is another text after every write to *image*; empty where nothing tells."""
+    """What is another text after every write to *image*; empty if nothing tells."""
     try:
         status = image.stat()
     except OSError:

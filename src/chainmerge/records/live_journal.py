@@ -130,7 +130,7 @@ class LiveJournal(msgspec.Struct, frozen=True):
     state: LiveState = LiveState.PREPARING
     limits: SavedLimits | None = None
     top_since: str = ""
-    """What top's times of change were when the merge was about to take effect; empty where they
+    """What top's times of change were when the merge was about to take effect; empty if they
     say nothing."""
     guest_to_resume: bool = False
     """Whether the guest was suspended for the merge to take effect, and has to run again."""
@@ -194,7 +194,7 @@ def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
 
 
 def load_live_journal(base: Path) -> LiveJournal | None:
-    """The journal that a live merge left for *base*; None where there is none.
+    """The journal that a live merge left for *base*; None if there is none.
 
     Raises LiveJournalDamaged.
     """
@@ -202,7 +202,7 @@ def load_live_journal(base: Path) -> LiveJournal | None:
 
 
 def read_live_journal(file: Path) -> LiveJournal | None:
-    """The journal in *file*; None where there is no such file.
+    """The journal in *file*; None if there is no such file.
 
     Raises LiveJournalDamaged.
     """
@@ -243,5 +243,5 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
 
 
 def forget_live_journal(base: Path) -> None:
-    """Remove the journal of *base*, durably; nothing happens where there is none."""
+    """Remove the journal of *base*, durably; nothing happens if there is none."""
     forget_beside(base, LIVE_JOURNAL_SUFFIX, _owner)

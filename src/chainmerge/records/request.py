@@ -123,13 +123,13 @@ def recorded(
 
 
 def access_of(request: RecordedRequest) -> Access | None:
-    """How images may be reached; None where the record has what is not known here."""
+    """How images may be reached; None if the record has what is not known here."""
     access: Access | None = _filled_in(Access, request.access)
     return access
 
 
 def options_of(request: RecordedRequest) -> MergeOptions | None:
-    """How to merge, cold; None where the record has what is not known here."""
+    """How to merge, cold; None if the record has what is not known here."""
     said = request.options
     if request.is_live:
         if _filled_in(LiveOptions, said) is None:
@@ -143,7 +143,7 @@ def options_of(request: RecordedRequest) -> MergeOptions | None:
 def command_of(request: RecordedRequest) -> str | None:
     """What asks for the same merge, cold, as one types it into a shell.
 
-    Of a live merge it is what finishes it while the VM does not run. None where the record has
+    Of a live merge it is what finishes it while the VM does not run. None if the record has
     what is not known here.
     """
     access, options = access_of(request), options_of(request)
@@ -250,7 +250,7 @@ def _recordable(value: Any, paths: _Paths) -> Any:
 
 
 def _filled_in(kind: Any, said: Mapping[str, Any]) -> Any:
-    """The options in which *said* is said; None where it is not known here, or makes no sense."""
+    """The options in which *said* is said; None if it is not known here, or makes no sense."""
     if not said.keys() <= {one.name for one in fields(kind)}:
         return None
     try:

@@ -274,7 +274,7 @@ def _findings_below(info: ImageInfo, access: Access) -> Iterator[RepairFinding]:
 
 
 def _undoing(info: ImageInfo, readable: FileReadable, noted: Runs | None) -> Undoing | None:
-    """What is to be given back of a merge that is undone; None where that cannot be told."""
+    """What is to be given back of a merge that is undone; None if that cannot be told."""
     if info.header is None or info.is_block_device or info.header.dirty or info.header.corrupt:
         return None
     try:

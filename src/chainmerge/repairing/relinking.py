@@ -258,7 +258,7 @@ def _verify(compared: _Comparison) -> Iterator[str]:
 
 
 def _verify_snapshots(compared: _Comparison) -> Iterator[str]:
-    """Internal snapshots read from below, too, and elsewhere than the image does."""
+    """Internal snapshots read from below too, and elsewhere than the image does."""
     image = compared.image.image
     snapshots = read_snapshots(image) if image is not None else ()
     if not snapshots:
@@ -280,7 +280,7 @@ def _view(images: Sequence[OpenImage]) -> GuestView:
 def _changed_checkpoints(compared: _Comparison) -> Iterator[str]:
     """Names that are worth something else on the new backing file, to whatever reads them.
 
-    An image above may have the name, too: what is below this one is evidence for that.
+    An image above may have the name too: what is below this one is evidence for that.
     """
     old, new = (
         [(one, bitmaps_of(one)) for one in reversed(chain.images)]

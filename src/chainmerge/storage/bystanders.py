@@ -102,7 +102,7 @@ class _Place:
     """Where an image's bytes can be reached.
 
     ``way`` is the device by which that is; None for the image itself. ``inode`` is what our own
-    lock is on; None where it is elsewhere.
+    lock is on; None if it is elsewhere.
     """
 
     key: Key
@@ -111,7 +111,7 @@ class _Place:
 
 
 def files_open_in(process: int) -> frozenset[Key] | None:
-    """The files and block devices that a process has open; None where we may not look."""
+    """The files and block devices that a process has open; None if we may not look."""
     try:
         os.listdir(f"/proc/{process}/fd")  # noqa: PTH208  # is all that is wanted
     except OSError:

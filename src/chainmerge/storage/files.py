@@ -46,7 +46,7 @@ _FILE_TYPES: Final = {
     stat.S_IFSOCK: "a socket",
 }
 
-# Who else may use a file. What a file does not have of these counts, too.
+# Who else may use a file. What a file does not have of these counts too.
 _ACCESS_CONTROL: Final = frozenset({"system.posix_acl_access", "system.nfs4_acl"})
 # Checksums and signatures of what is in the file.
 _OF_THE_CONTENT: Final = frozenset({"security.ima", "security.evm"})

@@ -103,7 +103,7 @@ class DeviceMapperName:
 
 
 def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperName | None:
-    """The logical volume behind a device number (``st_rdev``); None where it is none."""
+    """The logical volume behind a device number (``st_rdev``); None if it is none."""
     directory = sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}" / "dm"
     try:
         uuid = (directory / "uuid").read_text(encoding="ascii").strip()

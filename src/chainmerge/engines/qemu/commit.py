@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 JOB = "commit"
 SECONDS_BETWEEN_REPORTS = 0.25
 
-# What QEMU puts between the program's name and a message that is no error.
+# What QEMU puts between the program's name and a message that is not an error.
 _HARMLESS = (": warning: ", ": info: ")
 
 # What QEMU adds to the warning about bitmaps that a program without support for them has left

@@ -79,7 +79,7 @@ class ReadBack(Enum):
     """How far the storage is believed to have what it was given, once that was flushed.
 
     It is a choice for the whole of a transfer: what is to be compared later needs checksums
-    from the beginning on.
+    from the beginning.
     """
 
     COMPARED = "compared"
