@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a merge was stopped when it had begun, or was not begun for several disks."""
+"""Why a merge stopped after it had begun, or was not begun for several disks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chainmerge.errors import Failed, Misuse, NeededByOthers, NewerDataAtRisk, N
 
 @dataclass(eq=False)
 class MergeUnfinished(Failed):
-    """A merge that had begun could not go on."""
+    """A merge that had begun could not continue."""
 
     code: ClassVar[str] = "merge-unfinished"
     template: ClassVar[str] = (
@@ -34,7 +34,7 @@ class MergeUnfinished(Failed):
 
 @dataclass(eq=False)
 class LivePivotUnfinished(NewerDataAtRisk, Refused):
-    """Top was asked for as the result, and a live merge has left it behind."""
+    """Top was to be the result, but a live merge has left it behind."""
 
     code: ClassVar[str] = "live-pivot-unfinished"
     template: ClassVar[str] = (

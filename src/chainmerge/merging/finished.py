@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a merge that a record tells of is the one that is asked for."""
+"""Whether a recorded merge is the one that is requested."""
 
 from __future__ import annotations
 

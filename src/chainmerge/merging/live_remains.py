@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
-    """Top or base is what the guest has written to last, and the images do not tell which."""
+    """The guest wrote last to top or to base, and the images do not show to which."""
 
     code: ClassVar[str] = "live-pivot-unclear"
     template: ClassVar[str] = (
@@ -85,7 +85,7 @@ class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
 
 
 def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
-    """That it has to be said which image the guest wrote to, with what says it, cold."""
+    """The error that nobody knows which image the guest wrote to, with commands that say it."""
     top, base = request.tops[-1], request.bases[-1]
     if_base, if_top = (
         command_of(msgspec.structs.replace(request, access={**request.access, "active": active}))

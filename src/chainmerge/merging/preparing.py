@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge up to its first write: everything is looked at, locked and decided."""
+"""A merge up to its first write: everything is examined, locked and decided."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _TRIES: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A merge that is decided upon, or what an interrupted one has left to do.
+    """A merge that was decided upon, or the rest of an interrupted one.
 
     Attributes:
         base: The image merged into.

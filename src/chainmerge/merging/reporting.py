@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge did, as its report says it."""
+"""What a merge did, for its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def verified_before(source: str, target: str) -> str:
-    """What a report says of an image whose data an earlier run took to another one."""
+    """What a report says of an image whose data an earlier run moved to another one."""
     return f"an earlier run merged {source} into {target} and verified it"
 
 

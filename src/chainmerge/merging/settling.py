@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a merge: children re-pointed, files renamed and deleted, as the plan says.
 
-Each step is atomic and each can be done again, so that a rerun goes on wherever an
-interrupted run stopped. What is to be deleted is recorded beforehand
-(:mod:`chainmerge.records.merged_record`): afterwards there is nothing to tell from. The
-journal, where there is one, is told of each step before it begins.
+Each step is atomic and each can be done again, so that a rerun continues wherever an interrupted
+run stopped. What is to be deleted is recorded beforehand (:mod:`chainmerge.records.merged_record`):
+afterwards there is nothing to tell from. The journal, where there is one, is told of each step
+before it begins.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> Merged
 def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
     """Record that top stays, and that all of it is in base: who merges it again may be wrong.
 
-    Where there is no place for that a rerun looks at the images, as ever; of a block device
+    If that cannot be recorded, a rerun looks at the images, as always; of a block device
     nothing would tell whether it was written to since.
     """
     top, base = steps.top.real_path, steps.base.real_path

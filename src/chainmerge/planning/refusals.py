@@ -112,7 +112,7 @@ def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
 
 
 def _others_unseen(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
-    """What may stand where nobody has looked."""
+    """Users that may exist where nobody has looked."""
     changed = changed_images(facts, options)
     if facts.merged and planned_rename(facts, options) is None:
         # Base does not change any more. Children that are not seen would still lose top.

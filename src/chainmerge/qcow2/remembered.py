@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What images say about their disks, kept for those who will ask again."""
+"""What images say about their disks, cached for later calls."""
 
 from __future__ import annotations
 

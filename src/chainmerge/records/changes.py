@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an image is still the one that a record is of, and what was done to it since."""
+"""Whether an image is still the one that a record describes, and what has happened to it since."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def what_stands_at(path: str | Path, identity: ImageIdentity) -> Sameness:
-    """Whether *identity* is that of what stands at *path*; OTHER also where nothing does.
+    """Whether *identity* is that of the file at *path*; OTHER also if there is none.
 
     Raises OSError if that cannot be looked at.
     """
@@ -58,7 +58,7 @@ def called(identity: ImageIdentity, moves: Mapping[str, str]) -> ImageIdentity:
 
 
 def last_change(image: Path) -> str:
-    """What is another text after every change of *image*; empty if nothing is.
+    """A text that differs after every change of *image*; empty if nothing is.
 
     Changes of its name, owner and the like count too.
 
@@ -71,7 +71,7 @@ def last_change(image: Path) -> str:
 
 
 def data_changed(image: Path) -> str:
-    """What is another text after every write to *image*; empty if nothing tells."""
+    """A text that differs after every write to *image*; empty if nothing tells."""
     try:
         status = image.stat()
     except OSError:

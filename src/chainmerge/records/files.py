@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small files that outlive the process: where they stand, how they are written and read.
+"""The small files that outlive the process: where they lie, how they are written and read.
 
-They stand beside the image, so that any host that sees the image sees them; for block devices
-they stand in :data:`STATE_DIRECTORY`, under what the device is and not under its number or the
-name of its node, which another volume can have after the next boot. Each holds one document as a
-line of JSON, written to a temporary name, synced and renamed.
+They lie beside the image, so that any host that sees the image sees them; for block devices they
+lie in :data:`STATE_DIRECTORY`, named after the device's identity and not after its number or its
+node, which another volume can have after the next boot. Each holds one document as a line of JSON,
+written to a temporary name, synced and renamed.
 """
 
 from __future__ import annotations

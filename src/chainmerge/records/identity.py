@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells an image from another one that comes to stand under the same name.
+"""What distinguishes an image from another one that later has the same name.
 
-A file system gives the number of a deleted file to the next one that is made. What tells the
-two apart is the time of birth, where it is kept (not by ext4 with inodes of 128 bytes, ext3,
-NFSv3), and the generation of the inode, which is in the file's handle (name_to_handle_at(2)).
-A block device gets another number at every boot. It is known by the device-mapper's UUID, by
-the WWID that it reports, or, a loop device, by the file below it.
+A file system gives the number of a deleted file to the next one that is made. What distinguishes
+the two is the birth time, if it is kept (not by ext4 with inodes of 128 bytes, ext3, NFSv3), and
+the generation of the inode, which is in the file's handle (name_to_handle_at(2)). A block device
+gets another number at every boot. It is known by the device-mapper's UUID, by the WWID that it
+reports, or, a loop device, by the file below it.
 
 Where two identities have no evidence in common, nobody knows (:attr:`Sameness.UNKNOWN`). Nothing
 may be deleted, or taken for done, on that.
@@ -31,7 +31,7 @@ _SECTOR: Final = 512
 
 
 class ImageIdentity(msgspec.Struct, frozen=True):
-    """What tells one image from another that comes to stand under the same name.
+    """What distinguishes one image from another that later has the same name.
 
     ``kind`` is ``file`` or ``block``. Of a file ``number`` is the inode, ``birth`` the time of
     its birth and ``handle`` its handle, each empty if it is not known or not kept. Of a block

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a live merge came, in a file that outlives the process that drives it.
+"""How far a live merge got, in a file that outlives the process that drives it.
 
 ``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.records.files`) from before the
 first change until base is settled. Whoever finds it looks at the VM, and at the disk where the
@@ -65,7 +65,7 @@ class LiveJournalDamaged(RecordsUnusable, Refused):
 
 
 class LiveState(StrEnum):
-    """How far a live merge came; in the order in which it happens."""
+    """How far a live merge got; in the order in which it happens."""
 
     PREPARING = "preparing"
     """Base's bitmaps may be as they were, or as they are to be while data is copied."""
@@ -142,7 +142,7 @@ class LiveJournal(msgspec.Struct, frozen=True):
 
     @property
     def known_request(self) -> RecordedRequest:
-        """What was asked for, as far as it is recorded."""
+        """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
         options = {"delete": True} if self.delete else {}

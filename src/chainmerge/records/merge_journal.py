@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of a native merge: how far it came, so that a rerun need not find out.
+"""The journal of a native merge: how far it got, so that a rerun need not find out.
 
 ``.BASE.chainmerge-journal`` stands where :mod:`chainmerge.records.files` says, and holds a
 :class:`Journal`. Its state only ever moves down this list, and may leave out any but the first:
@@ -83,7 +83,7 @@ class MergeJournalDamaged(RecordsUnusable, Refused):
 
 
 class JournalState(StrEnum):
-    """How far a merge came; in the order in which it happens."""
+    """How far a merge got; in the order in which it happens."""
 
     PREPARED = "prepared"
     SWITCHING = "switching"
@@ -167,7 +167,7 @@ class Journal(msgspec.Struct, frozen=True):
 
     @property
     def known_request(self) -> RecordedRequest:
-        """What was asked for, as far as it is recorded."""
+        """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
         options = {

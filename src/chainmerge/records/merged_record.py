@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which merges came to their end: ``.TOP.chainmerge-merged``.
+"""Which merges are finished: ``.TOP.chainmerge-merged``.
 
 Written before top's file is deleted or replaced, so that the same command, run again, says that
 the merge is done instead of reporting a missing file, or worse, taking the renamed base for a
@@ -133,7 +133,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
 
     @property
     def known_request(self) -> RecordedRequest:
-        """What was asked for, as far as it is recorded."""
+        """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
         options: dict[str, Any] = {}
@@ -173,7 +173,7 @@ def record_merged(top: Path, record: MergedRecord) -> None:
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
-    """The record of a finished merge of *top*; None if there is none that can be read."""
+    """The record of a finished merge of *top*; None if absent or unreadable."""
     try:
         return read_merged_record(merged_record_file(top))
     except OSError:
@@ -182,7 +182,7 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 
 
 def read_merged_record(file: Path) -> MergedRecord | None:
-    """The record in *file*; None if there is none that can be read."""
+    """The record in *file*; None if absent or unreadable."""
     try:
         record = read_state(file, MergedRecord, _problems)
     except (OSError, UnusableState):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for, as it is recorded, and the command that asks for it again.
+"""A request as it is recorded, and the command that repeats it.
 
-This is the only place that composes a command for a merge. It says all that was said: a merge
-that goes on with other options can go another way, or be refused. What was left at its default is
-neither recorded nor said. Paths are made absolute when they are recorded, so that a command can
-be run from anywhere; block devices are named by what stays theirs after the next boot.
+This is the only place that composes a command for a merge. The command repeats everything that was
+given: a merge that goes on with other options can go another way, or be refused. What was left at
+its default is neither recorded nor said. Paths are made absolute when they are recorded, so that a
+command can be run from anywhere; block devices are named by what stays theirs after the next boot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RecordedRequest(msgspec.Struct, frozen=True):
-    """A merge that was asked for.
+    """A merge that was requested.
 
     ``tops`` and ``bases`` are those of all disks that are merged together. ``access`` and
     ``options`` have the fields of :class:`Access` and of :class:`MergeOptions` that are not at
@@ -102,7 +102,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
 """How each field of :class:`Access`, :class:`MergeOptions` and :class:`LiveOptions` is said."""
 
 _OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume"})
-"""What ``chainmerge live resume`` asks for anew. The journal knows the rest."""
+"""What ``chainmerge live resume`` is told again. The journal knows the rest."""
 
 
 def recorded(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds merges that were not finished, by the small files that they leave. Reads only."""
+"""Finds unfinished merges by the small files that they leave. Reads only."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ _LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
 
 
 def status(paths: Sequence[str | Path] = ()) -> StatusReport:
-    """Find merges that were interrupted, and those that are going on.
+    """Find interrupted merges, and those in progress.
 
     Args:
         paths: directories to look at, with everything below, and images: of an image, what is

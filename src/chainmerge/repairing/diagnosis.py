@@ -55,7 +55,7 @@ _MOST_MESSAGES: Final = 20
 
 
 class Treatment(Enum):
-    """How an image is mended."""
+    """How an image is repaired."""
 
     NONE = "nothing is to be done, or nothing can be done"
     MARKS = "clear the dirty bit and the corrupt bit"
@@ -69,7 +69,7 @@ class Diagnosis:
 
     Attributes:
         findings: What is wrong, worst last.
-        treatment: What mends it.
+        treatment: What repairs it.
         bitmaps: All bitmaps that it is to have, None if they stay as they are.
         kept: Leaked clusters that stay.
         freed: Where leaked clusters are reclaimed.

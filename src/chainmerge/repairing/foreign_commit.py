@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evidence of a ``qemu-img commit`` that was not finished. Reads only.
+"""Evidence of an unfinished ``qemu-img commit``. Reads only.
 
 Such a commit copies top's data into base, from the beginning of the disk to its end, and
 empties top only when all is there. Killed before that it leaves top as it was, and base half
@@ -52,7 +52,7 @@ _CONVINCING_CLUSTERS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class HalfDoneCommit:
-    """A commit of *top* into *base* that somebody else began.
+    """A commit of *top* into *base* by another program.
 
     Attributes:
         base: The image that it writes to.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be done about merges of ours that were not finished. Reads only.
+"""What can be done about unfinished merges of ours. Reads only.
 
 What had not taken effect can be undone: the image is the old one, with some clusters leaked.
 What had, or has half done so, is finished by doing the same merge again.
@@ -48,7 +48,7 @@ _MERGED: Final = f".{RECORD_SUFFIX}"
 
 
 class Ending(Enum):
-    """How an interrupted merge can be brought to an end."""
+    """How an interrupted merge can be ended."""
 
     FINISH = "do it again, which does what is left"
     UNDO = "forget it: it has not taken effect"
@@ -65,7 +65,7 @@ class InterruptedMerge:
         written: The image that the merge writes to.
         ending: What is to be done about it.
         options: What it was to do, as far as it is recorded.
-        sentence: How far it came.
+        sentence: How far it got.
     """
 
     base: Path

@@ -44,7 +44,7 @@ def encode_event(event: str, fields: Any) -> str:
 
 
 def encode_error(error: ChainmergeError) -> str:
-    """Encode the last line of a command that did not do what was asked."""
+    """Encode the last line of a command that did not do what was requested."""
     return encode_event(
         "error",
         ErrorReport(code=error.code, message=error.sentence, hint=error.advice, facts=error.facts),

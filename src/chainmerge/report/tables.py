@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything but plans for people; plans are in :mod:`chainmerge.report.plan_tables`."""
+"""All reports for people except plans; plans are in :mod:`chainmerge.report.plan_tables`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def merge_report(report: MergeReport) -> RenderableType:
 
 
 def disks_report(report: DisksReport) -> RenderableType:
-    """What became of each of several disks, and what there is to say of each."""
+    """What happened to each of several disks, with its report."""
     table = layout.listing("disk", "outcome", "copied")
     for disk in report.disks:
         copied = "" if disk.report is None else human_size(disk.report.bytes_copied)
@@ -78,7 +78,7 @@ def _disk_parts(disk: DiskReport) -> Iterator[RenderableType]:
 
 
 def chain_report(report: ChainReport) -> RenderableType:
-    """An image, what it stands on, and what else stands there."""
+    """An image, the images below it, and other images that use them."""
     nodes = [_node(image, report.image) for image in report.images]
     return Group(
         layout.tree(nodes),
@@ -125,7 +125,7 @@ def measurement_report(measurement: Measurement) -> RenderableType:
 
 
 def bitmap_listing(listing: BitmapListing) -> RenderableType:
-    """Every bitmap of a chain, and what each name is worth."""
+    """Every bitmap of a chain, and whether a backup can use each name."""
     if not listing.rows:
         return words(f"{listing.image} and the images below it hold no bitmaps", layout.QUIET)
     verdicts = layout.listing("name", "for backups", "why")
@@ -141,7 +141,7 @@ def bitmap_listing(listing: BitmapListing) -> RenderableType:
 
 
 def bitmap_change(change: BitmapChange) -> RenderableType:
-    """What a change of an image's bitmaps led to."""
+    """What a change did to an image's bitmaps."""
     done = {"add": "added", "remove": "removed", "clear": "cleared", "merge": "merged into"}
     verb = done.get(change.action, change.action)
     return Group(

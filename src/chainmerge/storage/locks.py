@@ -53,7 +53,7 @@ _POLL_SECONDS: Final = 0.05
 
 
 class LockMode(Enum):
-    """As what an image is locked: the permissions used, and those not shared with others."""
+    """How an image is locked: the permissions used, and those not shared with others."""
 
     READER = ((_CONSISTENT_READ,), (_WRITE, _RESIZE))
     """What QEMU has of a qcow2 image that it only reads: other readers are welcome."""

@@ -4,8 +4,8 @@
 ========  ==========================================================================
 FILL      guest data; L2 tables, L1 table, bitmaps, refcount blocks and table: whole
           clusters that are free in the image. Data also goes to parts of its clusters that
-          hold none, and (in place) over data that the images above hide. Copied data is
-          read back from the storage where that was asked for
+          hold none, and (in place) over data that the images above hide. Copied data is read back
+          from the storage where that was requested
 COUNT     refcounts of the new clusters, in the refcount blocks there are
 LINK      new refcount blocks into the refcount table, where that is not new
           then the new tree is verified, read through the sector that is to be written

@@ -44,7 +44,7 @@ class DaemonMissing(Refused):
 
 @dataclass(eq=False)
 class DaemonFailed(Failed):
-    """The storage daemon did not start, or did not end as it should."""
+    """The storage daemon did not start, or did not end properly."""
 
     code: ClassVar[str] = "qemu-storage-daemon-failed"
     template: ClassVar[str] = "qemu-storage-daemon {reason}"
