@@ -113,8 +113,7 @@ def chain_test(states_from_leaf_down: Sequence[BitmapState]) -> ChainVerdict:
         (i for i in range(depth, len(states)) if states[i] is not BitmapState.ABSENT), None
     )
     if culprit is None:
-        images = "1 image" if depth == 1 else f"{depth} images"
-        return ChainVerdict(f"valid in {images}", depth)
+        return ChainVerdict(f"valid in {counted(depth, 'image')}", depth)
     if culprit == depth:
         reason = f"{states[culprit]} {_levels(culprit)} below the active image"
         return ChainVerdict(reason, depth, Fault.BROKEN_BELOW, culprit)

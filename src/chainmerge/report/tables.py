@@ -185,11 +185,11 @@ def repair_report(report: RepairReport) -> RenderableType:
 def backing_report(report: BackingReport) -> RenderableType:
     """What an image names as its backing file, and which files could be a lost one."""
     declared = f" ({report.backing_format})" if report.backing_format else ""
-    name = "no backing file" if report.backing is None else f"{report.backing}{declared}"
+    name = _backing_file(report.backing) + declared
     if report.problem is None:
-        return words(f"{report.image} stands on {name}")
+        return words(f"{report.image} has {name}")
     parts: list[RenderableType] = [
-        words(f"{report.image} should stand on {name}"),
+        words(f"{report.image} should have {name}"),
         words(report.problem, layout.BAD),
     ]
     if not report.candidates:
@@ -208,12 +208,15 @@ def backing_report(report: BackingReport) -> RenderableType:
 
 def relink_report(report: RelinkReport) -> RenderableType:
     """Which backing file an image has now."""
-    name = "no backing file" if report.backing is None else report.backing
     return Group(
-        words(f"{report.image} stands on {name} now", layout.GOOD),
+        words(f"{report.image} now has {_backing_file(report.backing)}", layout.GOOD),
         *_listed("Verified", report.verified),
         *layout.warnings_section(report.warnings),
     )
+
+
+def _backing_file(name: str | None) -> str:
+    return "no backing file" if name is None else f"the backing file {name}"
 
 
 def undo_report(report: UndoReport) -> RenderableType:
