@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether names can be taken out of a directory, or put into it; asked without trying it.
+"""Whether names can be removed from a directory, or added to it, found without trying.
 
 The rules are those of the kernel's ``may_delete`` and ``may_create`` (fs/namei.c of Linux 6.1).
-A file system can refuse for reasons of its own all the same.
+A file system can still refuse for reasons of its own.
 """
 
 from __future__ import annotations

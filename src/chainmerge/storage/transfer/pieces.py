@@ -89,7 +89,7 @@ class ReadBack(Enum):
 
 
 class ZeroedSpace(Enum):
-    """What becomes of the space of a regular file where long runs of zeros go."""
+    """What happens to the space of a regular file where long runs of zeros go."""
 
     KEPT = "kept"
     """It is the file's, or becomes so: writing there later cannot run out of it."""
@@ -128,7 +128,7 @@ class Transfer(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of threads, memory and descriptors; sources and target stay open."""
+        """Release threads, memory and descriptors; sources and target stay open."""
 
 
 def produced_by(item: Produced) -> bytes:
