@@ -17,10 +17,11 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo test test-vm soak fuzz fuzz-guided bench lint format schema clean
+.PHONY: help setup demo quick test test-vm soak fuzz fuzz-guided bench lint format schema clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
+	@echo 'make quick   the tests of a change: the pure ones, and one of each kind of real one'
 	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
@@ -39,6 +40,10 @@ setup:
 
 demo: setup
 	@$(BIN)/python -m demo $(DEMO_ARGS)
+
+quick: setup
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $$(sed 's/#.*//' tests/quick.txt) \
+		$(PYTEST_ARGS)
 
 test: setup
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(PYTEST_ARGS)

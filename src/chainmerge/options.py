@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import ClassVar, Final, Literal, get_args
@@ -92,6 +92,7 @@ class Access:
         if self.active is not None:
             require_path("active", self.active)
         require_seconds("lock_wait", self.lock_wait)
+        _require_flags(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +160,11 @@ class MergeOptions:
         require_choice("direction", self.direction, get_args(DirectionChoice))
         require_choice("data", self.data, get_args(DataChoice))
         require_choice("volume", self.volume, get_args(VolumeChoice))
-        for name in ("delete", "keep_name", "drop_bitmaps", "detect_zeroes", "shrink", "discard"):
-            require_flag(name, getattr(self, name))
+        _require_flags(self)
         require_bytes("bandwidth", self.bandwidth)
         require_bytes("size_limit", self.size_limit)
+        if self.leave != 0:
+            require_bytes("leave", self.leave)
         require_paths_to_texts("key_files", self.key_files)
         for key_file in self.key_files.values():
             require_path("key_files", key_file)
@@ -200,8 +202,7 @@ class LiveOptions:
         require_choice("verify", self.verify, get_args(VerifyLevel))
         require_choice("on_stall", self.on_stall, get_args(StallChoice))
         require_choice("volume", self.volume, get_args(VolumeChoice))
-        require_flag("delete", self.delete)
-        require_flag("drop_bitmaps", self.drop_bitmaps)
+        _require_flags(self)
         require_bytes("bandwidth", self.bandwidth)
         require_bytes("size_limit", self.size_limit)
         if self.deadline is not None:
@@ -220,6 +221,12 @@ class LiveOptions:
             size_limit=self.size_limit,
             volume=self.volume,
         )
+
+
+def _require_flags(options: Access | MergeOptions | LiveOptions) -> None:
+    for one in fields(options):
+        if one.type == "bool":
+            require_flag(one.name, getattr(options, one.name))
 
 
 LARGEST: Final = 2**63 - 1

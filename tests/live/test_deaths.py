@@ -18,8 +18,8 @@ from chainmerge import live
 from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.live.errors import NothingUnfinished, VmLost
 from chainmerge.merging.errors import LeftoverInUse
-from chainmerge.merging.live_remains import LivePivotUnclear
 from chainmerge.options import Access, LiveOptions, MergeOptions
+from chainmerge.planning.pivot import LivePivotUnclear
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.conftest import SOAK

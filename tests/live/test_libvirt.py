@@ -9,16 +9,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import libvirt
 import pytest
 
 from chainmerge import live
+from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError, ExitCode
-from chainmerge.live.errors import NothingUnfinished
+from chainmerge.live.errors import (
+    LiveMergeFailed,
+    LiveMergeStalled,
+    NothingUnfinished,
+    VmRefused,
+)
 from chainmerge.options import LiveOptions
 from tests.conftest import SOAK
 from tests.live.test_deaths import assert_merged_cold
 from tests.support.cli import chainmerge, environment
-from tests.support.domain_vm import TestDomain, let_die, running_domain
+from tests.support.domain_vm import TARGET, TestDomain, let_die, running_domain
 from tests.support.live_scenario import (
     LiveScenario,
     assert_closed_safe,
@@ -32,6 +39,8 @@ from tests.support.qemu import create
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.documents.progress import ProgressEvent
+    from chainmerge.live.port import DiskLimits
     from tests.support.dying import Moment
 
 pytestmark = pytest.mark.timeout(180)
@@ -204,6 +213,68 @@ def test_an_incremental_backup_by_libvirt_after_a_merge(
         vm.quit()
     restored = vm.restored(tmp_path / "full.qcow2", tmp_path / "increment.qcow2")
     assert restored == guest.applied_to(bytes(64 << 20))
+
+
+def test_the_guest_is_slowed_down_and_let_go_again(tmp_path: Path, uri: str) -> None:
+    scenario = build(tmp_path / "chain", 5, levels=1, active=True)
+    options = LiveOptions(delete=True, bandwidth=8 << 20, deadline=0.5, on_stall="throttle")
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        limits = {"write_bytes_sec": 800 << 20, "read_bytes_sec": 900 << 20}
+        vm.domain.setBlockIoTune(TARGET, limits, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        seen = []
+        # Limits are for the guest's device. This one comes in by another way, and keeps to them
+        # of its own accord.
+        guest = vm.guest(5)
+
+        def look(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY:
+                seen.append(vm.domain.blockIoTune(TARGET)["write_bytes_sec"])
+                guest.interval = 0.002 if seen[-1] == 800 << 20 else 0.2
+
+        with guest, vm.disk() as disk:
+            before = disk.disk_limits()
+            live.merge(disk, scenario.top, options=options, on_progress=look)
+            assert disk.disk_limits() == before
+        assert before.limits["bps_wr"] == 800 << 20
+        assert seen[0] == 800 << 20
+        assert 0 < min(seen) < 800 << 20
+        vm.quit()
+    assert_closed_safe(scenario, guest)
+
+
+def test_a_guest_that_cannot_be_slowed_down(tmp_path: Path, uri: str) -> None:
+    scenario = build(tmp_path / "chain", 6, levels=1, active=True)
+    options = LiveOptions(bandwidth=1 << 20, deadline=0.5, on_stall="throttle")
+
+    class Unlimited(live.DomainDisk):
+        def limit_disk(self, limits: DiskLimits) -> None:
+            raise VmRefused(self.name, "virDomainSetBlockIoTune", "not on this host")
+
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        with (
+            vm.guest(6),
+            Unlimited(vm.name, TARGET, uri) as disk,
+            pytest.raises(LiveMergeFailed, match="cannot be slowed down: not on this host"),
+        ):
+            live.merge(disk, scenario.top, options=options)
+        assert vm.chain() == [path.name for path in reversed(scenario.images)]
+        assert vm.jobs() == []
+        vm.quit()
+    assert leftovers(scenario) == []
+
+
+def test_a_copy_that_does_not_catch_up_is_undone_if_that_is_asked_for(
+    tmp_path: Path, uri: str
+) -> None:
+    scenario = build(tmp_path / "chain", 5, levels=1, active=True)
+    options = LiveOptions(bandwidth=1 << 20, deadline=0.5, on_stall="abort")
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        with vm.guest(5), vm.disk() as disk, pytest.raises(LiveMergeStalled):
+            live.merge(disk, scenario.top, options=options)
+        assert vm.chain() == [path.name for path in reversed(scenario.images)]
+        assert vm.jobs() == []
+        vm.quit()
+    assert leftovers(scenario) == []
 
 
 def test_the_commands(tmp_path: Path, uri: str) -> None:

@@ -27,7 +27,7 @@ from chainmerge.live.errors import (
     UnfinishedMergeFound,
     VmUnreachable,
 )
-from chainmerge.live.exclusive import sole_driver
+from chainmerge.live.sole_manager import sole_manager
 from chainmerge.options import Access, LiveOptions
 from chainmerge.planning.errors import BaseHasOtherChildren
 from chainmerge.records.identity import identify
@@ -195,7 +195,7 @@ def test_a_monitor_that_talks_to_somebody_else(
 
 def test_two_managers(vm: LiveTestVm, scenario: LiveScenario) -> None:
     with (
-        sole_driver(identify(scenario.base)),
+        sole_manager(identify(scenario.base)),
         live.QmpVm(str(vm.qmp), device=DEVICE) as disk,
         pytest.raises(LiveMergeDriven),
     ):
@@ -302,7 +302,7 @@ def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(
             raise WriteFailed(str(scenario.base), 0, 0, "No space left on device")
         return enter(journal, state)
 
-    monkeypatch.setattr("chainmerge.live.driving.enter", full_at_the_switch)
+    monkeypatch.setattr("chainmerge.live.driver.enter", full_at_the_switch)
     with running_vm(tmp_path / "vm", scenario.images) as vm:
         with Guest(vm, 8, DISK) as guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
             with pytest.raises(WriteFailed):

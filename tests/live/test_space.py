@@ -15,7 +15,7 @@ import chainmerge
 from chainmerge import live
 from chainmerge.documents.progress import Stage
 from chainmerge.live import headroom
-from chainmerge.live.errors import LiveMergeFailed
+from chainmerge.live.errors import LiveMergeFailed, VmLost, VmUnreachable
 from chainmerge.options import Access, LiveOptions
 from tests.support.domain_vm import TestDomain, running_domain
 from tests.support.fake_lvm import FakeLvm
@@ -198,6 +198,39 @@ def test_a_volume_grows_ahead_of_a_guest_that_writes(
                 assert isinstance(vm, TestDomain)
                 continue
             assert 40 * MIB < bitmap.dirty_bytes <= 40 * MIB + written
+
+
+def test_a_vm_that_does_not_answer_while_its_volume_is_watched_goes_on_with_the_merge(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows that it is to be undone, so it is carried on, wherever the connection broke."""
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    physical = tmp_path / "physical-volume"
+    physical.touch()
+    lvm.add_group("vg", extents=200, devices=[physical])
+
+    def unreachable(disk: live.LiveDisk, _node: str) -> int:
+        raise VmUnreachable(disk.name, "no answer")
+
+    with loop_device(tmp_path / "volume", 128 * MIB) as device:
+        lvm.add_volume("vg", "base", device)
+        create(device, 256 * MIB)
+        top = create(tmp_path / "top.qcow2", backing=device)
+        qemu_io(top, "write -q -P 7 0 20M")
+        with start(tmp_path / "vm", (device, top)) as vm:
+            options = LiveOptions(volume="lvm", bandwidth=4 * MIB)
+            with vm.disk() as disk, monkeypatch.context() as patched:
+                patched.setattr(type(disk), "highest_write", unreachable)
+                with pytest.raises(VmLost, match="no answer"):
+                    live.merge(disk, top, access=DEVICES, options=options)
+            with vm.disk() as disk:
+                (unfinished,) = live.status(disk).merges
+                assert unfinished.state == "copying"
+                live.resume(disk, options=LiveOptions(volume="lvm"))
+                assert vm.chain() == [device.name]
+            vm.quit()
+        assert content(device)[: 20 * MIB] == b"\7" * (20 * MIB)
 
 
 def test_a_full_volume_undoes_the_merge_and_the_guest_goes_on(tmp_path: Path, start: Start) -> None:

@@ -8,28 +8,27 @@ from itertools import product
 
 import pytest
 
-from chainmerge.live.bitmaps import (
-    faults,
-    silence_actions,
-    switch_actions,
-    undo_actions,
-    window_actions,
-)
 from chainmerge.live.convergence import PATIENCE_SECONDS, Convergence, Remedy
+from chainmerge.live.nodes import BlockNode, NodeBitmap
 from chainmerge.live.port import (
     AddBitmap,
     BitmapAction,
-    BlockNode,
     ClearBitmap,
     DisableBitmap,
     EnableBitmap,
     JobPhase,
     JobState,
     MergeBitmap,
-    NodeBitmap,
     RemoveBitmap,
 )
-from chainmerge.live.steps import Situation, Step, next_step
+from chainmerge.live.qmp.bitmap_actions import (
+    disable_actions,
+    faults,
+    switch_actions,
+    undo_actions,
+    window_actions,
+)
+from chainmerge.live.qmp.steps import LiveStep, Situation, next_step
 from chainmerge.records.identity import ImageIdentity
 from chainmerge.records.live_journal import (
     VERSION,
@@ -41,7 +40,7 @@ from chainmerge.records.live_journal import (
 
 MIB = 1 << 20
 # What must never happen while the job is in this phase: it would change what is not to change.
-ENDS = {Step.SETTLE, Step.RESTORE, Step.START}
+ENDS = {LiveStep.SETTLE, LiveStep.RESTORE, LiveStep.START}
 
 
 def job(phase: JobPhase, *, out_of_space: bool = False, stopped_by_error: bool = False) -> JobState:
@@ -61,28 +60,28 @@ def test_with_a_job_nothing_is_started_settled_or_given_up_for_lost(
 
 @pytest.mark.parametrize("state", LiveState)
 def test_without_a_job_the_chain_tells_whether_it_was_merged(state: LiveState) -> None:
-    assert next_step(situation(state, None, merged=True)) is Step.SETTLE
-    expected = Step.START if state is LiveState.PREPARING else Step.RESTORE
+    assert next_step(situation(state, None, merged=True)) is LiveStep.SETTLE
+    expected = LiveStep.START if state is LiveState.PREPARING else LiveStep.RESTORE
     assert next_step(situation(state, None)) is expected
 
 
 @pytest.mark.parametrize("phase", JobPhase)
 def test_what_is_undone_is_never_let_go_on(phase: JobPhase) -> None:
     step = next_step(situation(LiveState.UNDOING, job(phase)))
-    assert step in {Step.UNDO, Step.WAIT, Step.DISMISS}
+    assert step in {LiveStep.UNDO, LiveStep.WAIT, LiveStep.DISMISS}
 
 
 def test_the_window_comes_before_the_copy() -> None:
-    assert next_step(situation(LiveState.PREPARING, job(JobPhase.RUNNING))) is Step.PAUSE
+    assert next_step(situation(LiveState.PREPARING, job(JobPhase.RUNNING))) is LiveStep.PAUSE
     for phase in (JobPhase.PAUSED, JobPhase.READY, JobPhase.HELD):
-        assert next_step(situation(LiveState.PREPARING, job(phase))) is Step.PREPARE
+        assert next_step(situation(LiveState.PREPARING, job(phase))) is LiveStep.PREPARE
 
 
 def test_a_full_volume_is_no_error() -> None:
     full = job(JobPhase.PAUSED, out_of_space=True, stopped_by_error=True)
-    assert next_step(situation(LiveState.COPYING, full)) is Step.MAKE_ROOM
+    assert next_step(situation(LiveState.COPYING, full)) is LiveStep.MAKE_ROOM
     broken = job(JobPhase.PAUSED, stopped_by_error=True)
-    assert next_step(situation(LiveState.COPYING, broken)) is Step.GIVE_UP
+    assert next_step(situation(LiveState.COPYING, broken)) is LiveStep.GIVE_UP
 
 
 # Bitmaps
@@ -155,7 +154,7 @@ def applied(base: BlockNode, actions: tuple[BitmapAction, ...]) -> BlockNode:
 
 
 def after_window(plan: LiveJournal, base: BlockNode) -> BlockNode:
-    base = applied(base, silence_actions(plan, base))
+    base = applied(base, disable_actions(plan, base))
     for actions in window_actions(plan, base, OVERLAYS):
         base = applied(base, actions)
     return base

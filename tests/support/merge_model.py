@@ -74,7 +74,7 @@ def expected_refusals(case: MergeCase) -> set[str]:
 def _refusals(case: MergeCase) -> Iterator[str]:
     base, top, merged = case.layers[case.base], _top(case), case.layers[case.base + 1 : case.top]
     if case.pulls:
-        doomed = (base, *merged) if case.options.delete else (base,)
+        doomed = (base, *merged) if case.options.delete else ()
         if _loses_snapshots(case, doomed):
             yield "internal-snapshots"
         # What lies below top is out of the chain, and top cannot say that there was a gap.

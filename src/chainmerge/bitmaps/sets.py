@@ -92,12 +92,17 @@ def final_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
 
 def lasting_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
     """What base holds once top is gone: without the tombstones that only top needed."""
-    spent = {
+    spent = spent_names(bitmaps)
+    return tuple(bitmap for bitmap in final_set(bitmaps, disk_size) if bitmap.name not in spent)
+
+
+def spent_names(bitmaps: BitmapFacts) -> frozenset[str]:
+    """Names of which base has a tombstone that only top needs."""
+    return frozenset(
         decision.name
         for decision in bitmaps.decisions
         if decision.tombstone_while_top_exists and not decision.tombstone
-    }
-    return tuple(bitmap for bitmap in final_set(bitmaps, disk_size) if bitmap.name not in spent)
+    )
 
 
 def _tombstone(bitmaps: BitmapFacts, name: str, disk_size: int) -> StoredBitmap:

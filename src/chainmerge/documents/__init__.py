@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What the public functions return: frozen records, whose fields are the keys of the JSON."""

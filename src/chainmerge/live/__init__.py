@@ -13,9 +13,9 @@ Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 from __future__ import annotations
 
 from chainmerge.live import merging
+from chainmerge.live.driving import LiveDisk
 from chainmerge.live.libvirt.connection import DEFAULT_URI
 from chainmerge.live.libvirt.disk import DomainDisk
-from chainmerge.live.merging import LiveDisk
 from chainmerge.live.port import LiveVm
 from chainmerge.live.qmp.vm import QmpVm
 from chainmerge.options import LiveOptions

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
 from chainmerge.bitmaps.stored import bitmaps_of
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import Chain, ImageInfo, identity_of
+from chainmerge.chain.reading import identity_of_opened
 from chainmerge.chain.target import find_target, policy_of
 from chainmerge.engines.qemu.nodes import is_utf8
 from chainmerge.live.errors import (
@@ -23,15 +23,8 @@ from chainmerge.live.errors import (
     NotInVm,
     VmRefused,
 )
+from chainmerge.live.nodes import BlockGraph, BlockNode, UserKind
 from chainmerge.live.open_files import require_same_files
-from chainmerge.live.port import (
-    PLAIN_PROTOCOLS,
-    BlockGraph,
-    BlockNode,
-    InspectedVm,
-    NodeBitmap,
-    UserKind,
-)
 from chainmerge.live.target import LiveTarget
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.storage.files import FileReadable
@@ -43,15 +36,8 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Identity
     from chainmerge.chain.opening import OpenChain
     from chainmerge.errors import ChainmergeError
+    from chainmerge.live.port import InspectedVm
     from chainmerge.options import Access
-
-
-def path_of(node: BlockNode, graph: BlockGraph) -> Path | None:
-    """The file of an image; None where it lies in none, or behind something unknown."""
-    if node.file is None:
-        return None
-    protocol = graph.nodes[node.file]
-    return protocol.filename if protocol.driver in PLAIN_PROTOCOLS else None
 
 
 def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
@@ -69,16 +55,16 @@ def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> Liv
     paths = [_required_path(vm, node, graph) for node in chain]
     require_same_files(vm, paths)
     identities = [_identity_at(path) for path in paths]
-    place = _place_of(vm, top, paths, identities)
+    position = _position_of(vm, top, paths, identities)
     whole = discover(paths[0], policy_of(access, top, base))
     _compare(vm, whole, chain, identities)
     target = find_target(top, base, access)
     return LiveTarget(
         target=target,
         graph=graph,
-        nodes=tuple(reversed(chain[place:])),
-        above=tuple(reversed(_above(whole, place))),
-        nodes_above=tuple(reversed(chain[:place])),
+        nodes=tuple(reversed(chain[position:])),
+        above=tuple(reversed(_above(whole, position))),
+        nodes_above=tuple(reversed(chain[:position])),
     )
 
 
@@ -91,13 +77,13 @@ def _graph_of(vm: InspectedVm, top: Path) -> BlockGraph:
         raise LiveUnsuited(vm.name, str(top), reason) from refused
 
 
-def _above(whole: Chain, place: int) -> tuple[ImageInfo, ...]:
-    """The images above the one at *place*, counted from the active one, active first."""
-    return tuple(reversed(whole.images))[:place]
+def _above(whole: Chain, position: int) -> tuple[ImageInfo, ...]:
+    """The images above the one at *position*, counted from the active one, active first."""
+    return tuple(reversed(whole.images))[:position]
 
 
 def _required_path(vm: InspectedVm, node: BlockNode, graph: BlockGraph) -> Path:
-    path = path_of(node, graph)
+    path = graph.path_of(node)
     if path is None:
         driver = "nothing" if node.file is None else graph.nodes[node.file].driver
         reason = f"node {node.name} lies in {driver}, which is no plain file or block device"
@@ -105,12 +91,12 @@ def _required_path(vm: InspectedVm, node: BlockNode, graph: BlockGraph) -> Path:
     return path
 
 
-def _place_of(
+def _position_of(
     vm: InspectedVm, image: Path, paths: Sequence[Path], identities: Sequence[Identity | None]
 ) -> int:
     # Whether there is such an image at all, discovery says better.
     with FileReadable(image) as readable:
-        wanted = identity_of(os.fstat(readable.fd))
+        wanted = identity_of_opened(readable)
     if wanted not in identities:
         raise NotInVm(vm.name, str(image), ", ".join(map(str, paths)))
     return identities.index(wanted)
@@ -166,7 +152,7 @@ def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
             str(image.info.path),
             {
                 bitmap.name: Occurrence(
-                    state_of(bitmap),
+                    bitmap.state,
                     bitmap.granularity,
                     bitmap.dirty_bytes == 0 if not bitmap.recording else None,
                 )
@@ -177,13 +163,6 @@ def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
         )
         for node, image in zip(live.nodes, opened.images, strict=True)
     )
-
-
-def state_of(bitmap: NodeBitmap) -> BitmapState:
-    """The state of a bitmap in the VM, as it will be stored."""
-    if bitmap.inconsistent:
-        return BitmapState.IN_USE
-    return BitmapState.VALID if bitmap.recording else BitmapState.DISABLED
 
 
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
@@ -227,7 +206,7 @@ def _nodes_with(live: LiveTarget, names: Sequence[str]) -> list[BlockNode]:
 
 
 def _name_of(live: LiveTarget, node: str) -> str:
-    return str(path_of(live.graph.nodes[node], live.graph) or node)
+    return str(live.graph.path_of(live.graph.nodes[node]) or node)
 
 
 def _left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
@@ -280,9 +259,9 @@ def _bitmap_obstacles(
         busy = [bitmap.name for bitmap in node.bitmaps if bitmap.busy]
         if busy:
             yield LiveBitmapBusy(vm.name, path, ", ".join(map(repr, busy)))
-        unspeakable = [entry.name for entry in image.info.bitmaps if not is_utf8(entry.name)]
-        if unspeakable:
-            reason = f"the name of bitmap {unspeakable[0]!r} is no UTF-8"
+        undecodable = [entry.name for entry in image.info.bitmaps if not is_utf8(entry.name)]
+        if undecodable:
+            reason = f"the name of bitmap {undecodable[0]!r} is no UTF-8"
             yield LiveUnsuited(vm.name, path, reason)
         elif node.read_only and image.info.bitmaps_trusted:
             yield from _bitmap_differences(vm, node, bitmaps_of(image))
@@ -291,7 +270,7 @@ def _bitmap_obstacles(
 def _bitmap_differences(
     vm: InspectedVm, node: BlockNode, on_disk: LayerBitmaps
 ) -> Iterator[ChainmergeError]:
-    in_vm = {bitmap.name: state_of(bitmap) for bitmap in node.bitmaps if bitmap.persistent}
+    in_vm = {bitmap.name: bitmap.state for bitmap in node.bitmaps if bitmap.persistent}
     names = sorted(in_vm.keys() | on_disk.occurrences.keys())
     for name in names:
         there, here = in_vm.get(name, BitmapState.ABSENT), on_disk.state(name)

@@ -4,85 +4,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from chainmerge.chain.opening import open_chain
-from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.plan import Finding, MergePlan
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 from chainmerge.documents.versions import REPORT_VERSION
-from chainmerge.errors import Refused
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
-from chainmerge.live.convergence import Convergence
-from chainmerge.live.errors import (
-    LiveNotStarted,
-    NothingUnfinished,
-    UnfinishedMergeFound,
-)
-from chainmerge.live.exclusive import sole_driver
-from chainmerge.live.inspection import locate, path_of
-from chainmerge.live.libvirt.disk import DomainDisk
-from chainmerge.live.libvirt.sequence import DomainDrive, carry_on_in_domain
+from chainmerge.live.driver import Caller
+from chainmerge.live.driving import LiveDisk, drive
+from chainmerge.live.errors import NothingUnfinished
+from chainmerge.live.inspection import locate
+from chainmerge.live.merge_nodes import find_merge_nodes
 from chainmerge.live.planning import LivePlan, plan_live
-from chainmerge.live.port import LiveVm
-from chainmerge.live.sequence import Drive, carry_on
-from chainmerge.live.settling import results_of
-from chainmerge.live.situation import place_of
-from chainmerge.merging.errors import MergeUnfinished
+from chainmerge.live.preparing import left_behind, prepare_live_merge
+from chainmerge.live.reporting import report_done_before
+from chainmerge.live.sole_manager import sole_manager
 from chainmerge.merging.finished import finished_before
-from chainmerge.merging.job import wipe_behind_end
-from chainmerge.merging.reporting import verified_before
 from chainmerge.options import Access, LiveOptions
-from chainmerge.qcow2.bits import BitSet
-from chainmerge.qcow2.check import check
-from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify
-from chainmerge.records.live_journal import (
-    LiveJournal,
-    live_journal_file,
-    load_live_journal,
-    save_live_journal,
-)
-from chainmerge.records.merge_journal import journal_file
+from chainmerge.records.live_journal import LiveJournal, load_live_journal
 from chainmerge.records.merged_record import load_merged_record
-from chainmerge.records.remains import read_remains
 from chainmerge.records.request import recorded, resume_command_of
-from chainmerge.records.saved_bitmaps import (
-    SavedBitmap,
-    SavedBitmaps,
-    save_bitmaps,
-    saved_bitmaps_file,
-)
-from chainmerge.storage.files import FileReadable
-from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from chainmerge.errors import ChainmergeError
-    from chainmerge.live.driving import Driven
-    from chainmerge.live.settling import Settled
+    from chainmerge.documents.merge import MergeReport
     from chainmerge.live.target import LiveTarget
-    from chainmerge.records.merged_record import MergedRecord
-
-
-LiveDisk: TypeAlias = LiveVm | DomainDisk
-"""A disk of a running VM, whichever way it is reached."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Caller:
-    """Who asked, and how to talk to them."""
-
-    report: Callable[[ProgressEvent], None]
-    should_stop: Callable[[], bool]
-    started: float
 
 
 def plan(
@@ -102,7 +53,7 @@ def plan(
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access or Access())
         decided = plan_live(vm, live, options or LiveOptions())
-        refusals = [for_running_vm(one) for one in (*_left_behind(live), *decided.refusals)]
+        refusals = [for_running_vm(one) for one in (*left_behind(live), *decided.refusals)]
     findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
     return replace(decided.plan, refusals=findings)
 
@@ -144,22 +95,19 @@ def merge(
         and not _reads(vm, Path(top))
         and finished_before(record, Path(top), _path(base), options.as_merge, active=record.base)
     ):
-        return _done_before(vm, record, caller)
+        return report_done_before(vm, record, caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
-        with sole_driver(unfinished.base):
-            return _drive(vm, unfinished, options, caller, None)
+        with sole_manager(unfinished.base):
+            return drive(vm, unfinished, options, caller, None)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
-    with sole_driver(identify(live.target.base.real_path)):
+    with sole_manager(identify(live.target.base.real_path)):
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
-        _wipe_behind_end(live, decided)
-        _extend(decided, options, caller)
         request = recorded([top], [base or live.target.base.path], access, options, vm.address)
-        journal = msgspec.structs.replace(decided.journal, request=request)
-        _record(live, journal)
-        return _drive(vm, journal, options, caller, decided.plan)
+        journal = prepare_live_merge(live, decided, request, options, caller)
+        return drive(vm, journal, options, caller, decided.plan)
 
 
 def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
@@ -167,7 +115,7 @@ def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
 
     Raises what speaks against it.
     """
-    for obstacle in _left_behind(live):
+    for obstacle in left_behind(live):
         raise obstacle
     decided = plan_live(vm, live, options)
     for refusal in decided.refusals:
@@ -192,8 +140,8 @@ def resume(
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
     for journal in _journals(vm):
-        with sole_driver(journal.base):
-            return _drive(vm, journal, options or LiveOptions(), caller, None)
+        with sole_manager(journal.base):
+            return drive(vm, journal, options or LiveOptions(), caller, None)
     raise NothingUnfinished(vm.name)
 
 
@@ -209,8 +157,7 @@ def status(vm: LiveDisk) -> LiveStatusReport:
 
 def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
     job = vm.job(journal.job)
-    place = place_of(vm.layout(), journal)
-    merged = place is not None and place.merged
+    nodes = find_merge_nodes(vm.layout(), journal)
     return LiveMergeStatus(
         base=journal.base.path,
         top=journal.top.path,
@@ -219,7 +166,7 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
         job=None if job is None else job.phase,
         bytes_done=0 if job is None else job.done,
         bytes_total=0 if job is None else job.total,
-        merged=merged,
+        merged=nodes is not None and nodes.is_merged,
         guest_waits=journal.guest_to_resume
         or (journal.is_active and job is not None and job.phase == "held"),
         error=None if job is None else job.error,
@@ -229,8 +176,8 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
 
 def _caller(
     on_progress: Callable[[ProgressEvent], None] | None, should_stop: Callable[[], bool] | None
-) -> _Caller:
-    return _Caller(
+) -> Caller:
+    return Caller(
         on_progress or (lambda _event: None), should_stop or (lambda: False), time.monotonic()
     )
 
@@ -243,7 +190,7 @@ def _paths(vm: LiveDisk) -> Iterator[Path]:
     """The files of the disk's chain, the active one first."""
     layout = vm.layout()
     for node in layout.chain():
-        path = path_of(node, layout)
+        path = layout.path_of(node)
         if path is not None:
             yield path
 
@@ -257,7 +204,7 @@ def _journals(vm: LiveDisk) -> Iterator[LiveJournal]:
     """The journals beside images of this disk that belong to them."""
     for path in _paths(vm):
         journal = load_live_journal(path)
-        if journal is not None and place_of(vm.layout(), journal) is not None:
+        if journal is not None and find_merge_nodes(vm.layout(), journal) is not None:
             yield journal
 
 
@@ -269,198 +216,3 @@ def _journal_for(vm: LiveDisk, top: Path, base: Path | None) -> LiveJournal | No
         if base is None or journal.base.path == str(base.resolve()):
             return journal
     return None
-
-
-def _left_behind(live: LiveTarget) -> Iterator[ChainmergeError]:
-    """What other merges have left beside base that must not be lost."""
-    base = live.target.base.real_path
-    remains = read_remains(base, live.target.chain.top.real_path)
-    if remains.live is not None:
-        yield UnfinishedMergeFound(str(base), str(live_journal_file(base)))
-    if remains.journal_problem is not None:
-        yield remains.journal_problem
-    elif remains.journal is not None:
-        yield UnfinishedMergeFound(str(base), str(journal_file(base)))
-    elif remains.usable_saved is not None:
-        yield UnfinishedMergeFound(str(base), str(saved_bitmaps_file(base)))
-
-
-def _extend(decided: LivePlan, options: LiveOptions, caller: _Caller) -> None:
-    """Extend base's volume to what the plan says. A file grows as it is written to.
-
-    Reserving space behind the end of a file that somebody else writes to could not be taken
-    back: that is done by truncating it.
-    """
-    space = decided.plan.space
-    if space.grow_to is None:
-        return
-    caller.report(ProgressEvent(Stage.EXTEND))
-    volume = volume_at(Path(decided.journal.base.path), options.as_merge)
-    volume.grow_to(space.required)
-    volume.make_growth_durable()
-
-
-def _wipe_behind_end(live: LiveTarget, decided: LivePlan) -> None:
-    """Make zeros of what base's last cluster holds behind the end that QEMU is going to move.
-
-    The VM reads nothing there, and writes nowhere in base before its job begins.
-    """
-    size = decided.plan.virtual_size_after
-    if live.target.base.virtual_size < size:
-        with open_chain(live.target.chain) as opened:
-            wipe_behind_end(opened.images[live.target.base_index], size)
-
-
-def _record(live: LiveTarget, journal: LiveJournal) -> None:
-    """Save what base has of the kept bitmaps, and note what is about to be done."""
-    saved = _to_save(live, journal)
-    if saved is not None:
-        save_bitmaps(live.target.base.real_path, saved)
-    save_live_journal(journal)
-
-
-def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
-    """What a cold merge needs to know of base's checkpoints, should the VM end in the middle."""
-    index = live.target.base_index
-    if not journal.kept:
-        return None
-    with open_chain(live.target.chain) as opened:
-        base, overlay = opened.images[index], opened.images[index + 1]
-        node = live.nodes[index + 1]
-        bitmaps = []
-        for kept in journal.kept:
-            if kept.in_base and not live.base.read_only:
-                # An active merge that was undone can leave base writable: then nothing but the
-                # VM knows its bits.
-                continue
-            in_overlay = None
-            if 0 in kept.sources and node.read_only:
-                in_overlay = overlay.bits(kept.name)
-            elif 0 in kept.sources:
-                # The guest writes to it: what it had then, it has in any case.
-                found = node.bitmap(kept.name)
-                assert found is not None
-                in_overlay = BitSet.empty(overlay.info.virtual_size, found.granularity)
-            bits = base.bits(kept.name) if kept.in_base else None
-            bitmaps.append(SavedBitmap(kept.name, bits, in_overlay))
-    return SavedBitmaps(journal.base, journal.overlays[0], tuple(bitmaps), journal.request)
-
-
-def _drive(
-    vm: LiveDisk,
-    journal: LiveJournal,
-    options: LiveOptions,
-    caller: _Caller,
-    plan_done: MergePlan | None,
-) -> MergeReport:
-    if isinstance(vm, DomainDisk):
-        return _drive_domain(vm, journal, options, caller, plan_done)
-    drive = Drive(
-        vm=vm,
-        journal=journal,
-        options=options,
-        report=caller.report,
-        should_stop=caller.should_stop,
-        convergence=Convergence(options.on_stall, options.deadline),
-        untouched=plan_done is not None and plan_done.space.grow_to is None,
-    )
-    return _report(drive, _carried_on(drive, lambda: carry_on(drive)), caller, plan_done)
-
-
-def _carried_on(drive: Driven, carry_on: Callable[[], Settled]) -> Settled:
-    """Drive a merge that has begun: what would be a refusal before that is none any more.
-
-    Raises MergeUnfinished, and what is no refusal.
-    """
-    try:
-        return carry_on()
-    except LiveNotStarted:
-        raise
-    except Refused as refused:
-        raise MergeUnfinished(drive.top, refused.sentence) from refused
-
-
-def _drive_domain(
-    disk: DomainDisk,
-    journal: LiveJournal,
-    options: LiveOptions,
-    caller: _Caller,
-    plan_done: MergePlan | None,
-) -> MergeReport:
-    drive = DomainDrive(
-        disk=disk,
-        journal=journal,
-        options=options,
-        report=caller.report,
-        should_stop=caller.should_stop,
-        convergence=Convergence(options.on_stall, options.deadline),
-        # Stale bitmaps go before the job begins.
-        untouched=plan_done is not None and plan_done.space.grow_to is None and not journal.stale,
-    )
-    return _report(drive, _carried_on(drive, lambda: carry_on_in_domain(drive)), caller, plan_done)
-
-
-def _copied(drive: Driven, plan_done: MergePlan | None) -> int:
-    """Guest bytes that went into base. The job of an internal merge counts what it passes over."""
-    if drive.journal.is_active or plan_done is None:
-        return drive.copied
-    moved = plan_done.movement
-    return moved.data_bytes + moved.zero_bytes + moved.compressed_bytes
-
-
-def _done_before(vm: LiveDisk, record: MergedRecord, caller: _Caller) -> MergeReport:
-    """The report of a merge after which top was deleted."""
-    base, graph = Path(record.result), vm.graph()
-    node = next((one for one in graph.chain() if path_of(one, graph) == base), None)
-    size = base.stat().st_size
-    return MergeReport(
-        version=REPORT_VERSION,
-        outcome=MergeOutcome.ALREADY_MERGED,
-        plan=None,
-        bitmaps=tuple(results_of(node)) if node is not None else (),
-        bytes_copied=0,
-        seconds=time.monotonic() - caller.started,
-        image_end=size,
-        volume_size=size,
-        verified=(verified_before(record.top, record.base),),
-        repointed=(),
-        deleted=(),
-        renamed=None,
-        warnings=(),
-    )
-
-
-def _report(
-    drive: Driven,
-    settled: Settled,
-    caller: _Caller,
-    plan_done: MergePlan | None,
-) -> MergeReport:
-    warnings = plan_done.warnings if plan_done is not None else ()
-    base = Path(drive.base)
-    verified = list(settled.verified)
-    if drive.journal.is_active and drive.held_seconds:
-        verified.append(f"the guest's requests waited {drive.held_seconds * 1000:.0f} ms for it")
-    if drive.extensions:
-        verified.append(f"the volume was extended {drive.extensions} times while data was copied")
-    with FileReadable(base) as readable:
-        size = readable.size
-        end = size
-        if not drive.journal.is_active and readable.read(0, 4) == b"QFI\xfb":
-            end = check(Qcow2Image(readable)).image_end_offset
-    above = drive.journal.above
-    return MergeReport(
-        version=REPORT_VERSION,
-        outcome=MergeOutcome.MERGED,
-        plan=plan_done,
-        bitmaps=settled.bitmaps,
-        bytes_copied=_copied(drive, plan_done),
-        seconds=time.monotonic() - caller.started,
-        image_end=end,
-        volume_size=size,
-        verified=tuple(verified),
-        repointed=(above.path,) if above is not None else (),
-        deleted=settled.deleted,
-        renamed=None,
-        warnings=(*warnings, *drive.warnings, *settled.warnings),
-    )

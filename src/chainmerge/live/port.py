@@ -1,136 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a live merge asks of a running VM, whoever stands between: a QMP socket or libvirt.
 
-The merge itself (:mod:`chainmerge.live.sequence`) knows nothing but :class:`LiveVm`. Sizes and
-offsets are in bytes, times in seconds.
-
-A node is one layer of the VM's block graph: a *format* node (qcow2, raw) gives guest data and
-stands on a *protocol* node (file, host_device), which is the file itself.
+Planning needs an :class:`InspectedVm`, looking after a merge a :class:`MergingDisk`, however the VM
+is reached; :mod:`chainmerge.live.qmp.driver` knows nothing but :class:`LiveVm`. Sizes and offsets
+are in bytes, times in seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-
-@dataclass(frozen=True, slots=True)
-class NodeBitmap:
-    """A named dirty bitmap of a node, as the VM has it in memory.
-
-    Attributes:
-        name: The bitmap's name.
-        granularity: Guest bytes that one bit stands for.
-        dirty_bytes: Guest bytes that are marked dirty; None where the VM does not tell.
-        recording: Whether it is enabled. One of a node that is open for reading only is, too.
-        persistent: Whether it is stored in the image when that is closed.
-        inconsistent: Whether it was found in-use when the image was opened: worthless.
-        busy: Whether a backup or an export uses it.
-    """
-
-    name: str
-    granularity: int
-    dirty_bytes: int | None
-    recording: bool
-    persistent: bool
-    inconsistent: bool
-    busy: bool
-
-
-class UserKind(StrEnum):
-    """What uses a node."""
-
-    NODE = "node"
-    JOB = "job"
-    DEVICE = "device"
-    """The guest's device, an export, or whatever else reaches in from outside the graph."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeUser:
-    """One user of a node: its name, what it is, and what the node is to it (``backing``, ...)."""
-
-    name: str
-    kind: UserKind
-    role: str
-
-
-@dataclass(frozen=True, slots=True)
-class BlockNode:
-    """A node of the block graph.
-
-    Attributes:
-        name: Its node name.
-        driver: QEMU's name of its driver: ``qcow2``, ``raw``, ``file``, ``host_device``, ...
-        filename: What QEMU opened, absolute; None where that is no plain path.
-        read_only: Whether it is open for reading only now.
-        virtual_size: Bytes that it gives to its users.
-        backing: The name of the node below, of a format node with a backing file.
-        file: The name of the node that holds its data.
-        users: Who uses it.
-        bitmaps: Its named bitmaps.
-    """
-
-    name: str
-    driver: str
-    filename: Path | None
-    read_only: bool
-    virtual_size: int
-    backing: str | None
-    file: str | None
-    users: tuple[NodeUser, ...]
-    bitmaps: tuple[NodeBitmap, ...]
-
-    def bitmap(self, name: str) -> NodeBitmap | None:
-        """The bitmap of that name."""
-        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
-
-    @property
-    def jobs(self) -> tuple[str, ...]:
-        """The jobs that use it, by their ids."""
-        return tuple(user.name for user in self.users if user.kind is UserKind.JOB)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockGraph:
-    """All nodes of a VM at one moment, by their names; ``root`` is the one the disk reads."""
-
-    nodes: Mapping[str, BlockNode]
-    root: str
-
-    def chain(self) -> tuple[BlockNode, ...]:
-        """The images of the disk, the active one first.
-
-        Filters, such as one that limits the disk's rate or the one of a job, are left out.
-        """
-        return tuple(node for node in self._descend() if node.driver not in FILTERS)
-
-    def jobs(self) -> tuple[str, ...]:
-        """The jobs that use an image of the disk, or a filter above one, by their ids."""
-        return tuple(sorted({job for node in self._descend() for job in node.jobs}))
-
-    def _descend(self) -> Iterator[BlockNode]:
-        seen = set()
-        name: str | None = self.root
-        while name is not None and name not in seen:
-            seen.add(name)
-            node = self.nodes[name]
-            yield node
-            name = node.backing
-            if name is None and node.driver in FILTERS:
-                name = node.file
-
-
-FILTERS = frozenset(
-    {"commit_top", "mirror_top", "copy-before-write", "copy-on-read", "throttle", "preallocate"}
-)
-"""Drivers of nodes that pass data through and are no image."""
-
-PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
-"""Drivers of nodes that are a file or a block device of this machine."""
+if TYPE_CHECKING:
+    from chainmerge.live.nodes import BlockGraph, BlockNode
 
 
 class JobPhase(StrEnum):
@@ -308,35 +192,32 @@ class WatchedVm(Protocol):
         """The end of the highest write to a protocol node since it was opened."""
 
 
-class LiveVm(Protocol):
-    """One disk of a running VM.
+class MergingDisk(InspectedVm, WatchedVm, Protocol):
+    """What every merge asks of one disk of a running VM, however it is reached.
 
     Every method raises :class:`chainmerge.live.errors.VmUnreachable` where the VM, or what
     stands between, does not answer, and :class:`chainmerge.live.errors.VmRefused` where it
     answers with an error.
     """
 
-    @property
-    def name(self) -> str:
-        """The VM, as messages call it."""
+    def disk_limits(self) -> DiskLimits:
+        """How the guest's disk is limited now.
 
-    @property
-    def address(self) -> tuple[str, ...]:
-        """The options of ``chainmerge live`` that lead to this disk."""
+        Raises VmRefused where it cannot be limited, as for a disk without a device.
+        """
 
-    @property
-    def process(self) -> int | None:
-        """The id of the VM's process on this machine; None where that cannot be told."""
+    def limit_disk(self, limits: DiskLimits) -> None:
+        """Limit the guest's disk."""
 
-    @property
-    def leaves_tombstones(self) -> bool:
-        """Whether base can get a tombstone; else the name goes from all images of the chain."""
+    def wait_for_event(self, seconds: float) -> None:
+        """Return when something may have happened, at the latest after so many seconds."""
 
-    def graph(self) -> BlockGraph:
-        """The block graph as it is now."""
 
-    def layout(self) -> BlockGraph:
-        """The same."""
+class LiveVm(MergingDisk, Protocol):
+    """One disk of a running VM whose jobs and bitmaps are driven command by command.
+
+    What :meth:`layout` returns has the bitmaps, too.
+    """
 
     def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
         """Do all of it, or nothing.
@@ -366,18 +247,6 @@ class LiveVm(Protocol):
         :meth:`dismiss`.
         """
 
-    def job(self, job: str) -> JobState | None:
-        """How the job is; None where there is no such job."""
-
-    def described_job(self, job: str) -> str:
-        """See :class:`InspectedVm`."""
-
-    def why_not_writable(self, node: BlockNode) -> str | None:
-        """See :class:`InspectedVm`."""
-
-    def why_bitmaps_stay(self, node: BlockNode) -> str | None:
-        """See :class:`InspectedVm`."""
-
     def pause(self, job: str) -> None:
         """Let the job wait. Its phase tells when it does."""
 
@@ -401,21 +270,3 @@ class LiveVm(Protocol):
 
     def forget_node(self, node: str) -> None:
         """Close an image that nothing uses any more."""
-
-    def set_write_threshold(self, node: str, offset: int) -> None:
-        """Have :meth:`wait_for_event` end when the node is written to behind *offset*."""
-
-    def highest_write(self, node: str) -> int:
-        """The end of the highest write to a protocol node since it was opened."""
-
-    def disk_limits(self) -> DiskLimits:
-        """How the guest's disk is limited now.
-
-        Raises VmRefused where it cannot be limited, as for a disk without a device.
-        """
-
-    def limit_disk(self, limits: DiskLimits) -> None:
-        """Limit the guest's disk."""
-
-    def wait_for_event(self, seconds: float) -> None:
-        """Return when something may have happened, at the latest after so many seconds."""

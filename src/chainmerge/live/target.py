@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from chainmerge.chain.model import ImageInfo
 from chainmerge.chain.target import Target
-from chainmerge.live.port import BlockGraph, BlockNode
+from chainmerge.live.nodes import BlockGraph, BlockNode
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chainmerge.bitmaps.comparing import bitmap_difference
-from chainmerge.bitmaps.sets import lasting_set
-from chainmerge.engines.metadata.replacement import replace_bitmaps
-from chainmerge.errors import ChainmergeError
+from chainmerge.bitmaps.sets import spent_names
 from chainmerge.merging.deleting import delete_recorded, give_back
 from chainmerge.merging.journal import record_switched
 from chainmerge.merging.reporting import build_report
 from chainmerge.merging.settling import SettleSteps, settle
+from chainmerge.merging.tombstones import drop_tombstones
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import deleted_images, going
-from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.live_journal import forget_live_journal
 from chainmerge.records.merge_journal import JournalState, enter_state, forget_journal
 from chainmerge.records.merged_record import load_merged_record, note_deleted
-from chainmerge.storage.files import WritablePort
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,9 +36,15 @@ def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         deleted = delete_recorded(record, held)
         note_deleted(top.real_path, record)
     warnings = [*job.plan.warnings, *_give_back(job, top.real_path, top.format)]
-    result = top.real_path
     return build_report(
-        job.request, job.plan, result, top.format, copied, verified, (), deleted, warnings
+        top.real_path,
+        top.format,
+        job.request.started,
+        plan=job.plan,
+        copied=copied,
+        verified=verified,
+        deleted=deleted,
+        warnings=warnings,
     )
 
 
@@ -52,6 +54,7 @@ def _give_back(job: Job, result: Path, result_format: str) -> Iterator[str]:
 
 
 def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+    """Do what is left to do once the result holds everything, and report."""
     if job.facts.direction is Direction.PULL:
         return _settle_pull(job, copied, verified)
     request, facts, plan = job.request, job.facts, job.plan
@@ -69,33 +72,21 @@ def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     settled = settle(steps, journal, job.recorded_request)
     warnings = [*plan.warnings, *settled.warnings]
     journal = enter_state(settled.journal, JournalState.TIDY)
-    if settled.top_is_gone:
-        warnings += _drop_spent_tombstones(job, steps.result)
+    if settled.top_is_gone and job.base.supports_bitmaps:
+        warnings += drop_tombstones(steps.result, spent_names(job.bitmaps))
     enter_state(journal, JournalState.GIVE_BACK)
     warnings += _give_back(job, steps.result, job.base.format)
     forget_journal(job.base.real_path)
     forget_live_journal(job.base.real_path)
     return build_report(
-        request,
-        plan,
         steps.result,
         job.base.format,
-        copied,
-        verified,
-        settled.repointed,
-        settled.deleted,
-        warnings,
+        request.started,
+        plan=plan,
+        copied=copied,
+        verified=verified,
+        repointed=settled.repointed,
+        deleted=settled.deleted,
+        renamed=plan.rename,
+        warnings=warnings,
     )
-
-
-def _drop_spent_tombstones(job: Job, result: Path) -> Iterator[str]:
-    """Remove the tombstones that only top needed; if that fails they stay, which is harmless."""
-    if not job.base.supports_bitmaps:
-        return
-    lasting = lasting_set(job.bitmaps, job.plan.virtual_size_after)
-    try:
-        with WritablePort(result) as port:
-            if bitmap_difference(Qcow2Image(port), lasting) is not None:
-                replace_bitmaps(port, lasting)
-    except ChainmergeError as error:
-        yield f"tombstones that nothing needs any more were left: {error.sentence}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse, NeededByOthers, NewerDataAtRisk, NotVerified, Refused
+from chainmerge.errors import Failed, Misuse, NeededByOthers, NotVerified, Refused
 
 
 @dataclass(eq=False)
@@ -30,29 +30,6 @@ class MergeUnfinished(Failed):
     )
     top: str
     reason: str
-
-
-@dataclass(eq=False)
-class LivePivotUnfinished(NewerDataAtRisk, Refused):
-    """Top was to be the result, but a live merge has left it behind."""
-
-    code: ClassVar[str] = "live-pivot-unfinished"
-    template: ClassVar[str] = (
-        "a live merge of {top} into {base} has taken effect: since then the guest has written to "
-        "{base}, and {top} cannot become the merged image"
-    )
-    hint: ClassVar[str] = (
-        "finish that merge first: `{finish}`; continue with {base}, not with {top}, which lacks "
-        "what the guest has written since"
-    )
-    explanation: ClassVar[str] = (
-        "When the active layer has been merged, the VM switches from top to base. That merge was "
-        "interrupted before its end, so top still exists, with base below it, but its data is old. "
-        "A pull, or --keep-name, would give the result its name. Nothing was changed."
-    )
-    top: str
-    base: str
-    finish: str
 
 
 @dataclass(eq=False)

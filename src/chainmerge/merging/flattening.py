@@ -8,24 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.chain.discovery import discover
+from chainmerge.chain.model import ImageFormat
 from chainmerge.chain.target import policy_of
 from chainmerge.documents.disks import DiskOutcome, DiskReport, DisksPlan, DisksReport
-from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.merging.disks import merge_disks, plan_disks
 from chainmerge.merging.merge import merge
+from chainmerge.merging.reporting import build_report
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import plan
-from chainmerge.qcow2.check import check
-from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.merged_record import load_merged_record
-from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chainmerge.documents.merge import MergeReport
     from chainmerge.documents.plan import MergePlan
     from chainmerge.documents.progress import OnProgress, ShouldStop
 
@@ -128,20 +126,5 @@ def _lowest(top: Path, access: Access) -> Path | None:
 
 
 def _standing_alone(top: Path, started: float) -> MergeReport:
-    with FileReadable(top) as readable:
-        image = Qcow2Image(readable)
-        return MergeReport(
-            version=REPORT_VERSION,
-            outcome=MergeOutcome.ALREADY_MERGED,
-            plan=None,
-            bitmaps=bitmap_results(image),
-            bytes_copied=0,
-            seconds=time.monotonic() - started,
-            image_end=check(image).image_end_offset,
-            volume_size=readable.size,
-            verified=(f"{top} has no backing file: it is already independent",),
-            repointed=(),
-            deleted=(),
-            renamed=None,
-            warnings=(),
-        )
+    verified = (f"{top} has no backing file: it is already independent",)
+    return build_report(top, ImageFormat.QCOW2, started, verified=verified)

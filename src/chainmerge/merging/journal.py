@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from chainmerge.bitmaps.sets import spent_names
 from chainmerge.documents.plan import EngineName
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.merging.job import forget_what_was_noted
@@ -229,11 +230,7 @@ def _journal(job: Job) -> Journal:
         ],
         delete=[os.path.realpath(path) for path in plan.delete],
         rename=[os.path.realpath(path) for path in plan.rename or ()],
-        spent=[
-            decision.name
-            for decision in job.bitmaps.decisions
-            if decision.tombstone_while_top_exists and not decision.tombstone
-        ],
+        spent=sorted(spent_names(job.bitmaps)),
         boot=this_boot(),
         # Raw images have no place for a second copy.
         placement="" if job.base.header is None else plan.space.placement,

@@ -11,28 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.chain.comparing import first_difference
-from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.progress import Stage
-from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
-from chainmerge.errors import ChainmergeError, NewerDataAtRisk, OutcomeUnknown
+from chainmerge.errors import ChainmergeError
 from chainmerge.merging.deleting import delete_recorded, require_no_users
-from chainmerge.merging.errors import LivePivotUnfinished
+from chainmerge.merging.reporting import build_report
 from chainmerge.merging.verifying import verify_soundness
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
-from chainmerge.qcow2.check import check
+from chainmerge.planning.pivot import base_was_written_last, pivot_unclear, require_base_as_result
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import (
@@ -47,51 +42,19 @@ from chainmerge.records.merged_record import (
     note_deleted,
     record_merged,
 )
-from chainmerge.records.request import command_of
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.storage.files import WritablePort
 
 if TYPE_CHECKING:
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.target import Target
+    from chainmerge.documents.merge import MergeReport
     from chainmerge.merging.job import Request
-    from chainmerge.records.request import RecordedRequest
 
 
-@dataclass(eq=False)
-class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
-    """The guest wrote last to top or to base, and the images do not show to which."""
-
-    code: ClassVar[str] = "live-pivot-unclear"
-    template: ClassVar[str] = (
-        "a live merge of {top} into {base} was about to take effect; the two differ, and {top} "
-        "may have been written to since"
-    )
-    hint: ClassVar[str] = (
-        "find out which of them the VM used last, then run `{if_base}` if it was {base} (it was, "
-        "unless the VM was started again with {top}), otherwise `{if_top}`"
-    )
-    explanation: ClassVar[str] = (
-        "When the active layer has been merged, the VM switches from top to base, and the journal "
-        "of the merge announces that right before. From then on base is the right one, unless the "
-        "VM ended and was started with top again. Modification times show that for files that "
-        "nobody has touched since; for block devices nothing shows it. Copying top into base could "
-        "destroy what the guest has written. Nothing was changed."
-    )
-    top: str
-    base: str
-    if_base: str
-    if_top: str
-
-
-def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
-    """The error that nobody knows which image the guest wrote to, with commands that say it."""
-    top, base = request.tops[-1], request.bases[-1]
-    if_base, if_top = (
-        command_of(msgspec.structs.replace(request, access={**request.access, "active": active}))
-        for active in (base, top)
-    )
-    return LivePivotUnclear(top, base, if_base or f"--active {base}", if_top or f"--active {top}")
+def merged_images(journal: LiveJournal) -> list[DoomedImage]:
+    """The images that a live merge makes superfluous, in the order in which they are deleted."""
+    return [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
 
 
 def require_clear(request: Request, record: MergedRecord | None) -> None:
@@ -125,53 +88,37 @@ def took_effect(request: Request, journal: LiveJournal, target: Target, opened: 
 
     Raises LivePivotUnclear, LivePivotUnfinished, LeftoverInUse.
     """
-    if not may_be_same(journal.top, identify(target.chain.top.real_path)):
+    base_is_right = base_was_written_last(journal, target, request.access)
+    if base_is_right is None:
+        require_same_content(request, target, opened)
+    elif not base_is_right:
         return False
-    if not _base_is_right(request, journal, target, opened):
-        return False
-    if request.options.direction == "pull" or request.options.keep_name:
-        known = journal.known_request
-        finish = command_of(known) or f"chainmerge merge {shlex.quote(known.tops[-1])}"
-        raise LivePivotUnfinished(known.tops[-1], str(target.base.path), finish)
+    require_base_as_result(journal, target, request.options)
     if request.options.delete or journal.delete:
         overlays = [Path(one.path) for one in journal.overlays]
         require_no_users(str(target.base.path), overlays, request.access)
     return True
 
 
-def _base_is_right(
-    request: Request, journal: LiveJournal, target: Target, opened: OpenChain
-) -> bool:
-    top, base = target.chain.top, target.base
-    active = request.access.active
-    if active is not None:
-        return os.path.realpath(active) == str(base.real_path)
-    identities = (
-        (journal.base, identify(base.real_path)),
-        (journal.top, identify(top.real_path)),
-    )
-    certain = all(same_image(then, now) for then, now in identities)
-    if certain and journal.top_since and journal.top_since == data_changed(top.real_path):
-        return True
+def require_same_content(request: Request, target: Target, opened: OpenChain) -> None:
+    """Raise LivePivotUnclear unless base shows what top shows: then either is right."""
     merged, whole = opened.view(0, target.base_index + 1), opened.view()
-    size = whole.virtual_size
     # Without the keys, which the VM had, nobody can tell.
-    comparable = not has_encrypted(target.chain)
-    if comparable and (
-        first_difference(merged, whole, 0, size, should_stop=request.should_stop) is None
-    ):
-        return True
-    raise pivot_unclear(request.recorded(base.path))
+    if not has_encrypted(target.chain):
+        stop, size = request.should_stop, whole.virtual_size
+        if first_difference(merged, whole, 0, size, should_stop=stop) is None:
+            return
+    raise pivot_unclear(request.recorded(target.base.path))
 
 
 def finish_pivot(
     request: Request, journal: LiveJournal, target: Target, opened: OpenChain
 ) -> MergeReport:
-    base = target.base
     """Finish an active merge that took effect in its VM: nothing is copied.
 
     Raises what verifying and deleting raise.
     """
+    base = target.base
     verified = ["a live merge was completed: since then the guest has written to base"]
     image = opened.images[target.base_index].image
     if image is not None:
@@ -199,28 +146,20 @@ def finish_pivot(
             f"the VM did not shut down properly, so the bitmaps {names} are lost: the next backup "
             "that builds on them must be a full one (`chainmerge repair` removes them)"
         )
-    readable = opened.images[target.base_index].readable
-    return MergeReport(
-        version=REPORT_VERSION,
-        outcome=MergeOutcome.ALREADY_MERGED,
-        plan=None,
-        bitmaps=bitmaps,
-        bytes_copied=0,
-        seconds=time.monotonic() - request.started,
-        image_end=check(image).image_end_offset if image is not None else readable.size,
-        volume_size=readable.size,
-        verified=tuple(verified),
-        repointed=(),
+    return build_report(
+        base.real_path,
+        base.format,
+        request.started,
+        verified=verified,
         deleted=deleted,
-        renamed=None,
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 
 def _record_of_pivot(request: Request, journal: LiveJournal, target: Target) -> MergedRecord:
     """What is to be deleted, or, as nothing may be merged from it any more, is left."""
     base, top = target.base, target.chain.top.real_path
-    merged = [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+    merged = merged_images(journal)
     record = MergedRecord(
         top=str(top),
         base=str(base.real_path),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def finish_recorded_merge(request: Request, record: MergedRecord) -> MergeReport:
+    """Delete what the record still names, and do what else was left to do."""
     deleted = delete_recorded(record)
     if request.options.delete:
         deleted += delete_superseded(record)
@@ -32,7 +33,12 @@ def finish_recorded_merge(request: Request, record: MergedRecord) -> MergeReport
     verified = (verified_before(*images),)
     result = Path(record.result)
     return build_report(
-        request, None, result, record.result_format, 0, verified, (), deleted, warnings
+        result,
+        record.result_format,
+        request.started,
+        verified=verified,
+        deleted=deleted,
+        warnings=warnings,
     )
 
 

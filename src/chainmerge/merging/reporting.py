@@ -14,11 +14,10 @@ from chainmerge.qcow2.refcounts import end_of_use
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from chainmerge.documents.plan import MergePlan
-    from chainmerge.merging.job import Request
 
 
 def verified_before(source: str, target: str) -> str:
@@ -27,31 +26,49 @@ def verified_before(source: str, target: str) -> str:
 
 
 def build_report(
-    request: Request,
-    plan_done: MergePlan | None,
     result: Path,
     result_format: str,
-    copied: int,
-    verified: Sequence[str],
-    repointed: Sequence[str],
-    deleted: Sequence[str],
-    warnings: Sequence[str],
+    started: float,
+    *,
+    verified: Iterable[str],
+    plan: MergePlan | None = None,
+    copied: int = 0,
+    repointed: Iterable[str] = (),
+    deleted: Iterable[str] = (),
+    renamed: tuple[str, str] | None = None,
+    warnings: Iterable[str] = (),
 ) -> MergeReport:
-    already = plan_done is None or plan_done.progress == "merged"
+    """The report of a merge into *result*, which is read once more.
+
+    Args:
+        result: the image that holds everything now.
+        result_format: its format.
+        started: when the merge was begun, by :func:`time.monotonic`.
+        verified: as in :class:`~chainmerge.documents.merge.MergeReport`.
+        plan: see there; None if an earlier run has merged.
+        copied: guest bytes.
+        repointed: see there, and so are the others.
+        deleted: see there.
+        renamed: see there.
+        warnings: see there.
+
+    Raises what opening and reading an image raises.
+    """
+    already = plan is None or plan.progress == "merged"
     with FileReadable(result) as readable:
         image = Qcow2Image(readable) if result_format == "qcow2" else None
         return MergeReport(
             version=REPORT_VERSION,
             outcome=MergeOutcome.ALREADY_MERGED if already else MergeOutcome.MERGED,
-            plan=plan_done,
+            plan=plan,
             bitmaps=bitmap_results(image) if image is not None else (),
             bytes_copied=copied,
-            seconds=time.monotonic() - request.started,
+            seconds=time.monotonic() - started,
             image_end=end_of_use(image) if image is not None else readable.size,
             volume_size=readable.size,
             verified=tuple(verified),
             repointed=tuple(repointed),
             deleted=tuple(deleted),
-            renamed=plan_done.rename if plan_done is not None else None,
+            renamed=renamed,
             warnings=tuple(warnings),
         )

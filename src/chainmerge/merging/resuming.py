@@ -8,34 +8,26 @@ which base has taken over is a gap.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.chain.reading import open_for_writing
-from chainmerge.documents.bitmaps import BitmapResult
-from chainmerge.documents.merge import MergeOutcome, MergeReport
-from chainmerge.documents.versions import REPORT_VERSION
-from chainmerge.engines.metadata.bitmap_set import KeptBitmap
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
-from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.merging.deleting import give_back
 from chainmerge.merging.journal import asked_of
 from chainmerge.merging.live_remains import took_effect
-from chainmerge.merging.reporting import verified_before
+from chainmerge.merging.reporting import build_report, verified_before
 from chainmerge.merging.settling import SettleSteps, settle
+from chainmerge.merging.tombstones import drop_tombstones
 from chainmerge.merging.verifying import verify_metadata
 from chainmerge.planning.errors import CannotTakeAway
 from chainmerge.planning.leaks import from_note
 from chainmerge.planning.removals import belongings_of, going_with
-from chainmerge.qcow2.bitmaps import read_directory
-from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify, same_image, this_boot
 from chainmerge.records.live_journal import LiveJournal
@@ -59,6 +51,7 @@ if TYPE_CHECKING:
 
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.target import Target
+    from chainmerge.documents.merge import MergeReport
     from chainmerge.merging.job import Request
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.merged_record import MergedRecord
@@ -198,12 +191,22 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
     left = enter_state(settled.journal, JournalState.TIDY)
     warnings = list(settled.warnings)
     if settled.top_is_gone and base.header is not None:
-        warnings += _drop_tombstones(steps.result, journal.spent)
+        warnings += drop_tombstones(steps.result, journal.spent)
     enter_state(left, JournalState.GIVE_BACK)
     shrink_to = journal.shrink_to or None
     warnings += give_back(steps.result, base.format, request.options, shrink_to)
     forget_journal(base.real_path)
-    return _report(request, steps, settled.repointed, settled.deleted, verified, warnings)
+    renamed = (str(steps.base.path), str(steps.top.path)) if steps.keep_name else None
+    return build_report(
+        steps.result,
+        base.format,
+        request.started,
+        verified=verified,
+        repointed=settled.repointed,
+        deleted=settled.deleted,
+        renamed=renamed,
+        warnings=warnings,
+    )
 
 
 def require_removable(request: Request, target: Target, journal: Journal) -> None:
@@ -249,22 +252,6 @@ def steps_left(request: Request, target: Target, journal: Journal) -> SettleStep
     )
 
 
-def _drop_tombstones(result: Path, names: list[str]) -> Iterator[str]:
-    """Remove tombstones that only top needed; if that fails they stay, which is harmless."""
-    spent = set(names)
-    try:
-        with WritablePort(result) as port:
-            image = Qcow2Image(port)
-            marks = {one.name for one in bitmap_results(image) if one.tombstone} & spent
-            if marks:
-                entries = read_directory(image)
-                replace_bitmaps(
-                    port, [KeptBitmap(entry) for entry in entries if entry.name not in marks]
-                )
-    except ChainmergeError as error:
-        yield f"tombstones that nothing needs any more were left: {error.sentence}"
-
-
 def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     """Do what was left to do for a merge whose top is gone; yields warnings.
 
@@ -285,7 +272,7 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     try:
         with lock_image(result, LockMode.WRITER, request.access.lock_wait):
             if record.result_format == "qcow2" and is_switched(journal, result):
-                yield from _drop_tombstones(result, journal.spent)
+                yield from drop_tombstones(result, journal.spent)
             shrink_to = journal.shrink_to or None
             yield from give_back(result, record.result_format, request.options, shrink_to)
             forget_journal(base)
@@ -310,34 +297,3 @@ def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[st
             yield from give_back(top, "qcow2", request.options, None)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"
-
-
-def _report(
-    request: Request,
-    steps: SettleSteps,
-    repointed: tuple[str, ...],
-    deleted: tuple[str, ...],
-    verified: list[str],
-    warnings: list[str],
-) -> MergeReport:
-    with FileReadable(steps.result) as readable:
-        end, bitmaps = readable.size, tuple[BitmapResult, ...]()
-        if steps.base.header is not None:
-            image = Qcow2Image(readable)
-            end, bitmaps = check(image).image_end_offset, bitmap_results(image)
-        renamed = (str(steps.base.path), str(steps.top.path)) if steps.keep_name else None
-        return MergeReport(
-            version=REPORT_VERSION,
-            outcome=MergeOutcome.ALREADY_MERGED,
-            plan=None,
-            bitmaps=bitmaps,
-            bytes_copied=0,
-            seconds=time.monotonic() - request.started,
-            image_end=end,
-            volume_size=readable.size,
-            verified=tuple(verified),
-            repointed=repointed,
-            deleted=deleted,
-            renamed=renamed,
-            warnings=tuple(warnings),
-        )

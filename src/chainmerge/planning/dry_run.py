@@ -23,6 +23,11 @@ from chainmerge.planning.already_merged import (
 from chainmerge.planning.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
 from chainmerge.planning.gathering import gather, never
 from chainmerge.planning.locking import images_wanted, locks_held, locks_needed, not_writable
+from chainmerge.planning.pivot import (
+    LivePivotUnfinished,
+    base_was_written_last,
+    require_base_as_result,
+)
 from chainmerge.planning.placement import bytes_to_copy, chosen_space
 from chainmerge.planning.plan import make_plan
 from chainmerge.records.remains import read_remains
@@ -35,6 +40,8 @@ from chainmerge.storage.other_users import look_for_others
 
 if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
+    from chainmerge.planning.facts import MergeFacts
+    from chainmerge.records.live_journal import LiveJournal
 
 
 def plan(
@@ -110,9 +117,36 @@ def plan_beside(
         if was_merged_before(target, facts, record, options) and base_changed_since(record):
             equal = holds_content(target, opened, facts, options, never)
             obstacles += () if equal else (merged_before(target),)
+    if remains.pivoted is not None:
+        facts = _after_pivot(facts, remains.pivoted, target, access, options)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     claim = facts.volume.claim(decided.space.required, decided.space.allocates)
     return Planned(decided, claim, images_wanted(target, options))
+
+
+def _after_pivot(
+    facts: MergeFacts,
+    journal: LiveJournal,
+    target: Target,
+    access: Access,
+    options: MergeOptions,
+) -> MergeFacts:
+    """The facts, if a live merge has perhaps put the guest on base."""
+    base_is_right = base_was_written_last(journal, target, access)
+    if base_is_right is None:
+        base, top = target.base.path, target.chain.top.path
+        warning = (
+            f"a live merge of {top} into {base} was about to take effect: the merge finds out "
+            "whether the guest has written to base since, and copies nothing then"
+        )
+        return replace(facts, warnings=(*facts.warnings, warning))
+    if not base_is_right:
+        return facts
+    try:
+        require_base_as_result(journal, target, options)
+    except LivePivotUnfinished as error:
+        return replace(facts, obstacles=(error, *facts.obstacles))
+    return replace(facts, merged=True, content_merged=True)
 
 
 def measure(

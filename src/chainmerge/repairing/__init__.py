@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What is wrong with an image, what mends it, and the way back."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents as people and programs read them: tables, trees, JSON, progress."""

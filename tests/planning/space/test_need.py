@@ -7,7 +7,6 @@ import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +22,11 @@ from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.engines.qemu.commit import commit
 from chainmerge.engines.qemu.nodes import ImageSpec
 from chainmerge.planning.space.arrivals import (
-    Arrivals,
     BaseFacts,
     count_arrivals,
     qemu_growth_obstacle,
 )
-from chainmerge.planning.space.clusters import HostLayout, layout_of, place_clusters, release
+from chainmerge.planning.space.clusters import HostLayout, layout_of
 from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.planning.space.need import (
     BitmapShape,
@@ -41,20 +39,18 @@ from chainmerge.qcow2.bitmaps import BitmapFlag, read_directory
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.mapping import COPIED, Extents, Kind
 from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
 from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs
 from chainmerge.storage.files import FileReadable, WritablePort
+from tests.planning.space.sizes import MIB, header_of
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, qemu_io, run
 from tests.support.qemu import check as check_by_qemu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.qcow2.header import Header
 
 KIB = 1 << 10
-MIB = 1 << 20
 
 
 def layout_from(image: Qcow2Image) -> HostLayout:
@@ -382,11 +378,6 @@ def test_room_for_the_bitmaps_that_qemu_writes_anew(tmp_path: Path) -> None:
     assert outcome.excess == 0
 
 
-def header_of(path: Path) -> Header:
-    with FileReadable(path) as readable:
-        return Qcow2Image(readable).header
-
-
 DEMO_VOLUME = 128 * MIB
 
 
@@ -467,216 +458,3 @@ def test_what_qemu_cannot_make_larger(
 def test_raw_base_is_as_large_as_the_disk() -> None:
     assert raw_space_need(1000, 4096 + 1).required == 4608
     assert raw_space_need(8192, 4096).required == 8192
-
-
-CLUSTER_SETS = st.sets(st.integers(0, 60))
-
-
-def runs_from(clusters: set[int]) -> Runs:
-    ascending = np.array(sorted(clusters), np.int64)
-    return joined_runs([Runs(ascending, np.ones(len(ascending), np.int64))])
-
-
-def clusters_in(runs: Runs) -> set[int]:
-    return {
-        cluster
-        for first, end in zip(runs.start, runs.end, strict=True)
-        for cluster in range(first, end)
-    }
-
-
-def layout_with(used: set[int], blocks: int = 64) -> HostLayout:
-    """A file of clusters of 512 bytes, 64 to a refcount block, with so many blocks."""
-    refcounts = np.array([cluster in used for cluster in range(70)], np.uint64)
-    windows = [refcounts[:13], refcounts[13:50], refcounts[50:]]
-    return layout_of(windows, np.arange(64) < blocks, 512, 64)
-
-
-@given(CLUSTER_SETS, CLUSTER_SETS)
-def test_layouts_are_sets_of_clusters(used: set[int], given_back: set[int]) -> None:
-    layout = layout_with(used)
-    assert clusters_in(layout.free) == set(range(layout.end)) - used
-    assert layout.end == max(used, default=-1) + 1
-    after = release(layout, runs_from(used & given_back))
-    left = used - given_back
-    assert after.end == max(left, default=-1) + 1
-    assert clusters_in(after.free) == set(range(after.end)) - left
-
-
-@given(CLUSTER_SETS, st.lists(st.integers(1, 9), max_size=5), st.integers(0, 9))
-def test_first_fit_takes_the_lowest_places(used: set[int], pieces: list[int], singles: int) -> None:
-    after, taken = place_clusters(layout_with(used), pieces, singles)
-    expected: set[int] = set()
-    for size in [*sorted(pieces, reverse=True), *([1] * singles)]:
-        taken_now = used | expected
-        start = next(s for s in count() if not taken_now & set(range(s, s + size)))
-        expected |= set(range(start, start + size))
-    assert clusters_in(taken) == expected
-    assert clusters_in(after.free) == set(range(after.end)) - used - expected
-    assert after.end == max(used | expected, default=-1) + 1
-
-
-@pytest.mark.parametrize(
-    ("piece", "blocks", "table_clusters"),
-    # Clusters 0 and 1 are in use, and block 0 describes clusters 0 to 63.
-    [(61, 0, 0), (62, 0, 0), (63, 1, 0), (62 * 64, 62, 0), (64 * 64, 65, 2)],
-)
-def test_new_clusters_need_refcounts(piece: int, blocks: int, table_clusters: int) -> None:
-    after, taken = place_clusters(layout_with({0, 1}, blocks=1), [piece], 0)
-    assert taken.total == piece + blocks + table_clusters
-    assert len(after.blocks) == 64 * max(1, table_clusters)
-    assert np.count_nonzero(after.blocks) == 1 + blocks
-
-
-@given(CLUSTER_SETS, st.lists(st.integers(1, 7), max_size=40))
-def test_what_is_usable_is_used_before_the_end_moves(used: set[int], requests: list[int]) -> None:
-    """QEMU's search: upward, in one piece, without coming back."""
-    layout, taken, position = layout_with(used), set(used), 0
-    for size in requests:
-        position = next(s for s in count(position) if not taken & set(range(s, s + size)))
-        taken |= set(range(position, position + size))
-        position += size
-    behind = len([cluster for cluster in taken if cluster >= layout.end])
-    assert behind <= max(0, sum(requests) - layout.usable(max(requests, default=1)))
-
-
-SECTORS = 1024
-# A multiple of every cluster size, so that a cluster of the guest is one of the file.
-FIRST_HOST = 8 * MIB
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Kinds by sector, and runs made of them in windows."""
-
-    kinds: list[int]
-    hosts: list[int]
-    cuts: list[int]
-
-    def windows(self) -> list[Extents]:
-        bounds = [0, *sorted(self.cuts), len(self.kinds)]
-        return [self._window(first, end) for first, end in pairwise(bounds) if first < end]
-
-    def _window(self, first: int, end: int) -> Extents:
-        sectors = np.arange(first, end, dtype=np.uint64)
-        return Extents(
-            sectors * np.uint64(512),
-            np.full(len(sectors), 512, np.uint64),
-            np.array(self.kinds[first:end], np.uint8),
-            np.array(self.hosts[first:end], np.uint64),
-            np.zeros(len(sectors), np.uint32),
-        ).coalesced()
-
-
-@st.composite
-def cells(draw: st.DrawFn, unit: int, sectors: int, cluster: int = 1) -> Cells:
-    """Runs of kinds that end at multiples of *unit* sectors, in windows of whole clusters."""
-    runs = draw(st.lists(st.tuples(st.sampled_from(Kind), st.integers(1, 300)), max_size=12))
-    kinds = [kind for kind, length in runs for _ in range(unit * length)]
-    kinds = [*kinds, *([Kind.UNALLOCATED] * sectors)][:sectors]
-    hosts = [
-        FIRST_HOST + number * 512 if kind in (Kind.DATA, Kind.ZERO_ALLOCATED) else 0
-        for number, kind in enumerate(kinds)
-    ]
-    cuts = draw(
-        st.lists(st.integers(0, sectors // cluster).map(lambda at: at * cluster), max_size=4)
-    )
-    return Cells(kinds, hosts, [cut for cut in cuts if cut < sectors])
-
-
-@dataclass(frozen=True)
-class BaseShape:
-    cluster_size: int
-    extended: str = "off"
-    compat: str = "1.1"
-
-
-@pytest.fixture(scope="module")
-def headers() -> dict[BaseShape, Header]:
-    shapes = [
-        BaseShape(512),
-        BaseShape(4096),
-        BaseShape(65536),
-        BaseShape(131072),
-        BaseShape(16384, "on"),
-        BaseShape(131072, "on"),
-        BaseShape(16384, "off", "0.10"),
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        return {shape: header_of(made(Path(scratch) / str(shape), shape)) for shape in shapes}
-
-
-def made(path: Path, shape: BaseShape) -> Path:
-    return create(
-        path,
-        SECTORS * 512,
-        cluster_size=shape.cluster_size,
-        extended_l2=shape.extended,
-        compat=shape.compat,
-    )
-
-
-@given(data=st.data())
-def test_arrivals_are_those_of_a_cluster_by_cluster_count(
-    data: st.DataObject, headers: dict[BaseShape, Header]
-) -> None:
-    header = headers[data.draw(st.sampled_from(list(headers)))]
-    backing = data.draw(st.sampled_from([None, SECTORS * 512, SECTORS * 1024]))
-    top_sectors = data.draw(st.sampled_from([SECTORS, SECTORS - 3, SECTORS // 2, SECTORS + 777]))
-    if header.version < 3:
-        top_sectors = min(top_sectors, SECTORS)
-    moved = data.draw(cells(1, top_sectors))
-    present = data.draw(cells(header.subcluster_size // 512, SECTORS, header.cluster_size // 512))
-    shared = data.draw(st.sets(st.integers(0, 2)))
-    first_host = FIRST_HOST // header.cluster_size
-    hosts = {first_host + number for number in shared}
-    l1 = np.array(
-        [data.draw(st.sampled_from([0, 1 << 9, COPIED | 1 << 9])) for _ in range(3)], ">u8"
-    )
-    facts = BaseFacts("base", header, backing, runs_from(hosts))
-
-    counted = count_arrivals(facts, l1, moved.windows(), present.windows(), top_sectors * 512)
-
-    assert counted == expected_arrivals(facts, l1, moved, present, counted.largest)
-
-
-def expected_arrivals(
-    facts: BaseFacts, l1: Any, moved: Cells, present: Cells, largest: int
-) -> Arrivals:
-    header = facts.header
-    per_cluster = header.cluster_size // 512
-    granule = min(max(header.cluster_size, 4096), 65536)
-    per_unit = max(granule, header.cluster_size) // 512
-    top = len(moved.kinds)
-    data: set[int] = set()
-    zeros: set[int] = set()
-    for first in range(0, top, per_unit):
-        kinds = moved.kinds[first : first + per_unit]
-        clusters = {s // per_cluster for s in range(first, min(first + per_unit, top))}
-        if (
-            all(kind in (Kind.ZERO, Kind.ZERO_ALLOCATED) for kind in kinds)
-            and len(kinds) == per_unit
-        ):
-            zeros |= clusters
-        elif any(kind != Kind.UNALLOCATED for kind in kinds):
-            data |= clusters
-    places: dict[int, int] = {}
-    for sector, (kind, host) in enumerate(zip(present.kinds, present.hosts, strict=True)):
-        if kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
-            places.setdefault(sector // per_cluster, host // header.cluster_size)
-    shared = clusters_in(facts.shared)
-    own = {cluster for cluster, host in places.items() if host not in shared}
-    zeros_are_data = header.cluster_size > 65536 or (header.version < 3 and facts.backing_size)
-    tables = {cluster // header.l2_entries for cluster in data | zeros}
-    if facts.backing_size and header.virtual_size < min(top * 512, facts.backing_size):
-        grown = range(SECTORS // per_cluster, -(-top // per_cluster))
-        tables |= {cluster // header.l2_entries for cluster in grown}
-    likely = len(data - own)
-    overwritten = [places[cluster] + 1 for cluster in data | zeros if cluster in places]
-    return Arrivals(
-        likely + (len(zeros - own) if zeros_are_data else 0),
-        likely,
-        len([index for index in tables if index >= len(l1) or not int(l1[index]) & COPIED]),
-        largest,
-        max(overwritten, default=0),
-    )

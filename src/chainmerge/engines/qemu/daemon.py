@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One ``qemu-storage-daemon`` process and the QMP connection to it.
 
-Only this module and :mod:`chainmerge.live.qmp.monitor` know the ``qemu.qmp`` package: its
-asynchronous client becomes a few synchronous methods, and its exceptions become ours.
-
 What the process inherits and why:
 
 - one end of a socket pair, so that there is no socket path that others could use, and
@@ -17,17 +14,13 @@ What the process inherits and why:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import socket
 import subprocess
 import threading
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
-
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from chainmerge.engines.qemu.errors import (
     CommandRefused,
@@ -35,11 +28,10 @@ from chainmerge.engines.qemu.errors import (
     DaemonFailed,
     DaemonMissing,
 )
-from chainmerge.engines.qemu.event_loops import SynchronousLoop
+from chainmerge.engines.qemu.qmp import Qmp, QmpLost, QmpRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Mapping, Sequence
-    from types import TracebackType
+    from collections.abc import Iterator, Mapping, Sequence
 
 PROGRAM = "qemu-storage-daemon"
 MAX_COMPLAINT_BYTES = 64 << 10
@@ -48,12 +40,6 @@ SECONDS_TO_END = 60.0
 # $1 is our process id. If we died before setpriv had asked for the signal, the shell has
 # another parent by now: then no daemon must start, it would outlive us and keep the locks.
 _EXEC_UNLESS_ORPHANED = 'test "$PPID" = "$1" && shift && exec "$@"'
-
-_T = TypeVar("_T")
-
-# qemu.qmp logs a lost connection as an error. We raise one; without a handler, Python would
-# print the log record on top of that.
-logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class StorageDaemon:
@@ -82,25 +68,17 @@ class StorageDaemon:
                 self._process = _started(program, theirs.fileno(), inherited_fds)
             self._complaints = _Complaints(self._process.stderr)
             undo.callback(self._end_process)
-            self._runner = undo.enter_context(SynchronousLoop())
-            self._client = QMPClient()
             try:
-                self._run(self._client.connect(ours))
-            except ConnectionLost as lost:
-                raise DaemonFailed(f"did not start: {lost.reason}") from lost
-            undo.callback(self._disconnect)
+                self._qmp = undo.enter_context(Qmp(ours))
+            except QmpLost as lost:
+                raise DaemonFailed(f"did not start: {self._reason_for(lost)}") from lost
             self._undo = undo.pop_all()
 
     def __enter__(self) -> Self:
         """Return the daemon."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process if it still runs, and release everything."""
         self._undo.close()
 
@@ -125,20 +103,18 @@ class StorageDaemon:
             ConnectionLost: the daemon is gone.
         """
         try:
-            return self._run(self._client.execute(command, dict(arguments or {})))
-        except ExecuteError as refused:
+            return self._qmp.execute(command, arguments)
+        except QmpRefused as refused:
             raise CommandRefused(command, str(refused)) from refused
+        except QmpLost as lost:
+            raise ConnectionLost(self._reason_for(lost)) from lost
 
     def wait_for_event(self, seconds: float) -> str | None:
         """Return the name of the next QMP event; None if there is none within *seconds*.
 
         A daemon that is gone sends no events: ask it something from time to time.
         """
-        next_event = asyncio.wait_for(self._client.events.get(), seconds)
-        try:
-            return str(self._run(next_event)["event"])
-        except TimeoutError:
-            return None
+        return self._qmp.next_event(seconds)
 
     def quit(self) -> None:
         """Tell the daemon to end, and wait until it has.
@@ -157,28 +133,15 @@ class StorageDaemon:
         if status != 0:
             raise DaemonFailed(f"{_ending(status)}: {self.complaints}".rstrip(": "))
 
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run *work* to its end, as if it were a synchronous call."""
-        try:
-            return self._runner.run(work)
-        except (ExecuteError, TimeoutError):
-            raise
-        except (QMPError, OSError, EOFError) as error:
-            raise ConnectionLost(self._reason_for(error)) from error
-
-    def _reason_for(self, error: BaseException) -> str:
-        """Why the connection broke: the daemon's own end if there is one, else *error*."""
+    def _reason_for(self, lost: QmpLost) -> str:
+        """Why the connection broke: the daemon's own end if there is one, else *lost*."""
         try:
             # Its sockets close a moment before it can be waited for.
             status = self._process.wait(1)
         except subprocess.TimeoutExpired:
-            return str(error) or type(error).__name__
+            return str(lost)
         self._complaints.wait()
         return f"it {_ending(status)}: {self.complaints}".rstrip(": ")
-
-    def _disconnect(self) -> None:
-        with contextlib.suppress(ConnectionLost):
-            self._run(self._client.disconnect())
 
     def _end_process(self) -> None:
         if self._process.poll() is None:

@@ -119,7 +119,7 @@ def _node(chain: NodeChain, index: int) -> Options:
         if _may_detect_zeroes(image):
             # The job copies zeros as data where the images above tell of them in pieces that
             # are too small for it. Like this they become zero clusters after all; the bound
-            # of chainmerge.space relies on it.
+            # of chainmerge.planning.space relies on it.
             node["detect-zeroes"] = "unmap"
         if image.format == "qcow2":
             # With them QEMU sets the dirty bit, and a kill would leave an image that has to be

@@ -15,7 +15,6 @@ from chainmerge.live.errors import LibvirtMissing, NoSuchDomain, VmRefused, VmUn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Self
 
 DEFAULT_URI: Final = "qemu:///system"
@@ -52,7 +51,7 @@ class DomainConnection:
         try:
             self.domain: Any = self._running(domain)
         except BaseException:
-            self._close()
+            self.close()
             raise
 
     def _running(self, domain: str) -> Any:  # the package has no types
@@ -82,16 +81,12 @@ class DomainConnection:
         """Return the connection itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Disconnect; the domain goes on with whatever it does."""
-        self._close()
+    def __exit__(self, *_: object) -> None:
+        """As :meth:`close`."""
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Disconnect; the domain goes on with whatever it does."""
         with contextlib.suppress(self.library.libvirtError):
             self._connection.close()
 

@@ -11,44 +11,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 from threading import Event
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
-from xml.etree import ElementTree as ET
 
-from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.bitmaps.stored import state_of
 from chainmerge.chain.reading import data_file_places
 from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.libvirt.connection import DEFAULT_URI, DomainConnection
-from chainmerge.live.peer import qemu_of_domain
-from chainmerge.live.port import (
-    BlockGraph,
-    BlockNode,
-    DiskLimits,
-    JobPhase,
-    JobState,
-    NodeBitmap,
-    NodeUser,
-    UserKind,
+from chainmerge.live.libvirt.description import (
+    checkpoint_description,
+    disks_of,
+    has_bitmap_on,
+    index_of,
+    layer_above_protocol,
 )
-from chainmerge.qcow2.bitmaps import read_bits, read_directory
-from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.files import FileReadable
+from chainmerge.live.libvirt.stored import stored_bitmaps, stored_entries
+from chainmerge.live.nodes import BlockGraph, BlockNode, NodeBitmap, NodeUser, UserKind
+from chainmerge.live.port import DiskLimits, JobPhase, JobState
+from chainmerge.live.qemu_processes import qemu_of_domain
 from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
     from typing import Self
 
-    from chainmerge.qcow2.bitmaps import BitmapEntry
+    from chainmerge.live.libvirt.description import DiskLayer
 
-# Types of disk sources that are a path: its attribute, and what QEMU opens it with.
-_PATHS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
-    {"file": ("file", "file"), "block": ("dev", "host_device")}
-)
 # libvirt's names of limits, by QEMU's.
 _LIMITS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -58,6 +46,7 @@ _LIMITS: Final[Mapping[str, str]] = MappingProxyType(
         for more in ("", "_max", "_max_length")
     }
 )
+_DEFAULT_GRANULARITY: Final = 1 << 16
 
 
 class DomainJobKind(StrEnum):
@@ -90,16 +79,6 @@ class DomainJob:
         return 0 < self.total == self.done
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One image of the disk as libvirt's XML names it; ``target`` is its name in libvirt's API."""
-
-    target: str
-    format: str
-    path: Path | None
-    protocol: str
-
-
 class DomainDisk:
     """One disk of a running domain; a context manager.
 
@@ -124,21 +103,16 @@ class DomainDisk:
         try:
             self._layers()
         except BaseException:
-            self._connection.__exit__(None, None, None)
+            self._connection.close()
             raise
 
     def __enter__(self) -> Self:
         """Return the disk itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Disconnect; the domain goes on with whatever it does."""
-        self._connection.__exit__(kind, error, trace)
+        self._connection.close()
 
     @property
     def name(self) -> str:
@@ -166,19 +140,8 @@ class DomainDisk:
         nodes: dict[str, BlockNode] = {}
         for position, layer in enumerate(layers):
             below = layers[position + 1].target if position + 1 < len(layers) else None
-            nodes[layer.target] = BlockNode(
-                name=layer.target,
-                driver=layer.format,
-                filename=layer.path,
-                read_only=position > 0,
-                virtual_size=_virtual_size(layer),
-                backing=below,
-                file=_protocol_of(layer),
-                users=users,
-                bitmaps=(),
-            )
-            nodes[_protocol_of(layer)] = BlockNode(
-                name=_protocol_of(layer),
+            protocol = BlockNode(
+                name=layer.protocol_node,
                 driver=layer.protocol,
                 filename=layer.path,
                 read_only=position > 0,
@@ -188,6 +151,16 @@ class DomainDisk:
                 users=(),
                 bitmaps=(),
             )
+            nodes[layer.target] = replace(
+                protocol,
+                name=layer.target,
+                driver=layer.format,
+                virtual_size=layer.virtual_size(),
+                backing=below,
+                file=protocol.name,
+                users=users,
+            )
+            nodes[protocol.name] = protocol
         return BlockGraph(nodes, layers[0].target)
 
     def graph(self) -> BlockGraph:
@@ -214,7 +187,7 @@ class DomainDisk:
         QEMU leaves the base of an active merge writable that is cancelled, and its bitmaps in-use
         on disk. They are sound in memory if they pass the test of the whole chain.
         """
-        bitmaps = list(self._stored(node))
+        bitmaps = list(stored_bitmaps(node))
         in_memory = {one.name for one in bitmaps if one.inconsistent and self.passes(one.name)}
         found = tuple(
             replace(one, inconsistent=False, recording=True, dirty_bytes=None)
@@ -224,20 +197,17 @@ class DomainDisk:
         )
         return replace(node, bitmaps=found, read_only=not in_memory)
 
-    def _layers(self) -> list[_Layer]:
-        described = self._ask("virDomainGetXMLDesc", self._domain.XMLDesc)
-        disks = ET.fromstring(described).findall("./devices/disk")  # noqa: S314  # libvirt's own
-        for disk in disks:
-            if _attribute(disk, "target", "dev") == self._disk:
-                return list(_descend(disk, self._disk))
-        known = sorted(_attribute(disk, "target", "dev") or "?" for disk in disks)
-        raise NoSuchDisk(self.name, self._disk, ", ".join(known))
+    def _layers(self) -> list[DiskLayer]:
+        disks = disks_of(self._ask("virDomainGetXMLDesc", self._domain.XMLDesc))
+        if self._disk not in disks:
+            raise NoSuchDisk(self.name, self._disk, ", ".join(sorted(disks)))
+        return disks[self._disk]
 
     # Bitmaps and checkpoints
 
     def stored_names(self, node: BlockNode) -> Iterator[str]:
         """The names of the bitmaps that an image has on disk."""
-        for entry in _entries_of(node):
+        for entry in stored_entries(node):
             yield entry.name
 
     def known_names(self) -> set[str]:
@@ -246,18 +216,6 @@ class DomainDisk:
         for node in self.layout().chain():
             names.update(self.stored_names(node))
         return names
-
-    def _stored(self, node: BlockNode) -> Iterator[NodeBitmap]:
-        if node.filename is None:
-            return
-        with FileReadable(node.filename) as readable:
-            image = Qcow2Image(readable)
-            for entry in read_directory(image):
-                state = state_of(image, entry)
-                dirty = None
-                if state is not BitmapState.IN_USE:
-                    dirty = read_bits(image, entry).dirty_bytes()
-                yield _as_node_bitmap(entry, state, dirty)
 
     def _active_bitmaps(self, chain: Sequence[BlockNode]) -> Iterator[NodeBitmap]:
         """Those of the first image of the chain.
@@ -268,7 +226,7 @@ class DomainDisk:
         on_disk = set(self.stored_names(chain[0]))
         granularities: dict[str, int] = {}
         for node in reversed(chain):
-            granularities |= {entry.name: entry.granularity for entry in _entries_of(node)}
+            granularities |= {entry.name: entry.granularity for entry in stored_entries(node)}
         checkpoints = self._checkpoint_names()
         for name in sorted(granularities.keys() | checkpoints):
             sound = self.passes(name)
@@ -291,10 +249,7 @@ class DomainDisk:
 
     def _concerns(self, checkpoint: Any) -> bool:
         described = self._ask("virDomainCheckpointGetXMLDesc", checkpoint.getXMLDesc)
-        disks = ET.fromstring(described).findall("./disks/disk")  # noqa: S314
-        return any(
-            disk.get("name") == self._disk and disk.get("checkpoint") == "bitmap" for disk in disks
-        )
+        return has_bitmap_on(self._disk, described)
 
     def passes(self, name: str) -> bool:
         """Whether libvirt would take a backup since this checkpoint: its test of the chain."""
@@ -302,7 +257,9 @@ class DomainDisk:
         library = self._connection.library
         flags = library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
         flags |= library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
-        described = self._described(name) if known is None else known.getXMLDesc()
+        described = (
+            checkpoint_description(name, self._disk) if known is None else known.getXMLDesc()
+        )
         try:
             made = self._ask(
                 "virDomainCheckpointCreateXML",
@@ -324,7 +281,7 @@ class DomainDisk:
         library = self._connection.library
         checkpoint = self._checkpoint(name)
         if checkpoint is None:
-            described = self._described(name)
+            described = checkpoint_description(name, self._disk)
             checkpoint = self._ask(
                 "virDomainCheckpointCreateXML",
                 lambda: self._domain.checkpointCreateXML(
@@ -346,15 +303,6 @@ class DomainDisk:
                 raise
 
         return self._ask("virDomainCheckpointLookupByName", look_up)
-
-    def _described(self, name: str) -> str:
-        """A checkpoint of this disk alone, for a bitmap that libvirt has no checkpoint for."""
-        checkpoint = ET.Element("domaincheckpoint")
-        ET.SubElement(checkpoint, "name").text = name
-        ET.SubElement(checkpoint, "creationTime").text = "0"
-        disks = ET.SubElement(checkpoint, "disks")
-        ET.SubElement(disks, "disk", name=self._disk, checkpoint="bitmap", bitmap=name)
-        return ET.tostring(checkpoint, encoding="unicode")
 
     # What can be changed
 
@@ -435,9 +383,7 @@ class DomainDisk:
         for layer in self._layers():
             if layer.target == base.name:
                 return True
-            assert layer.path is not None
-            with FileReadable(layer.path) as readable:
-                name = Qcow2Image(readable).header.backing_name
+            name = layer.backing_name()
             if name is None or name.startswith("/"):
                 return False
         return False
@@ -490,15 +436,14 @@ class DomainDisk:
 
     def set_write_threshold(self, node: str, offset: int) -> None:
         """Have libvirt tell those who listen once a protocol node is written to behind *offset*."""
-        layer = node.removesuffix(_PROTOCOL_SUFFIX)
+        layer = layer_above_protocol(node)
         self._ask(
             "virDomainSetBlockThreshold", lambda: self._domain.setBlockThreshold(layer, offset)
         )
 
     def highest_write(self, node: str) -> int:
         """The end of the highest write to a protocol node since it was opened."""
-        layer = node.removesuffix(_PROTOCOL_SUFFIX)
-        index = layer.partition("[")[2].rstrip("]")
+        index = index_of(layer_above_protocol(node))
         stats = self._connection.domain_stats()
         for number in range(int(stats.get("block.count", 0))):
             if stats.get(f"block.{number}.name") != self._disk:
@@ -509,9 +454,9 @@ class DomainDisk:
 
     def wait_for_event(self, seconds: float) -> None:
         """Wait for so many seconds; libvirt is asked how things are, it does not call."""
-        self._nap.wait(seconds)
+        self._timer.wait(seconds)
 
-    _nap: Final = Event()
+    _timer: Final = Event()
 
     @property
     def _domain(self) -> Any:
@@ -521,72 +466,7 @@ class DomainDisk:
         return self._connection.ask(what, request)
 
 
-_PROTOCOL_SUFFIX: Final = "-file"
-_DEFAULT_GRANULARITY: Final = 1 << 16
-
-
-def _descend(disk: ET.Element, target: str) -> Iterator[_Layer]:
-    at: ET.Element | None = disk
-    driver = disk.find("driver")
-    image_format = None if driver is None else driver.get("type")
-    while at is not None:
-        source = at.find("source")
-        if source is None:
-            # The element that ends a chain has nothing in it.
-            return
-        index = at.get("index") or source.get("index")
-        attribute, protocol = _PATHS.get(at.get("type", ""), ("", "unknown"))
-        path = source.get(attribute)
-        yield _Layer(
-            f"{target}[{index}]",
-            image_format or "raw",
-            None if path is None else Path(path),
-            protocol,
-        )
-        at = at.find("backingStore")
-        image_format = None if at is None else _attribute(at, "format", "type")
-
-
-def _entries_of(node: BlockNode) -> list[BitmapEntry]:
-    """The bitmaps that an image has on disk."""
-    if node.filename is None or node.driver != "qcow2":
-        return []
-    with FileReadable(node.filename) as readable:
-        return list(read_directory(Qcow2Image(readable)))
-
-
-def _attribute(element: ET.Element, child: str, name: str) -> str | None:
-    found = element.find(child)
-    return None if found is None else found.get(name)
-
-
 def _code_of(refused: VmRefused) -> int | None:
     """The number of libvirt's error behind one of ours."""
     code = getattr(refused.__cause__, "get_error_code", None)
     return None if code is None else int(code())
-
-
-def _protocol_of(layer: _Layer) -> str:
-    return layer.target + _PROTOCOL_SUFFIX
-
-
-def _virtual_size(layer: _Layer) -> int:
-    """Bytes of the guest's disk that an image has."""
-    if layer.path is None:
-        return 0
-    with FileReadable(layer.path) as readable:
-        if layer.format == "qcow2":
-            return Qcow2Image(readable).header.virtual_size
-        return readable.size
-
-
-def _as_node_bitmap(entry: BitmapEntry, state: BitmapState, dirty: int | None) -> NodeBitmap:
-    return NodeBitmap(
-        name=entry.name,
-        granularity=entry.granularity,
-        dirty_bytes=dirty,
-        recording=state is BitmapState.VALID,
-        persistent=True,
-        inconsistent=state is BitmapState.IN_USE,
-        busy=False,
-    )

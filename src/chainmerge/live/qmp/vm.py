@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running VM that is reached by its QMP socket.
-
-Who uses which node is told by ``x-debug-query-block-graph`` (QEMU 4.0 and newer; unchanged up to
-10.0). Its permissions are of no interest here, its edges are.
-"""
+"""A running VM that is reached by its QMP socket."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from chainmerge.live.errors import NoSuchDisk, VmRefused
+from chainmerge.live.nodes import PLAIN_PROTOCOLS, BlockGraph, BlockNode
 from chainmerge.live.port import (
-    PLAIN_PROTOCOLS,
     AddBitmap,
     BitmapAction,
-    BlockGraph,
-    BlockNode,
     ClearBitmap,
     CommitOrder,
     DisableBitmap,
@@ -28,26 +21,16 @@ from chainmerge.live.port import (
     JobPhase,
     JobState,
     MergeBitmap,
-    NodeBitmap,
-    NodeUser,
     RemoveBitmap,
-    UserKind,
 )
+from chainmerge.live.qmp.block_graph import GraphEdges, active_nodes, block_node, root_above
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from types import TracebackType
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
-_USER_KINDS: Final[Mapping[str, UserKind]] = MappingProxyType(
-    {
-        "block-driver": UserKind.NODE,
-        "block-job": UserKind.JOB,
-        "block-backend": UserKind.DEVICE,
-    }
-)
 _PHASES: Final[Mapping[str, JobPhase]] = MappingProxyType(
     {
         "created": JobPhase.RUNNING,
@@ -80,6 +63,8 @@ _AUTOMATIC: Final = "#"
 class QmpVm:
     """One disk of a VM, by the VM's QMP socket; a context manager.
 
+    Its methods are those of :class:`chainmerge.live.port.LiveVm`, and are described there.
+
     Args:
         socket: path of the socket.
         device: the id of the guest's device, or of its drive.
@@ -91,7 +76,6 @@ class QmpVm:
     """
 
     leaves_tombstones: Final = True
-    """See :class:`chainmerge.live.port.LiveVm`."""
 
     def __init__(self, socket: str, *, device: str | None = None, node: str | None = None) -> None:
         self._monitor = Monitor(socket)
@@ -102,63 +86,46 @@ class QmpVm:
             self._own_cwd = self._monitor.working_directory
             self.graph()
         except BaseException:
-            self._monitor.__exit__(None, None, None)
+            self._monitor.close()
             raise
 
     def __enter__(self) -> Self:
         """Return the disk itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Disconnect; the VM goes on with whatever it does."""
-        self._monitor.__exit__(kind, error, trace)
+        self._monitor.close()
 
     @property
     def name(self) -> str:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         return self._monitor.name
 
     @property
     def address(self) -> tuple[str, ...]:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         disk = ("--device", self._device) if self._device is not None else ("--node", self._node)
         return ("--qmp", self._socket, *(str(part) for part in disk))
 
     @property
     def process(self) -> int | None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         return self._monitor.process
 
     def graph(self) -> BlockGraph:
-        """See :class:`chainmerge.live.port.LiveVm`."""
-        infos = self._monitor.execute("query-named-block-nodes", {"flat": True})
-        edges = _Edges(self._monitor.execute("x-debug-query-block-graph"))
-        nodes = {info["node-name"]: self._described(info, edges) for info in infos}
+        infos = self._node_infos()
+        edges = self._edges()
+        nodes = {
+            info["node-name"]: block_node(info, edges, self._path(info["file"])) for info in infos
+        }
         return BlockGraph(nodes, self._root(nodes))
 
-    def layout(self) -> BlockGraph:
-        """See :class:`chainmerge.live.port.LiveVm`."""
-        return self.graph()
+    def _node_infos(self) -> list[dict[str, Any]]:
+        return list(self._monitor.execute("query-named-block-nodes", {"flat": True}))
 
-    def _described(self, info: dict[str, Any], edges: _Edges) -> BlockNode:
-        name = info["node-name"]
-        children = edges.children[name]
-        return BlockNode(
-            name=name,
-            driver=info["drv"],
-            filename=self._path(info["file"]),
-            read_only=info["ro"],
-            virtual_size=info["image"]["virtual-size"],
-            backing=children.get("backing"),
-            file=children.get("file"),
-            users=tuple(edges.users[name]),
-            bitmaps=tuple(_bitmaps(info)),
-        )
+    def _edges(self) -> GraphEdges:
+        return GraphEdges(self._monitor.execute("x-debug-query-block-graph"))
+
+    def layout(self) -> BlockGraph:
+        return self.graph()
 
     def _path(self, filename: str) -> Path | None:
         if filename.startswith("/"):
@@ -170,44 +137,24 @@ class QmpVm:
 
     def _root(self, nodes: Mapping[str, BlockNode]) -> str:
         if self._node is not None:
-            return self._root_above(self._node, nodes)
-        disks = {}
-        for disk in self._monitor.execute("query-block"):
-            if "inserted" in disk:
-                for name in _names_of(disk):
-                    disks[name] = disk["inserted"]["node-name"]
-        found = disks.get(str(self._device))
-        if found is None:
+            if self._node not in nodes:
+                raise NoSuchDisk(self.name, self._node, ", ".join(sorted(nodes)))
+            return root_above(self._node, nodes)
+        disks = active_nodes(self._monitor.execute("query-block"))
+        if str(self._device) not in disks:
             known = ", ".join(sorted(disks)) or "none"
             raise NoSuchDisk(self.name, str(self._device), known)
-        return str(found)
-
-    def _root_above(self, wanted: str, nodes: Mapping[str, BlockNode]) -> str:
-        """The upper end of the chain that a node is in: a merge may have put others above.
-
-        Or below: after an active merge the node stands on the one that the guest uses now.
-        """
-        if wanted not in nodes:
-            raise NoSuchDisk(self.name, wanted, ", ".join(sorted(nodes)))
-        upper = _climbed(wanted, nodes)
-        name: str | None = upper
-        while name is not None:
-            if any(user.kind is UserKind.DEVICE for user in nodes[name].users):
-                return name
-            name = nodes[name].backing
-        return upper
+        return disks[str(self._device)]
 
     def why_not_writable(self, node: BlockNode) -> str | None:
-        """See :class:`chainmerge.live.port.InspectedVm`.
+        """Have QEMU open what the image lies in a second time, for writing, and close it again.
 
-        QEMU is made to open what the image lies in a second time, for writing, and to close it
-        again: it alone knows what it may do, with its user, its name space, its security label.
-        Nobody uses that node, so nothing is read or written, and no lock is asked for.
+        It alone knows what it may do, with its user, its name space, its security label. Nobody
+        uses that node, so nothing is read or written, and no lock is asked for.
         """
-        graph = _Edges(self._monitor.execute("x-debug-query-block-graph"))
-        infos = self._monitor.execute("query-named-block-nodes", {"flat": True})
-        files = {graph.children[node.name].get(role) for role in ("file", "data-file")}
-        for info in infos:
+        children = self._edges().children[node.name]
+        files = {children.get(role) for role in ("file", "data-file")}
+        for info in self._node_infos():
             if info["node-name"] in files and info["drv"] in PLAIN_PROTOCOLS:
                 path = self._path(info["file"])
                 reason = None if path is None else self._why_not_opened(info["drv"], path)
@@ -241,32 +188,26 @@ class QmpVm:
         return None
 
     def why_bitmaps_stay(self, node: BlockNode) -> str | None:  # noqa: ARG002  # QEMU changes all
-        """See :class:`chainmerge.live.port.InspectedVm`."""
         return None
 
     def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         if actions:
             steps = [_as_qmp(action) for action in actions]
             self._monitor.execute("transaction", {"actions": steps})
 
     def make_read_only(self, node: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`.
-
-        Raises VmRefused for a node whose name QEMU made up: it cannot be told to reopen that.
-        """
+        """Raise VmRefused for a node whose name QEMU made up, which cannot be reopened."""
         self._reopen(node, "ro")
 
     def make_writable(self, node: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`, and :meth:`make_read_only`."""
+        """As :meth:`make_read_only`."""
         self._reopen(node, "rw")
 
     def _reopen(self, name: str, mode: str) -> None:
         if name.startswith(_AUTOMATIC):
             raise VmRefused(self.name, "blockdev-reopen", f"{name} is a name that QEMU made up")
-        infos = self._monitor.execute("query-named-block-nodes", {"flat": True})
-        info = next(info for info in infos if info["node-name"] == name)
-        children = _Edges(self._monitor.execute("x-debug-query-block-graph")).children[name]
+        info = next(info for info in self._node_infos() if info["node-name"] == name)
+        children = self._edges().children[name]
         options: dict[str, object] = {
             "driver": info["drv"],
             "node-name": name,
@@ -285,7 +226,6 @@ class QmpVm:
         self._monitor.execute("blockdev-reopen", {"options": [options]})
 
     def start_commit(self, order: CommitOrder) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         arguments: dict[str, object] = {
             "job-id": order.job,
             "device": order.active,
@@ -301,7 +241,6 @@ class QmpVm:
         self._monitor.execute("block-commit", arguments)
 
     def job(self, job: str) -> JobState | None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
         if found is None:
             return None
@@ -318,55 +257,43 @@ class QmpVm:
         )
 
     def described_job(self, job: str) -> str:
-        """See :class:`chainmerge.live.port.InspectedVm`."""
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
         return job if found is None else f"{job} ({found['type']})"
 
     def pause(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-pause", {"id": job})
 
     def resume(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-resume", {"id": job})
 
     def limit(self, job: str, bandwidth: int | None) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("block-job-set-speed", {"device": job, "speed": bandwidth or 0})
 
     def complete(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-complete", {"id": job})
 
     def finalize(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-finalize", {"id": job})
 
     def cancel(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-cancel", {"id": job})
 
     def dismiss(self, job: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("job-dismiss", {"id": job})
 
     def forget_node(self, node: str) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.execute("blockdev-del", {"node-name": node})
 
     def set_write_threshold(self, node: str, offset: int) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         arguments = {"node-name": node, "write-threshold": offset}
         self._monitor.execute("block-set-write-threshold", arguments)
 
     def highest_write(self, node: str) -> int:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         stats = self._monitor.execute("query-blockstats", {"query-nodes": True})
         found = _with_id(stats, "node-name", node)
         return int(found["stats"]["wr_highest_offset"]) if found is not None else 0
 
     def disk_limits(self) -> DiskLimits:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         inserted = self._disk()["inserted"]
         names = (*_LIMITS, *_MORE_LIMITS)
         return DiskLimits(
@@ -375,7 +302,6 @@ class QmpVm:
         )
 
     def limit_disk(self, limits: DiskLimits) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         disk = self._disk()
         arguments: dict[str, object] = {**dict.fromkeys(_LIMITS, 0), **limits.limits}
         if disk.get("device"):
@@ -395,61 +321,7 @@ class QmpVm:
         raise VmRefused(self.name, "block_set_io_throttle", reason)
 
     def wait_for_event(self, seconds: float) -> None:
-        """See :class:`chainmerge.live.port.LiveVm`."""
         self._monitor.wait_for_event(seconds)
-
-
-class _Edges:
-    """Who uses what, by node names."""
-
-    def __init__(self, graph: dict[str, Any]) -> None:
-        self.children: dict[str, dict[str, str]] = defaultdict(dict)
-        self.users: dict[str, list[NodeUser]] = defaultdict(list)
-        by_id = {node["id"]: node for node in graph["nodes"]}
-        for edge in graph["edges"]:
-            parent, child = by_id[edge["parent"]], by_id[edge["child"]]
-            kind = _USER_KINDS[parent["type"]]
-            self.users[child["name"]].append(NodeUser(parent["name"], kind, edge["name"]))
-            if kind is UserKind.NODE:
-                self.children[parent["name"]][edge["name"]] = child["name"]
-
-
-def _climbed(name: str, nodes: Mapping[str, BlockNode]) -> str:
-    """The uppermost node above one."""
-    seen = set()
-    while name not in seen:
-        seen.add(name)
-        above = (user.name for user in nodes[name].users if user.kind is UserKind.NODE)
-        name = next(above, name)
-    return name
-
-
-def _names_of(disk: dict[str, Any]) -> Iterator[str]:
-    """By what a disk is known: its drive, its device's path, and its device's id."""
-    if disk.get("device"):
-        yield disk["device"]
-    path = disk.get("qdev", "")
-    if path:
-        yield path
-    # QEMU tells "/machine/peripheral/ID/virtio-backend" of what was given the id ID.
-    parts = path.split("/")
-    if parts[1:3] == ["machine", "peripheral"] and len(parts) > 3:
-        yield parts[3]
-
-
-def _bitmaps(info: dict[str, Any]) -> Iterator[NodeBitmap]:
-    for bitmap in info.get("dirty-bitmaps", ()):
-        # Those without a name belong to jobs.
-        if bitmap.get("name"):
-            yield NodeBitmap(
-                name=bitmap["name"],
-                granularity=bitmap["granularity"],
-                dirty_bytes=bitmap["count"],
-                recording=bitmap["recording"],
-                persistent=bitmap["persistent"],
-                inconsistent=bitmap.get("inconsistent", False),
-                busy=bitmap["busy"],
-            )
 
 
 def _with_id(found: Sequence[dict[str, Any]], key: str, value: str) -> dict[str, Any] | None:

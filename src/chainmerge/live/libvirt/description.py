@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The XML by which libvirt describes the disks of a domain, and checkpoints of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+from xml.etree import ElementTree as ET
+
+from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.files import FileReadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# Types of disk sources that are a path: its attribute, and what QEMU opens it with.
+_PATHS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {"file": ("file", "file"), "block": ("dev", "host_device")}
+)
+_PROTOCOL_SUFFIX: Final = "-file"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLayer:
+    """One image of a disk.
+
+    Attributes:
+        target: Its name in libvirt's API, such as ``vda[1]``.
+        format: Its format, by QEMU's name.
+        path: Where it lies; None where that is no path.
+        protocol: What QEMU opens that with.
+    """
+
+    target: str
+    format: str
+    path: Path | None
+    protocol: str
+
+    @property
+    def protocol_node(self) -> str:
+        """How we call the node of the file itself, which libvirt has no name for."""
+        return self.target + _PROTOCOL_SUFFIX
+
+    def virtual_size(self) -> int:
+        """Bytes of the guest's disk that it has, as its header says now."""
+        if self.path is None:
+            return 0
+        with FileReadable(self.path) as readable:
+            if self.format == "qcow2":
+                return Qcow2Image(readable).header.virtual_size
+            return readable.size
+
+    def backing_name(self) -> str | None:
+        """How its header names its backing file now."""
+        assert self.path is not None
+        with FileReadable(self.path) as readable:
+            return Qcow2Image(readable).header.backing_name
+
+
+def layer_above_protocol(node: str) -> str:
+    """The name in libvirt's API of the image that lies in a protocol node."""
+    return node.removesuffix(_PROTOCOL_SUFFIX)
+
+
+def index_of(layer: str) -> str:
+    """The number that a layer's name in libvirt's API has; empty if it has none."""
+    return layer.partition("[")[2].rstrip("]")
+
+
+def disks_of(domain: str) -> dict[str, list[DiskLayer]]:
+    """The disks of a domain, by their targets, as layers from the active image down.
+
+    Args:
+        domain: its description.
+    """
+    disks = ET.fromstring(domain).findall("./devices/disk")  # noqa: S314  # libvirt's own
+    targets = [(_attribute(disk, "target", "dev") or "?", disk) for disk in disks]
+    return {target: list(_descend(disk, target)) for target, disk in targets}
+
+
+def _descend(disk: ET.Element, target: str) -> Iterator[DiskLayer]:
+    at: ET.Element | None = disk
+    image_format = _attribute(disk, "driver", "type")
+    while at is not None:
+        source = at.find("source")
+        if source is None:
+            # The element that ends a chain has nothing in it.
+            return
+        index = at.get("index") or source.get("index")
+        attribute, protocol = _PATHS.get(at.get("type", ""), ("", "unknown"))
+        path = source.get(attribute)
+        yield DiskLayer(
+            f"{target}[{index}]",
+            image_format or "raw",
+            None if path is None else Path(path),
+            protocol,
+        )
+        at = at.find("backingStore")
+        image_format = None if at is None else _attribute(at, "format", "type")
+
+
+def _attribute(element: ET.Element, child: str, name: str) -> str | None:
+    found = element.find(child)
+    return None if found is None else found.get(name)
+
+
+def checkpoint_description(name: str, disk: str) -> str:
+    """A checkpoint of one disk alone, for a bitmap that libvirt has no checkpoint for."""
+    checkpoint = ET.Element("domaincheckpoint")
+    ET.SubElement(checkpoint, "name").text = name
+    ET.SubElement(checkpoint, "creationTime").text = "0"
+    disks = ET.SubElement(checkpoint, "disks")
+    ET.SubElement(disks, "disk", name=disk, checkpoint="bitmap", bitmap=name)
+    return ET.tostring(checkpoint, encoding="unicode")
+
+
+def has_bitmap_on(disk: str, checkpoint: str) -> bool:
+    """Whether a checkpoint, by its description, has a bitmap on a disk."""
+    disks = ET.fromstring(checkpoint).findall("./disks/disk")  # noqa: S314  # libvirt's own
+    return any(one.get("name") == disk and one.get("checkpoint") == "bitmap" for one in disks)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM's block graph from what its monitor answers. Pure.
+
+Who uses which node is told by ``x-debug-query-block-graph`` (QEMU 4.0 and newer; unchanged up to
+10.0). Its permissions are of no interest here, its edges are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from chainmerge.live.nodes import BlockNode, NodeBitmap, NodeUser, UserKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+_USER_KINDS: Final[Mapping[str, UserKind]] = MappingProxyType(
+    {
+        "block-driver": UserKind.NODE,
+        "block-job": UserKind.JOB,
+        "block-backend": UserKind.DEVICE,
+    }
+)
+
+
+class GraphEdges:
+    """Who uses what, by node names.
+
+    Attributes:
+        children: The children of a node, by their roles.
+        users: Who uses a node.
+    """
+
+    def __init__(self, graph: dict[str, Any]) -> None:
+        """Read the answer to ``x-debug-query-block-graph``."""
+        self.children: dict[str, dict[str, str]] = defaultdict(dict)
+        self.users: dict[str, list[NodeUser]] = defaultdict(list)
+        by_id = {node["id"]: node for node in graph["nodes"]}
+        for edge in graph["edges"]:
+            parent, child = by_id[edge["parent"]], by_id[edge["child"]]
+            kind = _USER_KINDS[parent["type"]]
+            self.users[child["name"]].append(NodeUser(parent["name"], kind, edge["name"]))
+            if kind is UserKind.NODE:
+                self.children[parent["name"]][edge["name"]] = child["name"]
+
+
+def block_node(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -> BlockNode:
+    """A node, from what ``query-named-block-nodes`` says of it."""
+    name = info["node-name"]
+    children = edges.children[name]
+    return BlockNode(
+        name=name,
+        driver=info["drv"],
+        filename=filename,
+        read_only=info["ro"],
+        virtual_size=info["image"]["virtual-size"],
+        backing=children.get("backing"),
+        file=children.get("file"),
+        users=tuple(edges.users[name]),
+        bitmaps=tuple(_bitmaps_of(info)),
+    )
+
+
+def _bitmaps_of(info: dict[str, Any]) -> Iterator[NodeBitmap]:
+    for bitmap in info.get("dirty-bitmaps", ()):
+        # Those without a name belong to jobs.
+        if bitmap.get("name"):
+            yield NodeBitmap(
+                name=bitmap["name"],
+                granularity=bitmap["granularity"],
+                dirty_bytes=bitmap["count"],
+                recording=bitmap["recording"],
+                persistent=bitmap["persistent"],
+                inconsistent=bitmap.get("inconsistent", False),
+                busy=bitmap["busy"],
+            )
+
+
+def active_nodes(disks: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The nodes that disks read, by all that a disk is known by, as ``query-block`` says."""
+    return {
+        name: disk["inserted"]["node-name"]
+        for disk in disks
+        if "inserted" in disk
+        for name in _names_of(disk)
+    }
+
+
+def _names_of(disk: dict[str, Any]) -> Iterator[str]:
+    """By what a disk is known: its drive, its device's path, and its device's id."""
+    if disk.get("device"):
+        yield disk["device"]
+    path = disk.get("qdev", "")
+    if path:
+        yield path
+    # QEMU tells "/machine/peripheral/ID/virtio-backend" of what was given the id ID.
+    parts = path.split("/")
+    if parts[1:3] == ["machine", "peripheral"] and len(parts) > 3:
+        yield parts[3]
+
+
+def root_above(wanted: str, nodes: Mapping[str, BlockNode]) -> str:
+    """The upper end of the chain that a node is in: a merge may have put others above.
+
+    Or below: after an active merge the node stands on the one that the guest uses now.
+    """
+    upper = _uppermost_above(wanted, nodes)
+    name: str | None = upper
+    while name is not None:
+        if any(user.kind is UserKind.DEVICE for user in nodes[name].users):
+            return name
+        name = nodes[name].backing
+    return upper
+
+
+def _uppermost_above(name: str, nodes: Mapping[str, BlockNode]) -> str:
+    seen = set()
+    while name not in seen:
+        seen.add(name)
+        above = (user.name for user in nodes[name].users if user.kind is UserKind.NODE)
+        name = next(above, name)
+    return name

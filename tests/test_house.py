@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the house: what lies where, how large it is, and that a name has one home.
+
+What does not keep to it today stands in lists that may only become shorter: a test fails for what
+is new, and for what is on a list without need.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).parents[1]
+SOURCE: Final = ROOT / "src" / "chainmerge"
+TESTS: Final = ROOT / "tests"
+
+MODULES_AT_THE_TOP: Final = {
+    "__init__",
+    "__main__",
+    "__about__",
+    "api",
+    "catalogue",
+    "errors",
+    "options",
+}
+MOST_LINES_OF_A_FILE: Final = 600
+MOST_LINES_OF_THE_MEDIAN_FILE: Final = 150
+MOST_LINES_OF_A_FUNCTION: Final = 60
+
+LONG_FUNCTIONS: Final = {
+    "cli/options.py: access_options",
+    "cli/options.py: merge_options",
+    "merging/disks.py: merge_disks",
+    "planning/gathering.py: gather",
+    "planning/space/live.py: survey_for_live",
+    "qcow2/mapping.py: lookup",
+    "repairing/relinking.py: relink",
+}
+LONG_TEST_FILES: Final = {"lifecycle/life.py"}
+UNTESTED_PACKAGES: Final = {"live/libvirt", "live/qmp"}
+"""Packages whose tests lie in the directory above."""
+
+SHARED_NAMES: Final = {
+    # A command of the program has the name of the function that it calls.
+    "check": {"cli/check.py", "qcow2/check.py"},
+    "explain": {"catalogue.py", "cli/explain.py"},
+    "flatten": {"cli/flatten.py", "merging/flattening.py"},
+    "main": {"cli/main.py", "report/schema.py"},
+    "measure": {"cli/measure.py", "planning/dry_run.py"},
+    "merge": {
+        "cli/bitmaps.py",
+        "cli/live.py",
+        "cli/merge.py",
+        "live/__init__.py",
+        "live/merging.py",
+        "merging/merge.py",
+    },
+    "plan": {
+        "cli/live.py",
+        "cli/plan.py",
+        "live/__init__.py",
+        "live/merging.py",
+        "planning/dry_run.py",
+    },
+    "prune": {"bitmaps/pruning.py", "cli/bitmaps.py"},
+    "relink": {"cli/relink.py", "repairing/relinking.py"},
+    "repair": {"cli/repair.py", "repairing/mending.py"},
+    "resume": {"cli/live.py", "live/__init__.py", "live/merging.py"},
+    "status": {
+        "cli/live.py",
+        "cli/status.py",
+        "live/__init__.py",
+        "live/merging.py",
+        "records/unfinished.py",
+    },
+    # Variables of types.
+    "Function": {"cli/live.py", "cli/options.py"},
+    "P": {"cli/live.py", "cli/options.py", "storage/boundary.py"},
+    "R": {"cli/live.py", "cli/options.py"},
+    "T": {"storage/boundary.py", "storage/transfer/crew.py"},
+    # These are to get a home, or a name, of their own.
+    "L1_ENTRY_BYTES": {"engines/native/survey.py", "planning/space/arrivals.py"},
+    "MAGIC": {"qcow2/header.py", "records/saved_bitmaps.py", "repairing/backup.py"},
+    "MAX_NAME_BYTES": {"qcow2/bitmaps.py", "qcow2/header.py"},
+    "NOWHERE": {"bitmaps/rules.py", "storage/file_space.py"},
+    "OFFSET_MASK": {"qcow2/mapping.py", "qcow2/refcounts.py"},
+    "OnProgress": {"documents/progress.py", "storage/transfer/pieces.py"},
+    "PROGRAM": {"engines/qemu/compare.py", "engines/qemu/daemon.py"},
+    "SECONDS_BETWEEN_LOOKS": {"live/libvirt/sequence.py", "live/sequence.py"},
+    "SECTOR": {"planning/space/need.py", "qcow2/header.py"},
+    "SUFFIX": {
+        "records/disks.py",
+        "records/live_journal.py",
+        "records/merge_journal.py",
+        "records/merged_record.py",
+        "records/saved_bitmaps.py",
+        "repairing/backup.py",
+    },
+    "Settled": {"live/settling.py", "merging/settling.py"},
+    "ShouldStop": {"documents/progress.py", "storage/transfer/pieces.py"},
+    "Step": {"engines/metadata/steps.py", "live/steps.py"},
+    "commit": {"engines/native/commit.py", "engines/qemu/commit.py"},
+    "concatenated": {"engines/native/moves.py", "qcow2/extents.py"},
+    "enter": {"records/live_journal.py", "records/merge_journal.py"},
+    "execute": {"engines/metadata/steps.py", "merging/execution.py"},
+    "forget": {"live/settling.py", "repairing/interrupted.py"},
+    "gathered": {"cli/live.py", "engines/metadata/writes.py"},
+    "joined": {"chain/view.py", "storage/transfer/pieces.py"},
+    "place": {"engines/metadata/bitmap_set.py", "planning/space/clusters.py"},
+    "printable": {"chain/names.py", "report/text.py"},
+    "reason_of": {"engines/native/errors.py", "storage/errors.py"},
+    "reserve": {"engines/metadata/steps.py", "storage/allocation.py"},
+    "settle": {"live/settling.py", "merging/settling.py"},
+    "state_of": {"bitmaps/stored.py", "live/inspection.py"},
+    "table_entries": {"engines/native/windows.py", "qcow2/bitmaps.py"},
+    "tables_of": {"engines/metadata/salvage.py", "engines/native/survey.py"},
+}
+"""Public names that have more than one home, and which."""
+
+
+def modules() -> list[Path]:
+    found = sorted(SOURCE.rglob("*.py"))
+    assert found
+    return found
+
+
+def place(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
+
+
+def line_count(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def functions_in(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def is_long(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function has too many lines, from ``def`` on and with its docstring."""
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1 > MOST_LINES_OF_A_FUNCTION
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """What a module defines for others: functions, classes and constants."""
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names = [node.name]
+            case ast.Assign():
+                names = [one.id for one in node.targets if isinstance(one, ast.Name)]
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names = [name]
+            case _:
+                names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def homes(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """The public names that are defined in several modules, and where."""
+    found = defaultdict(set)
+    for where, tree in trees.items():
+        for name in public_names(tree):
+            found[name].add(where)
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_only_what_is_for_all_lies_at_the_top() -> None:
+    assert {path.stem for path in SOURCE.glob("*.py")} == MODULES_AT_THE_TOP
+
+
+def test_no_file_is_too_long() -> None:
+    assert [place(path) for path in modules() if line_count(path) > MOST_LINES_OF_A_FILE] == []
+
+
+def test_most_files_are_short() -> None:
+    assert median(map(line_count, modules())) < MOST_LINES_OF_THE_MEDIAN_FILE
+
+
+def test_no_function_is_too_long() -> None:
+    found = {
+        f"{place(path)}: {function.name}"
+        for path in modules()
+        for function in functions_in(ast.parse(path.read_text()))
+        if is_long(function)
+    }
+    assert found - LONG_FUNCTIONS == set(), "too long"
+    assert LONG_FUNCTIONS - found == set(), "short enough now: take it off the list"
+
+
+def test_a_name_has_one_home() -> None:
+    found = homes({place(path): ast.parse(path.read_text()) for path in modules()})
+    new = {name: places for name, places in found.items() if places - SHARED_NAMES.get(name, set())}
+    assert new == {}, "defined elsewhere already: use that, or another name"
+    settled = {
+        name: places - found.get(name, set())
+        for name, places in SHARED_NAMES.items()
+        if places - found.get(name, set())
+    }
+    assert settled == {}, "has one home less: take that off the list"
+
+
+def test_every_package_has_a_directory_of_tests() -> None:
+    packages = {
+        path.parent.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*/__init__.py")
+    }
+    without = {name for name in packages if not any((TESTS / name).rglob("test_*.py"))}
+    assert without - UNTESTED_PACKAGES == set(), "no tests"
+    assert UNTESTED_PACKAGES - without == set(), "has tests now: take it off the list"
+
+
+def test_no_file_of_tests_is_too_long() -> None:
+    found = {
+        path.relative_to(TESTS).as_posix()
+        for path in TESTS.rglob("*.py")
+        if line_count(path) > MOST_LINES_OF_A_FILE
+    }
+    assert found - LONG_TEST_FILES == set(), "too long"
+    assert LONG_TEST_FILES - found == set(), "short enough now: take it off the list"
+
+
+# Whether the tests above can fail
+
+
+def test_a_long_function_is_seen_wherever_it_is() -> None:
+    body = "\n".join(f"        x = {line}" for line in range(MOST_LINES_OF_A_FUNCTION))
+    long = f"class A:\n    async def f(self):\n{body}\n"
+    (function,) = functions_in(ast.parse(long))
+    assert is_long(function)
+    (shorter,) = functions_in(ast.parse(long.replace("        x = 0\n", "")))
+    assert not is_long(shorter)
+
+
+def test_names_are_seen_however_they_are_defined() -> None:
+    text = "A = B = 1\nC: int = 2\nD, _E = 3, 4\n_F = 5\ndef g(): h = 6\nclass I:\n    J = 7\n"
+    assert list(public_names(ast.parse(text))) == ["A", "B", "C", "g", "I"]
+
+
+def test_a_second_home_is_seen() -> None:
+    trees = {"a.py": ast.parse("def f(): ..."), "b.py": ast.parse("f = 1"), "c.py": ast.parse("")}
+    assert homes(trees) == {"f": {"a.py", "b.py"}}
