@@ -5,8 +5,8 @@
 >>> plan = chainmerge.plan("/images/disk-snap1.qcow2")          # doctest: +SKIP
 >>> report = chainmerge.merge("/images/disk-snap1.qcow2")       # doctest: +SKIP
 
-Every function raises :class:`chainmerge.errors.ChainmergeError` only. The functions are
-loaded when they are first used, so that ``import chainmerge`` costs next to nothing.
+Every function raises :class:`chainmerge.errors.ChainmergeError` only. The functions are loaded on
+first use, so ``import chainmerge`` costs next to nothing.
 """
 
 from __future__ import annotations

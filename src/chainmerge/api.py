@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public functions, in one place; the command line is a thin layer over them.
 
-They raise errors of ours only: what else the operating system has to say becomes one here.
+They raise only errors of ours: whatever the operating system reports is turned into one here.
 
-Each is loaded with what it needs when it is first used: a merge does not wait for the tools
-that work on bitmaps.
+Each is loaded, with what it needs, on first use: a merge does not wait for the tools that work on
+bitmaps.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from chainmerge.errors import ChainmergeError, ExitCode, Misuse, all_errors
 
 @dataclass(eq=False)
 class UnknownCode(Misuse):
-    """Asked to explain something that is no error of ours."""
+    """Asked to explain something that is not an error of ours."""
 
     code: ClassVar[str] = "unknown-code"
     template: ClassVar[str] = "there is no error with the code {asked!r}"

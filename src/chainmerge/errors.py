@@ -10,7 +10,8 @@
     ├── OutcomeUnknown  exit 4    we cannot tell what the disk holds
     └── Interrupted     exit 130  stopped on request; a rerun finishes the job
 
-Besides, an error can belong to a family, which says what it is about: see the end of this module.
+In addition, an error can belong to a family, which says what it is about: see the end of this
+module.
 
 A concrete error is a dataclass whose fields are its facts. It names a stable
 ``code``, a ``template`` for its sentence (formatted with the facts), a ``hint``
@@ -74,7 +75,7 @@ class ChainmergeError(Exception):
 
     @property
     def own_advice(self) -> str:
-        """The same, whoever passes it on."""
+        """The same, without anything put before it."""
         return self.hint.format(**self.facts)
 
     def advised(self, before: str) -> Self:
@@ -110,14 +111,14 @@ class Refused(ChainmergeError):
 
 @dataclass(eq=False)
 class OutcomeUnknown(ChainmergeError):
-    """It cannot be told whether the operation took effect."""
+    """Nobody can tell whether the operation took effect."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.UNKNOWN
 
 
 @dataclass(eq=False)
 class Interrupted(ChainmergeError):
-    """Stopped on request, at a point from which the same command goes on."""
+    """Stopped on request, at a point from which the same command continues."""
 
     code: ClassVar[str] = "interrupted"
     exit_code: ClassVar[ExitCode] = ExitCode.INTERRUPTED
@@ -143,7 +144,7 @@ class UsedByOthers(ChainmergeError):
 
 
 class NeededByOthers(ChainmergeError):
-    """Other images stand on one that would change or go, or nobody knows whether any do."""
+    """Other images are above one that would change or go, or nobody knows whether any are."""
 
 
 class ChainUnusable(ChainmergeError):
@@ -151,11 +152,11 @@ class ChainUnusable(ChainmergeError):
 
 
 class ImageInvalid(ChainmergeError):
-    """An image is damaged, or was not closed in order."""
+    """An image is damaged, or was not closed properly."""
 
 
 class NoSpace(ChainmergeError):
-    """A file, a volume or an image cannot hold what it would have to."""
+    """A file, a volume or an image has too little room."""
 
 
 class RecordsUnusable(ChainmergeError):
@@ -167,7 +168,7 @@ class CheckpointsAtRisk(ChainmergeError):
 
 
 class SnapshotsAtRisk(ChainmergeError):
-    """Internal snapshots would show other data, or go with their image."""
+    """Internal snapshots would show other data, or be lost with their image."""
 
 
 class NewerDataAtRisk(ChainmergeError):

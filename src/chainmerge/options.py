@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller asks for: how images may be reached, and how to merge them.
+"""What a caller requests: how images may be reached, and how to merge them.
 
 Kept apart from :mod:`chainmerge.documents.merge` because planning reads the options and the
 results contain plans.
@@ -35,7 +35,7 @@ class Direction(StrEnum):
 
 
 class Placement(StrEnum):
-    """Where data goes that base has a cluster for already."""
+    """Where data goes if base already has a cluster for it."""
 
     COW = "cow"
     """To a new cluster: base alone stays what it was until the switch."""
@@ -44,10 +44,10 @@ class Placement(StrEnum):
 
 
 LEFT_TO_A_GUEST: Final = 1 << 30
-"""Bytes that a volume keeps by default which a guest writes to. Whoever watches it needs the time
-to extend it: at a few hundred MiB a second that is seconds, and a guest on a full volume stops."""
+"""Bytes that a volume keeps by default if a guest writes to it. Whoever monitors it needs time to
+extend it: at a few hundred MiB a second that is seconds, and a guest on a full volume stops."""
 ANY_IMAGE: Final = "*"
-"""In place of an image's path: all images that nothing else is said of."""
+"""In place of an image's path: all images without an entry of their own."""
 
 
 def _nothing_declared() -> Mapping[str, str]:
@@ -65,13 +65,13 @@ class Access:
         formats: Explicit formats (``"qcow2"``, ``"raw"``, ...) by image path.
         allow_backing: Directories whose files may serve as backing files.
         allow_data_file: External data files that may be used.
-        search: Directories that images may lie in which use those of the chain; with everything
-            below. What is found nowhere else is then taken for not being there.
-        active: The chain's top end, where it is not found by itself.
+        search: Directories that may hold, at any depth, other images that use those of the chain.
+        Images that are not found there are then taken not to exist.
+        active: The chain's active layer, if it is not found automatically.
         lock_wait: Seconds to wait for image locks that others hold.
-        sole_user: No image uses those of the chain but the ones that are found.
+        sole_user: Only the images that are found use those of the chain; nobody else does.
         activate: Whether the caller has the chain's logical volumes active for as long as this
-            takes; who finishes an interrupted merge has to do so, too. The command line does it.
+            takes; so must whoever finishes an interrupted merge. The command line does it.
     """
 
     formats: Mapping[str, str] = field(default_factory=_nothing_declared)
@@ -84,7 +84,7 @@ class Access:
     activate: bool = False
 
     def __post_init__(self) -> None:
-        """Raise OptionUnusable for what no option can be."""
+        """Raise OptionUnusable if an option has an impossible value."""
         require_paths_to_texts("formats", self.formats)
         require_paths("allow_backing", self.allow_backing)
         require_paths("allow_data_file", self.allow_data_file)
@@ -104,34 +104,34 @@ class MergeOptions:
             base with top's view; ``metadata`` trusts the storage with the copy and checks
             bitmaps and refcounts only.
         delete: Delete the merged images once the result is verified; with them their external
-            data files, where nobody else uses those, and the links by which they were reached.
-        keep_name: Have the result under the name of top (files only): after a commit base takes
+            data files, if nobody else uses those, and the links by which they were reached.
+        keep_name: Give the result the name of top (files only): after a commit base takes
             the place of top's file. Nothing else is deleted without ``delete``.
-        drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        drop_bitmaps: Go on even if base cannot hold bitmaps and valid ones will be lost.
         drop_snapshots: Delete the internal snapshots that would show other data afterwards, and
             those of images that are deleted.
-        despite_newer_base: Go on where the overlays look like ones that somebody has merged
-            before and left behind: what was written to base since is overwritten.
-        engine: Who writes guest data.
+        despite_newer_base: Go on even if the overlays look as if somebody has merged them before
+        and left them behind: what was written to base since is overwritten.
+        engine: Which engine writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
-            base (``pull``); ``auto`` pulls where ``keep_name`` makes both end alike and a pull
+            base (``pull``); ``auto`` pulls if ``keep_name`` gives both the same result and a pull
             moves less.
-        data: Where data goes that base has a cluster for: to a new one (``cow``), over the old
-            one (``in-place``), or wherever there is the space.
-        detect_zeroes: Read all data that moves beforehand, and make zero clusters of what is
-            nothing but zeros (native engine, qcow2).
+        data: Where data goes if base already has a cluster for it: to a new one (``cow``), over the
+        old one (``in-place``), or to a new one if there is space (``auto``).
+        detect_zeroes: Read all data that moves beforehand, and turn zeros into zero clusters
+        (native engine, qcow2).
         bandwidth: Limit for the copy in bytes per second; None for no limit.
         size_limit: Bytes that base's file must not grow past, as if it were a volume of
             that size; None for no limit.
-        volume: What base lies on; ``auto`` finds out.
+        volume: What kind of volume base lies on; ``auto`` finds out.
         shrink: Reduce a logical volume afterwards to what the merge needed at most, and *leave*.
-        leave: Bytes that a reduced volume keeps beyond that; None for ``LEFT_TO_A_GUEST`` where
-            the result is what the guest writes to, and for none where images stand on it.
+        leave: Bytes that a reduced volume keeps beyond that; None for ``LEFT_TO_A_GUEST`` if the
+        guest writes to the result, and for none if images are above it.
         discard: Discard what was freed on the volume.
         reclaim: Give back all leaked clusters of the image that is written, also those that no
-            merge of ours has left. They may be what a lost L2 table led to.
+        merge of ours has left. They may hold the data that a lost L2 table mapped.
         key_files: Files that hold the passphrases of encrypted images, by image path; that of
-            ``ANY_IMAGE`` counts for all others.
+        ``ANY_IMAGE`` applies to all others.
     """
 
     verify: VerifyLevel = "full"
@@ -154,7 +154,7 @@ class MergeOptions:
     key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
 
     def __post_init__(self) -> None:
-        """Raise OptionUnusable for what no option can be."""
+        """Raise OptionUnusable if an option has an impossible value."""
         require_choice("verify", self.verify, get_args(VerifyLevel))
         require_choice("engine", self.engine, get_args(EngineChoice))
         require_choice("direction", self.direction, get_args(DirectionChoice))
@@ -175,17 +175,17 @@ class LiveOptions:
     """How to merge in a running VM.
 
     Attributes:
-        verify: ``full`` also compares the guest-visible content of base with top's view, where
-            the guest does not write to base; ``metadata`` trusts QEMU with the copy.
+        verify: ``full`` also compares the guest-visible content of base with top's view, if the
+        guest does not write to base; ``metadata`` trusts QEMU with the copy.
         delete: Delete the merged images once the VM has closed them and all is verified.
-        drop_bitmaps: Go on where base cannot hold bitmaps and valid ones will be lost.
+        drop_bitmaps: Go on even if base cannot hold bitmaps and valid ones will be lost.
         bandwidth: Limit for the copy in bytes per second; None for no limit.
         deadline: Seconds in which the copy is to catch up with what the guest writes; None for
             no limit. What happens then is up to ``on_stall``.
         on_stall: What to do when the copy does not catch up: go on (``wait``), slow down what the
             guest writes until it does (``throttle``), or undo the merge (``abort``).
         size_limit: Bytes that base's file must not grow past; None for no limit.
-        volume: What base lies on; ``auto`` finds out.
+        volume: What kind of volume base lies on; ``auto`` finds out.
     """
 
     verify: VerifyLevel = "full"
@@ -198,7 +198,7 @@ class LiveOptions:
     volume: VolumeChoice = "auto"
 
     def __post_init__(self) -> None:
-        """Raise OptionUnusable for what no option can be."""
+        """Raise OptionUnusable if an option has an impossible value."""
         require_choice("verify", self.verify, get_args(VerifyLevel))
         require_choice("on_stall", self.on_stall, get_args(StallChoice))
         require_choice("volume", self.volume, get_args(VolumeChoice))
@@ -210,7 +210,7 @@ class LiveOptions:
 
     @property
     def as_merge(self) -> MergeOptions:
-        """What of it the planning of every merge asks for."""
+        """The options that the planning of every merge needs."""
         return MergeOptions(
             verify=self.verify,
             delete=self.delete,

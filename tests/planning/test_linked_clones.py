@@ -249,7 +249,7 @@ def test_repair_finishes_a_merge_only_if_somebody_vouches_for_it(clones: Clones)
     shown = content(top)
     planned = chainmerge.plan_repair(clones.base, clones.access)
     assert "half-done-commit" in {one.kind for one in planned.findings}
-    assert any("in use from anywhere" in one.sentence for one in planned.findings)
+    assert any("may have users anywhere" in one.sentence for one in planned.findings)
     report = chainmerge.repair(clones.base, clones.access)
     assert report.leaves_damage
     assert content(top) == shown

@@ -353,7 +353,7 @@ def test_tables_that_qemu_reads_as_zeros_are_refused(image: Path) -> None:
     with pytest.raises(BadBitmapTable, match="a cluster twice"):
         read_bits(open_qcow2(image), patch.entries[0])
     outside = replace(patch.entries[0], table_offset=1 << 40)
-    with pytest.raises(BadBitmapTable, match="passes the end"):
+    with pytest.raises(BadBitmapTable, match="reaches past the end"):
         read_table(open_qcow2(image), outside)
 
 

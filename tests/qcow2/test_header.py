@@ -367,7 +367,7 @@ def test_an_extension_that_passes_its_end(image: bytes, excess: int) -> None:
     """Never a reason to stop and take what was found so far."""
     content = with_extensions(image, (0x12345678, b"12345678"), end=False)
     content = Field(116, "I").put(content, 8 + excess)
-    with pytest.raises(BadExtension, match="passes the end of the extensions"):
+    with pytest.raises(BadExtension, match="reaches past the end of the extensions"):
         parse(content)
     assert not qemu_opens(content)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of arrays, by what an element is."""
+"""Array types, by element type."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from chainmerge.arithmetic.arrays import I64Array
 
 Whole = TypeVar("Whole", int, "I64Array")
-"""A whole number, or an array of some."""
+"""A whole number, or an array of whole numbers."""
 
 
 def divide_up(value: Whole, unit: int) -> Whole:

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.bits import BitSet
     from chainmerge.qcow2.image import Qcow2Image
 
-# How the bits found differ from those that were planned; None where they do not.
+# How the bits found differ from those that were planned; None if they do not.
 _BitsDiffer: TypeAlias = "Callable[[BitSet, BitSet], str | None]"
 
 
 def bitmap_difference(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str | None:
     """How an image's bitmaps differ from the expected set; None if they do not.
 
-    Raises FormatError where they cannot be read.
+    Raises FormatError if they cannot be read.
     """
     return _set_difference(image, expected, _bits_differ)
 
 
 def bitmap_shortfall(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str | None:
-    """What an image's bitmaps lack of the expected set; None where they have all of it, or more.
+    """What the expected set has and an image's bitmaps lack; None if they lack nothing.
 
-    Raises FormatError where they cannot be read.
+    Raises FormatError if they cannot be read.
     """
     return _set_difference(image, expected, _bits_lack)
 

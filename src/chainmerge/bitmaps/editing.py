@@ -119,15 +119,15 @@ def bitmaps_clear(
 ) -> BitmapChange:
     """Forget what bitmaps have recorded; they stay, with their granularities and flags.
 
-    As `qemu-img bitmap --clear` does: for a bitmap that is used over and over, once a backup was
-    taken. The chain test passes as before, so this is refused where the bitmap is a part only of
-    a checkpoint: the rest of it would be taken for the whole.
+    As `qemu-img bitmap --clear` does: for a bitmap that is used over and over, after each backup.
+    The chain test passes as before, so this is refused if the bitmap is only part of a checkpoint:
+    the rest would be taken for the whole.
 
     Args:
         image: the image that holds them.
         names: all must be there, and none in-use.
         access: how images may be found and reached.
-        force: clear them even where other images of the chain have the name, too.
+        force: clear them even where other images of the chain have the name too.
 
     Raises:
         Refused: nothing was changed.

@@ -26,7 +26,7 @@ class BitmapsImpossible(Refused):
 
 @dataclass(eq=False)
 class BitmapExists(Refused):
-    """A bitmap of that name is there already."""
+    """A bitmap of that name already exists."""
 
     code: ClassVar[str] = "bitmap-exists"
     template: ClassVar[str] = "{image} already has a bitmap {name!r}"
@@ -177,7 +177,7 @@ class SizesDiffer(Refused):
 
 @dataclass(eq=False)
 class BitmapsChanged(Failed):
-    """Bitmaps were changed, and then something failed that has nothing to do with them."""
+    """Bitmaps were changed, and then something unrelated failed."""
 
     code: ClassVar[str] = "bitmaps-changed"
     template: ClassVar[str] = (

@@ -46,7 +46,7 @@ class BitmapFacts:
 
 
 def gather_bitmaps_to_pull(target: Target, opened: OpenChain) -> BitmapFacts:
-    """As :func:`gather_bitmaps` where top is the result: what base holds, top will."""
+    """Like :func:`gather_bitmaps`, but top is the result: top gets what base holds."""
     on_disk = [bitmaps_of(image) for image in opened.images]
     index = target.base_index
     on_disk[index] = replace(on_disk[index], supports_bitmaps=on_disk[-1].supports_bitmaps)
@@ -111,7 +111,7 @@ def _usable_saved(
     on_disk: Sequence[LayerBitmaps],
     saved: SavedBitmaps | None,
 ) -> tuple[dict[str, BitSet | None], tuple[str, ...]]:
-    """What an interrupted merge saved of base's bitmaps, as far as it belongs to this chain.
+    """The bitmaps of base that an interrupted merge saved, as far as they belong to this chain.
 
     None stands for a name that base did not have: where base has it now, in whatever state, the
     interrupted merge has put it there.
@@ -146,15 +146,15 @@ def _usable_saved(
     if not lost:
         return usable, ()
     warning = (
-        f"an interrupted merge saved the bitmaps {', '.join(map(repr, lost))} of "
-        f"{target.base.path}, but the image on top of it is no longer the same one: they are lost, "
-        "and the next backup that builds on them must be a full one"
+        f"an interrupted merge saved bitmaps of {target.base.path}, but the image on top of it is "
+        f"no longer the same one: {', '.join(map(repr, lost))} cannot be restored, and the next "
+        "backup that builds on this must be a full one"
     )
     return usable, (warning,)
 
 
 def _unclear(target: Target, answers: tuple[Sameness, Sameness]) -> LeftoverUnclear:
-    """That nothing tells whether what is saved belongs to this chain."""
+    """The error that nothing shows whether the saved bitmaps belong to this chain."""
     image = target.base if answers[0] is Sameness.UNKNOWN else target.overlay
     file = saved_bitmaps_file(target.base.real_path)
     consequence = "the next backup that builds on the bitmaps that it holds must be a full one"
@@ -164,7 +164,7 @@ def _unclear(target: Target, answers: tuple[Sameness, Sameness]) -> LeftoverUncl
 def _still_covers(
     opened: OpenChain, target: Target, overlay: LayerBitmaps, saved: SavedBitmap
 ) -> bool:
-    """Whether the overlay's bits are those that it had, or more."""
+    """Whether the overlay still has all the bits that it had."""
     then = saved.in_overlay
     if then is None or overlay.state(saved.name) is not BitmapState.VALID:
         return False

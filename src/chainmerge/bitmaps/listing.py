@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListing:
-    """Every bitmap of a chain, and what each name is worth to a backup read from *image*.
+    """Every bitmap of a chain, and whether a backup read from *image* can use each name.
 
     Raises:
         ChainmergeError: the chain cannot be found or read.

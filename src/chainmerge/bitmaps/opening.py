@@ -54,7 +54,7 @@ def require_users_known(target: Target) -> None:
 
 @contextlib.contextmanager
 def refusals_after_a_change_of(image: ImageInfo) -> Iterator[None]:
-    """To be refused means that nothing was changed."""
+    """Refused means that nothing was changed."""
     try:
         yield
     except Refused as error:
@@ -108,7 +108,7 @@ class BitmapEdit:
         )
 
     def require_safe_removal(self, names: Sequence[str]) -> None:
-        """Refuse to take evidence from under an image that would then pass the chain test."""
+        """Refuse to remove evidence below an image that would then pass the chain test."""
         for above in self.relatives.above:
             shared = sorted(set(names) & {entry.name for entry in above.image.bitmaps})
             if shared:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bitmaps that can serve no backup any more, removed."""
+"""Removal of bitmaps that no backup can use any more."""
 
 from __future__ import annotations
 

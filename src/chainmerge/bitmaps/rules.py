@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which persistent dirty bitmaps survive a merge, and why.
 
-A checkpoint is one bitmap name that stands in several images of a backing chain. A
+A checkpoint is one bitmap name that occurs in several images of a backing chain. A
 consumer (libvirt: ``qemuBlockBitmapChainIsValid``) trusts it if it passes the *chain
 test*, and then takes the union of all its occurrences for everything that the guest
-wrote since. So a merge has two duties: a checkpoint that passed must go on covering
-every write, and one that failed must not begin to pass. Losing a checkpoint costs one
-full backup; a false one costs data.
+wrote since. So a merge has two duties: a checkpoint that passed must still cover every write, and
+one that failed must not begin to pass. Losing a checkpoint costs one full backup; a false one costs
+data.
 
 Everything here is pure: states of bitmaps in, decisions out.
 """
@@ -113,8 +113,7 @@ def chain_test(states_from_leaf_down: Sequence[BitmapState]) -> ChainVerdict:
         (i for i in range(depth, len(states)) if states[i] is not BitmapState.ABSENT), None
     )
     if culprit is None:
-        images = "1 image" if depth == 1 else f"{depth} images"
-        return ChainVerdict(f"valid in {images}", depth)
+        return ChainVerdict(f"valid in {counted(depth, 'image')}", depth)
     if culprit == depth:
         reason = f"{states[culprit]} {_levels(culprit)} below the active image"
         return ChainVerdict(reason, depth, Fault.BROKEN_BELOW, culprit)
@@ -158,7 +157,7 @@ class Decision:
     ``states`` go from the root to top.
 
     A *tombstone* is a disabled, empty bitmap of this name in base. It must be in place
-    from the very first change to base's bitmaps on, in the same switch that removes the
+    from the very first change to base's bitmaps, in the same switch that removes the
     old ones. ``tombstone`` asks for one that stands for good;
     ``tombstone_while_top_exists`` (always set with it) for one that is needed at least
     until top cannot be opened any more: in between, top has the name valid, and with

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sets of bitmaps that base holds, one after the other, in the course of a merge."""
+"""The sets of bitmaps that base holds one after another during a merge."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def result_set(
 def bitmaps_to_store(
     image: Qcow2Image, bitmaps: BitmapFacts, disk: MappedDisk
 ) -> Sequence[AnyBitmap] | None:
-    """The set that the result gets; None where it has it already."""
+    """The set that the result gets; None if it has it already."""
     if image.header.version < 3:
         return None
     final = result_set(bitmaps, disk.size_after, disk.direction)
@@ -48,7 +48,7 @@ def bitmaps_without_stale(
 ) -> Sequence[AnyBitmap] | None:
     """The set of base's bitmaps once those are out of it that the merge does not keep.
 
-    What is kept stays as it is, and tombstones stand where they must. None where nothing can
+    What is kept stays as it is, and tombstones stand where they must. None if nothing can
     be taken out.
     """
     if image.header.version < 3 or direction is Direction.PULL:
@@ -67,7 +67,7 @@ def bitmaps_without_stale(
 
 
 def stand_ins(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
-    """What stands in base while data is copied: tombstones, nothing else."""
+    """What base holds while data is copied: only tombstones."""
     return tuple(
         _tombstone(bitmaps, decision.name, disk_size)
         for decision in bitmaps.decisions
@@ -76,7 +76,7 @@ def stand_ins(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
 
 
 def final_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
-    """What stands in base after the merge, as long as top exists."""
+    """What base holds after the merge, as long as top exists."""
     kept = (
         StoredBitmap(decision.name, bitmaps.final_bits[decision.name], BitmapFlag.AUTO)
         for decision in bitmaps.decisions
@@ -91,13 +91,13 @@ def final_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
 
 
 def lasting_set(bitmaps: BitmapFacts, disk_size: int) -> tuple[StoredBitmap, ...]:
-    """What stands in base once top is gone: without the tombstones that only top needed."""
+    """What base holds once top is gone: without the tombstones that only top needed."""
     spent = spent_names(bitmaps)
     return tuple(bitmap for bitmap in final_set(bitmaps, disk_size) if bitmap.name not in spent)
 
 
 def spent_names(bitmaps: BitmapFacts) -> frozenset[str]:
-    """Of which base has a tombstone that only top needs."""
+    """Names of which base has a tombstone that only top needs."""
     return frozenset(
         decision.name
         for decision in bitmaps.decisions

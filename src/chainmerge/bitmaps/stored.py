@@ -50,7 +50,7 @@ def state_of(image: Qcow2Image, entry: BitmapEntry) -> BitmapState:
 def bitmap_results(image: Qcow2Image) -> tuple[BitmapResult, ...]:
     """Every bitmap of an image, in the order of their names.
 
-    Raises FormatError where they cannot be read.
+    Raises FormatError if they cannot be read.
     """
     entries = sorted(read_directory(image), key=lambda entry: entry.name)
     return tuple(_result(image, entry) for entry in entries)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ordered chain of images: what an image stands on, and who else uses its parts."""
+"""An ordered chain of images: its backing files, and who else uses them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logical volumes of a chain that are not active: brought up for a while, or at least known of."""
+"""Logical volumes of a chain that are not active: activated for a while, or at least known."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def volumes_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[st
 
 @contextlib.contextmanager
 def neighbours_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[str, ...]]:
-    """Have the volumes beside those of *top*'s chain active, too; gives those that were not.
+    """Have the volumes beside those of *top*'s chain active too; gives those that were not.
 
     Only then can be seen what stands on the images of the chain. One that cannot be activated
     stays as it is, and is known as that (:func:`inactive_neighbours`).
@@ -112,7 +112,7 @@ def _activate(path: str) -> None:
 
 
 def _inactive(top: Path, policy: ChainPolicy) -> str | None:
-    """The path of the first volume of the chain that is not active; None where all are.
+    """The path of the first volume of the chain that is not active; None if all are.
 
     Raises what discovery raises.
     """
@@ -133,7 +133,7 @@ def _inactive(top: Path, policy: ChainPolicy) -> str | None:
         return None
     path = os.path.normpath(missing)
     try:
-        # One that is active, and yet has no such name, would be activated for ever.
+        # One that is active, and yet has no such name, would be activated forever.
         active = lvm.is_active(path, path)
     except Refused:
         raise cause from None

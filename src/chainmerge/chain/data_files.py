@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who uses an external data file: like a backing file, it does not know."""
+"""Who uses an external data file: like a backing file, it does not know its users."""
 
 from __future__ import annotations
 

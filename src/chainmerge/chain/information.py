@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to say about an image and those that it stands on."""
+"""A description of an image and of the images below it."""
 
 from __future__ import annotations
 

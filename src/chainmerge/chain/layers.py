@@ -178,8 +178,8 @@ def layer_of_raw(readable: Readable) -> Layer:
 def stored_ranges(source: Readable, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Start and end of what is not known to be a hole of the file, ascending and disjoint.
 
-    Other than :func:`chainmerge.storage.extents.raw_data_extents` this looks at a part of the
-    file only, and takes what is not a file of the operating system for data as a whole.
+    Unlike :func:`chainmerge.storage.extents.raw_data_extents` this looks at only a part of the
+    file, and takes what is not a file of the operating system for data as a whole.
     """
     end = min(end, source.size)
     while start < end:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that could be a backing file that is not where an image says."""
+"""Files that could be the missing backing file of an image."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Candidate:
 def files_that_could_back(image: ImageInfo, search: Sequence[Path] = ()) -> tuple[Candidate, ...]:
     """Name the files that could be the backing file of *image*, the likeliest first.
 
-    A name, a size, and bitmaps that both have are no proof: whoever chooses has to know, or the
-    content has to be compared. What stands on the image itself cannot be below it.
+    A matching name, size or set of bitmaps is not proof: whoever chooses has to know, or the
+    content has to be compared. An image above this one cannot be below it.
 
     Args:
         image: an image whose backing file is not where its header says.
@@ -103,7 +103,7 @@ def _reasons(image: ImageInfo, other: ImageInfo) -> Iterator[str]:
         yield "its disk has the same size"
     shared = _shared_names(image, other)
     if shared:
-        yield f"it also has the bitmaps {', '.join(map(repr, shared))}"
+        yield f"it has bitmaps of the same names: {', '.join(map(repr, shared))}"
 
 
 def _shared_names(image: ImageInfo, other: ImageInfo) -> list[str]:

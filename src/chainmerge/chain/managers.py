@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where those who manage virtual machines on this host keep their images.
+"""Where the managers of virtual machines on this host keep their images.
 
 Read from files, without a daemon: the pools and domains of libvirt, the storage of Proxmox VE,
 and what running QEMUs have open.

@@ -25,17 +25,17 @@ Identity = tuple[int, int]
 
 
 class ImageFormat(StrEnum):
-    """The formats that are read here. Any other one is kept as the string that declares it."""
+    """The formats that are read here. Any other format is kept as the string that declares it."""
 
     QCOW2 = "qcow2"
     RAW = "raw"
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """What tells a file or block device from others, whatever name it was reached by.
+    """What distinguishes a file or block device from others, whatever name it was reached by.
 
-    A device can have several nodes, on several file systems, so it is not known by the
-    inode of its node. No file system has device number 0.
+    A device can have several nodes, on several file systems, so the inode of its node does not
+    identify it. No file system has device number 0.
     """
     if stat.S_ISBLK(status.st_mode):
         return (0, status.st_rdev)
@@ -56,7 +56,7 @@ class ImageInfo:
     format: str
     """An :class:`ImageFormat`, or the name of a format that only QEMU knows."""
     format_declared: bool
-    """False where nobody said the format and it was taken from the file's first bytes."""
+    """False if nobody declared the format and it was taken from the file's first bytes."""
     header: Header | None
     """None unless the format is qcow2."""
     file_size: int
@@ -116,7 +116,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """An image and what it stands on: ``images`` goes from the root to the image asked for."""
+    """An image and the images below it: ``images`` goes from the root to the image asked for."""
 
     images: tuple[ImageInfo, ...]
 

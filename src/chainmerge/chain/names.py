@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stored backing name means: QEMU's rules, less what a stranger's image may not ask for.
+"""What a stored backing name means: QEMU's rules, minus what an untrusted image may not ask for.
 
 The rules are those of ``bdrv_get_full_backing_filename`` and ``path_has_protocol`` in
 QEMU 7.2's block.c.
@@ -88,7 +88,7 @@ def possible_backing_paths(image: Path, name: str) -> tuple[Path, ...]:
     """Every local file that the backing name *name* of *image* could mean, however it is written.
 
     For finding the users of an image, where missing one is worse than naming one too
-    many: other than :func:`backing_path` this also looks behind ``json:`` and other
+    many: unlike :func:`backing_path` this also looks behind ``json:`` and other
     protocols.
     """
     local = name.split("\0", 1)[0]

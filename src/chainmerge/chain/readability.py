@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the images that a merge only reads can be read, by QEMU and by ourselves.
 
-What is wrong with them has to come out before the first write. Their refcounts do not
+Anything wrong with them must be found before the first write. Their refcounts do not
 matter, as nothing is written to them.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One image file: reached without harm, and read into an :class:`ImageInfo`."""
+"""One image file: opened safely, and read into an :class:`ImageInfo`."""
 
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ def _header_notes(header: Header, problem: FormatError | None) -> list[str]:
 def allowed_data_file(image: ImageInfo, header: Header, allowed: Iterable[Path]) -> Path | None:
     """The external data file of an image, which must be one of those *allowed*.
 
-    QEMU resolves a relative name against the current directory (7.2), people mean
-    the directory of the image; since the file must be named anyway, either will do.
+    QEMU resolves a relative name against the current directory (7.2), people mean the directory of
+    the image; since the user must name the file anyway, either will do.
 
     Returns:
         The file's path as the user gave it, None if the image holds its data itself.

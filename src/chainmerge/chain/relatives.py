@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else uses the images of a chain: siblings, children, and what stands on those.
+"""Who else uses the images of a chain: siblings, children, and the images above those.
 
 An image does not know its users, so the headers of all qcow2 files around it are read.
 """
@@ -55,7 +55,7 @@ class Descent:
 
 @dataclass(frozen=True, slots=True)
 class ImageAbove:
-    """An image that stands on another one: on top, unless something else is said."""
+    """An image above another one: above top, unless something else is said."""
 
     image: ImageInfo
     way: Descent | None
@@ -322,7 +322,7 @@ class _Survey:
 
 
 def _backing_name(path: Path, status: os.stat_result) -> str | None:
-    """The backing name in a file's header; None if there is none or this is no qcow2 image.
+    """The backing name in a file's header; None if there is none or this is not a qcow2 image.
 
     Raises:
         OSError: the device cannot be read now.

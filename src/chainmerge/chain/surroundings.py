@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that are looked at for users of a chain's images, and how far that goes.
 
-An image can be used from anywhere, so no search is complete. What is promised is to say where
-one has looked. Near, that is in the directories of the chain and in places that the user names,
-all is looked at or an error says why not. Around, in what lies beside and below those directories
-and where images are kept on this host, as much is looked at as costs next to nothing.
+An image can be used from anywhere, so no search is complete. The promise is to say which places
+were searched. *Near* are the directories of the chain and the places that the user names: they are
+searched completely, or an error says why not. *Around* are the directories beside and below those,
+and the places where images are kept on this host: they are searched as far as that costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Surroundings:
             yield from self._named(place)
 
     def around(self) -> Iterator[Path]:
-        """Files that may be users of the images, too; none twice. What cannot be read is noted."""
+        """Files that may be users of the images too; none twice. What cannot be read is noted."""
         pending = deque((home, LEVELS) for home in self._homes if not _is_below_dev(home))
         pending += [(parent, LEVELS) for parent in self._beside()]
         if any(map(_is_below_dev, self._homes)):
@@ -135,7 +136,7 @@ class Surroundings:
         self._unreadable.append(str(path))
 
     def searched(self) -> Searched:
-        """How far one has looked, once both iterators have come to their end."""
+        """What was searched, once both iterators are exhausted."""
         beside = self._beside()
         alone = [
             home for home in self._homes if not _is_below_dev(home) and _parent(home) not in beside
@@ -169,7 +170,7 @@ class Surroundings:
         for place in places:
             if _is_below_dev(place.directory):
                 continue
-            # By its name first: to look at one that is dead takes for ever.
+            # By its name first: to look at one that is dead takes forever.
             named = os.path.normpath(place.directory)
             if self._is_elsewhere(named):
                 self._elsewhere.append(named)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Users of images where nobody has looked, or can look: whether that forbids a change. Pure.
 
-Images do not know who uses them. As a rule all that use a file lie in its own directory or one of
+Images do not know who uses them. Usually all that use a file lie in its own directory or one of
 its neighbours, which are searched; a base in another directory than top is one that many share.
 """
 
@@ -74,7 +74,7 @@ class VolumesInactive(NeededByOthers, Refused):
 def unseen_users(
     changed: Sequence[ImageInfo], top: ImageInfo, relatives: Relatives, first: str
 ) -> Iterator[ChainmergeError]:
-    """Why images must not be changed although nobody was found who would mind.
+    """Why images must not be changed although no other user was found.
 
     Args:
         changed: what will show other content, or be deleted, besides *top*.
@@ -107,6 +107,6 @@ def inactive_users(
 
 
 def volumes(relatives: Relatives) -> str:
-    """The volumes that are not active, for a sentence."""
+    """The volumes that are not active, as a phrase."""
     what = counted(len(relatives.inactive), "logical volume")
     return f"{what} ({folded([str(path) for path in relatives.inactive])})"

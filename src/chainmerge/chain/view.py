@@ -140,8 +140,8 @@ class GuestView:
         """Which layer decides what, from guest byte *at* to *upto* or, with many runs, less far.
 
         Layers are read one after the other from the top down, each for the whole piece: what
-        that costs is a matter of how much they say. To stop with each layer wherever another
-        one's tables end takes (number of layers) x (tables of the disk) steps.
+        that costs is a matter of how much they say. To stop each layer wherever another one's
+        tables end takes (number of layers) x (tables of the disk) steps.
         """
         said: list[Resolved] = []
         count = 0

@@ -47,8 +47,8 @@ class Command(click.RichCommand):
 
 
 def bug_report(error: Exception) -> Failed:
-    """Return an exception that nobody meant to raise as an error for the user."""
-    # Parts of the program are loaded when they are needed, which takes memory, too.
+    """Turn an unexpected exception into an error for the user."""
+    # Parts of the program are loaded when they are needed, which takes memory too.
     said = str(error)
     if isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY):
         return OutOfMemory()

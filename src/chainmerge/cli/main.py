@@ -59,8 +59,8 @@ def cli(debug: bool) -> None:  # noqa: FBT001 (read from the context where error
 def main() -> NoReturn:
     """Run the command that the process was started with, and end the process.
 
-    At once: all is written and closed by then, and to take the interpreter down object by object
-    takes a tenth of the time of a small command.
+    The process ends at once: everything is written and closed by then, and an orderly shutdown of
+    the interpreter would take a tenth of the time of a small command.
     """
     status = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):

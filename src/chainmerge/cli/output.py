@@ -39,7 +39,7 @@ class Output(Protocol):
         ...
 
     def error(self, error: ChainmergeError) -> None:
-        """Show why a command did not do what was asked."""
+        """Show why a command did not do what was requested."""
         ...
 
 

@@ -72,7 +72,7 @@ class KeyFile(click.ParamType[tuple[str, str]]):
     ) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
-        # A path may hold an equals sign, too.
+        # A path may hold an equals sign too.
         image, found, key_file = value.rpartition("=")
         if not found or Path(value).exists():
             return ANY_IMAGE, value

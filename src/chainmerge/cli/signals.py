@@ -29,9 +29,9 @@ def interrupted_by_signals() -> Iterator[None]:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[Callable[[], bool]]:
-    """Note a request to stop instead of being torn out of what is being done.
+    """Note a request to stop instead of interrupting the work in progress.
 
-    Gives a function that tells whether there was one. However often the user presses
+    Gives a function that says whether there was one. However often the user presses
     Ctrl-C, the work stops at a safe point and nowhere else.
     """
     requested = False

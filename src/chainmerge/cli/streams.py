@@ -27,7 +27,7 @@ _ENDLESS: Final = 10_000
 
 
 def prepare_streams() -> None:
-    """Have standard streams that take every character, whatever the locale."""
+    """Make the standard streams take every character, whatever the locale."""
     _open_closed_streams()
     codecs.register_error(_ERROR_HANDLER, _plain_characters)
     for stream in (sys.stdout, sys.stderr):
@@ -36,7 +36,7 @@ def prepare_streams() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Put nothing where a stream is closed: that number would go to the next file opened."""
+    """Open /dev/null in place of closed streams: the next file opened would get their number."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -62,7 +62,7 @@ def console_on(stream: TextIO) -> Console:
 def write_report(text: str) -> None:
     """Write a report to standard output, to its end.
 
-    A reader that went away (``| head``) has what it wanted, and that is no failure.
+    A reader that went away (``| head``) has what it wanted, and that is not a failure.
 
     Raises:
         ReportNotDelivered: Standard output takes no more, for any other reason.

@@ -14,7 +14,7 @@ class BitmapResult:
         name: The bitmap's name.
         state: ``valid``, ``disabled`` or ``in-use``.
         granularity: Guest bytes that one bit stands for.
-        dirty_bytes: Guest bytes that are marked dirty, None where the content is worthless, and
+        dirty_bytes: Guest bytes that are marked dirty, None if the content is worthless, and
             where it is in the memory of a VM that does not tell.
         tombstone: Whether the name only keeps images above from passing the chain test.
     """
@@ -35,7 +35,7 @@ class BitmapRow:
         name: The bitmap's name.
         state: ``valid``, ``disabled`` or ``in-use``.
         granularity: Guest bytes that one bit stands for.
-        dirty_bytes: Guest bytes marked dirty, None where the content is worthless.
+        dirty_bytes: Guest bytes marked dirty, None if the content is worthless.
         tombstone: Whether the name only keeps images above from passing the chain test.
     """
 

@@ -23,7 +23,7 @@ class DiskOutcome(StrEnum):
 
     @classmethod
     def of(cls, error: ChainmergeError) -> DiskOutcome:
-        """What an error leaves."""
+        """What happened, according to an error."""
         return cls.UNKNOWN if isinstance(error, OutcomeUnknown) else cls.FAILED
 
 
@@ -51,7 +51,7 @@ class DiskReport:
         base: The image that it was to be merged into.
         outcome: ``merged`` and ``already-merged`` (by an earlier run) are verified; ``failed``;
             ``unknown``; ``interrupted``; ``not-begun``.
-        report: What the merge did, None where it did not come to its end.
+        report: What the merge did, None if it was not finished.
         error: Why it did not.
     """
 
@@ -81,7 +81,7 @@ class DisksReport:
 
     @property
     def exit_code(self) -> ExitCode:
-        """0 if all are merged; else that of the worst that happened to any."""
+        """0 if all are merged; otherwise the worst status of any."""
         outcomes = {disk.outcome for disk in self.disks}
         for outcome, code in (
             (DiskOutcome.UNKNOWN, ExitCode.UNKNOWN),

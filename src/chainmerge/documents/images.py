@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image is, what it stands on, what is wrong with it."""
+"""What an image is, which images are below it, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Searched:
 
     @property
     def places(self) -> str:
-        """Where was looked, in words."""
+        """The places that were searched, in words."""
         parts = [*self.directories]
         if self.named:
             parts.append(f"{', '.join(self.named)} with everything below")
@@ -54,12 +54,12 @@ class ImageReport:
         path: The image's path.
         format: Its format.
         format_declared: Whether somebody said so: the caller, or the image above it.
-        in_chain: Whether it is the image asked about or lies below it; else it is a
-            sibling or a child.
+        in_chain: Whether it is the image asked about or lies below it; otherwise it is a sibling or
+        a child.
         parent: The path of its backing file, None for a root.
         virtual_size: Size of the guest's disk in bytes.
         file_size: Size of the file or device in bytes.
-        allocated_bytes: Guest bytes that the image itself defines, None where unknown.
+        allocated_bytes: Guest bytes that the image itself defines, None if unknown.
         cluster_size: In bytes, None for formats without clusters.
         details: What else there is to say by name, e.g. ``compression`` or ``subclusters``.
         bitmaps: Number of bitmaps stored in it.
@@ -113,7 +113,7 @@ class CheckResult:
         messages: The findings, a sentence each; at most the first 100.
         image_end_offset: End of the last cluster in use, in bytes.
         remarks: What else is wrong, a sentence each: marks of a writer that died, bitmaps that
-            are in-use, merges that did not come to their end.
+            are in-use, merges that were not finished.
     """
 
     version: int
@@ -153,8 +153,8 @@ class BackingReport:
         version: Version of this document.
         image: The image's path.
         backing: The name in its header, None for none.
-        backing_format: The format that its header declares, None where it does not.
-        problem: Why the image's chain cannot be read, None where it can.
+        backing_format: The format that its header declares, None if it does not.
+        problem: Why the image's chain cannot be read, None if it can.
         candidates: Where it cannot: files that could be the backing file, the likeliest first.
     """
 
@@ -176,7 +176,7 @@ class RelinkReport:
         old_backing: The name that its header held, None for none.
         backing: The name that it holds now, None for none.
         backing_format: The format that its header declares for it now.
-        verified: What was compared, a sentence each; empty where nothing was.
+        verified: What was compared, a sentence each; empty if nothing was.
         warnings: What the user should know, a sentence each.
     """
 

@@ -26,12 +26,12 @@ class MergeOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did; returned only when everything that was asked for was verified.
+    """What a merge did; returned only when everything requested was verified.
 
     Attributes:
         version: Version of this document.
         outcome: Whether this run merged, or found that nothing was left to do.
-        plan: What was decided before the first write; None where an earlier run had finished all
+        plan: What was decided before the first write; None if an earlier run had finished all
             but the deletions.
         bitmaps: Base's bitmaps, re-read from the closed image.
         bytes_copied: Guest bytes that the engine moved into base.

@@ -33,7 +33,7 @@ class Role(StrEnum):
 
 
 class Progress(StrEnum):
-    """How far earlier runs of the same merge came."""
+    """How far earlier runs of the same merge got."""
 
     NEW = "new"
     INTERRUPTED = "interrupted"
@@ -45,7 +45,7 @@ class LeakFacts:
     """Clusters of the result that are marked used and that nothing uses, in bytes.
 
     ``ours`` were left by a merge of ours, and are given back. ``others`` were left by somebody
-    else; ``reclaimed`` says whether they are given back, too. ``sign`` is what makes them look like
+    else; ``reclaimed`` says whether they are given back too. ``sign`` is what makes them look like
     the content of a lost L2 table, which is all that is left of it then; None if nothing does.
     """
 
@@ -152,7 +152,7 @@ class SpacePlan:
     QEMU's a safe upper bound. ``placement`` is where data goes that base has a cluster for,
     ``required_by_placement`` what each way takes at least, ``prune_first`` whether stale bitmaps
     have to make room first, by a switch of their own. ``grow_to`` is the size that the volume
-    will be extended to, None where it is large enough. ``missing`` is what cannot be had; a plan
+    will be extended to, None if it is large enough. ``missing`` is what cannot be had; a plan
     with a missing byte is refused. ``allocates`` is what the file system has to give a file:
     behind its end, in holes that are written to, and for blocks that other files share; None for
     a volume, and where it is not known.

@@ -31,7 +31,7 @@ class ProgressEvent:
         stage: What is going on.
         done: Bytes dealt with so far.
         total: Bytes to deal with; 0 for a stage without a measure.
-        rate: Bytes a second that were dealt with lately; 0 where nobody measures it. In a running
+        rate: Recent rate in bytes per second; 0 if it is not measured. In a running
             VM *total* can grow, so that *done* and *total* alone say little of what remains.
         top: The overlay that is merged, where several disks are; else empty.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 UNUSABLE_BITMAP = "unusable-bitmap"
 KEPT_LEAKS = "kept-leaks"
 NO_DAMAGE = frozenset({UNUSABLE_BITMAP, KEPT_LEAKS})
-"""The kind of a finding that is no damage: a bitmap that no chain can use."""
+"""The kind of a finding that is not damage: a bitmap that no chain can use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class RepairReport:
         findings: What was wrong.
         actions: What was done about it (with ``dry_run``: what would be), a sentence each.
         consequences: What it means for backups, a sentence each.
-        backup: The file that ``repair --undo`` takes to put back what was overwritten, None where
+        backup: The file that ``repair --undo`` takes to put back what was overwritten, None if
             nothing was. Merges that were finished cannot be undone.
         verified: What was checked afterwards, a sentence each.
         warnings: What the user should know, a sentence each.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges that did not come to their end."""
+"""Merges that were not finished."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedMerge:
-    """A merge that did not come to its end, as far as the files that it left say.
+    """A merge that was not finished, as far as the files that it left say.
 
     Attributes:
         base: The image merged into.
-        top: The uppermost image that is merged, None where no file names it.
+        top: The uppermost image that is merged, None if no file names it.
         state: The journal's last entry (``prepared``, ``switching``, ``switched``, ``repoint``,
             ``record``, ``rename``, ``delete``, ``tidy``, ``give-back``; of a live merge
             ``preparing``, ``copying``, ``switching``, ``settling``, ``undoing``), ``unknown`` where
             there is no journal that can be used.
-        progress: How far it came, in a sentence.
-        base_holds_data: Whether base holds the data of all merged images already, None where only
+        progress: How far it got, in a sentence.
+        base_holds_data: Whether base holds the data of all merged images already, None if only
             a look at all of it could tell.
         base_is_locked: Whether somebody has base open now: perhaps this merge still runs.
-        command: What finishes it, for a shell; None where no file says what was asked for. Of a
-            live merge it is what carries it on in the VM if somebody has base open, else what
+        command: What finishes it, for a shell; None if no file says what was requested. Of a
+            live merge it is what continues it in the VM if somebody has base open, otherwise what
             finishes it without the VM; the other one is in ``warnings``.
         files: The files that tell of it.
         warnings: What the user should know, a sentence each.
@@ -43,14 +43,14 @@ class UnfinishedMerge:
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """Merges that did not come to their end.
+    """Merges that were not finished.
 
     Attributes:
         version: Version of this document.
-        searched: The directories that were looked at. Those that were asked for were searched
-            with everything below, links left out.
+        searched: The directories that were looked at. Those that were named were searched with
+        everything below, links left out.
         merges: What was found, in the order of base's path.
-        not_searched: What below them was not looked at, and why, a sentence each.
+        not_searched: What below them was not searched, and why, a sentence each.
     """
 
     version: int
@@ -61,7 +61,7 @@ class StatusReport:
 
 @dataclass(frozen=True, slots=True)
 class LiveMergeStatus:
-    """A live merge that did not come to its end.
+    """A live merge that was not finished.
 
     Attributes:
         base: The image merged into.
@@ -70,13 +70,13 @@ class LiveMergeStatus:
         state: The journal's last entry (``preparing``, ``copying``, ``switching``, ``settling``,
             ``undoing``).
         job: Where the VM's job is (``running``, ``paused``, ``ready``, ``held``, ``ending``,
-            ``done``), None where there is none.
+            ``done``), None if there is none.
         bytes_done: Guest bytes that the job has copied.
         bytes_total: Guest bytes that it is to copy, as far as it is known.
         merged: Whether the VM's chain lacks the merged images already.
-        guest_waits: Whether the guest's requests wait for the merge to be carried on.
-        error: Why the job failed, None where it did not.
-        command: What carries the merge on, for a shell.
+        guest_waits: Whether the guest's requests wait for the merge to continue.
+        error: Why the job failed, None if it did not.
+        command: What continues the merge, for a shell.
     """
 
     base: str
@@ -94,7 +94,7 @@ class LiveMergeStatus:
 
 @dataclass(frozen=True, slots=True)
 class LiveStatusReport:
-    """Live merges of one disk that did not come to their end.
+    """Live merges of one disk that were not finished.
 
     Attributes:
         version: Version of this document.

@@ -7,10 +7,10 @@ from __future__ import annotations
 def printable(text: str) -> str:
     r"""Return *text* with everything that is not plainly visible as a backslash escape.
 
-    Bitmap and file names can come from a hostile guest: an escape sequence in them would
-    drive the user's terminal, a newline would forge a line of a report, a bidirectional
-    override would show it in another order. Bytes that are no UTF-8 (surrogates, to
-    Python) become ``\xNN``. The result can always be encoded.
+    Bitmap and file names can come from a hostile guest: an escape sequence in them would control
+    the user's terminal, a newline would forge a line of a report, a bidirectional override would
+    change the order of the characters. Bytes that are not UTF-8 (surrogates, to Python) become
+    ``\xNN``. The result can always be encoded.
     """
     if text.isprintable():
         return text

@@ -256,9 +256,7 @@ def _warnings(live: LiveTarget) -> Iterator[str]:
         passing = [bitmap.name for bitmap in node.bitmaps if not bitmap.persistent]
         if passing and live.is_active and node == live.top:
             names = ", ".join(map(repr, passing))
-            yield (
-                f"the bitmaps {names} of {image.path} are not persistent: they end with the merge"
-            )
+            yield (f"bitmaps of {image.path} that are not persistent end with the merge: {names}")
     if live.is_active:
         yield (
             "the guest goes on writing: figures count what is on disk already, and base grows "

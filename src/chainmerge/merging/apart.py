@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges that are done together have to leave each other's images alone."""
+"""Merges that are done together must leave each other's images alone."""
 
 from __future__ import annotations
 

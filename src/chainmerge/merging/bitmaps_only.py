@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge into a base that shows what top shows already, and has other bitmaps than it should.
+"""A merge into a base that already shows what top shows, but has other bitmaps than it should.
 
-So it is when a range is merged once more, and what was between is still there; or where an
-engine that copies first was interrupted. Nothing is copied again.
+That happens when a range is merged once more and the images between still exist, or when an engine
+that copies first was interrupted. Nothing is copied again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from chainmerge.merging.verifying import verify_bitmaps, verify_metadata
 def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
     """Give base its bitmaps; returns what was verified, in sentences.
 
-    None where there is no room for them beside those that base has: a merge that has its volume
+    None if there is no room for them beside those that base has: a merge that has its volume
     extended, or takes stale ones out first, finds it.
 
     Raises what :func:`chainmerge.engines.metadata.replacement.replace_bitmaps` raises, and

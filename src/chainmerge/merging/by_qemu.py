@@ -80,7 +80,7 @@ def _put_bitmaps_aside(job: Job) -> None:
 
 
 def _note_that_base_is_written(job: Job) -> None:
-    """Leave word, in the place of saved bitmaps, of who has half written base if we are killed.
+    """Record, in place of saved bitmaps, who has half written base if we are killed.
 
     Where there is no place for it, a rerun has to be told that top is right.
     """
@@ -125,7 +125,7 @@ def _store_bitmaps(job: Job) -> None:
 
 
 def _verify(job: Job) -> Iterator[str]:
-    """Read back what was written, from tables parsed anew."""
+    """Read back what was written, from freshly parsed tables."""
     job.request.announce(Stage.VERIFY)
     target = find_target(job.request.top, job.request.base, job.request.access)
     with open_chain(target.chain, job.locks) as opened:

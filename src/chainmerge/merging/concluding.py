@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
-    """Delete what top does not need any more; nobody has to be re-pointed."""
+    """Delete what top does not need any more; no image needs another backing file."""
     top = job.facts.top
     job.request.begin_to_settle(str(top.path))
     record = load_merged_record(top.real_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that go in the end of a merge, whoever comes to that end."""
+"""Files that are deleted at the end of a merge, whatever kind of merge it is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def require_unused(record: MergedRecord, access: Access, options: MergeOptions) -> None:
-    """Make sure that nobody has come to need what *record* says is to be deleted.
+    """Make sure that nobody needs by now what *record* says is to be deleted.
 
     Raises:
         CannotTakeAway: it cannot be deleted.
@@ -99,7 +99,7 @@ def _is_still_there(link: DoomedLink) -> bool:
 
 
 def not_deleted(record: MergedRecord) -> Iterator[str]:
-    """What a record names and nobody can tell whether it is still that image, a warning each."""
+    """Images that a record names and that nobody can identify any more, a warning each."""
     for doomed in record.delete:
         if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
             yield (
@@ -109,7 +109,7 @@ def not_deleted(record: MergedRecord) -> Iterator[str]:
 
 
 def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
-    """Delete what a live merge has left in place, as if that had been asked for then."""
+    """Delete what a live merge has left in place, as if its deletion had been requested then."""
     if record.superseded is None:
         return ()
     devices = {one.path for one in record.superseded.images if Path(one.path).is_block_device()}
@@ -120,13 +120,13 @@ def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
 def give_back(
     result: Path, result_format: str, options: MergeOptions, shrink_to: int | None
 ) -> Iterator[str]:
-    """Shrink the volume and discard what is free, as asked; a failure is no reason to fail.
+    """Shrink the volume and discard free space as requested; a failure does not fail the merge.
 
     Args:
         result: The merged image.
         result_format: Its format.
         options: What was asked for.
-        shrink_to: The size that was planned for its volume; None where nobody knows of a plan,
+        shrink_to: The size that was planned for its volume; None if nobody knows of a plan,
             and a guest may write to it.
     """
     if result_format != "qcow2" or not (options.shrink or options.discard):

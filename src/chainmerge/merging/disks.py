@@ -4,8 +4,8 @@
 A snapshot of a machine with several disks is an overlay on each of them. All are looked at,
 locked and planned before the first image is written to, so that what would refuse one refuses
 all. Then each is merged on its own: a merge changes nothing that a guest sees, so there is no
-moment at which disks that are merged already do not fit those that are not yet. What became of
-each is in the report, and the same call does the rest.
+moment at which disks that are merged already do not fit those that are not yet. The report says
+what happened to each, and the same call does the rest.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def merge_disks(
         on_progress: called as the work goes on; its events name the overlay.
         should_stop: asked as the work goes on; the merges stop soon after it says yes.
 
-    Returns:
-        What became of each disk, failures included.
+    Returns: What happened to each disk, failures included.
 
     Raises:
         DisksMismatched: the numbers of tops and bases differ.
@@ -180,7 +179,7 @@ def _request(
 
 
 def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
-    """What an interrupted run has noted of a disk whose top is gone; None where nothing tells.
+    """What an interrupted run has noted of a disk whose top is gone; None if nothing tells.
 
     Where its base is not named, the entries of the other disks name it.
     """
@@ -219,7 +218,7 @@ def _done_before(disk: _Disk, disks: Sequence[_Disk]) -> DiskReport:
 def _gone(
     disks: Sequence[_Disk], access: Access, options: MergeOptions
 ) -> Iterator[ChainmergeError]:
-    """Tops that are not there, and of which no record tells that they were merged."""
+    """Tops that are missing, and that no record lists as merged."""
     there = [disk for disk in disks if os.path.lexists(disk.top)]
     for disk in disks:
         if disk in there:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a merge was stopped when it had begun, or was not begun for several disks."""
+"""Why a merge stopped after it had begun, or was not begun for several disks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chainmerge.errors import Failed, Misuse, NeededByOthers, NotVerified, Refus
 
 @dataclass(eq=False)
 class MergeUnfinished(Failed):
-    """A merge that had begun could not go on."""
+    """A merge that had begun could not continue."""
 
     code: ClassVar[str] = "merge-unfinished"
     template: ClassVar[str] = (

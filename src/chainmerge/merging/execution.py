@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge that was decided upon, carried out."""
+"""Carries out a merge that was decided upon."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _REFUSED_IN_TIME: Final = (
 
 
 def execute(job: Job) -> MergeReport:
-    """Do all that was decided on."""
+    """Do everything that was decided on."""
     removed = snapshots_to_remove(job.facts, job.request.options)
     if not removed:
         return _hide_and_merge(job)
@@ -138,7 +138,7 @@ def _do(job: Job) -> _Merged:
 
 
 def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
-    """Who merges; only that one is imported, which for QEMU takes as long as a small merge."""
+    """The engine, the only one imported: importing QEMU's takes as long as a small merge."""
     if engine is EngineName.NATIVE:
         from chainmerge.merging.by_native import merge_natively  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the space for all of a merge before the first write."""
+"""Reserves the space for the whole merge before the first write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def extended(job: Job) -> Iterator[None]:
-    """Have the space for all of the merge; what was reserved and not used goes back."""
+    """Reserve the space for the whole merge; what is not used is given back."""
     is_raw_file = job.result.header is None and job.facts.volume.kind is VolumeKind.FILE
     with _holes_reserved(job), contextlib.nullcontext() if is_raw_file else _grown(job):
         yield
@@ -35,7 +35,7 @@ def extended(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _grown(job: Job) -> Iterator[None]:
-    """Have base's volume, or the space behind the end of its file, as large as the merge needs."""
+    """Make base's volume, or the space behind the end of its file, as large as the merge needs."""
     grows = job.plan.space.grow_to is not None
     if not grows and job.facts.end_before is None:
         yield
@@ -55,7 +55,7 @@ def _grown(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _holes_reserved(job: Job) -> Iterator[None]:
-    """Have space in a raw file, or an external data file, for all data that is written there."""
+    """Reserve space in a raw file, or an external data file, for all data that is written there."""
     place = job.base.real_path if job.base.header is None else job.base.data_file
     if place is None or job.facts.direction is Direction.PULL or not place.is_file():
         yield
@@ -77,7 +77,7 @@ def _holes_reserved(job: Job) -> Iterator[None]:
 
 
 def _wipe_behind_disk(job: Job, volume: Volume) -> None:
-    """Make zeros of what a raw base's volume has got beyond the disk that it is to hold.
+    """Write zeros over what a raw base's volume holds behind the disk that it is to hold.
 
     Up to there the overlay hides what it holds, and the merge overwrites it.
     """

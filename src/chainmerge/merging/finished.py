@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a merge that a record tells of is the one that is asked for."""
+"""Whether a recorded merge is the one that is requested."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def finished_before(
     options: MergeOptions,
     active: str | None,
 ) -> bool:
-    """Whether *record* says that the merge which is asked for was done, but for deletions.
+    """Whether *record* says that the merge which is asked for was done, except for deletions.
 
     Args:
         record: what was recorded under top's name.

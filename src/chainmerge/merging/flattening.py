@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes images stand alone: the pull of all that is below, under the name that people look for."""
+"""Makes images independent: everything below is pulled up, and the name stays the same."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def flatten(
 ) -> MergeReport:
     """Pull everything that *top* lacks up from the images below, so that it stands alone.
 
-    What is below stays as it is, unless ``options.delete`` says that it may go. A run that was
+    The images below stay as they are, unless ``options.delete`` is set. A run that was
     interrupted is finished by the same call; an image that stands alone is left as it is.
 
     Args:
@@ -116,7 +116,7 @@ def _pulling(options: MergeOptions | None) -> MergeOptions:
 def _lowest(top: Path, access: Access) -> Path | None:
     """The root of *top*'s chain; where an earlier run has pulled it up, what that recorded.
 
-    None where *top* stands alone.
+    None if *top* stands alone.
     """
     chain = discover(top, policy_of(access))
     if len(chain.images) > 1:

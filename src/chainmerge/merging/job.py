@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for, and how to talk to who asked."""
+    """What was requested, and how to talk to the caller."""
 
     top: Path
     base: Path | None
@@ -55,7 +55,7 @@ class Request:
     """Bytes that other merges which are done together with it take, by the pool they come from."""
 
     def recorded(self, base: Path) -> RecordedRequest:
-        """What was asked for, as it is recorded, of a merge that turns out to be into *base*."""
+        """What was requested, as it is recorded, of a merge that turns out to be into *base*."""
         return recorded([self.top], [self.base or base], self.access, self.options)
 
     def announce(self, stage: Stage) -> None:
@@ -64,7 +64,7 @@ class Request:
         self.report(ProgressEvent(stage))
 
     def begin_to_settle(self, result: str) -> None:
-        """Report that all is in *result*; stop here if the caller wants to."""
+        """Report that *result* holds everything; stop here if the caller wants to."""
         self.stop_if_asked(
             f"{result} holds everything, verified; files remain to be given another backing file, "
             "renamed or deleted"
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def recorded_request(self) -> RecordedRequest:
-        """What was asked for, as it is recorded."""
+        """What was requested, as it is recorded."""
         return self.request.recorded(self.base.path)
 
     @property
@@ -160,7 +160,7 @@ def leaks_reclaimed(job: Job) -> Iterator[None]:
 
 
 def bitmaps_to_save(job: Job) -> SavedBitmaps | None:
-    """What a rerun has to know of the kept checkpoints; None where the images tell it all.
+    """What a rerun has to know of the kept checkpoints; None if the images tell it all.
 
     That is the bits of those that base has, as they will not be in base for a while. In a
     merge of several levels it is also which ones base did not have: with them stored in

@@ -115,7 +115,7 @@ def record_switching(job: Job, new_base: Qcow2Image) -> None:
 
 
 def record_switched(job: Job) -> Journal | None:
-    """Record that base holds everything, verified; None where no journal is kept."""
+    """Record that base holds everything, verified; None if no journal is kept."""
     if job.plan.engine is not EngineName.NATIVE or job.facts.merged:
         return None
     digest = first_sector_of(job.base.real_path)

@@ -143,8 +143,8 @@ def finish_pivot(
     if broken:
         names = ", ".join(map(repr, broken))
         warnings.append(
-            f"the VM did not shut down properly, so the bitmaps {names} are lost: the next backup "
-            "that builds on them must be a full one (`chainmerge repair` removes them)"
+            f"the VM did not shut down properly, so these bitmaps are lost: {names}; the next "
+            "backup that builds on them must be a full one (`chainmerge repair` removes them)"
         )
     return build_report(
         base.real_path,

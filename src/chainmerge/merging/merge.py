@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge, from the lock to the last deleted file. Reads like the table in docs/design.md."""
+"""A merge, from the first lock to the last deleted file. It follows the table in docs/design.md."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def merge(
 
     Args:
         top: the overlay whose data goes down.
-        base: the image below it that takes the data; images between are merged too.
+        base: the image below it that gets the data; images between are merged too.
         access: how images may be found and reached.
         options: how to merge.
         on_progress: called as the work goes on.

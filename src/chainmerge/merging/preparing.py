@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge up to its first write: everything is looked at, locked and decided."""
+"""A merge up to its first write: everything is examined, locked and decided."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ _TRIES: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A merge that is decided upon, or what an interrupted one has left to do.
+    """A merge that was decided upon, or the rest of an interrupted one.
 
     Attributes:
         base: The image merged into.
-        plan: What is going to be done; None where only the end of it is left.
+        plan: What is going to be done; None if only the end of it is left.
         claim: Bytes that it takes, by the pool that they come from.
         images: What it wants of which images.
         seen: When these were written last, before they were looked at.
-        carry_out: Does it. Raises what :func:`merge` raises, but for Refused.
+        carry_out: Does it. Raises what :func:`merge` raises, except for Refused.
     """
 
     base: Path
@@ -120,7 +120,7 @@ def _changes_noticed() -> Iterator[None]:
 
 
 def _prepare(stack: contextlib.ExitStack, requests: Sequence[Request]) -> tuple[Prepared, ...]:
-    """As :func:`prepare`. Raises _ChangedMeanwhile, too."""
+    """As :func:`prepare`. Raises _ChangedMeanwhile too."""
     look = Look()
     found = [_find(request, look) for request in requests]
     merges = [
@@ -169,7 +169,7 @@ def _find(request: Request, look: Look) -> Target | Prepared:
         raise _ChangedMeanwhile(error) from error
     if not is_anything_left(target.base.real_path, target.chain.top.real_path):
         return target
-    # What an earlier run put on base may turn out to be a child of top, to be locked, too.
+    # What an earlier run put on base may turn out to be a child of top, to be locked too.
     read_from_storage(target, request.options)
     return find_target_of(request, Look())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a merge of which only a record tells any more."""
+"""The end of a merge that only a record still describes."""
 
 from __future__ import annotations
 

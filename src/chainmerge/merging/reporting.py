@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge did, as its report says it."""
+"""What a merge did, for its report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def verified_before(source: str, target: str) -> str:
-    """What a report says of an image whose data an earlier run took to another one."""
+    """What a report says of an image whose data an earlier run moved to another one."""
     return f"an earlier run merged {source} into {target} and verified it"
 
 
@@ -45,7 +45,7 @@ def build_report(
         result_format: its format.
         started: when the merge was begun, by :func:`time.monotonic`.
         verified: as in :class:`~chainmerge.documents.merge.MergeReport`.
-        plan: see there; None where an earlier run has merged.
+        plan: see there; None if an earlier run has merged.
         copied: guest bytes.
         repointed: see there, and so are the others.
         deleted: see there.

@@ -60,14 +60,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TookEffectInVm:
-    """A live merge of the active image is done: the guest wrote to base from then on."""
+    """A live merge of the active layer is done: since then the guest has written to base."""
 
     journal: LiveJournal
 
 
 @dataclass(frozen=True, slots=True)
 class HoldsEverything:
-    """Base holds all, verified; the journal says what is left to settle."""
+    """Base holds everything, verified; the journal says what is left to settle."""
 
     journal: Journal
 
@@ -87,7 +87,7 @@ class ToBeMerged:
 def find_ending(
     request: Request, target: Target, opened: OpenChain, remains: Remains
 ) -> TookEffectInVm | HoldsEverything | ToBeMerged:
-    """What is left to do, as far as what earlier runs left can say it.
+    """What is left to do, as far as the records of earlier runs can say.
 
     All images are locked by the caller. A journal that is of no use here is left where it is,
     for the merge to replace: it says which leaked clusters are those of an earlier run.
@@ -140,7 +140,7 @@ def _is_one_of(known: Sequence[ImageIdentity], image: Path) -> bool:
 
 
 def _is_as_left(journal: Journal, request: Request, target: Target) -> bool:
-    """Whether all that was planned still holds: the same request, nothing written, nobody new."""
+    """Whether everything planned still holds: the same request, nothing written, no new users."""
     relatives, top = target.relatives, target.chain.top
     overlays = target.chain.images[target.base_index + 1 :]
     asked = asked_of(request.options)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a merge: children re-pointed, files renamed and deleted, as the plan says.
 
-Each step is atomic and each can be done again, so that a rerun goes on wherever an
-interrupted run stopped. What is to be deleted is recorded beforehand
-(:mod:`chainmerge.records.merged_record`): afterwards there is nothing to tell from. The
-journal, where there is one, is told of each step before it begins.
+Each step is atomic and each can be done again, so that a rerun continues wherever an interrupted
+run stopped. What is to be deleted is recorded beforehand (:mod:`chainmerge.records.merged_record`):
+afterwards there is nothing to tell from. The journal, where there is one, is told of each step
+before it begins.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def settle(
         journal = enter_state(journal, JournalState.DELETE)
         deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
-    # to be told that this is no gap.
+    # to be told that this is not a gap.
     forget_saved_bitmaps(base)
     if record is None:
         record_left(steps, request)
@@ -133,7 +133,7 @@ def _identities(images: Sequence[ImageInfo]) -> frozenset[Identity]:
 
 
 def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord | None:
-    """Record what is going to be renamed and deleted; None where nothing is."""
+    """Record what is going to be renamed and deleted; None if nothing is."""
     top = steps.top.real_path
     if not (steps.keep_name or steps.doomed):
         # A record of an older merge under this name says nothing about this one.
@@ -147,7 +147,7 @@ def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> Merged
 def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
     """Record that top stays, and that all of it is in base: who merges it again may be wrong.
 
-    Where there is no place for that a rerun looks at the images, as ever; of a block device
+    If that cannot be recorded, a rerun looks at the images, as always; of a block device
     nothing would tell whether it was written to since.
     """
     top, base = steps.top.real_path, steps.base.real_path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at what a merge has written, from the closed image, and believes nothing else."""
+"""Verifies what a merge has written, from the closed image and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def verify_bitmaps(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
 def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) -> str:
     """Make sure that an image's bitmaps have all bits that were planned; a backup is not smaller.
 
-    For merges that somebody else does, who lets bitmaps record what is merely copied.
+    For merges by another program that lets bitmaps record what is merely copied.
 
     Raises VerificationFailed.
     """
@@ -51,7 +51,7 @@ def verify_bitmaps_cover(image: Qcow2Image, expected: Sequence[StoredBitmap]) ->
 
 
 def verify_soundness(image: Qcow2Image) -> ReferenceCounts:
-    """Recompute the refcounts of an image that may still count what it does not use any more.
+    """Recompute the refcounts of an image that may still count clusters it no longer uses.
 
     Returns what its tables use. Raises VerificationFailed.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows the merge: images re-pointed, files deleted or renamed, snapshots that go."""
+"""What follows the merge: new backing files, deleted or renamed files, removed snapshots."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether base holds already what the merge would give it."""
+"""Whether base already holds what the merge would give it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def holds_content(
 ) -> bool:
     """Whether base shows what top shows: an earlier run has copied everything.
 
-    The tables can rule it out in most cases; else content is compared up to the first
+    The tables can rule it out in most cases; otherwise content is compared up to the first
     difference.
     """
     base, top = target.base, target.chain.top

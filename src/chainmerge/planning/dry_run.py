@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a merge would do: found out without a write, and with no lock that stays."""
+"""What a merge would do: found out without a write, and without keeping a lock."""
 
 from __future__ import annotations
 

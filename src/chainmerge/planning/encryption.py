@@ -27,7 +27,7 @@ def has_encrypted(chain: Chain) -> bool:
 def key_obstacles(chain: Chain, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What keeps QEMU from reading the encrypted images of a chain, found without asking it.
 
-    Images below base count, too: QEMU opens the whole chain, and verification reads it.
+    Images below base count too: QEMU opens the whole chain, and verification reads it.
     """
     for image in chain.images:
         if not image.encrypted:

@@ -146,7 +146,7 @@ class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
     """Valid checkpoints would be lost, because base cannot store bitmaps."""
 
     code: ClassVar[str] = "base-cannot-hold-bitmaps"
-    template: ClassVar[str] = "{base} is {format} and cannot hold the bitmaps {names}"
+    template: ClassVar[str] = "{base} is {format} and cannot hold bitmaps: {names}"
     hint: ClassVar[str] = (
         "pull instead (--direction pull), which keeps them in top; or, for a version 2 image, "
         "`qemu-img amend -o compat=1.1 {base}` first; or give the checkpoints up with "
@@ -345,7 +345,7 @@ class SnapshotsWouldGo(SnapshotsAtRisk, Refused):
 
     code: ClassVar[str] = "internal-snapshots"
     template: ClassVar[str] = (
-        "{option} would delete {image}, and with it the internal snapshots {names}"
+        "{option} would delete {image}, and its internal snapshots with it: {names}"
     )
     hint: ClassVar[str] = (
         "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} COPY`, the "
@@ -374,7 +374,7 @@ class SnapshotsWouldChange(SnapshotsAtRisk, Refused):
 
     code: ClassVar[str] = "snapshots-would-change"
     template: ClassVar[str] = (
-        "the merge would change what the internal snapshots {names} of {image} show"
+        "the merge would change what internal snapshots of {image} show: {names}"
     )
     hint: ClassVar[str] = (
         "copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT {image} COPY`, the "
@@ -405,7 +405,7 @@ class SnapshotsOfVmWouldChange(SnapshotsAtRisk, Refused):
 
     code: ClassVar[str] = "snapshots-would-change-live"
     template: ClassVar[str] = (
-        "the merge would change what the internal snapshots {names} of {image} show, or delete them"
+        "the merge would change what internal snapshots of {image} show, or delete them: {names}"
     )
     hint: ClassVar[str] = (
         "shut the VM down, copy out what you need of each (`qemu-img convert -O qcow2 -l SNAPSHOT "
@@ -476,7 +476,7 @@ class DoomedInUse(NeededByOthers, Refused):
     """Images that were to be deleted after a pull are the backing files of others."""
 
     code: ClassVar[str] = "doomed-in-use"
-    template: ClassVar[str] = "{doomed} cannot be deleted: it has other children: {others}"
+    template: ClassVar[str] = "other images need what would be deleted ({doomed}): {others}"
     hint: ClassVar[str] = "leave --delete out: a pull does not need it"
     explanation: ClassVar[str] = (
         "A pull leaves base and the images between as they are, so other images on top of them "

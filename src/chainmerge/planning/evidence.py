@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of base and the overlays is the right one: what the files themselves tell. Reads only.
+"""Whether base or the overlays are up to date: what the files themselves show. Reads only.
 
-An overlay can have been left behind: somebody committed it, or a VM went over to base, and the
-guest went on there. Merged again, it goes over what is newer. Nothing in the images names that;
-two things show it together. Base has most of what the overlays define already, and it was
-written later than all of them. Of block devices there is no time, and equal content alone can
-have other reasons.
+An overlay can have been left behind: somebody committed it, or a VM switched to base, and the guest
+continued there. Merged again, the overlay overwrites newer data. Nothing in the images says so; two
+signs together show it: base already has most of what the overlays define, and it was written later
+than all of them. Block devices have no times, and equal content alone can have other reasons.
 
 Content is compared by whole clusters at places that are spread over all that the overlays
-define: data and zeros. What a guest does not write of a cluster is copied up from below, so that
-less than a cluster proves nothing; nor does a cluster of zeros where base has nothing.
+define: data and zeros. The parts of a cluster that a guest does not write are copied up from below,
+so less than a cluster proves nothing; nor does a cluster of zeros where base has nothing.
 """
 
 from __future__ import annotations
@@ -35,13 +34,14 @@ if TYPE_CHECKING:
     from chainmerge.records.remains import Remains
 
 GLANCE: Final = 16
-"""Clusters that are looked at of every merge."""
+"""Clusters that are sampled in every merge."""
 PLACES: Final = 128
-"""Clusters that are looked at, at most, where base has some of those."""
+"""The most clusters that are sampled, if base has some of the first ones."""
 SAMPLE_BYTES: Final = 16 << 20
-"""What is read of an image to look at them, at most, but for eight of the largest clusters."""
+"""The most bytes of an image that are read to sample them, except for eight of the largest
+clusters."""
 COMPARED_BY_A_PLAN: Final = 1 << 30
-"""Guest bytes up to which a plan compares everything where all that it looked at is equal."""
+"""Guest bytes up to which a plan compares everything if all that it sampled is equal."""
 
 _FEWEST: Final = 8
 _FEW_LAYERS: Final = 16
@@ -65,10 +65,10 @@ def weigh(
     should_stop: Callable[[], bool],
     most_to_compare: int | None,
 ) -> Evidence:
-    """What times and content tell.
+    """What times and content show.
 
     Args:
-        target: the merge, of which no record of ours tells.
+        target: the merge, which no record of ours describes.
         opened: its images.
         defined: guest bytes that the overlays define.
         should_stop: asked while content is compared.
@@ -119,7 +119,7 @@ def _is_equal(target: Target, opened: OpenChain, should_stop: Callable[[], bool]
 
 
 def _looked_at(target: Target, opened: OpenChain, defined: int, most: int) -> tuple[int, int]:
-    """How many of the clusters that were looked at base holds, and how many differ."""
+    """How many of the sampled clusters base holds, and how many differ."""
     index = target.base_index
     below, whole = opened.view(0, index + 1), opened.view()
     base = opened.view(index, index + 1)

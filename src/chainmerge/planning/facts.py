@@ -35,14 +35,14 @@ class SpaceFacts:
     written: int
     allocates: int | None = None
     """Bytes that the file system has to give the file for it: behind its end, in holes, and for
-    blocks that it shares. None where that is what ``required`` exceeds the file's size by."""
+    blocks that it shares. None if that is what ``required`` exceeds the file's size by."""
     end_after: int | None = None
-    """Where the image ends after the merge, exactly; None where that is not known."""
+    """Where the image ends after the merge, exactly; None if that is not known."""
     allocates_if_pruned: int | None = None
     """The same as ``allocates`` for ``required_if_pruned``."""
     required_if_pruned: int | None = None
     """The same as ``required`` if stale bitmaps are taken out first, by a switch of their own;
-    None where there is nothing to take out or the engine does so anyway."""
+    None if there is nothing to take out or the engine does so anyway."""
 
     @property
     def least(self) -> int:
@@ -74,7 +74,7 @@ class SnapshotViews:
 class ImageTimes:
     """When an image was written last, and created; and how large its disk is.
 
-    In nanoseconds since 1970, None where nothing tells that; and in bytes.
+    In nanoseconds since 1970, None if nothing tells that; and in bytes.
     """
 
     path: str
@@ -92,7 +92,7 @@ class Evidence:
         held: Of the clusters that were looked at, all of which the overlays define, those that
             base has the same of its own.
         differing: Those that are not the same.
-        equal: Whether base shows all that top shows; None where not everything was compared.
+        equal: Whether base shows all that top shows; None if not everything was compared.
     """
 
     times: tuple[ImageTimes, ...]
@@ -201,7 +201,7 @@ class MergeFacts:
     """What is known of the names that the merge may take away."""
     snapshots: tuple[SnapshotViews, ...] = ()
     evidence: Evidence | None = None
-    """Which of the images looks newer; None where what we recorded tells."""
+    """Which of the images looks newer; None if what we recorded tells."""
     hiding: HidingFacts | None = None
     """What has to be hidden before base's volume is extended; None for nothing."""
     end_before: int | None = None

@@ -22,7 +22,7 @@ top, by a pull     it has nothing, and      top stands on base's backing file
                    between has
 =================  =======================  ==================================================
 
-What a running VM writes to top meanwhile goes into base, too. There a snapshot of top must lack
+What a running VM writes to top meanwhile goes into base too. There a snapshot of top must lack
 nothing at all.
 """
 
@@ -154,7 +154,7 @@ def look_at_snapshots_live(
 
 
 def children_with_larger_snapshots(target: Target) -> Iterator[ChildSeesMore]:
-    """Children of top whose snapshots have larger disks than top, where base has one, too.
+    """Children of top whose snapshots have larger disks than top, where base has one too.
 
     Of children that are larger themselves the plan knows already.
     """

@@ -9,7 +9,7 @@ others that are leaked later are its own. The note is in the journal of the merg
 record of a pull, and is there as long as anything of the merge may be leaked.
 
 Of bitmaps that do not count any more, since a program that does not know bitmaps has written to
-the image, it is known whose the clusters are, too. Clusters behind the end of the file hold
+the image, it is known whose the clusters are too. Clusters behind the end of the file hold
 nothing, and are given back whoever marked them used.
 """
 
@@ -162,7 +162,7 @@ def counted_as_used(references: ReferenceCounts, kept: Runs) -> ReferenceCounts:
 def leaked_before(image: Path) -> Runs | None:
     """What was leaked in *image* before merges of ours that have not come to their end.
 
-    None where no such merge has left a note. Raises what opening a file raises.
+    None if no such merge has left a note. Raises what opening a file raises.
     """
     notes = [ranges for whose, ranges in _notes(image) if same_image(whose, identify(image))]
     if not notes:

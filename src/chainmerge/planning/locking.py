@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images a merge has to itself, and what keeps it from getting them."""
+"""Which images a merge locks for itself, and what keeps it from getting them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lock_all(
 
 
 def read_from_storage(target: Target, options: MergeOptions) -> None:
-    """See what the storage holds of the images that will be written, not what the kernel has.
+    """Drop the kernel's cache of the images that will be written, to see what the storage holds.
 
     After a write that failed the kernel goes on showing what was to be written, until it needs
     the memory. A switch that failed would be taken for one that was done, and top be deleted.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a VM went over from top to base, in a live merge that did not come to its end.
+"""Whether a VM went over from top to base, in a live merge that was not finished.
 
 From then on the guest wrote to base, and nothing must be copied from top any more.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
-    """Top or base is what the guest has written to last, and the images do not tell which."""
+    """The guest wrote last to top or to base, and the images do not show to which."""
 
     code: ClassVar[str] = "live-pivot-unclear"
     template: ClassVar[str] = (
@@ -53,7 +53,7 @@ class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
 
 @dataclass(eq=False)
 class LivePivotUnfinished(NewerDataAtRisk, Refused):
-    """Top was asked for as the result, and a live merge has left it behind."""
+    """Top was to be the result, but a live merge has left it behind."""
 
     code: ClassVar[str] = "live-pivot-unfinished"
     template: ClassVar[str] = (
@@ -75,7 +75,7 @@ class LivePivotUnfinished(NewerDataAtRisk, Refused):
 
 
 def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
-    """That it has to be said which image the guest wrote to, with what says it, cold."""
+    """The error that nobody knows which image the guest wrote to, with commands that say it."""
     top, base = request.tops[-1], request.bases[-1]
     if_base, if_top = (
         command_of(msgspec.structs.replace(request, access={**request.access, "active": active}))
@@ -87,7 +87,7 @@ def pivot_unclear(request: RecordedRequest) -> LivePivotUnclear:
 def base_was_written_last(journal: LiveJournal, target: Target, access: Access) -> bool | None:
     """Whether base is what the guest wrote to last, after the live merge of *journal*.
 
-    None where only a look at what both show could tell.
+    None if only a look at what both show could tell.
     """
     top, base = target.chain.top, target.base
     if not may_be_same(journal.top, identify(top.real_path)):

@@ -112,7 +112,7 @@ def _others_unknown(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
 
 
 def _others_unseen(facts: MergeFacts, options: MergeOptions) -> Iterator[ChainmergeError]:
-    """What may stand where nobody has looked."""
+    """Users that may exist where nobody has looked."""
     changed = changed_images(facts, options)
     if facts.merged and planned_rename(facts, options) is None:
         # Base does not change any more. Children that are not seen would still lose top.
@@ -131,7 +131,7 @@ def _without_change(facts: MergeFacts) -> str:
 
 
 def _checkpoints_at_risk(facts: MergeFacts) -> Iterator[ChainmergeError]:
-    """What base gets or loses is below the checkpoints of its other children, too."""
+    """What base gets or loses is below the checkpoints of its other children too."""
     relatives = facts.relatives
     for decision in facts.decisions:
         name, in_base = decision.name, decision.states[facts.base_index]

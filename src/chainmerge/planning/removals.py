@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes when an image is deleted or gets another name: looked at before anything is written.
+"""What is removed when an image is deleted or renamed: examined before anything is written.
 
 With the file of an image, two kinds of things lose their meaning: the symbolic links by which it
 was reached, which would lead nowhere, and its external data file, which nothing else opens.
@@ -32,7 +32,7 @@ _MOST_LINKS: Final = 40
 
 @dataclass(frozen=True, slots=True)
 class Belongings:
-    """What is of no use without an image.
+    """What is useless without an image.
 
     Attributes:
         links: symbolic links by which the image was reached, the first one first.

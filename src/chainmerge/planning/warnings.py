@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What somebody should know who has asked for a merge."""
+"""What the user who requested a merge should know."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
     changed = changed_images(facts, options)
     if facts.relatives.inactive and not any(inactive_users(changed, top, facts.relatives)):
-        yield f"{volumes(facts.relatives)} could use these images and were not examined"
+        yield f"not examined: {volumes(facts.relatives)}, which could use these images"
     yield from _doubts(facts, options)
     yield from _leaks(facts)
     for views in facts.snapshots:
@@ -59,7 +59,7 @@ def find_warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
 
 
 def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
-    """What somebody who asked for less than that could expect to be gone."""
+    """What the user might expect to be gone, but is kept."""
     if options.keep_name and not options.delete and facts.direction is Direction.PULL:
         what = "stays as it is" if len(facts.merged_images) == 1 else "stay as they are"
         yield f"{run_of_images(facts.merged_images)} {what}: --delete deletes what was pulled up"
@@ -74,7 +74,7 @@ def _what_stays(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
 
 
 def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
-    """What may have an innocent reason, or be a sign that one of the images is a wrong one."""
+    """Signs that one of the images may be the wrong one, if they have no innocent reason."""
     evidence = facts.evidence
     if evidence is None or any(True for _ in newer_base(facts, options)):
         return

@@ -13,7 +13,7 @@ NAMED_ONE_BY_ONE: Final = 3
 
 
 def local_time(nanoseconds: int | None) -> str:
-    """A moment in the time zone that people here have."""
+    """A moment in the local time zone."""
     seconds = (nanoseconds or 0) / 10**9
     try:
         return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(" ", "milliseconds")
@@ -34,7 +34,7 @@ def run_of_images(images: tuple[ImageInfo, ...]) -> str:
 
 
 def first_few(names: tuple[str, ...]) -> str:
-    """Names, the first of them only where there are many."""
+    """Names; if there are many, only the first few."""
     listed = ", ".join(map(repr, names[:NAMED_ONE_BY_ONE]))
     more = len(names) - NAMED_ONE_BY_ONE
     return f"{listed} and {more} more" if more > 0 else listed

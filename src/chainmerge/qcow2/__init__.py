@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The qcow2 format, read only: bytes to structures, and nothing of what is done with them.
+"""The qcow2 format, read-only: from bytes to structures, and no more.
 
 Everything here takes an image as a :class:`~chainmerge.qcow2.readable.Readable`, trusts none of
-its bytes, and raises a :class:`~chainmerge.qcow2.errors.FormatError` for what makes no sense.
+its bytes, and raises a :class:`~chainmerge.qcow2.errors.FormatError` for invalid content.
 """

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OldBytes:
-    """What would come to light.
+    """What would become visible.
 
     Attributes:
         places: Offset and length, in the file that holds the data, of what is not all zeros.
-        obstacle: Why that cannot be known, or not be made zeros where it is; None where it can.
+        obstacle: Why that cannot be known, or not be made zeros where it is; None if it can.
     """
 
     places: tuple[tuple[int, int], ...] = ()
@@ -91,7 +91,7 @@ def old_bytes(image: Qcow2Image, data: Readable, size_after: int) -> OldBytes:
 
 
 def _obstacle(image: Qcow2Image, extents: Extents, index: int) -> str | None:
-    """What of a part of the last cluster is not zeros, and cannot be made zeros where it is."""
+    """The part of the last cluster that is not zeros, and cannot be made zeros in place."""
     if image.header.encrypted:
         return "it ends inside a cluster whose rest is encrypted"
     if extents.kind[index] != Kind.COMPRESSED:

@@ -63,7 +63,7 @@ class BitmapFlag(IntFlag):
     AUTO = 2
     """Enabled: every write to the disk must be recorded."""
     EXTRA_DATA_COMPATIBLE = 4
-    """The bitmap may be used by who does not know its extra data."""
+    """The bitmap may be used by programs that do not know its extra data."""
 
 
 _QEMU_FLAGS = int(BitmapFlag.IN_USE | BitmapFlag.AUTO)
@@ -107,7 +107,7 @@ class BitmapEntry:
 
     @property
     def unknown(self) -> str:
-        """What it is about the bitmap that QEMU does not know, in words; else empty.
+        """What QEMU does not know about the bitmap, in words; otherwise empty.
 
         QEMU does not open an image that has such a bitmap.
         """
@@ -126,8 +126,8 @@ class BitmapEntry:
 def read_directory(image: Qcow2Image) -> tuple[BitmapEntry, ...]:
     """The image's bitmaps in the order of the directory; none if it has no bitmaps extension.
 
-    Whether the extension can be trusted (``header.bitmaps_trusted``) is for the caller to
-    judge; QEMU ignores it where it cannot be.
+    Whether the extension can be trusted (``header.bitmaps_trusted``) is for the caller to judge;
+    QEMU ignores it if it cannot.
 
     Raises:
         BadBitmapDirectory: the directory is one with which QEMU would not open the image.
@@ -158,7 +158,7 @@ def salvage_directory(image: Qcow2Image) -> SalvagedDirectory:
     """As :func:`read_directory`, for an image that QEMU need not open.
 
     Raises:
-        BadBitmapDirectory: it cannot be told which bitmaps the directory lists.
+        BadBitmapDirectory: nobody can tell which bitmaps the directory lists.
     """
     entries = []
     lost = {}
@@ -215,7 +215,7 @@ def read_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
 
 
 def load_table(image: Qcow2Image, entry: BitmapEntry) -> U64Array:
-    """As :func:`read_table`, for who judges himself whether the clusters are in the file.
+    """Like :func:`read_table`, but the caller checks whether the clusters are in the file.
 
     Raises:
         BadBitmapTable: the table is behind the end of the file, or an entry is not 0, 1, or a
@@ -318,7 +318,7 @@ def _parse_entry(image: Qcow2Image, directory: bytes, position: int) -> tuple[Bi
 
 
 def _misplaced(image: Qcow2Image, entry: BitmapEntry) -> str | None:
-    """Why the bitmap's table cannot be what the entry says, None where it can."""
+    """Why the bitmap's table cannot be what the entry says, None if it can."""
     header = image.header
     most = min(MAX_TABLE_ENTRIES, MAX_PACKED_SIZE // header.cluster_size)
     if not 1 <= entry.table_size <= most:

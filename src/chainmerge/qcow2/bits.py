@@ -67,7 +67,7 @@ class BitSet:
         granularity: bytes of the disk that one bit stands for, a power of two.
 
     Raises:
-        ValueError: for a size below zero, a granularity that is no power of two, or more
+        ValueError: for a size below zero, a granularity that is not a power of two, or more
             bits than QEMU can store (:func:`is_storable`).
     """
 

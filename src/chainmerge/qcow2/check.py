@@ -51,8 +51,8 @@ class CheckReport:
 
     Attributes:
         image: the image's name.
-        corruptions: as ``qemu-img check`` counts them, at least one where QEMU finds one or
-            does not open the image.
+        corruptions: as ``qemu-img check`` counts them, at least one if QEMU finds one or does not
+        open the image.
         leaks: clusters whose stored refcount is higher than it need be; 0 unless *complete*.
         overlaps: references to clusters of metadata by something else, whether or not the
             refcounts allow for it. QEMU does not look for these.
@@ -81,7 +81,7 @@ class CheckReport:
 
     @property
     def sound(self) -> bool:
-        """Whether the image can be written to: nothing is wrong with it but leaks."""
+        """Whether the image can be written to: leaks at most are wrong with it."""
         return self.complete and not self.corruptions and not self.overlaps
 
     @property
@@ -98,8 +98,7 @@ class CheckReport:
 def check(image: Qcow2Image) -> CheckReport:
     """Recompute all refcounts and compare them with the stored ones.
 
-    Damage does not raise, it is reported. The dirty and corrupt bits of the header are not
-    looked at.
+    Damage does not raise, it is reported. The dirty and corrupt bits of the header are ignored.
 
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
@@ -117,7 +116,7 @@ def computed_refcounts(image: Qcow2Image) -> ReferenceCounts:
 
 
 def check_with_references(image: Qcow2Image) -> tuple[CheckReport, ReferenceCounts]:
-    """As :func:`check` and :func:`computed_refcounts`, for the price of one of them.
+    """Like :func:`check` and :func:`computed_refcounts`, at the cost of one of them.
 
     A writer may use a cluster whose stored and computed refcounts are both 0, if the report
     is ``sound``.

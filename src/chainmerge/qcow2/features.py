@@ -77,7 +77,7 @@ class Extension:
 
 @dataclass(frozen=True, slots=True)
 class BitmapsExtension:
-    """Where the bitmap directory is. Its plausibility is judged by who reads the directory."""
+    """Where the bitmap directory is. Whoever reads the directory checks its plausibility."""
 
     count: int
     directory_size: int

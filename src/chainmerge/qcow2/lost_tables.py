@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether leaked clusters look like what an L2 table led to that is lost.
+"""Whether leaked clusters look like the data that a lost L2 table mapped.
 
 An L2 table that was overwritten with zeros, or whose L1 entry was, contradicts nothing: to a
 check, the guest has no data there, and the clusters that the table led to are leaked. They are
@@ -140,7 +140,7 @@ def _entries_leading_to(
     if (plain & np.uint64(_RESERVED)).any() or (offsets % np.uint64(header.cluster_size)).any():
         return 0
     if not packed.any() and not (plain & np.uint64(COPIED)).any():
-        # Tables of bitmaps look alike, but for that.
+        # Tables of bitmaps look alike, except for that.
         return 0
     hosts = offsets[offsets != 0]
     if packed.any():

@@ -150,7 +150,7 @@ def _cut_table(header: Header, table: _TablePieces, window: int) -> Iterator[_Ta
 
 
 def _l2_table_offsets(image: Qcow2Image, first: int, end: int) -> U64Array:
-    """File offsets of the L2 tables of L1 entries *first* to *end*, 0 where there is none."""
+    """File offsets of the L2 tables of L1 entries *first* to *end*, 0 if there is none."""
     header = image.header
     entries = image.read_l1(first, end)
 
@@ -550,7 +550,7 @@ def _contradiction(header: Header, entry: int, bitmap: int, *, has_host: bool) -
 
 
 def _read_entry(image: Qcow2Image, cluster: int) -> tuple[int, int]:
-    """The L2 entry of a guest cluster and its subcluster bitmap, both 0 where there is none."""
+    """The L2 entry of a guest cluster and its subcluster bitmap, both 0 if there is none."""
     header = image.header
     index, within = divmod(cluster, header.l2_entries)
     l1_entry = int(image.read_l1(index, index + 1)[0])

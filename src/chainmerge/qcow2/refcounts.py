@@ -45,7 +45,7 @@ def refcount_dtype(header: Header) -> np.dtype[np.unsignedinteger[Any]]:
 def read_refcount_table(image: Qcow2Image) -> U64Array:
     """The entries of the refcount table as they are stored, at most 1 Mi of them.
 
-    An entry is the file offset of a refcount block, 0 where there is none. Whether it can be
+    An entry is the file offset of a refcount block, 0 if there is none. Whether it can be
     one is judged where the block is read.
     """
     header = image.header

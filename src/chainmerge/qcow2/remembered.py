@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What images say about their disks, kept for those who will ask again."""
+"""What images say about their disks, cached for later calls."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class MappingMemory:
             yield known.clipped(start, end)
 
     def _remembered(self, image: Qcow2Image) -> Extents | None:
-        """All of it, or None where that is too much, or damaged in parts."""
+        """All of it, or None if that is too much, or damaged in parts."""
         parts: list[Extents] = []
         room = min(self._room, _MOST_OF_ONE_IMAGE)
         try:

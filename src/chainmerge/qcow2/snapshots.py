@@ -46,7 +46,7 @@ class Snapshot:
 
     @property
     def label(self) -> str:
-        """What people call it: its name, or its number where it has none."""
+        """What people call it: its name, or its number if it has none."""
         return self.name or self.id
 
 
@@ -63,7 +63,7 @@ def read_snapshots(image: Qcow2Image) -> tuple[Snapshot, ...]:
     """The image's internal snapshots.
 
     Raises:
-        BadSnapshotTable: the table is larger than QEMU allows, or passes the end of the file.
+        BadSnapshotTable: the table is larger than QEMU allows, or reaches past the end of the file.
     """
     return read_snapshot_table(image).snapshots
 
@@ -72,7 +72,7 @@ def read_snapshot_table(image: Qcow2Image) -> SnapshotTable:
     """The snapshot table; at most 65,536 entries (checked with the header) in 64 MiB.
 
     Raises:
-        BadSnapshotTable: the table is larger than QEMU allows, or passes the end of the file.
+        BadSnapshotTable: the table is larger than QEMU allows, or reaches past the end of the file.
     """
     header = image.header
     snapshots = []

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What outlives the process: the small files that a command leaves for the one after it.
+"""What outlives the process: the small files that a command leaves for the next one.
 
-They stand beside the image, so that any host that sees the image sees them. Nothing outside
+They lie beside the image, so that any host that sees the image sees them. Nothing outside
 this package knows how they are named or what they look like inside.
 """

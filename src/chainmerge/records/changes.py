@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an image is still the one that a record is of, and what was done to it since."""
+"""Whether an image is still the one that a record describes, and what has happened to it since."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def what_stands_at(path: str | Path, identity: ImageIdentity) -> Sameness:
-    """Whether *identity* is that of what stands at *path*; OTHER also where nothing does.
+    """Whether *identity* is that of the file at *path*; OTHER also if there is none.
 
-    Raises OSError where that cannot be looked at.
+    Raises OSError if that cannot be looked at.
     """
     try:
         return compare(identify(Path(path)), identity)
@@ -58,11 +58,11 @@ def called(identity: ImageIdentity, moves: Mapping[str, str]) -> ImageIdentity:
 
 
 def last_change(image: Path) -> str:
-    """What is another text after every change of *image*; empty where nothing is.
+    """A text that differs after every change of *image*; empty if nothing is.
 
-    Changes of its name, owner and the like count, too.
+    Changes of its name, owner and the like count too.
 
-    Raises OSError where there is nothing.
+    Raises OSError if there is nothing.
     """
     status = image.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -71,7 +71,7 @@ def last_change(image: Path) -> str:
 
 
 def data_changed(image: Path) -> str:
-    """What is another text after every write to *image*; empty where nothing tells."""
+    """A text that differs after every write to *image*; empty if nothing tells."""
     try:
         status = image.stat()
     except OSError:

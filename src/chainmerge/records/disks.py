@@ -79,7 +79,7 @@ def forget_entry(base: Path) -> None:
 
 
 def read_entry(file: Path) -> DiskEntry | None:
-    """The entry in *file*; None where there is none that can be read."""
+    """The entry in *file*; None if absent or unreadable."""
     try:
         entry = read_state(file, DiskEntry, _problems)
     except UnusableState:

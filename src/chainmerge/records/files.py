@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small files that outlive the process: where they stand, how they are written and read.
+"""The small files that outlive the process: where they lie, how they are written and read.
 
-They stand beside the image, so that any host that sees the image sees them; for block devices
-they stand in :data:`STATE_DIRECTORY`, under what the device is and not under its number or the
-name of its node, which another volume can have after the next boot. Each holds one document as a
-line of JSON, written to a temporary name, synced and renamed.
+They lie beside the image, so that any host that sees the image sees them; for block devices they
+lie in :data:`STATE_DIRECTORY`, named after the device's identity and not after its number or its
+node, which another volume can have after the next boot. Each holds one document as a line of JSON,
+written to a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def found_beside(image: Path, suffix: str, owner: Callable[[Path], ImageIdentity
     """As :func:`beside`, but where earlier versions put what is there, if it is *image*'s.
 
     They filed the state of a block device under the name of its node. *owner* reads the identity
-    of the image that a file is of; None where it does not say. What it raises is passed on.
+    of the image that a file is of; None if it does not say. What it raises is passed on.
     """
     file = beside(image, suffix)
     real = Path(os.path.realpath(image))
@@ -141,7 +141,7 @@ def read_state(
     form: type[Document],
     problems: Callable[[Document], Iterator[str]] = lambda _document: iter(()),
 ) -> Document | None:
-    """The document in *file*; None where there is no such file.
+    """The document in *file*; None if there is no such file.
 
     Raises UnusableState, also with the first of the *problems* that the document has.
     """
@@ -170,7 +170,7 @@ def is_path(text: str) -> bool:
 
 
 def remove_durably(file: Path) -> None:
-    """Remove a file for good; nothing happens where there is none."""
+    """Remove a file for good; nothing happens if there is none."""
     try:
         file.unlink()
     except OSError:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells an image from another one that comes to stand under the same name.
+"""What distinguishes an image from another one that later has the same name.
 
-A file system gives the number of a deleted file to the next one that is made. What tells the
-two apart is the time of birth, where it is kept (not by ext4 with inodes of 128 bytes, ext3,
-NFSv3), and the generation of the inode, which is in the file's handle (name_to_handle_at(2)).
-A block device gets another number at every boot. It is known by the device-mapper's UUID, by
-the WWID that it reports, or, a loop device, by the file below it.
+A file system gives the number of a deleted file to the next one that is made. What distinguishes
+the two is the birth time, if it is kept (not by ext4 with inodes of 128 bytes, ext3, NFSv3), and
+the generation of the inode, which is in the file's handle (name_to_handle_at(2)). A block device
+gets another number at every boot. It is known by the device-mapper's UUID, by the WWID that it
+reports, or, a loop device, by the file below it.
 
 Where two identities have no evidence in common, nobody knows (:attr:`Sameness.UNKNOWN`). Nothing
 may be deleted, or taken for done, on that.
@@ -31,10 +31,10 @@ _SECTOR: Final = 512
 
 
 class ImageIdentity(msgspec.Struct, frozen=True):
-    """What tells one image from another that comes to stand under the same name.
+    """What distinguishes one image from another that later has the same name.
 
     ``kind`` is ``file`` or ``block``. Of a file ``number`` is the inode, ``birth`` the time of
-    its birth and ``handle`` its handle, each empty where it is not known or not kept. Of a block
+    its birth and ``handle`` its handle, each empty if it is not known or not kept. Of a block
     device ``birth`` is what tells it from all others, and ``number`` is 0; where nothing does,
     ``number`` is the device number, ``handle`` its place in the sequence of all devices that came
     up, and both only count in the same run of the machine, ``boot``.
@@ -64,7 +64,7 @@ class Sameness(Enum):
 def identify(path: Path) -> ImageIdentity:
     """The identity of the image at *path*, the same as seen from every host.
 
-    Raises OSError where there is nothing, ValueError where *path* is what no file can be called.
+    Raises OSError if there is nothing, ValueError where *path* is what no file can be called.
     """
     status = path.stat()
     if not stat.S_ISBLK(status.st_mode):
@@ -129,7 +129,7 @@ def _is_of_old_loop(birth: str) -> bool:
 
 
 def device_identity(device: int) -> str:
-    """What no other block device is or was; empty where nothing tells.
+    """What no other block device is or was; empty if nothing tells.
 
     *device* is a device number, as in ``st_rdev``.
     """
@@ -237,7 +237,7 @@ def _read(file: Path) -> str:
 
 
 def _read_bytes(file: Path) -> bytes:
-    """What stands in a file of sysfs, without the line's end; empty where there is none."""
+    """What stands in a file of sysfs, without the line's end; empty if there is none."""
     try:
         return file.read_bytes().removesuffix(b"\n")
     except OSError:
@@ -246,7 +246,7 @@ def _read_bytes(file: Path) -> bytes:
 
 @cache
 def this_boot() -> str:
-    """What is another text after every boot; empty where nothing tells."""
+    """What is another text after every boot; empty if nothing tells."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
@@ -323,7 +323,7 @@ class _FileHandle(ctypes.Structure):
 
 
 def _handle(path: Path) -> str:
-    """A file's handle as text, ``KIND:BYTES``; empty where it has none that lasts."""
+    """A file's handle as text, ``KIND:BYTES``; empty if it has none that lasts."""
     magic = _file_system(path)
     libc = _libc()
     # musl has no such function.

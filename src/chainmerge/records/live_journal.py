@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a live merge came, in a file that outlives the process that drives it.
+"""How far a live merge got, in a file that outlives the process that drives it.
 
 ``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.records.files`) from before the
 first change until base is settled. Whoever finds it looks at the VM, and at the disk where the
@@ -65,7 +65,7 @@ class LiveJournalDamaged(RecordsUnusable, Refused):
 
 
 class LiveState(StrEnum):
-    """How far a live merge came; in the order in which it happens."""
+    """How far a live merge got; in the order in which it happens."""
 
     PREPARING = "preparing"
     """Base's bitmaps may be as they were, or as they are to be while data is copied."""
@@ -130,7 +130,7 @@ class LiveJournal(msgspec.Struct, frozen=True):
     state: LiveState = LiveState.PREPARING
     limits: SavedLimits | None = None
     top_since: str = ""
-    """What top's times of change were when the merge was about to take effect; empty where they
+    """What top's times of change were when the merge was about to take effect; empty if they
     say nothing."""
     guest_to_resume: bool = False
     """Whether the guest was suspended for the merge to take effect, and has to run again."""
@@ -142,7 +142,7 @@ class LiveJournal(msgspec.Struct, frozen=True):
 
     @property
     def known_request(self) -> RecordedRequest:
-        """What was asked for, as far as it is recorded."""
+        """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
         options = {"delete": True} if self.delete else {}
@@ -194,7 +194,7 @@ def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
 
 
 def load_live_journal(base: Path) -> LiveJournal | None:
-    """The journal that a live merge left for *base*; None where there is none.
+    """The journal that a live merge left for *base*; None if there is none.
 
     Raises LiveJournalDamaged.
     """
@@ -202,7 +202,7 @@ def load_live_journal(base: Path) -> LiveJournal | None:
 
 
 def read_live_journal(file: Path) -> LiveJournal | None:
-    """The journal in *file*; None where there is no such file.
+    """The journal in *file*; None if there is no such file.
 
     Raises LiveJournalDamaged.
     """
@@ -243,5 +243,5 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
 
 
 def forget_live_journal(base: Path) -> None:
-    """Remove the journal of *base*, durably; nothing happens where there is none."""
+    """Remove the journal of *base*, durably; nothing happens if there is none."""
     forget_beside(base, LIVE_JOURNAL_SUFFIX, _owner)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of a native merge: how far it came, so that a rerun need not find out.
+"""The journal of a native merge: how far it got, so that a rerun need not find out.
 
 ``.BASE.chainmerge-journal`` stands where :mod:`chainmerge.records.files` says, and holds a
 :class:`Journal`. Its state only ever moves down this list, and may leave out any but the first:
@@ -83,7 +83,7 @@ class MergeJournalDamaged(RecordsUnusable, Refused):
 
 
 class JournalState(StrEnum):
-    """How far a merge came; in the order in which it happens."""
+    """How far a merge got; in the order in which it happens."""
 
     PREPARED = "prepared"
     SWITCHING = "switching"
@@ -104,7 +104,7 @@ class JournalState(StrEnum):
 class JournalledImage(msgspec.Struct, frozen=True):
     """An image that is merged, and what shows whether it was written to since.
 
-    ``unchanged_since`` is empty where nothing can show that.
+    ``unchanged_since`` is empty if nothing can show that.
     """
 
     identity: ImageIdentity
@@ -134,9 +134,9 @@ class Journal(msgspec.Struct, frozen=True):
     ``overlays`` are the merged images, lowest first; ``children`` those that stand on top.
     ``spent`` are the names of tombstones that only top needs. ``first_sector`` is the SHA-256
     digest, in hexadecimal digits, of the first 512 bytes of the new base; empty before they are
-    known. ``old_sector`` is that of base before the switch, empty where it is not recorded.
+    known. ``old_sector`` is that of base before the switch, empty if it is not recorded.
     ``boot`` tells one run of the machine from another. ``placement`` says where data goes that
-    base has a cluster for (:class:`chainmerge.options.Placement`), and is empty where that is not
+    base has a cluster for (:class:`chainmerge.options.Placement`), and is empty if that is not
     recorded. ``request`` is what was asked for, where that is recorded. ``volume_size`` is what the
     volume of a raw base had before the merge, in bytes, and 0 of another base: what it holds behind
     that is nobody's. ``shrink_to`` is what its volume is to be reduced to in the end, and 0 where
@@ -167,7 +167,7 @@ class Journal(msgspec.Struct, frozen=True):
 
     @property
     def known_request(self) -> RecordedRequest:
-        """What was asked for, as far as it is recorded."""
+        """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
         options = {
@@ -200,7 +200,7 @@ def save_journal(journal: Journal) -> None:
 
 
 def keep_journal(journal: Journal) -> Journal | None:
-    """Write the journal durably; None where there is no place for it.
+    """Write the journal durably; None if there is no place for it.
 
     It then stays what it was, which says less and nothing wrong: a merge does not need it.
     """
@@ -212,7 +212,7 @@ def keep_journal(journal: Journal) -> Journal | None:
 
 
 def load_journal(base: Path) -> Journal | None:
-    """The journal that an interrupted merge left for *base*; None where there is none.
+    """The journal that an interrupted merge left for *base*; None if there is none.
 
     Raises MergeJournalDamaged.
     """
@@ -220,7 +220,7 @@ def load_journal(base: Path) -> Journal | None:
 
 
 def read_journal(file: Path) -> Journal | None:
-    """The journal in *file*; None where there is no such file.
+    """The journal in *file*; None if there is no such file.
 
     Raises MergeJournalDamaged.
     """
@@ -271,7 +271,7 @@ def _problems(journal: Journal) -> Iterator[str]:
 
 
 def forget_journal(base: Path) -> None:
-    """Remove the journal of *base*, durably; nothing happens where there is none."""
+    """Remove the journal of *base*, durably; nothing happens if there is none."""
     forget_beside(base, JOURNAL_SUFFIX, _owner)
 
 
@@ -312,6 +312,6 @@ def first_sector_of(base: Path) -> str:
 def journalled(image: Path) -> JournalledImage:
     """An overlay as the journal names it.
 
-    Raises OSError where there is nothing.
+    Raises OSError if there is nothing.
     """
     return JournalledImage(identify(image), last_change(image))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which merges came to their end: ``.TOP.chainmerge-merged``.
+"""Which merges are finished: ``.TOP.chainmerge-merged``.
 
 Written before top's file is deleted or replaced, so that the same command, run again, says that
 the merge is done instead of reporting a missing file, or worse, taking the renamed base for a
@@ -78,7 +78,7 @@ class Superseded(msgspec.Struct, frozen=True):
     """Images that a live merge has left in place, and that nothing may be merged from any more.
 
     The guest writes to base, or to an image on base. ``since`` is what the times of change of
-    top said when the VM had closed it, empty where they say nothing.
+    top said when the VM had closed it, empty if they say nothing.
     """
 
     images: list[DoomedImage]
@@ -88,7 +88,7 @@ class Superseded(msgspec.Struct, frozen=True):
 class LeftInPlace(msgspec.Struct, frozen=True):
     """Top, where it stays although all of it is in base.
 
-    ``since`` and ``base_since`` are what the times of change of the two said then, empty where
+    ``since`` and ``base_since`` are what the times of change of the two said then, empty if
     they say nothing (:func:`chainmerge.records.changes.data_changed`).
     """
 
@@ -133,7 +133,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
 
     @property
     def known_request(self) -> RecordedRequest:
-        """What was asked for, as far as it is recorded."""
+        """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
         options: dict[str, Any] = {}
@@ -173,7 +173,7 @@ def record_merged(top: Path, record: MergedRecord) -> None:
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
-    """The record of a finished merge of *top*; None where there is none that can be read."""
+    """The record of a finished merge of *top*; None if absent or unreadable."""
     try:
         return read_merged_record(merged_record_file(top))
     except OSError:
@@ -182,7 +182,7 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 
 
 def read_merged_record(file: Path) -> MergedRecord | None:
-    """The record in *file*; None where there is none that can be read."""
+    """The record in *file*; None if absent or unreadable."""
     try:
         record = read_state(file, MergedRecord, _problems)
     except (OSError, UnusableState):
@@ -272,7 +272,7 @@ def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:
     if pulled.onto is None or pulled.backing is None:
         return True
     if any(is_there(one.identity) for one in record.delete):
-        # It has not come to its end, so that this is no later pull.
+        # It has not come to its end, so that this is not a later pull.
         return True
     backing = top.parent / pulled.backing.removeprefix("file:")
     return not backing.exists() or what_stands_at(backing, pulled.onto) is not Sameness.OTHER

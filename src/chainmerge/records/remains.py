@@ -106,7 +106,7 @@ def is_left_over(record: MergedRecord | None, base: Path, top: Path) -> bool:
 
 
 def is_anything_left(base: Path, top: Path) -> bool:
-    """Whether an earlier run has left a file that says that it did not come to its end."""
+    """Whether an earlier run has left a file that says that it was not finished."""
     files = (
         journal_file(base),
         live_journal_file(base),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for, as it is recorded, and the command that asks for it again.
+"""A request as it is recorded, and the command that repeats it.
 
-This is the only place that composes a command for a merge. It says all that was said: a merge
-that goes on with other options can go another way, or be refused. What was left at its default is
-neither recorded nor said. Paths are made absolute when they are recorded, so that a command can
-be run from anywhere; block devices are named by what stays theirs after the next boot.
+This is the only place that composes a command for a merge. The command repeats everything that was
+given: a merge that goes on with other options can go another way, or be refused. What was left at
+its default is neither recorded nor said. Paths are made absolute when they are recorded, so that a
+command can be run from anywhere; block devices are named by what stays theirs after the next boot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RecordedRequest(msgspec.Struct, frozen=True):
-    """A merge that was asked for.
+    """A merge that was requested.
 
     ``tops`` and ``bases`` are those of all disks that are merged together. ``access`` and
     ``options`` have the fields of :class:`Access` and of :class:`MergeOptions` that are not at
@@ -102,7 +102,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
 """How each field of :class:`Access`, :class:`MergeOptions` and :class:`LiveOptions` is said."""
 
 _OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume"})
-"""What ``chainmerge live resume`` asks for anew. The journal knows the rest."""
+"""What ``chainmerge live resume`` is told again. The journal knows the rest."""
 
 
 def recorded(
@@ -123,13 +123,13 @@ def recorded(
 
 
 def access_of(request: RecordedRequest) -> Access | None:
-    """How images may be reached; None where the record has what is not known here."""
+    """How images may be reached; None if the record has what is not known here."""
     access: Access | None = _filled_in(Access, request.access)
     return access
 
 
 def options_of(request: RecordedRequest) -> MergeOptions | None:
-    """How to merge, cold; None where the record has what is not known here."""
+    """How to merge, cold; None if the record has what is not known here."""
     said = request.options
     if request.is_live:
         if _filled_in(LiveOptions, said) is None:
@@ -143,7 +143,7 @@ def options_of(request: RecordedRequest) -> MergeOptions | None:
 def command_of(request: RecordedRequest) -> str | None:
     """What asks for the same merge, cold, as one types it into a shell.
 
-    Of a live merge it is what finishes it while the VM does not run. None where the record has
+    Of a live merge it is what finishes it while the VM does not run. None if the record has
     what is not known here.
     """
     access, options = access_of(request), options_of(request)
@@ -250,7 +250,7 @@ def _recordable(value: Any, paths: _Paths) -> Any:
 
 
 def _filled_in(kind: Any, said: Mapping[str, Any]) -> Any:
-    """The options in which *said* is said; None where it is not known here, or makes no sense."""
+    """The options in which *said* is said; None if it is not known here, or makes no sense."""
     if not said.keys() <= {one.name for one in fields(kind)}:
         return None
     try:

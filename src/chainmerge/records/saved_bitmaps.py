@@ -99,7 +99,7 @@ class SavedBitmap:
     """One checkpoint as it was before the merge.
 
     ``in_base`` are its bits in base, ``in_overlay`` those in the overlay directly above;
-    None where the image did not have it.
+    None if the image did not have it.
     """
 
     name: str
@@ -149,7 +149,7 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
 
 
 def load_saved_bitmaps(base: Path) -> SavedBitmaps | None:
-    """The bitmaps that an interrupted merge left for *base*; None where there are none.
+    """The bitmaps that an interrupted merge left for *base*; None if there are none.
 
     Raises SavedBitmapsDamaged, and what opening a file raises.
     """
@@ -157,7 +157,7 @@ def load_saved_bitmaps(base: Path) -> SavedBitmaps | None:
 
 
 def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
-    """The bitmaps saved in *file*; None where there is no such file.
+    """The bitmaps saved in *file*; None if there is no such file.
 
     Raises SavedBitmapsDamaged, and what opening a file raises.
     """
@@ -211,7 +211,7 @@ def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | Non
 
 
 def forget_saved_bitmaps(base: Path) -> None:
-    """Remove the saved bitmaps of *base*, durably; nothing happens where there are none."""
+    """Remove the saved bitmaps of *base*, durably; nothing happens if there are none."""
     forget_beside(base, SAVED_BITMAPS_SUFFIX, _owner)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds merges that did not come to their end, by the small files that they leave. Reads only."""
+"""Finds unfinished merges by the small files that they leave. Reads only."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ _LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
 
 
 def status(paths: Sequence[str | Path] = ()) -> StatusReport:
-    """Find merges that were interrupted, and those that are going on.
+    """Find interrupted merges, and those in progress.
 
     Args:
         paths: directories to look at, with everything below, and images: of an image, what is
@@ -210,7 +210,7 @@ def _search_below(root: Path) -> _Search:
 def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
     """All unfinished merges of which there are files in the directories of a search.
 
-    Raises SearchPathUnusable where one that the report names cannot be read.
+    Raises SearchPathUnusable if one that the report names cannot be read.
     """
     by_base: dict[str, UnfinishedMerge] = {}
     files = [file for directory in search.directories for file in _files(directory, search.named)]
@@ -259,7 +259,7 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
         top=first.top or second.top,
         progress=second.progress if first.state == second.state == UNKNOWN else first.progress,
         base_holds_data=second.base_holds_data if holds is None else holds,
-        # What finishes all of several disks finishes this one, too.
+        # What finishes all of several disks finishes this one too.
         command=second.command if second.disks else first.command or second.command,
         disks=first.disks or second.disks,
         files=(*first.files, *second.files),
@@ -268,7 +268,7 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
 
 
 def _read(file: Path) -> UnfinishedMerge | None:
-    """The unfinished merge that *file* tells of; None where it tells of none."""
+    """The unfinished merge that *file* tells of; None if it tells of none."""
     try:
         if file.name.endswith(_JOURNAL):
             return _of_journal(file)

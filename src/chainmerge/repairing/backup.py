@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a repair overwrites, kept in a file, so that it can be put back.
+"""What a repair overwrites, saved in a file, so that it can be put back.
 
-Before each write to the image, what stands there is written to the backup and made durable.
-So there is at no time anything overwritten that the backup does not have. A backup is read
+Before each write to the image, the old bytes are written to the backup and made durable. So nothing
+is ever overwritten that the backup does not have. A backup is read
 from its end: undoing the last write first makes every state on the way back one that the
 repair went through, and that an interruption could have left.
 
@@ -57,7 +57,7 @@ class _Kind(StrEnum):
 
 @dataclass(eq=False)
 class BackupUnusable(RecordsUnusable, Refused):
-    """A file is no backup of a repair, or a damaged one."""
+    """A file is not a backup of a repair, or is a damaged one."""
 
     code: ClassVar[str] = "repair-backup-unusable"
     template: ClassVar[str] = "{backup} cannot be used as the backup of a repair: {why}"
@@ -76,7 +76,7 @@ class BackupUnusable(RecordsUnusable, Refused):
 
 @dataclass(eq=False)
 class ChangedSinceRepair(Refused):
-    """The image is not any more what the repair made of it."""
+    """The image is no longer what the repair made of it."""
 
     code: ClassVar[str] = "changed-since-repair"
     template: ClassVar[str] = "{image} has been changed since it was repaired: {what}"
@@ -186,7 +186,7 @@ class RecordedPort:
         self._port.reserve(offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Keep what stands there, durably, and then write."""
+        """Save the old bytes, durably, and then write."""
         old = self._port.read(offset, max(0, min(len(data), self._port.size - offset)))
         packed = zlib.compress(old, 1)
         record = _packed_record(_Kind.WRITE, offset, len(data), len(old), len(packed), data, old)
@@ -308,7 +308,7 @@ class Backup:
     def restore(self, port: WritablePort) -> None:
         """Put back all that was overwritten, and give a file the size that it had.
 
-        Interrupted, it is finished by doing it again. Nothing happens where that was done.
+        If interrupted, doing it again finishes it. Nothing happens if it was done before.
 
         Raises:
             ChangedSinceRepair: nothing was written.

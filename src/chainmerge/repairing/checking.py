@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The consistency check of one image, for who asks for it."""
+"""The consistency check of one image, on request."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _MOST_MESSAGES: Final = 20
 
 
 class Treatment(Enum):
-    """How an image is mended."""
+    """How an image is repaired."""
 
     NONE = "nothing is to be done, or nothing can be done"
     MARKS = "clear the dirty bit and the corrupt bit"
@@ -69,8 +69,8 @@ class Diagnosis:
 
     Attributes:
         findings: What is wrong, worst last.
-        treatment: What mends it.
-        bitmaps: All bitmaps that it is to have, None where they stay as they are.
+        treatment: What repairs it.
+        bitmaps: All bitmaps that it is to have, None if they stay as they are.
         kept: Leaked clusters that stay.
         freed: Where leaked clusters are reclaimed.
         actions: What that comes to, a sentence each.
@@ -94,7 +94,7 @@ class Circumstances:
         guarded: Bitmaps of images that stand on this one: granularity (bytes) by name.
         merge_pending: Whether a merge into this image is going to be finished. That needs the
             bitmaps as the merge has left them.
-        leaked_before: Clusters that were leaked before a merge of ours; None where there was none.
+        leaked_before: Clusters that were leaked before a merge of ours; None if there was none.
         reclaim: Whether leaked clusters are to go that may be the content of a lost L2 table.
     """
 
@@ -178,7 +178,7 @@ class _Examination:
 
     def _to_be_rebuilt(self, bitmaps: _Bitmaps) -> Diagnosis:
         if self._circumstances.merge_pending:
-            # A bitmap without content cannot be written anew, whoever else would deal with it.
+            # A bitmap without content cannot be rewritten, whoever else would deal with it.
             bitmaps = self._bitmaps(replace(self._circumstances, merge_pending=False))
         findings = (
             *bitmaps.findings,
@@ -410,9 +410,9 @@ def _all_lost(image: Qcow2Image, circumstances: Circumstances, problem: str) -> 
 
 
 def _problem(image: Qcow2Image, entry: BitmapEntry, tables: Tables | None) -> str | None:
-    """Why a bitmap cannot be relied on; None where it can.
+    """Why a bitmap cannot be relied on; None if it can.
 
-    *tables* has the counts to judge it by, None where a check has found it to contradict nothing.
+    *tables* has the counts to judge it by, None if a check has found it to contradict nothing.
     """
     name = repr(entry.name)
     if state_of(image, entry) is BitmapState.IN_USE:

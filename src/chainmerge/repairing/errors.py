@@ -77,8 +77,8 @@ class RelinkChangesCheckpoints(CheckpointsAtRisk, Refused):
 
     code: ClassVar[str] = "relink-changes-checkpoints"
     template: ClassVar[str] = (
-        "with {backing} as the backing file of {image}, the bitmaps {names} of the chain would not "
-        "make the same checkpoints"
+        "with {backing} as the backing file of {image}, these bitmaps of the chain would not "
+        "make the same checkpoints: {names}"
     )
     hint: ClassVar[str] = (
         "use a copy that has the bitmaps of the old backing file (cp, not qemu-img convert); or "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evidence of a ``qemu-img commit`` that did not come to its end. Reads only.
+"""Evidence of an unfinished ``qemu-img commit``. Reads only.
 
 Such a commit copies top's data into base, from the beginning of the disk to its end, and
 empties top only when all is there. Killed before that it leaves top as it was, and base half
@@ -52,12 +52,12 @@ _CONVINCING_CLUSTERS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class HalfDoneCommit:
-    """A commit of *top* into *base* that somebody else began.
+    """A commit of *top* into *base* by another program.
 
     Attributes:
         base: The image that it writes to.
         top: The image whose data it copies.
-        copied: Bytes, not counting zeros, at the beginning of top's data that base has, too.
+        copied: Bytes, not counting zeros, at the beginning of top's data that base has too.
         data: Guest bytes of which top has data.
         reached: Where on the guest's disk the first difference is, or how far was looked.
         marks: The marks that base has of a writer that died, in words.
@@ -136,7 +136,7 @@ class _Compared:
 
 
 def _compared(top: GuestView, base: GuestView, shown: GuestView) -> _Compared | None:
-    """What base has of the beginning of what top defines; None where that proves nothing.
+    """What base has of the beginning of what top defines; None if that proves nothing.
 
     Nor does it where base has the end of it as well: nothing is half done then.
 

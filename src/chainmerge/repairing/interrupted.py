@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be done about merges of ours that did not come to their end. Reads only.
+"""What can be done about unfinished merges of ours. Reads only.
 
 What had not taken effect can be undone: the image is the old one, with some clusters leaked.
 What had, or has half done so, is finished by doing the same merge again.
@@ -48,7 +48,7 @@ _MERGED: Final = f".{RECORD_SUFFIX}"
 
 
 class Ending(Enum):
-    """How an interrupted merge can be brought to an end."""
+    """How an interrupted merge can be ended."""
 
     FINISH = "do it again, which does what is left"
     UNDO = "forget it: it has not taken effect"
@@ -57,15 +57,15 @@ class Ending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InterruptedMerge:
-    """A merge that did not come to its end.
+    """A merge that was not finished.
 
     Attributes:
         base: The image merged into.
-        top: The uppermost image that is merged; None where that is not known.
+        top: The uppermost image that is merged; None if that is not known.
         written: The image that the merge writes to.
         ending: What is to be done about it.
         options: What it was to do, as far as it is recorded.
-        sentence: How far it came.
+        sentence: How far it got.
     """
 
     base: Path

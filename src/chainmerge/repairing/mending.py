@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mends what others, or a kill, left behind in one image.
+"""Repairs what others, or a kill, left behind in one image.
 
 Look (:mod:`chainmerge.repairing.diagnosis`, :mod:`chainmerge.repairing.interrupted`,
 :mod:`chainmerge.repairing.foreign_commit`), then mend the image, each write of it preceded by
@@ -89,23 +89,23 @@ def repair(
     *,
     reclaim: bool = False,
 ) -> RepairReport:
-    """Mend an image, and bring merges to their end that were interrupted.
+    """Repair an image, and finish interrupted merges.
 
-    What the guest sees does not change. What is overwritten is kept in a file, which
-    :func:`undo_repair` takes; interrupted, the same call goes on.
+    What the guest sees does not change. What is overwritten is saved in a file, which
+    :func:`undo_repair` takes; if interrupted, the same call continues.
 
     Args:
-        image: the image to mend.
+        image: the image to repair.
         access: how images may be found and reached.
-        backup_directory: where to keep what is overwritten; None for beside the image, or for
+        backup_directory: where to save what is overwritten; None for beside the image, or for
             a block device in ``/var/lib/chainmerge``.
-        reclaim: give back leaked clusters also where they may be all that is left of what a lost
-            L2 table led to.
+        reclaim: give back leaked clusters even if they may be all that is left of the data that a
+        lost L2 table mapped.
 
     Raises:
         Refused: nothing was changed.
-        Failed, OutcomeUnknown: the message says what the disk holds now; the image may be
-            mended in part, and the same call goes on.
+        Failed, OutcomeUnknown: the message says what the disk holds now; the image may be repaired
+        in part, and the same call continues.
     """
     access = access or Access()
     merges = interrupted_merges(Path(image))
@@ -135,7 +135,7 @@ def undo_repair(backup: str | Path, access: Access | None = None) -> UndoReport:
 
     Raises:
         Refused: nothing was changed; the image was written to since, or the file is damaged.
-        Failed: some of it is put back; the same call goes on.
+        Failed: some of it is put back; the same call continues.
     """
     access = access or Access()
     kept = Backup(Path(backup))
@@ -274,7 +274,7 @@ def _findings_below(info: ImageInfo, access: Access) -> Iterator[RepairFinding]:
 
 
 def _undoing(info: ImageInfo, readable: FileReadable, noted: Runs | None) -> Undoing | None:
-    """What is to be given back of a merge that is undone; None where that cannot be told."""
+    """What is to be given back of a merge that is undone; None if that cannot be told."""
     if info.header is None or info.is_block_device or info.header.dirty or info.header.corrupt:
         return None
     try:
@@ -478,7 +478,7 @@ def _treat(port: RecordedPort, diagnosis: Diagnosis) -> None:
 
 
 def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
-    """Look at the image anew, and believe nothing else.
+    """Verify the image by reading it again, and trust nothing else.
 
     Raises:
         RepairNotVerified
@@ -505,7 +505,7 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """What came of finishing merges."""
+    """The outcome of finishing merges."""
 
     case: _Case
     verified: tuple[str, ...]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gives an image another backing file: the same content under another name.
 
-QEMU's tool for it, ``qemu-img rebase -u``, asks nothing, and opens the image for writing: a kill
-leaves its bitmaps in-use. Here the name changes in one write of the header, and only where the
-image shows the same afterwards, and every checkpoint is worth what it was.
+QEMU's tool for that, ``qemu-img rebase -u``, checks nothing, and opens the image for writing: a
+kill leaves its bitmaps in-use. Here the name changes in one write of the header, and only if the
+image shows the same data afterwards and every checkpoint covers what it covered before.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def find_backing(image: str | Path, access: Access | None = None) -> BackingReport:
-    """What an image names as its backing file, and where that is lost, the files that could be it.
+    """What an image names as its backing file, and if that is lost, the files that could be it.
 
     Raises:
         Refused: the image cannot be read.
@@ -87,13 +87,13 @@ def relink(
 ) -> RelinkReport:
     """Make *backing* the backing file of *image*, in one write of the image's header.
 
-    What the image shows on its old backing file and on the new one is compared first, and so are
-    the checkpoints. The same call again finds all done.
+    What the image shows with its old backing file and with the new one is compared first, and so
+    are the checkpoints. The same call again finds everything done.
 
     Args:
         image: a qcow2 image that nobody has open.
-        backing: the file; None for none, where the image needs none any more. Its format is that
-            of ``access.formats``, else the one that the image declares.
+        backing: the file; None to remove the backing file, if the image no longer needs one. Its
+        format is that of ``access.formats``, otherwise the one that the image declares.
         access: how images may be found and reached.
         unchecked: do not compare: the caller knows that the content is the same.
         on_progress: called while content is compared.
@@ -260,7 +260,7 @@ def _verify(compared: _Comparison) -> Iterator[str]:
 
 
 def _verify_snapshots(compared: _Comparison) -> Iterator[str]:
-    """Internal snapshots read from below, too, and elsewhere than the image does."""
+    """Internal snapshots read from below too, and elsewhere than the image does."""
     image = compared.image.image
     snapshots = read_snapshots(image) if image is not None else ()
     if not snapshots:
@@ -282,7 +282,7 @@ def _view(images: Sequence[OpenImage]) -> GuestView:
 def _changed_checkpoints(compared: _Comparison) -> Iterator[str]:
     """Names that are worth something else on the new backing file, to whatever reads them.
 
-    An image above may have the name, too: what is below this one is evidence for that.
+    An image above may have the name too: what is below this one is evidence for that.
     """
     old, new = (
         [(one, bitmaps_of(one)) for one in reversed(chain.images)]

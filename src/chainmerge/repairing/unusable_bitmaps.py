@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def unusable_bitmaps(image: ImageInfo, relatives: Relatives, access: Access) -> Mapping[str, str]:
-    """Names of bitmaps of *image* that could be read and are of no use, and why.
+    """Names of bitmaps of *image* that can be read but not used, and why.
 
     A backup reads a name from an upper end of a chain down. A name is of no use if it is whole
     from no upper end that is found above the image. Nothing is said where an upper end cannot

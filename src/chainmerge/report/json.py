@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Reports for programs.
 
-One object in, one line of ASCII out; the same object gives the same bytes. Names that
-are no UTF-8 keep their undecodable bytes as lone surrogates (``\udc80`` to
-``\udcff``), the way Python's ``os.fsencode`` turns them back into bytes.
+One object in, one line of ASCII out; the same object gives the same bytes. Names that are not UTF-8
+keep their undecodable bytes as lone surrogates (``\udc80`` to ``\udcff``), the way Python's
+``os.fsencode`` turns them back into bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def encode_event(event: str, fields: Any) -> str:
 
 
 def encode_error(error: ChainmergeError) -> str:
-    """Encode the last line of a command that did not do what was asked."""
+    """Encode the last line of a command that did not do what was requested."""
     return encode_event(
         "error",
         ErrorReport(code=error.code, message=error.sentence, hint=error.advice, facts=error.facts),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces that the tables are made of: one look for all of them.
+"""The pieces that the tables are made of, so that all look alike.
 
 Names in reports come from images, that is, perhaps from a hostile guest. Everything
 that is text goes through :func:`words`, which makes it printable and keeps rich from

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def live_status_report(report: LiveStatusReport) -> RenderableType:
-    """Which merges of a disk did not come to their end, and what carries them on."""
+    """Which merges of a disk are unfinished, and what continues them."""
     chain = layout.section("The disk reads", layout.bullets(report.chain))
     if not report.merges:
         return Group(words(f"no unfinished merges in {report.vm}", layout.GOOD), chain)

@@ -67,7 +67,7 @@ def plan_report(plan: MergePlan) -> RenderableType:
 
 
 def disks_plan_report(plan: DisksPlan) -> RenderableType:
-    """The plans of several disks, one after the other."""
+    """The plans of several disks, one after another."""
     parts: list[RenderableType] = [words(f"{len(plan.disks)} disks, merged as one", layout.TITLE)]
     for disk in plan.disks:
         parts += [words(""), plan_report(disk)]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Showing how far a merge has come: plain lines, or lines of JSON.
 
-Whoever watches may go away in the middle of a merge (a closed pipe, a terminal that hung
-up), and the merge has better things to do than to stop for it: that is what
-:class:`ForgivingStream` is for.
+Whoever watches may go away in the middle of a merge (a closed pipe, a terminal that hung up), and
+the merge must not stop for that: that is what :class:`ForgivingStream` is for.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class ProgressDisplay(Protocol):
 
 
 class Pace:
-    """Says which events are worth showing: new stages, finished ones, else one in a while."""
+    """Says which events are worth showing: new stages, finished ones, and some in between."""
 
     def __init__(self, seconds_between: float, clock: Clock) -> None:
         self._seconds_between = seconds_between

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def status_report(report: StatusReport) -> RenderableType:
-    """Which merges did not come to their end, and what finishes them."""
+    """Which merges are unfinished, and what finishes them."""
     searched = ", ".join(report.searched)
     if report.merges:
         title = words(counted(len(report.merges), "unfinished merge"), layout.CAUTION)

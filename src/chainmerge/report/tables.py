@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything but plans for people; plans are in :mod:`chainmerge.report.plan_tables`."""
+"""All reports for people except plans; plans are in :mod:`chainmerge.report.plan_tables`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def merge_report(report: MergeReport) -> RenderableType:
 
 
 def disks_report(report: DisksReport) -> RenderableType:
-    """What became of each of several disks, and what there is to say of each."""
+    """What happened to each of several disks, with its report."""
     table = layout.listing("disk", "outcome", "copied")
     for disk in report.disks:
         copied = "" if disk.report is None else human_size(disk.report.bytes_copied)
@@ -78,7 +78,7 @@ def _disk_parts(disk: DiskReport) -> Iterator[RenderableType]:
 
 
 def chain_report(report: ChainReport) -> RenderableType:
-    """An image, what it stands on, and what else stands there."""
+    """An image, the images below it, and other images that use them."""
     nodes = [_node(image, report.image) for image in report.images]
     return Group(
         layout.tree(nodes),
@@ -125,7 +125,7 @@ def measurement_report(measurement: Measurement) -> RenderableType:
 
 
 def bitmap_listing(listing: BitmapListing) -> RenderableType:
-    """Every bitmap of a chain, and what each name is worth."""
+    """Every bitmap of a chain, and whether a backup can use each name."""
     if not listing.rows:
         return words(f"{listing.image} and the images below it hold no bitmaps", layout.QUIET)
     verdicts = layout.listing("name", "for backups", "why")
@@ -141,7 +141,7 @@ def bitmap_listing(listing: BitmapListing) -> RenderableType:
 
 
 def bitmap_change(change: BitmapChange) -> RenderableType:
-    """What a change of an image's bitmaps led to."""
+    """What a change did to an image's bitmaps."""
     done = {"add": "added", "remove": "removed", "clear": "cleared", "merge": "merged into"}
     verb = done.get(change.action, change.action)
     return Group(
@@ -185,11 +185,11 @@ def repair_report(report: RepairReport) -> RenderableType:
 def backing_report(report: BackingReport) -> RenderableType:
     """What an image names as its backing file, and which files could be a lost one."""
     declared = f" ({report.backing_format})" if report.backing_format else ""
-    name = "no backing file" if report.backing is None else f"{report.backing}{declared}"
+    name = _backing_file(report.backing) + declared
     if report.problem is None:
-        return words(f"{report.image} stands on {name}")
+        return words(f"{report.image} has {name}")
     parts: list[RenderableType] = [
-        words(f"{report.image} should stand on {name}"),
+        words(f"{report.image} should have {name}"),
         words(report.problem, layout.BAD),
     ]
     if not report.candidates:
@@ -208,12 +208,15 @@ def backing_report(report: BackingReport) -> RenderableType:
 
 def relink_report(report: RelinkReport) -> RenderableType:
     """Which backing file an image has now."""
-    name = "no backing file" if report.backing is None else report.backing
     return Group(
-        words(f"{report.image} stands on {name} now", layout.GOOD),
+        words(f"{report.image} now has {_backing_file(report.backing)}", layout.GOOD),
         *_listed("Verified", report.verified),
         *layout.warnings_section(report.warnings),
     )
+
+
+def _backing_file(name: str | None) -> str:
+    return "no backing file" if name is None else f"the backing file {name}"
 
 
 def undo_report(report: UndoReport) -> RenderableType:

@@ -14,7 +14,7 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 def rough_size(size: float) -> str:
     """Return *size* in bytes in the largest binary unit that fits, to one decimal.
 
-    For numbers that change while they are looked at.
+    For numbers that change while people watch.
     """
     exponent = min((int(size).bit_length() - 1) // 10, len(_UNITS) - 1) if size >= 1 else 0
     return f"{size / (1 << (10 * exponent)):.1f} {_UNITS[exponent]}"

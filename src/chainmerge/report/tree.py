@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that stand on each other, drawn as a tree.
+"""Images on top of each other, drawn as a tree.
 
 A chain can be hundreds of images long, so only a fork indents: the last image that
 stands on another goes on in its column, and others branch off to the right::

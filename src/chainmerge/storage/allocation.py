@@ -28,7 +28,7 @@ _FIEMAP_EXTENT_LAST: Final = 0x0001
 UNWRITTEN: Final = 0x0800
 """Of an extent: reserved, and reads as zeros."""
 SHARED: Final = 0x2000
-"""Of an extent: another file has it, too."""
+"""Of an extent: another file shares it."""
 _FIEMAP_REQUEST: Final = struct.Struct("=QQIIII")  # start, length, flags, mapped, count, reserved
 _FIEMAP_EXTENT: Final = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
 _FIEMAP_BATCH: Final = 1024

@@ -36,7 +36,7 @@ def logical_sector_size(fd: int) -> int:
 def is_read_only(fd: int) -> bool:
     """Whether the device is set read-only.
 
-    Linux lets such a device be opened for writing all the same, and fails the writes.
+    Linux lets such a device be opened for writing anyway, and fails the writes.
     """
     return bool(struct.unpack("=i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
 
@@ -55,7 +55,7 @@ def discard(fd: int, offset: int, length: int) -> None:
 def zero_out(fd: int, offset: int, length: int) -> None:
     """Make whole sectors read as zeros; their space stays the device's own.
 
-    The kernel has the device do it if that can, and else writes the zeros itself, which takes
-    as long as writing does. Offset and length are multiples of the logical sector size.
+    The kernel lets the device do it if the device can, and otherwise writes the zeros itself, which
+    takes as long as writing data. Offset and length are multiples of the logical sector size.
     """
     fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))

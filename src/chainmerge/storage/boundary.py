@@ -51,7 +51,7 @@ def at_the_boundary(function: Callable[P, T]) -> Callable[P, T]:
     """The same function, which refuses odd arguments, and whose errors are errors of ours.
 
     Raises OptionUnusable for an argument that is not what its annotation says, or that no file
-    can be called; SystemCallFailed and OutOfMemory for what else the operating system has to say.
+    can be called; SystemCallFailed and OutOfMemory for whatever else the operating system reports.
     """
     signature = inspect.signature(function)
 

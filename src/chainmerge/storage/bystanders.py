@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who uses an image without QEMU's locks, or where they do not meet ours.
 
-QEMU's locks are on an inode, and bind those who ask for them. They say nothing of a program that
-knows none, of who reaches a file through a loop device over it (or a loop device by the file
-below it), of a QEMU that has another node of the same block device (each container and each
-domain of libvirt may have its own ``/dev``), nor of what the kernel does with a device: mounts,
-device-mapper, MD, swap. All that is looked for here. Nothing is taken but, for the moment of an
-``open``, the exclusive claim (``O_EXCL``) on a block device that is an image.
+QEMU's locks are on an inode, and bind those who ask for them. They do not cover a program that does
+not use them, one that reaches a file through a loop device over it (or a loop device by the file
+below it), of a QEMU that has another node of the same block device (each container and each domain
+of libvirt may have its own ``/dev``), nor of what the kernel does with a device: mounts,
+device-mapper, MD, swap. All those users are looked for here. Nothing is taken but, for the moment
+of an ``open``, the exclusive claim (``O_EXCL``) on a block device that is an image.
 
 One look at ``/proc/*/fd`` serves all images. It sees what we may see: as an ordinary user that is
 one's own processes; never those of other hosts, and not those that have only mapped a file.
@@ -62,7 +62,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Bystander:
-    """Somebody who uses an image besides us.
+    """Another user of an image.
 
     Attributes:
         image: The image, as it was named.
@@ -79,7 +79,7 @@ class Bystander:
 def bystanders_of(
     wanted: Iterable[Wanted], known: frozenset[int] = frozenset()
 ) -> tuple[Bystander, ...]:
-    """Everybody who uses one of the images, and whom QEMU's locks do not tell of.
+    """Everybody who uses one of the images without QEMU's locks showing it.
 
     Args:
         wanted: the images, of any number of disks. What cannot be looked at is left out.
@@ -102,7 +102,7 @@ class _Place:
     """Where an image's bytes can be reached.
 
     ``way`` is the device by which that is; None for the image itself. ``inode`` is what our own
-    lock is on; None where it is elsewhere.
+    lock is on; None if it is elsewhere.
     """
 
     key: Key
@@ -111,7 +111,7 @@ class _Place:
 
 
 def files_open_in(process: int) -> frozenset[Key] | None:
-    """The files and block devices that a process has open; None where we may not look."""
+    """The files and block devices that a process has open; None if we may not look."""
     try:
         os.listdir(f"/proc/{process}/fd")  # noqa: PTH208  # is all that is wanted
     except OSError:
@@ -382,7 +382,7 @@ def _excludes(opened: _Opened, mode: LockMode) -> bool:
 
 
 def _claims(device: int) -> Iterator[str]:
-    """What has a device to itself, in words."""
+    """What holds a device exclusively, in words."""
     if _is_claimed(device):
         named = list(islice(_claimants(device), _NAMED))
         yield ", ".join(named) or "something in the kernel that holds it exclusively (O_EXCL)"

@@ -377,7 +377,7 @@ class OutOfMemory(Failed):
 
 @contextlib.contextmanager
 def system_errors_as_ours() -> Iterator[None]:
-    """Raise SystemCallFailed and OutOfMemory for what the operating system has to say."""
+    """Raise SystemCallFailed and OutOfMemory for what the operating system reports."""
     try:
         yield
     except OSError as error:

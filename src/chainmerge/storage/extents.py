@@ -42,7 +42,7 @@ def raw_data_extents(readable: AnyFile) -> Iterator[tuple[int, int]]:
 
 
 def _seek(readable: AnyFile, position: int, whence: int) -> int | None:
-    """The offset found, or None where there is neither data nor a hole behind *position*."""
+    """The offset found, or None if there is neither data nor a hole behind *position*."""
     try:
         return os.lseek(readable.fd, position, whence)
     except OSError as error:

@@ -46,7 +46,7 @@ _FILE_TYPES: Final = {
     stat.S_IFSOCK: "a socket",
 }
 
-# Who else may use a file. What a file does not have of these counts, too.
+# Who else may use a file. What a file does not have of these counts too.
 _ACCESS_CONTROL: Final = frozenset({"system.posix_acl_access", "system.nfs4_acl"})
 # Checksums and signatures of what is in the file.
 _OF_THE_CONTENT: Final = frozenset({"security.ima", "security.evm"})
@@ -226,7 +226,7 @@ class WritablePort(FileReadable):
             raise write_error(self.name, offset, length, error) from error
 
     def forget_cached(self) -> None:
-        """Have what was flushed read from the storage again, and not from the page cache."""
+        """Make later reads of flushed data come from the storage, and not from the page cache."""
         # Where that is not possible, what is read is what it would be without this.
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -237,7 +237,7 @@ class WritablePort(FileReadable):
             self.size = os.fstat(self.fd).st_size
 
     def refuse_after_failed_flush(self) -> None:
-        """To be called before writing past this object.
+        """Must be called before anybody writes past this object.
 
         Raises:
             FlushFailed: an earlier flush failed.
@@ -512,7 +512,7 @@ def _open(path: str, flags: int, access: str) -> int:
 
 
 def open_clear_of_streams(path: str, flags: int) -> int:
-    """A descriptor that is none of the three on which programs print.
+    """A descriptor that is not one of the three on which programs print.
 
     In a process that was started with one of these closed, or has closed it, the next file that
     is opened gets its number, and whatever prints then, writes into that file.

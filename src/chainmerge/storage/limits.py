@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many files may be open at a time."""
+"""How many files may be open at the same time."""
 
 from __future__ import annotations
 

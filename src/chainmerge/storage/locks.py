@@ -53,13 +53,13 @@ _POLL_SECONDS: Final = 0.05
 
 
 class LockMode(Enum):
-    """As what an image is locked: the permissions used, and those not shared with others."""
+    """How an image is locked: the permissions used, and those not shared with others."""
 
     READER = ((_CONSISTENT_READ,), (_WRITE, _RESIZE))
-    """What QEMU has of a qcow2 image that it only reads: other readers are welcome."""
+    """How QEMU locks a qcow2 image that it only reads: other readers are allowed."""
 
     WRITER = ((_CONSISTENT_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE))
-    """What QEMU has of a qcow2 image that it writes: only readers that ask for nothing
+    """How QEMU locks a qcow2 image that it writes: only readers that ask for nothing
     consistent (``qemu-img -U``) get in."""
 
     def __init__(self, used: tuple[int, ...], unshared: tuple[int, ...]) -> None:
@@ -157,7 +157,7 @@ class ImageLock:
         return self._file.fd
 
     def release(self) -> None:
-        """Let go of the lock; may be called more than once.
+        """Release the lock; may be called more than once.
 
         A child that inherited it still holds it: unlocking the bytes would take it from the
         child as well, so the descriptor is only closed.
@@ -177,7 +177,7 @@ class ImageLock:
 
 
 def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
-    """Lock an image as QEMU would, waiting up to *wait_seconds* for others to let go of it.
+    """Lock an image as QEMU would, waiting up to *wait_seconds* for others to release it.
 
     Raises:
         ImageLocked: somebody else has it; tried at least once.
@@ -196,7 +196,7 @@ def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
 
 
 def contentions(wanted: Iterable[tuple[StrPath, LockMode]]) -> Iterator[Refused]:
-    """Why each of the locks *wanted* that cannot be had now cannot be had.
+    """Why locks cannot be had now, one error for each of *wanted* that cannot.
 
     No byte is taken, not even for a moment: a QEMU that opens an image just then would find it
     locked, and gives up at once. The holders are looked for once for all of them: a virtual

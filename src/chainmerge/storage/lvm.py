@@ -75,7 +75,7 @@ class LogicalVolume:
 
     @property
     def largest_size(self) -> int:
-        """What it can be extended to as long as nobody else takes of the volume group.
+        """What it can be extended to as long as nobody else takes space from the volume group.
 
         How the free extents lie on the physical volumes can make it less for a striped one.
         """
@@ -103,7 +103,7 @@ class DeviceMapperName:
 
 
 def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperName | None:
-    """The logical volume behind a device number (``st_rdev``); None where it is none."""
+    """The logical volume behind a device number (``st_rdev``); None if it is none."""
     directory = sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}" / "dm"
     try:
         uuid = (directory / "uuid").read_text(encoding="ascii").strip()
@@ -179,7 +179,7 @@ def is_active(image: str, path: str) -> bool:
 
 
 def activate(image: str, path: str) -> None:
-    """Have the kernel bring a volume up; its names are there when this returns.
+    """Activate a volume; its names exist when this returns.
 
     Raises:
         LvmMissing, LvmFailed, LvmUnfinished: it is not up.
@@ -189,7 +189,7 @@ def activate(image: str, path: str) -> None:
 
 
 def deactivate(image: str, path: str) -> None:
-    """Take a volume down that nobody has open.
+    """Deactivate a volume that nobody has open.
 
     Raises:
         LvmMissing, LvmFailed, LvmUnfinished: it is not down.

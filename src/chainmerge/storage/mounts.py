@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which file system a place is on, without a look at the place: one that is dead would hang."""
+"""Which file system a place is on, found without accessing the place: a dead one would hang."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes sure that nobody uses the images of a merge, besides who asks for QEMU's locks.
+"""Makes sure that nobody uses the images of a merge without QEMU's locks.
 
-One look serves all images of all disks. Who would be harmed, or would harm, refuses the merge;
-who only reads is named in a warning.
+One look serves all images of all disks. A user that would do or take harm makes the merge be
+refused; one that only reads is named in a warning.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def look_for_others(
 
 
 def _who_stay(wanted: Images, known: frozenset[int]) -> tuple[Bystander, ...]:
-    """Who uses the images, without those who are gone again at once.
+    """Who uses the images, except those who are gone again at once.
 
     To find out whether an image can be written to is to open it: a plan, a tool that scans.
     """

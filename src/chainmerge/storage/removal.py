@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether names can be taken out of a directory, or put into it; asked without trying it.
+"""Whether names can be removed from a directory, or added to it, found without trying.
 
 The rules are those of the kernel's ``may_delete`` and ``may_create`` (fs/namei.c of Linux 6.1).
-A file system can refuse for reasons of its own all the same.
+A file system can still refuse for reasons of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNCHANGEABLE: Final = {
 
 
 def creation_obstacle(directory: StrPath) -> str | None:
-    """Why no file can be made in *directory*, in words; None where nothing is known of."""
+    """Why no file can be made in *directory*, in words; None if nothing is known of."""
     if os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         return None
     try:
@@ -44,7 +44,7 @@ def creation_obstacle(directory: StrPath) -> str | None:
 
 
 def removal_obstacle(path: StrPath) -> str | None:
-    """Why a name cannot be removed or replaced, in words; None where nothing is known of.
+    """Why a name cannot be removed or replaced, in words; None if nothing is known of.
 
     A symbolic link counts itself, not what it leads to. A name that is not there any more needs
     no removal.
@@ -73,7 +73,7 @@ def removal_obstacle(path: StrPath) -> str | None:
 
 
 def mount_of(path: StrPath) -> int | None:
-    """The number of the mount that a path leads to; None where nobody can tell.
+    """The number of the mount that a path leads to; None if nobody can tell.
 
     The kernel renames within one mount only, also where two are of the same file system.
     """

@@ -72,13 +72,13 @@ class VolumeFacts:
         path: the volume.
         kind: what it is.
         size: bytes that it has.
-        capacity_limit: bytes that it can have at most; None where no limit is known.
+        capacity_limit: bytes that it can have at most; None if no limit is known.
         free_bytes: bytes by which the file system would let it grow, an estimate: others write
             too, and metadata takes its share. None for what does not lie on a file system.
         growth_unit: sizes change by multiples of it.
         reserved: bytes of ``free_bytes`` that are the file's already, behind its end.
         pool: what it takes space from that it does not have yet; volumes of one pool compete
-            for it. Empty where it has all it will ever have.
+            for it. Empty if it has all it will ever have.
     """
 
     path: str
@@ -127,7 +127,7 @@ class VolumeFacts:
         )
 
     def refusal(self, required: int, allocates: int | None = None) -> CannotGrow | None:
-        """The error that says why it cannot hold *required* bytes; None where it can.
+        """The error that says why it cannot hold *required* bytes; None if it can.
 
         *allocates* as in :meth:`growth`.
         """

@@ -27,7 +27,7 @@ _KEPT_FLAGS: Final[Mapping[int, str]] = MappingProxyType(
 
 
 def why_nobody_can_write(path: Path) -> str | None:
-    """Why not even root can write to *path*; None where nothing is known that speaks against it.
+    """Why not even root can write to *path*; None if nothing is known that speaks against it.
 
     Raises OSError.
     """

@@ -88,7 +88,7 @@ class Allocation:
         contiguous: First cluster of each piece, in the order of the demand.
         blocks: New refcount blocks. Each lies in a range that the image describes already
             or in the range that it describes itself, unless there is a new table.
-        table_start: First cluster of a new refcount table, None where the old one does.
+        table_start: First cluster of a new refcount table, None if the old one does.
         table_clusters: Length of that table in clusters; 0 without one.
         everything: All of the above; these runs do not touch.
     """
@@ -200,7 +200,7 @@ def allocate(space: FreeSpace, demand: Demand) -> Allocation:
 
 
 def allocate_with_all_blocks(space: FreeSpace, demand: Demand, counted: Clusters) -> Allocation:
-    """Find clusters for *demand*, and for refcounts that are written anew as a whole.
+    """Find clusters for *demand*, and for refcounts that are rewritten as a whole.
 
     Args:
         space: What is free; its refcount table does not matter.
@@ -303,7 +303,7 @@ def _missing_blocks(clusters: Runs, space: FreeSpace) -> Clusters:
 def _block_homes(
     scattered: Runs, missing: Clusters, header: Header, new_table: _NewTable
 ) -> Clusters | None:
-    """A cluster for each missing block, from the scattered ones; None where that is unsafe.
+    """A cluster for each missing block, from the scattered ones; None if that is unsafe.
 
     Blocks are linked into the old table one by one before the switch, in any order that a
     crash makes of it. A linked block whose own refcount stands in another new block would

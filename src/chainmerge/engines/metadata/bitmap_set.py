@@ -74,7 +74,7 @@ class StoredBitmap:
 class KeptBitmap:
     """A bitmap of the image that stays in the clusters that it has.
 
-    Only its entry in the directory is written anew.
+    Only its entry in the directory is rewritten.
 
     Attributes:
         entry: As it stands in the image: readable, and of the disk's present size.

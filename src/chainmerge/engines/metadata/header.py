@@ -164,7 +164,7 @@ def _backing_text(image: str, what: str, value: str, longest: int) -> bytes:
 
 
 def _fields(cluster: bytes, header: Header, content: HeaderContent, name: bytes) -> bytes:
-    """The header proper, but for the offset of the backing name."""
+    """The header proper, except for the offset of the backing name."""
     fields = bytearray(cluster[: header.header_length])
     _BACKING_NAME_FIELD.pack_into(fields, _BACKING_NAME_AT, 0, len(name))
     _VIRTUAL_SIZE_FIELD.pack_into(fields, _VIRTUAL_SIZE_AT, content.virtual_size)
@@ -251,7 +251,7 @@ def _name_places(
 
 
 def _composed(cluster: bytes, area: bytes, name: bytes, name_offset: int) -> bytes | None:
-    """The whole new header cluster, or None where the parts do not fit into it."""
+    """The whole new header cluster, or None if the parts do not fit into it."""
     if max(len(area), name_offset + len(name)) > len(cluster):
         return None
     composed = bytearray(cluster)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def bitmap_clusters(image: Qcow2Image, staying: Collection[str] = ()) -> Clusters:
     """Clusters of the directory, the tables and the data of the image's bitmaps.
 
-    Those of the bitmaps named by *staying* are left out, but for the directory.
+    Those of the bitmaps named by *staying* are left out, except for the directory.
 
-    Ascending, with repetitions where something is used twice. Empty where the autoclear
+    Ascending, with repetitions where something is used twice. Empty if the autoclear
     bit does not vouch for the bitmaps, or where they cannot be read to the end: what they
     used is leaked then, and told from what is in use by recomputing the refcounts.
     """
@@ -42,7 +42,7 @@ def bitmap_clusters(image: Qcow2Image, staying: Collection[str] = ()) -> Cluster
 def void_bitmap_clusters(image: Qcow2Image) -> Clusters:
     """Clusters of bitmaps for which the autoclear bit does not vouch, ascending, each once.
 
-    Some may be in use for something else by now. Empty where the bitmaps cannot be read to the
+    Some may be in use for something else by now. Empty if the bitmaps cannot be read to the
     end.
     """
     return NO_CLUSTERS if image.header.bitmaps_trusted else np.unique(_bitmap_clusters(image, ()))

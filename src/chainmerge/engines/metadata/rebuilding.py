@@ -109,7 +109,7 @@ def plan_rebuild(
 def rebuild(port: Port, bitmaps: Sequence[StoredBitmap], kept: Runs = NO_RUNS) -> RewriteOutcome:
     """Give a closed image new refcounts, counted from its tables, and *bitmaps*.
 
-    What nothing uses is free afterwards, but for the *kept* clusters. The bits of *bitmaps* are
+    What nothing uses is free afterwards, except for the *kept* clusters. The bits of *bitmaps* are
     to be in memory already. Raises what :func:`plan_rebuild` raises, and:
 
     Raises:
@@ -117,7 +117,7 @@ def rebuild(port: Port, bitmaps: Sequence[StoredBitmap], kept: Runs = NO_RUNS) -
         NotEnoughSpace: there is no room for the new refcounts.
         RewriteFailed: the image is as damaged as before.
         SwitchUnknown: it is, or it has been repaired.
-        ReleaseFailed: it is repaired, but for COPIED flags.
+        ReleaseFailed: it is repaired, except for COPIED flags.
     """
     tables = tables_of(port)
     if not tables.sound:

@@ -133,7 +133,7 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[AnyBitmap]) -> RewriteOutcome:
         ImageDirty, ImageCorrupt, ImageDamaged: the image must be repaired first.
         BitmapSetUnfit, HeaderFull, RefcountTableFull: the image cannot hold this set.
         NotEnoughSpace: there is no room for it beside the old one.
-        RewriteFailed: nothing changed but for leaked clusters.
+        RewriteFailed: nothing changed except for leaked clusters.
         SwitchUnknown: the image has the old set or the new one.
         ReleaseFailed: the image has the new set, and leaked clusters.
     """

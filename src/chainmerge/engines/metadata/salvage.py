@@ -55,7 +55,7 @@ class Tables:
     Attributes:
         image: The image as it was read: its refcount table is an empty one.
         counts: How often each cluster of the file is used; refcount table and blocks are not.
-        problems: What the tables that were read have wrong with them, in words; empty where
+        problems: What the tables that were read have wrong with them, in words; empty if
             they can be relied on.
     """
 
@@ -143,7 +143,7 @@ class _Overlaid:
 
 
 def clusters_of_bitmap(image: Qcow2Image, entry: BitmapEntry) -> Clusters | None:
-    """Clusters of a bitmap's table and of its bits; None where its table cannot be read."""
+    """Clusters of a bitmap's table and of its bits; None if its table cannot be read."""
     cluster_size = image.header.cluster_size
     try:
         offsets = load_table(image, entry)
@@ -234,7 +234,7 @@ def _makes_sense(image: Qcow2Image) -> bool:
 def _count_what_is_used(
     readable: Readable, tables: Tables, old: OldRefcounts
 ) -> npt.NDArray[np.bool_]:
-    """Which of the old refcount blocks count, but for a tenth, what the tables use."""
+    """Which of the old refcount blocks count, except for a tenth, what the tables use."""
     header = tables.image.header
     entries = refcounts_per_block(header)
     real = np.zeros(len(old.index), np.bool_)

@@ -3,7 +3,7 @@
 
 A snapshot shares clusters with the guest's disk. With the snapshot gone such a cluster is used
 once, and then its refcount and the COPIED flag of the entry that names it have to change at the
-same instant. So the refcounts are written anew, and so are the L1 and L2 tables in which a flag
+same instant. So the refcounts are rewritten, and so are the L1 and L2 tables in which a flag
 changes: all of it into free clusters that nothing counts, before one sector names it. A kill
 leaves the old image, or the new one with nothing left to do in it, and leaks in neither.
 """
@@ -65,7 +65,7 @@ class SnapshotRemoval:
         image: The image as it is.
         snapshot_table: The entries of the snapshots that stay, as they are stored.
         staying: How many these are.
-        tables: File offsets of the active L2 tables that are written anew, ascending.
+        tables: File offsets of the active L2 tables that are rewritten, ascending.
         renews_l1: Whether the active L1 table is.
         given_up: How often each cluster of the file is used by what goes.
         allocation: Where everything new lies.
@@ -135,7 +135,7 @@ def plan_snapshot_removal(image: Qcow2Image, removed: Collection[int]) -> Snapsh
         RefcountTableFull: the clusters that it takes cannot be counted.
         HeaderFull: one sector write cannot switch to it.
     """
-    # Bitmaps stay where they are, so they must be sound, too.
+    # Bitmaps stay where they are, so they must be sound too.
     require_clean_bits(image)
     require_sound_report(check(image))
     header = image.header
@@ -339,7 +339,7 @@ def _pieces(header: Header, snapshot_table: bytes, l1_entries: int) -> list[int]
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Clusters of what is new: 0 where there is none of it."""
+    """Clusters of what is new: 0 if there is none of it."""
 
     snapshot_table: int
     l1: int

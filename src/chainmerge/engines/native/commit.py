@@ -4,8 +4,8 @@
 ========  ==========================================================================
 FILL      guest data; L2 tables, L1 table, bitmaps, refcount blocks and table: whole
           clusters that are free in the image. Data also goes to parts of its clusters that
-          hold none, and (in place) over data that the images above hide. Copied data is
-          read back from the storage where that was asked for
+          hold none, and (in place) over data that the images above hide. Copied data is read back
+          from the storage where that was requested
 COUNT     refcounts of the new clusters, in the refcount blocks there are
 LINK      new refcount blocks into the refcount table, where that is not new
           then the new tree is verified, read through the sector that is to be written
@@ -14,7 +14,7 @@ RELEASE   refcounts of what only the old tree used
 ========  ==========================================================================
 
 Each step ends with a flush. Before SWITCH nothing that the image's header leads to changes,
-but for refcounts that rise and data that the images above hide; so in whatever state a crash
+except for refcounts that rise and data that the images above hide; so in whatever state a crash
 leaves it, the guest's view through top is the right one.
 """
 
@@ -129,7 +129,7 @@ class Commit:
         base_index: Which of its layers base is.
         tree: What the image gets.
         zeroes: What of the merged images' data is known to be zeros; None for nothing.
-        backing: The backing file of the result; None where it stays.
+        backing: The backing file of the result; None if it stays.
         placement: Where data goes that base has a cluster for.
         shares_extents: Whether the file system shares what is copied, so that data takes no
             space that could be reserved.
@@ -358,7 +358,7 @@ def _move(
 ) -> None:
     """Move a batch's data in the order of its sources.
 
-    For what goes to fresh clusters that is the order of its targets, too.
+    For what goes to fresh clusters that is the order of its targets too.
     """
     header = job.disk.header
     new: list[Moves] = []
@@ -490,7 +490,7 @@ def _switch(port: Port, head: HeaderWrite) -> None:
 def _release(
     image: Qcow2Image, port: Port, job: Commit, placed: PlacedTree, mapping: _Mapping
 ) -> None:
-    """Give back what only the old tree used, and on a file system its space, too."""
+    """Give back what only the old tree used, and on a file system its space too."""
     everything = released_clusters(job.image, job.tree, placed, mapping.released)
     try:
         table = read_refcount_table(image)

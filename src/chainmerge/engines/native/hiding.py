@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hides what lies below an image behind a guest byte: by zeros of its own.
+"""Hides what lies below an image behind a guest byte, with zeros of the image's own.
 
 Behind the end of a backing file that is shorter a guest reads zeros. Once the backing file is
 longer it reads what that holds there, wherever the image above says nothing. So an image gets

@@ -50,7 +50,7 @@ class MappingNeed:
 
     Attributes:
         data: New data clusters.
-        tables: L2 tables that are written anew.
+        tables: L2 tables that are rewritten.
         written: Bytes of guest data to be written.
         given_up: Data clusters and L2 tables that only the old mapping uses.
         released: These clusters, once for each reference that the old mapping has to them.
@@ -87,7 +87,7 @@ def survey_mapping(
 
     Args:
         image: Base.
-        disk: Base, too.
+        disk: Base too.
         above: The images above it that are merged.
     """
     needs = dict.fromkeys(Placement, MappingNeed())
@@ -238,7 +238,7 @@ class NewTree:
     Attributes:
         disk: Base.
         mapping: What the guest's data takes.
-        bitmaps: The new set of bitmaps; None where the present one stays.
+        bitmaps: The new set of bitmaps; None if the present one stays.
         l1_entries: Length of the new L1 table; 0 where the present one stays.
     """
 
@@ -277,7 +277,7 @@ class PlacedTree:
     Attributes:
         allocation: All of it, and what counts it.
         bitmaps: The part for the bitmaps.
-        l1_start: First cluster of the new L1 table; None where the present one stays.
+        l1_start: First cluster of the new L1 table; None if the present one stays.
         pieces: First cluster and length of everything that lies in one piece.
         tables: For L2 tables.
         data: For guest data.

@@ -71,7 +71,7 @@ def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
 
 
 def read_tables(image: Qcow2Image, indexes: Clusters) -> U64Array:
-    """L2 tables by their L1 index, zeros where there is none: uint64[n, words of a cluster]."""
+    """L2 tables by their L1 index, zeros if there is none: uint64[n, words of a cluster]."""
     header = image.header
     words = np.zeros((len(indexes), header.cluster_size // _WORD), dtype=np.uint64)
     offsets = table_offsets(image, indexes)
@@ -83,7 +83,7 @@ def read_tables(image: Qcow2Image, indexes: Clusters) -> U64Array:
 
 
 def table_offsets(image: Qcow2Image, indexes: Clusters) -> U64Array:
-    """File offsets of L2 tables by their L1 index, 0 where there is none: uint64[n]."""
+    """File offsets of L2 tables by their L1 index, 0 if there is none: uint64[n]."""
     offsets: U64Array = l2_entries_of(image, indexes) & np.uint64(OFFSET_MASK)
     return offsets
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zeros that are stored as data: found once, then taken for what they are.
+"""Zeros that are stored as data: found once, then treated as zeros.
 
 A guest that fills its disk with zeros, or a tool that does not know of holes, leaves data
-clusters that hold nothing. Looking for them takes reading all the data that moves, so it is
-only done when asked for.
+clusters that hold nothing. Looking for them takes reading all the data that moves, so it is only
+done on request.
 """
 
 from __future__ import annotations

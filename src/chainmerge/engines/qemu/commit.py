@@ -8,7 +8,7 @@ opened read-only, not a byte of them changes.)
 
 The daemon exits with 0 even when it has lost bitmaps while closing. So an outcome counts
 as good only if the job ended without an error, every node closed, the process exited
-with 0, and it had nothing to say on standard error.
+with 0, and it wrote nothing to standard error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 JOB = "commit"
 SECONDS_BETWEEN_REPORTS = 0.25
 
-# What QEMU puts between the program's name and a message that is no error.
+# What QEMU puts between the program's name and a message that is not an error.
 _HARMLESS = (": warning: ", ": info: ")
 
 # What QEMU adds to the warning about bitmaps that a program without support for them has left
@@ -55,7 +55,7 @@ _REST_OF_A_WARNING = (
 class CopyProgress:
     """How much of the guest data has been copied, in bytes.
 
-    *total* can change: QEMU finds out what is to be copied while it goes.
+    *total* can change: QEMU finds out during the copy what is to be copied.
     """
 
     done: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU can read of a chain: for images whose content only it can make out.
+"""What QEMU can read of a chain: for images whose content only QEMU can read.
 
 The storage daemon opens all images for reading, with their keys, and hands base's content and
 top's to ``qemu-img compare``, which neither sees the files nor the keys.

@@ -5,7 +5,7 @@ What the process inherits and why:
 
 - one end of a socket pair, so that there is no socket path that others could use, and
   nothing to wait for: a daemon that dies early is the end of the file on our side;
-- ``PR_SET_PDEATHSIG``: it is killed when we die, however we die. The kernel means the
+- ``PR_SET_PDEATHSIG``: it is killed when we die, for whatever reason. The kernel means the
   *thread* that started it, so a :class:`StorageDaemon` is used and closed in one thread;
 - the image locks (OFD locks belong to the open file description): even if we are killed,
   they hold until the daemon is gone too, and no one can meet its last writes;
@@ -46,7 +46,7 @@ class StorageDaemon:
     """A running storage daemon; a context manager.
 
     Leaving the context ends the process: orderly if :meth:`quit` was called or if it heeds
-    a termination signal (it closes its images then), else by force.
+    a termination signal (it closes its images then), otherwise by force.
     """
 
     def __init__(self, inherited_fds: Sequence[int] = ()) -> None:
@@ -75,7 +75,7 @@ class StorageDaemon:
             self._undo = undo.pop_all()
 
     def __enter__(self) -> Self:
-        """Return the daemon itself."""
+        """Return the daemon."""
         return self
 
     def __exit__(self, *_: object) -> None:

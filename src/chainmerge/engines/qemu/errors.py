@@ -44,7 +44,7 @@ class DaemonMissing(Refused):
 
 @dataclass(eq=False)
 class DaemonFailed(Failed):
-    """The storage daemon did not start, or did not end as it should."""
+    """The storage daemon did not start, or did not end properly."""
 
     code: ClassVar[str] = "qemu-storage-daemon-failed"
     template: ClassVar[str] = "qemu-storage-daemon {reason}"
@@ -114,7 +114,7 @@ class ImageNotOpened(Refused):
     """QEMU cannot read the images of a chain."""
 
     code: ClassVar[str] = "qemu-cannot-read"
-    template: ClassVar[str] = "QEMU cannot read {image} or what it stands on: {reason}"
+    template: ClassVar[str] = "QEMU cannot read {image} or an image below it: {reason}"
     hint: ClassVar[str] = (
         "if a passphrase is wrong: each encrypted image has its own, see --key-file; the file must "
         "hold exactly the passphrase, without a newline at its end"

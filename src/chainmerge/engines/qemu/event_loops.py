@@ -35,7 +35,7 @@ class SynchronousLoop:
         return _beside_other_loops(self._runner.run, work)
 
     def __enter__(self) -> Self:
-        """Return the loop itself."""
+        """Return the loop."""
         return self
 
     def __exit__(

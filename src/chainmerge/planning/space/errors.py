@@ -33,7 +33,7 @@ class CannotGrowBase(Refused):
 
 @dataclass(eq=False)
 class OldBytesBehindEnd(Refused):
-    """What base holds behind the end of its disk would come to light, and cannot be wiped."""
+    """What base holds behind the end of its disk would become visible, and cannot be wiped."""
 
     code: ClassVar[str] = "old-bytes-behind-end"
     template: ClassVar[str] = (

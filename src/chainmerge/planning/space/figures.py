@@ -40,7 +40,7 @@ def facts_of_need(need: SpaceNeed) -> SpaceFacts:
 
 
 def without_figures(report: CheckReport, obstacle: ChainmergeError | None) -> SpaceSurvey:
-    """Nothing is to be said of an image that is damaged or cannot grow, but that it is refused."""
+    """There are no figures for an image that is damaged or cannot grow, but that it is refused."""
     end = report.image_end_offset
     nothing = SpaceFacts(end, end, end, {}, 0, 0, 0)
     return SpaceSurvey(dict.fromkeys(Placement, nothing), {}, report, obstacle)

@@ -95,7 +95,7 @@ def survey_native(
 ) -> NativeFacts:
     """Work out how large the result must be, for each way of placing data.
 
-    That is exact, but for where snapshots are removed before: what was shared with them need not
+    That is exact, except for where snapshots are removed before: what was shared with them need not
     be copied then, and takes less.
     """
     image = opened.images[target.result_index(direction)].image
@@ -201,7 +201,7 @@ class _Pruned:
         space: FreeSpace,
         direction: Direction,
     ) -> _Pruned | None:
-        """None where nothing can be taken out."""
+        """None if nothing can be taken out."""
         remaining = bitmaps_without_stale(image, bitmaps, direction)
         if remaining is None:
             return None

@@ -144,7 +144,7 @@ def end_obstacle(image: Qcow2Image, facts: BaseFacts, top_size: int) -> CannotGr
 def _old_bytes_obstacle(
     base: OpenImage, facts: BaseFacts, top_size: int
 ) -> OldBytesBehindEnd | None:
-    """Why what base holds behind its end would show; None where it is zeros or can be wiped."""
+    """Why what base holds behind its end would show; None if it is zeros or can be wiped."""
     assert base.image is not None
     if facts.uncovers_backing(top_size):
         # QEMU hides that by zeros, what base itself holds there included.
@@ -156,7 +156,7 @@ def _old_bytes_obstacle(
 
 
 def _data_file_obstacle(target: Target, opened: OpenChain) -> CannotGrow | None:
-    """Why the data does not fit into base's external data file; None where it does."""
+    """Why the data does not fit into base's external data file; None if it does."""
     data_file = target.base.data_file
     if data_file is None:
         return None

@@ -90,7 +90,7 @@ Fill: TypeAlias = DirectRead | PlainRead | Making | Zeros
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What has become of a chunk.
+    """What happened to a chunk.
 
     Attributes:
         length: Bytes that it had.

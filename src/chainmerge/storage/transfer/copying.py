@@ -130,7 +130,7 @@ class PortTransfer:
                 on_progress(compared)
 
     def close(self) -> None:
-        """See :class:`Transfer`; there is nothing to let go of."""
+        """See :class:`Transfer`; there is nothing to release."""
 
     def __enter__(self) -> Self:
         return self

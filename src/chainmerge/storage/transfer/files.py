@@ -287,7 +287,7 @@ class FileTransfer:
         return start
 
     def _share(self, item: Stretch, source: AnyFile) -> int:
-        """Share the source's blocks; returns for how many bytes, from the beginning on."""
+        """Share the source's blocks; returns for how many bytes, from the beginning."""
         if source.identity in self._cannot_share or not offload.may_reflink(source, self._port):
             return 0
         done = 0
@@ -311,7 +311,7 @@ class FileTransfer:
         return done
 
     def _copy_on_server(self, item: Stretch, source: AnyFile) -> int:
-        """Have the server copy; returns how many bytes, from the beginning on."""
+        """Have the server copy; returns how many bytes, from the beginning."""
         if source.identity in self._cannot_copy_on_server:
             return 0
         if not offload.server_copies(source, self._port):

@@ -79,7 +79,7 @@ class ReadBack(Enum):
     """How far the storage is believed to have what it was given, once that was flushed.
 
     It is a choice for the whole of a transfer: what is to be compared later needs checksums
-    from the beginning on.
+    from the beginning.
     """
 
     COMPARED = "compared"
@@ -89,7 +89,7 @@ class ReadBack(Enum):
 
 
 class ZeroedSpace(Enum):
-    """What becomes of the space of a regular file where long runs of zeros go."""
+    """What happens to the space of a regular file where long runs of zeros go."""
 
     KEPT = "kept"
     """It is the file's, or becomes so: writing there later cannot run out of it."""
@@ -128,7 +128,7 @@ class Transfer(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of threads, memory and descriptors; sources and target stay open."""
+        """Release threads, memory and descriptors; sources and target stay open."""
 
 
 def produced_by(item: Produced) -> bytes:

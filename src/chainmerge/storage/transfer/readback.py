@@ -27,7 +27,7 @@ class Ledger:
     """The checksums of everything that was written, 16 bytes for each."""
 
     def __init__(self, read_back: ReadBack) -> None:
-        """Begin with none, and stay so where nothing will be compared."""
+        """Begin with none, and keep none if nothing will be compared."""
         self._read_back = read_back
         self._targets = array("Q")
         self._lengths = array("I")
