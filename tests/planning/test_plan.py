@@ -144,7 +144,7 @@ SITUATIONS: Final = [
                 "base is old",
                 (
                     f"{TOP} has a smaller disk ({DISK - 512} bytes) than {BASE} ({DISK} bytes): "
-                    "base does not shrink, so the merged disk is the larger one"
+                    "base does not shrink, so the merged disk has the larger size"
                 ),
             )
         },
@@ -255,7 +255,7 @@ def test_a_commit_into_a_larger_base_leaves_its_size() -> None:
         pytest.param(
             MERGE,
             DirectionCost(49 * MIB, True, "what top defines goes down into base"),
-            DirectionCost(900 * MIB, True, "what only base defines comes up into top"),
+            DirectionCost(900 * MIB, True, "what only base defines is pulled up into top"),
             id="both",
         ),
         pytest.param(

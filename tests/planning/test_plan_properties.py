@@ -487,17 +487,7 @@ COUNTED: Final[dict[str, tuple[Callable[[int], MergeFacts], MergeOptions]]] = {
 """What can be one or several: the merge with so many of them."""
 
 WRONG: Final = {
-    ("snapshots that would change", 1): "the internal snapshots 'a' of",
-    ("snapshots that are deleted", 1): "the internal snapshots 'a'",
-    ("snapshots of a VM", 1): "the internal snapshots 'a' of",
-    ("bitmaps", 1): "the bitmaps 'a'",
-    ("volumes that are of no matter", 1): "1 logical volume (/dev/vg/0) could stand on these "
-    "images and were",
-    ("images that a pull deletes", 2): "cannot be deleted: it has",
-    ("misfits", 1): "1 more images are",
-    ("places that are damaged", 1): "1 places",
     ("missing bytes", 1): "1 bytes",
-    ("clusters looked at", 1): "1 of 1 clusters",
 }
 """Words of today that do not fit the number. To be emptied, not to be added to."""
 

@@ -181,7 +181,7 @@ def test_every_refusal_is_a_sentence_with_advice(row: Row) -> None:
         pytest.param(
             with_snapshots(MERGE, FIRST, left_by_other_way=True),
             PLAIN,
-            "merge the other way (--direction pull), which changes none; or copy out",
+            "merge the other way (--direction pull), which changes no snapshots; or copy out",
             id="a pull changes none",
         ),
         pytest.param(
@@ -197,7 +197,7 @@ def test_every_refusal_is_a_sentence_with_advice(row: Row) -> None:
                 replace(PULL, pull_obstacle="of no matter"), FIRST, left_by_other_way=True
             ),
             PLAIN,
-            "merge the other way (--direction commit), which changes none; or copy out",
+            "merge the other way (--direction commit), which changes no snapshots; or copy out",
             id="a commit changes none",
         ),
         pytest.param(with_snapshots(MERGE, FIRST), PLAIN, "copy out", id="either way changes some"),
@@ -231,7 +231,7 @@ def test_every_refusal_is_a_sentence_with_advice(row: Row) -> None:
         pytest.param(
             replace(SHARED, direction=Direction.PULL),
             DELETE,
-            "leave out --delete and --keep-name, which a pull does not need; if",
+            "leave --delete and --keep-name out: a pull does not need them; if",
             id="a pull without deleting leaves base",
         ),
     ],

@@ -71,8 +71,8 @@ SIZES: Final = [
         with_top(MERGE, guest_size=DISK - 512),
         (
             (
-                f"{TOP} has a smaller disk ({DISK - 512} bytes) than {BASE} ({DISK} bytes): "
-                "base does not shrink, so the merged disk is the larger one"
+                f"{TOP} has a smaller disk ({DISK - 512} bytes) than {BASE} ({DISK} bytes): base "
+                "does not shrink, so the merged disk has the larger size"
             ),
         ),
     ),
@@ -80,7 +80,7 @@ SIZES: Final = [
     Row("top has a larger one", with_top(MERGE, guest_size=DISK + 512)),
 ]
 
-BETWEEN: Final = "must not be used any more: the data below is another"
+BETWEEN: Final = "must not be used any more: the data below them is different"
 RANGES: Final = [
     Row(
         "two images",
@@ -106,7 +106,7 @@ TOP_DATA: Final = VM / "top.raw"
 OWNING: Final = with_removals(
     MERGE, belongings={MERGE.top.identity: Belongings(data_file=TOP_DATA)}
 )
-KEPT: Final = f"{TOP_DATA} stays, the data file of {TOP}: {BASE} has its data there, too"
+KEPT: Final = f"{TOP_DATA}, the data file of {TOP}, is kept: {BASE} has its data there too"
 KEEPING: Final = with_removals(
     MERGE, belongings={MERGE.top.identity: Belongings(kept_data_file=KEPT)}
 )
@@ -114,13 +114,13 @@ STAYS: Final = [
     Row(
         "a pull under top's name leaves base",
         PULL,
-        (f"{BASE} stays as it is: --delete deletes what is pulled up",),
+        (f"{BASE} stays as it is: --delete deletes what was pulled up",),
         KEEP_NAME,
     ),
     Row(
         "and the images between",
         pull_of(overlays=2),
-        (f"{BASE}, {MID1} stay as they are: --delete deletes what is pulled up",),
+        (f"{BASE}, {MID1} stay as they are: --delete deletes what was pulled up",),
         KEEP_NAME,
     ),
     Row("it deletes it", PULL, options=BOTH),
@@ -129,7 +129,7 @@ STAYS: Final = [
     Row(
         "the data of what base takes the place of",
         OWNING,
-        (f"{TOP_DATA} stays, the data file of {TOP}: --delete deletes it",),
+        (f"{TOP_DATA}, the data file of {TOP}, is kept: --delete deletes it",),
         KEEP_NAME,
     ),
     Row("it is deleted", OWNING, options=BOTH),
@@ -171,7 +171,7 @@ ENCRYPTION: Final = [
 VOLUMES: Final = (Path("/dev/vg/a"), Path("/dev/vg/b"))
 INACTIVE: Final = with_relatives(MERGE, inactive=VOLUMES)
 NOT_LOOKED_AT: Final = (
-    "2 logical volumes (/dev/vg/a, /dev/vg/b) could stand on these images and were not looked at"
+    "2 logical volumes (/dev/vg/a, /dev/vg/b) could use these images: not examined"
 )
 OTHERS: Final = [
     Row(
@@ -198,15 +198,15 @@ OTHERS: Final = [
 # What a plan makes of times and content.
 EQUALLY_OLD: Final = times(MERGE, NOON, NOON)
 EXPLAINED: Final = (
-    "a restore, a copy, a change of bitmaps or a commit of another layer explains it as well"
+    "a restore, a copy, a change of bitmaps or a commit of another layer would also explain it"
 )
 
 
 def doubt(signs: str, facts: MergeFacts = MERGE, later: str = "") -> str:
     top, base = facts.top.path, facts.base.path
     return (
-        f"{signs}: if somebody has merged {top} before, or replaced {base}, the wrong data is "
-        f"kept; {EXPLAINED}{later}"
+        f"{signs}: if somebody has merged {top} before, or replaced {base}, the merge keeps the "
+        f"wrong data; {EXPLAINED}{later}"
     )
 
 
@@ -290,7 +290,7 @@ DOUBTS: Final = [
                         written("base", SINKING[0], "mid1", SINKING[1]),
                         written("mid1", SINKING[1], "mid2", SINKING[2]),
                         written("mid2", SINKING[2], "mid3", SINKING[3]),
-                        "2 more images are like that",
+                        "the same holds for 2 more images",
                     ]
                 ),
                 FIVE,
@@ -300,7 +300,7 @@ DOUBTS: Final = [
     Row(
         "base holds most",
         replace(MERGE, evidence=HOLDING),
-        (doubt(f"{BASE} already holds 15 of 16 clusters looked at of what is above it"),),
+        (doubt(f"{BASE} already holds most clusters sampled from the images above it (15 of 16)"),),
     ),
     Row(
         "base holds half",
@@ -312,16 +312,16 @@ DOUBTS: Final = [
         replace(MERGE, evidence=base_written_last(MERGE, equal=None)),
         (
             doubt(
-                f"{BASE} already holds 15 of 16 clusters looked at of what is above it; "
+                f"{BASE} already holds most clusters sampled from the images above it (15 of 16); "
                 f"{written('base', NOON + HOUR, 'top', NOON)}",
-                later="; the merge compares all of it, and is refused where it differs",
+                later="; the merge compares everything, and is refused if anything differs",
             ),
         ),
     ),
     Row(
         "so it does not where base was written before",
         replace(MERGE, evidence=replace(HOLDING, equal=None)),
-        (doubt(f"{BASE} already holds 15 of 16 clusters looked at of what is above it"),),
+        (doubt(f"{BASE} already holds most clusters sampled from the images above it (15 of 16)"),),
     ),
     Row(
         "nothing is compared where base holds little",
@@ -333,8 +333,8 @@ DOUBTS: Final = [
         replace(MERGE, evidence=replace(HOLDING, times=times(MERGE, None, None))),
         (
             doubt(
-                f"{BASE} already holds 15 of 16 clusters looked at of what is above it (block "
-                "devices have no times)"
+                f"{BASE} already holds most clusters sampled from the images above it (15 of 16) "
+                "(block devices have no times)"
             ),
         ),
     ),
@@ -344,7 +344,7 @@ DOUBTS: Final = [
         replace(MERGE, evidence=base_written_last(MERGE)),
         (
             doubt(
-                f"{BASE} already holds 15 of 16 clusters looked at of what is above it; "
+                f"{BASE} already holds most clusters sampled from the images above it (15 of 16); "
                 f"{written('base', NOON + HOUR, 'top', NOON)}"
             ),
         ),
@@ -352,8 +352,8 @@ DOUBTS: Final = [
     ),
 ]
 
-LEAKED: Final = f"{MIB} bytes of {BASE} are leaked, and nobody knows by whom"
-LEFT: Final = "they may be all that is left of what a lost L2 table led to: no table"
+LEAKED: Final = f"{MIB} bytes of {BASE} leaked, and nobody knows by whom"
+LEFT: Final = "they may be all that is left of the data that a lost L2 table mapped: no table"
 LEAKS: Final = [
     Row("none", MERGE),
     Row("ours go without a word", replace(MERGE, leaks=LeakFacts(ours=MIB))),
@@ -370,20 +370,20 @@ LEAKS: Final = [
     Row(
         "others', as asked for",
         replace(MERGE, leaks=LeakFacts(others=MIB, reclaimed=True)),
-        (f"{LEAKED}. They are given back, as was asked for",),
+        (f"{LEAKED}. They are given back, as requested",),
     ),
     Row(
         "others', that look like lost data, as asked for",
         replace(MERGE, leaks=LeakFacts(others=MIB, sign="no table", reclaimed=True)),
-        (f"{LEAKED}; {LEFT}. They are given back, as was asked for",),
+        (f"{LEAKED}; {LEFT}. They are given back, as requested",),
     ),
     Row(
         "of what a pull writes",
         replace(PULL, leaks=LeakFacts(others=MIB)),
         (
             (
-                f"{MIB} bytes of {TOP} are leaked, and nobody knows by whom. They stay; "
-                "`chainmerge repair --yes` gives the space back"
+                f"{MIB} bytes of {TOP} leaked, and nobody knows by whom. They stay; `chainmerge "
+                "repair --yes` gives the space back"
             ),
         ),
     ),
