@@ -487,8 +487,6 @@ COUNTED: Final[dict[str, tuple[Callable[[int], MergeFacts], MergeOptions]]] = {
 """What can be one or several: the merge with so many of them."""
 
 WRONG: Final = {
-    # Sizes are never that odd, and images have more clusters.
-    ("clusters looked at", 1): "1 of 1 clusters",
     ("missing bytes", 1): "1 bytes",
 }
 """Words of today that do not fit the number. To be emptied, not to be added to."""

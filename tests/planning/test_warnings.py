@@ -71,8 +71,8 @@ SIZES: Final = [
         with_top(MERGE, guest_size=DISK - 512),
         (
             (
-                f"{TOP} has a smaller disk ({DISK - 512} bytes) than {BASE} ({DISK} bytes): "
-                "base does not shrink, so the merged disk has the larger size"
+                f"{TOP} has a smaller disk ({DISK - 512} bytes) than {BASE} ({DISK} bytes): base "
+                "does not shrink, so the merged disk has the larger size"
             ),
         ),
     ),
@@ -106,7 +106,7 @@ TOP_DATA: Final = VM / "top.raw"
 OWNING: Final = with_removals(
     MERGE, belongings={MERGE.top.identity: Belongings(data_file=TOP_DATA)}
 )
-KEPT: Final = f"{TOP_DATA} stays, the data file of {TOP}: {BASE} has its data there, too"
+KEPT: Final = f"{TOP_DATA}, the data file of {TOP}, is kept: {BASE} has its data there too"
 KEEPING: Final = with_removals(
     MERGE, belongings={MERGE.top.identity: Belongings(kept_data_file=KEPT)}
 )
@@ -171,7 +171,7 @@ ENCRYPTION: Final = [
 VOLUMES: Final = (Path("/dev/vg/a"), Path("/dev/vg/b"))
 INACTIVE: Final = with_relatives(MERGE, inactive=VOLUMES)
 NOT_LOOKED_AT: Final = (
-    "not examined: 2 logical volumes (/dev/vg/a, /dev/vg/b), which could use these images"
+    "2 logical volumes (/dev/vg/a, /dev/vg/b) could use these images: not examined"
 )
 OTHERS: Final = [
     Row(
@@ -205,8 +205,8 @@ EXPLAINED: Final = (
 def doubt(signs: str, facts: MergeFacts = MERGE, later: str = "") -> str:
     top, base = facts.top.path, facts.base.path
     return (
-        f"{signs}: if somebody has merged {top} before, or replaced {base}, the merge keeps "
-        f"the wrong data; {EXPLAINED}{later}"
+        f"{signs}: if somebody has merged {top} before, or replaced {base}, the merge keeps the "
+        f"wrong data; {EXPLAINED}{later}"
     )
 
 
@@ -300,7 +300,7 @@ DOUBTS: Final = [
     Row(
         "base holds most",
         replace(MERGE, evidence=HOLDING),
-        (doubt(f"{BASE} already holds 15 of 16 clusters sampled from the images above it"),),
+        (doubt(f"{BASE} already holds most clusters sampled from the images above it (15 of 16)"),),
     ),
     Row(
         "base holds half",
@@ -312,7 +312,7 @@ DOUBTS: Final = [
         replace(MERGE, evidence=base_written_last(MERGE, equal=None)),
         (
             doubt(
-                f"{BASE} already holds 15 of 16 clusters sampled from the images above it; "
+                f"{BASE} already holds most clusters sampled from the images above it (15 of 16); "
                 f"{written('base', NOON + HOUR, 'top', NOON)}",
                 later="; the merge compares everything, and is refused if anything differs",
             ),
@@ -321,7 +321,7 @@ DOUBTS: Final = [
     Row(
         "so it does not where base was written before",
         replace(MERGE, evidence=replace(HOLDING, equal=None)),
-        (doubt(f"{BASE} already holds 15 of 16 clusters sampled from the images above it"),),
+        (doubt(f"{BASE} already holds most clusters sampled from the images above it (15 of 16)"),),
     ),
     Row(
         "nothing is compared where base holds little",
@@ -333,8 +333,8 @@ DOUBTS: Final = [
         replace(MERGE, evidence=replace(HOLDING, times=times(MERGE, None, None))),
         (
             doubt(
-                f"{BASE} already holds 15 of 16 clusters sampled from the images above it (block "
-                "devices have no times)"
+                f"{BASE} already holds most clusters sampled from the images above it (15 of 16) "
+                "(block devices have no times)"
             ),
         ),
     ),
@@ -344,7 +344,7 @@ DOUBTS: Final = [
         replace(MERGE, evidence=base_written_last(MERGE)),
         (
             doubt(
-                f"{BASE} already holds 15 of 16 clusters sampled from the images above it; "
+                f"{BASE} already holds most clusters sampled from the images above it (15 of 16); "
                 f"{written('base', NOON + HOUR, 'top', NOON)}"
             ),
         ),
@@ -382,8 +382,8 @@ LEAKS: Final = [
         replace(PULL, leaks=LeakFacts(others=MIB)),
         (
             (
-                f"{MIB} bytes of {TOP} leaked, and nobody knows by whom. They stay; "
-                "`chainmerge repair --yes` gives the space back"
+                f"{MIB} bytes of {TOP} leaked, and nobody knows by whom. They stay; `chainmerge "
+                "repair --yes` gives the space back"
             ),
         ),
     ),

@@ -21,9 +21,9 @@ class BaseNewer(NewerDataAtRisk, Refused):
 
     code: ClassVar[str] = "base-newer"
     template: ClassVar[str] = (
-        "{base} was written after {top} ({base_time}, {top_time}) and already holds {held} of the "
-        "{looked_at} clusters sampled from the images above it: {top} looks like an overlay that "
-        "was merged before and left behind"
+        "{base} was written after {top} ({base_time}, {top_time}) and already holds most clusters "
+        "sampled from the images above it ({held} of {looked_at}): {top} looks like an overlay "
+        "that was merged before and left behind"
     )
     hint: ClassVar[str] = (
         "find out which of them the guest used last. If it was {base}, {top} is obsolete: do not "
@@ -146,7 +146,9 @@ class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
     """Valid checkpoints would be lost, because base cannot store bitmaps."""
 
     code: ClassVar[str] = "base-cannot-hold-bitmaps"
-    template: ClassVar[str] = "{base} is {format} and cannot hold bitmaps: {names}"
+    template: ClassVar[str] = (
+        "{base} is {format} and cannot hold bitmaps; these would be lost: {names}"
+    )
     hint: ClassVar[str] = (
         "pull instead (--direction pull), which keeps them in top; or, for a version 2 image, "
         "`qemu-img amend -o compat=1.1 {base}` first; or give the checkpoints up with "
@@ -476,7 +478,7 @@ class DoomedInUse(NeededByOthers, Refused):
     """Images that were to be deleted after a pull are the backing files of others."""
 
     code: ClassVar[str] = "doomed-in-use"
-    template: ClassVar[str] = "other images need what would be deleted ({doomed}): {others}"
+    template: ClassVar[str] = "{doomed} cannot be deleted: still needed by {others}"
     hint: ClassVar[str] = "leave --delete out: a pull does not need it"
     explanation: ClassVar[str] = (
         "A pull leaves base and the images between as they are, so other images on top of them "

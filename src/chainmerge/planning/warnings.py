@@ -48,7 +48,7 @@ def find_warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         yield f"{path} could be another user of these images, but cannot be read: {reason}"
     changed = changed_images(facts, options)
     if facts.relatives.inactive and not any(inactive_users(changed, top, facts.relatives)):
-        yield f"not examined: {volumes(facts.relatives)}, which could use these images"
+        yield f"{volumes(facts.relatives)} could use these images: not examined"
     yield from _doubts(facts, options)
     yield from _leaks(facts)
     for views in facts.snapshots:
@@ -85,7 +85,9 @@ def _doubts(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
         signs.append(f"the same holds for {counted(len(misfits) - len(signs), 'more image')}")
     if evidence.holds_most:
         seen = f"{evidence.held} of {evidence.held + evidence.differing}"
-        signs.insert(0, f"{base} already holds {seen} clusters sampled from the images above it")
+        signs.insert(
+            0, f"{base} already holds most clusters sampled from the images above it ({seen})"
+        )
     if not signs:
         return
     untold = " (block devices have no times)" if evidence.is_timeless else ""
