@@ -10,8 +10,16 @@ from typing import Any, Final
 
 import pytest
 
-from chainmerge import catalogue
-from chainmerge.errors import ChainmergeError, Interrupted, all_errors
+from chainmerge import catalogue, errors
+from chainmerge.errors import (
+    ChainmergeError,
+    Failed,
+    Interrupted,
+    Misuse,
+    OutcomeUnknown,
+    Refused,
+    all_errors,
+)
 from tests.support.cli import chainmerge
 
 ERRORS = catalogue.known_errors()
@@ -49,6 +57,31 @@ def test_every_error_explains_itself(code: str) -> None:
     assert text.startswith(f"{code} (exit status {ERRORS[code].exit_code:d}, ")
     assert "What to do: " in text
     assert all(paragraph.isprintable() for paragraph in text.split("\n\n"))
+
+
+KINDS: Final = (Failed, Misuse, Refused, OutcomeUnknown, Interrupted)
+FAMILIES: Final = tuple(
+    one
+    for one in vars(errors).values()
+    if isinstance(one, type)
+    and issubclass(one, ChainmergeError)
+    and one not in (ChainmergeError, *KINDS)
+)
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_an_error_is_of_one_kind_and_of_one_family_at_most(code: str) -> None:
+    assert sum(issubclass(ERRORS[code], kind) for kind in KINDS) == 1
+    assert sum(issubclass(ERRORS[code], family) for family in FAMILIES) <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_to_be_caught(family: type[ChainmergeError]) -> None:
+    members = [error for error in ERRORS.values() if issubclass(error, family)]
+    assert len(members) > 1
+    for member in members:
+        with pytest.raises(family):
+            raise example_of(member)
 
 
 def test_explain_prints_the_long_form() -> None:

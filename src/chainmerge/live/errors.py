@@ -14,7 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chainmerge.errors import Failed, Misuse, OutcomeUnknown, Refused
+from chainmerge.errors import (
+    Failed,
+    ImageUnavailable,
+    Misuse,
+    NeededByOthers,
+    NotVerified,
+    OutcomeUnknown,
+    Refused,
+    UsedByOthers,
+    VmUnavailable,
+)
 
 _GUEST = (
     "The guest reads and writes its disk all the time, and does not notice. "
@@ -23,7 +33,7 @@ _GUEST = (
 
 
 @dataclass(eq=False)
-class VmUnreachable(Refused):
+class VmUnreachable(VmUnavailable, Refused):
     """The VM does not answer."""
 
     code: ClassVar[str] = "vm-unreachable"
@@ -61,7 +71,7 @@ class VmRefused(Failed):
 
 
 @dataclass(eq=False)
-class VmLost(OutcomeUnknown):
+class VmLost(VmUnavailable, OutcomeUnknown):
     """The VM, or the connection to it, went away in the middle of a merge."""
 
     code: ClassVar[str] = "vm-lost"
@@ -85,7 +95,7 @@ class VmLost(OutcomeUnknown):
 
 
 @dataclass(eq=False)
-class NoSuchDisk(Misuse):
+class NoSuchDisk(VmUnavailable, Misuse):
     """The VM has no such disk."""
 
     code: ClassVar[str] = "vm-no-such-disk"
@@ -102,7 +112,7 @@ class NoSuchDisk(Misuse):
 
 
 @dataclass(eq=False)
-class NotInVm(Misuse):
+class NotInVm(VmUnavailable, Misuse):
     """The image is not one of the VM's disk."""
 
     code: ClassVar[str] = "live-not-in-vm"
@@ -140,7 +150,7 @@ class LiveChainDiffers(Refused):
 
 
 @dataclass(eq=False)
-class LiveImageExchanged(Refused):
+class LiveImageExchanged(ImageUnavailable, Refused):
     """The VM has another file open than the one that stands at the path of its image."""
 
     code: ClassVar[str] = "live-image-exchanged"
@@ -169,7 +179,7 @@ class LiveImageExchanged(Refused):
 
 
 @dataclass(eq=False)
-class LiveJobRunning(Refused):
+class LiveJobRunning(UsedByOthers, Refused):
     """A block job works on the chain."""
 
     code: ClassVar[str] = "live-job-running"
@@ -190,7 +200,7 @@ class LiveJobRunning(Refused):
 
 
 @dataclass(eq=False)
-class LiveImageInUse(Refused):
+class LiveImageInUse(UsedByOthers, Refused):
     """Something else in the VM uses an image of the merged range."""
 
     code: ClassVar[str] = "live-image-in-use"
@@ -209,7 +219,7 @@ class LiveImageInUse(Refused):
 
 
 @dataclass(eq=False)
-class LiveOtherChildren(Refused):
+class LiveOtherChildren(NeededByOthers, Refused):
     """Images that the VM does not have open stand on the merged range."""
 
     code: ClassVar[str] = "live-other-children"
@@ -270,7 +280,7 @@ class LiveNotWritable(Refused):
 
 
 @dataclass(eq=False)
-class LiveBitmapBusy(Refused):
+class LiveBitmapBusy(UsedByOthers, Refused):
     """A backup uses a bitmap of the merged range."""
 
     code: ClassVar[str] = "live-bitmap-busy"
@@ -376,7 +386,7 @@ class LiveMergeStalled(Failed):
 
 
 @dataclass(eq=False)
-class LiveVerificationFailed(Failed):
+class LiveVerificationFailed(NotVerified, Failed):
     """What the VM has after the merge is not what was planned."""
 
     code: ClassVar[str] = "live-verification-failed"
@@ -409,7 +419,7 @@ class NothingUnfinished(Refused):
 
 
 @dataclass(eq=False)
-class LiveMergeDriven(Refused):
+class LiveMergeDriven(UsedByOthers, Refused):
     """Another process carries on a merge into the same base."""
 
     code: ClassVar[str] = "live-merge-driven"
@@ -437,7 +447,7 @@ class LibvirtMissing(Misuse):
 
 
 @dataclass(eq=False)
-class NoSuchDomain(Misuse):
+class NoSuchDomain(VmUnavailable, Misuse):
     """libvirt runs no such domain."""
 
     code: ClassVar[str] = "vm-no-such-domain"
