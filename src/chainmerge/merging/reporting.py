@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.refcounts import end_of_use
 from chainmerge.storage.files import FileReadable
@@ -64,7 +65,7 @@ def build_report(
             bitmaps=bitmap_results(image) if image is not None else (),
             bytes_copied=copied,
             seconds=time.monotonic() - started,
-            image_end=end_of_use(image) if image is not None else readable.size,
+            image_end=readable.size if image is None else _end_of(image),
             volume_size=readable.size,
             verified=tuple(verified),
             repointed=tuple(repointed),
@@ -72,3 +73,12 @@ def build_report(
             renamed=renamed,
             warnings=tuple(warnings),
         )
+
+
+def _end_of(image: Qcow2Image) -> int:
+    """Where the image ends; that of its file if its refcounts cannot be read."""
+    try:
+        return end_of_use(image)
+    except FormatError:
+        # Somebody may have damaged it since an earlier run has merged and verified it.
+        return image.readable.size
