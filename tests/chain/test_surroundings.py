@@ -133,7 +133,7 @@ def test_a_file_further_away_that_cannot_be_read_is_said(
     monkeypatch.setattr(os, "pread", failing)
     found = relatives_of(top)
     assert found.unknown == set()
-    assert f"{broken} (not to be read)" in found.searched.left_out
+    assert f"{broken} (not readable)" in found.searched.left_out
     # Where the user has named it, it may be what he is after.
     found = relatives_of(top, [tmp_path])
     assert found.unknown == {broken}
