@@ -84,6 +84,7 @@ EXIT_CODES: Final = {
     DiskOutcome.UNKNOWN: ExitCode.UNKNOWN,
     DiskOutcome.FAILED: ExitCode.FAILED,
     DiskOutcome.INTERRUPTED: ExitCode.INTERRUPTED,
+    DiskOutcome.NOT_BEGUN: ExitCode.INTERRUPTED,
     DiskOutcome.MERGED: ExitCode.DONE,
     DiskOutcome.ALREADY_MERGED: ExitCode.DONE,
 }
@@ -99,7 +100,7 @@ def test_the_exit_code_of_one_disk(outcome: DiskOutcome) -> None:
 
 def test_the_exit_code_of_several_disks_is_that_of_the_worst() -> None:
     for worse, better in combinations(EXIT_CODES, 2):
-        assert report_of(better, worse, DiskOutcome.NOT_BEGUN).exit_code is EXIT_CODES[worse]
+        assert report_of(better, worse).exit_code is EXIT_CODES[worse]
 
 
 def test_several_disks_can_be_merged_if_each_can_and_nothing_else_keeps_them() -> None:
