@@ -408,7 +408,7 @@ def is_locked(descriptor: int) -> bool:
 
 MERGE_FOREVER = """
 import fcntl, os, sys
-from chainmerge.engines.qemu.commit import commit
+from chainmerge.engines.qemu.commit import commit_by_daemon
 from chainmerge.engines.qemu.nodes import ImageSpec
 base, top, lock_file, lock = sys.argv[1:]
 descriptor = os.open(lock_file, os.O_RDWR)
@@ -420,7 +420,7 @@ def copying(progress):
         print("copying", flush=True)
 copying.first = True
 images = [ImageSpec(base, "qcow2"), ImageSpec(top, "qcow2")]
-commit(images, 0, [descriptor], copying, lambda: False, bandwidth=65536)
+commit_by_daemon(images, 0, [descriptor], copying, lambda: False, bandwidth=65536)
 """
 
 
