@@ -142,7 +142,7 @@ def test_what_is_printed_of_several_disks_goes_the_same_way(tmp_path: Path, dire
     tops, bases = [disk[1] for disk in disks], [disk[0] for disk in disks]
     shown = [(content(base), content(top)) for base, top in disks]
     options = MergeOptions(direction=direction)
-    killed_at(by_native, "commit", lambda: chainmerge.merge_disks(tops, options=options))
+    killed_at(by_native, "commit_natively", lambda: chainmerge.merge_disks(tops, options=options))
     found = _unfinished(tmp_path / "one", tmp_path / "two")
     assert {merge.base for merge in found} == {str(base) for base in bases}
     assert len({merge.command for merge in found}) == 1
@@ -171,7 +171,7 @@ def test_names_that_no_shell_takes_as_they_are(tmp_path: Path) -> None:
     directory = tmp_path / "two words\nand $(more) 'quotes'"
     directory.mkdir()
     base, top = chain(directory, "base", "top")
-    killed_at(by_native, "commit", lambda: chainmerge.merge(top, options=DELETE))
+    killed_at(by_native, "commit_natively", lambda: chainmerge.merge(top, options=DELETE))
     shown = command("status", directory, COLUMNS="40").out
     line = next(line for line in shown.splitlines() if "chainmerge merge" in line)
     run_verbatim(line.strip(), Path("/"))
@@ -228,7 +228,7 @@ def test_status_looks_below(tmp_path: Path) -> None:
     below = tmp_path / "a" / "b"
     below.mkdir(parents=True)
     _base, top = chain(below, "base", "top")
-    killed_at(by_native, "commit", lambda: chainmerge.merge(top))
+    killed_at(by_native, "commit_natively", lambda: chainmerge.merge(top))
     # Neither a loop nor what is elsewhere is followed.
     (tmp_path / "a" / "round").symlink_to(tmp_path)
     report = chainmerge.status([tmp_path])
