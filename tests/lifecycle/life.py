@@ -528,7 +528,7 @@ class Life:
         self._forget_gone()
         if ended.status == 0 and words[0] in ("merge", "flatten", "relink"):
             for disk in self.disks:
-                lost = passing[id(disk)] - self._passing(disk)
+                lost = passing[id(disk)] & disk.written_since.keys() - self._passing(disk)
                 if lost:
                     raise LifeViolated(f"{words} has lost {lost} of {disk.leaf}")
 
@@ -567,6 +567,7 @@ class Life:
         disk = next((disk for disk in self.disks if disk.leaf == one.top), None)
         shown = [disk.content] if disk is not None else self.shows.get(one.top, [])
         if one.pulls:
+            self._follow_up(one)
             return
         if disk is not None and not one.keeps_name:
             is_gone = not self.storage.holds(one.top)
@@ -592,6 +593,21 @@ class Life:
             self._forget(one.base)
         if is_done and disk is None and one.base in self.shows and shown:
             self.shows[one.base] = list(shown)
+
+    def _follow_up(self, one: _Range) -> None:
+        """What a pull was told to delete is gone: who let his guest run from it takes top.
+
+        The checkpoints that top has not got are no longer his.
+        """
+        for disk in self.disks:
+            if disk.leaf in (*one.between, one.base) and not self.storage.holds(disk.leaf):
+                self._say(f"  the guest goes on in {one.top.name}")
+                disk.leaf = one.top
+                there = checkpoints_of(one.top)
+                disk.written_since = {
+                    name: since for name, since in disk.written_since.items() if name in there
+                }
+                self.shows.pop(one.top, None)
 
     def _fit(self, disk: Disk) -> None:
         """A disk that is merged into a larger one is as large as that."""
