@@ -141,7 +141,7 @@ def test_another_base(switched: Images, tmp_path: Path) -> None:
     assert merge.warnings
     report = switched.merge(MergeOptions())
     assert report.outcome is MergeOutcome.ALREADY_MERGED
-    assert any("a different image" in warning for warning in report.warnings)
+    assert any("another one" in warning for warning in report.warnings)
     assert not journal_file(switched.base).exists()
 
 
