@@ -120,7 +120,7 @@ def test_a_file_system_that_is_full(tmp_path: Path, kind: str) -> None:
         ran = chainmerge_process(*merging)
         assert_civil(ran)
         assert ran.status == ExitCode.REFUSED
-        assert "missing" in ran.err
+        assert "file-system-full" in ran.err
         assert (base.read_bytes(), base.stat().st_blocks) == (before, blocks)
         filler.unlink()
         assert chainmerge_process(*merging).status == ExitCode.DONE
