@@ -7,6 +7,8 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
+
 from chainmerge.options import EngineChoice
 from tests.support.qemu import content, create, dirty_ranges, qemu_img, qemu_io
 
@@ -91,3 +93,13 @@ def build(directory: Path) -> Scenario:
     bits = dict.fromkeys(VALID_IN_BOTH, both)
     bits |= dict.fromkeys(VALID_IN_TOP, granules(TOP_WRITES) | zeroed)
     return Scenario(directory, content(top), bits)
+
+
+@pytest.fixture(scope="session")
+def scenario_template(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    return build(tmp_path_factory.mktemp("scenario") / "chain")
+
+
+@pytest.fixture
+def scenario(scenario_template: Scenario, tmp_path: Path) -> Scenario:
+    return scenario_template.copy_to(tmp_path / "chain")
