@@ -30,10 +30,16 @@ DISK = 8 * MIB
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    """No test finds what another one has left of volumes that are gone."""
+    """No test finds what another one, here or elsewhere, has left of volumes that are gone."""
+    _forget_all()
     yield
-    for file in STATE_DIRECTORY.iterdir():
-        file.unlink()
+    _forget_all()
+
+
+def _forget_all() -> None:
+    if STATE_DIRECTORY.exists():
+        for file in STATE_DIRECTORY.iterdir():
+            file.unlink()
 
 
 def left() -> list[str]:
