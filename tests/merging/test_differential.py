@@ -151,7 +151,8 @@ def on_exact_device(built: BuiltCase) -> Iterator[None]:
     if size - step >= used and (built.case.pulls or not idle):
         with _in_place_of(built.written, behind, size - step):
             assert least_required(built) == required
-            assert_refused(built, {"device-too-small"})
+            kind = "raw-device-too-small" if base.geometry is None else "device-too-small"
+            assert_refused(built, {kind})
     os.truncate(behind, used)
     if base.geometry is not None:
         # What an earlier user of the device has left there.
