@@ -189,10 +189,10 @@ class VmUnavailable(ChainmergeError):
 
 def all_errors(root: type[ChainmergeError] = ChainmergeError) -> Iterator[type[ChainmergeError]]:
     """Every concrete error class (one that has a code), in order of definition."""
+    # One that belongs to a family is found by two ways.
     found: dict[type[ChainmergeError], None] = {}
-    pending = [root]
-    while pending:
-        subclasses = pending.pop(0).__subclasses__()
-        found |= dict.fromkeys(subclass for subclass in subclasses if subclass.code)
-        pending = [*subclasses, *pending]
+    for subclass in root.__subclasses__():
+        if subclass.code:
+            found[subclass] = None
+        found |= dict.fromkeys(all_errors(subclass))
     yield from found

@@ -22,7 +22,7 @@ from chainmerge.options import MergeOptions
 from chainmerge.planning import leaks
 from chainmerge.qcow2.check import check as checked
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.runs import Runs, runs_of, without_runs
+from chainmerge.qcow2.runs import runs_of, without_runs
 from chainmerge.records.merge_journal import journal_file, load_journal, save_journal
 from chainmerge.storage.files import FileReadable
 from tests.chain.unchanged import unchanged
@@ -88,8 +88,8 @@ def _clusters_of(image: Path, pattern: int) -> int:
 
 def _leaked(image: Path) -> frozenset[int]:
     with FileReadable(image) as readable:
-        ranges = checked(Qcow2Image(readable)).leaked
-    return frozenset(Runs(ranges.first, ranges.count).expanded().tolist())
+        leaked = checked(Qcow2Image(readable)).leaked
+    return frozenset(leaked.expanded().tolist())
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def assert_agrees(path: Path) -> None:
         assert (ours.leaks, ours.image_end_offset) == (theirs.leaks, theirs.end), ours.messages
     else:
         assert ours.corruptions
-    assert ours.leaked.count.sum() == ours.leaks
+    assert ours.leaked.total == ours.leaks
     assert bool(ours.messages) == (not ours.clean) or not ours.complete
 
 
@@ -78,7 +78,7 @@ def assert_clean(path: Path) -> None:
     report, references = check_with_references(image)
     assert report.clean, report.messages
     assert not report.messages
-    assert not len(report.leaked)
+    assert not len(report.leaked.start)
     verdict = verdict_of_qemu(path)
     assert verdict is not None
     assert report.image_end_offset == verdict.end

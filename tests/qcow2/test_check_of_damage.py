@@ -35,7 +35,7 @@ AUTOCLEAR_OFFSET = 88
 
 def clusters_of(report: CheckReport) -> list[int]:
     """The leaked clusters, one by one."""
-    ranges = zip(report.leaked.first.tolist(), report.leaked.count.tolist(), strict=True)
+    ranges = zip(report.leaked.start.tolist(), report.leaked.length.tolist(), strict=True)
     return [cluster for first, count in ranges for cluster in range(first, first + count)]
 
 

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from chainmerge.bitmaps.rules import (
     BitmapState,
     Decision,
@@ -33,7 +31,7 @@ from chainmerge.planning.facts import Evidence, ImageTimes, MergeFacts, Snapshot
 from chainmerge.planning.removals import Removals
 from chainmerge.qcow2.bitmaps import BitmapEntry, BitmapFlag
 from chainmerge.qcow2.bits import BitSet
-from chainmerge.qcow2.check import CheckReport, ClusterRanges
+from chainmerge.qcow2.check import CheckReport
 from chainmerge.qcow2.features import (
     Autoclear,
     Compatible,
@@ -42,6 +40,7 @@ from chainmerge.qcow2.features import (
     Incompatible,
 )
 from chainmerge.qcow2.header import V3_HEADER_LENGTH, Header
+from chainmerge.qcow2.runs import NO_RUNS
 from chainmerge.storage.volumes import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
@@ -222,7 +221,7 @@ SOUND: Final = CheckReport(
     copied_mismatches=0,
     complete=True,
     image_end_offset=FILE_SIZE,
-    leaked=ClusterRanges(np.empty(0, np.int64), np.empty(0, np.int64)),
+    leaked=NO_RUNS,
     messages=(),
 )
 

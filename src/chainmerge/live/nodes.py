@@ -158,6 +158,5 @@ FILTERS = frozenset(
 )
 """Drivers of nodes that pass data through and are no image."""
 
-
 PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
 """Drivers of nodes that are a file or a block device of this machine."""

@@ -201,8 +201,7 @@ def _leaked_now(job: Job) -> Runs:
     if job.result.header is None:
         return NO_RUNS
     with FileReadable(job.result.real_path) as readable:
-        leaked = check(Qcow2Image(readable)).leaked
-    return Runs(leaked.first, leaked.count)
+        return check(Qcow2Image(readable)).leaked
 
 
 def _volume_size(job: Job) -> int:

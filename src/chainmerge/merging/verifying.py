@@ -77,7 +77,7 @@ def verify_refcounts(image: Qcow2Image, references: ReferenceCounts, kept: Runs)
 
 
 def _verify_refcounts(image: Qcow2Image, report: CheckReport, kept: Runs) -> str:
-    new = without_runs(Runs(report.leaked.first, report.leaked.count), kept).total
+    new = without_runs(report.leaked, kept).total
     if not report.sound or new > report.shared_leaks:
         first = next(iter(report.messages), "no details")
         found = f"{counted(report.corruptions, 'corruption')}, {counted(new, 'leak')}"

@@ -25,7 +25,6 @@ from chainmerge.documents.plan import LeakFacts
 from chainmerge.engines.metadata.leaks import EVERYWHERE, everywhere_but, with_kept
 from chainmerge.engines.metadata.old_tree import void_bitmap_clusters
 from chainmerge.errors import ChainmergeError
-from chainmerge.qcow2.check import ClusterRanges
 from chainmerge.qcow2.lost_tables import Sign, sign_of_lost_table
 from chainmerge.qcow2.references import ReferenceCounts
 from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs, runs_in_both, runs_of, without_runs
@@ -115,7 +114,7 @@ def find_leaks(
     size = image.header.cluster_size
     if not report.leaks:
         return Leaks(size, report.hidden_leaks, hidden=report.hidden_leaks)
-    leaked = Runs(report.leaked.first, report.leaked.count)
+    leaked = report.leaked
     unlisted = report.leaks - leaked.total
     others = leaked if noted is None else runs_in_both(leaked, noted)
     others = without_runs(others, runs_of(void_bitmap_clusters(image)))
@@ -123,7 +122,7 @@ def find_leaks(
     sign = None
     if count or unlisted:
         unused = _unused(others, references)
-        sign = sign_of_lost_table(image, ClusterRanges(unused.start, unused.length))
+        sign = sign_of_lost_table(image, unused)
     if unlisted:
         # More than a report lists; whose these are is not looked at.
         count += unlisted

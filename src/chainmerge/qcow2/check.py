@@ -22,7 +22,7 @@ from chainmerge.qcow2.references import (
     stored_windows,
     usable_blocks,
 )
-from chainmerge.qcow2.runs import Clusters
+from chainmerge.qcow2.runs import NO_RUNS, Clusters, Runs
 
 if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
@@ -30,19 +30,6 @@ if TYPE_CHECKING:
 #: A report names at most so many ranges of leaked clusters (16 MiB of them).
 MAX_LEAKED_RANGES = 1 << 20
 _CLUSTERS_AT_ONCE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterRanges:
-    """Ranges of clusters: arrays of equal length, ascending and not touching."""
-
-    first: Clusters
-    """Cluster numbers (file offset / cluster size)."""
-    count: Clusters
-
-    def __len__(self) -> int:
-        """Return the number of ranges."""
-        return len(self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +46,8 @@ class CheckReport:
         copied_mismatches: how many of the corruptions are wrong COPIED flags.
         complete: whether all references could be counted.
         image_end_offset: file offset behind the last cluster in use, in bytes.
-        leaked: the leaked clusters, in at most MAX_LEAKED_RANGES ranges; no more than *leaks*.
+        leaked: the leaked clusters, in at most MAX_LEAKED_RANGES runs that do not touch; no more
+            than *leaks*.
         messages: what is wrong, in words, at most 100.
         hidden_leaks: clusters behind the end of the file that have a refcount. Nobody counts
             them as leaks before the file grows over them.
@@ -74,7 +62,7 @@ class CheckReport:
     copied_mismatches: int
     complete: bool
     image_end_offset: int
-    leaked: ClusterRanges
+    leaked: Runs
     messages: tuple[str, ...]
     hidden_leaks: int = 0
     shared_leaks: int = 0
@@ -174,7 +162,7 @@ def _hidden_leaks(image: Qcow2Image, known: int) -> int:
 class _Comparison:
     leaks: int
     shared_leaks: int
-    leaked: ClusterRanges
+    leaked: Runs
     end: int
     """The cluster behind the last one with any refcount."""
 
@@ -204,7 +192,7 @@ def _compare(image: Qcow2Image, references: ReferenceCounts, findings: Findings)
             runs.add(too_high + first)
     if leaks:
         findings.note(f"{counted(leaks, 'leaked cluster')}")
-    return _Comparison(leaks, shared_leaks, runs.ranges(), end)
+    return _Comparison(leaks, shared_leaks, runs.runs(), end)
 
 
 class _RunList:
@@ -227,11 +215,11 @@ class _RunList:
         self._end.append(end)
         self._length += len(first)
 
-    def ranges(self) -> ClusterRanges:
+    def runs(self) -> Runs:
         if not self._first:
-            return ClusterRanges(np.empty(0, np.int64), np.empty(0, np.int64))
+            return NO_RUNS
         first, end = np.concatenate(self._first), np.concatenate(self._end)
         # A range may go on from one addition to the next.
         opens = np.concatenate(([True], first[1:] != end[:-1]))
         closes = np.concatenate((opens[1:], [True]))
-        return ClusterRanges(first[opens], end[closes] - first[opens])
+        return Runs(first[opens], end[closes] - first[opens])

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from chainmerge.qcow2.check import ClusterRanges
     from chainmerge.qcow2.image import Qcow2Image
-    from chainmerge.qcow2.runs import Clusters
+    from chainmerge.qcow2.runs import Clusters, Runs
 
 # So few clusters of data are left by any writer that dies.
 _A_NUMBER: Final = 16
@@ -56,13 +55,13 @@ class Sign:
     is_plain: bool
 
 
-def sign_of_lost_table(image: Qcow2Image, leaked: ClusterRanges) -> Sign | None:
+def sign_of_lost_table(image: Qcow2Image, leaked: Runs) -> Sign | None:
     """What makes *leaked* clusters look like the content of a lost L2 table; None if nothing.
 
     The image's tables are sound. Reads at most 320 MiB, and mostly
     nothing: nothing is asked where nothing is leaked.
     """
-    if not len(leaked):
+    if not len(leaked.start):
         return None
     looked_at = with_data = 0
     sample = _sample(image, leaked)
@@ -84,7 +83,7 @@ def sign_of_lost_table(image: Qcow2Image, leaked: ClusterRanges) -> Sign | None:
         return Sign(clause, is_plain=True)
     used = image.read_l1(0, image.header.l1_entries_used)
     unmapped = np.flatnonzero(used & np.uint64(OFFSET_MASK) == 0)
-    likely = with_data * int(leaked.count.sum()) // looked_at
+    likely = with_data * leaked.total // looked_at
     if likely < _A_NUMBER or not len(unmapped):
         return None
     clause = (
@@ -94,18 +93,18 @@ def sign_of_lost_table(image: Qcow2Image, leaked: ClusterRanges) -> Sign | None:
     return Sign(clause, is_plain=False)
 
 
-def _sample(image: Qcow2Image, leaked: ClusterRanges) -> Clusters:
+def _sample(image: Qcow2Image, leaked: Runs) -> Clusters:
     """Some of the leaked clusters, ascending; all of them where they are few.
 
     The first ones of ranges: QEMU allocates a table right before what it leads to.
     """
     most = max(1, min(_LOOKED_AT, _READ_OF_CLUSTERS // image.header.cluster_size))
-    total = int(leaked.count.sum())
-    before = np.cumsum(leaked.count) - leaked.count
+    total = leaked.total
+    before = np.cumsum(leaked.length) - leaked.length
     numbers = np.linspace(0, total - 1, num=min(most, total), dtype=np.int64)
     at = np.searchsorted(before, numbers, "right") - 1
-    spread = leaked.first[at] + numbers - before[at]
-    return np.union1d(spread, leaked.first[: max(1, most // 2)])
+    spread = leaked.start[at] + numbers - before[at]
+    return np.union1d(spread, leaked.start[: max(1, most // 2)])
 
 
 def _contents(
@@ -125,9 +124,7 @@ def _contents(
             yield cluster, np.frombuffer(rest.ljust(size, b"\0"), ">u8")
 
 
-def _entries_leading_to(
-    image: Qcow2Image, content: npt.NDArray[np.uint64], leaked: ClusterRanges
-) -> int:
+def _entries_leading_to(image: Qcow2Image, content: npt.NDArray[np.uint64], leaked: Runs) -> int:
     """How many entries a table has; 0 if *content* is none that leads to leaked clusters only."""
     header = image.header
     if header.external_data_file:
@@ -146,8 +143,8 @@ def _entries_leading_to(
     if packed.any():
         hosts = np.concatenate([hosts, compressed_place(header, entries[packed])[0]])
     clusters = (hosts >> np.uint64(header.cluster_bits)).astype(np.int64)
-    at = np.searchsorted(leaked.first, clusters, "right") - 1
-    end = leaked.first + leaked.count
+    at = np.searchsorted(leaked.start, clusters, "right") - 1
+    end = leaked.end
     return len(clusters) if bool(((at >= 0) & (clusters < end[at])).all()) else 0
 
 

@@ -486,8 +486,7 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
     with FileReadable(path) as readable:
         image = Qcow2Image(readable)
         report = check(image)
-        leaked = Runs(report.leaked.first, report.leaked.count)
-        new = without_runs(leaked, diagnosis.kept).total
+        new = without_runs(report.leaked, diagnosis.kept).total
         if not report.sound or new or image.header.dirty or image.header.corrupt:
             first = next(iter(report.messages), "it is still marked dirty or corrupt")
             raise RepairNotVerified(str(path), first)
