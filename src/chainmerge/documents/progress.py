@@ -45,3 +45,12 @@ class ProgressEvent:
 
 OnProgress = Callable[[ProgressEvent], None]
 ShouldStop = Callable[[], bool]
+
+
+def never() -> bool:
+    """In place of ``should_stop`` where nobody asks for it."""
+    return False
+
+
+def unheard(_event: ProgressEvent) -> None:
+    """In place of ``on_progress`` where nobody listens."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.documents.plan import Finding, MergePlan
-from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage, never, unheard
 from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
@@ -177,9 +177,7 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
 def _caller(
     on_progress: Callable[[ProgressEvent], None] | None, should_stop: Callable[[], bool] | None
 ) -> Caller:
-    return Caller(
-        on_progress or (lambda _event: None), should_stop or (lambda: False), time.monotonic()
-    )
+    return Caller(on_progress or unheard, should_stop or never, time.monotonic())
 
 
 def _path(path: str | Path | None) -> Path | None:

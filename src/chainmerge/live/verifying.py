@@ -10,7 +10,7 @@ from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ChainPolicy, ImageFormat
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import data_file_places
-from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage, never
 from chainmerge.engines.metadata.bitmap_set import StoredBitmap
 from chainmerge.live.errors import LiveVerificationFailed
 from chainmerge.merging.verifying import verify_content, verify_soundness
@@ -78,7 +78,7 @@ def verify_on_disk(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]
                 opened.view(0, index + 1),
                 opened.view(),
                 lambda done: driver.caller.report(ProgressEvent(Stage.VERIFY, done, size)),
-                lambda: False,
+                never,
             )
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from chainmerge.bitmaps.sets import final_set
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import open_for_writing
-from chainmerge.chain.target import find_target
 from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.replacement import replace_bitmaps
+from chainmerge.merging.deciding import find_target_of
 from chainmerge.merging.job import Job, leaks_reclaimed, note_what_base_lacks
 from chainmerge.merging.journal import journal_until_settled
 from chainmerge.merging.verifying import verify_bitmaps, verify_metadata
@@ -38,7 +38,7 @@ def merge_bitmaps(job: Job) -> tuple[str, ...] | None:
         except NotEnoughSpace:
             return None
     job.request.announce(Stage.VERIFY)
-    target = find_target(job.request.top, job.request.base, job.request.access)
+    target = find_target_of(job.request)
     with open_chain(target.chain, job.locks) as opened:
         image = opened.images[target.base_index].image
         assert image is not None

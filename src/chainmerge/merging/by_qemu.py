@@ -10,11 +10,11 @@ from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.sets import final_set, stand_ins
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import open_for_writing
-from chainmerge.chain.target import Target, find_target
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.engines.qemu import commit as qemu
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.merging.deciding import find_target_of
 from chainmerge.merging.errors import VerificationFailed
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
@@ -36,6 +36,7 @@ from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps, saved_b
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.chain.target import Target
     from chainmerge.merging.job import Job
 
 
@@ -127,7 +128,7 @@ def _store_bitmaps(job: Job) -> None:
 def _verify(job: Job) -> Iterator[str]:
     """Read back what was written, from freshly parsed tables."""
     job.request.announce(Stage.VERIFY)
-    target = find_target(job.request.top, job.request.base, job.request.access)
+    target = find_target_of(job.request)
     with open_chain(target.chain, job.locks) as opened:
         image = opened.images[target.base_index].image
         if image is not None:

@@ -69,12 +69,12 @@ def decided_job(
     )
 
 
-def find_target_of(request: Request, look: Look) -> Target:
+def find_target_of(request: Request, look: Look | None = None) -> Target:
     """The images that a merge is about; *look* is the one that this is a part of."""
     return find_target(request.top, request.base, request.access, look)
 
 
-def find_same_target(before: Target, request: Request, look: Look) -> Target:
+def find_same_target(before: Target, request: Request, look: Look | None = None) -> Target:
     """Look again, now that nobody else can change the chain any more."""
     target = find_target_of(request, look)
     for old, new in zip(before.chain.images, target.chain.images, strict=False):

@@ -26,6 +26,7 @@ from chainmerge.chain.surroundings import Look
 from chainmerge.chain.target import find_target
 from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport, DisksPlan, DisksReport
 from chainmerge.documents.plan import Finding
+from chainmerge.documents.progress import never, unheard
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.merging.apart import shared_images
@@ -113,8 +114,8 @@ def merge_disks(
         Refused: nothing was changed.
         Interrupted: *should_stop* said yes before anything was changed.
     """
-    report = on_progress or (lambda _event: None)
-    stop = should_stop or (lambda: False)
+    report = on_progress or unheard
+    stop = should_stop or never
     access, options = access or Access(), options or MergeOptions()
     paired = _paired(tops, bases)
     disks = [disk for disk in paired if not _is_done(disk, paired)]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import open_for_writing
-from chainmerge.chain.surroundings import Look
 from chainmerge.documents.plan import EngineName
 from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.errors import (
@@ -80,7 +79,7 @@ def _decided_again(stack: contextlib.ExitStack, job: Job) -> Job:
     Tables of theirs lie elsewhere now, clusters that were shared are not, and what moves is
     another.
     """
-    target = find_same_target(job.target, job.request, Look())
+    target = find_same_target(job.target, job.request)
     opened = stack.enter_context(open_chain(target.chain, job.locks))
     remains = read_remains(target.base.real_path, target.chain.top.real_path)
     ending = ToBeMerged((), job.facts.end_before)

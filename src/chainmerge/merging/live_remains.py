@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.bitmaps.stored import bitmap_results
 from chainmerge.chain.comparing import first_difference
 from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
@@ -137,23 +137,18 @@ def finish_pivot(
     forget_saved_bitmaps(base.real_path)
     forget_live_journal(base.real_path)
     note_deleted(target.chain.top.real_path, record)
-    bitmaps = bitmap_results(image) if image is not None else ()
-    broken = [one.name for one in bitmaps if one.state == BitmapState.IN_USE]
-    warnings = []
-    if broken:
-        names = ", ".join(map(repr, broken))
-        warnings.append(
-            f"the VM did not shut down properly, so these bitmaps are lost: {names}; the next "
-            "backup that builds on them must be a full one (`chainmerge repair` removes them)"
-        )
-    return build_report(
-        base.real_path,
-        base.format,
-        request.started,
-        verified=verified,
-        deleted=deleted,
-        warnings=warnings,
+    report = build_report(
+        base.real_path, base.format, request.started, verified=verified, deleted=deleted
     )
+    broken = [one.name for one in report.bitmaps if one.state == BitmapState.IN_USE]
+    if not broken:
+        return report
+    names = ", ".join(map(repr, broken))
+    warning = (
+        f"the VM did not shut down properly, so these bitmaps are lost: {names}; the next "
+        "backup that builds on them must be a full one (`chainmerge repair` removes them)"
+    )
+    return replace(report, warnings=(warning,))
 
 
 def _record_of_pivot(request: Request, journal: LiveJournal, target: Target) -> MergedRecord:

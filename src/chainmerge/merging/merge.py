@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.documents.progress import never, unheard
 from chainmerge.merging.job import Request
 from chainmerge.merging.preparing import prepare, require_no_others
 from chainmerge.options import Access, MergeOptions
@@ -49,8 +50,8 @@ def merge(
         base=Path(base) if base is not None else None,
         access=access or Access(),
         options=options or MergeOptions(),
-        report=on_progress or (lambda _event: None),
-        should_stop=should_stop or (lambda: False),
+        report=on_progress or unheard,
+        should_stop=should_stop or never,
         started=time.monotonic(),
         claims={},
     )

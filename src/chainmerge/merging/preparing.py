@@ -171,7 +171,7 @@ def _find(request: Request, look: Look) -> Target | Prepared:
         return target
     # What an earlier run put on base may turn out to be a child of top, to be locked too.
     read_from_storage(target, request.options)
-    return find_target_of(request, Look())
+    return find_target_of(request)
 
 
 def _locked(stack: contextlib.ExitStack, target: Target, request: Request) -> tuple[ImageLock, ...]:

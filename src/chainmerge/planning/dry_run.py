@@ -12,6 +12,7 @@ from chainmerge.chain.opening import open_chain
 from chainmerge.chain.target import Target, find_target
 from chainmerge.documents.merge import Measurement
 from chainmerge.documents.plan import Finding, MergePlan
+from chainmerge.documents.progress import never
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.already_merged import (
@@ -21,7 +22,7 @@ from chainmerge.planning.already_merged import (
     was_merged_before,
 )
 from chainmerge.planning.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
-from chainmerge.planning.gathering import gather, never
+from chainmerge.planning.gathering import gather
 from chainmerge.planning.locking import images_wanted, locks_held, locks_needed, not_writable
 from chainmerge.planning.pivot import (
     LivePivotUnfinished,

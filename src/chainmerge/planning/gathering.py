@@ -60,11 +60,6 @@ class Gathered:
     leaks: Leaks
 
 
-def never() -> bool:
-    """In place of ``should_stop`` where nobody can ask for it."""
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class _Ways:
     """What was chosen for a merge, and what was found out for it."""

@@ -27,7 +27,7 @@ from chainmerge.chain.reading import DeclaredFormat, allowed_data_file, describe
 from chainmerge.chain.target import policy_of
 from chainmerge.chain.view import GuestView
 from chainmerge.documents.images import BackingCandidate, BackingReport, RelinkReport
-from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.documents.progress import ProgressEvent, Stage, never, unheard
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.engines.metadata.backing import change_backing
 from chainmerge.errors import ChainmergeError, Refused
@@ -121,7 +121,7 @@ def relink(
                 stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
             on_old = stack.enter_context(open_chain(Chain((*old, info)), (lock,)))
             on_new = stack.enter_context(open_chain(Chain((*new, info)), (lock,)))
-            compared = _Comparison(on_old, on_new, on_progress, should_stop or _never)
+            compared = _Comparison(on_old, on_new, on_progress or unheard, should_stop or never)
             verified = tuple(_verify(compared))
         name, format_name = _as_stored(info, new)
         if (name, format_name) != (info.backing_name, _declared(info)):
@@ -141,10 +141,6 @@ def relink(
 def _write_backing(info: ImageInfo, name: str | None, format_name: str | None) -> None:
     with open_for_writing(info) as port:
         change_backing(port, name, format_name)
-
-
-def _never() -> bool:
-    return False
 
 
 def _read_alone(path: Path, policy: ChainPolicy) -> ImageInfo:
@@ -207,7 +203,7 @@ class _Comparison:
 
     old: OpenChain
     new: OpenChain
-    on_progress: Callable[[ProgressEvent], None] | None
+    on_progress: Callable[[ProgressEvent], None]
     should_stop: Callable[[], bool]
 
     @property
@@ -227,8 +223,7 @@ class _Comparison:
         """The first of *size* guest bytes that differs."""
 
         def progress(done: int) -> None:
-            if self.on_progress is not None:
-                self.on_progress(ProgressEvent(Stage.VERIFY, done, size))
+            self.on_progress(ProgressEvent(Stage.VERIFY, done, size))
 
         return first_difference(old, new, 0, size, progress=progress, should_stop=self.should_stop)
 
