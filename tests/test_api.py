@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import inspect
 import math
 from pathlib import Path
@@ -52,7 +51,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("record", "field"),
-    [(record, field.name) for record in RECORDS for field in dataclasses.fields(record)],
+    [(record, name) for record in RECORDS for name in record.__struct_fields__],
 )
 @given(value=ODD)
 def test_options_are_usable_or_refused(record: type[Any], field: str, value: object) -> None:

@@ -8,7 +8,6 @@ the changelog, by ``python -m tests.test_interfaces`` and by nothing else.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +36,7 @@ def interfaces() -> Interfaces:
     return {
         "exit statuses": {code.name: str(code.value) for code in ExitCode},
         "errors": {
-            code: f"exit {error.exit_code:d}: {', '.join(one.name for one in fields(error))}"
+            code: f"exit {error.exit_code:d}: {', '.join(error.fact_types)}"
             for code, error in known_errors().items()
         },
         **{

@@ -7,7 +7,6 @@ import difflib
 import importlib
 import pkgutil
 import string
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Final
@@ -15,7 +14,6 @@ from typing import ClassVar, Final
 from chainmerge.errors import ChainmergeError, ExitCode, Misuse, all_errors
 
 
-@dataclass(eq=False)
 class UnknownCode(Misuse):
     """Asked to explain something that is not an error of ours."""
 

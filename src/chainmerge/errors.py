@@ -13,7 +13,7 @@
 In addition, an error can belong to a family, which says what it is about: see the end of this
 module.
 
-A concrete error is a dataclass whose fields are its facts. It names a stable
+A concrete error declares its facts as a dataclass declares its fields. It names a stable
 ``code``, a ``template`` for its sentence (formatted with the facts), a ``hint``
 that says what to do (formatted too), and an ``explanation``, the long form that
 ``chainmerge explain CODE`` prints. Each package defines the errors it raises in
@@ -23,12 +23,12 @@ its own ``errors`` module; the classes find each other through ``__subclasses__`
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 class ExitCode(IntEnum):
@@ -42,26 +42,51 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-@dataclass(eq=False)
+@dataclass_transform(eq_default=False)
 class ChainmergeError(Exception):
-    """Base of everything that chainmerge raises on purpose."""
+    """Base of everything that chainmerge raises on purpose.
+
+    Facts are given in the order of their declaration, or by name. No class is a dataclass, which
+    would compile methods of its own as it is loaded: there are nearly two hundred, and a command
+    raises one at most.
+    """
 
     code: ClassVar[str] = ""
     exit_code: ClassVar[ExitCode] = ExitCode.FAILED
     template: ClassVar[str] = ""
     hint: ClassVar[str] = ""
     explanation: ClassVar[str] = ""
+    fact_types: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """The names of the facts, and their types as they are written."""
     # Class and instance have it, but it is no fact.
     _before_advice = ""
 
-    def __post_init__(self) -> None:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        declared: dict[str, str] = {}
+        for base in reversed(cls.__bases__):
+            declared |= getattr(base, "fact_types", {})
+        for name, kind in cls.__annotations__.items():
+            if not kind.startswith("ClassVar"):
+                declared[name] = kind
+        cls.fact_types = MappingProxyType(declared)
+
+    def __init__(self, *facts: Any, **named: Any) -> None:
+        given = dict(zip(self.fact_types, facts, strict=False)) | named
+        for name, value in given.items():
+            setattr(self, name, value)
+        unknown = given.keys() - self.fact_types
+        missing = [name for name in self.fact_types if not hasattr(self, name)]
+        if unknown or missing or len(given) < len(facts) + len(named):
+            wanted = ", ".join(self.fact_types)
+            raise TypeError(f"{type(self).__name__}({wanted}) is not made of {facts} and {named}")
         # Exception.args is what pickle and copy rebuild the exception from.
-        self.args = tuple(getattr(self, field.name) for field in fields(self))
+        super().__init__(*self.facts.values())
 
     @property
     def facts(self) -> dict[str, Any]:
         """The error's facts by name, as they go into JSON reports."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in self.fact_types}
 
     @property
     def sentence(self) -> str:
@@ -88,35 +113,30 @@ class ChainmergeError(Exception):
         return self.sentence
 
 
-@dataclass(eq=False)
 class Failed(ChainmergeError):
     """An operation was attempted and did not work; the sentence says what the disk holds."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.FAILED
 
 
-@dataclass(eq=False)
 class Misuse(ChainmergeError):
     """The request itself makes no sense."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.USAGE
 
 
-@dataclass(eq=False)
 class Refused(ChainmergeError):
     """The request was refused before anything was changed."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.REFUSED
 
 
-@dataclass(eq=False)
 class OutcomeUnknown(ChainmergeError):
     """Nobody can tell whether the operation took effect."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.UNKNOWN
 
 
-@dataclass(eq=False)
 class Interrupted(ChainmergeError):
     """Stopped on request, at a point from which the same command continues."""
 

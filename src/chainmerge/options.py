@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import ClassVar, Final, Literal, get_args
+
+from msgspec import Struct, field
 
 from chainmerge.errors import Misuse
 
@@ -54,8 +55,7 @@ def _nothing_declared() -> Mapping[str, str]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(Struct, frozen=True):
     """How images may be found and reached; the same for every command.
 
     An image can come from a hostile guest and names other files. Whatever lies outside
@@ -95,8 +95,7 @@ class Access:
         _require_flags(self)
 
 
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
+class MergeOptions(Struct, frozen=True):
     """How to merge.
 
     Attributes:
@@ -170,8 +169,7 @@ class MergeOptions:
             require_path("key_files", key_file)
 
 
-@dataclass(frozen=True, slots=True)
-class LiveOptions:
+class LiveOptions(Struct, frozen=True):
     """How to merge in a running VM.
 
     Attributes:
@@ -224,9 +222,9 @@ class LiveOptions:
 
 
 def _require_flags(options: Access | MergeOptions | LiveOptions) -> None:
-    for one in fields(options):
-        if one.type == "bool":
-            require_flag(one.name, getattr(options, one.name))
+    for name, kind in type(options).__annotations__.items():
+        if kind == "bool":
+            require_flag(name, getattr(options, name))
 
 
 LARGEST: Final = 2**63 - 1
@@ -235,7 +233,6 @@ LARGEST: Final = 2**63 - 1
 _SHOWN: Final = 60
 
 
-@dataclass(eq=False)
 class OptionUnusable(Misuse):
     """An option or an argument has a value that it cannot have."""
 

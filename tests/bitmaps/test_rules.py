@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import (
     Fate,
@@ -14,8 +14,7 @@ from chainmerge.bitmaps.rules import (
 from tests.bitmaps.rows import decide_one
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     situation: str
     chain: str
     fate: str

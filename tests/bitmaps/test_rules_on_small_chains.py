@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import (
     BitmapState,
@@ -75,8 +76,7 @@ def test_chain_test_agrees_with_its_other_form_on_every_chain_of_six() -> None:
             assert chain_test(states).passes == passes(states)
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(Struct, frozen=True):
     """One merge of one name; states are listed from the root up, ``above`` from top up."""
 
     below: tuple[BitmapState, ...]

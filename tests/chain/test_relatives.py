@@ -5,7 +5,6 @@ import errno
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import (
@@ -318,8 +319,7 @@ def test_an_active_image_of_another_chain(images: Path, active: str) -> None:
 # Against a model
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(Struct, frozen=True):
     """Images by number; image i stands on ``parents[i]`` < i. Image 0 has no backing file."""
 
     parents: tuple[int, ...]

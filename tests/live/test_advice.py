@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,7 +31,7 @@ ERRORS = [error for code, error in known_errors().items() if code]
 
 def example(kind: type[ChainmergeError]) -> ChainmergeError:
     values = {"str": "x", "int": 1, "float": 1.5}
-    return kind(*(values.get(str(one.type), "x") for one in fields(kind)))
+    return kind(*(values.get(written, "x") for written in kind.fact_types.values()))
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.code)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
+from msgspec.structs import replace
 
 from chainmerge.live.convergence import PATIENCE_SECONDS, Convergence, Remedy
 from chainmerge.live.nodes import BlockNode, NodeBitmap

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge.documents.merge import MergeOutcome
@@ -178,8 +179,7 @@ def _in_place_of(path: Path, behind: Path, size: int) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Bitmap:
+class Bitmap(Struct, frozen=True):
     """A bitmap as our parser reads it from an image; of an unreadable one nothing is dirty."""
 
     flags: int
@@ -187,8 +187,7 @@ class Bitmap:
     dirty: bytes
 
 
-@dataclass(frozen=True)
-class Before:
+class Before(Struct, frozen=True):
     """What must be the same after the merge."""
 
     view: bytes

@@ -14,12 +14,13 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge.bitmaps.rules import BitmapState
@@ -50,8 +51,7 @@ ImageWrite = Write | WriteZeroes | WriteCompressed
 Checkpoints = dict[str, BitSet]
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(Struct, frozen=True):
     """A chain ``base <- middle <- top <- leaf``; *device* is a block device that base is on."""
 
     directory: Path
@@ -80,8 +80,7 @@ class Images:
         return files
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """What is done to the images; *gone* are those that are not there in the end.
 
     *base* is what the base of the chain is: a file, a block device or a raw file. *may_leak*:
@@ -98,7 +97,7 @@ class Operation:
 def _merge(top: str, base: str | None = None, **options: object) -> Callable[[Images], object]:
     def run(images: Images) -> object:
         below = None if base is None else getattr(images, base)
-        chosen = replace(MergeOptions(), **options)  # type: ignore[arg-type]
+        chosen = replace(MergeOptions(), **options)
         return chainmerge.merge(getattr(images, top), below, NO_WAITING, chosen)
 
     return run

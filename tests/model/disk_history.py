@@ -23,9 +23,10 @@ it and top. Whoever reads top, or an image above it, must notice nothing of that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from msgspec import Struct
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.documents.progress import Stage
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 MAX_GRANULARITY = 4
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBitmap:
+class StoredBitmap(Struct, frozen=True):
     """A bitmap as it stands in an image; ``dirty`` are blocks, whole granules of them.
 
     The dirty blocks of an in-use bitmap mean nothing.
@@ -49,8 +49,7 @@ class StoredBitmap:
     dirty: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class MergeRequest:
+class MergeRequest(Struct, frozen=True):
     """Merge ``chain[base_index]`` .. ``chain[-1]``; ``chain`` starts at the root.
 
     ``above`` are all images above top, leaves first; ``children`` those of them that sit
@@ -78,8 +77,7 @@ class MergeRequest:
         return self.chain[self.base_index + 1 : -1]
 
 
-@dataclass(frozen=True, slots=True)
-class KillPoint:
+class KillPoint(Struct, frozen=True):
     """When a merge is killed: after ``actions`` more actions once ``stage`` has begun."""
 
     stage: Stage
@@ -190,8 +188,7 @@ def passes_chain_test(states_from_leaf_down: list[BitmapState]) -> bool:
     return all(state is BitmapState.ABSENT for state in rest)
 
 
-@dataclass(frozen=True, slots=True)
-class UnfinishedMerge:
+class UnfinishedMerge(Struct, frozen=True):
     """A merge that was killed; ``held`` has base's bitmaps and those between, from before."""
 
     base: str

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from chainmerge.bitmaps import rules as checkpoints
 from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, Occurrence
@@ -29,8 +31,7 @@ class Decide(Protocol):
     ) -> tuple[Decision, ...]: ...
 
 
-@dataclass
-class _Image:
+class _Image(Struct):
     backing: str | None
     size: int
     holds_bitmaps: bool

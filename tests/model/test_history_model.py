@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, decide
 from tests.model.broken_rules import changed, without_tombstones

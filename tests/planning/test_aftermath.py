@@ -6,10 +6,11 @@ Facts are values here. That links and data files are found is tested with real o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from chainmerge.documents.plan import PlannedSnapshots, Repoint
 from chainmerge.options import Direction, MergeOptions
@@ -66,8 +67,7 @@ def short(images: Iterable[ImageInfo]) -> str:
     return " ".join(image.path.stem for image in images)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """What becomes of the images: by name, in the order in which it happens."""
 
     situation: str
@@ -344,8 +344,7 @@ NAMES: Final = ("a", "b", "c")
 SECOND: Final = frozenset({1})
 
 
-@dataclass(frozen=True)
-class Snapshots:
+class Snapshots(Struct, frozen=True):
     """What becomes of three snapshots ``a b c``, the second of which the merge would change."""
 
     situation: str

@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pytest
 from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge.chain.errors import ImageDirty
@@ -412,15 +413,13 @@ def test_what_fails_after_the_removal_is_no_refusal(
 # Random chains
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Struct, frozen=True):
     """What is done to an image: cells that are written or zeroed, and None for a snapshot."""
 
     steps: tuple[tuple[int, bool] | None, ...]
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(Struct, frozen=True):
     images: tuple[Image, ...]
     base: int
     top: int

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import struct
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge.documents.progress import ProgressEvent, Stage
@@ -92,8 +93,7 @@ def _leaked(image: Path) -> frozenset[int]:
     return frozenset(leaked.expanded().tolist())
 
 
-@dataclass(frozen=True)
-class Chain:
+class Chain(Struct, frozen=True):
     """Two images, and the one of them that a merge writes to, with a table of it lost."""
 
     base: Path

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge.chain.errors import BackingFileOutside
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import ImageInfo
 
 
-@dataclass(frozen=True)
-class Clones:
+class Clones(Struct, frozen=True):
     """A base that others share, and what stands on it, each in a directory of its own."""
 
     root: Path
@@ -381,8 +381,7 @@ def test_who_names_the_leaf_needs_no_look_at_volumes(
 PLACES = ("vms/1", "vms/2", "vms/3/disks", "base", "far/1/2/3", "far/1/2/4")
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Struct, frozen=True):
     """Where an image is, and what it stands on: an image of a lower number, by one of its names."""
 
     place: str
@@ -390,8 +389,7 @@ class Image:
     called: str
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """Images in directories, of which one is merged into one below it."""
 
     images: tuple[Image, ...]

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Final
 
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.documents.plan import Movement
 from chainmerge.options import LEFT_TO_A_GUEST, Direction, MergeOptions, Placement
@@ -68,8 +69,7 @@ def sized(size: int) -> VolumeFacts:
     return replace(LVM, size=size)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """Where data goes, whether stale bitmaps have to go first, what is required then."""
 
     situation: str
@@ -225,8 +225,7 @@ def test_where_data_goes(row: Row) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Growth:
+class Growth(Struct, frozen=True):
     """What the plan says of a volume; as for required bytes, see above."""
 
     situation: str

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 import pytest
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from chainmerge.chain.relatives import Descent, ImageAbove
 from chainmerge.documents.plan import (
@@ -64,8 +65,7 @@ SIBLING: Final = qcow2(VM / "sibling.qcow2", MERGE.base.path)
 OVERLAY: Final = HidingFacts(MERGE.top, FILE, DISK // 2, FILE_SIZE + MIB, None)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """A situation, and what of the plan is other than that of a healthy merge."""
 
     situation: str
@@ -213,9 +213,9 @@ _OF_IMAGES: Final = {"images"}
 def test_every_situation(row: Row) -> None:
     found = planned(row.facts, row.options)
     differs = {
-        one.name: getattr(found, one.name)
-        for one in fields(MergePlan)
-        if one.name not in _OF_IMAGES and getattr(found, one.name) != getattr(HEALTHY, one.name)
+        name: getattr(found, name)
+        for name in MergePlan.__struct_fields__
+        if name not in _OF_IMAGES and getattr(found, name) != getattr(HEALTHY, name)
     }
     assert differs == row.differs
     assert found.feasible

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.relatives import Relatives
 from chainmerge.documents.images import Searched
@@ -67,8 +68,7 @@ SIZES: Final = (DISK - 512, DISK, DISK + 512)
 ROOM: Final = (0, 16 * MIB, 64 * MIB, 100 * GIB, 200 * GIB)
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Struct, frozen=True):
     """What a merge is like, as plain values: from equal ones equal facts are made."""
 
     overlays: int

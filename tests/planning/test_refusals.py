@@ -8,11 +8,11 @@ and snapshots are, who uses it) is tested where it is found out.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from msgspec.structs import replace
 
 from chainmerge.chain import unseen_users
 from chainmerge.errors import ChainmergeError, all_errors

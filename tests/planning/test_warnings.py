@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import pytest
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from chainmerge.documents.plan import LeakFacts
 from chainmerge.options import Direction, MergeOptions
@@ -49,8 +50,7 @@ BASE, TOP = MERGE.base.path, MERGE.top.path
 MID1, MID2 = (image.path for image in RANGE.chain.images[1:3])
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """A situation and everything that is said of it, in order."""
 
     situation: str

@@ -6,7 +6,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chainmerge.qcow2.bitmaps import (
     BitmapFlag,

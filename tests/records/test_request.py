@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
@@ -192,27 +191,26 @@ def test_a_live_merge_is_asked_for_again(
     with pytest.MonkeyPatch.context() as patch:
         cold = asked_again(patch, words_of(command_of(request)))
     assert cold[:3] == (top, base, access)
-    for one in fields(MergeOptions):
-        default = getattr(MergeOptions(), one.name)
-        assert getattr(cold[3], one.name) == getattr(options, one.name, default)
+    for name in MergeOptions.__struct_fields__:
+        default = getattr(MergeOptions(), name)
+        assert getattr(cold[3], name) == getattr(options, name, default)
 
 
 @pytest.mark.parametrize("kind", [Access, MergeOptions, LiveOptions])
 def test_every_field_has_a_spelling(kind: Any) -> None:
-    assert {one.name for one in fields(kind)} <= SPELLINGS.keys()
+    assert set(kind.__struct_fields__) <= SPELLINGS.keys()
 
 
 def test_every_spelling_is_an_option_of_a_command() -> None:
     merge = cli.get_command(None, "merge")  # type: ignore[arg-type]
     assert merge is not None
     live_merge, resume = live_group.commands["merge"], live_group.commands["resume"]
-    merging = {*(one.name for one in (*fields(MergeOptions), *fields(Access)))}
+    merging = {*MergeOptions.__struct_fields__, *Access.__struct_fields__}
     assert {SPELLINGS[name].option for name in merging} <= options_in(merge)
-    living = {*(one.name for one in (*fields(LiveOptions), *fields(Access)))}
+    living = {*LiveOptions.__struct_fields__, *Access.__struct_fields__}
     assert {SPELLINGS[name].option for name in living} <= options_in(live_merge)
-    pace = {
-        one.name for one in fields(LiveOptions) if SPELLINGS[one.name].option in options_in(resume)
-    }
+    resumable = options_in(resume)
+    pace = {name for name in LiveOptions.__struct_fields__ if SPELLINGS[name].option in resumable}
     assert pace == {"bandwidth", "deadline", "on_stall", "volume"}
 
 

@@ -87,4 +87,4 @@ def test_schemas_in_the_documentation_are_up_to_date() -> None:
 def test_every_field_of_a_report_has_its_place_in_the_schema(document: type) -> None:
     described = schema.schema_of(document)["$defs"][document.__name__]
     fields = [name for name in described["properties"] if name != "event"]
-    assert fields == list(document.__dataclass_fields__)  # type: ignore[attr-defined]
+    assert fields == list(document.__struct_fields__)  # type: ignore[attr-defined]

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from chainmerge.options import EngineChoice, MergeOptions
 from tests.support import qemu
@@ -46,8 +46,7 @@ class State(StrEnum):
     IN_USE = "in-use"
 
 
-@dataclass(frozen=True)
-class BitmapPlan:
+class BitmapPlan(Struct, frozen=True):
     """A bitmap of one image; a *late* one does not see the first part of the writes."""
 
     name: str
@@ -56,8 +55,7 @@ class BitmapPlan:
     late: bool
 
 
-@dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(Struct, frozen=True):
     """One image of the chain, written to in two parts, with what happens between them.
 
     *untrusted*: in the end a program that does not know bitmaps has been there. *missing*: so
@@ -94,8 +92,7 @@ class LayerPlan:
         return self.image.operations[self.first_part if bitmap.late else 0 :]
 
 
-@dataclass(frozen=True)
-class MergeCase:
+class MergeCase(Struct, frozen=True):
     """A chain, what stands on top besides it, and the merge that is asked for."""
 
     layers: tuple[LayerPlan, ...]
@@ -233,8 +230,7 @@ def _layers(draw: st.DrawFn, image: ImagePlan, bitmaps: tuple[BitmapPlan, ...]) 
     )
 
 
-@dataclass(frozen=True)
-class BuiltCase:
+class BuiltCase(Struct, frozen=True):
     """The images of a :class:`MergeCase` on disk."""
 
     case: MergeCase

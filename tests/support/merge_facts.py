@@ -10,9 +10,10 @@ by the native engine into a file that can grow. A test changes what its situatio
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import (
     BitmapState,

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.options import EngineChoice
 from tests.support.qemu import content, create, dirty_ranges, qemu_img, qemu_io
@@ -25,8 +26,7 @@ VALID_IN_TOP = ("cp-3",)
 STALE = ("old-1", "old-2", "old-3")
 
 
-@dataclass(frozen=True)
-class Scenario:
+class Scenario(Struct, frozen=True):
     """Paths of a chain ``base <- top <- leaf`` and what must hold after the merge."""
 
     directory: Path

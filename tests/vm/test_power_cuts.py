@@ -8,10 +8,10 @@ system, of a command as users run it. They were recorded in the virtual machine.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support import qemu
 from tests.vm.conftest import POWER_CUTS

@@ -8,9 +8,10 @@ Every change is one atomic switch of the image's whole set of bitmaps
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.errors import BitmapExists, BitmapMissing, GranularityInvalid, SizesDiffer
 from chainmerge.bitmaps.opening import editable, locked_reader, require_usable

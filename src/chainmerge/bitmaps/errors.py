@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Failed, NeededByOthers, Refused
 
 
-@dataclass(eq=False)
 class BitmapsImpossible(Refused):
     """The image cannot hold bitmaps."""
 
@@ -24,7 +22,6 @@ class BitmapsImpossible(Refused):
     format: str
 
 
-@dataclass(eq=False)
 class BitmapExists(Refused):
     """A bitmap of that name already exists."""
 
@@ -41,7 +38,6 @@ class BitmapExists(Refused):
     name: str
 
 
-@dataclass(eq=False)
 class BitmapMissing(Refused):
     """There is no bitmap of that name."""
 
@@ -56,7 +52,6 @@ class BitmapMissing(Refused):
     name: str
 
 
-@dataclass(eq=False)
 class BitmapWorthless(Refused):
     """The bitmap's content means nothing."""
 
@@ -74,7 +69,6 @@ class BitmapWorthless(Refused):
     name: str
 
 
-@dataclass(eq=False)
 class BrokenBitmapsInTheWay(Refused):
     """Other bitmaps of the image are broken and would have to be kept so."""
 
@@ -93,7 +87,6 @@ class BrokenBitmapsInTheWay(Refused):
     names: str
 
 
-@dataclass(eq=False)
 class RemovalUnsafe(NeededByOthers, Refused):
     """Removing the bitmap would make a broken checkpoint look whole."""
 
@@ -118,7 +111,6 @@ class RemovalUnsafe(NeededByOthers, Refused):
     above: str
 
 
-@dataclass(eq=False)
 class ClearingUnsafe(NeededByOthers, Refused):
     """Clearing the bitmap would leave a checkpoint that misses what it had recorded."""
 
@@ -141,7 +133,6 @@ class ClearingUnsafe(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class GranularityInvalid(Refused):
     """No bitmap can have this granularity."""
 
@@ -156,7 +147,6 @@ class GranularityInvalid(Refused):
     granularity: int
 
 
-@dataclass(eq=False)
 class SizesDiffer(Refused):
     """Bits of one disk cannot be merged into a bitmap of a disk of another size."""
 
@@ -175,7 +165,6 @@ class SizesDiffer(Refused):
     source_size: int
 
 
-@dataclass(eq=False)
 class BitmapsChanged(Failed):
     """Bitmaps were changed, and then something unrelated failed."""
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import (
     NOT_THERE,
@@ -28,8 +30,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.target import Target
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapFacts:
+class BitmapFacts(Struct, frozen=True):
     """The bitmaps of a chain, and what becomes of them.
 
     ``layers`` goes from root to top and has base's checkpoints as they were before an

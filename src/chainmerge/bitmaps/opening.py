@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from chainmerge.bitmaps.errors import (
     BitmapMissing,
@@ -61,8 +62,7 @@ def refusals_after_a_change_of(image: ImageInfo) -> Iterator[None]:
         raise BitmapsChanged(str(image.path), error.sentence) from error
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapEdit:
+class BitmapEdit(Struct, frozen=True):
     """An image that is locked and open, whose bitmaps can be replaced."""
 
     opened: OpenImage

@@ -14,8 +14,9 @@ Everything here is pure: states of bitmaps in, decisions out.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 
@@ -29,8 +30,7 @@ class BitmapState(StrEnum):
     ABSENT = "absent"
 
 
-@dataclass(frozen=True, slots=True)
-class Occurrence:
+class Occurrence(Struct, frozen=True):
     """One bitmap name in one image.
 
     ``granularity`` is in bytes, 0 for an absent one. ``empty`` is true if the bitmap is
@@ -50,8 +50,7 @@ class Occurrence:
 NOT_THERE = Occurrence(BitmapState.ABSENT, 0, None)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerBitmaps:
+class LayerBitmaps(Struct, frozen=True):
     """The bitmaps of one image of a chain; ``image`` is its name in messages.
 
     ``supports_bitmaps`` is false for raw images and qcow2 version 2.
@@ -77,8 +76,7 @@ class Fault(StrEnum):
     GAP = "gap"
 
 
-@dataclass(frozen=True, slots=True)
-class ChainVerdict:
+class ChainVerdict(Struct, frozen=True):
     """Outcome of the chain test.
 
     ``depth`` counts the images of the run in which the name is valid, from the active
@@ -147,8 +145,7 @@ class Fate(StrEnum):
     IGNORE = "ignore"  # in overlays only, not valid in top: base need not hear of it
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """What a merge does with one name, and why.
 
     ``sources`` are indexes into the chain, lowest first: the images whose bits, united,
@@ -228,8 +225,7 @@ def decide(
     return tuple(_decide_one(case) for case in cases)
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
+class _Case(Struct, frozen=True):
     """One name in one chain, with what the rules ask about it."""
 
     name: str

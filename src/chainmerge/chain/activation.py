@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Chain, ChainPolicy
 
 
-@dataclass(eq=False)
 class VolumeStaysActive(Failed):
     """A logical volume that was activated cannot be deactivated again."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,8 +53,7 @@ def _is_device_node(path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class AllowedPlaces:
+class AllowedPlaces(Struct, frozen=True):
     """The places where backing files are accepted.
 
     ``directories`` count alone, ``trees`` with everything below (or are single files).

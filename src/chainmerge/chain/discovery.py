@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.allowed_places import AllowedPlaces, allowed_places_of, reached, resolved
 from chainmerge.chain.errors import (
@@ -78,8 +80,7 @@ def walk_down(top: Path, policy: ChainPolicy, allowed: AllowedPlaces) -> Iterato
         yield image
 
 
-@dataclass(frozen=True, slots=True)
-class _Walk:
+class _Walk(Struct, frozen=True):
     """What is the same for all images of one discovery."""
 
     policy: ChainPolicy

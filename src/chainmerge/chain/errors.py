@@ -7,13 +7,11 @@ characters meant for the terminal of whoever reads the message.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import ChainUnusable, ImageInvalid, ImageUnavailable, Misuse, Refused
 
 
-@dataclass(eq=False)
 class BackingFileMissing(ImageUnavailable, Refused):
     """An image names a backing file that cannot be opened."""
 
@@ -41,7 +39,6 @@ class BackingFileMissing(ImageUnavailable, Refused):
     """What the hint says about files that could be the missing one."""
 
 
-@dataclass(eq=False)
 class BackingNameUnusable(ChainUnusable, Refused):
     """A backing name that no file can have, or that does not say which file it means."""
 
@@ -62,7 +59,6 @@ class BackingNameUnusable(ChainUnusable, Refused):
     why: str
 
 
-@dataclass(eq=False)
 class JsonBackingName(ChainUnusable, Refused):
     """A backing name in QEMU's json: syntax."""
 
@@ -80,7 +76,6 @@ class JsonBackingName(ChainUnusable, Refused):
     name: str
 
 
-@dataclass(eq=False)
 class RemoteBackingName(ChainUnusable, Refused):
     """A backing name that QEMU would hand to one of its protocol drivers."""
 
@@ -103,7 +98,6 @@ class RemoteBackingName(ChainUnusable, Refused):
     protocol: str
 
 
-@dataclass(eq=False)
 class BackingFileOutside(ChainUnusable, Refused):
     """A backing file outside the directories of the chain."""
 
@@ -130,7 +124,6 @@ class BackingFileOutside(ChainUnusable, Refused):
     suggestion: str
 
 
-@dataclass(eq=False)
 class BackingCycle(ChainUnusable, Refused):
     """An image that is, over some steps, its own backing file."""
 
@@ -153,7 +146,6 @@ class BackingCycle(ChainUnusable, Refused):
     seen: str
 
 
-@dataclass(eq=False)
 class ChainTooLong(ChainUnusable, Refused):
     """More images than we follow."""
 
@@ -168,7 +160,6 @@ class ChainTooLong(ChainUnusable, Refused):
     limit: int
 
 
-@dataclass(eq=False)
 class FormatMissing(ChainUnusable, Refused):
     """A backing file without a declared format, whose content does not say what it is."""
 
@@ -193,7 +184,6 @@ class FormatMissing(ChainUnusable, Refused):
     backing: str
 
 
-@dataclass(eq=False)
 class TopFormatUnknown(ChainUnusable, Refused):
     """The image that the user named is not qcow2 and no format was given."""
 
@@ -207,7 +197,6 @@ class TopFormatUnknown(ChainUnusable, Refused):
     image: str
 
 
-@dataclass(eq=False)
 class WrongFormat(ChainUnusable, Refused):
     """Declared (or said to be) qcow2, but the file is something else."""
 
@@ -229,7 +218,6 @@ class WrongFormat(ChainUnusable, Refused):
     declared_by: str
 
 
-@dataclass(eq=False)
 class FormatContradiction(ChainUnusable, Refused):
     """The user's format and the one stored in the chain differ."""
 
@@ -251,7 +239,6 @@ class FormatContradiction(ChainUnusable, Refused):
     given: str
 
 
-@dataclass(eq=False)
 class ForeignFormat(ChainUnusable, Refused):
     """An image whose format only QEMU understands."""
 
@@ -270,7 +257,6 @@ class ForeignFormat(ChainUnusable, Refused):
     format: str
 
 
-@dataclass(eq=False)
 class DataFileRefused(ChainUnusable, Refused):
     """An image keeps its guest data in another file, which nobody allowed."""
 
@@ -287,7 +273,6 @@ class DataFileRefused(ChainUnusable, Refused):
     name: str
 
 
-@dataclass(eq=False)
 class NotInChain(Misuse):
     """An image was named as part of a chain that it does not belong to."""
 
@@ -302,7 +287,6 @@ class NotInChain(Misuse):
     top: str
 
 
-@dataclass(eq=False)
 class NoBackingFile(Misuse):
     """The image is the root of its chain."""
 
@@ -316,7 +300,6 @@ class NoBackingFile(Misuse):
     image: str
 
 
-@dataclass(eq=False)
 class ActiveElsewhere(Misuse):
     """The image named as the active layer is not above top."""
 
@@ -334,7 +317,6 @@ class ActiveElsewhere(Misuse):
     top: str
 
 
-@dataclass(eq=False)
 class TooManyFiles(Refused):
     """A directory is too large to look for other users of base."""
 
@@ -353,7 +335,6 @@ class TooManyFiles(Refused):
     limit: int
 
 
-@dataclass(eq=False)
 class SearchPathUnusable(Refused):
     """A directory that was to be searched cannot be read."""
 
@@ -368,7 +349,6 @@ class SearchPathUnusable(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class ImageReplaced(ImageUnavailable, Refused):
     """The file under an image's name is not the one that was examined."""
 
@@ -385,7 +365,6 @@ class ImageReplaced(ImageUnavailable, Refused):
     image: str
 
 
-@dataclass(eq=False)
 class BaseNotBelowTop(Misuse):
     """Base was named, but is not below top."""
 
@@ -400,7 +379,6 @@ class BaseNotBelowTop(Misuse):
     top: str
 
 
-@dataclass(eq=False)
 class ImageDirty(ImageInvalid, Refused):
     """Base was not closed properly by a writer that defers refcounts."""
 
@@ -417,7 +395,6 @@ class ImageDirty(ImageInvalid, Refused):
     image: str
 
 
-@dataclass(eq=False)
 class ImageCorrupt(ImageInvalid, Refused):
     """QEMU marked the image corrupt."""
 
@@ -434,7 +411,6 @@ class ImageCorrupt(ImageInvalid, Refused):
     image: str
 
 
-@dataclass(eq=False)
 class ImageDamaged(ImageInvalid, Refused):
     """The consistency check of an image that would be written to found corruption."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.qcow2.compression import decompress_cluster
@@ -69,8 +69,7 @@ class OpenFile(Protocol):
         """Device and inode, equal for all names of one file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Qcow2Layer:
+class Qcow2Layer(Struct, frozen=True):
     """A qcow2 image as a layer."""
 
     image: Qcow2Image
@@ -121,8 +120,7 @@ class Qcow2Layer:
             raise EncryptedContent(self.image.name)
 
 
-@dataclass(frozen=True, slots=True)
-class RawLayer:
+class RawLayer(Struct, frozen=True):
     """A raw image as a layer: data where the file has some, zeros where it has holes."""
 
     source: Readable

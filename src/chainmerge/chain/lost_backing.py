@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from chainmerge.chain.model import ImageFormat, ImageInfo
 from chainmerge.chain.names import path_from_header, possible_backing_paths
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 MOST_CANDIDATES: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A file that could be a lost backing file, and what speaks for it, strongest first."""
 
     path: Path

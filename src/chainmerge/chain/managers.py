@@ -11,10 +11,11 @@ import contextlib
 import html
 import os
 import re
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,8 +38,7 @@ _QEMU_NAMES: Final = ("qemu", "kvm")
 _LOCK: Final = "OFDLCK"
 
 
-@dataclass(frozen=True, slots=True)
-class ManagedPlace:
+class ManagedPlace(Struct, frozen=True):
     """A directory that images are kept in, and how many levels of directories below it."""
 
     directory: str

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from chainmerge.chain.errors import ForeignFormat, NoBackingFile, NotInChain
 from chainmerge.qcow2.bitmaps import BitmapEntry
@@ -42,8 +43,7 @@ def identity_of(status: os.stat_result) -> Identity:
     return (status.st_dev, status.st_ino)
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
+class ImageInfo(Struct, frozen=True):
     """One image, as it was when it was read."""
 
     path: Path
@@ -114,8 +114,7 @@ class ImageInfo:
         return self.header is not None and self.header.crypt_method is not CryptMethod.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(Struct, frozen=True):
     """An image and the images below it: ``images`` goes from the root to the image asked for."""
 
     images: tuple[ImageInfo, ...]
@@ -177,8 +176,7 @@ def _no_formats() -> Mapping[Path, str]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class ChainPolicy:
+class ChainPolicy(Struct, frozen=True):
     """What the user allows and declares beyond what is always accepted."""
 
     allow_backing: tuple[Path, ...] = ()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.chain.layers import Layer, layer_of_qcow2, layer_of_raw
 from chainmerge.chain.model import Chain, Identity, ImageInfo, identity_of
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from chainmerge.storage.locks import ImageLock
 
 
-@dataclass(frozen=True, slots=True)
-class OpenImage:
+class OpenImage(Struct, frozen=True):
     """An image of the chain, open for reading."""
 
     info: ImageInfo
@@ -48,8 +48,7 @@ class OpenImage:
         return read_bits(self.image, entry)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenChain:
+class OpenChain(Struct, frozen=True):
     """All images of a chain, root first, open for reading."""
 
     images: tuple[OpenImage, ...]

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import round_up
@@ -28,8 +29,7 @@ _SECTOR = 512
 _NOBODY_CAN_TELL = {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EINTR, errno.ETIMEDOUT}
 
 
-@dataclass(frozen=True, slots=True)
-class DeclaredFormat:
+class DeclaredFormat(Struct, frozen=True):
     """The format of an image, and who says so (None: its first bytes)."""
 
     name: str

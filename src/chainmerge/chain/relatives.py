@@ -10,11 +10,13 @@ import errno
 import os
 import stat
 from collections import defaultdict, deque
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.allowed_places import allowed_places_of
 from chainmerge.chain.discovery import walk_down
@@ -42,19 +44,21 @@ _LOOP = 7
 _NOTHING_THERE = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOMEDIUM, errno.ENODEV}
 
 
-@dataclass(frozen=True, slots=True)
-class Descent:
+class Descent(Struct, frozen=True, eq=False):
     """The first step of the way from an image down to top, and the rest of it.
 
     The ways share their ends: as tuples, those of n images on a line would take n*n/2 paths.
     """
 
     path: Path
-    rest: Descent | None = field(repr=False, compare=False)
+    rest: Descent | None
+
+    def __repr__(self) -> str:
+        # The rest may be longer than Python nests calls.
+        return f"Descent({self.path!r}, ...)"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageAbove:
+class ImageAbove(Struct, frozen=True):
     """An image above another one: above top, unless something else is said."""
 
     image: ImageInfo
@@ -72,8 +76,7 @@ class ImageAbove:
         return tuple(paths)
 
 
-@dataclass(frozen=True, slots=True)
-class Relatives:
+class Relatives(Struct, frozen=True):
     """The images outside the chain that use images of the chain, in order of their paths."""
 
     siblings: tuple[ImageInfo, ...]

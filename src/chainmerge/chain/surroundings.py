@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.allowed_places import reached, resolved
 from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
@@ -287,8 +289,7 @@ class Surroundings:
         return mounted is not None and mounted not in allowed
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
+class _Listing(Struct, frozen=True):
     """What is in a directory, in order."""
 
     files: tuple[Path, ...]

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.activation import inactive_neighbours
 from chainmerge.chain.discovery import discover
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
     from chainmerge.options import Access
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """A merge that was asked for: top's chain, base's place in it, and who else is around."""
 
     chain: Chain

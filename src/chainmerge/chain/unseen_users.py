@@ -7,7 +7,6 @@ its neighbours, which are searched; a base in another directory than top is one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from chainmerge.arithmetic.counting import counted
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from chainmerge.chain.relatives import Relatives
 
 
-@dataclass(eq=False)
 class UsersUnknown(NeededByOthers, Refused):
     """What changes lies in another directory than top, and can be in use from anywhere."""
 
@@ -50,7 +48,6 @@ class UsersUnknown(NeededByOthers, Refused):
     first: str
 
 
-@dataclass(eq=False)
 class VolumesInactive(NeededByOthers, Refused):
     """Logical volumes that could hold users of what changes cannot be looked at."""
 

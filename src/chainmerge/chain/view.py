@@ -8,10 +8,10 @@ longer layers below it hold there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I32Array, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.chain.layers import Layer
@@ -32,8 +32,7 @@ RUNS_AT_ONCE = 256 << 10
 PIECE_ALIGNMENT = 1 << MAX_CLUSTER_BITS
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(Struct, frozen=True):
     """Which layer decides which run of the guest's disk, without gaps."""
 
     extents: Extents
@@ -99,8 +98,7 @@ class Resolved:
         return Resolved(self.extents.cut_at(bounds), self.layer[index])
 
 
-@dataclass(frozen=True, slots=True)
-class GuestView:
+class GuestView(Struct, frozen=True):
     """What the guest sees of a chain."""
 
     layers: tuple[Layer, ...]

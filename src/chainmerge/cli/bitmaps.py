@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
+from msgspec.structs import replace
 
 from chainmerge import api
 from chainmerge.cli.commands import Command, Group

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Failed, Misuse, Refused
 
 
-@dataclass(eq=False)
 class InternalError(Failed):
     """A bug: an exception that nobody meant to raise."""
 
@@ -29,7 +27,6 @@ class InternalError(Failed):
     detail: str
 
 
-@dataclass(eq=False)
 class ReportNotDelivered(Failed):
     """The work is done, but the report cannot be written to standard output."""
 
@@ -47,7 +44,6 @@ class ReportNotDelivered(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class DiskNotNamed(Misuse):
     """A command for a running VM does not say which disk of which VM."""
 
@@ -63,7 +59,6 @@ class DiskNotNamed(Misuse):
     )
 
 
-@dataclass(eq=False)
 class NotConfirmed(Refused):
     """The question whether to go on was answered with no."""
 

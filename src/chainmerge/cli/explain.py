@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import rich_click as click
+from msgspec import Struct
 from rich.console import Group, RenderableType
 
 from chainmerge import catalogue
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
     from chainmerge.cli.output import Output
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Struct, frozen=True):
     """The long form of one error."""
 
     code: str
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorSummary:
+class ErrorSummary(Struct, frozen=True):
     """One error in the list of all."""
 
     code: str

@@ -33,7 +33,7 @@ Function = Callable[..., R]
 
 _DISK: Final = "The disk"
 _MERGING: Final = "How to merge"
-_LIVE_FIELDS: Final = tuple(LiveOptions.__dataclass_fields__)
+_LIVE_FIELDS: Final = LiveOptions.__struct_fields__
 _Opener: TypeAlias = "Callable[[], AbstractContextManager[api.LiveDisk]]"
 
 

@@ -38,7 +38,7 @@ _ACCESS_FIELDS: Final = (
 # Headings of the help.
 _REACHING: Final = "Reaching images"
 _MERGING: Final = "How to merge"
-_MERGE_FIELDS: Final = tuple(MergeOptions.__dataclass_fields__)
+_MERGE_FIELDS: Final = MergeOptions.__struct_fields__
 
 
 def _choose_output(_ctx: click.Context, _param: click.Parameter, value: bool) -> Output:  # noqa: FBT001 (click's signature)

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapResult:
+class BitmapResult(Struct, frozen=True):
     """A bitmap of base as it was read back from the closed image.
 
     Attributes:
@@ -26,8 +25,7 @@ class BitmapResult:
     tombstone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapRow:
+class BitmapRow(Struct, frozen=True):
     """One bitmap in one image.
 
     Attributes:
@@ -47,8 +45,7 @@ class BitmapRow:
     tombstone: bool
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapVerdict:
+class BitmapVerdict(Struct, frozen=True):
     """Whether a checkpoint can still serve a backup read from the chain's top end.
 
     Attributes:
@@ -62,8 +59,7 @@ class BitmapVerdict:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapListing:
+class BitmapListing(Struct, frozen=True):
     """Every bitmap of a chain, top end first, and the verdict on every name."""
 
     version: int
@@ -72,8 +68,7 @@ class BitmapListing:
     verdicts: tuple[BitmapVerdict, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapChange:
+class BitmapChange(Struct, frozen=True):
     """What ``bitmaps add``, ``remove``, ``clear`` or ``merge`` changed in one image.
 
     Attributes:
@@ -93,8 +88,7 @@ class BitmapChange:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PrunedBitmap:
+class PrunedBitmap(Struct, frozen=True):
     """A bitmap that was removed from an image, or replaced by a tombstone, and why."""
 
     image: str
@@ -104,8 +98,7 @@ class PrunedBitmap:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class PruneReport:
+class PruneReport(Struct, frozen=True):
     """What ``bitmaps prune`` did.
 
     Attributes:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 from chainmerge.documents.merge import MergeReport
 from chainmerge.documents.plan import Finding, MergePlan
@@ -27,8 +28,7 @@ class DiskOutcome(StrEnum):
         return cls.UNKNOWN if isinstance(error, OutcomeUnknown) else cls.FAILED
 
 
-@dataclass(frozen=True, slots=True)
-class DiskError:
+class DiskError(Struct, frozen=True):
     """Why a disk was not merged.
 
     Attributes:
@@ -42,8 +42,7 @@ class DiskError:
     hint: str
 
 
-@dataclass(frozen=True, slots=True)
-class DiskReport:
+class DiskReport(Struct, frozen=True):
     """What became of one of several disks.
 
     Attributes:
@@ -67,8 +66,7 @@ class DiskReport:
         return self.outcome in (DiskOutcome.MERGED, DiskOutcome.ALREADY_MERGED)
 
 
-@dataclass(frozen=True, slots=True)
-class DisksReport:
+class DisksReport(Struct, frozen=True):
     """What a merge of several disks did.
 
     Attributes:
@@ -94,8 +92,7 @@ class DisksReport:
         return ExitCode.DONE
 
 
-@dataclass(frozen=True, slots=True)
-class DisksPlan:
+class DisksPlan(Struct, frozen=True):
     """What a merge of several disks would do.
 
     Attributes:

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 LEVELS: Final = 3
 """How far below a directory other users of its images are looked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Searched:
+class Searched(Struct, frozen=True):
     """Where other users of the images were looked for. Of other places nothing is known.
 
     Attributes:
@@ -46,8 +46,7 @@ class Searched:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class ImageReport:
+class ImageReport(Struct, frozen=True):
     """One image, as ``chainmerge info`` shows it.
 
     Attributes:
@@ -82,8 +81,7 @@ class ImageReport:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ChainReport:
+class ChainReport(Struct, frozen=True):
     """An image, what lies below it and what else was found to use the same images.
 
     Attributes:
@@ -101,8 +99,7 @@ class ChainReport:
     searched: Searched
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
+class CheckResult(Struct, frozen=True):
     """What a consistency check of one image found.
 
     Attributes:
@@ -130,8 +127,7 @@ class CheckResult:
         return self.corruptions == 0 and self.leaks == 0 and not self.remarks
 
 
-@dataclass(frozen=True, slots=True)
-class BackingCandidate:
+class BackingCandidate(Struct, frozen=True):
     """A file that could be a lost backing file.
 
     Attributes:
@@ -145,8 +141,7 @@ class BackingCandidate:
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BackingReport:
+class BackingReport(Struct, frozen=True):
     """What an image names as its backing file.
 
     Attributes:
@@ -166,8 +161,7 @@ class BackingReport:
     candidates: tuple[BackingCandidate, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RelinkReport:
+class RelinkReport(Struct, frozen=True):
     """An image that has been given another backing file.
 
     Attributes:

@@ -10,8 +10,9 @@ guest bytes that one bit of a bitmap stands for. That holds for all modules of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.plan import MergePlan
@@ -24,8 +25,7 @@ class MergeOutcome(StrEnum):
     ALREADY_MERGED = "already-merged"
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(Struct, frozen=True):
     """What a merge did; returned only when everything requested was verified.
 
     Attributes:
@@ -60,8 +60,7 @@ class MergeReport:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
+class Measurement(Struct, frozen=True):
     """How large base must be, in bytes.
 
     Attributes:

@@ -7,9 +7,10 @@ versioned by :data:`~chainmerge.documents.versions.PLAN_VERSION`. All sizes are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 from chainmerge.documents.images import Searched
 from chainmerge.options import Direction, Placement
@@ -40,8 +41,7 @@ class Progress(StrEnum):
     MERGED = "merged"
 
 
-@dataclass(frozen=True, slots=True)
-class LeakFacts:
+class LeakFacts(Struct, frozen=True):
     """Clusters of the result that are marked used and that nothing uses, in bytes.
 
     ``ours`` were left by a merge of ours, and are given back. ``others`` were left by somebody
@@ -58,8 +58,7 @@ class LeakFacts:
 NOTHING_LEAKED: Final = LeakFacts()
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedImage:
+class PlannedImage(Struct, frozen=True):
     """One image of the chain, as the tree shows it."""
 
     path: str
@@ -74,8 +73,7 @@ class PlannedImage:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Movement:
+class Movement(Struct, frozen=True):
     """What the merged range defines, and what of it base must newly allocate.
 
     The ``*_bytes`` count guest bytes by what the topmost image of the range says of
@@ -89,8 +87,7 @@ class Movement:
     new_l2_tables: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class DirectionCost:
+class DirectionCost(Struct, frozen=True):
     """What it costs to merge in one direction: guest bytes to be read and written."""
 
     bytes_to_copy: int
@@ -98,8 +95,7 @@ class DirectionCost:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Directions:
+class Directions(Struct, frozen=True):
     """Both ways to the same result: top's data down into base, or base's up into top."""
 
     commit: DirectionCost
@@ -107,8 +103,7 @@ class Directions:
     chosen: str
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedBitmap:
+class PlannedBitmap(Struct, frozen=True):
     """The fate of one bitmap name."""
 
     name: str
@@ -124,8 +119,7 @@ class PlannedBitmap:
     recovered: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSnapshots:
+class PlannedSnapshots(Struct, frozen=True):
     """The fate of an image's internal snapshots, by name.
 
     Attributes:
@@ -144,8 +138,7 @@ class PlannedSnapshots:
     freed: int
 
 
-@dataclass(frozen=True, slots=True)
-class SpacePlan:
+class SpacePlan(Struct, frozen=True):
     """Base's volume: what it is, what it must be, what it may become.
 
     ``required`` is what the merge needs at its peak: exactly with the native engine, with
@@ -173,8 +166,7 @@ class SpacePlan:
     prune_first: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Repoint:
+class Repoint(Struct, frozen=True):
     """A child of top whose backing file becomes base."""
 
     child: str
@@ -183,8 +175,7 @@ class Repoint:
     new_format: str
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedHiding:
+class PlannedHiding(Struct, frozen=True):
     """An overlay that gets zeros of its own before base's volume is extended.
 
     From ``start`` to ``end``, in guest bytes, nothing of what the volume holds there can show
@@ -197,8 +188,7 @@ class PlannedHiding:
     required: int
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """Something that refuses the merge, in the words of the error it would raise."""
 
     code: str
@@ -206,8 +196,7 @@ class Finding:
     hint: str
 
 
-@dataclass(frozen=True, slots=True)
-class MergePlan:
+class MergePlan(Struct, frozen=True):
     """Everything that a merge will do. The same facts give the same plan."""
 
     version: int

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 UNUSABLE_BITMAP = "unusable-bitmap"
 KEPT_LEAKS = "kept-leaks"
@@ -11,8 +11,7 @@ NO_DAMAGE = frozenset({UNUSABLE_BITMAP, KEPT_LEAKS})
 """The kind of a finding that is not damage: a bitmap that no chain can use."""
 
 
-@dataclass(frozen=True, slots=True)
-class RepairFinding:
+class RepairFinding(Struct, frozen=True):
     """Something wrong with an image.
 
     Attributes:
@@ -30,8 +29,7 @@ class RepairFinding:
     repairable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RepairReport:
+class RepairReport(Struct, frozen=True):
     """What ``repair`` found and did.
 
     Attributes:
@@ -65,8 +63,7 @@ class RepairReport:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class UndoReport:
+class UndoReport(Struct, frozen=True):
     """What ``repair --undo`` put back.
 
     Attributes:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class UnfinishedMerge:
+class UnfinishedMerge(Struct, frozen=True):
     """A merge that was not finished, as far as the files that it left say.
 
     Attributes:
@@ -41,8 +40,7 @@ class UnfinishedMerge:
     disks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StatusReport:
+class StatusReport(Struct, frozen=True):
     """Merges that were not finished.
 
     Attributes:
@@ -59,8 +57,7 @@ class StatusReport:
     not_searched: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LiveMergeStatus:
+class LiveMergeStatus(Struct, frozen=True):
     """A live merge that was not finished.
 
     Attributes:
@@ -92,8 +89,7 @@ class LiveMergeStatus:
     command: str
 
 
-@dataclass(frozen=True, slots=True)
-class LiveStatusReport:
+class LiveStatusReport(Struct, frozen=True):
     """Live merges of one disk that were not finished.
 
     Attributes:

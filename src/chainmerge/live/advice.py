@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.errors import ChainmergeError
@@ -24,7 +23,7 @@ _OPTION: Final = re.compile(r"--([a-z][a-z-]*)")
 _TOOLS: Final = re.compile(r"qemu-img|chainmerge (?:bitmaps|flatten|relink|repair)\b")
 _OURS: Final = frozenset(
     {"base", "format"}
-    | {one.name.replace("_", "-") for kind in (Access, LiveOptions) for one in fields(kind)}
+    | {name.replace("_", "-") for kind in (Access, LiveOptions) for name in kind.__struct_fields__}
 )
 
 

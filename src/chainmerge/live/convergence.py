@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from chainmerge.options import StallChoice
 
@@ -29,8 +30,7 @@ class Remedy(StrEnum):
     ABORT = "abort"
 
 
-@dataclass(slots=True)
-class Convergence:
+class Convergence(Struct):
     """Watches how much remains to be copied.
 
     Attributes:

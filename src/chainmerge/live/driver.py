@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.errors import ChainmergeError, Interrupted
@@ -64,8 +65,7 @@ GIVEN_UP: Final = (LiveNotStarted, LiveMergeFailed, LiveMergeStalled, Interrupte
 DiskT = TypeVar("DiskT", bound=MergingDisk)
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(Struct, frozen=True):
     """Who asked for a merge.
 
     Attributes:

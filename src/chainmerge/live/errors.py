@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import (
@@ -32,7 +31,6 @@ _GUEST = (
 )
 
 
-@dataclass(eq=False)
 class VmUnreachable(VmUnavailable, Refused):
     """The VM does not answer."""
 
@@ -51,7 +49,6 @@ class VmUnreachable(VmUnavailable, Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class VmRefused(Failed):
     """The VM answered a command with an error."""
 
@@ -70,7 +67,6 @@ class VmRefused(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class VmLost(VmUnavailable, OutcomeUnknown):
     """The VM, or the connection to it, went away in the middle of a merge."""
 
@@ -94,7 +90,6 @@ class VmLost(VmUnavailable, OutcomeUnknown):
     cold: str
 
 
-@dataclass(eq=False)
 class NoSuchDisk(VmUnavailable, Misuse):
     """The VM has no such disk."""
 
@@ -111,7 +106,6 @@ class NoSuchDisk(VmUnavailable, Misuse):
     known: str
 
 
-@dataclass(eq=False)
 class NotInVm(VmUnavailable, Misuse):
     """The image is not one of the VM's disk."""
 
@@ -129,7 +123,6 @@ class NotInVm(VmUnavailable, Misuse):
     chain: str
 
 
-@dataclass(eq=False)
 class LiveChainDiffers(Refused):
     """The VM's chain is not the one that the images on disk tell of."""
 
@@ -149,7 +142,6 @@ class LiveChainDiffers(Refused):
     difference: str
 
 
-@dataclass(eq=False)
 class LiveImageExchanged(ImageUnavailable, Refused):
     """The VM has another file open than the one that stands at the path of its image."""
 
@@ -178,7 +170,6 @@ class LiveImageExchanged(ImageUnavailable, Refused):
     process: str
 
 
-@dataclass(eq=False)
 class LiveJobRunning(UsedByOthers, Refused):
     """A block job works on the chain."""
 
@@ -199,7 +190,6 @@ class LiveJobRunning(UsedByOthers, Refused):
     jobs: str
 
 
-@dataclass(eq=False)
 class LiveImageInUse(UsedByOthers, Refused):
     """Something else in the VM uses an image of the merged range."""
 
@@ -218,7 +208,6 @@ class LiveImageInUse(UsedByOthers, Refused):
     users: str
 
 
-@dataclass(eq=False)
 class LiveOtherChildren(NeededByOthers, Refused):
     """Images that the VM does not have open stand on the merged range."""
 
@@ -237,7 +226,6 @@ class LiveOtherChildren(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class LiveUnsuited(Refused):
     """The chain is one that is merged cold only."""
 
@@ -255,7 +243,6 @@ class LiveUnsuited(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class LiveNotWritable(Refused):
     """The VM cannot write to an image that the merge would change."""
 
@@ -279,7 +266,6 @@ class LiveNotWritable(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class LiveBitmapBusy(UsedByOthers, Refused):
     """A backup uses a bitmap of the merged range."""
 
@@ -297,7 +283,6 @@ class LiveBitmapBusy(UsedByOthers, Refused):
     names: str
 
 
-@dataclass(eq=False)
 class UnfinishedMergeFound(Refused):
     """An earlier merge into base left something that this one must not go past."""
 
@@ -317,7 +302,6 @@ class UnfinishedMergeFound(Refused):
     file: str
 
 
-@dataclass(eq=False)
 class LiveNotStarted(Refused):
     """The VM did not begin the merge at all."""
 
@@ -339,7 +323,6 @@ class LiveNotStarted(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class LiveMergeFailed(Failed):
     """The merge did not come about, and what had been changed was put back."""
 
@@ -362,7 +345,6 @@ class LiveMergeFailed(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class LiveMergeStalled(Failed):
     """The copy did not catch up with the guest, and the merge was undone as asked."""
 
@@ -385,7 +367,6 @@ class LiveMergeStalled(Failed):
     seconds: float
 
 
-@dataclass(eq=False)
 class LiveVerificationFailed(NotVerified, Failed):
     """What the VM has after the merge is not what was planned."""
 
@@ -404,7 +385,6 @@ class LiveVerificationFailed(NotVerified, Failed):
     difference: str
 
 
-@dataclass(eq=False)
 class NothingUnfinished(Refused):
     """There is no live merge to be carried on."""
 
@@ -418,7 +398,6 @@ class NothingUnfinished(Refused):
     vm: str
 
 
-@dataclass(eq=False)
 class LiveMergeDriven(UsedByOthers, Refused):
     """Another process carries on a merge into the same base."""
 
@@ -432,7 +411,6 @@ class LiveMergeDriven(UsedByOthers, Refused):
     base: str
 
 
-@dataclass(eq=False)
 class LibvirtMissing(Misuse):
     """libvirt's Python package is not there."""
 
@@ -446,7 +424,6 @@ class LibvirtMissing(Misuse):
     reason: str
 
 
-@dataclass(eq=False)
 class NoSuchDomain(VmUnavailable, Misuse):
     """libvirt runs no such domain."""
 

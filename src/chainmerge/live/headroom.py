@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.live.port import WatchedVm
@@ -27,8 +28,7 @@ _SMOOTHING: Final = 0.5
 _REQUESTS: Final = 2 << 20
 
 
-@dataclass(slots=True)
-class Headroom:
+class Headroom(Struct):
     """The space between what is written of base's volume and its end.
 
     Attributes:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.live.nodes import BlockNode
 from chainmerge.records.identity import identify, may_be_same, same_image
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from chainmerge.records.live_journal import LiveJournal
 
 
-@dataclass(frozen=True, slots=True)
-class MergeNodes:
+class MergeNodes(Struct, frozen=True):
     """The nodes of a live merge.
 
     Attributes:

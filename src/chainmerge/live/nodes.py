@@ -8,16 +8,16 @@ stands on a *protocol* node (file, host_device), which is the file itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from msgspec import Struct
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.documents.bitmaps import BitmapResult
 
 
-@dataclass(frozen=True, slots=True)
-class NodeBitmap:
+class NodeBitmap(Struct, frozen=True):
     """A named dirty bitmap of a node, as the VM has it in memory.
 
     Attributes:
@@ -67,8 +67,7 @@ class UserKind(StrEnum):
     """The guest's device, an export, or whatever else reaches in from outside the graph."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeUser:
+class NodeUser(Struct, frozen=True):
     """One user of a node: its name, what it is, and what the node is to it (``backing``, ...)."""
 
     name: str
@@ -76,8 +75,7 @@ class NodeUser:
     role: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlockNode:
+class BlockNode(Struct, frozen=True):
     """A node of the block graph.
 
     Attributes:
@@ -116,8 +114,7 @@ class BlockNode:
         return tuple(user.name for user in self.users if user.kind is UserKind.JOB)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockGraph:
+class BlockGraph(Struct, frozen=True):
     """All nodes of a VM at one moment, by their names; ``root`` is the one the disk reads."""
 
     nodes: Mapping[str, BlockNode]

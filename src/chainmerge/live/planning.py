@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.bitmaps.gathering import names_above
@@ -51,8 +52,7 @@ _REASON: Final = "the VM has the images open: its own QEMU copies"
 _ATTEMPTS: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class LivePlan:
+class LivePlan(Struct, frozen=True):
     """A merge in a running VM as it will be done.
 
     Attributes:

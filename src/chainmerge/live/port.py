@@ -9,9 +9,10 @@ are in bytes, times in seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from chainmerge.live.nodes import BlockGraph, BlockNode
@@ -32,8 +33,7 @@ class JobPhase(StrEnum):
     DONE = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class JobState:
+class JobState(Struct, frozen=True):
     """A job at one moment.
 
     Attributes:
@@ -53,40 +53,35 @@ class JobState:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveBitmap:
+class RemoveBitmap(Struct, frozen=True):
     """Remove a bitmap from a node, and from the image."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ClearBitmap:
+class ClearBitmap(Struct, frozen=True):
     """Clear all bits of a bitmap."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class EnableBitmap:
+class EnableBitmap(Struct, frozen=True):
     """Let a bitmap record from now on."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class DisableBitmap:
+class DisableBitmap(Struct, frozen=True):
     """Let a bitmap record no more. Allowed on a node that is open for reading only."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class AddBitmap:
+class AddBitmap(Struct, frozen=True):
     """Add a persistent bitmap that does not record."""
 
     node: str
@@ -94,8 +89,7 @@ class AddBitmap:
     granularity: int
 
 
-@dataclass(frozen=True, slots=True)
-class MergeBitmap:
+class MergeBitmap(Struct, frozen=True):
     """Set all bits that the bitmap of the same name on *sources* (nodes) has."""
 
     node: str
@@ -108,8 +102,7 @@ BitmapAction: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CommitOrder:
+class CommitOrder(Struct, frozen=True):
     """A commit job as it is to be started.
 
     Attributes:
@@ -128,8 +121,7 @@ class CommitOrder:
     backing_name: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class DiskLimits:
+class DiskLimits(Struct, frozen=True):
     """What the guest's disk may do.
 
     ``limits`` are by QEMU's names (``bps_wr``, ...), 0 for no limit; ``group`` is the throttle

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.documents.bitmaps import BitmapResult
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from chainmerge.records.merged_record import MergedRecord
 
 
-@dataclass(frozen=True, slots=True)
-class LiveOutcome:
+class LiveOutcome(Struct, frozen=True):
     """What there is to report of a merge that took effect.
 
     Attributes:

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from chainmerge.chain.model import ImageInfo
 from chainmerge.chain.target import Target
 from chainmerge.live.nodes import BlockGraph, BlockNode
 
 
-@dataclass(frozen=True, slots=True)
-class LiveTarget:
+class LiveTarget(Struct, frozen=True):
     """A merge in a running VM: the images on disk, and their nodes.
 
     Attributes:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from chainmerge.chain.errors import ImageDamaged, ImageReplaced
 from chainmerge.chain.target import Target, find_target

@@ -14,11 +14,12 @@ import contextlib
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ChainPolicy
@@ -139,8 +140,7 @@ def merge_disks(
     return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 
 
-@dataclass(frozen=True, slots=True)
-class _Disk:
+class _Disk(Struct, frozen=True):
     """A merge of one of the disks, as it was asked for."""
 
     top: Path

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Failed, Misuse, NeededByOthers, NotVerified, Refused
 
 
-@dataclass(eq=False)
 class MergeUnfinished(Failed):
     """A merge that had begun could not continue."""
 
@@ -32,7 +30,6 @@ class MergeUnfinished(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class LeftoverInUse(NeededByOthers, Refused):
     """An image that only remains to be deleted is now the backing file of others."""
 
@@ -55,7 +52,6 @@ class LeftoverInUse(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class DisksMismatched(Misuse):
     """Tops and bases of several disks do not pair up."""
 
@@ -70,7 +66,6 @@ class DisksMismatched(Misuse):
     bases: int
 
 
-@dataclass(eq=False)
 class DiskGone(Refused):
     """The overlay of one of several disks is missing, and no record says that it was merged."""
 
@@ -89,7 +84,6 @@ class DiskGone(Refused):
     others: str
 
 
-@dataclass(eq=False)
 class DisksShareImage(Refused):
     """Two of several disks have an image in common that would be written to."""
 
@@ -108,7 +102,6 @@ class DisksShareImage(Refused):
     second: str
 
 
-@dataclass(eq=False)
 class VerificationFailed(NotVerified, Failed):
     """What was written is not what was planned."""
 

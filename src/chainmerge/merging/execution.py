@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import open_for_writing
@@ -117,8 +119,7 @@ def _merge_and_settle(job: Job) -> MergeReport:
         raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Merged:
+class _Merged(Struct, frozen=True):
     """How many guest bytes were copied, and what was verified, in sentences."""
 
     copied: int

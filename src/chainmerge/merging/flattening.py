@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ImageFormat

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.bitmaps.gathering import BitmapFacts
 from chainmerge.bitmaps.rules import Fate
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import ImageInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What was requested, and how to talk to the caller."""
 
     top: Path
@@ -77,8 +77,7 @@ class Request:
             raise Interrupted(state)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A merge that will be done."""
 
     request: Request

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import Struct
 
 from chainmerge.bitmaps.sets import spent_names
 from chainmerge.documents.plan import EngineName
@@ -147,8 +147,7 @@ def _has_new_backing(job: Job) -> bool:
     return stands_on(job.result.real_path, None if named is None else named[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Earlier:
+class _Earlier(Struct, frozen=True):
     """The journal that a merge finds, and when base was written to last; empty if unknown."""
 
     journal: Journal | None

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.chain.comparing import first_difference

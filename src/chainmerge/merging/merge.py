@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from chainmerge.documents.progress import never, unheard
 from chainmerge.merging.job import Request

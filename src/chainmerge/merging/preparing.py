@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.errors import BackingFileMissing, ImageReplaced
 from chainmerge.chain.opening import open_chain
@@ -58,8 +60,7 @@ _TRIES: Final = 5
 """How often a chain may become another one before a merge of it has its locks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """A merge that was decided upon, or the rest of an interrupted one.
 
     Attributes:

@@ -8,11 +8,11 @@ which base has taken over is a gap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import Struct
 
 from chainmerge.chain.errors import ImageReplaced
 from chainmerge.chain.reading import open_for_writing
@@ -58,22 +58,19 @@ if TYPE_CHECKING:
     from chainmerge.records.remains import Remains
 
 
-@dataclass(frozen=True, slots=True)
-class TookEffectInVm:
+class TookEffectInVm(Struct, frozen=True):
     """A live merge of the active layer is done: since then the guest has written to base."""
 
     journal: LiveJournal
 
 
-@dataclass(frozen=True, slots=True)
-class HoldsEverything:
+class HoldsEverything(Struct, frozen=True):
     """Base holds everything, verified; the journal says what is left to settle."""
 
     journal: Journal
 
 
-@dataclass(frozen=True, slots=True)
-class ToBeMerged:
+class ToBeMerged(Struct, frozen=True):
     """The merge has to be done, or found to be done, by looking at the images.
 
     ``warnings`` are for its report then, and ``end_before`` is what the volume of a raw base had,

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import Struct
 
 from chainmerge.chain.model import ImageInfo
 from chainmerge.chain.reading import open_for_writing
@@ -50,8 +50,7 @@ if TYPE_CHECKING:
     from chainmerge.records.request import RecordedRequest
 
 
-@dataclass(frozen=True, slots=True)
-class SettleSteps:
+class SettleSteps(Struct, frozen=True):
     """What is left to do once base holds everything.
 
     ``doomed`` are the images to be deleted, in that order, ``going`` what goes after them. With
@@ -73,8 +72,7 @@ class SettleSteps:
         return self.top.real_path if self.keep_name else self.base.real_path
 
 
-@dataclass(frozen=True, slots=True)
-class SettledMerge:
+class SettledMerge(Struct, frozen=True):
     """What was done of it. ``top_is_gone`` says whether nothing opens top any more."""
 
     repointed: tuple[str, ...]

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.documents.plan import EngineName
 from chainmerge.engines.native.commit import merged_layers
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 _BLOCK = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChosen:
+class EngineChosen(Struct, frozen=True):
     """Who writes, and why; with *obstacle* if nobody can as it was asked for."""
 
     engine: EngineName
@@ -71,8 +71,7 @@ def _native_reason(base: Qcow2Image | None) -> str:
     return "everything new goes to free clusters, and one sector switches base to it"
 
 
-@dataclass(frozen=True, slots=True)
-class DirectionChosen:
+class DirectionChosen(Struct, frozen=True):
     """Which way the merge goes, and why a pull cannot; with *obstacle* if one was asked for."""
 
     direction: Direction

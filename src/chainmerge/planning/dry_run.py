@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.target import Target, find_target
@@ -64,8 +66,7 @@ def plan(
     return beside_others([plan_beside(target, access, options, {})])[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(Struct, frozen=True):
     """A merge as it would be done if nobody else used the images.
 
     Attributes:

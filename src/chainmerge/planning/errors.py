@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import (
@@ -15,7 +14,6 @@ from chainmerge.errors import (
 )
 
 
-@dataclass(eq=False)
 class BaseNewer(NewerDataAtRisk, Refused):
     """The overlays look as if they were left behind: base is newer."""
 
@@ -50,7 +48,6 @@ class BaseNewer(NewerDataAtRisk, Refused):
     top_time: str
 
 
-@dataclass(eq=False)
 class BaseHasOtherChildren(NeededByOthers, Refused):
     """Another image builds on base."""
 
@@ -69,7 +66,6 @@ class BaseHasOtherChildren(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class CheckpointOfOthers(NeededByOthers, Refused):
     """What base gets or loses would change a checkpoint of an image outside the chain."""
 
@@ -95,7 +91,6 @@ class CheckpointOfOthers(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class RelativeUnknown(NeededByOthers, Refused):
     """A file beside the images could be another user of them, and cannot be examined."""
 
@@ -122,7 +117,6 @@ class RelativeUnknown(NeededByOthers, Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class MiddleHasOtherChildren(NeededByOthers, Refused):
     """An image outside the chain builds on one between base and top."""
 
@@ -141,7 +135,6 @@ class MiddleHasOtherChildren(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
     """Valid checkpoints would be lost, because base cannot store bitmaps."""
 
@@ -164,7 +157,6 @@ class BaseCannotHoldBitmaps(CheckpointsAtRisk, Refused):
     names: str
 
 
-@dataclass(eq=False)
 class UnguardedBitmaps(CheckpointsAtRisk, Refused):
     """With bitmaps dropped, those in images above would pass for valid, which they are not."""
 
@@ -188,7 +180,6 @@ class UnguardedBitmaps(CheckpointsAtRisk, Refused):
     holders: str
 
 
-@dataclass(eq=False)
 class ChildSeesMore(NeededByOthers, Refused):
     """A child would see data of base that top's smaller size hides from it."""
 
@@ -214,7 +205,6 @@ class ChildSeesMore(NeededByOthers, Refused):
     child_size: int
 
 
-@dataclass(eq=False)
 class EncryptedImage(Refused):
     """An image of the chain is encrypted, and its content cannot be read."""
 
@@ -234,7 +224,6 @@ class EncryptedImage(Refused):
     problem: str
 
 
-@dataclass(eq=False)
 class KeyFileUnusable(Refused):
     """The file with an image's passphrase cannot be read."""
 
@@ -249,7 +238,6 @@ class KeyFileUnusable(Refused):
     image: str
 
 
-@dataclass(eq=False)
 class CannotDeleteVolume(Refused):
     """--delete or --keep-name was asked for on a block device."""
 
@@ -267,7 +255,6 @@ class CannotDeleteVolume(Refused):
     option: str
 
 
-@dataclass(eq=False)
 class CannotRename(Refused):
     """--keep-name would have to move base to another file system."""
 
@@ -282,7 +269,6 @@ class CannotRename(Refused):
     top: str
 
 
-@dataclass(eq=False)
 class BaseNamedByOthers(NeededByOthers, Refused):
     """--keep-name would take away the name that other images have for base."""
 
@@ -302,7 +288,6 @@ class BaseNamedByOthers(NeededByOthers, Refused):
     others: str
 
 
-@dataclass(eq=False)
 class CannotTakeAway(Refused):
     """A file was to be deleted, replaced or renamed, and cannot be."""
 
@@ -322,7 +307,6 @@ class CannotTakeAway(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class DataFileOutOfReach(Refused):
     """--keep-name would take base away from its external data file."""
 
@@ -341,7 +325,6 @@ class DataFileOutOfReach(Refused):
     directory: str
 
 
-@dataclass(eq=False)
 class SnapshotsWouldGo(SnapshotsAtRisk, Refused):
     """An image that is deleted or replaced holds internal snapshots."""
 
@@ -370,7 +353,6 @@ class SnapshotsWouldGo(SnapshotsAtRisk, Refused):
         return self.instead + super().own_advice
 
 
-@dataclass(eq=False)
 class SnapshotsWouldChange(SnapshotsAtRisk, Refused):
     """Internal snapshots read from below what the merge changes there."""
 
@@ -401,7 +383,6 @@ class SnapshotsWouldChange(SnapshotsAtRisk, Refused):
         return self.instead + super().own_advice
 
 
-@dataclass(eq=False)
 class SnapshotsOfVmWouldChange(SnapshotsAtRisk, Refused):
     """The same in a running VM, where nobody else may remove them."""
 
@@ -424,7 +405,6 @@ class SnapshotsOfVmWouldChange(SnapshotsAtRisk, Refused):
     names: str
 
 
-@dataclass(eq=False)
 class NativeUnavailable(Refused):
     """The native engine was asked for and cannot do this chain."""
 
@@ -439,7 +419,6 @@ class NativeUnavailable(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class PlacementUnavailable(Refused):
     """Data was asked to be placed in a way that the engine cannot do in this base."""
 
@@ -456,7 +435,6 @@ class PlacementUnavailable(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class PullUnavailable(Refused):
     """A pull was asked for and cannot be done."""
 
@@ -473,7 +451,6 @@ class PullUnavailable(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class DoomedInUse(NeededByOthers, Refused):
     """Images that were to be deleted after a pull are the backing files of others."""
 

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from chainmerge.bitmaps.rules import Decision
 from chainmerge.chain.model import Chain, ImageInfo
@@ -19,8 +20,7 @@ from chainmerge.qcow2.check import CheckReport
 from chainmerge.storage.volumes import VolumeFacts
 
 
-@dataclass(frozen=True, slots=True)
-class SpaceFacts:
+class SpaceFacts(Struct, frozen=True):
     """What base will need, in bytes, if data is placed in one of the ways.
 
     ``new_clusters`` and ``new_l2_tables`` count allocations, ``written`` guest bytes.
@@ -52,8 +52,7 @@ class SpaceFacts:
         return min(self.required, self.required_if_pruned)
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotViews:
+class SnapshotViews(Struct, frozen=True):
     """The internal snapshots of base, of top, or of an image between them.
 
     ``changed`` are those, by their positions in the image's table, that show other data once
@@ -70,8 +69,7 @@ class SnapshotViews:
     freed: int
 
 
-@dataclass(frozen=True, slots=True)
-class ImageTimes:
+class ImageTimes(Struct, frozen=True):
     """When an image was written last, and created; and how large its disk is.
 
     In nanoseconds since 1970, None if nothing tells that; and in bytes.
@@ -83,8 +81,7 @@ class ImageTimes:
     virtual_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """What tells whether the overlays are newer than base, as they should be.
 
     Attributes:
@@ -138,8 +135,7 @@ def is_later(one: int | None, other: int | None) -> bool:
     return one is not None and other is not None and one > other
 
 
-@dataclass(frozen=True, slots=True)
-class HidingFacts:
+class HidingFacts(Struct, frozen=True):
     """The overlay directly above a raw base whose volume has to be extended.
 
     What the volume holds behind base's end shows through the overlay as soon as it is extended,
@@ -160,8 +156,7 @@ class HidingFacts:
     obstacle: ChainmergeError | None
 
 
-@dataclass(frozen=True, slots=True)
-class MergeFacts:
+class MergeFacts(Struct, frozen=True):
     """What was found on disk; all that a plan rests on.
 
     ``obstacles`` are errors that were met while looking, such as locks held by others.

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.gathering import BitmapFacts, gather_bitmaps, gather_bitmaps_to_pull
 from chainmerge.chain.readability import require_readable
@@ -49,8 +51,7 @@ if TYPE_CHECKING:
     from chainmerge.records.saved_bitmaps import SavedBitmaps
 
 
-@dataclass(frozen=True, slots=True)
-class Gathered:
+class Gathered(Struct, frozen=True):
     """What was found on disk."""
 
     facts: MergeFacts
@@ -60,8 +61,7 @@ class Gathered:
     leaks: Leaks
 
 
-@dataclass(frozen=True, slots=True)
-class _Ways:
+class _Ways(Struct, frozen=True):
     """What was chosen for a merge, and what was found out for it."""
 
     direction: DirectionChosen

@@ -29,10 +29,10 @@ nothing at all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.chain.layers import layer_of_qcow2
 from chainmerge.chain.reading import open_image
@@ -62,8 +62,7 @@ if TYPE_CHECKING:
 _MOST_LOOKED_AT: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotFacts:
+class SnapshotFacts(Struct, frozen=True):
     """What was found out about the internal snapshots of base, of top, and between them.
 
     ``removals`` says by path how those would be removed that show other data afterwards.

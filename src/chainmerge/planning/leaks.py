@@ -16,10 +16,11 @@ nothing, and are given back whoever marked them used.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.documents.plan import LeakFacts
 from chainmerge.engines.metadata.leaks import EVERYWHERE, everywhere_but, with_kept
@@ -49,8 +50,7 @@ _MOST_NOTED: Final = 1 << 14
 _AT_ONCE: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Leaks:
+class Leaks(Struct, frozen=True):
     """The leaked clusters of an image, and which of them stay.
 
     Attributes:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.chain.readability import require_data_in_files
 from chainmerge.chain.view import NO_LAYER, in_step
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.target import Target
 
 
-@dataclass(frozen=True, slots=True)
-class GuestBytes:
+class GuestBytes(Struct, frozen=True):
     """Guest bytes that the merged range and base define.
 
     ``undefined`` are those that base does not define yet, ``undefined_zeros`` those of them that

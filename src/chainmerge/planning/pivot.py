@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from chainmerge.records.request import RecordedRequest
 
 
-@dataclass(eq=False)
 class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
     """The guest wrote last to top or to base, and the images do not show to which."""
 
@@ -51,7 +49,6 @@ class LivePivotUnclear(NewerDataAtRisk, OutcomeUnknown):
     if_top: str
 
 
-@dataclass(eq=False)
 class LivePivotUnfinished(NewerDataAtRisk, Refused):
     """Top was to be the result, but a live merge has left it behind."""
 

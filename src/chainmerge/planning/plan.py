@@ -9,8 +9,9 @@ them); everything that the other stages do follows from the
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from chainmerge.documents.plan import (
     DirectionCost,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from chainmerge.chain.data_files import find_data_file_users
 from chainmerge.chain.model import Identity
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 _MOST_LINKS: Final = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Belongings:
+class Belongings(Struct, frozen=True):
     """What is useless without an image.
 
     Attributes:
@@ -45,8 +45,7 @@ class Belongings:
     kept_data_file: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Removals:
+class Removals(Struct, frozen=True):
     """What is known of the names that a merge may take away.
 
     Attributes:
@@ -65,8 +64,7 @@ class Removals:
 NOTHING_GOES: Final = Removals({}, {}, {}, {})
 
 
-@dataclass(frozen=True, slots=True)
-class Going:
+class Going(Struct, frozen=True):
     """The names that go with images: data files, and links that would lead nowhere."""
 
     data_files: tuple[Path, ...] = ()

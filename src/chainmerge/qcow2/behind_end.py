@@ -10,10 +10,11 @@ backing file is to be hidden (``qcow2_co_truncate``, QEMU 7.2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.qcow2.compression import decompress_cluster
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.readable import Readable
 
 
-@dataclass(frozen=True, slots=True)
-class OldBytes:
+class OldBytes(Struct, frozen=True):
     """What would become visible.
 
     Attributes:

@@ -10,12 +10,12 @@ that only asks for something unknown is listed, but has no content for us.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up, round_up
@@ -69,8 +69,7 @@ class BitmapFlag(IntFlag):
 _QEMU_FLAGS = int(BitmapFlag.IN_USE | BitmapFlag.AUTO)
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapEntry:
+class BitmapEntry(Struct, frozen=True):
     """One entry of the bitmap directory."""
 
     name: str
@@ -141,8 +140,7 @@ def read_directory(image: Qcow2Image) -> tuple[BitmapEntry, ...]:
     return tuple(entries)
 
 
-@dataclass(frozen=True, slots=True)
-class SalvagedDirectory:
+class SalvagedDirectory(Struct, frozen=True):
     """What a directory lists, as far as it can be told.
 
     Attributes:

@@ -13,11 +13,11 @@ Nothing here loops over bits or over the chunks that are absent.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from chainmerge.arithmetic.rounding import divide_up
 
@@ -58,8 +58,7 @@ def is_storable(disk_size: int, granularity: int) -> bool:
     return packed_size(disk_size, granularity) <= MAX_PACKED_SIZE
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BitSet:
+class BitSet(Struct, frozen=True, eq=False):
     """An immutable set of the dirty granules of a disk.
 
     Attributes:
@@ -75,7 +74,7 @@ class BitSet:
     granularity: int
     # Chunk number to its bytes; the last chunk of the disk is cut at packed_size. No chunk
     # is all zeros, so equal sets have equal chunks.
-    _chunks: Mapping[int, Bytes] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    _chunks: Mapping[int, Bytes] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if self.disk_size < 0:

@@ -7,10 +7,10 @@ The verdict is that of ``qemu-img check`` (QEMU 7.2), with the same number of le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.qcow2.extents import distinct
@@ -32,8 +32,7 @@ MAX_LEAKED_RANGES = 1 << 20
 _CLUSTERS_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
+class CheckReport(Struct, frozen=True):
     """What the check found.
 
     Attributes:
@@ -158,8 +157,7 @@ def _hidden_leaks(image: Qcow2Image, known: int) -> int:
     return leaks
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
+class _Comparison(Struct, frozen=True):
     leaks: int
     shared_leaks: int
     leaked: Runs

@@ -6,7 +6,6 @@ All of them are refusals: the format layer only reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import ImageInvalid, Refused
@@ -16,7 +15,6 @@ _CHECK_HINT = (
 )
 
 
-@dataclass(eq=False)
 class FormatError(ImageInvalid, Refused):
     """The image is not what the qcow2 specification, or QEMU, accepts."""
 
@@ -24,7 +22,6 @@ class FormatError(ImageInvalid, Refused):
     image: str
 
 
-@dataclass(eq=False)
 class NotQcow2(FormatError):
     """The file does not start as a qcow2 image does."""
 
@@ -42,7 +39,6 @@ class NotQcow2(FormatError):
     reason: str
 
 
-@dataclass(eq=False)
 class BadHeader(FormatError):
     """A header field has a value that no valid image has."""
 
@@ -59,7 +55,6 @@ class BadHeader(FormatError):
     allowed: str
 
 
-@dataclass(eq=False)
 class BadExtension(FormatError):
     """A header extension cannot be what it claims to be."""
 
@@ -76,7 +71,6 @@ class BadExtension(FormatError):
     reason: str
 
 
-@dataclass(eq=False)
 class UnsupportedFeature(FormatError):
     """The image uses something that this program does not know or cannot do."""
 
@@ -95,7 +89,6 @@ class UnsupportedFeature(FormatError):
     feature: str
 
 
-@dataclass(eq=False)
 class BadOffset(FormatError):
     """A reference inside the image points to where nothing can be."""
 
@@ -111,7 +104,6 @@ class BadOffset(FormatError):
     problem: str
 
 
-@dataclass(eq=False)
 class BadEntry(FormatError):
     """A table entry has a value that means nothing."""
 
@@ -130,7 +122,6 @@ class BadEntry(FormatError):
     problem: str
 
 
-@dataclass(eq=False)
 class DecompressionFailed(FormatError):
     """A compressed cluster does not decompress to a cluster."""
 
@@ -145,7 +136,6 @@ class DecompressionFailed(FormatError):
     reason: str
 
 
-@dataclass(eq=False)
 class EncryptedContent(FormatError):
     """The guest's data is encrypted, and the key is not ours."""
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 
@@ -31,8 +31,7 @@ class Kind(IntEnum):
     COMPRESSED = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Extents:
+class Extents(Struct, frozen=True):
     """Runs of the guest's disk: arrays of equal length, sorted by guest offset.
 
     What :func:`~chainmerge.qcow2.mapping.iter_extents` yields has no gaps, and neighbours
@@ -156,8 +155,7 @@ def follows_guest(kind: U8Array) -> BoolArray:
     return follows
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(Struct, frozen=True):
     """What one L2 entry says about one cluster or subcluster; units as in :class:`Extents`."""
 
     guest: int

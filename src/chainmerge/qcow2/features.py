@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+
+from msgspec import Struct
 
 
 class Incompatible(IntFlag):
@@ -65,8 +66,7 @@ EXTENSION_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Extension:
+class Extension(Struct, frozen=True):
     """One header extension, as it stands in the file."""
 
     type: int
@@ -75,8 +75,7 @@ class Extension:
     """File offset of the extension's own 8-byte header."""
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
+class BitmapsExtension(Struct, frozen=True):
     """Where the bitmap directory is. Whoever reads the directory checks its plausibility."""
 
     count: int

@@ -9,8 +9,9 @@ lenient in a way that loses information, this parser refuses.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.qcow2.errors import BadExtension, BadHeader, BadOffset, NotQcow2, UnsupportedFeature
@@ -66,8 +67,7 @@ _FEATURE_NAME = struct.Struct(">BB46s")
 _KNOWN_INCOMPATIBLE = sum(Incompatible)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """The header cluster of one image. All offsets are file offsets in bytes."""
 
     version: int

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I64Array, U64Array
 from chainmerge.qcow2.extents import distinct
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 _UNIQUE_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class L2Group:
+class L2Group(Struct, frozen=True):
     """Different L2 tables that are referred to equally often."""
 
     offsets: U64Array

@@ -16,10 +16,10 @@ Clusters of zeros hold nothing that could be lost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
@@ -42,8 +42,7 @@ _READ_AT_ONCE: Final = 4 << 20
 _RESERVED: Final = 0x3F00_0000_0000_01FE
 
 
-@dataclass(frozen=True, slots=True)
-class Sign:
+class Sign(Struct, frozen=True):
     """What makes leaked clusters look like the content of a lost L2 table.
 
     Attributes:

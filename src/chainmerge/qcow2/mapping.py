@@ -11,11 +11,12 @@ Entries") and of QEMU 7.2 (``qcow2_get_host_offset``, ``qcow2_get_subcluster_typ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.qcow2.errors import BadEntry, BadOffset
@@ -100,8 +101,7 @@ def iter_extents(
         yield Extents.single(done, end, Kind.UNALLOCATED)
 
 
-@dataclass(frozen=True, slots=True)
-class _TablePieces:
+class _TablePieces(Struct, frozen=True):
     """Parts of L2 tables that are looked at together: one of each table, in guest order."""
 
     first_cluster: U64Array
@@ -175,8 +175,7 @@ def _l2_table_offsets(image: Qcow2Image, first: int, end: int) -> U64Array:
     return offsets
 
 
-@dataclass(frozen=True, slots=True)
-class _Entries:
+class _Entries(Struct, frozen=True):
     """L2 entries of consecutive pieces of tables, in guest order."""
 
     cluster_size: int
@@ -324,8 +323,7 @@ def _run_starts(header: Header, entries: _Entries) -> IndexArray:
     return starts
 
 
-@dataclass(frozen=True, slots=True)
-class _Runs:
+class _Runs(Struct, frozen=True):
     """Runs of entries that count up by one cluster; see :func:`_run_starts`."""
 
     guest: U64Array

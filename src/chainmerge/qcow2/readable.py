@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 
 class Readable(Protocol):
@@ -22,8 +23,7 @@ class Readable(Protocol):
         """Return exactly *length* bytes; what lies past the end reads as zeros."""
 
 
-@dataclass(frozen=True, slots=True)
-class BytesReadable:
+class BytesReadable(Struct, frozen=True):
     """An image held in memory."""
 
     name: str
@@ -39,8 +39,7 @@ class BytesReadable:
         return self.data[offset : offset + length].ljust(length, b"\0")
 
 
-@dataclass(frozen=True, slots=True)
-class Overlaid:
+class Overlaid(Struct, frozen=True):
     """Something readable in which the bytes from *at* on are *instead*."""
 
     below: Readable

@@ -14,11 +14,11 @@ tables claim; pages of them that nothing refers to are never touched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up, round_up
@@ -60,8 +60,7 @@ _EXCLUSIVE = 2
 _L2_TABLE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceCounts:
+class ReferenceCounts(Struct, frozen=True):
     """How often each cluster of the file is used, as counted from the tables.
 
     Attributes:
@@ -85,8 +84,7 @@ class ReferenceCounts:
         return result
 
 
-@dataclass(slots=True)
-class Findings:
+class Findings(Struct):
     """What is wrong with an image, as it is found."""
 
     corruptions: int = 0

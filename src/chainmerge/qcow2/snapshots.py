@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.qcow2.image import Qcow2Image
@@ -23,8 +24,7 @@ _DISK_FIELDS_AT = 24
 _DISK_FIELDS = struct.Struct(">QIIQ")
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """One internal snapshot."""
 
     l1_offset: int
@@ -50,8 +50,7 @@ class Snapshot:
         return self.name or self.id
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotTable:
+class SnapshotTable(Struct, frozen=True):
     """All internal snapshots, and how much of the file lists them."""
 
     snapshots: tuple[Snapshot, ...]

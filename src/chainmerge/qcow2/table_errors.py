@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.qcow2.errors import FormatError
 
 
-@dataclass(eq=False)
 class BadRefcountTable(FormatError):
     """An entry of the refcount table names no refcount block."""
 
@@ -25,7 +23,6 @@ class BadRefcountTable(FormatError):
     problem: str
 
 
-@dataclass(eq=False)
 class TooManyClusters(FormatError):
     """The file is too large, for its cluster size, to be checked."""
 
@@ -46,7 +43,6 @@ class TooManyClusters(FormatError):
     limit: int
 
 
-@dataclass(eq=False)
 class TooLittleMemory(FormatError):
     """The file could be checked, but not by this process."""
 
@@ -66,7 +62,6 @@ class TooLittleMemory(FormatError):
     clusters: int
 
 
-@dataclass(eq=False)
 class BadSnapshotTable(FormatError):
     """The table of internal snapshots cannot be read."""
 
@@ -80,7 +75,6 @@ class BadSnapshotTable(FormatError):
     problem: str
 
 
-@dataclass(eq=False)
 class BadBitmapDirectory(FormatError):
     """The list of the image's bitmaps cannot be read."""
 
@@ -100,7 +94,6 @@ class BadBitmapDirectory(FormatError):
     problem: str
 
 
-@dataclass(eq=False)
 class BadBitmapTable(FormatError):
     """The table that says where a bitmap's bits are is damaged."""
 
@@ -115,7 +108,6 @@ class BadBitmapTable(FormatError):
     problem: str
 
 
-@dataclass(eq=False)
 class UnreadableBitmap(FormatError):
     """A bitmap whose bits cannot be relied on was to be read."""
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import CheckpointsAtRisk, NewerDataAtRisk, RecordsUnusable, Refused
 
 
-@dataclass(eq=False)
 class LeftoverUnclear(RecordsUnusable, Refused):
     """A file of an earlier run is about an image, and nobody knows whether that is still there."""
 
@@ -35,7 +33,6 @@ class LeftoverUnclear(RecordsUnusable, Refused):
     consequence: str
 
 
-@dataclass(eq=False)
 class BitmapsSetAside(CheckpointsAtRisk, Refused):
     """An image to be merged has its checkpoints in the file of an interrupted merge."""
 
@@ -59,7 +56,6 @@ class BitmapsSetAside(CheckpointsAtRisk, Refused):
     file: str
 
 
-@dataclass(eq=False)
 class MergedBefore(NewerDataAtRisk, Refused):
     """Top was merged before, and base has been written to since: it would get old data."""
 

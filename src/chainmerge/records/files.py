@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
@@ -42,7 +41,6 @@ class UnusableState(Exception):
     """A file that cannot be read or holds no such document; the message says why."""
 
 
-@dataclass(eq=False)
 class StateDirectoryUnusable(RecordsUnusable, Refused):
     """There is no place for what must outlive the process."""
 

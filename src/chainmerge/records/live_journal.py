@@ -12,7 +12,6 @@ right, whether or not the pivot came.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -40,7 +39,6 @@ VERSION: Final = 1
 LIVE_JOURNAL_SUFFIX: Final = "chainmerge-live"
 
 
-@dataclass(eq=False)
 class LiveJournalDamaged(RecordsUnusable, Refused):
     """The journal of a live merge cannot be read."""
 

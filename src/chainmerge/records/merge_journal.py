@@ -36,7 +36,6 @@ without any journal.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -66,7 +65,6 @@ JOURNAL_VERSION: Final = 1
 JOURNAL_SUFFIX: Final = "chainmerge-journal"
 
 
-@dataclass(eq=False)
 class MergeJournalDamaged(RecordsUnusable, Refused):
     """The journal of an interrupted merge cannot be read."""
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same, same_image
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
-class Remains:
+class Remains(Struct, frozen=True):
     """What stands beside a base and a top, whichever merges it is of.
 
     Attributes:

@@ -13,13 +13,13 @@ import os
 import shlex
 import stat
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec import Struct
 
 from chainmerge.options import ANY_IMAGE, Access, LiveOptions, MergeOptions
 
@@ -57,8 +57,7 @@ class _Paths(Enum):
     BOTH = "what stands before the equals sign, and what stands behind it"
 
 
-@dataclass(frozen=True, slots=True)
-class Spelling:
+class Spelling(Struct, frozen=True):
     """How a field is said on the command line. Its value tells whether it is a flag, or a list."""
 
     option: str
@@ -134,8 +133,9 @@ def options_of(request: RecordedRequest) -> MergeOptions | None:
     if request.is_live:
         if _filled_in(LiveOptions, said) is None:
             return None
-        known = {one.name for one in fields(MergeOptions)}
-        said = {name: value for name, value in said.items() if name in known}
+        said = {
+            name: value for name, value in said.items() if name in MergeOptions.__struct_fields__
+        }
     options: MergeOptions | None = _filled_in(MergeOptions, said)
     return options
 
@@ -230,11 +230,11 @@ def _lasting_address(address: Sequence[str]) -> Iterator[str]:
 
 def _said(options: Access | MergeOptions | LiveOptions) -> Iterator[tuple[str, Any]]:
     """The fields that are not at their default, as they are recorded."""
-    for one in fields(options):
-        value = getattr(options, one.name)
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        if value != default:
-            yield one.name, _recordable(value, SPELLINGS[one.name].paths)
+    usual = type(options)()
+    for name in options.__struct_fields__:
+        value = getattr(options, name)
+        if value != getattr(usual, name):
+            yield name, _recordable(value, SPELLINGS[name].paths)
 
 
 def _recordable(value: Any, paths: _Paths) -> Any:
@@ -251,7 +251,7 @@ def _recordable(value: Any, paths: _Paths) -> Any:
 
 def _filled_in(kind: Any, said: Mapping[str, Any]) -> Any:
     """The options in which *said* is said; None if it is not known here, or makes no sense."""
-    if not said.keys() <= {one.name for one in fields(kind)}:
+    if not said.keys() <= set(kind.__struct_fields__):
         return None
     try:
         return msgspec.convert(dict(said), type=kind)

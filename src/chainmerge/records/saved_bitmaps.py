@@ -21,11 +21,11 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.qcow2.bits import BitSet
@@ -55,7 +55,6 @@ _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
 
 
-@dataclass(eq=False)
 class SavedBitmapsDamaged(RecordsUnusable, Refused):
     """The file of saved bitmaps cannot be read."""
 
@@ -94,8 +93,7 @@ class _SavedHeader(msgspec.Struct, frozen=True):
     request: RecordedRequest | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SavedBitmap:
+class SavedBitmap(Struct, frozen=True):
     """One checkpoint as it was before the merge.
 
     ``in_base`` are its bits in base, ``in_overlay`` those in the overlay directly above;
@@ -107,8 +105,7 @@ class SavedBitmap:
     in_overlay: BitSet | None
 
 
-@dataclass(frozen=True, slots=True)
-class SavedBitmaps:
+class SavedBitmaps(Struct, frozen=True):
     """Base's checkpoints, out of QEMU's reach while it writes into base.
 
     ``request`` is the merge that was asked for, where that is recorded.

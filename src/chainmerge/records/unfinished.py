@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.discovery import discover
@@ -123,8 +125,7 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Search:
+class _Search(Struct, frozen=True):
     """Directories, and the images of which merges are wanted; None for all.
 
     ``named`` are the directories that a report names, which can stand for all below. ``missing``

@@ -17,13 +17,13 @@ import hashlib
 import os
 import struct
 import zlib
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.records import files as state_files
@@ -55,7 +55,6 @@ class _Kind(StrEnum):
     UNDO = "UNDO"
 
 
-@dataclass(eq=False)
 class BackupUnusable(RecordsUnusable, Refused):
     """A file is not a backup of a repair, or is a damaged one."""
 
@@ -74,7 +73,6 @@ class BackupUnusable(RecordsUnusable, Refused):
     why: str
 
 
-@dataclass(eq=False)
 class ChangedSinceRepair(Refused):
     """The image is no longer what the repair made of it."""
 
@@ -101,8 +99,7 @@ class _Head(msgspec.Struct, frozen=True):
     is_block_device: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(Struct, frozen=True):
     """One thing that was done to the image.
 
     ``offset``, ``length`` and ``old_length`` are of a write, ``size`` and ``changed`` of a seal,

@@ -10,10 +10,12 @@ flags, marks and bitmaps, either follows from them or can be done without.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState
@@ -63,8 +65,7 @@ class Treatment(Enum):
     REBUILD = "give it new refcounts, and bitmaps with them"
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True):
     """What is wrong with an image.
 
     Attributes:
@@ -86,8 +87,7 @@ class Diagnosis:
     consequences: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Circumstances:
+class Circumstances(Struct, frozen=True):
     """What matters of other images.
 
     Attributes:
@@ -322,8 +322,7 @@ def _in_memory(tables: Tables, bitmap: KeptBitmap) -> StoredBitmap:
 # Bitmaps
 
 
-@dataclass(frozen=True, slots=True)
-class _Bitmaps:
+class _Bitmaps(Struct, frozen=True):
     """Which bitmaps an image keeps, and what takes the place of the others."""
 
     kept: tuple[KeptBitmap, ...] = ()

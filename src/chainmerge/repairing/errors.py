@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import CheckpointsAtRisk, Failed, NewerDataAtRisk, NotVerified, Refused
 
 
-@dataclass(eq=False)
 class RepairNotVerified(NotVerified, Failed):
     """The image is not what the repair should have made of it."""
 
@@ -28,7 +26,6 @@ class RepairNotVerified(NotVerified, Failed):
     difference: str
 
 
-@dataclass(eq=False)
 class RelinkUncheckable(Refused):
     """What the image shows with its old backing file cannot be read."""
 
@@ -48,7 +45,6 @@ class RelinkUncheckable(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class RelinkChangesContent(NewerDataAtRisk, Refused):
     """The image would show other data with the new backing file."""
 
@@ -71,7 +67,6 @@ class RelinkChangesContent(NewerDataAtRisk, Refused):
     what: str
 
 
-@dataclass(eq=False)
 class RelinkChangesCheckpoints(CheckpointsAtRisk, Refused):
     """A checkpoint would mean something else with the new backing file."""
 
@@ -97,7 +92,6 @@ class RelinkChangesCheckpoints(CheckpointsAtRisk, Refused):
     names: str
 
 
-@dataclass(eq=False)
 class RelinkUnfinished(Refused):
     """A merge in which the image takes part was not finished."""
 
@@ -113,7 +107,6 @@ class RelinkUnfinished(Refused):
     file: str
 
 
-@dataclass(eq=False)
 class RelinkIncomplete(Failed):
     """The header does not hold what was written."""
 

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState
@@ -50,8 +51,7 @@ _CONVINCING: Final = 1 << 20
 _CONVINCING_CLUSTERS: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
-class HalfDoneCommit:
+class HalfDoneCommit(Struct, frozen=True):
     """A commit of *top* into *base* by another program.
 
     Attributes:
@@ -128,8 +128,7 @@ def _marks(base: OpenImage) -> Iterator[str]:
         yield f"it has {counted(leaks, 'leaked cluster')}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Compared:
+class _Compared(Struct, frozen=True):
     copied: int
     data: int
     reached: int
@@ -170,8 +169,7 @@ def _compared(top: GuestView, base: GuestView, shown: GuestView) -> _Compared | 
     return _Compared(copied, data, reached)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Struct, frozen=True):
     """Guest bytes *start* to *end*, of which an image has data or zeros."""
 
     start: int

@@ -7,10 +7,12 @@ What had, or has half done so, is finished by doing the same merge again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions, Placement
@@ -55,8 +57,7 @@ class Ending(Enum):
     BY_HAND = "only the person who started it knows what it was for"
 
 
-@dataclass(frozen=True, slots=True)
-class InterruptedMerge:
+class InterruptedMerge(Struct, frozen=True):
     """A merge that was not finished.
 
     Attributes:

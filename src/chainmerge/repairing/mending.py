@@ -10,11 +10,12 @@ one to the backup, then look again, then finish the merges that can be finished.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.comparing import bitmap_difference
@@ -148,8 +149,7 @@ def undo_repair(backup: str | Path, access: Access | None = None) -> UndoReport:
     return UndoReport(REPORT_VERSION, str(kept.image), str(backup), kept.bytes_kept)
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
+class _Case(Struct, frozen=True):
     """An image, what is wrong with it, and with merges in which it takes part."""
 
     info: ImageInfo
@@ -179,8 +179,7 @@ class _Case:
         return ours + tuple((one.top, one.base, commit) for one in self.commits)
 
 
-@dataclass(frozen=True, slots=True)
-class Undoing:
+class Undoing(Struct, frozen=True):
     """What a merge has taken of an image in which it has not taken effect.
 
     Attributes:
@@ -502,8 +501,7 @@ def _verify(path: Path, diagnosis: Diagnosis) -> Iterator[str]:
         yield f"{counted(len(diagnosis.bitmaps), 'bitmap')} re-read"
 
 
-@dataclass(frozen=True, slots=True)
-class _Finished:
+class _Finished(Struct, frozen=True):
     """The outcome of finishing merges."""
 
     case: _Case

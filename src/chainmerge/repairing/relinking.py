@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import LayerBitmaps, chain_test
 from chainmerge.bitmaps.stored import bitmaps_of
@@ -197,8 +199,7 @@ def _old_chain(info: ImageInfo, policy: ChainPolicy) -> tuple[ImageInfo, ...]:
         raise RelinkUncheckable(str(info.path), error.sentence) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
+class _Comparison(Struct, frozen=True):
     """An image on its old backing file and on the new one, both open."""
 
     old: OpenChain
@@ -294,8 +295,7 @@ def _changed_checkpoints(compared: _Comparison) -> Iterator[str]:
             yield name
 
 
-@dataclass(frozen=True, slots=True)
-class _Worth:
+class _Worth(Struct, frozen=True):
     """Whether a name passes the chain test from the image down, or is only below the image."""
 
     passes: bool

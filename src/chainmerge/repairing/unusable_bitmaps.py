@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, chain_test
 from chainmerge.bitmaps.stored import bitmaps_of
@@ -46,8 +47,7 @@ def unusable_bitmaps(image: ImageInfo, relatives: Relatives, access: Access) -> 
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
+class _Line(Struct, frozen=True):
     """The bitmaps of a chain from its upper end down, and those of the image asked about."""
 
     layers: tuple[LayerBitmaps, ...]

@@ -9,17 +9,16 @@ keep their undecodable bytes as lone surrogates (``\udc80`` to ``\udcff``), the 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorReport:
+class ErrorReport(Struct, frozen=True):
     """What a program is told of an error; ``facts`` depend on the ``code``."""
 
     code: str

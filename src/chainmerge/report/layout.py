@@ -8,9 +8,9 @@ reading markup in it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -88,8 +88,7 @@ def sizes(rows: Iterable[tuple[str, int | None, str]]) -> Table:
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class TreeNode:
+class TreeNode(Struct, frozen=True):
     """An image in a tree: its path and its parent's, and lines of text that go below it."""
 
     path: str

@@ -22,10 +22,11 @@ import os
 import stat
 import struct
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 from chainmerge.storage.locks import LockMode, lock_bytes_of, process_name
 
@@ -48,8 +49,7 @@ _LOOP_INFO: Final = struct.Struct("=QQ")  # linux/loop.h: lo_device, lo_inode co
 _LOOP_INFO_BYTES: Final = 232
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """An image that somebody wants to have: what for, and whether it will be gone afterwards.
 
     ``dies`` says that it will be deleted: then even those who only read it should know.
@@ -60,8 +60,7 @@ class Wanted:
     dies: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Bystander:
+class Bystander(Struct, frozen=True):
     """Another user of an image.
 
     Attributes:
@@ -97,8 +96,7 @@ def bystanders_of(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(Struct, frozen=True):
     """Where an image's bytes can be reached.
 
     ``way`` is the device by which that is; None for the image itself. ``inode`` is what our own
@@ -250,8 +248,7 @@ def _device_number(huge: int) -> int:
     return os.makedev((huge & 0xFFF00) >> 8, (huge & 0xFF) | ((huge >> 12) & 0xFFFFF00))
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
+class _Opened(Struct, frozen=True):
     """A file that a process has open."""
 
     process: int

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from chainmerge.errors import (
@@ -45,7 +44,6 @@ def reason_of(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-@dataclass(eq=False)
 class ImageMissing(ImageUnavailable, Refused):
     """No file has the image's name."""
 
@@ -64,7 +62,6 @@ class ImageMissing(ImageUnavailable, Refused):
     image: str
 
 
-@dataclass(eq=False)
 class WrongFileType(ImageUnavailable, Refused):
     """The name is that of something that cannot hold an image."""
 
@@ -80,7 +77,6 @@ class WrongFileType(ImageUnavailable, Refused):
     file_type: str
 
 
-@dataclass(eq=False)
 class AccessDenied(ImageUnavailable, Refused):
     """The operating system does not allow us to open the image."""
 
@@ -99,7 +95,6 @@ class AccessDenied(ImageUnavailable, Refused):
     access: str
 
 
-@dataclass(eq=False)
 class ImageReadOnly(ImageUnavailable, Refused):
     """The image cannot be written because what it lies on is read-only."""
 
@@ -118,7 +113,6 @@ class ImageReadOnly(ImageUnavailable, Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class CannotOpen(ImageUnavailable, Refused):
     """The operating system refuses to open the image for a reason of its own."""
 
@@ -135,7 +129,6 @@ class CannotOpen(ImageUnavailable, Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class ImageLocked(UsedByOthers, Refused):
     """Another process has the image open in a way that excludes ours."""
 
@@ -158,7 +151,6 @@ class ImageLocked(UsedByOthers, Refused):
     holder: str
 
 
-@dataclass(eq=False)
 class ImageInUse(UsedByOthers, Refused):
     """Something uses the image that QEMU's locks do not keep out."""
 
@@ -182,7 +174,6 @@ class ImageInUse(UsedByOthers, Refused):
     users: str
 
 
-@dataclass(eq=False)
 class LocksUnsupported(Refused):
     """The image cannot be locked where it lies."""
 
@@ -202,7 +193,6 @@ class LocksUnsupported(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class OpenFilesLimited(Refused):
     """The process may not have as many files open as the chain has images."""
 
@@ -227,7 +217,6 @@ class OpenFilesLimited(Refused):
     limit: int
 
 
-@dataclass(eq=False)
 class ReadFailed(StorageFailed, Failed):
     """The storage could not be read."""
 
@@ -248,7 +237,6 @@ class ReadFailed(StorageFailed, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class WriteFailed(StorageFailed, Failed):
     """The storage could not be written."""
 
@@ -269,7 +257,6 @@ class WriteFailed(StorageFailed, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class NoSpaceLeft(NoSpace, Failed):
     """The storage became full during a write."""
 
@@ -293,7 +280,6 @@ class NoSpaceLeft(NoSpace, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class FlushFailed(StorageFailed, Failed):
     """What was written may not have reached the storage."""
 
@@ -313,7 +299,6 @@ class FlushFailed(StorageFailed, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class ReadBackDiffers(NotVerified, Failed):
     """The storage took a write, reported it as durable, and holds something else."""
 
@@ -338,7 +323,6 @@ class ReadBackDiffers(NotVerified, Failed):
     length: int
 
 
-@dataclass(eq=False)
 class SystemCallFailed(StorageFailed, Failed):
     """The operating system refused an ordinary request."""
 
@@ -358,7 +342,6 @@ class SystemCallFailed(StorageFailed, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class OutOfMemory(Failed):
     """There is not enough memory."""
 

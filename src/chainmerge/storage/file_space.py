@@ -8,11 +8,11 @@ shares, or on a file system that never writes to the old place (Btrfs). All are 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I64Array
 from chainmerge.storage import allocation
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from chainmerge.storage.locks import AnyFile
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRanges:
+class ByteRanges(Struct, frozen=True):
     """Ranges of a file: int64 arrays of equal length, in bytes, ascending and disjoint."""
 
     start: I64Array
@@ -86,8 +85,7 @@ def united(parts: Iterable[tuple[I64Array, I64Array]]) -> ByteRanges:
     return ByteRanges(start[np.concatenate(([True], gaps))], end[np.concatenate((gaps, [True]))])
 
 
-@dataclass(frozen=True, slots=True)
-class FileSpace:
+class FileSpace(Struct, frozen=True):
     """What a regular file has of its own.
 
     Attributes:

@@ -23,10 +23,11 @@ import os
 import struct
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
+
+from msgspec import Struct
 
 from chainmerge.errors import Refused
 from chainmerge.storage.errors import ImageLocked, LocksUnsupported, reason_of
@@ -77,8 +78,7 @@ class LockMode(Enum):
         return (*(_UNSHARED + i for i in self.used), *(_USED + i for i in self.unshared))
 
 
-@dataclass(frozen=True, slots=True)
-class LockedReadable:
+class LockedReadable(Struct, frozen=True):
     """A locked image, read through the descriptor of its lock; made by :meth:`ImageLock.reader`.
 
     It takes no descriptor of its own, and what is read is for certain what is locked. Once the
@@ -120,8 +120,7 @@ AnyFile: TypeAlias = FileReadable | LockedReadable
 """An open file of the operating system: has ``fd``, ``identity`` and ``is_block_device``."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLock:
+class ImageLock(Struct, frozen=True):
     """A lock that is held on an image; made by :func:`lock_image`.
 
     Attributes:
@@ -276,8 +275,7 @@ def _reason(error: OSError) -> str:
     return reason_of(error)
 
 
-@dataclass(frozen=True, slots=True)
-class _KernelLock:
+class _KernelLock(Struct, frozen=True):
     """One lock as the kernel lists it under ``/proc``."""
 
     file: str
@@ -293,8 +291,7 @@ class _KernelLock:
 _LocksByFile: TypeAlias = "Mapping[str, Sequence[tuple[int, _KernelLock]]]"
 
 
-@dataclass(frozen=True, slots=True)
-class _Contended:
+class _Contended(Struct, frozen=True):
     """An image that somebody else has locked."""
 
     image: str

@@ -13,9 +13,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.storage.errors import CannotOpen, FlushFailed, reason_of
@@ -43,8 +44,7 @@ _DM_PREFIX: Final = "LVM-"
 _UUID_LENGTH: Final = 32
 
 
-@dataclass(frozen=True, slots=True)
-class LogicalVolume:
+class LogicalVolume(Struct, frozen=True):
     """What LVM reports of a logical volume.
 
     Attributes:
@@ -93,8 +93,7 @@ class LogicalVolume:
         return min(round_up(wanted, self.extent_size), self.size)
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMapperName:
+class DeviceMapperName(Struct, frozen=True):
     """What sysfs tells of a logical volume's device."""
 
     name: str

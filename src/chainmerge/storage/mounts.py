@@ -6,17 +6,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 _TABLE: Final = Path("/proc/self/mountinfo")
 # A space, tab, newline or backslash in a path is written as three octal digits (proc(5)).
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class Mounts:
+class Mounts(Struct, frozen=True):
     """What is mounted where.
 
     Attributes:

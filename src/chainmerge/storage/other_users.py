@@ -11,8 +11,9 @@ import contextlib
 import stat
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec import Struct
 
 from chainmerge.storage.bystanders import Wanted, bystanders_of
 from chainmerge.storage.errors import ImageInUse
@@ -31,8 +32,7 @@ Images: TypeAlias = "Sequence[Wanted]"
 """What one merge wants of which images."""
 
 
-@dataclass(frozen=True, slots=True)
-class OtherUsers:
+class OtherUsers(Struct, frozen=True):
     """Who else uses the images of one merge.
 
     Attributes:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import (
@@ -16,7 +15,6 @@ from chainmerge.errors import (
 )
 
 
-@dataclass(eq=False)
 class DiscardFailed(StorageFailed, Failed):
     """The space could not be given back; the image is as it was."""
 
@@ -37,7 +35,6 @@ class DiscardFailed(StorageFailed, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class CannotShrink(Failed):
     """The volume keeps its size."""
 
@@ -54,7 +51,6 @@ class CannotShrink(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class CannotGrow(NoSpace, Refused):
     """The image needs more room than its volume can give.
 
@@ -69,7 +65,6 @@ class CannotGrow(NoSpace, Refused):
     missing: int
 
 
-@dataclass(eq=False)
 class FileSystemFull(CannotGrow):
     """The file system cannot give the room."""
 
@@ -88,7 +83,6 @@ class FileSystemFull(CannotGrow):
     )
 
 
-@dataclass(eq=False)
 class FileLimitReached(CannotGrow):
     """The file may not become as large as it would have to."""
 
@@ -104,7 +98,6 @@ class FileLimitReached(CannotGrow):
     )
 
 
-@dataclass(eq=False)
 class DeviceTooSmall(CannotGrow):
     """A block device has the size that it has."""
 
@@ -122,7 +115,6 @@ class DeviceTooSmall(CannotGrow):
     )
 
 
-@dataclass(eq=False)
 class RawDeviceTooSmall(CannotGrow):
     """A block device is the guest's disk itself, and smaller than that of the image above."""
 
@@ -145,7 +137,6 @@ class RawDeviceTooSmall(CannotGrow):
     )
 
 
-@dataclass(eq=False)
 class VolumeGroupFull(CannotGrow):
     """The logical volume cannot become as large as it would have to."""
 
@@ -168,7 +159,6 @@ class VolumeGroupFull(CannotGrow):
     )
 
 
-@dataclass(eq=False)
 class ExtensionRefused(NoSpace, Refused):
     """LVM did not extend a logical volume, which has its old size."""
 
@@ -191,7 +181,6 @@ class ExtensionRefused(NoSpace, Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class VolumeNotActivated(ImageUnavailable, Refused):
     """LVM did not activate a logical volume."""
 
@@ -207,7 +196,6 @@ class VolumeNotActivated(ImageUnavailable, Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class LvmMissing(Refused):
     """The program that manages logical volumes cannot be run."""
 
@@ -224,7 +212,6 @@ class LvmMissing(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class NotALogicalVolume(Refused):
     """LVM does not know the volume."""
 
@@ -239,7 +226,6 @@ class NotALogicalVolume(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class LvmFailed(StorageFailed, Failed):
     """The lvm command reported an error."""
 
@@ -256,7 +242,6 @@ class LvmFailed(StorageFailed, Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class LvmUnfinished(OutcomeUnknown):
     """The lvm command did not end."""
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.storage import allocation, block, lvm
@@ -49,8 +51,7 @@ class VolumeKind(StrEnum):
     LVM = "lvm"
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
+class Growth(Struct, frozen=True):
     """What becomes of a volume that is to hold *required* bytes.
 
     Attributes:
@@ -64,8 +65,7 @@ class Growth:
     missing: int
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeFacts:
+class VolumeFacts(Struct, frozen=True):
     """A volume as it was at one moment.
 
     Attributes:
@@ -233,8 +233,7 @@ class Volume(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class FileVolume:
+class FileVolume(Struct, frozen=True):
     """A regular file, which grows as it is written to.
 
     With *size_limit* it is treated as a volume that cannot become larger than that.
@@ -325,8 +324,7 @@ class FileVolume:
         return FileSystemFull(self.path, self.kind.value, port.size, required, limit, missing)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockVolume:
+class BlockVolume(Struct, frozen=True):
     """A block device, whose size nobody changes."""
 
     path: str
@@ -372,8 +370,7 @@ class BlockVolume:
         _discard(self.path, offset, length)
 
 
-@dataclass(frozen=True, slots=True)
-class LvmVolume:
+class LvmVolume(Struct, frozen=True):
     """A logical volume.
 
     Attributes:

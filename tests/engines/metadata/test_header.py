@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chainmerge.chain.errors import ImageCorrupt
 from chainmerge.engines.metadata.backing import change_backing

@@ -12,11 +12,12 @@ import signal
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from chainmerge.engines.qemu import daemon as qmp
 from chainmerge.engines.qemu.commit import CopyProgress, commit_by_daemon
@@ -43,8 +44,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class Watch:
+class Watch(Struct, frozen=True):
     """Records progress; stops the copy once *stop_after* reports have come."""
 
     stop_after: int | None = None

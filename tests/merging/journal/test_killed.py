@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+from msgspec.structs import replace
 
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.documents.progress import ProgressEvent, Stage

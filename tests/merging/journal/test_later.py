@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge.documents.merge import MergeOutcome

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from chainmerge.options import MergeOptions
 from chainmerge.planning.errors import NativeUnavailable

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from chainmerge.options import MergeOptions, Placement
 from chainmerge.planning.facts import HidingFacts, MergeFacts

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from chainmerge.options import MergeOptions
 from chainmerge.planning.facts import MergeFacts
@@ -31,8 +33,7 @@ RANGE: Final = merge_of(overlays=3)
 PULL: Final = pull_of()
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """A situation and the codes of all that speaks against it, in order.
 
     ``spares`` names the code of the rows above it that this one has only just not.

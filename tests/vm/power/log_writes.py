@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 import random
 import struct
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import TYPE_CHECKING, Final, Protocol
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,8 +45,7 @@ class LogDamaged(AssertionError):
     """This is no log, or not all of it."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One entry. *data* is empty for discards, flushes and marks, *mark* for all but marks."""
 
     offset: int
@@ -124,8 +124,7 @@ class Medium(Protocol):
     def write(self, offset: int, data: bytes) -> None: ...
 
 
-@dataclass(frozen=True)
-class State:
+class State(Struct, frozen=True):
     """A moment at which the power may go.
 
     Attributes:

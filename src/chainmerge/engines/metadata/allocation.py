@@ -18,11 +18,11 @@ table. :func:`allocate` looks for the fixed point of this.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import U64Array
 from chainmerge.engines.metadata.errors import RefcountTableFull
@@ -53,8 +53,7 @@ _WINDOW_CLUSTERS = 1 << 20
 _MAX_FILE_BYTES = 1 << 56
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(Struct, frozen=True):
     """How many clusters are wanted.
 
     Attributes:
@@ -66,8 +65,7 @@ class Demand:
     contiguous: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class NewBlocks:
+class NewBlocks(Struct, frozen=True):
     """Refcount blocks to make: arrays of equal length.
 
     Attributes:
@@ -79,8 +77,7 @@ class NewBlocks:
     cluster: Clusters
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
+class Allocation(Struct, frozen=True):
     """Clusters that are free in the image as it is, by purpose.
 
     Attributes:
@@ -107,8 +104,7 @@ class Allocation:
         return int(ends[-1]) if len(ends) else 0
 
 
-@dataclass(frozen=True, slots=True)
-class FreeSpace:
+class FreeSpace(Struct, frozen=True):
     """Which clusters of an image are free, and what counts them once they are used.
 
     Attributes:
@@ -271,8 +267,7 @@ class _NewTable:
         self.clusters = self._old_clusters
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
+class _Attempt(Struct, frozen=True):
     """Clusters found, blocks still among the scattered ones and the table among the pieces."""
 
     scattered: Runs

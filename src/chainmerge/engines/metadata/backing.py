@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from chainmerge.engines.metadata.errors import BackingNameUnfit
 from chainmerge.engines.metadata.header import compose_header, content_of

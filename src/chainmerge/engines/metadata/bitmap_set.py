@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up
@@ -49,8 +49,7 @@ _DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
 _WINDOW_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBitmap:
+class StoredBitmap(Struct, frozen=True):
     """A bitmap as it shall stand in an image.
 
     Attributes:
@@ -70,8 +69,7 @@ class StoredBitmap:
         return self.bits.granularity
 
 
-@dataclass(frozen=True, slots=True)
-class KeptBitmap:
+class KeptBitmap(Struct, frozen=True):
     """A bitmap of the image that stays in the clusters that it has.
 
     Only its entry in the directory is rewritten.
@@ -101,8 +99,7 @@ class KeptBitmap:
 AnyBitmap: TypeAlias = StoredBitmap | KeptBitmap
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(Struct, frozen=True):
     """Which clusters a bitmap takes.
 
     Attributes:
@@ -118,8 +115,7 @@ class _Shape:
     table_clusters: int
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapSetLayout:
+class BitmapSetLayout(Struct, frozen=True):
     """What a set of bitmaps takes in an image, before it is decided where.
 
     Attributes:
@@ -244,8 +240,7 @@ def _windows(
         yield chosen, packed.reshape(-1, cluster_size)[chosen - low]
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedBitmapSet:
+class PlacedBitmapSet(Struct, frozen=True):
     """A set of bitmaps and the clusters that it goes to.
 
     Attributes:

@@ -15,13 +15,11 @@ That an image must be repaired before anything is written to it is for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Failed, NoSpace, OutcomeUnknown, Refused
 
 
-@dataclass(eq=False)
 class BitmapSetUnfit(Refused):
     """The image cannot store this set of bitmaps so that QEMU reads it."""
 
@@ -41,7 +39,6 @@ class BitmapSetUnfit(Refused):
     problem: str
 
 
-@dataclass(eq=False)
 class HeaderFull(Refused):
     """The header cannot be laid out so that one sector write switches to it."""
 
@@ -66,7 +63,6 @@ class HeaderFull(Refused):
     cluster_size: int
 
 
-@dataclass(eq=False)
 class BackingNameUnfit(Refused):
     """QEMU could not read such a backing name or format."""
 
@@ -84,7 +80,6 @@ class BackingNameUnfit(Refused):
     problem: str
 
 
-@dataclass(eq=False)
 class RefcountTableFull(Refused):
     """The image's refcounts cannot describe any more clusters."""
 
@@ -104,7 +99,6 @@ class RefcountTableFull(Refused):
     limit: int
 
 
-@dataclass(eq=False)
 class NotEnoughSpace(NoSpace, Refused):
     """There is no room for the new metadata beside the old."""
 
@@ -125,7 +119,6 @@ class NotEnoughSpace(NoSpace, Refused):
     missing: int
 
 
-@dataclass(eq=False)
 class RewriteFailed(Failed):
     """New metadata could not be written; the old one is untouched."""
 
@@ -144,7 +137,6 @@ class RewriteFailed(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class SwitchUnknown(OutcomeUnknown):
     """The write that switches the metadata failed or may not have become durable."""
 
@@ -165,7 +157,6 @@ class SwitchUnknown(OutcomeUnknown):
     reason: str
 
 
-@dataclass(eq=False)
 class ReleaseFailed(Failed):
     """The new metadata is in effect; the clusters of the old could not be marked free."""
 

@@ -17,8 +17,9 @@ Bytes behind the first sector are only ever written where the old header does no
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.engines.metadata.errors import BackingNameUnfit, HeaderFull
@@ -48,8 +49,7 @@ _END_MARKER = bytes(_EXTENSION.size)
 _KNOWN_AUTOCLEAR = Autoclear.BITMAPS | Autoclear.RAW_DATA_FILE
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderContent:
+class HeaderContent(Struct, frozen=True):
     """The parts of a header that this package changes, as they shall be.
 
     Attributes:
@@ -81,8 +81,7 @@ class HeaderContent:
     incompatible: Incompatible
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderWrite:
+class HeaderWrite(Struct, frozen=True):
     """The bytes that turn the old header into the new one.
 
     Attributes:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from chainmerge.chain.errors import ImageCorrupt, ImageDamaged, ImageDirty
 from chainmerge.qcow2.check import CheckReport, check
@@ -69,8 +69,7 @@ def readable_without_bitmaps(image: Readable) -> Readable:
     return _UntrustedBitmaps(image) if has_bitmaps else image
 
 
-@dataclass(frozen=True, slots=True)
-class _UntrustedBitmaps:
+class _UntrustedBitmaps(Struct, frozen=True):
     """An image with the autoclear bit of its bitmaps read as 0."""
 
     image: Readable

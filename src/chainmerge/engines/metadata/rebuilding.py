@@ -20,10 +20,10 @@ mends both.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from msgspec.structs import replace
 
 from chainmerge.chain.errors import ImageDamaged
 from chainmerge.engines.metadata.allocation import Allocation, FreeSpace, allocate_with_all_blocks

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.engines.metadata.allocation import Allocation, allocate, stored_free_space
 from chainmerge.engines.metadata.bitmap_set import (
@@ -46,8 +47,7 @@ if TYPE_CHECKING:
     from chainmerge.engines.metadata.refcount_blocks import Write
 
 
-@dataclass(frozen=True, slots=True)
-class MetadataRewrite:
+class MetadataRewrite(Struct, frozen=True):
     """A rewrite that is decided down to the cluster.
 
     Attributes:
@@ -67,8 +67,7 @@ class MetadataRewrite:
     steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RewriteOutcome:
+class RewriteOutcome(Struct, frozen=True):
     """What a rewrite did.
 
     Attributes:

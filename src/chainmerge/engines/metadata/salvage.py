@@ -9,10 +9,10 @@ read, and its refcounts counted, as if it had an empty refcount table behind its
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.preconditions import readable_without_bitmaps
@@ -48,8 +48,7 @@ _REFCOUNT_TABLE_AT: Final = 48
 _CLUSTER_BITS_AT: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Tables:
+class Tables(Struct, frozen=True):
     """What an image uses, counted without its refcounts.
 
     Attributes:
@@ -120,8 +119,7 @@ def _without_refcounts(readable: Readable) -> _Overlaid:
     return _Overlaid(readable, end + (1 << bits), ((_REFCOUNT_TABLE_AT, field),))
 
 
-@dataclass(frozen=True, slots=True)
-class _Overlaid:
+class _Overlaid(Struct, frozen=True):
     """A file of another size, with a few bytes of it read as others."""
 
     file: Readable
@@ -165,8 +163,7 @@ def directory_clusters(image: Qcow2Image) -> Clusters:
     return np.arange(extension.directory_offset // size, divide_up(end, size), dtype=np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class OldRefcounts:
+class OldRefcounts(Struct, frozen=True):
     """What the header, and the table that it names, take for refcounts.
 
     Nothing says that they are. But until new ones are in effect they may be all that there is.

@@ -11,12 +11,13 @@ leaves the old image, or the new one with nothing left to do in it, and leaks in
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.arrays import U64Array
 from chainmerge.arithmetic.rounding import divide_up
@@ -57,8 +58,7 @@ _TABLE_BYTES_AT_ONCE: Final = 4 << 20
 _CLUSTERS_AT_ONCE: Final = 1 << 20
 
 
-@dataclass(frozen=True)
-class SnapshotRemoval:
+class SnapshotRemoval(Struct, frozen=True, dict=True):
     """A removal of snapshots that is decided down to the cluster.
 
     Attributes:
@@ -337,8 +337,7 @@ def _pieces(header: Header, snapshot_table: bytes, l1_entries: int) -> list[int]
     return [divide_up(length, header.cluster_size) for length in lengths if length]
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
+class _Places(Struct, frozen=True):
     """Clusters of what is new: 0 if there is none of it."""
 
     snapshot_table: int

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
 
 from chainmerge.engines.metadata.errors import (
     NotEnoughSpace,
@@ -77,8 +78,7 @@ class StepName(StrEnum):
     RELEASE = "release"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """Writes that may reach the disk in any order, or torn, and the flush that follows them.
 
     Attributes:

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.arrays import U64Array
 from chainmerge.chain.layers import layer_of_qcow2
@@ -111,16 +112,14 @@ BeforeSwitch = Callable[[Qcow2Image, GuestView], None]
 of it; raises where something is not as it should be."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backing:
+class Backing(Struct, frozen=True):
     """The backing file that an image shall have: as its header names it; None for none."""
 
     name: str | None
     format: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Struct, frozen=True):
     """A merge of images into the one below them (commit) or above them (pull).
 
     Attributes:
@@ -192,8 +191,7 @@ def merged_layers(chain: GuestView, base_index: int, direction: Direction) -> Gu
     return GuestView(chain.layers[base_index + 1 :])
 
 
-@dataclass(frozen=True, slots=True)
-class CommitOutcome:
+class CommitOutcome(Struct, frozen=True):
     """What a commit did, in bytes.
 
     Attributes:
@@ -207,8 +205,7 @@ class CommitOutcome:
     header: Header
 
 
-@dataclass(frozen=True, slots=True)
-class _Mapping:
+class _Mapping(Struct, frozen=True):
     """The new mapping, written to clusters that nothing leads to yet.
 
     Attributes:

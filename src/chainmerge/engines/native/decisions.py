@@ -24,10 +24,10 @@ bit 0 is the cluster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, U32Array, U64Array
 from chainmerge.arithmetic.rounding import divide_up
@@ -46,8 +46,7 @@ _HIGH_WORD = np.uint64(32)
 _NO_UNITS = np.uint32(0)
 
 
-@dataclass(frozen=True, slots=True)
-class MappedDisk:
+class MappedDisk(Struct, frozen=True):
     """What decides how a merge changes an image's mapping. Sizes in bytes.
 
     Attributes:
@@ -74,8 +73,7 @@ class MappedDisk:
         return divide_up(self.size_after, self.header.cluster_size)
 
 
-@dataclass(frozen=True, slots=True)
-class TableWindow:
+class TableWindow(Struct, frozen=True):
     """L2 entries of base as they are stored, of consecutive guest clusters.
 
     Attributes:
@@ -89,8 +87,7 @@ class TableWindow:
     subclusters: U64Array | None
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """The clusters of a window whose content or entry changes: arrays of equal length.
 
     Attributes:
@@ -120,8 +117,7 @@ class Change:
         return len(self.cluster)
 
 
-@dataclass(frozen=True, slots=True)
-class WantedClusters:
+class WantedClusters(Struct, frozen=True):
     """The same before it is decided where the data goes: one element for each changed cluster.
 
     Attributes:

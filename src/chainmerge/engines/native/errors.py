@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import ChainmergeError, Failed
@@ -23,7 +22,6 @@ def cause_of(error: OSError | ChainmergeError, written: str) -> str:
     return str(error)
 
 
-@dataclass(eq=False)
 class MergeNotWritten(Failed):
     """Something could not be written before the switch."""
 

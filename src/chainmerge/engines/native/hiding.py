@@ -8,7 +8,6 @@ zero clusters there (zeros, in version 2) before that happens, in one switch as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
 
 
-@dataclass(frozen=True, slots=True)
-class ZerosBehind(GuestView):
+class ZerosBehind(GuestView, frozen=True):
     """A view that says nothing before a guest byte, and zeros from there on.
 
     Attributes:

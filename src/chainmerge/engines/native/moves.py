@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, I32Array, U64Array
 from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 _UNPACKED_CLUSTERS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Segments:
+class Segments(Struct, frozen=True):
     """Runs of the guest's disk and where they go in base's file: arrays of equal length, in bytes.
 
     Ascending by guest offset, disjoint.
@@ -37,8 +36,7 @@ class Segments:
     target: U64Array
 
 
-@dataclass(frozen=True, slots=True)
-class Moves:
+class Moves(Struct, frozen=True):
     """Pieces that come from one place each: arrays of equal length.
 
     Attributes:

@@ -7,7 +7,6 @@ top: it is enough that it maps each guest byte to a place into which the right b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class TracedView(GuestView):
+class TracedView(GuestView, frozen=True):
     """What the guest sees of the result, in terms of the chain that was merged.
 
     ``layers`` are those of the whole chain, with the result in the place of the image that was

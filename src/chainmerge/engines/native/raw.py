@@ -9,10 +9,10 @@ top never changes, and a run that was interrupted is simply done again.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.chain.layers import layer_of_raw
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined_resolved
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from chainmerge.storage.transfer.copying import Transfer
 
 
-@dataclass(frozen=True, slots=True)
-class RawCommit:
+class RawCommit(Struct, frozen=True):
     """A merge of the images above a raw base down into it.
 
     Attributes:

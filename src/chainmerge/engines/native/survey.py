@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.engines.metadata.allocation import Allocation, Demand, FreeSpace, allocate
@@ -44,8 +45,7 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
 
 
-@dataclass(frozen=True, slots=True)
-class MappingNeed:
+class MappingNeed(Struct, frozen=True):
     """What the new mapping takes; clusters unless said otherwise.
 
     Attributes:
@@ -63,9 +63,9 @@ class MappingNeed:
     tables: int = 0
     written: int = 0
     given_up: int = 0
-    released: tuple[Runs, ...] = field(default=(), compare=False)
+    released: tuple[Runs, ...] = ()
     unpacked: int = 0
-    in_place: tuple[tuple[Clusters, Clusters], ...] = field(default=(), compare=False)
+    in_place: tuple[tuple[Clusters, Clusters], ...] = ()
 
     def plus(self, other: MappingNeed) -> MappingNeed:
         """Both together."""
@@ -231,8 +231,7 @@ def _in_place(header: Header, change: Change) -> Iterator[tuple[Clusters, Cluste
     yield start, start + written.length.astype(np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class NewTree:
+class NewTree(Struct, frozen=True):
     """All clusters that base gets, before it is decided where.
 
     Attributes:
@@ -270,8 +269,7 @@ class NewTree:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedTree:
+class PlacedTree(Struct, frozen=True):
     """Where everything goes.
 
     Attributes:

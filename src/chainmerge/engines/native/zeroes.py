@@ -8,10 +8,10 @@ done on request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import U64Array
 from chainmerge.arithmetic.rounding import round_up
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 _READ_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class ZeroRanges:
+class ZeroRanges(Struct, frozen=True):
     """Ranges of the guest's disk: arrays of equal length, in bytes, ascending and disjoint."""
 
     start: U64Array
@@ -95,8 +94,7 @@ def _as_ranges(starts: U64Array, unit: int) -> ZeroRanges:
     return ZeroRanges(starts[heads], starts[tails] + np.uint64(unit))
 
 
-@dataclass(frozen=True, slots=True)
-class ViewWithZeroes(GuestView):
+class ViewWithZeroes(GuestView, frozen=True):
     """A view in which some data is known to be zeros.
 
     Attributes:

@@ -14,8 +14,9 @@ with 0, and it wrote nothing to standard error.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from chainmerge.engines.qemu.daemon import StorageDaemon
 from chainmerge.engines.qemu.errors import (
@@ -51,8 +52,7 @@ _REST_OF_A_WARNING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CopyProgress:
+class CopyProgress(Struct, frozen=True):
     """How much of the guest data has been copied, in bytes.
 
     *total* can change: QEMU finds out during the copy what is to be copied.
@@ -62,8 +62,7 @@ class CopyProgress:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(Struct, frozen=True):
     """How the job ended: *error* is None if it copied everything."""
 
     stopped: bool

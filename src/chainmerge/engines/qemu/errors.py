@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Failed, Refused
@@ -25,7 +24,6 @@ _STATE = (
 )
 
 
-@dataclass(eq=False)
 class DaemonMissing(Refused):
     """QEMU's storage daemon, which writes the guest data, is not installed."""
 
@@ -42,7 +40,6 @@ class DaemonMissing(Refused):
     program: str
 
 
-@dataclass(eq=False)
 class DaemonFailed(Failed):
     """The storage daemon did not start, or did not end properly."""
 
@@ -58,7 +55,6 @@ class DaemonFailed(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class CommandRefused(Failed):
     """The storage daemon answered a command with an error."""
 
@@ -73,7 +69,6 @@ class CommandRefused(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class ConnectionLost(Failed):
     """The storage daemon went away."""
 
@@ -90,7 +85,6 @@ class ConnectionLost(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class CommitFailed(Failed):
     """Guest data did not arrive in base, or base was not closed properly."""
 
@@ -109,7 +103,6 @@ class CommitFailed(Failed):
     reason: str
 
 
-@dataclass(eq=False)
 class ImageNotOpened(Refused):
     """QEMU cannot read the images of a chain."""
 

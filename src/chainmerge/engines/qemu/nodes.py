@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
+
+from msgspec import Struct
 
 from chainmerge.engines.qemu.errors import CommandRefused
 from chainmerge.engines.qemu.granules import may_detect_zeroes
@@ -29,8 +30,7 @@ _COW_FORMATS = frozenset({"qcow2", "qcow", "qed", "vmdk"})
 Options: TypeAlias = dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSpec:
+class ImageSpec(Struct, frozen=True):
     """One image of the chain as QEMU is to open it.
 
     Attributes:
@@ -51,8 +51,7 @@ class ImageSpec:
     limit: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(Struct, frozen=True):
     """What the daemon is told for each path, and the descriptors that it needs for that."""
 
     by_path: Mapping[str, str]
@@ -70,8 +69,7 @@ class Names:
         return message
 
 
-@dataclass(frozen=True, slots=True)
-class NodeChain:
+class NodeChain(Struct, frozen=True):
     """The images from root to top, which of them is written, and what the daemon calls them."""
 
     images: Sequence[ImageSpec]

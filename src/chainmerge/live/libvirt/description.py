@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree as ET
+
+from msgspec import Struct
 
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
@@ -22,8 +23,7 @@ _PATHS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 _PROTOCOL_SUFFIX: Final = "-file"
 
 
-@dataclass(frozen=True, slots=True)
-class DiskLayer:
+class DiskLayer(Struct, frozen=True):
     """One image of a disk.
 
     Attributes:

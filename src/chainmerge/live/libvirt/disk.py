@@ -9,11 +9,13 @@ having that deleted, which removes the bitmap from every image of the chain.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from threading import Event
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.chain.reading import data_file_places
 from chainmerge.live.errors import NoSuchDisk, VmRefused
@@ -60,8 +62,7 @@ class DomainJobKind(StrEnum):
     OTHER = "other"
 
 
-@dataclass(frozen=True, slots=True)
-class DomainJob:
+class DomainJob(Struct, frozen=True):
     """The block job of a disk at one moment; bytes of which ``done`` of ``total`` are copied."""
 
     kind: DomainJobKind

@@ -8,8 +8,9 @@ after every step, and after a kill at any moment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+from msgspec import Struct
 
 from chainmerge.live.port import JobPhase, JobState
 from chainmerge.records.live_journal import LiveState
@@ -48,8 +49,7 @@ class LiveStep(StrEnum):
     """The job is gone and the chain is not merged: see that base's bitmaps are back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
+class Situation(Struct, frozen=True):
     """What is known.
 
     Attributes:

@@ -22,11 +22,11 @@ QEMU 7.2 (block/mirror.c, block/io.c, block/qcow2-cluster.c), the same in 10.0:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, U64Array
 from chainmerge.arithmetic.rounding import divide_up
@@ -67,8 +67,7 @@ class MappedRuns(Protocol):
         """File offset in bytes of DATA and ZERO_ALLOCATED."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrivals:
+class Arrivals(Struct, frozen=True):
     """What base allocates while data is copied into it.
 
     Attributes:
@@ -87,8 +86,7 @@ class Arrivals:
     overwritten_end: int
 
 
-@dataclass(frozen=True, slots=True)
-class BaseFacts:
+class BaseFacts(Struct, frozen=True):
     """What decides how base takes a write.
 
     Attributes:
@@ -213,8 +211,7 @@ def _largest_piece(base: BaseFacts, *, zeros_as_data: bool) -> int:
     return min(max(1, at_once // cluster_size) + unaligned, base.header.l2_entries)
 
 
-@dataclass(frozen=True, slots=True)
-class _Arriving:
+class _Arriving(Struct, frozen=True):
     """Ranges of guest clusters that are written, ascending and disjoint: arrays [n].
 
     *zero* is where zeros are written to whole units. No later range starts below *reached*.
@@ -263,8 +260,7 @@ def _arriving(base: BaseFacts, moved: Iterable[MappedRuns], top_size: int) -> It
         yield _Arriving(start[order], end, kind[order], runs.reached // unit * scale)
 
 
-@dataclass(frozen=True, slots=True)
-class _LongRuns:
+class _LongRuns(Struct, frozen=True):
     """Runs of guest bytes that are copied, as long as they get: arrays [n] and what follows.
 
     No later run starts below byte *reached*.
@@ -324,8 +320,7 @@ class _Feed:
         yield from self._source
 
 
-@dataclass(frozen=True, slots=True)
-class _Standing:
+class _Standing(Struct, frozen=True):
     """Guest clusters that have a cluster in base's file: disjoint ranges, ascending, arrays [n].
 
     *host* is the number of each range's first cluster in the file. What of the clusters below
@@ -370,8 +365,7 @@ def _standing(header: Header, present: Iterable[MappedRuns]) -> Iterator[_Standi
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Fresh:
+class _Fresh(Struct, frozen=True):
     """New clusters for what arrives somewhere; fields as in :class:`Arrivals`."""
 
     at_most: int

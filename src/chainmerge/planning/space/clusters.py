@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs, runs_where
@@ -23,8 +24,7 @@ MAX_RUNS = 1 << 20
 _MAX_FILE_BYTES = 1 << 56
 
 
-@dataclass(frozen=True, slots=True)
-class HostLayout:
+class HostLayout(Struct, frozen=True):
     """What is known of an image's file for placing something new in it.
 
     Attributes:

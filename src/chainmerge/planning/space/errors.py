@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from chainmerge.errors import Refused
 
 
-@dataclass(eq=False)
 class CannotGrowBase(Refused):
     """Base's virtual disk cannot be made as large as top's."""
 
@@ -31,7 +29,6 @@ class CannotGrowBase(Refused):
     reason: str
 
 
-@dataclass(eq=False)
 class OldBytesBehindEnd(Refused):
     """What base holds behind the end of its disk would become visible, and cannot be wiped."""
 

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from chainmerge.engines.native.survey import MappingNeed
 from chainmerge.errors import ChainmergeError
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from chainmerge.planning.space.need import SpaceNeed
 
 
-@dataclass(frozen=True, slots=True)
-class SpaceSurvey:
+class SpaceSurvey(Struct, frozen=True):
     """What was found out about base's space.
 
     ``spaces`` has the ways in which the engine can place data, ``needs`` what the native

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.old_tree import bitmap_clusters

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.bitmaps.sets import bitmaps_to_store, bitmaps_without_stale
@@ -76,8 +77,7 @@ def native_growth_obstacle(image: Qcow2Image, size_after: int) -> CannotGrowBase
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class NativeFacts:
+class NativeFacts(Struct, frozen=True):
     """What base needs, by placement; ``needs`` is what the engine is to be given."""
 
     needs: Mapping[Placement, MappingNeed]
@@ -159,8 +159,7 @@ def _end_after(
     return last * image.header.cluster_size
 
 
-@dataclass(frozen=True, slots=True)
-class _FileSpace:
+class _FileSpace(Struct, frozen=True):
     """What the file that is written has of its own; *space* is None for a device."""
 
     space: FileSpace | None
@@ -186,8 +185,7 @@ class _FileSpace:
         return self.space.missing(written)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pruned:
+class _Pruned(Struct, frozen=True):
     """Base's file once stale bitmaps are out of it, and how far that reaches at its peak."""
 
     space: FreeSpace
@@ -221,8 +219,7 @@ class _Pruned:
         return _Pruned(FreeSpace(image.name, header, table, len(counts), after.of), allocation.end)
 
 
-@dataclass(frozen=True, slots=True)
-class _Used:
+class _Used(Struct, frozen=True):
     """Clusters of base's file: how many are in use, and the end of the last of them."""
 
     count: int

@@ -33,7 +33,8 @@ that are gone again, and zeros that may have to be written as data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.engines.qemu.granules import may_detect_zeroes
@@ -45,8 +46,7 @@ from chainmerge.qcow2.header import L1_ENTRY_BYTES, SECTOR, Header
 from chainmerge.qcow2.runs import Runs
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapShape:
+class BitmapShape(Struct, frozen=True):
     """What a bitmap takes, apart from the size of the disk.
 
     Attributes:
@@ -60,8 +60,7 @@ class BitmapShape:
     data_clusters: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class MergeDemand:
+class MergeDemand(Struct, frozen=True):
     """All that decides how much space a merge into a qcow2 base takes.
 
     Attributes:
@@ -86,8 +85,7 @@ class MergeDemand:
     virtual_size_after: int
 
 
-@dataclass(frozen=True, slots=True)
-class SpaceNeed:
+class SpaceNeed(Struct, frozen=True):
     """How large base's file or volume must be. All in bytes.
 
     Attributes:
@@ -198,8 +196,7 @@ def _appended(header: Header, arrivals: Arrivals, end: int) -> int:
     return arrivals.clusters if arrivals.overwritten_end >= end else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Requests:
+class _Requests(Struct, frozen=True):
     """What a step asks for.
 
     Attributes:
@@ -213,8 +210,7 @@ class _Requests:
     appended: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Bound:
+class _Bound(Struct, frozen=True):
     end: int
     refcount_clusters: int
 
@@ -255,8 +251,7 @@ def _end(layout: HostLayout, steps: Sequence[_Requests], extra: int) -> int:
     return layout.end + behind
 
 
-@dataclass(frozen=True, slots=True)
-class _Area:
+class _Area(Struct, frozen=True):
     """A new refcount table as QEMU makes it, with the blocks that describe it."""
 
     end: int

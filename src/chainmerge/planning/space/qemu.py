@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.bitmaps.comparing import bitmap_difference

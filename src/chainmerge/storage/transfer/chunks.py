@@ -9,8 +9,9 @@ offsets in the target are. Positions count from the beginning of the buffer, in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final, TypeAlias
+
+from msgspec import Struct, field
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.storage.transfer.direct import ALIGNMENT, DirectFile
@@ -21,8 +22,7 @@ from chainmerge.storage.transfer.readback import Checksum
 _MOST_VIEWS: Final = 1024
 
 
-@dataclass(slots=True)
-class Run:
+class Run(Struct):
     """Bytes that follow each other in the target."""
 
     target: int
@@ -30,8 +30,7 @@ class Run:
     length: int
 
 
-@dataclass(slots=True)
-class DirectRead:
+class DirectRead(Struct):
     """One request past the page cache, into one or more places (position, length)."""
 
     file: DirectFile
@@ -45,8 +44,7 @@ class DirectRead:
         self.file.read_into(views, self.offset)
 
 
-@dataclass(frozen=True, slots=True)
-class PlainRead:
+class PlainRead(Struct, frozen=True):
     """What has no alignment, or is no file."""
 
     source: ByteSource
@@ -60,8 +58,7 @@ class PlainRead:
         buffer[self.position : self.position + self.length] = data
 
 
-@dataclass(frozen=True, slots=True)
-class Making:
+class Making(Struct, frozen=True):
     """What has to be made."""
 
     item: Produced
@@ -72,8 +69,7 @@ class Making:
         buffer[self.position : self.position + self.item.length] = produced_by(self.item)
 
 
-@dataclass(frozen=True, slots=True)
-class Zeros:
+class Zeros(Struct, frozen=True):
     """Nothing."""
 
     position: int
@@ -88,8 +84,7 @@ ChecksumsOf: TypeAlias = Callable[[int, memoryview], Sequence[Checksum]]
 Fill: TypeAlias = DirectRead | PlainRead | Making | Zeros
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(Struct, frozen=True):
     """What happened to a chunk.
 
     Attributes:
@@ -104,8 +99,7 @@ class Moved:
     edges: Sequence[tuple[int, bytes]]
 
 
-@dataclass(slots=True)
-class Chunk:
+class Chunk(Struct):
     """See the module.
 
     Attributes:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol, TypeAlias
+
+from msgspec import Struct
 
 # Joining goes on up to here, so that the first bytes are moved before all items are known.
 _MOST_JOINED: Final = 64 << 20
@@ -38,8 +39,7 @@ class TransferPort(ByteSource, Protocol):
         """Write all of *data*."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(Struct, frozen=True):
     """Plain bytes that go to one place.
 
     Attributes:
@@ -55,8 +55,7 @@ class Stretch:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Produced:
+class Produced(Struct, frozen=True):
     """Bytes that have to be made, by decompression for example.
 
     Attributes:
