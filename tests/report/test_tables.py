@@ -10,24 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.documents.plan import Finding
 from chainmerge.report import tables
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 from chainmerge.report.status_table import status_report
+from chainmerge.report.styled import styled
 from tests.support import reports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from chainmerge.report.layout import Block
 
 hostile_text = st.text(st.characters(exclude_categories=())) | st.sampled_from(
     ["[bold]x[/bold]", "[/]", "\x1b[31m", "\x1b]8;;http://x\x07", ":smile:", "a\nb", "\udcff"]
 )
 REFUSAL = Finding("not-enough-space", "7 bytes are missing", "make the volume larger")
 
-HOSTILE_REPORTS: dict[str, Callable[[str], RenderableType]] = {
+HOSTILE_REPORTS: dict[str, Callable[[str], Block]] = {
     "plan": lambda t: plan_report(
         reports.plan(name=t, base=t, top=f"{t}2", words=t, refusals=(Finding(t, t, t),))
     ),
@@ -50,11 +53,8 @@ HOSTILE_REPORTS: dict[str, Callable[[str], RenderableType]] = {
 }
 
 
-def rendered(report: RenderableType, width: int = 4000) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    with console.capture() as captured:
-        console.print(report)
-    return captured.get()
+def rendered(report: Block, width: int = 4000) -> str:
+    return styled(report, Console(file=io.StringIO(), width=width))
 
 
 @pytest.mark.parametrize("kind", HOSTILE_REPORTS)

@@ -11,7 +11,7 @@ import importlib
 import traceback
 from typing import TYPE_CHECKING, Any, Final
 
-import rich_click as click
+import click
 from click.exceptions import Exit
 
 from chainmerge.cli.errors import InternalError, ReportNotDelivered
@@ -31,8 +31,19 @@ _NO_MEMORY: Final = ("failed to map segment", "Cannot allocate memory", "cannot 
 _CLICK_ENDINGS: Final = (click.ClickException, Exit, click.Abort)
 
 
-class Command(click.RichCommand):
+class PanelOption(click.Option):
+    """An option that help shows in the panel of a name, with others of its kind."""
+
+    def __init__(self, *args: Any, panel: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.panel = panel
+
+
+class Command(click.Command):
     """A command whose errors become a sentence, a hint and an exit status."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return _formatted_help(self, ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
         output: Output = ctx.params.get("output") or TextOutput()
@@ -44,6 +55,13 @@ class Command(click.RichCommand):
             return _end(ctx, output, error)
         except Exception as error:  # noqa: BLE001 (the last place that knows how to answer)
             return _end(ctx, output, bug_report(error))
+
+
+def _formatted_help(command: click.Command, context: click.Context) -> str:
+    # Imported where it is used: that takes longer than a small merge.
+    from chainmerge.cli.help import formatted_help  # noqa: PLC0415
+
+    return formatted_help(command, context)
 
 
 def bug_report(error: Exception) -> Failed:
@@ -76,8 +94,11 @@ def traceback_of(error: BaseException) -> str:
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
-class Group(click.RichGroup):
+class Group(click.Group):
     """A group of commands that shows what it holds when none is named."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        return _formatted_help(self, ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args:

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import rich_click as click
+import click
 from msgspec import Struct
-from rich.console import Group, RenderableType
 
 from chainmerge import catalogue
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import json_option
 from chainmerge.report import layout
-from chainmerge.report.layout import words
+from chainmerge.report.layout import Block, stack, words
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
@@ -49,14 +48,15 @@ def explain(*, code: str | None, output: Output) -> None:
     output.document(summaries, _list)
 
 
-def _paragraphs(explanation: Explanation) -> RenderableType:
+def _paragraphs(explanation: Explanation) -> Block:
     title, *paragraphs = explanation.text.split("\n\n")
     spaced = (part for paragraph in paragraphs for part in (words(""), words(paragraph)))
-    return Group(words(title, layout.TITLE), *spaced)
+    return stack(words(title, layout.TITLE), *spaced)
 
 
-def _list(summaries: tuple[ErrorSummary, ...]) -> RenderableType:
-    table = layout.listing("code", "exit", "sentence", right=("exit",))
-    for summary in summaries:
-        table.add_row(words(summary.code), str(summary.exit_status), words(summary.sentence))
-    return table
+def _list(summaries: tuple[ErrorSummary, ...]) -> Block:
+    rows = (
+        (words(summary.code), words(str(summary.exit_status)), words(summary.sentence))
+        for summary in summaries
+    )
+    return layout.listing(("code", "exit", "sentence"), rows, right=("exit",))

@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar, get_args
 
-import rich_click as click
+import click
 
 from chainmerge import live as api
-from chainmerge.cli.commands import Command, Group
+from chainmerge.cli.commands import Command, Group, PanelOption
 from chainmerge.cli.errors import DiskNotNamed
-from chainmerge.cli.options import access_options, base_option, json_option, top_argument
+from chainmerge.cli.options import (
+    access_options,
+    base_option,
+    json_option,
+    merging_option,
+    top_argument,
+)
 from chainmerge.cli.params import SIZE
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.errors import ExitCode
@@ -31,8 +37,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Function = Callable[..., R]
 
-_DISK: Final = "The disk"
-_MERGING: Final = "How to merge"
+_disk_option: Final = partial(click.option, cls=PanelOption, panel="The disk")
 _LIVE_FIELDS: Final = LiveOptions.__struct_fields__
 _Opener: TypeAlias = "Callable[[], AbstractContextManager[api.LiveDisk]]"
 
@@ -40,31 +45,19 @@ _Opener: TypeAlias = "Callable[[], AbstractContextManager[api.LiveDisk]]"
 def disk_options(function: Function[R]) -> Function[R]:
     """Add the options that lead to a disk of a VM; the command gets ``disk``, to be entered."""
 
-    @click.option(
-        "--qmp",
-        type=click.Path(),
-        metavar="SOCKET",
-        help="The VM's QMP socket, a Unix socket.",
-        panel=_DISK,
+    @_disk_option(
+        "--qmp", type=click.Path(), metavar="SOCKET", help="The VM's QMP socket, a Unix socket."
     )
-    @click.option(
-        "--device",
-        metavar="ID",
-        help="The disk, by the id of the guest's device or of its drive.",
-        panel=_DISK,
+    @_disk_option(
+        "--device", metavar="ID", help="The disk, by the id of the guest's device or of its drive."
     )
-    @click.option(
-        "--node", metavar="NODE", help="The disk, by the node name of its image.", panel=_DISK
-    )
-    @click.option("--domain", metavar="NAME", help="The VM, as a libvirt domain.", panel=_DISK)
-    @click.option(
-        "--disk", "target", metavar="TARGET", help="Its disk, by the target: vda.", panel=_DISK
-    )
-    @click.option(
+    @_disk_option("--node", metavar="NODE", help="The disk, by the node name of its image.")
+    @_disk_option("--domain", metavar="NAME", help="The VM, as a libvirt domain.")
+    @_disk_option("--disk", "target", metavar="TARGET", help="Its disk, by the target: vda.")
+    @_disk_option(
         "--connect",
         metavar="URI",
         help=f"The libvirt that runs it; {api.DEFAULT_URI} if not given.",
-        panel=_DISK,
     )
     @wraps(function)
     def command(
@@ -102,35 +95,31 @@ def pace_options(function: Function[R]) -> Function[R]:
     """Add the options that say how fast to merge in a VM, and on what; see LiveOptions."""
     defaults = LiveOptions()
 
-    @click.option(
+    @merging_option(
         "--bandwidth",
         type=SIZE,
         metavar="RATE",
         help="Copy at most this many bytes per second, such as 100M.",
-        panel=_MERGING,
     )
-    @click.option(
+    @merging_option(
         "--deadline",
         type=click.FloatRange(min=0, max=86400 * 365),
         metavar="SECONDS",
         help="How long the copy may take to catch up with what the guest writes.",
-        panel=_MERGING,
     )
-    @click.option(
+    @merging_option(
         "--on-stall",
         type=click.Choice(get_args(StallChoice)),
         default=defaults.on_stall,
         show_default=True,
         help="What to do if it does not: go on, slow the guest's disk down, or undo the merge.",
-        panel=_MERGING,
     )
-    @click.option(
+    @merging_option(
         "--volume",
         type=click.Choice(get_args(VolumeChoice)),
         default=defaults.volume,
         show_default=True,
         help="What kind of volume base lies on.",
-        panel=_MERGING,
     )
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> R:
@@ -143,33 +132,29 @@ def result_options(function: Function[R]) -> Function[R]:
     """Add the options that say what is to come of a merge in a VM; see LiveOptions."""
     defaults = LiveOptions()
 
-    @click.option(
+    @merging_option(
         "--verify",
         type=click.Choice(get_args(VerifyLevel)),
         default=defaults.verify,
         show_default=True,
         help="Also compare base's content with top's (full), if the guest does not write to base, "
         "or check only bitmaps and metadata.",
-        panel=_MERGING,
     )
-    @click.option(
+    @merging_option(
         "--delete",
         is_flag=True,
         help="Delete the merged images once the VM has closed them and everything is verified.",
-        panel=_MERGING,
     )
-    @click.option(
+    @merging_option(
         "--drop-bitmaps",
         is_flag=True,
         help="Go on even if base cannot hold bitmaps: the next backup must be a full one.",
-        panel=_MERGING,
     )
-    @click.option(
+    @merging_option(
         "--size-limit",
         type=SIZE,
         metavar="SIZE",
         help="Refuse a merge after which base's file could be larger than SIZE.",
-        panel=_MERGING,
     )
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> R:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn
 
-import rich_click as click
+import click
 
 from chainmerge.__about__ import __version__
 from chainmerge.cli.commands import LazyGroup, bug_report, traceback_of

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final, ParamSpec, TypeVar, get_args
 
-import rich_click as click
+import click
 
+from chainmerge.cli.commands import PanelOption
 from chainmerge.cli.output import JsonOutput, Output, TextOutput
 from chainmerge.cli.params import IMAGE, KEY_FILE, PATH_FORMAT, SIZE
 from chainmerge.options import (
@@ -35,9 +36,8 @@ _ACCESS_FIELDS: Final = (
     "active",
     "lock_wait",
 )
-# Headings of the help.
-_REACHING: Final = "Reaching images"
-_MERGING: Final = "How to merge"
+_reaching_option: Final = partial(click.option, cls=PanelOption, panel="Reaching images")
+merging_option: Final = partial(click.option, cls=PanelOption, panel="How to merge")
 _MERGE_FIELDS: Final = MergeOptions.__struct_fields__
 
 
@@ -81,63 +81,54 @@ def _with(
 
 
 _ACCESS_OPTIONS: Final = (
-    click.option(
+    _reaching_option(
         "--format",
         "formats",
         type=PATH_FORMAT,
         multiple=True,
         metavar="PATH=FORMAT",
         help="The format of an image, if no image above declares it.",
-        panel=_REACHING,
     ),
-    click.option(
+    _reaching_option(
         "--allow-backing",
         type=click.Path(),
         multiple=True,
         metavar="DIR",
         help="A directory where backing files may lie, besides those of the chain.",
-        panel=_REACHING,
     ),
-    click.option(
+    _reaching_option(
         "--allow-data-file",
         type=click.Path(),
         multiple=True,
         metavar="FILE",
         help="An external data file that may be used.",
-        panel=_REACHING,
     ),
-    click.option(
+    _reaching_option(
         "--search",
         type=click.Path(),
         multiple=True,
         metavar="DIR",
         help="A directory that may hold, at any depth, other images that use those of the chain.",
-        panel=_REACHING,
     ),
-    click.option(
+    _reaching_option(
         "--sole-user",
         is_flag=True,
         help="Only the images that were found use those of the chain; nobody else does.",
-        panel=_REACHING,
     ),
-    click.option(
-        "--active", type=IMAGE, metavar="LEAF", help="The chain's active layer.", panel=_REACHING
-    ),
-    click.option(
+    _reaching_option("--active", type=IMAGE, metavar="LEAF", help="The chain's active layer."),
+    _reaching_option(
         "--lock-wait",
         type=click.FloatRange(min=0, max=86400),
         metavar="SECONDS",
         default=Access().lock_wait,
         show_default=True,
         help="How long to wait for images that are locked.",
-        panel=_REACHING,
     ),
-    click.option(
+    _reaching_option(
         "--activate",
         is_flag=True,
         help="Activate the chain's logical volumes if needed, and those beside them to see what "
         "they hold, and deactivate them afterwards.",
-        panel=_REACHING,
     ),
 )
 
@@ -178,132 +169,113 @@ def _activate_volumes(
 
 _DEFAULTS: Final = MergeOptions()
 _MERGE_OPTIONS: Final = (
-    click.option(
+    merging_option(
         "--verify",
         type=click.Choice(get_args(VerifyLevel)),
         default=_DEFAULTS.verify,
         show_default=True,
         help="Also compare base's content with top's (full), or check only bitmaps and metadata.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--delete",
         is_flag=True,
         help="Delete the merged images once everything is verified, with their data files and with "
         "links that would lead nowhere.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--keep-name",
         is_flag=True,
         help="Give the result the name of TOP, in place of TOP's file (files only).",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--drop-bitmaps",
         is_flag=True,
         help="Go on even if base cannot hold bitmaps: the next backup must be a full one.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--drop-snapshots",
         is_flag=True,
         help="Delete internal snapshots that would show other data, or be lost with their image.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--despite-newer-base",
         is_flag=True,
         help="Go on even if BASE already holds most of TOP and was written later: what was written "
         "to it since is overwritten.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--engine",
         type=click.Choice(get_args(EngineChoice)),
         default=_DEFAULTS.engine,
         show_default=True,
         help="Which engine writes the data.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--direction",
         type=click.Choice(get_args(DirectionChoice)),
         default=_DEFAULTS.direction,
         show_default=True,
         help="Move TOP's data down into BASE (commit), or what TOP lacks up from BASE (pull), "
         "which leaves BASE as it is.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--data",
         type=click.Choice(get_args(DataChoice)),
         default=_DEFAULTS.data,
         show_default=True,
         help="Where data goes if base already has a cluster for it: to a new one (cow), or over "
         "the old one (in-place), which needs no second copy.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--detect-zeroes",
         is_flag=True,
         help="Read all data that moves beforehand, and turn zeros into zero clusters.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--bandwidth",
         type=SIZE,
         metavar="RATE",
         help="Copy at most this many bytes per second, such as 100M.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--size-limit",
         type=SIZE,
         metavar="SIZE",
         help="Treat base's file as a volume that cannot grow past SIZE.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--volume",
         type=click.Choice(get_args(VolumeChoice)),
         default=_DEFAULTS.volume,
         show_default=True,
         help="What kind of volume base lies on.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--shrink",
         is_flag=True,
         help="Reduce the logical volume afterwards to what the merge needed, and --leave.",
-        panel=_MERGING,
     ),
-    click.option(
+    merging_option(
         "--leave",
         type=SIZE,
         metavar="SIZE",
         help="What a reduced volume keeps beyond that.  [default: 1G if the guest writes to the "
         "result, otherwise nothing]",
-        panel=_MERGING,
     ),
-    click.option(
-        "--discard", is_flag=True, help="Discard what was freed on the volume.", panel=_MERGING
-    ),
-    click.option(
+    merging_option("--discard", is_flag=True, help="Discard what was freed on the volume."),
+    merging_option(
         "--reclaim",
         is_flag=True,
         help="Give back all leaked clusters of the image that is written, not only those of "
         "earlier merges. They may hold the data that a lost table mapped: see the plan.",
-        panel=_MERGING,
     ),
-    click.option(
+    _reaching_option(
         "--key-file",
         "key_files",
         type=KEY_FILE,
         multiple=True,
         metavar="[IMAGE=]FILE",
         help="A file with the passphrase of an encrypted image, or of all of them.",
-        panel=_REACHING,
     ),
 )
 

@@ -6,16 +6,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar, cast
 
-from rich.text import Text
-
-from chainmerge.cli.streams import console_on, write_message, write_report
+from chainmerge.cli.streams import console_on, has_edge, write_message, write_report
 from chainmerge.report import layout
-from chainmerge.report.layout import words
+from chainmerge.report.layout import Block, Words, joined, stack, words
+from chainmerge.report.plain import plain_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from rich.console import RenderableType
 
     from chainmerge.errors import ChainmergeError
     from chainmerge.report.progress import ProgressDisplay
@@ -26,11 +23,11 @@ Report = TypeVar("Report")
 class Output(Protocol):
     """One way to tell the caller what happened."""
 
-    def document(self, report: Report, table: Callable[[Report], RenderableType]) -> None:
+    def document(self, report: Report, table: Callable[[Report], Block]) -> None:
         """Show the result of a command that has one."""
         ...
 
-    def last_event(self, report: Report, table: Callable[[Report], RenderableType]) -> None:
+    def last_event(self, report: Report, table: Callable[[Report], Block]) -> None:
         """Show the result of a command that has shown progress before."""
         ...
 
@@ -46,15 +43,10 @@ class Output(Protocol):
 class TextOutput:
     """Tables on standard output; progress and errors on standard error."""
 
-    def document(self, report: Report, table: Callable[[Report], RenderableType]) -> None:
-        console = console_on(sys.stdout)
-        with console.capture() as captured:
-            # Commands are not broken: they are to be copied from there.
-            console.print(table(report), crop=False)
-        # Tables are padded on the right to the width of their columns.
-        write_report("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    def document(self, report: Report, table: Callable[[Report], Block]) -> None:
+        write_report(_shown_on(sys.stdout, table(report)))
 
-    def last_event(self, report: Report, table: Callable[[Report], RenderableType]) -> None:
+    def last_event(self, report: Report, table: Callable[[Report], Block]) -> None:
         self.document(report, table)
 
     def progress(self) -> ProgressDisplay:
@@ -69,27 +61,38 @@ class TextOutput:
         return BarProgress(console_on(stream))
 
     def error(self, error: ChainmergeError) -> None:
-        message = Text.assemble(
-            words("chainmerge: ", layout.BAD), words(error.sentence), "\n",
-            words("  what to do: ", layout.QUIET), words(error.advice), "\n",
-            words("  more: ", layout.QUIET), words(f"chainmerge explain {error.code}"),
-        )  # fmt: skip
-        console = console_on(sys.stderr)
-        with console.capture() as captured:
-            console.print(message, soft_wrap=True)
-        write_message(captured.get())
+        message = stack(
+            _unfolded("chainmerge: ", error.sentence, layout.BAD),
+            _unfolded("  what to do: ", error.advice, layout.QUIET),
+            _unfolded("  more: ", f"chainmerge explain {error.code}", layout.QUIET),
+        )
+        write_message(_shown_on(sys.stderr, message))
+
+
+def _shown_on(stream: TextIO, block: Block) -> str:
+    if not has_edge(stream):
+        return plain_text(block)
+    # Imported where it is used: colours take longer to import than a small merge takes.
+    from chainmerge.report.styled import styled  # noqa: PLC0415
+
+    return styled(block, console_on(stream))
+
+
+def _unfolded(label: str, text: str, style: str) -> Words:
+    """A line that the terminal folds, so that what is copied from there is one line."""
+    return Words(joined(words(label, style), words(text)).parts, folds=False)
 
 
 class JsonOutput:
     """JSON on standard output, one document or event a line, errors included."""
 
-    def document(self, report: Any, table: Callable[[Any], RenderableType]) -> None:
+    def document(self, report: Any, table: Callable[[Any], Block]) -> None:
         del table
         from chainmerge.report.json import encode  # noqa: PLC0415
 
         write_report(f"{encode(report)}\n")
 
-    def last_event(self, report: Any, table: Callable[[Any], RenderableType]) -> None:
+    def last_event(self, report: Any, table: Callable[[Any], Block]) -> None:
         del table
         from chainmerge.report.json import encode_event  # noqa: PLC0415
 

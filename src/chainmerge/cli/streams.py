@@ -10,20 +10,18 @@ import sys
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TextIO
 
-from rich.console import Console
-
 from chainmerge.cli.errors import ReportNotDelivered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from rich.console import Console
 
 # What tables draw with, for an output that is not Unicode.
 _PLAIN: Final[Mapping[str, str]] = MappingProxyType(
     {"◉": "*", "●": "o", "│": "|", "├": "|", "─": "-"}
 )
 _ERROR_HANDLER: Final = "chainmerge-plain"
-# A file has no edge to wrap at.
-_ENDLESS: Final = 10_000
 
 
 def prepare_streams() -> None:
@@ -49,14 +47,16 @@ def _open_closed_streams() -> None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8")
 
 
+def has_edge(stream: TextIO) -> bool:
+    """Whether lines are to be folded there. A file or a pipe has no edge."""
+    return stream.isatty() or "COLUMNS" in os.environ
+
+
 def console_on(stream: TextIO) -> Console:
     """Return a console that never reads markup, emoji or numbers into what it prints."""
-    if stream.isatty() or "COLUMNS" in os.environ:
-        return Console(file=stream, markup=False, emoji=False, highlight=False)
-    # The height is of no interest, but without one rich takes a dumb terminal's width.
-    return Console(
-        file=stream, markup=False, emoji=False, highlight=False, width=_ENDLESS, height=_ENDLESS
-    )
+    from rich.console import Console  # noqa: PLC0415 (only where something folds)
+
+    return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
 def write_report(text: str) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import rich_click as click
+import click
 
 from chainmerge.__about__ import __version__
 from chainmerge.cli.commands import Command

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces that the tables are made of, so that all look alike.
+"""The blocks that reports are made of, so that all look alike.
+
+They are values, and know nothing of where they are shown: :mod:`chainmerge.report.plain` makes text
+of them, :mod:`chainmerge.report.styled` what rich shows on a terminal.
 
 Names in reports come from images, that is, perhaps from a hostile guest. Everything
-that is text goes through :func:`words`, which makes it printable and keeps rich from
-reading markup in it.
+that is text goes through :func:`words`, which makes it printable.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from msgspec import Struct
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
 from chainmerge.documents.text import printable
 from chainmerge.report.text import human_size
@@ -37,55 +35,128 @@ STATE_STYLES: Final[Mapping[str, str]] = {
 }
 
 
-def words(text: str, style: str = "") -> Text:
+class Words(Struct, frozen=True):
+    """One line of text.
+
+    Attributes:
+        parts: Text and its style, from left to right.
+        folds: Whether it goes on in the next line where there is no more room.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    folds: bool = True
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(text for text, _ in self.parts)
+
+
+class Column(Struct, frozen=True):
+    """A column of a table.
+
+    Attributes:
+        heading: What stands above it.
+        right: Whether it holds numbers, which end in one line.
+        folds: Whether its cells may take several lines.
+        style: Of those of its cells that have none.
+    """
+
+    heading: str = ""
+    right: bool = False
+    folds: bool = True
+    style: str = ""
+
+
+class Table(Struct, frozen=True):
+    """Cells in columns.
+
+    Attributes:
+        columns: From left to right.
+        rows: From the top down; as many cells each as there are columns.
+        gap: Spaces between columns.
+        has_headings: Whether there is a line for them.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Words, ...], ...]
+    gap: int = 2
+    has_headings: bool = False
+
+
+class Indented(Struct, frozen=True):
+    """A block that is set in from the left, by two spaces."""
+
+    block: Block
+
+
+class Stack(Struct, frozen=True):
+    """Blocks, one below the other."""
+
+    blocks: tuple[Block, ...]
+
+
+Block: TypeAlias = Words | Table | Indented | Stack
+EMPTY_LINE: Final = Words(())
+
+
+def words(text: str, style: str = "") -> Words:
     """Return text to be shown as it is, whatever it contains."""
-    return Text(printable(text), style=style, overflow="fold")
+    return Words(((printable(text), style),))
 
 
-def command(text: str) -> Text:
+def joined(*parts: Words) -> Words:
+    """Return several texts as one line."""
+    return Words(tuple(part for one in parts for part in one.parts))
+
+
+def command(text: str) -> Words:
     """Return a command to be copied: on one line, however long that is."""
-    return Text(printable(text), overflow="ignore", no_wrap=True)
+    return Words(((printable(text), ""),), folds=False)
 
 
-def number(value: int | None) -> Text:
+def number(value: int | None) -> Words:
     """Return an exact number, or a dash for one that is not known."""
-    return words("-", QUIET) if value is None else Text(str(value), justify="right")
+    return words("-", QUIET) if value is None else words(str(value))
 
 
-def size(value: int | None) -> Text:
+def size(value: int | None) -> Words:
     """Return a size in bytes as people say it, or a dash for one that is not known."""
-    return words("-", QUIET) if value is None else Text(human_size(value), justify="right")
+    return words("-", QUIET) if value is None else words(human_size(value))
 
 
-def grid() -> Table:
-    """Return a table without lines or headings."""
-    return Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+def stack(*blocks: Block) -> Stack:
+    """Return blocks, one below the other."""
+    return Stack(blocks)
 
 
-def listing(*columns: str, right: Iterable[str] = ()) -> Table:
+def listing(
+    headings: Sequence[str], rows: Iterable[Sequence[Words]], *, right: Iterable[str] = ()
+) -> Table:
     """Return a table with headings; the columns named in *right* hold numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=QUIET)
     numeric = frozenset(right)
-    for column in columns:
-        table.add_column(
-            column,
-            justify="right" if column in numeric else "left",
-            no_wrap=column in numeric,
-            overflow="fold",
-        )
-    return table
+    columns = tuple(
+        Column(heading, right=heading in numeric, folds=heading not in numeric)
+        for heading in headings
+    )
+    return Table(columns, tuple(tuple(row) for row in rows), has_headings=True)
+
+
+def pairs(rows: Iterable[tuple[Words, Words]], style: str = "") -> Table:
+    """Return a table of what something is called, in *style*, and what is said of it."""
+    return Table((Column(folds=False, style=style), Column()), tuple(rows))
 
 
 def sizes(rows: Iterable[tuple[str, int | None, str]]) -> Table:
     """Return a table of sizes: what it is, as people say it, in exact bytes, and a remark."""
-    table = grid()
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value, remark in rows:
-        table.add_row(words(label), size(value), number(value), words(remark, QUIET))
-    return table
+    figures = Column(right=True, folds=False)
+    return Table(
+        (Column(folds=False), figures, figures, Column()),
+        tuple(
+            (words(label), size(value), number(value), words(remark, QUIET))
+            for label, value, remark in rows
+        ),
+    )
 
 
 class TreeNode(Struct, frozen=True):
@@ -94,12 +165,12 @@ class TreeNode(Struct, frozen=True):
     path: str
     parent: str | None
     style: str
-    below: tuple[Text, ...]
+    below: tuple[Words, ...]
 
 
-def tree(nodes: Sequence[TreeNode]) -> Group:
+def tree(nodes: Sequence[TreeNode]) -> Stack:
     """Return images as a tree. Paths are long, so each has a line of its own."""
-    return Group(*_tree_rows(nodes))
+    return Stack(tuple(_tree_rows(nodes)))
 
 
 def _tree_rows(nodes: Sequence[TreeNode]) -> Iterator[Table]:
@@ -110,35 +181,26 @@ def _tree_rows(nodes: Sequence[TreeNode]) -> Iterator[Table]:
             yield _tree_row(line.below, text)
 
 
-def _tree_row(prefix: str, text: Text) -> Table:
-    row = Table(box=None, show_header=False, pad_edge=False, padding=0)
-    row.add_column(no_wrap=True)
-    row.add_column(overflow="fold")
-    row.add_row(Text(prefix), text)
-    return row
+def _tree_row(prefix: str, text: Words) -> Table:
+    return Table((Column(folds=False), Column()), ((words(prefix), text),), gap=0)
 
 
-def indented(part: RenderableType) -> Padding:
-    """Return a part of a report, set in from the left."""
-    return Padding(part, (0, 0, 0, 2), expand=False)
+def indented(block: Block) -> Indented:
+    """Return a block, set in from the left."""
+    return Indented(block)
 
 
-def section(title: str, *body: RenderableType) -> Group:
+def section(title: str, *body: Block) -> Stack:
     """Return a titled part of a report, with an empty line before it."""
-    return Group(Text(), words(title, TITLE), *(indented(part) for part in body))
+    return stack(EMPTY_LINE, words(title, TITLE), *(indented(block) for block in body))
 
 
 def bullets(sentences: Iterable[str], style: str = "") -> Table:
     """Return sentences as a list."""
-    table = grid()
-    table.add_column(width=1)
-    table.add_column(overflow="fold")
-    for sentence in sentences:
-        table.add_row(words("-", style), words(sentence, style))
-    return table
+    return pairs((words("-", style), words(sentence, style)) for sentence in sentences)
 
 
-def warnings_section(warnings: Iterable[str]) -> tuple[Group, ...]:
+def warnings_section(warnings: Iterable[str]) -> tuple[Stack, ...]:
     """Return the part of a report that warns, which is left out where there is nothing to say."""
     sentences = tuple(warnings)
     return (section("Warnings", bullets(sentences, CAUTION)),) if sentences else ()

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
 from chainmerge.arithmetic.counting import counted
 from chainmerge.report import layout
-from chainmerge.report.layout import words
+from chainmerge.report.layout import Block, Words, stack, words
 from chainmerge.report.text import human_size
 
 if TYPE_CHECKING:
@@ -19,36 +16,36 @@ if TYPE_CHECKING:
     from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 
 
-def live_status_report(report: LiveStatusReport) -> RenderableType:
+def live_status_report(report: LiveStatusReport) -> Block:
     """Which merges of a disk are unfinished, and what continues them."""
     chain = layout.section("The disk reads", layout.bullets(report.chain))
     if not report.merges:
-        return Group(words(f"no unfinished merges in {report.vm}", layout.GOOD), chain)
-    return Group(
+        return stack(words(f"no unfinished merges in {report.vm}", layout.GOOD), chain)
+    return stack(
         words(f"{counted(len(report.merges), 'unfinished merge')} in {report.vm}", layout.CAUTION),
         *(part for merge in report.merges for part in _parts(merge)),
         chain,
     )
 
 
-def _parts(merge: LiveMergeStatus) -> Iterator[RenderableType]:
-    yield Text()
+def _parts(merge: LiveMergeStatus) -> Iterator[Block]:
+    yield layout.EMPTY_LINE
     yield words(f"{merge.top} into {merge.base}", layout.TITLE)
-    table = layout.grid()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row(words("came to", layout.QUIET), words(merge.state))
-    table.add_row(words("the VM's job", layout.QUIET), words(_job(merge)))
-    merged = words("yes", layout.GOOD) if merge.merged else words("no", layout.CAUTION)
-    table.add_row(words("took effect", layout.QUIET), merged)
-    if merge.guest_waits:
-        waits = "the guest's requests wait until the merge continues"
-        table.add_row(words("now", layout.QUIET), words(waits, layout.BAD))
-    if merge.error is not None:
-        table.add_row(words("error", layout.QUIET), words(merge.error, layout.BAD))
-    yield layout.indented(table)
+    yield layout.indented(layout.pairs(_facts(merge), layout.QUIET))
     yield layout.indented(words("to continue, run", layout.QUIET))
     yield layout.command(f"    {merge.command}")
+
+
+def _facts(merge: LiveMergeStatus) -> Iterator[tuple[Words, Words]]:
+    yield words("came to"), words(merge.state)
+    yield words("the VM's job"), words(_job(merge))
+    merged = words("yes", layout.GOOD) if merge.merged else words("no", layout.CAUTION)
+    yield words("took effect"), merged
+    if merge.guest_waits:
+        waits = "the guest's requests wait until the merge continues"
+        yield words("now"), words(waits, layout.BAD)
+    if merge.error is not None:
+        yield words("error"), words(merge.error, layout.BAD)
 
 
 def _job(merge: LiveMergeStatus) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.plan import (
+    DirectionCost,
     EngineName,
     MergePlan,
     PlannedBitmap,
@@ -20,7 +18,7 @@ from chainmerge.documents.plan import (
 )
 from chainmerge.options import Placement
 from chainmerge.report import layout
-from chainmerge.report.layout import words
+from chainmerge.report.layout import Block, Stack, Words, joined, stack, words
 from chainmerge.report.text import exact_size, human_size
 
 if TYPE_CHECKING:
@@ -61,37 +59,39 @@ _HIDDEN = "behind base's end, with zeros in the overlay, before the volume is ex
 _PRUNED_FIRST = "stale bitmaps are removed first, in a switch of their own, to make room"
 
 
-def plan_report(plan: MergePlan) -> RenderableType:
+def plan_report(plan: MergePlan) -> Block:
     """Everything that a plan says."""
-    return Group(*_plan_parts(plan))
+    return stack(*_plan_parts(plan))
 
 
-def disks_plan_report(plan: DisksPlan) -> RenderableType:
+def disks_plan_report(plan: DisksPlan) -> Block:
     """The plans of several disks, one after another."""
-    parts: list[RenderableType] = [words(f"{len(plan.disks)} disks, merged as one", layout.TITLE)]
+    parts: list[Block] = [words(f"{len(plan.disks)} disks, merged as one", layout.TITLE)]
     for disk in plan.disks:
         parts += [words(""), plan_report(disk)]
-    return Group(*parts, *((refusals_section(plan),) if plan.refusals else ()))
+    return stack(*parts, *((refusals_section(plan),) if plan.refusals else ()))
 
 
-def refusals_section(plan: MergePlan | DisksPlan) -> Group:
+def refusals_section(plan: MergePlan | DisksPlan) -> Stack:
     """Why a plan will not be carried out, and what to do about it."""
-    table = layout.grid()
-    table.add_column(style=layout.BAD, no_wrap=True)
-    table.add_column(overflow="fold")
-    for refusal in plan.refusals:
-        table.add_row(words(refusal.code), words(refusal.sentence))
-        table.add_row("", words(refusal.hint, layout.QUIET))
-    return layout.section("Refused", table)
+    rows = (
+        row
+        for refusal in plan.refusals
+        for row in (
+            (words(refusal.code), words(refusal.sentence)),
+            (words(""), words(refusal.hint, layout.QUIET)),
+        )
+    )
+    return layout.section("Refused", layout.pairs(rows, layout.BAD))
 
 
-def others_section(plan: MergePlan) -> Group:
+def others_section(plan: MergePlan) -> Stack:
     """Which other images use those of the chain, and where they were looked for."""
     found = ", ".join(plan.other_users) or "none found"
     return layout.section("Other images that use these", words(found), *search_lines(plan.searched))
 
 
-def search_lines(searched: Searched) -> Iterator[RenderableType]:
+def search_lines(searched: Searched) -> Iterator[Block]:
     """How far a search for users of images went."""
     yield words(f"only these places were searched: {searched.places}", layout.QUIET)
     for left_out in searched.left_out:
@@ -100,12 +100,12 @@ def search_lines(searched: Searched) -> Iterator[RenderableType]:
         yield words("there are no others, as --sole-user says", layout.QUIET)
 
 
-def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
+def _plan_parts(plan: MergePlan) -> Iterator[Block]:
     top, base = words(plan.top, _ROLE_STYLES[Role.TOP]), words(plan.base, _ROLE_STYLES[Role.BASE])
     if plan.pulls:
-        yield Text.assemble("Pull ", base, " up into ", top)
+        yield joined(words("Pull "), base, words(" up into "), top)
     else:
-        yield Text.assemble("Merge ", top, " into ", base)
+        yield joined(words("Merge "), top, words(" into "), base)
     if plan.progress in _PROGRESS_WORDS:
         yield words(_PROGRESS_WORDS[plan.progress], layout.CAUTION)
     yield layout.section("Chain", _chain(plan.images))
@@ -123,7 +123,7 @@ def _plan_parts(plan: MergePlan) -> Iterator[RenderableType]:
         yield refusals_section(plan)
 
 
-def _chain(images: tuple[PlannedImage, ...]) -> Group:
+def _chain(images: tuple[PlannedImage, ...]) -> Stack:
     return layout.tree([_node(image) for image in images])
 
 
@@ -143,7 +143,7 @@ def _node(image: PlannedImage) -> layout.TreeNode:
     return layout.TreeNode(image.path, image.parent, style, below)
 
 
-def _movement(plan: MergePlan) -> Group:
+def _movement(plan: MergePlan) -> Stack:
     movement, directions = plan.movement, plan.directions
     rows: list[tuple[str, int | None, str]] = [
         ("data", movement.data_bytes, ""),
@@ -153,56 +153,71 @@ def _movement(plan: MergePlan) -> Group:
     if plan.virtual_size_after != plan.virtual_size_before:
         was = f"was {exact_size(plan.virtual_size_before)}"
         rows.append((f"{_written(plan)}'s disk becomes", plan.virtual_size_after, was))
-    costs = layout.listing("direction", "copies", "bytes", "", right=("copies", "bytes"))
-    for name, cost in (("commit", directions.commit), ("pull", directions.pull)):
-        chosen = name == directions.chosen
-        style = layout.GOOD if chosen else "" if cost.available else layout.QUIET
-        costs.add_row(
-            words(f"{name} (chosen)" if chosen else name, style),
-            layout.size(cost.bytes_to_copy),
-            layout.number(cost.bytes_to_copy),
-            words(cost.reason, layout.QUIET),
-        )
+    costs = layout.listing(
+        ("direction", "copies", "bytes", ""),
+        (
+            _cost(name, cost, is_chosen=name == directions.chosen)
+            for name, cost in (("commit", directions.commit), ("pull", directions.pull))
+        ),
+        right=("copies", "bytes"),
+    )
     allocations = (
         f"{_written(plan)} allocates {counted(movement.new_clusters, 'cluster')}"
         f" and {counted(movement.new_l2_tables, 'mapping table')}"
     )
-    return Group(
+    return stack(
         layout.sizes(rows),
         words(allocations, layout.QUIET),
-        Text(),
+        layout.EMPTY_LINE,
         costs,
-        Text(),
+        layout.EMPTY_LINE,
         words(f"engine {plan.engine}: {plan.engine_reason}"),
         words(f"verification: {plan.verify}"),
     )
 
 
-def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> RenderableType:
+def _cost(name: str, cost: DirectionCost, *, is_chosen: bool) -> tuple[Words, ...]:
+    style = layout.GOOD if is_chosen else "" if cost.available else layout.QUIET
+    return (
+        words(f"{name} (chosen)" if is_chosen else name, style),
+        layout.size(cost.bytes_to_copy),
+        layout.number(cost.bytes_to_copy),
+        words(cost.reason, layout.QUIET),
+    )
+
+
+def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> Block:
     if not bitmaps:
         return words("none", layout.QUIET)
     table = layout.listing(
-        "name", "fate", "granularity", "dirty", "reason", right=("granularity", "dirty")
+        ("name", "fate", "granularity", "dirty", "reason"),
+        map(_bitmap_row, bitmaps),
+        right=("granularity", "dirty"),
     )
-    for bitmap in bitmaps:
-        fate = f"{bitmap.fate}, tombstone" if bitmap.tombstone else bitmap.fate
-        table.add_row(
-            words(bitmap.name),
-            words(fate, _FATE_STYLES.get(bitmap.fate, "")),
-            layout.size(bitmap.granularity),
-            layout.size(bitmap.dirty_bytes),
-            words("; ".join(_remarks(bitmap))),
-        )
     kept = sum(bitmap.fate == "keep" for bitmap in bitmaps)
     lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in bitmaps)
     summary = f"{kept} of {counted(len(bitmaps), 'bitmap')} kept"
     if lost:
         summary += f", {lost} lost that could have served a backup"
-    return Group(table, words(summary, layout.BAD if lost else layout.QUIET))
+    return stack(table, words(summary, layout.BAD if lost else layout.QUIET))
 
 
-def _snapshots(snapshots: tuple[PlannedSnapshots, ...]) -> RenderableType:
-    table = layout.listing("image", "snapshot", "fate")
+def _bitmap_row(bitmap: PlannedBitmap) -> tuple[Words, ...]:
+    fate = f"{bitmap.fate}, tombstone" if bitmap.tombstone else bitmap.fate
+    return (
+        words(bitmap.name),
+        words(fate, _FATE_STYLES.get(bitmap.fate, "")),
+        layout.size(bitmap.granularity),
+        layout.size(bitmap.dirty_bytes),
+        words("; ".join(_remarks(bitmap))),
+    )
+
+
+def _snapshots(snapshots: tuple[PlannedSnapshots, ...]) -> Block:
+    return layout.listing(("image", "snapshot", "fate"), _snapshot_rows(snapshots))
+
+
+def _snapshot_rows(snapshots: tuple[PlannedSnapshots, ...]) -> Iterator[tuple[Words, ...]]:
     for image in snapshots:
         given_back = f", {human_size(image.freed)} given back" if image.freed else ""
         for names, fate, style in (
@@ -211,11 +226,10 @@ def _snapshots(snapshots: tuple[PlannedSnapshots, ...]) -> RenderableType:
             (image.dropped, f"deleted{given_back}", layout.CAUTION),
         ):
             for name in names[:_SNAPSHOTS_LISTED]:
-                table.add_row(words(image.image), words(name), words(fate, style))
+                yield words(image.image), words(name), words(fate, style)
             more = len(names) - _SNAPSHOTS_LISTED
             if more > 0:
-                table.add_row(words(image.image), words(f"{more} more"), words(fate, style))
-    return table
+                yield words(image.image), words(f"{more} more"), words(fate, style)
 
 
 def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
@@ -226,7 +240,7 @@ def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
         yield "its bits come from the bitmaps that the interrupted run saved"
 
 
-def _space(plan: MergePlan) -> Group:
+def _space(plan: MergePlan) -> Stack:
     space = plan.space
     rows: list[tuple[str, int | None, str]] = [
         ("size now", space.size, ""),
@@ -251,7 +265,7 @@ def _space(plan: MergePlan) -> Group:
     breakdown: list[tuple[str, int | None, str]] = [
         (name.replace("_", " "), value, "") for name, value in space.breakdown.items()
     ]
-    return Group(
+    return stack(
         words(place),
         layout.sizes(rows),
         *((words(f"where {data}", layout.QUIET),) if plan.engine == EngineName.NATIVE else ()),

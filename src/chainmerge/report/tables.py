@@ -7,21 +7,16 @@ import itertools
 import shlex
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.merge import Measurement, MergeOutcome, MergeReport
-from chainmerge.documents.repair import NO_DAMAGE, RepairReport, UndoReport
+from chainmerge.documents.repair import NO_DAMAGE, RepairFinding, RepairReport, UndoReport
 from chainmerge.report import layout
-from chainmerge.report.layout import words
+from chainmerge.report.layout import Block, Stack, Table, Words, stack, words
 from chainmerge.report.plan_tables import others_section, search_lines
 from chainmerge.report.text import exact_size, human_size, rough_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from rich.table import Table
-    from rich.text import Text
 
     from chainmerge.documents.bitmaps import (
         BitmapChange,
@@ -41,21 +36,17 @@ if TYPE_CHECKING:
     )
 
 
-def merge_report(report: MergeReport) -> RenderableType:
+def merge_report(report: MergeReport) -> Block:
     """What a merge did."""
-    return Group(*_merge_parts(report))
+    return stack(*_merge_parts(report))
 
 
-def disks_report(report: DisksReport) -> RenderableType:
+def disks_report(report: DisksReport) -> Block:
     """What happened to each of several disks, with its report."""
-    table = layout.listing("disk", "outcome", "copied")
-    for disk in report.disks:
-        copied = "" if disk.report is None else human_size(disk.report.bytes_copied)
-        style = layout.GOOD if disk.is_done else layout.BAD
-        table.add_row(words(disk.top), words(disk.outcome, style), words(copied))
+    table = layout.listing(("disk", "outcome", "copied"), map(_outcome, report.disks))
     done = sum(disk.is_done for disk in report.disks)
     summary = f"{done} of {counted(len(report.disks), 'disk')} merged"
-    parts: list[RenderableType] = [
+    parts: list[Block] = [
         words(summary, layout.GOOD if done == len(report.disks) else layout.BAD),
         layout.indented(table),
     ]
@@ -63,10 +54,16 @@ def disks_report(report: DisksReport) -> RenderableType:
         parts += [words(""), words(disk.top, layout.TITLE), *_disk_parts(disk)]
     if done < len(report.disks):
         parts += [words(""), words("The same command does the rest.", layout.QUIET)]
-    return Group(*parts)
+    return stack(*parts)
 
 
-def _disk_parts(disk: DiskReport) -> Iterator[RenderableType]:
+def _outcome(disk: DiskReport) -> tuple[Words, ...]:
+    copied = "" if disk.report is None else human_size(disk.report.bytes_copied)
+    style = layout.GOOD if disk.is_done else layout.BAD
+    return words(disk.top), words(disk.outcome, style), words(copied)
+
+
+def _disk_parts(disk: DiskReport) -> Iterator[Block]:
     if disk.report is not None:
         yield from _merge_parts(disk.report)
     elif disk.error is not None:
@@ -77,17 +74,17 @@ def _disk_parts(disk: DiskReport) -> Iterator[RenderableType]:
         yield words(f"this run has changed nothing in {disk.base}", layout.QUIET)
 
 
-def chain_report(report: ChainReport) -> RenderableType:
+def chain_report(report: ChainReport) -> Block:
     """An image, the images below it, and other images that use them."""
     nodes = [_node(image, report.image) for image in report.images]
-    return Group(
+    return stack(
         layout.tree(nodes),
         layout.section("Other images that use these", *search_lines(report.searched)),
         *layout.warnings_section(report.warnings),
     )
 
 
-def check_report(result: CheckResult) -> RenderableType:
+def check_report(result: CheckResult) -> Block:
     """What a consistency check found."""
     if result.clean:
         verdict = words(f"{result.image}: nothing is wrong", layout.GOOD)
@@ -98,7 +95,7 @@ def check_report(result: CheckResult) -> RenderableType:
         if result.remarks:
             found += f", {counted(len(result.remarks), 'remark')}"
         verdict = words(f"{result.image}: {found}", style)
-    return Group(
+    return stack(
         verdict,
         *((layout.bullets(result.messages),) if result.messages else ()),
         *((layout.bullets(result.remarks),) if result.remarks else ()),
@@ -106,7 +103,7 @@ def check_report(result: CheckResult) -> RenderableType:
     )
 
 
-def measurement_report(measurement: Measurement) -> RenderableType:
+def measurement_report(measurement: Measurement) -> Block:
     """How large base must be."""
     rows: list[tuple[str, int | None, str]] = [
         ("required", measurement.required, "at the merge's peak"),
@@ -117,60 +114,64 @@ def measurement_report(measurement: Measurement) -> RenderableType:
     breakdown: list[tuple[str, int | None, str]] = [
         (name.replace("_", " "), value, "") for name, value in measurement.breakdown.items()
     ]
-    return Group(
+    return stack(
         words(f"Merging {measurement.top} into {measurement.base}", layout.TITLE),
         layout.sizes(rows),
         *((layout.section("Required for", layout.sizes(breakdown)),) if breakdown else ()),
     )
 
 
-def bitmap_listing(listing: BitmapListing) -> RenderableType:
+def bitmap_listing(listing: BitmapListing) -> Block:
     """Every bitmap of a chain, and whether a backup can use each name."""
     if not listing.rows:
         return words(f"{listing.image} and the images below it hold no bitmaps", layout.QUIET)
-    verdicts = layout.listing("name", "for backups", "why")
-    for verdict in listing.verdicts:
-        usable = words("usable", layout.GOOD) if verdict.passes else words("unusable", layout.BAD)
-        verdicts.add_row(words(verdict.name), usable, words(verdict.reason))
+    usable, unusable = words("usable", layout.GOOD), words("unusable", layout.BAD)
+    verdicts = layout.listing(
+        ("name", "for backups", "why"),
+        (
+            (words(verdict.name), usable if verdict.passes else unusable, words(verdict.reason))
+            for verdict in listing.verdicts
+        ),
+    )
     by_image = itertools.groupby(listing.rows, key=lambda row: row.image)
-    return Group(
+    return stack(
         *(part for image, rows in by_image for part in (words(image), _bitmap_table(rows))),
         layout.section("Checkpoints", verdicts),
         *_tombstone_note(listing),
     )
 
 
-def bitmap_change(change: BitmapChange) -> RenderableType:
+def bitmap_change(change: BitmapChange) -> Block:
     """What a change did to an image's bitmaps."""
     done = {"add": "added", "remove": "removed", "clear": "cleared", "merge": "merged into"}
     verb = done.get(change.action, change.action)
-    return Group(
+    return stack(
         words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
         _stored_bitmaps(change.bitmaps),
         *layout.warnings_section(change.warnings),
     )
 
 
-def prune_report(report: PruneReport) -> RenderableType:
+def prune_report(report: PruneReport) -> Block:
     """Which bitmaps a pruning removed, and why."""
     if not report.removed:
         return words(f"no stale bitmaps between {report.base} and {report.top}", layout.GOOD)
     summary = f"{counted(len(report.removed), 'bitmap')} pruned, {len(report.kept)} kept"
     by_image = itertools.groupby(report.removed, key=lambda bitmap: bitmap.image)
-    return Group(
+    return stack(
         *(part for image, bitmaps in by_image for part in (words(image), _pruned_table(bitmaps))),
         words(summary, layout.QUIET),
     )
 
 
-def repair_report(report: RepairReport) -> RenderableType:
+def repair_report(report: RepairReport) -> Block:
     """What is wrong with an image, what was or would be done about it, and what that costs."""
     if not report.findings:
-        return Group(
+        return stack(
             words(f"{report.image}: nothing to repair", layout.GOOD),
             *layout.warnings_section(report.warnings),
         )
-    return Group(
+    return stack(
         words(f"{report.image}: {counted(len(report.findings), 'finding')}"),
         layout.section("Found", _findings(report)),
         *_listed("Would be done" if report.dry_run else "Done", report.actions),
@@ -182,13 +183,13 @@ def repair_report(report: RepairReport) -> RenderableType:
     )
 
 
-def backing_report(report: BackingReport) -> RenderableType:
+def backing_report(report: BackingReport) -> Block:
     """What an image names as its backing file, and which files could be a lost one."""
     declared = f" ({report.backing_format})" if report.backing_format else ""
     name = _backing_file(report.backing) + declared
     if report.problem is None:
         return words(f"{report.image} has {name}")
-    parts: list[RenderableType] = [
+    parts: list[Block] = [
         words(f"{report.image} should have {name}"),
         words(report.problem, layout.BAD),
     ]
@@ -197,18 +198,18 @@ def backing_report(report: BackingReport) -> RenderableType:
             "No file was found that could be the missing one; --search DIR looks in other "
             "directories."
         )
-        return Group(*parts, words(note, layout.QUIET))
+        return stack(*parts, words(note, layout.QUIET))
     for candidate in report.candidates:
         about = f"{candidate.path} ({candidate.format})"
         parts += [words(about), layout.indented(layout.bullets(candidate.reasons))]
     image, first = shlex.quote(report.image), shlex.quote(report.candidates[0].path)
     note = f"If you know that this is the right file: `chainmerge relink {image} --backing {first}`"
-    return Group(*parts, words(note, layout.QUIET))
+    return stack(*parts, words(note, layout.QUIET))
 
 
-def relink_report(report: RelinkReport) -> RenderableType:
+def relink_report(report: RelinkReport) -> Block:
     """Which backing file an image has now."""
-    return Group(
+    return stack(
         words(f"{report.image} now has {_backing_file(report.backing)}", layout.GOOD),
         *_listed("Verified", report.verified),
         *layout.warnings_section(report.warnings),
@@ -219,7 +220,7 @@ def _backing_file(name: str | None) -> str:
     return "no backing file" if name is None else f"the backing file {name}"
 
 
-def undo_report(report: UndoReport) -> RenderableType:
+def undo_report(report: UndoReport) -> Block:
     """What was put back."""
     restored = exact_size(report.restored_bytes)
     return words(f"{report.image} is as it was before the repair: {restored} put back")
@@ -230,13 +231,13 @@ def _ways_back(report: RepairReport) -> Iterator[str]:
         yield f"`chainmerge repair --undo {shlex.quote(report.backup)}` puts it back"
 
 
-def _next_step(report: RepairReport) -> Iterator[Text]:
+def _next_step(report: RepairReport) -> Iterator[Words]:
     if report.dry_run and report.actions:
         command = f"chainmerge repair --yes {shlex.quote(report.image)}"
         yield words(f"Nothing was changed. `{command}` does it.", layout.QUIET)
 
 
-def _merge_parts(report: MergeReport) -> Iterator[RenderableType]:
+def _merge_parts(report: MergeReport) -> Iterator[Block]:
     yield words(_headline(report), layout.GOOD)
     if report.outcome == MergeOutcome.MERGED:
         yield words(_speed(report), layout.QUIET)
@@ -285,7 +286,7 @@ def _settled(report: MergeReport) -> Iterator[str]:
         yield f"{old} is now {new}, and has replaced the file that was there"
 
 
-def _listed(title: str, sentences: Iterable[str]) -> tuple[Group, ...]:
+def _listed(title: str, sentences: Iterable[str]) -> tuple[Stack, ...]:
     lines = tuple(sentences)
     return (layout.section(title, layout.bullets(lines)),) if lines else ()
 
@@ -312,39 +313,44 @@ def _node(image: ImageReport, asked: str) -> layout.TreeNode:
     return layout.TreeNode(image.path, image.parent, style, tuple(below))
 
 
-def _stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> RenderableType:
+def _stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> Block:
     return _bitmap_table(bitmaps) if bitmaps else words("none", layout.QUIET)
 
 
-def _bitmap_table(bitmaps: Iterable[BitmapResult | BitmapRow]) -> RenderableType:
+def _bitmap_table(bitmaps: Iterable[BitmapResult | BitmapRow]) -> Block:
     table = layout.listing(
-        "name", "state", "granularity", "dirty", "bytes", right=("granularity", "dirty", "bytes")
+        ("name", "state", "granularity", "dirty", "bytes"),
+        map(_bitmap_row, bitmaps),
+        right=("granularity", "dirty", "bytes"),
     )
-    for bitmap in bitmaps:
-        state = f"{bitmap.state} (tombstone)" if bitmap.tombstone else bitmap.state
-        table.add_row(
-            words(bitmap.name),
-            words(state, layout.STATE_STYLES.get(bitmap.state, "")),
-            layout.size(bitmap.granularity),
-            layout.size(bitmap.dirty_bytes),
-            layout.number(bitmap.dirty_bytes),
-        )
     return layout.indented(table)
 
 
-def _pruned_table(bitmaps: Iterable[PrunedBitmap]) -> RenderableType:
-    table = layout.listing("name", "was", "now", "reason")
-    for bitmap in bitmaps:
-        table.add_row(
+def _bitmap_row(bitmap: BitmapResult | BitmapRow) -> tuple[Words, ...]:
+    state = f"{bitmap.state} (tombstone)" if bitmap.tombstone else bitmap.state
+    return (
+        words(bitmap.name),
+        words(state, layout.STATE_STYLES.get(bitmap.state, "")),
+        layout.size(bitmap.granularity),
+        layout.size(bitmap.dirty_bytes),
+        layout.number(bitmap.dirty_bytes),
+    )
+
+
+def _pruned_table(bitmaps: Iterable[PrunedBitmap]) -> Block:
+    rows = (
+        (
             words(bitmap.name),
             words(bitmap.state, layout.STATE_STYLES.get(bitmap.state, "")),
             words("tombstone" if bitmap.tombstone else "gone"),
             words(bitmap.reason),
         )
-    return layout.indented(table)
+        for bitmap in bitmaps
+    )
+    return layout.indented(layout.listing(("name", "was", "now", "reason"), rows))
 
 
-def _tombstone_note(listing: BitmapListing) -> Iterator[Text]:
+def _tombstone_note(listing: BitmapListing) -> Iterator[Words]:
     if any(row.tombstone for row in listing.rows):
         yield words(
             "A tombstone is a disabled, empty bitmap that keeps the same name in images above from "
@@ -354,12 +360,11 @@ def _tombstone_note(listing: BitmapListing) -> Iterator[Text]:
 
 
 def _findings(report: RepairReport) -> Table:
-    table = layout.grid()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in report.findings:
-        is_damage = not finding.repairable and finding.kind not in NO_DAMAGE
-        style = layout.BAD if is_damage else layout.CAUTION
-        remark = " (cannot be repaired here)" if is_damage else ""
-        table.add_row(words(finding.kind, style), words(f"{finding.sentence}{remark}"))
-    return table
+    return layout.pairs(map(_finding, report.findings))
+
+
+def _finding(finding: RepairFinding) -> tuple[Words, Words]:
+    is_damage = not finding.repairable and finding.kind not in NO_DAMAGE
+    style = layout.BAD if is_damage else layout.CAUTION
+    remark = " (cannot be repaired here)" if is_damage else ""
+    return words(finding.kind, style), words(f"{finding.sentence}{remark}")
