@@ -14,7 +14,6 @@ from enum import IntFlag
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
@@ -24,6 +23,8 @@ from chainmerge.qcow2.table_errors import BadBitmapDirectory, BadBitmapTable, Un
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy.typing as npt
 
     from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.features import BitmapsExtension

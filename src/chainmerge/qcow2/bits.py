@@ -14,15 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct, field
 
 from chainmerge.arithmetic.rounding import divide_up
 
-Bytes = npt.NDArray[np.uint8]
-Offsets = npt.NDArray[np.uint64]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+Offsets: TypeAlias = "npt.NDArray[np.uint64]"
 
 #: QEMU neither stores nor loads a bitmap with more serialised bytes (BME_MAX_PHYS_SIZE, 7.2).
 MAX_PACKED_SIZE = 0x2000_0000

@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from chainmerge.qcow2.header import Header, parse_header
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from chainmerge.qcow2.readable import Readable
 
 

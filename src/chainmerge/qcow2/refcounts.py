@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.qcow2.gather import read_pieces
@@ -20,12 +19,14 @@ from chainmerge.qcow2.table_errors import BadRefcountTable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy.typing as npt
+
     from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
 
 #: Refcounts in the narrowest dtype that holds them: uint8, uint16, uint32 or uint64.
-Refcounts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+Refcounts: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]]"
 BLOCK_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 RESERVED = 0x1FF
 ENTRY_SIZE = 8

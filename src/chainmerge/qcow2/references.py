@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct, field
 
 from chainmerge.arithmetic.counting import counted
@@ -38,10 +37,12 @@ from chainmerge.qcow2.table_errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy.typing as npt
+
     from chainmerge.arithmetic.arrays import BoolArray, I64Array, U64Array
     from chainmerge.qcow2.image import Qcow2Image
 
-Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+Counts: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]]"
 
 #: QEMU checks no file of more clusters (``qcow2_check_refcounts``).
 MAX_CLUSTERS = 2**31 - 1

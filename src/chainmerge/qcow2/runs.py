@@ -6,15 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
     from chainmerge.arithmetic.arrays import BoolArray
 
-Clusters: TypeAlias = npt.NDArray[np.int64]
+Clusters: TypeAlias = "npt.NDArray[np.int64]"
 """Cluster numbers (file offset / cluster size), or counts of clusters."""
 
 NO_CLUSTERS: Final[Clusters] = np.zeros(0, dtype=np.int64)

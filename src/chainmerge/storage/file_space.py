@@ -11,7 +11,6 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I64Array
@@ -21,6 +20,8 @@ from chainmerge.storage.transfer import offload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import numpy.typing as npt
 
     from chainmerge.storage.locks import AnyFile
 

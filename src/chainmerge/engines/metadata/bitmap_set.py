@@ -12,7 +12,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
@@ -41,6 +40,8 @@ from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
 
 _MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
 _MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from chainmerge.engines.metadata.allocation import slices_by
 from chainmerge.qcow2.header import SECTOR, Header
@@ -18,6 +17,8 @@ from chainmerge.qcow2.refcounts import Refcounts, refcounts_per_block, unpack_re
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy.typing as npt
 
     from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.readable import Readable

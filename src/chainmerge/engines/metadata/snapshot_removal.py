@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -49,6 +48,8 @@ from chainmerge.qcow2.snapshots import read_snapshot_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
+
+    import numpy.typing as npt
 
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.snapshots import Snapshot

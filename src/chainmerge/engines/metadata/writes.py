@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.qcow2.runs import Clusters, runs_of
@@ -14,11 +13,13 @@ from chainmerge.qcow2.runs import Clusters, runs_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy.typing as npt
+
     from chainmerge.engines.metadata.refcount_blocks import Write
 
 _MAX_WRITE_BYTES = 8 << 20
 
-Piece = tuple[Clusters, npt.NDArray[np.uint8]]
+Piece: TypeAlias = "tuple[Clusters, npt.NDArray[np.uint8]]"
 """Ascending clusters, and what they shall hold: uint8[clusters, cluster size]."""
 
 

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, I32Array, U64Array
@@ -17,6 +16,8 @@ from chainmerge.storage.transfer.copying import Produced, Stretch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    import numpy.typing as npt
 
     from chainmerge.chain.view import GuestView
     from chainmerge.engines.native.decisions import Change

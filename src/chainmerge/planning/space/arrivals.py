@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, U64Array
@@ -38,6 +37,8 @@ from chainmerge.qcow2.runs import Clusters, Runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    import numpy.typing as npt
 
 COPY_BYTES = 1 << 20
 ZERO_COPY_BYTES = 16 << 20

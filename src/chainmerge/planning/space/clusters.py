@@ -7,7 +7,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -16,6 +15,8 @@ from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs, runs_where
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import numpy.typing as npt
 
 TABLE_ENTRY_BYTES = 8
 MAX_RUNS = 1 << 20

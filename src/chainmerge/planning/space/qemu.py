@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from msgspec.structs import replace
 
 from chainmerge.arithmetic.rounding import round_up
@@ -37,6 +36,8 @@ from chainmerge.storage.volumes import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
 
     from chainmerge.bitmaps.gathering import BitmapFacts
     from chainmerge.chain.opening import OpenChain, OpenImage
