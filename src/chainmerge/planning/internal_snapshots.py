@@ -52,8 +52,7 @@ from chainmerge.qcow2.snapshots import Snapshot, image_of_snapshot, read_snapsho
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
+    from chainmerge.arithmetic.arrays import BoolArray
     from chainmerge.chain.opening import OpenChain, OpenImage
     from chainmerge.chain.target import Target
     from chainmerge.chain.view import Resolved
@@ -270,6 +269,6 @@ class _Judge:
             return True
 
 
-def _lacks(runs: Resolved) -> npt.NDArray[np.bool_]:
-    lacking: npt.NDArray[np.bool_] = runs.kind == Kind.UNALLOCATED
+def _lacks(runs: Resolved) -> BoolArray:
+    lacking: BoolArray = runs.kind == Kind.UNALLOCATED
     return lacking

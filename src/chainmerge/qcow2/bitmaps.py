@@ -24,9 +24,7 @@ from chainmerge.qcow2.table_errors import BadBitmapDirectory, BadBitmapTable, Un
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
-    from chainmerge.arithmetic.arrays import U64Array
+    from chainmerge.arithmetic.arrays import BoolArray, U8Array, U64Array
     from chainmerge.qcow2.features import BitmapsExtension
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
@@ -346,7 +344,7 @@ def _refuse_entries(
     image: Qcow2Image,
     entry: BitmapEntry,
     table: U64Array,
-    bad: npt.NDArray[np.bool_],
+    bad: BoolArray,
     problem: str,
 ) -> None:
     if bad.any():
@@ -356,7 +354,7 @@ def _refuse_entries(
         raise BadBitmapTable(image.name, entry.name, problem)
 
 
-def _segments(image: Qcow2Image, table: U64Array) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+def _segments(image: Qcow2Image, table: U64Array) -> Iterator[tuple[int, U8Array]]:
     """The parts of the serialised bits that are not zeros, ascending."""
     cluster_size = image.header.cluster_size
     most = max(1, _READ_BYTES // cluster_size)

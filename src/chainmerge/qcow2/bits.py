@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from msgspec import Struct, field
 
+from chainmerge.arithmetic.arrays import I64Array, U8Array, U64Array
 from chainmerge.arithmetic.rounding import divide_up
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-Bytes: TypeAlias = "npt.NDArray[np.uint8]"
-Offsets: TypeAlias = "npt.NDArray[np.uint64]"
+Bytes: TypeAlias = U8Array
+Offsets: TypeAlias = U64Array
 
 #: QEMU neither stores nor loads a bitmap with more serialised bytes (BME_MAX_PHYS_SIZE, 7.2).
 MAX_PACKED_SIZE = 0x2000_0000
@@ -440,9 +438,7 @@ class _RunCollector:
             goes_on = int(end[stop - 1]) > number * _CHUNK_BITS
             run = stop - 1 if goes_on else stop
 
-    def _add_to_chunk(
-        self, number: int, first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
-    ) -> None:
+    def _add_to_chunk(self, number: int, first: I64Array, end: I64Array) -> None:
         if first[0] == 0 and end[0] == _CHUNK_BITS:
             self._chunks[number] = _ALL_ONES
             return
@@ -488,7 +484,7 @@ def _runs_of_chunk(chunk: Bytes) -> tuple[Offsets, Offsets]:
     return edges[0::2], edges[1::2]
 
 
-def _set_runs(chunk: Bytes, first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> None:
+def _set_runs(chunk: Bytes, first: I64Array, end: I64Array) -> None:
     """Set the bits of ascending, disjoint runs in a chunk."""
     first_byte, end_byte = first >> 3, end >> 3
     head = (0xFF << (first & 7)).astype(np.uint8)

@@ -10,12 +10,11 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.readable import Readable
 
 
-def read_pieces(readable: Readable, offsets: npt.NDArray[np.uint64], size: int) -> bytes:
+def read_pieces(readable: Readable, offsets: U64Array, size: int) -> bytes:
     """The *size* bytes at each of *offsets* (file offsets in bytes), one after another.
 
     Neighbours that follow each other in the file are read together, so the caller bounds
@@ -26,7 +25,7 @@ def read_pieces(readable: Readable, offsets: npt.NDArray[np.uint64], size: int) 
     )
 
 
-def _contiguous(offsets: npt.NDArray[np.uint64], size: int) -> Iterator[tuple[int, int]]:
+def _contiguous(offsets: U64Array, size: int) -> Iterator[tuple[int, int]]:
     """Runs of pieces that follow each other, as (file offset, number of pieces)."""
     if not len(offsets):
         return

@@ -11,8 +11,7 @@ import numpy as np
 from chainmerge.qcow2.header import Header, parse_header
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.readable import Readable
 
 
@@ -53,17 +52,17 @@ class Qcow2Image:
         return self._header
 
     @cached_property
-    def l1(self) -> npt.NDArray[np.uint64]:
+    def l1(self) -> U64Array:
         """The active L1 table, ``>u8[header.l1_size]``, at most 32 MiB; entries as stored.
 
         Kept from the first use on: not for use with all images of a chain.
         """
         return self._l1_part(0, self._header.l1_size)
 
-    def read_l1(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+    def read_l1(self, first: int, end: int) -> U64Array:
         """Entries *first* to *end* of the active L1 table, as numbers; nothing is kept."""
         return self._l1_part(first, min(end, self._header.l1_size)).astype(np.uint64)
 
-    def _l1_part(self, first: int, end: int) -> npt.NDArray[np.uint64]:
+    def _l1_part(self, first: int, end: int) -> U64Array:
         offset = self._header.l1_table_offset + first * 8
         return np.frombuffer(self._readable.read(offset, (end - first) * 8), dtype=">u8")

@@ -27,8 +27,7 @@ from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
+    from chainmerge.arithmetic.arrays import U64Array
     from chainmerge.qcow2.image import Qcow2Image
     from chainmerge.qcow2.runs import Clusters, Runs
 
@@ -106,9 +105,7 @@ def _sample(image: Qcow2Image, leaked: Runs) -> Clusters:
     return np.union1d(spread, leaked.start[: max(1, most // 2)])
 
 
-def _contents(
-    image: Qcow2Image, clusters: Clusters
-) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+def _contents(image: Qcow2Image, clusters: Clusters) -> Iterator[tuple[int, U64Array]]:
     """Each of the clusters with the numbers that it consists of, zeros behind the file's end."""
     size, readable = image.header.cluster_size, image.readable
     at_once = max(1, _READ_AT_ONCE // size)
@@ -123,7 +120,7 @@ def _contents(
             yield cluster, np.frombuffer(rest.ljust(size, b"\0"), ">u8")
 
 
-def _entries_leading_to(image: Qcow2Image, content: npt.NDArray[np.uint64], leaked: Runs) -> int:
+def _entries_leading_to(image: Qcow2Image, content: U64Array, leaked: Runs) -> int:
     """How many entries a table has; 0 if *content* is none that leads to leaked clusters only."""
     header = image.header
     if header.external_data_file:

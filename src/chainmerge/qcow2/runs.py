@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 from msgspec import Struct
 
+from chainmerge.arithmetic.arrays import I64Array
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy.typing as npt
-
     from chainmerge.arithmetic.arrays import BoolArray
 
-Clusters: TypeAlias = "npt.NDArray[np.int64]"
+Clusters: TypeAlias = I64Array
 """Cluster numbers (file offset / cluster size), or counts of clusters."""
 
 NO_CLUSTERS: Final[Clusters] = np.zeros(0, dtype=np.int64)

@@ -47,9 +47,7 @@ from chainmerge.qcow2.table_errors import BadBitmapDirectory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
-    import numpy.typing as npt
-
+    from chainmerge.arithmetic.arrays import I64Array
     from chainmerge.qcow2.readable import Readable
     from chainmerge.qcow2.references import ReferenceCounts
 
@@ -432,7 +430,7 @@ def _problem(image: Qcow2Image, entry: BitmapEntry, tables: Tables | None) -> st
     return None
 
 
-def _shares_clusters(tables: Tables, clusters: npt.NDArray[np.int64]) -> bool:
+def _shares_clusters(tables: Tables, clusters: I64Array) -> bool:
     """Whether any of *clusters* is counted for anything else as well, or is outside the file.
 
     Where the bitmaps are not trusted they are not counted, and any use of them is another one.

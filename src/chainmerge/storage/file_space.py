@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
-from chainmerge.arithmetic.arrays import I64Array
+from chainmerge.arithmetic.arrays import BoolArray, I64Array
 from chainmerge.storage import allocation
 from chainmerge.storage.extents import raw_data_extents
 from chainmerge.storage.transfer import offload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    import numpy.typing as npt
 
     from chainmerge.storage.locks import AnyFile
 
@@ -64,9 +62,9 @@ class ByteRanges(Struct, frozen=True):
 NO_RANGES = ByteRanges(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def _contain(ranges: ByteRanges, offsets: I64Array) -> npt.NDArray[np.bool_]:
+def _contain(ranges: ByteRanges, offsets: I64Array) -> BoolArray:
     index = np.searchsorted(ranges.start, offsets, "right") - 1
-    inside: npt.NDArray[np.bool_] = (index >= 0) & (offsets < ranges.end[index])
+    inside: BoolArray = (index >= 0) & (offsets < ranges.end[index])
     return inside
 
 

@@ -41,7 +41,8 @@ from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy.typing as npt
+    from chainmerge.arithmetic.arrays import BoolArray, U8Array
+
 
 _MIN_GRANULARITY = 1 << MIN_GRANULARITY_BITS
 _MAX_GRANULARITY = 1 << MAX_GRANULARITY_BITS
@@ -224,14 +225,14 @@ def _shape(header: Header, bits: BitSet) -> _Shape:
     )
 
 
-def _all_ones(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    full: npt.NDArray[np.bool_] = rows.min(axis=1) == 0xFF
+def _all_ones(rows: U8Array) -> BoolArray:
+    full: BoolArray = rows.min(axis=1) == 0xFF
     return full
 
 
 def _windows(
     bits: BitSet, parts: Clusters, cluster_size: int
-) -> Iterator[tuple[Clusters, npt.NDArray[np.uint8]]]:
+) -> Iterator[tuple[Clusters, U8Array]]:
     """The serialised bits of *parts*, as (parts, uint8[parts, cluster size]), piece by piece."""
     per_window = max(1, _WINDOW_BYTES // cluster_size)
     for part in slices_by(parts, per_window):
@@ -324,7 +325,7 @@ def place_bitmap_set(layout: BitmapSetLayout, allocation: Allocation) -> PlacedB
     return PlacedBitmapSet(layout, tables, placed, directory)
 
 
-def _run(first: int, rows: npt.NDArray[np.uint8]) -> Piece:
+def _run(first: int, rows: U8Array) -> Piece:
     return np.arange(first, first + len(rows), dtype=np.int64), rows
 
 

@@ -24,9 +24,7 @@ from chainmerge.qcow2.runs import Runs, without_runs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
-    from chainmerge.arithmetic.arrays import U64Array
+    from chainmerge.arithmetic.arrays import BoolArray, U64Array
     from chainmerge.qcow2.references import Counts, ReferenceCounts
     from chainmerge.qcow2.runs import Clusters
 
@@ -110,16 +108,16 @@ def _leaked(
         yield leaked + first, used[leaked]
 
 
-def are_within(clusters: Clusters, runs: Runs) -> npt.NDArray[np.bool_]:
+def are_within(clusters: Clusters, runs: Runs) -> BoolArray:
     """Which of *clusters* lie in *runs*, which are ascending."""
     if not len(runs.start):
         return np.zeros(len(clusters), dtype=np.bool_)
     at = np.searchsorted(runs.start, clusters, "right") - 1
-    inside: npt.NDArray[np.bool_] = (at >= 0) & (clusters < runs.end[at])
+    inside: BoolArray = (at >= 0) & (clusters < runs.end[at])
     return inside
 
 
-def _named_plainly(image: Qcow2Image, clusters: Clusters) -> npt.NDArray[np.bool_]:
+def _named_plainly(image: Qcow2Image, clusters: Clusters) -> BoolArray:
     """Which of *clusters* (ascending) the active tables name by entries with a COPIED flag."""
     header = image.header
     named = np.zeros(len(clusters), dtype=np.bool_)

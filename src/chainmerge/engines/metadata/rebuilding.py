@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from chainmerge.arithmetic.arrays import U64Array
+    from chainmerge.arithmetic.arrays import BoolArray, U64Array
     from chainmerge.qcow2.readable import Readable
     from chainmerge.qcow2.runs import Clusters
 
@@ -251,22 +251,22 @@ def _new_clusters(
 # COPIED flags
 
 
-def _untrue(entries: U64Array, is_single: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _untrue(entries: U64Array, is_single: BoolArray) -> BoolArray:
     """Which entries say that their cluster is theirs alone, and are wrong."""
-    wrong: npt.NDArray[np.bool_] = (entries & np.uint64(COPIED) != 0) & ~is_single
+    wrong: BoolArray = (entries & np.uint64(COPIED) != 0) & ~is_single
     return wrong
 
 
-def _missing(entries: U64Array, is_single: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _missing(entries: U64Array, is_single: BoolArray) -> BoolArray:
     """Which entries do not say that their cluster is theirs alone, though it is."""
-    wrong: npt.NDArray[np.bool_] = (entries & np.uint64(COPIED) == 0) & is_single
+    wrong: BoolArray = (entries & np.uint64(COPIED) == 0) & is_single
     return wrong
 
 
 def _flag_writes(
     readable: Readable,
     tables: Tables,
-    wrong: Callable[[U64Array, npt.NDArray[np.bool_]], npt.NDArray[np.bool_]],
+    wrong: Callable[[U64Array, BoolArray], BoolArray],
 ) -> Iterator[Write]:
     """Writes that toggle the COPIED flag of those active entries that are *wrong*.
 
@@ -312,9 +312,9 @@ def count_doubles(readable: Readable, tables: Tables) -> int:
     )
 
 
-def _shared(entries: U64Array, is_single: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _shared(entries: U64Array, is_single: BoolArray) -> BoolArray:
     del entries
-    shared: npt.NDArray[np.bool_] = ~is_single
+    shared: BoolArray = ~is_single
     return shared
 
 
@@ -322,9 +322,9 @@ def _wrong_l2(
     header: Header,
     tables: Tables,
     entries: U64Array,
-    wrong: Callable[[U64Array, npt.NDArray[np.bool_]], npt.NDArray[np.bool_]],
-) -> npt.NDArray[np.bool_]:
-    plain: npt.NDArray[np.bool_] = entries & np.uint64(COMPRESSED) == 0
+    wrong: Callable[[U64Array, BoolArray], BoolArray],
+) -> BoolArray:
+    plain: BoolArray = entries & np.uint64(COMPRESSED) == 0
     hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(header.cluster_bits)
     plain &= hosts != 0
     if header.external_data_file:

@@ -18,9 +18,7 @@ from chainmerge.qcow2.refcounts import Refcounts, refcounts_per_block, unpack_re
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
-    from chainmerge.arithmetic.arrays import U64Array
+    from chainmerge.arithmetic.arrays import U8Array, U64Array
     from chainmerge.qcow2.readable import Readable
     from chainmerge.qcow2.runs import Clusters
 
@@ -74,5 +72,5 @@ def pack_refcounts(refcounts: Refcounts, refcount_order: int) -> bytes:
     bits = 1 << refcount_order
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     parts = refcounts.astype(np.uint8).reshape(-1, len(shifts)) << shifts
-    octets: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1)
+    octets: U8Array = np.bitwise_or.reduce(parts, axis=1)
     return octets.tobytes()

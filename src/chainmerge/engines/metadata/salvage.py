@@ -41,7 +41,7 @@ from chainmerge.qcow2.references import Counts, Findings, count_references, is_a
 from chainmerge.qcow2.runs import NO_CLUSTERS, Clusters
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from chainmerge.arithmetic.arrays import BoolArray
 
 _REFCOUNT_TABLE_FIELD: Final = struct.Struct(">QI")
 _REFCOUNT_TABLE_AT: Final = 48
@@ -228,9 +228,7 @@ def _makes_sense(image: Qcow2Image) -> bool:
         return False
 
 
-def _count_what_is_used(
-    readable: Readable, tables: Tables, old: OldRefcounts
-) -> npt.NDArray[np.bool_]:
+def _count_what_is_used(readable: Readable, tables: Tables, old: OldRefcounts) -> BoolArray:
     """Which of the old refcount blocks count, except for a tenth, what the tables use."""
     header = tables.image.header
     entries = refcounts_per_block(header)

@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.arrays import BoolArray, U8Array, U32Array, U64Array
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.errors import ImageDamaged
 from chainmerge.engines.metadata.allocation import (
@@ -49,8 +49,6 @@ from chainmerge.qcow2.snapshots import read_snapshot_table
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    import numpy.typing as npt
-
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.snapshots import Snapshot
 
@@ -77,7 +75,7 @@ class SnapshotRemoval(Struct, frozen=True, dict=True):
     staying: int
     tables: U64Array
     renews_l1: bool
-    given_up: npt.NDArray[np.uint32]
+    given_up: U32Array
     allocation: Allocation
 
     @property
@@ -233,9 +231,7 @@ def _table_of(image: Qcow2Image, snapshots: Sequence[Snapshot]) -> bytes:
     return bytes(table)
 
 
-def _give_up_snapshot(
-    given_up: npt.NDArray[np.uint32], image: Qcow2Image, snapshot: Snapshot
-) -> None:
+def _give_up_snapshot(given_up: U32Array, image: Qcow2Image, snapshot: Snapshot) -> None:
     header = image.header
     size = snapshot.l1_size * _ENTRY_BYTES
     _give_up(given_up, _span(snapshot.l1_offset, size, header))
@@ -262,7 +258,7 @@ def _data_clusters(header: Header, entries: U64Array) -> Clusters:
     return np.concatenate(parts)
 
 
-def _give_up(given_up: npt.NDArray[np.uint32], clusters: Clusters) -> None:
+def _give_up(given_up: U32Array, clusters: Clusters) -> None:
     inside, times = np.unique(clusters[clusters < len(given_up)], return_counts=True)
     given_up[inside] += times.astype(np.uint32)
 
@@ -278,7 +274,7 @@ def _span(offset: int, length: int, header: Header) -> Clusters:
 class _Counts:
     """Which clusters are used once, when the snapshots are gone."""
 
-    def __init__(self, image: Qcow2Image, given_up: npt.NDArray[np.uint32]) -> None:
+    def __init__(self, image: Qcow2Image, given_up: U32Array) -> None:
         known = len(given_up)
         self.single = np.zeros(known, np.bool_)
         for first in range(0, known, _CLUSTERS_AT_ONCE):
@@ -287,13 +283,13 @@ class _Counts:
             gone = given_up[first : first + count]
             self.single[first : first + count] = (left - gone == 1) & (gone <= left)
 
-    def need_flag(self, header: Header, entries: U64Array) -> npt.NDArray[np.bool_]:
+    def need_flag(self, header: Header, entries: U64Array) -> BoolArray:
         """Which plain entries name a cluster that is theirs alone and do not say so."""
         hosts = (entries & np.uint64(OFFSET_MASK)) >> np.uint64(header.cluster_bits)
         within = (hosts != 0) & (hosts < np.uint64(len(self.single)))
         alone = self.single[np.where(within, hosts, np.uint64(0)).astype(np.int64)]
         flags = entries & np.uint64(COPIED | COMPRESSED) != 0
-        needed: npt.NDArray[np.bool_] = within & alone & ~flags
+        needed: BoolArray = within & alone & ~flags
         return needed
 
 
@@ -411,7 +407,7 @@ def _new_clusters(removal: SnapshotRemoval) -> Iterator[Piece]:
     yield new_refcount_table(header, np.zeros(0, np.uint64), allocation)
 
 
-def _without_tables(removal: SnapshotRemoval) -> npt.NDArray[np.uint32]:
+def _without_tables(removal: SnapshotRemoval) -> U32Array:
     """What the snapshots alone give up, of the active tables' clusters."""
     given_up = removal.given_up.copy()
     bits = np.uint64(removal.image.header.cluster_bits)
@@ -433,5 +429,5 @@ def _new_l1(removal: SnapshotRemoval, counts: _Counts, places: _Places) -> U64Ar
     return l1
 
 
-def _run(first: int, rows: npt.NDArray[np.uint8]) -> Piece:
+def _run(first: int, rows: U8Array) -> Piece:
     return np.arange(first, first + len(rows), dtype=np.int64), rows

@@ -13,13 +13,12 @@ from chainmerge.qcow2.runs import Clusters, runs_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy.typing as npt
-
+    from chainmerge.arithmetic.arrays import U8Array
     from chainmerge.engines.metadata.refcount_blocks import Write
 
 _MAX_WRITE_BYTES = 8 << 20
 
-Piece: TypeAlias = "tuple[Clusters, npt.NDArray[np.uint8]]"
+Piece: TypeAlias = "tuple[Clusters, U8Array]"
 """Ascending clusters, and what they shall hold: uint8[clusters, cluster size]."""
 
 
@@ -40,13 +39,13 @@ def gathered(pieces: Iterator[Piece], cluster_size: int) -> Iterator[Write]:
         yield start * cluster_size, b"".join(parts)
 
 
-def whole_clusters(data: bytes, cluster_size: int) -> npt.NDArray[np.uint8]:
+def whole_clusters(data: bytes, cluster_size: int) -> U8Array:
     """*data*, padded with zeros to whole clusters: uint8[clusters, cluster size]."""
     padded = data.ljust(round_up(len(data), cluster_size), b"\0")
     return np.frombuffer(padded, dtype=np.uint8).reshape(-1, cluster_size)
 
 
-def _contiguous(pieces: Iterator[Piece], limit: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+def _contiguous(pieces: Iterator[Piece], limit: int) -> Iterator[tuple[int, U8Array]]:
     """The pieces cut where their clusters are not contiguous, and at *limit* clusters."""
     for clusters, rows in pieces:
         runs = runs_of(clusters)

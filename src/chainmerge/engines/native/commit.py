@@ -28,7 +28,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.arrays import I64Array, U64Array
 from chainmerge.chain.layers import layer_of_qcow2
 from chainmerge.chain.view import GuestView, Resolved, joined_resolved
 from chainmerge.engines.metadata.allocation import stored_free_space as free_space_of
@@ -100,8 +100,6 @@ from chainmerge.storage.file_space import space_of, united
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from chainmerge.storage.transfer.copying import Transfer
 
 # Clusters whose data is put into the order of its sources at once.
@@ -327,7 +325,7 @@ def _batches(job: Commit) -> Iterator[list[tuple[Resolved, Change]]]:
 
 
 def _assign_hosts(
-    batch: Sequence[tuple[Resolved, Change]], clusters: npt.NDArray[np.int64], cluster_size: int
+    batch: Sequence[tuple[Resolved, Change]], clusters: I64Array, cluster_size: int
 ) -> list[U64Array]:
     """File offsets of all host clusters, fresh ones in the order of where their data is now."""
     places = [places_of_data(change, above, cluster_size) for above, change in batch]
@@ -379,8 +377,8 @@ def _new_tables(
     job: Commit,
     change: Change,
     hosts: U64Array,
-    indexes: npt.NDArray[np.int64],
-    clusters: npt.NDArray[np.int64],
+    indexes: I64Array,
+    clusters: I64Array,
 ) -> Piece:
     """The L2 tables in which entries change."""
     header = job.disk.header

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
-from chainmerge.arithmetic.arrays import BoolArray, I32Array, U64Array
+from chainmerge.arithmetic.arrays import (
+    BoolArray,
+    I32Array,
+    IndexArray,
+    U8Array,
+    U32Array,
+    U64Array,
+)
 from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
 from chainmerge.qcow2.extents import Extents, Kind, distinct
 from chainmerge.storage.transfer.copying import Produced, Stretch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    import numpy.typing as npt
 
     from chainmerge.chain.view import GuestView
     from chainmerge.engines.native.decisions import Change
@@ -52,17 +57,17 @@ class Moves(Struct, frozen=True):
 
     target: U64Array
     length: U64Array
-    kind: npt.NDArray[np.uint8]
+    kind: U8Array
     layer: I32Array
     host: U64Array
-    csize: npt.NDArray[np.uint32]
+    csize: U32Array
     guest: U64Array
 
     def __len__(self) -> int:
         """Return the number of pieces."""
         return len(self.target)
 
-    def take(self, chosen: npt.NDArray[np.intp] | BoolArray) -> Moves:
+    def take(self, chosen: IndexArray | BoolArray) -> Moves:
         """Some of the pieces."""
         return Moves(
             self.target[chosen],
@@ -77,7 +82,7 @@ class Moves(Struct, frozen=True):
 
 def places_of_data(
     change: Change, above: Resolved, cluster_size: int
-) -> tuple[npt.NDArray[np.intp], I32Array, U64Array]:
+) -> tuple[IndexArray, I32Array, U64Array]:
     """Positions of the fresh clusters, and where above their first byte lies: layer and offset."""
     fresh = np.flatnonzero(change.fresh)
     guest = change.cluster[fresh].astype(np.uint64) * np.uint64(cluster_size)

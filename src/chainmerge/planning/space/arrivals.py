@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from msgspec import Struct
 
-from chainmerge.arithmetic.arrays import BoolArray, U64Array
+from chainmerge.arithmetic.arrays import BoolArray, U8Array, U64Array
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.qemu.granules import MAX_GRANULE, MIN_GRANULE, may_detect_zeroes
 from chainmerge.planning.space.errors import CannotGrowBase
@@ -38,7 +38,6 @@ from chainmerge.qcow2.runs import Clusters, Runs
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    import numpy.typing as npt
 
 COPY_BYTES = 1 << 20
 ZERO_COPY_BYTES = 16 << 20
@@ -60,7 +59,7 @@ class MappedRuns(Protocol):
         """Bytes."""
 
     @property
-    def kind(self) -> npt.NDArray[np.uint8]:
+    def kind(self) -> U8Array:
         """Values of :class:`Kind`."""
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from chainmerge.arithmetic.arrays import BoolArray
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.qcow2.runs import NO_RUNS, Runs, joined_runs, runs_where
 
@@ -43,7 +44,7 @@ class HostLayout(Struct, frozen=True):
     end: int
     free: Runs
     shared: Runs
-    blocks: npt.NDArray[np.bool_]
+    blocks: BoolArray
 
     @property
     def used(self) -> int:
@@ -72,7 +73,7 @@ class HostLayout(Struct, frozen=True):
 
 def layout_of(
     windows: Iterable[npt.NDArray[np.unsignedinteger]],
-    blocks: npt.NDArray[np.bool_],
+    blocks: BoolArray,
     cluster_size: int,
     per_block: int,
 ) -> HostLayout:
@@ -180,7 +181,7 @@ def _first_fit(layout: HostLayout, pieces: Sequence[int], singles: int) -> tuple
     return Runs(start, length), joined_runs([*taken])
 
 
-def _touched_blocks(taken: Runs, per_block: int) -> npt.NDArray[np.bool_]:
+def _touched_blocks(taken: Runs, per_block: int) -> BoolArray:
     """Which refcount blocks describe any of the clusters: up to the last of them."""
     if not len(taken.start):
         return np.zeros(0, dtype=np.bool_)
