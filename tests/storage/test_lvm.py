@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chainmerge.storage import lvm
+from chainmerge.storage import lvm, lvm_process
 from chainmerge.storage.errors import CannotOpen
 from chainmerge.storage.lvm import DeviceMapperName, LogicalVolume
 from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogicalVolume
@@ -155,8 +155,8 @@ class TestReports:
 class TestCommandsThatDoNotEnd:
     @pytest.fixture(autouse=True)
     def _no_patience(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lvm, "_TIMEOUT_SECONDS", 1.0)
-        monkeypatch.setattr(lvm, "_GRACE_SECONDS", 0.1)
+        monkeypatch.setattr(lvm_process, "_TIMEOUT_SECONDS", 1.0)
+        monkeypatch.setattr(lvm_process, "_GRACE_SECONDS", 0.1)
 
     def test_a_change_that_can_be_stopped(self, base: LogicalVolume, fake_lvm: FakeLvm) -> None:
         fake_lvm.hang_command("lvextend", stubborn=False)

@@ -8,7 +8,6 @@ and what running QEMUs have open.
 from __future__ import annotations
 
 import contextlib
-import html
 import os
 import re
 from itertools import islice
@@ -90,6 +89,9 @@ def _home(image: str) -> ManagedPlace:
 
 
 def _path(text: str) -> str:
+    # Imported where it is used: it brings the names of all characters.
+    import html  # noqa: PLC0415
+
     return html.unescape(text)
 
 

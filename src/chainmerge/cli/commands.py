@@ -8,7 +8,6 @@ an exit status there. Nothing else in the command line catches errors of the API
 from __future__ import annotations
 
 import importlib
-import traceback
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -90,6 +89,8 @@ def _end(ctx: click.Context, output: Output, error: ChainmergeError) -> ExitCode
 
 def traceback_of(error: BaseException) -> str:
     """Return where an exception came from, fit to be printed."""
+    import traceback  # noqa: PLC0415 (only where somebody debugs)
+
     lines = "".join(traceback.format_exception(error)).splitlines()
     return "".join(f"{printable(line)}\n" for line in lines)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import TYPE_CHECKING
 
 from chainmerge.report.layout import Indented, Stack, Table, Words, words
@@ -53,10 +52,9 @@ def _width(text: str) -> int:
     """How many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
-    return sum(map(_columns, text))
+    from unicodedata import combining, east_asian_width  # noqa: PLC0415 (few texts need it)
 
-
-def _columns(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "FW" else 1
+    return sum(
+        0 if combining(character) else 2 if east_asian_width(character) in "FW" else 1
+        for character in text
+    )

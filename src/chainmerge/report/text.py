@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Final
 
 from chainmerge.arithmetic.counting import counted
@@ -26,7 +25,8 @@ def human_size(size: int) -> str:
     unit = 1 << (10 * exponent)
     digits = f"{size / unit:.2f}".rstrip("0").rstrip(".")
     # 1 MiB less one byte is not 1 MiB. A float could not tell that of 8 EiB.
-    exact = size == Fraction(digits) * unit
+    whole, _, hundredths = digits.partition(".")
+    exact = size * 100 == int(whole + hundredths.ljust(2, "0")) * unit
     return f"{'' if exact else '~'}{digits} {_UNITS[exponent]}"
 
 

@@ -9,33 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, Final
 
 from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.storage.errors import CannotOpen, FlushFailed, reason_of
-from chainmerge.storage.volume_errors import LvmFailed, LvmMissing, LvmUnfinished, NotALogicalVolume
+from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogicalVolume
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-_PROGRAM: Final = "lvm"
 _REPORT: Final = ("--reportformat", "json", "--units", "b", "--nosuffix")
 _FIELDS: Final = (
     "vg_name", "vg_uuid", "lv_name", "lv_uuid", "lv_size", "vg_extent_size", "vg_free",
     "segtype", "stripes", "seg_start",
 )  # fmt: skip
-
-# LVM waits for the locks of other lvm commands, which may take their time.
-_TIMEOUT_SECONDS: Final = 300.0
-_GRACE_SECONDS: Final = 30.0
-_MESSAGE_BYTES: Final = 4096
 
 # The types that lvextend enlarges by taking free extents of the volume group and nothing else.
 _EXTENSIBLE: Final = frozenset({"linear", "striped"})
@@ -284,7 +272,7 @@ def _report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
         return [_as_strings(row) for table in tables for row in table]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"its report cannot be read: {error!r}"
-        raise LvmFailed(image, f"{_PROGRAM} {command}", 0, reason) from error
+        raise LvmFailed(image, f"lvm {command}", 0, reason) from error
 
 
 def _as_strings(row: dict[str, Any]) -> dict[str, str]:
@@ -292,52 +280,7 @@ def _as_strings(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _run(image: str, command: str, *arguments: str) -> str:
-    """Run one lvm command to its end and return its standard output."""
-    program = shutil.which(_PROGRAM)
-    if program is None:
-        raise LvmMissing(image, "it is not on PATH")
-    # Files, not pipes: a command that we stop waiting for can still write to them.
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as messages:
-        process = _start(image, [program, command, *arguments], output, messages)
-        status = _wait(image, command, process)
-        output.seek(0)
-        messages.seek(0)
-        if status != 0:
-            reason = _in_one_line(messages.read(_MESSAGE_BYTES)) or "it did not say why"
-            raise LvmFailed(image, f"{_PROGRAM} {command}", status, reason)
-        return output.read().decode(errors="replace")
+    # Imported where it is used: most images lie in files.
+    from chainmerge.storage.lvm_process import run_lvm  # noqa: PLC0415
 
-
-def _start(
-    image: str, argv: Sequence[str], output: BinaryIO, messages: BinaryIO
-) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=messages,
-            env={**os.environ, "LC_ALL": "C"},
-            # A Ctrl-C on the terminal is for us, not for LVM in the middle of a change.
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise LvmMissing(image, reason_of(error)) from error
-
-
-def _wait(image: str, command: str, process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait(_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        # LVM ends on SIGTERM where it can; by SIGKILL it could leave a device suspended.
-        process.terminate()
-    try:
-        return process.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        waited = _TIMEOUT_SECONDS + _GRACE_SECONDS
-        raise LvmUnfinished(image, f"{_PROGRAM} {command}", process.pid, waited) from error
-
-
-def _in_one_line(messages: bytes) -> str:
-    lines = messages.decode(errors="replace").splitlines()
-    return "; ".join(line.strip() for line in lines if line.strip())
+    return run_lvm(image, command, *arguments)
