@@ -7,14 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar, cast
 
 from chainmerge.cli.streams import console_on, has_edge, write_message, write_report
-from chainmerge.report import layout
-from chainmerge.report.layout import Block, Words, joined, stack, words
-from chainmerge.report.plain import plain_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chainmerge.errors import ChainmergeError
+    from chainmerge.report.layout import Block
     from chainmerge.report.progress import ProgressDisplay
 
 Report = TypeVar("Report")
@@ -61,26 +59,22 @@ class TextOutput:
         return BarProgress(console_on(stream))
 
     def error(self, error: ChainmergeError) -> None:
-        message = stack(
-            _unfolded("chainmerge: ", error.sentence, layout.BAD),
-            _unfolded("  what to do: ", error.advice, layout.QUIET),
-            _unfolded("  more: ", f"chainmerge explain {error.code}", layout.QUIET),
-        )
-        write_message(_shown_on(sys.stderr, message))
+        # Imported where it is used, as most commands end without one.
+        from chainmerge.report.error_message import error_message  # noqa: PLC0415
+
+        write_message(_shown_on(sys.stderr, error_message(error)))
 
 
 def _shown_on(stream: TextIO, block: Block) -> str:
-    if not has_edge(stream):
-        return plain_text(block)
-    # Imported where it is used: colours take longer to import than a small merge takes.
-    from chainmerge.report.styled import styled  # noqa: PLC0415
+    # Imported where they are used: colours take longer to import than a small merge takes, and
+    # --version shows neither.
+    if has_edge(stream):
+        from chainmerge.report.styled import styled  # noqa: PLC0415
 
-    return styled(block, console_on(stream))
+        return styled(block, console_on(stream))
+    from chainmerge.report.plain import plain_text  # noqa: PLC0415
 
-
-def _unfolded(label: str, text: str, style: str) -> Words:
-    """A line that the terminal folds, so that what is copied from there is one line."""
-    return Words(joined(words(label, style), words(text)).parts, folds=False)
+    return plain_text(block)
 
 
 class JsonOutput:
