@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from benchmarks import bitmaps, chains, file_systems, plans, report, scattered, startup, volumes
+from benchmarks import (
+    bitmaps,
+    chains,
+    file_systems,
+    many,
+    plans,
+    report,
+    scattered,
+    startup,
+    volumes,
+)
 from benchmarks.caches import can_drop_caches
 from benchmarks.harness import Comparison, Failure, Settings
 from tests.support import machine
@@ -34,6 +44,8 @@ BENCHMARKS: Final[tuple[Benchmark, ...]] = (
     file_systems.scattered_on_btrfs,
     chains.chain_of_300,
     chains.chain_of_1000,
+    many.eight_disks,
+    many.ten_thousand_merges,
     plans.plan_of_1_tib,
     plans.plan_of_1_tib_shuffled,
     plans.plan_of_10_tib,

@@ -29,7 +29,7 @@ def start(settings: Settings) -> Iterable[Comparison]:
         load_programs=None,
     )
     yield Comparison(
-        "--version", outcomes["chainmerge"], _VERSION, outcomes[_VERSION], limit=Limit(cpu=0.2)
+        "--version", outcomes["chainmerge"], _VERSION, outcomes[_VERSION], limit=Limit(cpu=0.05)
     )
 
 
@@ -51,5 +51,5 @@ def merge_of_an_empty_overlay(settings: Settings) -> Iterable[Comparison]:
         outcomes["chainmerge"],
         _COMMIT,
         outcomes[_COMMIT],
-        limit=Limit(cpu=0.5),
+        limit=Limit(cpu=0.2),
     )

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from benchmarks import copies
 from benchmarks.harness import Comparison, Contender, run_rounds
 from benchmarks.images import MIB, program_loader
+from benchmarks.resident import Resident
 from demo.scenario import DATA_SIZE, GOOD, GRANULARITY, Workshop
 from demo.volumes import loop_volume
 from tests.support.qemu import bitmap_names
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from benchmarks.harness import Settings
 
 _PEER: Final = "qemu-img, 20 commands"
+_BY_API: Final = "by the API"
+_WAYS: Final = {
+    "metadata": "--verify metadata",
+    "full": "--verify full",
+    _BY_API: "full, by the API in a process that runs already",
+}
 _STALE: Final = 14
 _VOLUME: Final = 512 * MIB
 _IMAGE: Final = ("-f", "qcow2")
@@ -41,19 +49,22 @@ def merge_with_stale_bitmaps(settings: Settings) -> Iterable[Comparison]:
             merge = settings.merge(top, "--verify", level, *volume.merge_arguments)
             return Contender(level, (merge,), prepare, check=check)
 
-        outcomes = run_rounds(
-            settings,
-            (
-                merge_verifying("metadata"),
-                Contender(_PEER, tuple(_sequence(top, volume.path)), prepare, check=check),
-                merge_verifying("full"),
-                copies.direct_copy(settings.scratch, DATA_SIZE),
-            ),
-            load_programs=program_loader(settings),
-        )
-    for level in ("metadata", "full"):
+        with Resident() as resident:
+            by_api = partial(resident.merge, top, volume.path.parent, engine=settings.engine)
+            outcomes = run_rounds(
+                settings,
+                (
+                    merge_verifying("metadata"),
+                    Contender(_PEER, tuple(_sequence(top, volume.path)), prepare, check=check),
+                    merge_verifying("full"),
+                    Contender(_BY_API, (), prepare, check=check, call=by_api),
+                    copies.direct_copy(settings.scratch, DATA_SIZE),
+                ),
+                load_programs=program_loader(settings),
+            )
+    for level in ("metadata", "full", _BY_API):
         yield Comparison(
-            f"merge with {_STALE} stale bitmaps, block device, --verify {level}",
+            f"merge with {_STALE} stale bitmaps, block device, {_WAYS[level]}",
             outcomes[level],
             _PEER,
             outcomes[_PEER],
