@@ -36,7 +36,7 @@ from chainmerge.merging.job import Request
 from chainmerge.merging.preparing import Prepared, prepare, require_no_others
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import beside_others, plan_beside
-from chainmerge.records.disks import DiskEntry, disk_file, forget_entry, keep_entry, read_entry
+from chainmerge.records.disks import DiskEntry, forget_entry, keep_entry, load_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
 from chainmerge.records.request import command_of, recorded
@@ -189,7 +189,7 @@ def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
     top = os.path.abspath(disk.top)  # noqa: PTH100 (of a link itself)
     bases = [disk.base] if disk.base is not None else list(_bases_named_by(disks, top))
     for base in bases:
-        entry = read_entry(disk_file(base))
+        entry = load_entry(base)
         if entry is not None and entry.top == top:
             return entry
     return None
@@ -199,7 +199,7 @@ def _bases_named_by(disks: Sequence[_Disk], top: str) -> Iterator[Path]:
     for other in disks:
         with contextlib.suppress(ChainmergeError, OSError):
             base = other.base or discover(other.top, ChainPolicy()).base.real_path
-            entry = read_entry(disk_file(base))
+            entry = load_entry(base)
             if entry is not None and entry.request is not None and top in entry.disks:
                 yield Path(entry.request.bases[entry.disks.index(top)])
 
