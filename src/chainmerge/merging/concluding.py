@@ -29,6 +29,7 @@ def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     """Delete what top does not need any more; no image needs another backing file."""
     top = job.facts.top
     job.request.begin_to_settle(str(top.path))
+    # Of this run: it was written before the switch.
     record = load_merged_record(top.real_path)
     deleted: tuple[str, ...] = ()
     if record is not None:

@@ -66,6 +66,7 @@ def decided_job(
         decided,
         opened,
         locks,
+        remains,
     )
 
 

@@ -224,6 +224,7 @@ def _gone(
     for disk in disks:
         if disk in there:
             continue
+        # Before any merge is prepared: of one alone nobody could tell that it is one of several.
         record = load_merged_record(disk.top)
         if finished_before(record, disk.top, disk.base, options, access.active):
             continue

@@ -19,7 +19,6 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.records.files import (
     StateFile,
     UnusableState,
-    beside,
     is_path,
     read_state,
     write_state,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-DISKS_SUFFIX: Final = "chainmerge-disks"
 # Tops are called as they were named.
 _PLACES: Final = frozenset({"base"})
 
@@ -64,7 +62,7 @@ def keep_entry(base: Path, entry: DiskEntry) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(base, DISKS_SUFFIX), entry)
+    write_state(DISK_ENTRY.place(base), entry)
 
 
 def read_entry(file: Path) -> DiskEntry | None:
@@ -80,13 +78,13 @@ def _problems(entry: DiskEntry) -> Iterator[str]:
         yield "a name in it is not a path"
 
 
-_KIND: Final = StateFile(DISKS_SUFFIX, read_entry, lambda entry: entry.identity)
+DISK_ENTRY: Final = StateFile("chainmerge-disks", read_entry, lambda entry: entry.identity)
 # Both take the path of the base that a disk is merged into.
-disk_file = _KIND.found
-load_entry = _KIND.load
+disk_file = DISK_ENTRY.found
+load_entry = DISK_ENTRY.load
 
 
 def forget_entry(base: Path) -> None:
     """Remove an entry, durably, if there is one; one that stays says less than it did."""
     with contextlib.suppress(OSError, ChainmergeError):
-        _KIND.forget(base)
+        DISK_ENTRY.forget(base)

@@ -61,16 +61,6 @@ class StateDirectoryUnusable(RecordsUnusable, Refused):
     reason: str
 
 
-def beside(image: Path, suffix: str) -> Path:
-    """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
-    # Path.resolve() of Python 3.11 fails where links form a loop.
-    real = Path(os.path.realpath(image))
-    if not real.is_block_device():
-        return real.parent / f".{_short(real.name)}.{suffix}"
-    unique = device_identity(real.stat().st_rdev)
-    return STATE_DIRECTORY / f"{_file_name(unique) if unique else _name_of_node(real)}.{suffix}"
-
-
 @dataclass(frozen=True, slots=True)
 class StateFile(Generic[Kept]):
     """One kind of small file, of which an image has one at the most.
@@ -85,13 +75,31 @@ class StateFile(Generic[Kept]):
     read: Callable[[Path], Kept | None]
     owner: Callable[[Kept], ImageIdentity | None]
 
+    def is_called(self, name: str) -> bool:
+        """Whether *name* is that of such a file."""
+        return name.endswith(f".{self.suffix}")
+
+    def place(self, image: Path) -> Path:
+        """Where the file of *image* is written."""
+        # Path.resolve() of Python 3.11 fails where links form a loop.
+        real = Path(os.path.realpath(image))
+        if not real.is_block_device():
+            return real.parent / f".{_short(real.name)}.{self.suffix}"
+        unique = device_identity(real.stat().st_rdev)
+        name = _file_name(unique) if unique else _name_of_node(real)
+        return STATE_DIRECTORY / f"{name}.{self.suffix}"
+
+    def place_of_link(self, link: Path) -> Path:
+        """As :meth:`place`, for the name of a symbolic link itself, wherever it leads."""
+        return link.with_name(f".{_short(link.name)}.{self.suffix}")
+
     def found(self, image: Path) -> Path:
         """Where the file of *image* stands, whether or not there is one.
 
-        As :func:`beside`, but where earlier versions put what is there, if it is *image*'s: they
+        As :meth:`place`, but where earlier versions put what is there, if it is *image*'s: they
         filed the state of a block device under the name of its node. Raises what ``read`` raises.
         """
-        file = beside(image, self.suffix)
+        file = self.place(image)
         real = Path(os.path.realpath(image))
         if not real.is_block_device() or file.exists():
             return file
@@ -109,7 +117,7 @@ class StateFile(Generic[Kept]):
 
     def forget(self, image: Path) -> None:
         """Remove the file of *image*, durably; nothing happens if there is none."""
-        remove_durably(beside(image, self.suffix))
+        remove_durably(self.place(image))
         with contextlib.suppress(ChainmergeError):
             remove_durably(self.found(image))
 
@@ -123,11 +131,6 @@ def _file_name(identity: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,150}", identity):
         return identity
     return hashlib.sha256(os.fsencode(identity)).hexdigest()
-
-
-def beside_link(link: Path, suffix: str) -> Path:
-    """As :func:`beside`, for the name of a symbolic link itself, wherever it leads."""
-    return link.with_name(f".{_short(link.name)}.{suffix}")
 
 
 def _short(name: str) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import RecordsUnusable, Refused
-from chainmerge.records.files import StateFile, UnusableState, beside, read_state, write_state
+from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
 from chainmerge.records.identity import ImageIdentity
 from chainmerge.records.request import RecordedRequest
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSION: Final = 1
-LIVE_JOURNAL_SUFFIX: Final = "chainmerge-live"
 
 
 @dataclass(eq=False)
@@ -162,7 +161,7 @@ def save_live_journal(journal: LiveJournal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), LIVE_JOURNAL_SUFFIX), journal)
+    write_state(LIVE_JOURNAL.place(Path(journal.base.path)), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -195,8 +194,8 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
         yield "it names an overlay that is not in its list"
 
 
-_KIND: Final = StateFile(LIVE_JOURNAL_SUFFIX, read_live_journal, lambda journal: journal.base)
+LIVE_JOURNAL: Final = StateFile("chainmerge-live", read_live_journal, lambda journal: journal.base)
 # Each takes the path of base.
-live_journal_file = _KIND.found
-load_live_journal = _KIND.load
-forget_live_journal = _KIND.forget
+live_journal_file = LIVE_JOURNAL.found
+load_live_journal = LIVE_JOURNAL.load
+forget_live_journal = LIVE_JOURNAL.forget

@@ -46,7 +46,7 @@ import msgspec
 from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.changes import last_change
-from chainmerge.records.files import StateFile, UnusableState, beside, read_state, write_state
+from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
 from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.files import FileReadable
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOURNAL_VERSION: Final = 1
-JOURNAL_SUFFIX: Final = "chainmerge-journal"
 _PLACES: Final = frozenset({"child", "delete", "rename"})
 
 
@@ -179,7 +178,7 @@ def save_journal(journal: Journal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), JOURNAL_SUFFIX), journal)
+    write_state(MERGE_JOURNAL.place(Path(journal.base.path)), journal)
 
 
 def keep_journal(journal: Journal) -> Journal | None:
@@ -214,11 +213,11 @@ def _problems(journal: Journal) -> Iterator[str]:
         yield "its rename is incomplete"
 
 
-_KIND: Final = StateFile(JOURNAL_SUFFIX, read_journal, lambda journal: journal.base)
+MERGE_JOURNAL: Final = StateFile("chainmerge-journal", read_journal, lambda journal: journal.base)
 # Each takes the path of base.
-journal_file = _KIND.found
-load_journal = _KIND.load
-forget_journal = _KIND.forget
+journal_file = MERGE_JOURNAL.found
+load_journal = MERGE_JOURNAL.load
+forget_journal = MERGE_JOURNAL.forget
 
 
 def enter_state(journal: Journal | None, state: JournalState) -> Journal | None:

@@ -21,8 +21,6 @@ from chainmerge.records.changes import is_there, stands_on, what_stands_at
 from chainmerge.records.files import (
     StateFile,
     UnusableState,
-    beside,
-    beside_link,
     read_state,
     write_state,
 )
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-RECORD_SUFFIX: Final = "chainmerge-merged"
 _PLACES: Final = frozenset({"top", "base", "result", "path", "file"})
 
 
@@ -156,17 +153,17 @@ def _owner(record: MergedRecord) -> ImageIdentity | None:
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
-    write_state(beside(top, RECORD_SUFFIX), record)
+    write_state(MERGED_RECORD.place(top), record)
     for link in record.links:
         # With the link gone, its name is all that the same command has.
         if link.file == record.top:
-            write_state(beside_link(Path(link.path), RECORD_SUFFIX), record)
+            write_state(MERGED_RECORD.place_of_link(Path(link.path)), record)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
     """The record of a finished merge of *top*; None if absent or unreadable."""
     try:
-        return _KIND.load(top)
+        return MERGED_RECORD.load(top)
     except OSError:
         # A name that no file can have.
         return None
@@ -185,10 +182,10 @@ def _problems(record: MergedRecord) -> Iterator[str]:
         yield "it names no image that was left"
 
 
-_KIND: Final = StateFile(RECORD_SUFFIX, read_merged_record, _owner)
+MERGED_RECORD: Final = StateFile("chainmerge-merged", read_merged_record, _owner)
 # Each takes the path of top.
-merged_record_file = _KIND.found
-forget_merged_record = _KIND.forget
+merged_record_file = MERGED_RECORD.found
+forget_merged_record = MERGED_RECORD.forget
 
 
 def note_deleted(top: Path, record: MergedRecord) -> None:

@@ -33,7 +33,6 @@ from chainmerge.records.changes import as_called_now
 from chainmerge.records.files import (
     StateFile,
     UnusableState,
-    beside,
     decoded,
     encoded,
     is_path,
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SAVED_BITMAPS_MAGIC: Final = b"chainmerge saved bitmaps 1\n"
-SAVED_BITMAPS_SUFFIX: Final = "chainmerge-saved"
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
@@ -132,7 +130,7 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
         names.append(_SavedName(name, in_base, in_overlay))
     header = encoded(_SavedHeader(saved.base, saved.overlay, names, saved.request))
     document = b"".join([SAVED_BITMAPS_MAGIC, header, *blobs])
-    target = beside(base, SAVED_BITMAPS_SUFFIX)
+    target = SAVED_BITMAPS.place(base)
     make_directory(target.parent)
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
 
@@ -190,11 +188,11 @@ def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | Non
     return _unpack(blob, announced.disk_size, announced.granularity), rest
 
 
-_KIND: Final = StateFile(SAVED_BITMAPS_SUFFIX, read_saved_bitmaps, lambda saved: saved.base)
+SAVED_BITMAPS: Final = StateFile("chainmerge-saved", read_saved_bitmaps, lambda saved: saved.base)
 # Each takes the path of base.
-saved_bitmaps_file = _KIND.found
-load_saved_bitmaps = _KIND.load
-forget_saved_bitmaps = _KIND.forget
+saved_bitmaps_file = SAVED_BITMAPS.found
+load_saved_bitmaps = SAVED_BITMAPS.load
+forget_saved_bitmaps = SAVED_BITMAPS.forget
 
 
 def _read_file(file: Path) -> bytes | None:
