@@ -68,7 +68,8 @@ def plan_disks(
     """
     access, options = access or Access(), options or MergeOptions()
     paired = _paired(tops, bases)
-    disks = [disk for disk in paired if not _is_done(disk, paired)]
+    done = _done_before(paired)
+    disks = [disk for disk in paired if disk not in done]
     for gone in _gone(disks, access, options):
         raise gone
     look = Look()
@@ -118,8 +119,8 @@ def merge_disks(
     stop = should_stop or never
     access, options = access or Access(), options or MergeOptions()
     paired = _paired(tops, bases)
-    disks = [disk for disk in paired if not _is_done(disk, paired)]
-    done = [_done_before(disk, paired) for disk in paired if disk not in disks]
+    done = _done_before(paired)
+    disks = [disk for disk in paired if disk not in done]
     for gone in _gone(disks, access, options):
         raise gone
     with contextlib.ExitStack() as stack:
@@ -133,9 +134,9 @@ def merge_disks(
             for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
         )
     if all(one.is_done for one in outcomes):
-        for base in (*(one.base for one in prepared), *(Path(before.base) for before in done)):
+        for base in (*(one.base for one in prepared), *(Path(one.base) for one in done.values())):
             forget_entry(base)
-    by_top = {one.top: one for one in (*outcomes, *done)}
+    by_top = {one.top: one for one in (*outcomes, *done.values())}
     return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 
 
@@ -204,16 +205,14 @@ def _bases_named_by(disks: Sequence[_Disk], top: str) -> Iterator[Path]:
                 yield Path(entry.request.bases[entry.disks.index(top)])
 
 
-def _is_done(disk: _Disk, disks: Sequence[_Disk]) -> bool:
-    """Whether top is gone since an interrupted run of this merge was done with it."""
-    entry = _entry_of(disk, disks)
-    return entry is not None and entry.done
-
-
-def _done_before(disk: _Disk, disks: Sequence[_Disk]) -> DiskReport:
-    entry = _entry_of(disk, disks)
-    assert entry is not None
-    return DiskReport(str(disk.top), entry.base, DiskOutcome.ALREADY_MERGED)
+def _done_before(disks: Sequence[_Disk]) -> dict[_Disk, DiskReport]:
+    """The disks whose tops are gone since an interrupted run of this merge was done with them."""
+    entries = {disk: _entry_of(disk, disks) for disk in disks}
+    return {
+        disk: DiskReport(str(disk.top), entry.base, DiskOutcome.ALREADY_MERGED)
+        for disk, entry in entries.items()
+        if entry is not None and entry.done
+    }
 
 
 def _gone(
