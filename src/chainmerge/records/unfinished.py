@@ -279,6 +279,30 @@ def _read(file: Path) -> UnfinishedMerge | None:
         return _unreadable(file, error)
 
 
+def _told_by(
+    file: Path,
+    base: str,
+    top: str | None,
+    progress: str,
+    command: str | None,
+    *,
+    holds: bool | None = None,
+    state: str = UNKNOWN,
+) -> UnfinishedMerge:
+    """What a file tells of a merge; whether base is locked is looked at once for all files."""
+    return UnfinishedMerge(
+        base=base,
+        top=top,
+        state=state,
+        progress=progress,
+        base_holds_data=holds,
+        base_is_locked=False,
+        command=command,
+        files=(str(file),),
+        warnings=(),
+    )
+
+
 def _of_journal(file: Path, journal: Journal) -> UnfinishedMerge:
     where = _where_base_is(journal)
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
@@ -291,17 +315,9 @@ def _of_journal(file: Path, journal: Journal) -> UnfinishedMerge:
     else:
         # Of a copy by QEMU, only a look at all of it tells.
         holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
-    return UnfinishedMerge(
-        base=base,
-        top=top,
-        state=journal.state,
-        progress=progress,
-        base_holds_data=holds,
-        base_is_locked=False,
-        command=None if where is None else command_of(journal.known_request),
-        files=(str(file),),
-        warnings=warnings,
-    )
+    command = None if where is None else command_of(journal.known_request)
+    told = _told_by(file, base, top, progress, command, holds=holds, state=journal.state)
+    return replace(told, warnings=warnings)
 
 
 def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
@@ -367,20 +383,12 @@ def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
-    command, warnings = cold, [f"if the VM still runs, continue with `{resume}`"]
+    command, warnings = cold, (f"if the VM still runs, continue with `{resume}`",)
     if there and _is_locked(Path(base)):
-        command, warnings = resume, [f"if the VM does not run, finish with `{cold}`"]
-    return UnfinishedMerge(
-        base=base,
-        top=top,
-        state=journal.state,
-        progress=_LIVE_PROGRESS[journal.state],
-        base_holds_data=journal.took_effect if there else None,
-        base_is_locked=False,
-        command=command,
-        files=(str(file),),
-        warnings=tuple(warnings),
-    )
+        command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
+    holds, progress = journal.took_effect if there else None, _LIVE_PROGRESS[journal.state]
+    told = _told_by(file, base, top, progress, command, holds=holds, state=journal.state)
+    return replace(told, warnings=warnings)
 
 
 def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
@@ -388,17 +396,9 @@ def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
     copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
     if request is None:
         copying += ": the command that was interrupted finishes the merge"
-    return UnfinishedMerge(
-        base=_base_name(saved.base, _where_is(saved.base, request), request),
-        top=None if request is None else os.path.realpath(request.tops[0]),
-        state=UNKNOWN,
-        progress=copying,
-        base_holds_data=None,
-        base_is_locked=False,
-        command=None if request is None else command_of(request),
-        files=(str(file),),
-        warnings=(),
-    )
+    base = _base_name(saved.base, _where_is(saved.base, request), request)
+    top = None if request is None else os.path.realpath(request.tops[0])
+    return _told_by(file, base, top, copying, None if request is None else command_of(request))
 
 
 def _of_record(file: Path, record: MergedRecord) -> UnfinishedMerge | None:
@@ -416,18 +416,9 @@ def _of_record(file: Path, record: MergedRecord) -> UnfinishedMerge | None:
         words = "base still has to get the name of top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
-    source = None if record.pulled is None else record.pulled.base
-    return UnfinishedMerge(
-        base=record.base if source is None else _name_of(source, record.known_request.bases),
-        top=record.top,
-        state=UNKNOWN,
-        progress=progress,
-        base_holds_data=holds,
-        base_is_locked=False,
-        command=command_of(record.known_request),
-        files=(str(file),),
-        warnings=(),
-    )
+    source, request = None if record.pulled is None else record.pulled.base, record.known_request
+    base = record.base if source is None else _name_of(source, request.bases)
+    return _told_by(file, base, record.top, progress, command_of(request), holds=holds)
 
 
 def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
@@ -449,18 +440,9 @@ def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
     """One of several disks; what its own files say of it counts for more."""
     if entry.done:
         return None
-    return UnfinishedMerge(
-        base=entry.base,
-        top=entry.top,
-        state=UNKNOWN,
-        progress=f"it is one of {len(entry.disks)} disks merged together, and is not finished",
-        base_holds_data=None,
-        base_is_locked=False,
-        command=entry.finishing_command,
-        files=(str(file),),
-        warnings=(),
-        disks=tuple(entry.disks),
-    )
+    progress = f"it is one of {len(entry.disks)} disks merged together, and is not finished"
+    told = _told_by(file, entry.base, entry.top, progress, entry.finishing_command)
+    return replace(told, disks=tuple(entry.disks))
 
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
@@ -469,21 +451,13 @@ def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     beside = file.with_name(name.removeprefix("."))
     is_image = file.parent != state_files.STATE_DIRECTORY
     only_slower = isinstance(error, MergeJournalDamaged)
-    return UnfinishedMerge(
-        base=str(beside) if is_image else name,
-        top=None,
-        state=UNKNOWN,
-        progress=(
-            "only the images can show it: the command that was interrupted finishes the merge"
-            if only_slower
-            else "what it saved cannot be read"
-        ),
-        base_holds_data=None,
-        base_is_locked=False,
-        command=None,
-        files=(str(file),),
-        warnings=(error.sentence,),
+    progress = (
+        "only the images can show it: the command that was interrupted finishes the merge"
+        if only_slower
+        else "what it saved cannot be read"
     )
+    base = str(beside) if is_image else name
+    return replace(_told_by(file, base, None, progress, None), warnings=(error.sentence,))
 
 
 def _is_locked(base: Path) -> bool:
