@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from functools import partial
 from types import MappingProxyType
-from typing import ClassVar, Final, Literal, get_args
+from typing import ClassVar, Final, Literal, TypeAlias, get_args
 
 from msgspec import Struct, field
 
@@ -24,6 +25,10 @@ DataChoice = Literal["auto", "cow", "in-place"]
 DirectionChoice = Literal["auto", "commit", "pull"]
 VolumeChoice = Literal["auto", "file", "block", "lvm"]
 StallChoice = Literal["wait", "throttle", "abort"]
+# Known by these names to what checks values by their annotations.
+FileName: TypeAlias = str
+Seconds: TypeAlias = float
+ByteCount: TypeAlias = int
 
 
 class Direction(StrEnum):
@@ -78,21 +83,14 @@ class Access(Struct, frozen=True):
     allow_backing: tuple[str, ...] = ()
     allow_data_file: tuple[str, ...] = ()
     search: tuple[str, ...] = ()
-    active: str | None = None
-    lock_wait: float = 10.0
+    active: FileName | None = None
+    lock_wait: Seconds = 10.0
     sole_user: bool = False
     activate: bool = False
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable if an option has an impossible value."""
-        require_paths_to_texts("formats", self.formats)
-        require_paths("allow_backing", self.allow_backing)
-        require_paths("allow_data_file", self.allow_data_file)
-        require_paths("search", self.search)
-        if self.active is not None:
-            require_path("active", self.active)
-        require_seconds("lock_wait", self.lock_wait)
-        _require_flags(self)
+        _require_fitting_fields(self)
 
 
 class MergeOptions(Struct, frozen=True):
@@ -143,8 +141,8 @@ class MergeOptions(Struct, frozen=True):
     direction: DirectionChoice = "auto"
     data: DataChoice = "auto"
     detect_zeroes: bool = False
-    bandwidth: int | None = None
-    size_limit: int | None = None
+    bandwidth: ByteCount | None = None
+    size_limit: ByteCount | None = None
     volume: VolumeChoice = "auto"
     shrink: bool = False
     leave: int | None = None
@@ -154,17 +152,9 @@ class MergeOptions(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable if an option has an impossible value."""
-        require_choice("verify", self.verify, get_args(VerifyLevel))
-        require_choice("engine", self.engine, get_args(EngineChoice))
-        require_choice("direction", self.direction, get_args(DirectionChoice))
-        require_choice("data", self.data, get_args(DataChoice))
-        require_choice("volume", self.volume, get_args(VolumeChoice))
-        _require_flags(self)
-        require_bytes("bandwidth", self.bandwidth)
-        require_bytes("size_limit", self.size_limit)
-        if self.leave != 0:
+        if self.leave is not None and self.leave != 0:
             require_bytes("leave", self.leave)
-        require_paths_to_texts("key_files", self.key_files)
+        _require_fitting_fields(self)
         for key_file in self.key_files.values():
             require_path("key_files", key_file)
 
@@ -189,22 +179,15 @@ class LiveOptions(Struct, frozen=True):
     verify: VerifyLevel = "full"
     delete: bool = False
     drop_bitmaps: bool = False
-    bandwidth: int | None = None
-    deadline: float | None = None
+    bandwidth: ByteCount | None = None
+    deadline: Seconds | None = None
     on_stall: StallChoice = "wait"
-    size_limit: int | None = None
+    size_limit: ByteCount | None = None
     volume: VolumeChoice = "auto"
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable if an option has an impossible value."""
-        require_choice("verify", self.verify, get_args(VerifyLevel))
-        require_choice("on_stall", self.on_stall, get_args(StallChoice))
-        require_choice("volume", self.volume, get_args(VolumeChoice))
-        _require_flags(self)
-        require_bytes("bandwidth", self.bandwidth)
-        require_bytes("size_limit", self.size_limit)
-        if self.deadline is not None:
-            require_seconds("deadline", self.deadline)
+        _require_fitting_fields(self)
 
     @property
     def as_merge(self) -> MergeOptions:
@@ -221,10 +204,9 @@ class LiveOptions(Struct, frozen=True):
         )
 
 
-def _require_flags(options: Access | MergeOptions | LiveOptions) -> None:
+def _require_fitting_fields(options: Access | MergeOptions | LiveOptions) -> None:
     for name, kind in type(options).__annotations__.items():
-        if kind == "bool":
-            require_flag(name, getattr(options, name))
+        require_fitting(name, getattr(options, name), kind)
 
 
 LARGEST: Final = 2**63 - 1
@@ -268,9 +250,7 @@ def require_integer(option: str, value: object) -> None:
 
 
 def require_bytes(option: str, value: object) -> None:
-    """Raise OptionUnusable unless *value* is None or a number of bytes that is not 0."""
-    if value is None:
-        return
+    """Raise OptionUnusable unless *value* is a number of bytes that is not 0."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         raise _unusable(option, value, f"a whole number of bytes from 1 to {LARGEST}")
 
@@ -329,6 +309,43 @@ def require_instance(option: str, value: object, kind: type) -> None:
     """Raise OptionUnusable unless *value* is a *kind*."""
     if not isinstance(value, kind):
         raise _unusable(option, value, f"of the type {kind.__name__}")
+
+
+_OR_NONE: Final = " | None"
+# By the annotation, which is text: everything of ours postpones the evaluation of annotations.
+_CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
+    {
+        "bool": require_flag,
+        "int": require_integer,
+        "ByteCount": require_bytes,
+        "Seconds": require_seconds,
+        "str": require_text,
+        "Sequence[str]": require_texts,
+        "FileName": require_path,
+        "str | Path": require_path,
+        "Sequence[str | Path]": require_paths,
+        "tuple[str, ...]": require_paths,
+        "Mapping[str, str]": require_paths_to_texts,
+        "VerifyLevel": partial(require_choice, choices=get_args(VerifyLevel)),
+        "EngineChoice": partial(require_choice, choices=get_args(EngineChoice)),
+        "DataChoice": partial(require_choice, choices=get_args(DataChoice)),
+        "DirectionChoice": partial(require_choice, choices=get_args(DirectionChoice)),
+        "VolumeChoice": partial(require_choice, choices=get_args(VolumeChoice)),
+        "StallChoice": partial(require_choice, choices=get_args(StallChoice)),
+        "Access": partial(require_instance, kind=Access),
+        "MergeOptions": partial(require_instance, kind=MergeOptions),
+        "LiveOptions": partial(require_instance, kind=LiveOptions),
+    }
+)
+
+
+def require_fitting(option: str, value: object, annotation: str) -> None:
+    """Raise OptionUnusable unless *value* is what *annotation* says, as far as that is known."""
+    if value is None and annotation.endswith(_OR_NONE):
+        return
+    check = _CHECKS.get(annotation.removesuffix(_OR_NONE))
+    if check is not None:
+        check(option, value)
 
 
 def _unusable(option: str, value: object, allowed: str) -> OptionUnusable:

@@ -22,7 +22,7 @@ from chainmerge.errors import ExitCode, Failed
 from chainmerge.merging import disks as several_disks
 from chainmerge.merging.errors import DisksMismatched, DisksShareImage
 from chainmerge.options import MergeOptions
-from chainmerge.records.disks import DISKS_SUFFIX, disk_file, keep_entry
+from chainmerge.records.disks import DISK_ENTRY, disk_file, keep_entry
 from chainmerge.storage.errors import WriteFailed
 from chainmerge.storage.files import AppendedFile, WritablePort
 from chainmerge.storage.volume_errors import FileSystemFull
@@ -80,7 +80,7 @@ class Machine:
     def assert_merged(self) -> None:
         for number in range(DISKS):
             self.assert_disk_merged(number)
-        assert not list(self.directory.rglob(f"*{DISKS_SUFFIX}*"))
+        assert not list(self.directory.rglob(f"*{DISK_ENTRY.suffix}*"))
         assert chainmerge.status(self.directories).merges == ()
 
     @property

@@ -12,12 +12,31 @@ import pytest
 
 from chainmerge.records import identity as identities
 from chainmerge.records.changes import called, moved
+from chainmerge.records.disks import DiskEntry, read_entry
+from chainmerge.records.files import write_state
 from chainmerge.records.identity import ImageIdentity, Sameness, compare, identify
+from chainmerge.records.merge_journal import (
+    JOURNAL_VERSION,
+    Asked,
+    Journal,
+    JournalledImage,
+    JournalledRepoint,
+    read_journal,
+)
+from chainmerge.records.merged_record import (
+    DoomedImage,
+    LeftInPlace,
+    MergedRecord,
+    Pulled,
+    Superseded,
+    read_merged_record,
+)
+from chainmerge.records.request import RecordedRequest
 from tests.support.loopdev import loop_device, mounted_file_system, mounted_ramfs
 from tests.support.reused import made_again
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MIB = 1 << 20
 # Those of the first two lines keep no time of birth.
@@ -151,6 +170,70 @@ def test_a_device_that_has_another_number_is_called_what_it_is_called_now(tmp_pa
         moves = moved([before, identify(volume)])
         assert moves == ({} if str(device) == before.path else {before.path: str(device)})
         assert called(before, moves) == identify(device)
+
+
+def test_documents_call_a_device_that_has_another_number_what_it_is_called_now(
+    tmp_path: Path,
+) -> None:
+    volume, other = tmp_path / "volume", tmp_path / "other"
+    with loop_device(volume, MIB) as device:
+        before = identify(device)
+    with loop_device(other, MIB), loop_device(volume, MIB) as device:
+        now = identify(device)
+        assert now.path != before.path
+        assert _read_again(tmp_path, read_merged_record, _record(before)) == _record(now)
+        assert _read_again(tmp_path, read_journal, _journal(before)) == _journal(now)
+        # What somebody typed stays as it was.
+        assert _read_again(tmp_path, read_entry, _entry(before)) == msgspec.structs.replace(
+            _entry(before), base=now.path, identity=now
+        )
+
+
+def _read_again(place: Path, read: Callable[[Path], object], document: msgspec.Struct) -> object:
+    write_state(place / "document", document)
+    return read(place / "document")
+
+
+def _request() -> RecordedRequest:
+    return RecordedRequest(["/dev/mapper/vg-top"], ["/dev/mapper/vg-base"], {}, {})
+
+
+def _record(image: ImageIdentity) -> MergedRecord:
+    path, doomed = image.path, DoomedImage(image.path, image)
+    return MergedRecord(
+        top=path,
+        base=path,
+        result=path,
+        result_format="qcow2",
+        result_identity=image,
+        keep_name=False,
+        delete=[doomed],
+        pulled=Pulled("its name in the header", image, None, image),
+        superseded=Superseded([doomed], ""),
+        request=_request(),
+        left=LeftInPlace(image, "", ""),
+    )
+
+
+def _journal(image: ImageIdentity) -> Journal:
+    return Journal(
+        version=JOURNAL_VERSION,
+        engine="native",
+        base=image,
+        overlays=[JournalledImage(image, "")],
+        children=[image],
+        asked=Asked(delete=True, keep_name=False, shrink=False, discard=False),
+        repoint=[JournalledRepoint(image.path, "its name in the header", "qcow2")],
+        delete=[image.path],
+        rename=[image.path, "/a/file"],
+        spent=["a bitmap"],
+        boot="",
+        request=_request(),
+    )
+
+
+def _entry(image: ImageIdentity) -> DiskEntry:
+    return DiskEntry(base=image.path, top=image.path, disks=[image.path], identity=image)
 
 
 def test_a_loop_device_whose_file_was_deleted_is_known_in_this_boot_only(tmp_path: Path) -> None:

@@ -19,13 +19,7 @@ from chainmerge.records import files as state_files
 from chainmerge.records.errors import LeftoverUnclear
 from chainmerge.records.files import write_state
 from chainmerge.records.identity import ImageIdentity
-from chainmerge.records.live_journal import (
-    LIVE_JOURNAL_SUFFIX as LIVE_SUFFIX,
-)
-from chainmerge.records.live_journal import (
-    load_live_journal,
-    save_live_journal,
-)
+from chainmerge.records.live_journal import LIVE_JOURNAL, load_live_journal, save_live_journal
 from chainmerge.records.merged_record import merged_record_file
 from chainmerge.storage.errors import ImageMissing
 from tests.records.killed import DELETE, MIB, chain, killed_at, run_verbatim
@@ -165,7 +159,7 @@ def test_a_live_merge_of_before_is_found_under_the_name_of_the_node(tmp_path: Pa
         create(link, 8 * MIB)
         create(top, backing=str(link))
         qemu_io(top, "write -P 2 0 1M")
-        name = f"{str(device).strip('/').replace('/', '-')}.{LIVE_SUFFIX}"
+        name = f"{str(device).strip('/').replace('/', '-')}.{LIVE_JOURNAL.suffix}"
         write_state(state_files.STATE_DIRECTORY / name, pivoted(link, top))
         qemu_io(link, "write -P 9 0 1M")
         newer = content(link)
@@ -215,7 +209,7 @@ def test_what_is_filed_under_a_node_is_not_taken_for_another_volumes(tmp_path: P
         expected = content(top)
         other = ImageIdentity(str(device), "block", 0, "LVM-another")
         foreign = msgspec.structs.replace(pivoted(link, top), base=other)
-        name = f"{str(device).strip('/').replace('/', '-')}.{LIVE_SUFFIX}"
+        name = f"{str(device).strip('/').replace('/', '-')}.{LIVE_JOURNAL.suffix}"
         file = state_files.STATE_DIRECTORY / name
         write_state(file, foreign)
         assert chainmerge.merge(top, None, DEVICES).outcome is MergeOutcome.MERGED

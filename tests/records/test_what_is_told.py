@@ -16,11 +16,10 @@ from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import Interrupted
 from chainmerge.merging import by_native, by_qemu, concluding, settling
 from chainmerge.options import Access, MergeOptions
-from chainmerge.records import saved_bitmaps
 from chainmerge.records.disks import disk_file
-from chainmerge.records.files import beside
 from chainmerge.records.merge_journal import journal_file, load_journal
 from chainmerge.records.merged_record import load_merged_record, merged_record_file
+from chainmerge.records.saved_bitmaps import SAVED_BITMAPS
 from tests.records.killed import DELETE, chain, killed_at, run_verbatim
 from tests.support.cli import chainmerge as command
 from tests.support.qemu import bitmap_names, content, create, info, qemu_img, qemu_io
@@ -161,7 +160,7 @@ def test_saved_bitmaps_name_the_command(tmp_path: Path) -> None:
     killed_at(by_qemu, "_copy", lambda: chainmerge.merge(top, options=options))
     (found,) = chainmerge.status([tmp_path]).merges
     assert (found.base, found.top) == (str(base), str(top))
-    assert str(beside(base, saved_bitmaps.SAVED_BITMAPS_SUFFIX)) in found.files
+    assert str(SAVED_BITMAPS.place(base)) in found.files
     run_verbatim(found.command, Path("/"))
     assert not top.exists()
     assert bitmap_names(base)["cp"]["flags"] == ["auto"]

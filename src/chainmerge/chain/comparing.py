@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chainmerge.arithmetic.arrays import IndexArray
+    from chainmerge.chain.opening import OpenChain
     from chainmerge.qcow2.readable import Readable
 
 COMPARE_BLOCK = 4 << 20
@@ -128,6 +129,16 @@ def _unequal_ranges(
     starts = edges[np.flatnonzero(steps == 1)]
     ends = edges[np.flatnonzero(steps == -1)]
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def base_shows_all(opened: OpenChain, base_index: int, should_stop: Callable[[], bool]) -> bool:
+    """Whether the chain up to base shows what all of it shows, as far as that reaches.
+
+    Raises FormatError, Interrupted.
+    """
+    below, whole = opened.view(0, base_index + 1), opened.view()
+    end = whole.virtual_size
+    return first_difference(below, whole, 0, end, should_stop=should_stop) is None
 
 
 def _file_numbers(a: GuestView, b: GuestView) -> tuple[IndexArray, IndexArray]:

@@ -14,28 +14,29 @@ from chainmerge.merging.tombstones import drop_tombstones
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import deleted_images, going
 from chainmerge.records.live_journal import forget_live_journal
-from chainmerge.records.merge_journal import JournalState, enter_state, forget_journal
+from chainmerge.records.merge_journal import Journal, JournalState, enter_state, forget_journal
 from chainmerge.records.merged_record import load_merged_record, note_deleted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from chainmerge.documents.merge import MergeReport
-    from chainmerge.merging.job import Job
+    from chainmerge.documents.plan import MergePlan
+    from chainmerge.merging.job import Job, Request
 
 
 def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
     """Delete what top does not need any more; no image needs another backing file."""
     top = job.facts.top
     job.request.begin_to_settle(str(top.path))
+    # Of this run: it was written before the switch.
     record = load_merged_record(top.real_path)
     deleted: tuple[str, ...] = ()
     if record is not None:
         held = frozenset(image.identity for image in job.facts.merged_images)
         deleted = delete_recorded(record, held)
         note_deleted(top.real_path, record)
-    warnings = [*job.plan.warnings, *_give_back(job, top.real_path, top.format)]
+    give = give_back(top.real_path, top.format, job.request.options, job.plan.space.shrink_to)
     return build_report(
         top.real_path,
         top.format,
@@ -44,13 +45,8 @@ def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         copied=copied,
         verified=verified,
         deleted=deleted,
-        warnings=warnings,
+        warnings=(*job.plan.warnings, *give),
     )
-
-
-def _give_back(job: Job, result: Path, result_format: str) -> Iterator[str]:
-    shrink_to = job.plan.space.shrink_to
-    return give_back(result, result_format, job.request.options, shrink_to)
 
 
 def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
@@ -68,25 +64,45 @@ def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         keep_name=plan.rename is not None,
         above=(*facts.relatives.children, facts.top),
         going=going(facts, request.options),
+        spent=spent_names(job.bitmaps),
+        shrink_to=plan.space.shrink_to,
     )
-    settled = settle(steps, journal, job.recorded_request)
-    warnings = [*plan.warnings, *settled.warnings]
-    journal = enter_state(settled.journal, JournalState.TIDY)
-    if settled.top_is_gone and job.base.supports_bitmaps:
-        warnings += drop_tombstones(steps.result, spent_names(job.bitmaps))
-    enter_state(journal, JournalState.GIVE_BACK)
-    warnings += _give_back(job, steps.result, job.base.format)
-    forget_journal(job.base.real_path)
-    forget_live_journal(job.base.real_path)
+    return settle_to_the_end(request, steps, journal, verified, plan=plan, copied=copied)
+
+
+def settle_to_the_end(
+    request: Request,
+    steps: SettleSteps,
+    journal: Journal | None,
+    verified: Sequence[str],
+    *,
+    plan: MergePlan | None = None,
+    copied: int = 0,
+) -> MergeReport:
+    """Do what is left of a commit whose base holds everything, and report.
+
+    *verified*, *plan* and *copied* are as :func:`build_report` takes them. Raises what
+    :func:`settle` raises.
+    """
+    base = steps.base
+    settled = settle(steps, journal, request.recorded(base.path))
+    warnings = [*(() if plan is None else plan.warnings), *settled.warnings]
+    left = enter_state(settled.journal, JournalState.TIDY)
+    if settled.top_is_gone and base.supports_bitmaps:
+        warnings += drop_tombstones(steps.result, steps.spent)
+    enter_state(left, JournalState.GIVE_BACK)
+    warnings += give_back(steps.result, base.format, request.options, steps.shrink_to)
+    forget_journal(base.real_path)
+    forget_live_journal(base.real_path)
     return build_report(
         steps.result,
-        job.base.format,
+        base.format,
         request.started,
         plan=plan,
         copied=copied,
         verified=verified,
         repointed=settled.repointed,
         deleted=settled.deleted,
-        renamed=plan.rename,
+        renamed=(str(base.path), str(steps.top.path)) if steps.keep_name else None,
         warnings=warnings,
     )

@@ -67,6 +67,7 @@ def decided_job(
         decided,
         opened,
         locks,
+        remains,
     )
 
 

@@ -37,7 +37,7 @@ from chainmerge.merging.job import Request
 from chainmerge.merging.preparing import Prepared, prepare, require_no_others
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import beside_others, plan_beside
-from chainmerge.records.disks import DiskEntry, disk_file, forget_entry, keep_entry, read_entry
+from chainmerge.records.disks import DiskEntry, forget_entry, keep_entry, load_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
 from chainmerge.records.request import command_of, recorded
@@ -69,7 +69,8 @@ def plan_disks(
     """
     access, options = access or Access(), options or MergeOptions()
     paired = _paired(tops, bases)
-    disks = [disk for disk in paired if not _is_done(disk, paired)]
+    done = _done_before(paired)
+    disks = [disk for disk in paired if disk not in done]
     for gone in _gone(disks, access, options):
         raise gone
     look = Look()
@@ -119,8 +120,8 @@ def merge_disks(
     stop = should_stop or never
     access, options = access or Access(), options or MergeOptions()
     paired = _paired(tops, bases)
-    disks = [disk for disk in paired if not _is_done(disk, paired)]
-    done = [_done_before(disk, paired) for disk in paired if disk not in disks]
+    done = _done_before(paired)
+    disks = [disk for disk in paired if disk not in done]
     for gone in _gone(disks, access, options):
         raise gone
     with contextlib.ExitStack() as stack:
@@ -134,9 +135,9 @@ def merge_disks(
             for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
         )
     if all(one.is_done for one in outcomes):
-        for base in (*(one.base for one in prepared), *(Path(before.base) for before in done)):
+        for base in (*(one.base for one in prepared), *(Path(one.base) for one in done.values())):
             forget_entry(base)
-    by_top = {one.top: one for one in (*outcomes, *done)}
+    by_top = {one.top: one for one in (*outcomes, *done.values())}
     return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 
 
@@ -189,7 +190,7 @@ def _entry_of(disk: _Disk, disks: Sequence[_Disk]) -> DiskEntry | None:
     top = os.path.abspath(disk.top)  # noqa: PTH100 (of a link itself)
     bases = [disk.base] if disk.base is not None else list(_bases_named_by(disks, top))
     for base in bases:
-        entry = read_entry(disk_file(base))
+        entry = load_entry(base)
         if entry is not None and entry.top == top:
             return entry
     return None
@@ -199,21 +200,19 @@ def _bases_named_by(disks: Sequence[_Disk], top: str) -> Iterator[Path]:
     for other in disks:
         with contextlib.suppress(ChainmergeError, OSError):
             base = other.base or discover(other.top, ChainPolicy()).base.real_path
-            entry = read_entry(disk_file(base))
+            entry = load_entry(base)
             if entry is not None and entry.request is not None and top in entry.disks:
                 yield Path(entry.request.bases[entry.disks.index(top)])
 
 
-def _is_done(disk: _Disk, disks: Sequence[_Disk]) -> bool:
-    """Whether top is gone since an interrupted run of this merge was done with it."""
-    entry = _entry_of(disk, disks)
-    return entry is not None and entry.done
-
-
-def _done_before(disk: _Disk, disks: Sequence[_Disk]) -> DiskReport:
-    entry = _entry_of(disk, disks)
-    assert entry is not None
-    return DiskReport(str(disk.top), entry.base, DiskOutcome.ALREADY_MERGED)
+def _done_before(disks: Sequence[_Disk]) -> dict[_Disk, DiskReport]:
+    """The disks whose tops are gone since an interrupted run of this merge was done with them."""
+    entries = {disk: _entry_of(disk, disks) for disk in disks}
+    return {
+        disk: DiskReport(str(disk.top), entry.base, DiskOutcome.ALREADY_MERGED)
+        for disk, entry in entries.items()
+        if entry is not None and entry.done
+    }
 
 
 def _gone(
@@ -224,6 +223,7 @@ def _gone(
     for disk in disks:
         if disk in there:
             continue
+        # Before any merge is prepared: of one alone nobody could tell that it is one of several.
         record = load_merged_record(disk.top)
         if finished_before(record, disk.top, disk.base, options, access.active):
             continue

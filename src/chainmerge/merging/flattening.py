@@ -122,6 +122,7 @@ def _lowest(top: Path, access: Access) -> Path | None:
     chain = discover(top, policy_of(access))
     if len(chain.images) > 1:
         return chain.root.path
+    # Before there is a merge to prepare: only this tells from which base.
     record = load_merged_record(top)
     return Path(record.base) if record is not None and record.pulled is not None else None
 

@@ -27,6 +27,7 @@ from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.leaks import Leaks
 from chainmerge.qcow2.behind_end import old_bytes
 from chainmerge.records.identity import identify
+from chainmerge.records.remains import Remains
 from chainmerge.records.request import RecordedRequest, recorded
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
@@ -90,6 +91,8 @@ class Job(Struct, frozen=True):
     plan: MergePlan
     opened: OpenChain
     locks: tuple[ImageLock, ...]
+    remains: Remains
+    """What earlier runs had left when it was decided on, under the locks."""
 
     @property
     def base(self) -> ImageInfo:

@@ -8,11 +8,10 @@ import os
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import Struct
 
 from chainmerge.bitmaps.sets import spent_names
 from chainmerge.documents.plan import EngineName
-from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.errors import Refused
 from chainmerge.merging.job import forget_what_was_noted
 from chainmerge.merging.settling import record_pull
 from chainmerge.options import Direction, Placement
@@ -37,11 +36,7 @@ from chainmerge.records.merge_journal import (
     keep_journal,
     load_journal,
 )
-from chainmerge.records.merged_record import (
-    forget_merged_record,
-    load_merged_record,
-    record_merged,
-)
+from chainmerge.records.merged_record import forget_merged_record, record_merged
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -72,8 +67,7 @@ def journal_kept(job: Job) -> Iterator[None]:
             yield
         return
     base = job.base.real_path
-    before = first_sector_of(base)
-    earlier = _Earlier(_any_journal(base), last_change(base))
+    before, changed = first_sector_of(base), last_change(base)
     keep_journal(_journal(job))
     try:
         yield
@@ -81,7 +75,7 @@ def journal_kept(job: Job) -> Iterator[None]:
         # Where base cannot be read now, a rerun will have to tell.
         with contextlib.suppress(Exception):
             if isinstance(error, Refused) or not _writes_in_place(job):
-                _put_back_unless_switched(job, earlier)
+                _put_back_unless_switched(job, changed)
             if first_sector_of(base) == before:
                 forget_what_was_noted(job)
         raise
@@ -95,14 +89,14 @@ def journal_until_settled(job: Job) -> Iterator[None]:
     journal stays, unless nothing was written at all.
     """
     base = job.base.real_path
-    earlier = _Earlier(_any_journal(base), last_change(base))
+    changed = last_change(base)
     keep_journal(_journal(job))
     try:
         yield
     except BaseException:
         with contextlib.suppress(Exception):
-            if earlier.nothing_was_written_to(base):
-                _put_back_journal(job, earlier)
+            if _is_unwritten_since(base, changed):
+                _put_back_journal(job, changed)
         raise
 
 
@@ -126,7 +120,7 @@ def record_switched(job: Job) -> Journal | None:
 def _record_kept(job: Job) -> Iterator[None]:
     """Keep a record of a pull; where it ends before the switch it is what it was before."""
     top = job.result.real_path
-    earlier = load_merged_record(top)
+    earlier = job.remains.record
     options, request = job.request.options, job.recorded_request
     record_pull(job.facts, options, to_note(job.leaks.kept), request)
     try:
@@ -147,41 +141,31 @@ def _has_new_backing(job: Job) -> bool:
     return stands_on(job.result.real_path, None if named is None else named[0])
 
 
-class _Earlier(Struct, frozen=True):
-    """The journal that a merge finds, and when base was written to last; empty if unknown."""
-
-    journal: Journal | None
-    last_change: str
-
-    def nothing_was_written_to(self, base: Path) -> bool:
-        return bool(self.last_change) and last_change(base) == self.last_change
-
-
-def _any_journal(base: Path) -> Journal | None:
-    with contextlib.suppress(ChainmergeError):
-        return load_journal(base)
-    return None
+def _is_unwritten_since(base: Path, changed: str) -> bool:
+    return bool(changed) and last_change(base) == changed
 
 
 def _writes_in_place(job: Job) -> bool:
     return job.base.header is None or job.plan.space.placement is Placement.IN_PLACE
 
 
-def _put_back_unless_switched(job: Job, earlier: _Earlier) -> None:
+def _put_back_unless_switched(job: Job, changed: str) -> None:
     base = job.base.real_path
     journal = load_journal(base)
     if journal is not None and journal.first_sector != first_sector_of(base):
-        _put_back_journal(job, earlier)
+        _put_back_journal(job, changed)
 
 
-def _put_back_journal(job: Job, earlier: _Earlier) -> None:
-    """Have no journal, or the earlier one, unless this merge has leaked something."""
-    base = job.base.real_path
+def _put_back_journal(job: Job, changed: str) -> None:
+    """Have no journal, or the earlier one, unless this merge has leaked something.
+
+    *changed* is when base was written to last before it; empty if unknown.
+    """
+    base, earlier = job.base.real_path, job.remains.journal
     if _own_leaks(job):
         return
-    still_tells = _leaks_of_earlier(job) or earlier.nothing_was_written_to(base)
-    if earlier.journal is not None and still_tells:
-        keep_journal(earlier.journal)
+    if earlier is not None and (_leaks_of_earlier(job) or _is_unwritten_since(base, changed)):
+        keep_journal(earlier)
     else:
         forget_journal(base)
 

@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import BitmapState
-from chainmerge.chain.comparing import first_difference
+from chainmerge.chain.comparing import base_shows_all
 from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
 from chainmerge.errors import ChainmergeError
@@ -102,12 +102,11 @@ def took_effect(request: Request, journal: LiveJournal, target: Target, opened: 
 
 def require_same_content(request: Request, target: Target, opened: OpenChain) -> None:
     """Raise LivePivotUnclear unless base shows what top shows: then either is right."""
-    merged, whole = opened.view(0, target.base_index + 1), opened.view()
     # Without the keys, which the VM had, nobody can tell.
-    if not has_encrypted(target.chain):
-        stop, size = request.should_stop, whole.virtual_size
-        if first_difference(merged, whole, 0, size, should_stop=stop) is None:
-            return
+    if not has_encrypted(target.chain) and base_shows_all(
+        opened, target.base_index, request.should_stop
+    ):
+        return
     raise pivot_unclear(request.recorded(target.base.path))
 
 

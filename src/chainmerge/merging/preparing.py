@@ -165,20 +165,24 @@ def _find(request: Request, look: Look) -> Target | Prepared:
     try:
         target = find_target_of(request, look)
     except ImageMissing as error:
+        # Another merge of it can have come to its end since the record was read.
         if load_merged_record(request.top) == record:
             raise
         raise _ChangedMeanwhile(error) from error
     if not is_anything_left(target.base.real_path, target.chain.top.real_path):
         return target
     # What an earlier run put on base may turn out to be a child of top, to be locked too.
-    read_from_storage(target, request.options)
+    read_from_storage(target, request.options, target.relatives.siblings)
     return find_target_of(request)
 
 
 def _locked(stack: contextlib.ExitStack, target: Target, request: Request) -> tuple[ImageLock, ...]:
     with _changes_noticed():
         locks = tuple(lock_all(stack, target, request.access.lock_wait, request.options))
-        read_from_storage(target, request.options)
+        # Asked again: who had the locks until now may have been interrupted. Children of top that
+        # an earlier run has put on base are siblings of top now.
+        left = is_anything_left(target.base.real_path, target.chain.top.real_path)
+        read_from_storage(target, request.options, target.relatives.siblings if left else ())
     return locks
 
 

@@ -18,11 +18,12 @@ from chainmerge.chain.errors import ImageReplaced
 from chainmerge.chain.reading import open_for_writing
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
 from chainmerge.errors import ChainmergeError
+from chainmerge.merging.concluding import settle_to_the_end
 from chainmerge.merging.deleting import give_back
 from chainmerge.merging.journal import asked_of
 from chainmerge.merging.live_remains import took_effect
-from chainmerge.merging.reporting import build_report, verified_before
-from chainmerge.merging.settling import SettleSteps, settle
+from chainmerge.merging.reporting import verified_before
+from chainmerge.merging.settling import SettleSteps
 from chainmerge.merging.tombstones import drop_tombstones
 from chainmerge.merging.verifying import verify_metadata
 from chainmerge.planning.errors import CannotTakeAway
@@ -35,7 +36,6 @@ from chainmerge.records.merge_journal import (
     Journal,
     JournalState,
     MergeJournalDamaged,
-    enter_state,
     first_sector_of,
     forget_journal,
     journalled,
@@ -183,27 +183,7 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
                 reclaim_leaks(port, everywhere_but(kept))
         with FileReadable(base.real_path) as readable:
             verified.append(verify_metadata(Qcow2Image(readable), kept))
-    steps = steps_left(request, target, journal)
-    settled = settle(steps, journal, request.recorded(base.path))
-    left = enter_state(settled.journal, JournalState.TIDY)
-    warnings = list(settled.warnings)
-    if settled.top_is_gone and base.header is not None:
-        warnings += drop_tombstones(steps.result, journal.spent)
-    enter_state(left, JournalState.GIVE_BACK)
-    shrink_to = journal.shrink_to or None
-    warnings += give_back(steps.result, base.format, request.options, shrink_to)
-    forget_journal(base.real_path)
-    renamed = (str(steps.base.path), str(steps.top.path)) if steps.keep_name else None
-    return build_report(
-        steps.result,
-        base.format,
-        request.started,
-        verified=verified,
-        repointed=settled.repointed,
-        deleted=settled.deleted,
-        renamed=renamed,
-        warnings=warnings,
-    )
+    return settle_to_the_end(request, steps_left(request, target, journal), journal, verified)
 
 
 def require_removable(request: Request, target: Target, journal: Journal) -> None:
@@ -246,6 +226,8 @@ def steps_left(request: Request, target: Target, journal: Journal) -> SettleStep
         keep_name=asked.keep_name,
         above=(*target.relatives.children, top),
         going=going_with(unread, unnamed, belongings),
+        spent=journal.spent,
+        shrink_to=journal.shrink_to or None,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -41,7 +42,6 @@ from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.storage.files import fsync_directory, take_on_access
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from chainmerge.chain.model import Identity
@@ -55,7 +55,8 @@ class SettleSteps(Struct, frozen=True):
 
     ``doomed`` are the images to be deleted, in that order, ``going`` what goes after them. With
     ``keep_name`` base takes the name of top. ``above`` are the images that ``repoint`` may name,
-    all of them locked.
+    all of them locked. ``spent`` are the names of tombstones that only top needs, ``shrink_to`` is
+    the size that was planned for the volume of the result, if any.
     """
 
     base: ImageInfo
@@ -65,6 +66,8 @@ class SettleSteps(Struct, frozen=True):
     keep_name: bool
     above: tuple[ImageInfo, ...]
     going: Going
+    spent: Collection[str]
+    shrink_to: int | None
 
     @property
     def result(self) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.sets import final_set
-from chainmerge.chain.comparing import first_difference
+from chainmerge.chain.comparing import base_shows_all
 from chainmerge.options import Direction, MergeOptions
 from chainmerge.planning.aftermath import removed_images
 from chainmerge.planning.encryption import encrypted_difference, has_encrypted, key_obstacles
@@ -75,8 +75,7 @@ def holds_content(
         return False
     if has_encrypted(target.chain):
         return _holds_encrypted_content(target, options, should_stop)
-    merged, whole, size = opened.view(0, target.base_index + 1), opened.view(), top.virtual_size
-    return first_difference(merged, whole, 0, size, should_stop=should_stop) is None
+    return base_shows_all(opened, target.base_index, should_stop)
 
 
 def _holds_encrypted_content(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from chainmerge.chain.comparing import first_difference
+from chainmerge.chain.comparing import base_shows_all
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import Evidence, ImageTimes
@@ -92,7 +92,7 @@ def weigh(
         if not differing:
             equal = None
             if most_to_compare is None or defined <= most_to_compare:
-                equal = _is_equal(target, opened, should_stop)
+                equal = base_shows_all(opened, target.base_index, should_stop)
     except Interrupted:
         raise
     except ChainmergeError:
@@ -110,12 +110,6 @@ def times_of(image: ImageInfo) -> ImageTimes:
     created = int(seconds) * 10**9 + int(nanoseconds) if born else None
     written = image.real_path.stat().st_mtime_ns
     return ImageTimes(str(image.path), written, created, image.virtual_size)
-
-
-def _is_equal(target: Target, opened: OpenChain, should_stop: Callable[[], bool]) -> bool:
-    below, whole = opened.view(0, target.base_index + 1), opened.view()
-    size = whole.virtual_size
-    return first_difference(below, whole, 0, size, should_stop=should_stop) is None
 
 
 def _looked_at(target: Target, opened: OpenChain, defined: int, most: int) -> tuple[int, int]:

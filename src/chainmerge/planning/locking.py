@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from chainmerge.documents.plan import EngineName
 from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.planning.hiding import may_need_hiding
-from chainmerge.records.remains import is_anything_left
 from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.files import WritablePort, drop_cached
@@ -33,17 +32,18 @@ def lock_all(
         yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
 
 
-def read_from_storage(target: Target, options: MergeOptions) -> None:
+def read_from_storage(
+    target: Target, options: MergeOptions, others: Sequence[ImageInfo] = ()
+) -> None:
     """Drop the kernel's cache of the images that will be written, to see what the storage holds.
+
+    And that of *others*, which an earlier run may have written to.
 
     After a write that failed the kernel goes on showing what was to be written, until it needs
     the memory. A switch that failed would be taken for one that was done, and top be deleted.
     """
     images = [image for image, mode in locks_needed(target, options) if mode is LockMode.WRITER]
-    if is_anything_left(target.base.real_path, target.chain.top.real_path):
-        # Children of top that an earlier run has put on base are siblings of top now.
-        images += target.relatives.siblings
-    for image in images:
+    for image in (*images, *others):
         # What cannot be opened for writing is refused with all other obstacles.
         with contextlib.suppress(Refused):
             drop_cached(image.real_path)

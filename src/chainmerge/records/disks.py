@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.records.changes import called, moved
 from chainmerge.records.files import (
+    StateFile,
     UnusableState,
-    beside,
-    forget_beside,
-    found_beside,
     is_path,
     read_state,
     write_state,
@@ -33,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-DISKS_SUFFIX: Final = "chainmerge-disks"
+# Tops are called as they were named.
+_PLACES: Final = frozenset({"base"})
 
 
 class DiskEntry(msgspec.Struct, frozen=True):
@@ -59,48 +57,34 @@ class DiskEntry(msgspec.Struct, frozen=True):
         return command_of(self.request)
 
 
-def disk_file(base: Path) -> Path:
-    """Where the entry of the disk that is merged into *base* stands, if there is one."""
-    return found_beside(base, DISKS_SUFFIX, _owner)
-
-
 def keep_entry(base: Path, entry: DiskEntry) -> None:
     """Write an entry durably; replaces that of an earlier run.
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(base, DISKS_SUFFIX), entry)
-
-
-def forget_entry(base: Path) -> None:
-    """Remove an entry, durably, if there is one; one that stays says less than it did."""
-    with contextlib.suppress(OSError, ChainmergeError):
-        forget_beside(base, DISKS_SUFFIX, _owner)
+    write_state(DISK_ENTRY.place(base), entry)
 
 
 def read_entry(file: Path) -> DiskEntry | None:
     """The entry in *file*; None if absent or unreadable."""
     try:
-        entry = read_state(file, DiskEntry, _problems)
+        return read_state(file, DiskEntry, _PLACES, _problems)
     except UnusableState:
         return None
-    return None if entry is None else _as_called_now(entry)
-
-
-def _as_called_now(entry: DiskEntry) -> DiskEntry:
-    """The same, where volumes have got other numbers since. Tops are called as they were named."""
-    moves = moved(() if entry.identity is None else (entry.identity,))
-    if entry.identity is None or not moves:
-        return entry
-    base, identity = moves.get(entry.base, entry.base), called(entry.identity, moves)
-    return msgspec.structs.replace(entry, base=base, identity=identity)
-
-
-def _owner(file: Path) -> ImageIdentity | None:
-    entry = read_entry(file)
-    return None if entry is None else entry.identity
 
 
 def _problems(entry: DiskEntry) -> Iterator[str]:
-    if not all(is_path(path) for path in (entry.base, entry.top, *entry.disks)):
+    if not all(is_path(path) for path in (entry.top, *entry.disks)):
         yield "a name in it is not a path"
+
+
+DISK_ENTRY: Final = StateFile("chainmerge-disks", read_entry, lambda entry: entry.identity)
+# Both take the path of the base that a disk is merged into.
+disk_file = DISK_ENTRY.found
+load_entry = DISK_ENTRY.load
+
+
+def forget_entry(base: Path) -> None:
+    """Remove an entry, durably, if there is one; one that stays says less than it did."""
+    with contextlib.suppress(OSError, ChainmergeError):
+        DISK_ENTRY.forget(base)

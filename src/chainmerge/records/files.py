@@ -14,20 +14,21 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
-from chainmerge.records.identity import device_identity, identify, may_be_same
+from chainmerge.records.changes import as_called_now, named_in
+from chainmerge.records.identity import ImageIdentity, device_identity, identify, may_be_same
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from chainmerge.records.identity import ImageIdentity
+    from collections.abc import Iterator
 
 STATE_DIRECTORY: Final = Path("/var/lib/chainmerge")
 _LONGEST_NAME: Final = 200
@@ -35,6 +36,7 @@ _LONGEST_NAME: Final = 200
 _LARGEST: Final = 512 << 20
 
 Document = TypeVar("Document", bound=msgspec.Struct)
+Kept = TypeVar("Kept")
 
 
 class UnusableState(Exception):
@@ -58,38 +60,64 @@ class StateDirectoryUnusable(RecordsUnusable, Refused):
     reason: str
 
 
-def beside(image: Path, suffix: str) -> Path:
-    """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
-    # Path.resolve() of Python 3.11 fails where links form a loop.
-    real = Path(os.path.realpath(image))
-    if not real.is_block_device():
-        return real.parent / f".{_short(real.name)}.{suffix}"
-    unique = device_identity(real.stat().st_rdev)
-    return STATE_DIRECTORY / f"{_file_name(unique) if unique else _name_of_node(real)}.{suffix}"
+class StateFile(Struct, Generic[Kept], frozen=True):
+    """One kind of small file, of which an image has one at the most.
 
-
-def found_beside(image: Path, suffix: str, owner: Callable[[Path], ImageIdentity | None]) -> Path:
-    """As :func:`beside`, but where earlier versions put what is there, if it is *image*'s.
-
-    They filed the state of a block device under the name of its node. *owner* reads the identity
-    of the image that a file is of; None if it does not say. What it raises is passed on.
+    Attributes:
+        suffix: What the names of these files end in.
+        read: What is in a file; None if there is none. Raises what it says that it raises.
+        owner: The image that a file is of, by what is in it; None if it does not say.
     """
-    file = beside(image, suffix)
-    real = Path(os.path.realpath(image))
-    if not real.is_block_device() or file.exists():
-        return file
-    old = STATE_DIRECTORY / f"{_name_of_node(real)}.{suffix}"
-    if old == file or not old.exists():
-        return file
-    of = owner(old)
-    return old if of is not None and may_be_same(of, identify(real)) else file
 
+    suffix: str
+    read: Callable[[Path], Kept | None]
+    owner: Callable[[Kept], ImageIdentity | None]
 
-def forget_beside(image: Path, suffix: str, owner: Callable[[Path], ImageIdentity | None]) -> None:
-    """Remove what is beside *image* for good, also what :func:`found_beside` finds."""
-    remove_durably(beside(image, suffix))
-    with contextlib.suppress(ChainmergeError):
-        remove_durably(found_beside(image, suffix, owner))
+    def is_called(self, name: str) -> bool:
+        """Whether *name* is that of such a file."""
+        return name.endswith(f".{self.suffix}")
+
+    def place(self, image: Path) -> Path:
+        """Where the file of *image* is written."""
+        # Path.resolve() of Python 3.11 fails where links form a loop.
+        real = Path(os.path.realpath(image))
+        if not real.is_block_device():
+            return real.parent / f".{_short(real.name)}.{self.suffix}"
+        unique = device_identity(real.stat().st_rdev)
+        name = _file_name(unique) if unique else _name_of_node(real)
+        return STATE_DIRECTORY / f"{name}.{self.suffix}"
+
+    def place_of_link(self, link: Path) -> Path:
+        """As :meth:`place`, for the name of a symbolic link itself, wherever it leads."""
+        return link.with_name(f".{_short(link.name)}.{self.suffix}")
+
+    def found(self, image: Path) -> Path:
+        """Where the file of *image* stands, whether or not there is one.
+
+        As :meth:`place`, but where earlier versions put what is there, if it is *image*'s: they
+        filed the state of a block device under the name of its node. Raises what ``read`` raises.
+        """
+        file = self.place(image)
+        real = Path(os.path.realpath(image))
+        if not real.is_block_device() or file.exists():
+            return file
+        old = STATE_DIRECTORY / f"{_name_of_node(real)}.{self.suffix}"
+        kept = None if old == file else self.read(old)
+        of = None if kept is None else self.owner(kept)
+        return old if of is not None and may_be_same(of, identify(real)) else file
+
+    def load(self, image: Path) -> Kept | None:
+        """What an earlier run has left for *image*; None if that is nothing.
+
+        Raises what ``read`` raises.
+        """
+        return self.read(self.found(image))
+
+    def forget(self, image: Path) -> None:
+        """Remove the file of *image*, durably; nothing happens if there is none."""
+        remove_durably(self.place(image))
+        with contextlib.suppress(ChainmergeError):
+            remove_durably(self.found(image))
 
 
 def _name_of_node(device: Path) -> str:
@@ -101,11 +129,6 @@ def _file_name(identity: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,150}", identity):
         return identity
     return hashlib.sha256(os.fsencode(identity)).hexdigest()
-
-
-def beside_link(link: Path, suffix: str) -> Path:
-    """As :func:`beside`, for the name of a symbolic link itself, wherever it leads."""
-    return link.with_name(f".{_short(link.name)}.{suffix}")
 
 
 def _short(name: str) -> str:
@@ -137,11 +160,13 @@ def write_state(file: Path, document: msgspec.Struct) -> None:
 def read_state(
     file: Path,
     form: type[Document],
+    places: frozenset[str] = frozenset(),
     problems: Callable[[Document], Iterator[str]] = lambda _document: iter(()),
 ) -> Document | None:
-    """The document in *file*; None if there is no such file.
+    """The document in *file*, as images are called by now; None if there is no such file.
 
-    Raises UnusableState, also with the first of the *problems* that the document has.
+    *places* are the fields that hold paths of images. Raises UnusableState, also with the first of
+    the *problems* that the document has.
     """
     try:
         with FileReadable(file) as readable:
@@ -155,11 +180,13 @@ def read_state(
     document = decoded(content, form)
     try:
         problem = next(problems(document), None)
+        if problem is None and not all(is_path(path) for path in named_in(document, places)):
+            problem = "a name in it is not a path"
     except UnicodeEncodeError as error:
         raise UnusableState("a name in it is not a valid file name") from error
     if problem is not None:
         raise UnusableState(problem)
-    return document
+    return as_called_now(document, places)
 
 
 def is_path(text: str) -> bool:

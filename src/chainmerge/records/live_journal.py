@@ -19,16 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import RecordsUnusable, Refused
-from chainmerge.records.changes import called, moved
-from chainmerge.records.files import (
-    UnusableState,
-    beside,
-    forget_beside,
-    found_beside,
-    is_path,
-    read_state,
-    write_state,
-)
+from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
 from chainmerge.records.identity import ImageIdentity
 from chainmerge.records.request import RecordedRequest
 
@@ -36,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 VERSION: Final = 1
-LIVE_JOURNAL_SUFFIX: Final = "chainmerge-live"
 
 
 class LiveJournalDamaged(RecordsUnusable, Refused):
@@ -164,22 +154,12 @@ class LiveJournal(msgspec.Struct, frozen=True):
         return self.state in (LiveState.SWITCHING, LiveState.SETTLING)
 
 
-def live_journal_file(base: Path) -> Path:
-    """Where the journal of a live merge into *base* stands, whether or not there is one."""
-    return found_beside(base, LIVE_JOURNAL_SUFFIX, _owner)
-
-
-def _owner(file: Path) -> ImageIdentity | None:
-    journal = read_live_journal(file)
-    return None if journal is None else journal.base
-
-
 def save_live_journal(journal: LiveJournal) -> None:
     """Write the journal durably.
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), LIVE_JOURNAL_SUFFIX), journal)
+    write_state(LIVE_JOURNAL.place(Path(journal.base.path)), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -191,41 +171,15 @@ def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
     return entered
 
 
-def load_live_journal(base: Path) -> LiveJournal | None:
-    """The journal that a live merge left for *base*; None if there is none.
-
-    Raises LiveJournalDamaged.
-    """
-    return read_live_journal(live_journal_file(base))
-
-
 def read_live_journal(file: Path) -> LiveJournal | None:
     """The journal in *file*; None if there is no such file.
 
     Raises LiveJournalDamaged.
     """
     try:
-        journal = read_state(file, LiveJournal, _problems)
+        return read_state(file, LiveJournal, problems=_problems)
     except UnusableState as error:
         raise LiveJournalDamaged(str(file), str(error)) from error
-    return None if journal is None else _as_called_now(journal)
-
-
-def _as_called_now(journal: LiveJournal) -> LiveJournal:
-    """The same, where volumes have got other numbers since."""
-    moves = moved(_identities(journal))
-    if not moves:
-        return journal
-    return msgspec.structs.replace(
-        journal,
-        base=called(journal.base, moves),
-        overlays=[called(one, moves) for one in journal.overlays],
-        above=None if journal.above is None else called(journal.above, moves),
-    )
-
-
-def _identities(journal: LiveJournal) -> list[ImageIdentity]:
-    return [journal.base, *journal.overlays, *([journal.above] if journal.above else [])]
 
 
 def _problems(journal: LiveJournal) -> Iterator[str]:
@@ -233,13 +187,13 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
         yield f"it is of version {journal.version}"
     if not journal.overlays:
         yield "it names no overlay"
-    if not all(is_path(one.path) for one in _identities(journal)):
-        yield "a name in it is not a path"
     last = len(journal.overlays)
     if any(not 0 <= index < last for kept in journal.kept for index in kept.sources):
         yield "it names an overlay that is not in its list"
 
 
-def forget_live_journal(base: Path) -> None:
-    """Remove the journal of *base*, durably; nothing happens if there is none."""
-    forget_beside(base, LIVE_JOURNAL_SUFFIX, _owner)
+LIVE_JOURNAL: Final = StateFile("chainmerge-live", read_live_journal, lambda journal: journal.base)
+# Each takes the path of base.
+live_journal_file = LIVE_JOURNAL.found
+load_live_journal = LIVE_JOURNAL.load
+forget_live_journal = LIVE_JOURNAL.forget

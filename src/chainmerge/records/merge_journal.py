@@ -44,16 +44,8 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.qcow2.header import SECTOR
-from chainmerge.records.changes import called, last_change, moved
-from chainmerge.records.files import (
-    UnusableState,
-    beside,
-    forget_beside,
-    found_beside,
-    is_path,
-    read_state,
-    write_state,
-)
+from chainmerge.records.changes import last_change
+from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
 from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.files import FileReadable
@@ -62,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOURNAL_VERSION: Final = 1
-JOURNAL_SUFFIX: Final = "chainmerge-journal"
+_PLACES: Final = frozenset({"child", "delete", "rename"})
 
 
 class MergeJournalDamaged(RecordsUnusable, Refused):
@@ -179,22 +171,12 @@ class Journal(msgspec.Struct, frozen=True):
         return self.overlays[-1].identity
 
 
-def journal_file(base: Path) -> Path:
-    """Where the journal of a merge into *base* stands, whether or not there is one."""
-    return found_beside(base, JOURNAL_SUFFIX, _owner)
-
-
-def _owner(file: Path) -> ImageIdentity | None:
-    journal = read_journal(file)
-    return None if journal is None else journal.base
-
-
 def save_journal(journal: Journal) -> None:
     """Write the journal durably; replaces the one of an earlier run.
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(beside(Path(journal.base.path), JOURNAL_SUFFIX), journal)
+    write_state(MERGE_JOURNAL.place(Path(journal.base.path)), journal)
 
 
 def keep_journal(journal: Journal) -> Journal | None:
@@ -209,50 +191,15 @@ def keep_journal(journal: Journal) -> Journal | None:
     return journal
 
 
-def load_journal(base: Path) -> Journal | None:
-    """The journal that an interrupted merge left for *base*; None if there is none.
-
-    Raises MergeJournalDamaged.
-    """
-    return read_journal(journal_file(base))
-
-
 def read_journal(file: Path) -> Journal | None:
     """The journal in *file*; None if there is no such file.
 
     Raises MergeJournalDamaged.
     """
     try:
-        journal = read_state(file, Journal, _problems)
+        return read_state(file, Journal, _PLACES, _problems)
     except UnusableState as error:
         raise MergeJournalDamaged(str(file), str(error)) from error
-    return None if journal is None else _as_called_now(journal)
-
-
-def _as_called_now(journal: Journal) -> Journal:
-    """The same, where volumes have got other numbers since."""
-    moves = moved(_identities(journal))
-    if not moves:
-        return journal
-    return msgspec.structs.replace(
-        journal,
-        base=called(journal.base, moves),
-        overlays=[
-            msgspec.structs.replace(one, identity=called(one.identity, moves))
-            for one in journal.overlays
-        ],
-        children=[called(one, moves) for one in journal.children],
-        repoint=[
-            msgspec.structs.replace(one, child=moves.get(one.child, one.child))
-            for one in journal.repoint
-        ],
-        delete=[moves.get(path, path) for path in journal.delete],
-        rename=[moves.get(path, path) for path in journal.rename],
-    )
-
-
-def _identities(journal: Journal) -> list[ImageIdentity]:
-    return [journal.base, *(one.identity for one in journal.overlays), *journal.children]
 
 
 def _problems(journal: Journal) -> Iterator[str]:
@@ -262,15 +209,13 @@ def _problems(journal: Journal) -> Iterator[str]:
         yield "it names no overlay"
     if len(journal.rename) not in (0, 2):
         yield "its rename is incomplete"
-    paths = [one.path for one in _identities(journal)] + journal.delete + journal.rename
-    paths += [one.child for one in journal.repoint]
-    if not all(is_path(path) for path in paths):
-        yield "a name in it is not a path"
 
 
-def forget_journal(base: Path) -> None:
-    """Remove the journal of *base*, durably; nothing happens if there is none."""
-    forget_beside(base, JOURNAL_SUFFIX, _owner)
+MERGE_JOURNAL: Final = StateFile("chainmerge-journal", read_journal, lambda journal: journal.base)
+# Each takes the path of base.
+journal_file = MERGE_JOURNAL.found
+load_journal = MERGE_JOURNAL.load
+forget_journal = MERGE_JOURNAL.forget
 
 
 def enter_state(journal: Journal | None, state: JournalState) -> Journal | None:

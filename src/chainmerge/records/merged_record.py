@@ -17,14 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.records.changes import called, is_there, moved, stands_on, what_stands_at
+from chainmerge.records.changes import is_there, stands_on, what_stands_at
 from chainmerge.records.files import (
+    StateFile,
     UnusableState,
-    beside,
-    beside_link,
-    forget_beside,
-    found_beside,
-    is_path,
     read_state,
     write_state,
 )
@@ -35,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-RECORD_SUFFIX: Final = "chainmerge-merged"
+_PLACES: Final = frozenset({"top", "base", "result", "path", "file"})
 
 
 class DoomedImage(msgspec.Struct, frozen=True):
@@ -146,16 +142,8 @@ class MergedRecord(msgspec.Struct, frozen=True):
         return RecordedRequest([self.top], [self.base], {}, options)
 
 
-def merged_record_file(top: Path) -> Path:
-    """Where the record of a merge of *top* stands."""
-    return found_beside(top, RECORD_SUFFIX, _owner)
-
-
-def _owner(file: Path) -> ImageIdentity | None:
+def _owner(record: MergedRecord) -> ImageIdentity | None:
     """The identity of top, as far as the record is of one that stays."""
-    record = read_merged_record(file)
-    if record is None:
-        return None
     if record.superseded is not None:
         return record.superseded.images[0].identity
     if record.left is not None:
@@ -165,17 +153,17 @@ def _owner(file: Path) -> ImageIdentity | None:
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
-    write_state(beside(top, RECORD_SUFFIX), record)
+    write_state(MERGED_RECORD.place(top), record)
     for link in record.links:
         # With the link gone, its name is all that the same command has.
         if link.file == record.top:
-            write_state(beside_link(Path(link.path), RECORD_SUFFIX), record)
+            write_state(MERGED_RECORD.place_of_link(Path(link.path)), record)
 
 
 def load_merged_record(top: Path) -> MergedRecord | None:
     """The record of a finished merge of *top*; None if absent or unreadable."""
     try:
-        return read_merged_record(merged_record_file(top))
+        return MERGED_RECORD.load(top)
     except OSError:
         # A name that no file can have.
         return None
@@ -184,66 +172,20 @@ def load_merged_record(top: Path) -> MergedRecord | None:
 def read_merged_record(file: Path) -> MergedRecord | None:
     """The record in *file*; None if absent or unreadable."""
     try:
-        record = read_state(file, MergedRecord, _problems)
+        return read_state(file, MergedRecord, _PLACES, _problems)
     except (OSError, UnusableState):
         return None
-    return None if record is None else _as_called_now(record)
-
-
-def _as_called_now(record: MergedRecord) -> MergedRecord:
-    """The same, where volumes have got other numbers since."""
-    moves = moved(_identities(record))
-    if not moves:
-        return record
-
-    def doomed(images: list[DoomedImage]) -> list[DoomedImage]:
-        return [
-            DoomedImage(moves.get(one.path, one.path), called(one.identity, moves))
-            for one in images
-        ]
-
-    pulled, superseded, left = record.pulled, record.superseded, record.left
-    if pulled is not None and pulled.base is not None:
-        pulled = msgspec.structs.replace(pulled, base=called(pulled.base, moves))
-    if superseded is not None:
-        superseded = msgspec.structs.replace(superseded, images=doomed(superseded.images))
-    if left is not None:
-        left = msgspec.structs.replace(left, identity=called(left.identity, moves))
-    return msgspec.structs.replace(
-        record,
-        top=moves.get(record.top, record.top),
-        base=moves.get(record.base, record.base),
-        result=moves.get(record.result, record.result),
-        result_identity=called(record.result_identity, moves),
-        delete=doomed(record.delete),
-        pulled=pulled,
-        superseded=superseded,
-        left=left,
-    )
-
-
-def _identities(record: MergedRecord) -> list[ImageIdentity]:
-    images = [record.result_identity, *(one.identity for one in record.delete)]
-    if record.superseded is not None:
-        images += [one.identity for one in record.superseded.images]
-    if record.left is not None:
-        images.append(record.left.identity)
-    if record.pulled is not None and record.pulled.base is not None:
-        images.append(record.pulled.base)
-    return images
 
 
 def _problems(record: MergedRecord) -> Iterator[str]:
-    doomed = list(record.delete)
-    if record.superseded is not None:
-        if not record.superseded.images:
-            yield "it names no image that was left"
-        doomed += record.superseded.images
-    paths = [record.top, record.base, record.result, *(one.path for one in doomed)]
-    paths += [path for link in record.links for path in (link.path, link.file)]
-    paths += [one.path for one in _identities(record)]
-    if not all(is_path(path) for path in paths):
-        yield "a name in it is not a path"
+    if record.superseded is not None and not record.superseded.images:
+        yield "it names no image that was left"
+
+
+MERGED_RECORD: Final = StateFile("chainmerge-merged", read_merged_record, _owner)
+# Each takes the path of top.
+merged_record_file = MERGED_RECORD.found
+forget_merged_record = MERGED_RECORD.forget
 
 
 def note_deleted(top: Path, record: MergedRecord) -> None:
@@ -255,11 +197,6 @@ def note_deleted(top: Path, record: MergedRecord) -> None:
     if record.delete:
         with contextlib.suppress(ChainmergeError):
             record_merged(top, msgspec.structs.replace(record, delete=[]))
-
-
-def forget_merged_record(top: Path) -> None:
-    """Remove the record of a merge of *top*."""
-    forget_beside(top, RECORD_SUFFIX, _owner)
 
 
 def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:

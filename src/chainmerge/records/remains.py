@@ -1,31 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that earlier runs have left of a base and a top, read once."""
+"""What earlier runs have left: a file of any kind, and all of a base and a top, read once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from msgspec import Struct
 
 from chainmerge.records.changes import data_changed
+from chainmerge.records.disks import DISK_ENTRY, DiskEntry
 from chainmerge.records.identity import identify, may_be_same, same_image
-from chainmerge.records.live_journal import LiveJournal, live_journal_file, load_live_journal
+from chainmerge.records.live_journal import LIVE_JOURNAL, LiveJournal, load_live_journal
 from chainmerge.records.merge_journal import (
+    MERGE_JOURNAL,
     Journal,
     MergeJournalDamaged,
-    journal_file,
     load_journal,
 )
-from chainmerge.records.merged_record import MergedRecord, load_merged_record, merged_record_file
+from chainmerge.records.merged_record import MERGED_RECORD, MergedRecord, load_merged_record
 from chainmerge.records.saved_bitmaps import (
+    SAVED_BITMAPS,
     SavedBitmaps,
     SavedBitmapsDamaged,
     load_saved_bitmaps,
-    saved_bitmaps_file,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from chainmerge.records.files import StateFile
+
+Leftover: TypeAlias = Journal | LiveJournal | MergedRecord | SavedBitmaps | DiskEntry
+KINDS: Final[tuple[StateFile[Any], ...]] = (
+    MERGE_JOURNAL,
+    LIVE_JOURNAL,
+    MERGED_RECORD,
+    SAVED_BITMAPS,
+    DISK_ENTRY,
+)
+"""All kinds of state files. Journals come first: they say the most."""
+
+
+def kind_of(name: str) -> StateFile[Any] | None:
+    """Which kind of state file is called so; None for another file."""
+    return next((kind for kind in KINDS if kind.is_called(name)), None)
+
+
+def read_leftover(file: Path) -> Leftover | None:
+    """What is in a state file; None if there is none, or it says nothing.
+
+    Raises MergeJournalDamaged, LiveJournalDamaged, SavedBitmapsDamaged, and what opening a file
+    raises.
+    """
+    kind = kind_of(file.name)
+    found: Leftover | None = None if kind is None else kind.read(file)
+    return found
 
 
 class Remains(Struct, frozen=True):
@@ -107,10 +136,6 @@ def is_left_over(record: MergedRecord | None, base: Path, top: Path) -> bool:
 
 def is_anything_left(base: Path, top: Path) -> bool:
     """Whether an earlier run has left a file that says that it was not finished."""
-    files = (
-        journal_file(base),
-        live_journal_file(base),
-        saved_bitmaps_file(base),
-        merged_record_file(top),
-    )
+    of_base = (MERGE_JOURNAL, LIVE_JOURNAL, SAVED_BITMAPS)
+    files = (*(kind.found(base) for kind in of_base), MERGED_RECORD.found(top))
     return any(file.exists() for file in files)

@@ -153,15 +153,6 @@ def command_of(request: RecordedRequest) -> str | None:
     return shell_line(["chainmerge", *words])
 
 
-def live_command_of(request: RecordedRequest) -> str | None:
-    """What asks for the same merge in the VM, as one types it into a shell."""
-    access, options = access_of(request), _filled_in(LiveOptions, request.options)
-    if access is None or options is None:
-        return None
-    words = ["live", "merge", *request.address, *_words(options), *_words(access)]
-    return shell_line(["chainmerge", *words, *_images(request)])
-
-
 def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> str:
     """What carries on a merge in the VM, as one types it into a shell.
 

@@ -29,14 +29,12 @@ from msgspec import Struct
 
 from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.qcow2.bits import BitSet
-from chainmerge.records.changes import called, moved
+from chainmerge.records.changes import as_called_now
 from chainmerge.records.files import (
+    StateFile,
     UnusableState,
-    beside,
     decoded,
     encoded,
-    forget_beside,
-    found_beside,
     is_path,
     make_directory,
 )
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SAVED_BITMAPS_MAGIC: Final = b"chainmerge saved bitmaps 1\n"
-SAVED_BITMAPS_SUFFIX: Final = "chainmerge-saved"
 _CHUNK_BYTES: Final = 64 * 1024
 _CHUNK_INDEX: Final = struct.Struct("<QI")
 _DIGEST_BYTES: Final = 32
@@ -117,16 +114,6 @@ class SavedBitmaps(Struct, frozen=True):
     request: RecordedRequest | None = None
 
 
-def saved_bitmaps_file(base: Path) -> Path:
-    """Where the saved bitmaps of *base* stand, whether or not there are any."""
-    return found_beside(base, SAVED_BITMAPS_SUFFIX, _owner)
-
-
-def _owner(file: Path) -> ImageIdentity | None:
-    saved = read_saved_bitmaps(file)
-    return None if saved is None else saved.base
-
-
 def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
     """Write the saved bitmaps durably; replaces those of an earlier run.
 
@@ -140,17 +127,9 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
         names.append(_SavedName(name, in_base, in_overlay))
     header = encoded(_SavedHeader(saved.base, saved.overlay, names, saved.request))
     document = b"".join([SAVED_BITMAPS_MAGIC, header, *blobs])
-    target = beside(base, SAVED_BITMAPS_SUFFIX)
+    target = SAVED_BITMAPS.place(base)
     make_directory(target.parent)
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
-
-
-def load_saved_bitmaps(base: Path) -> SavedBitmaps | None:
-    """The bitmaps that an interrupted merge left for *base*; None if there are none.
-
-    Raises SavedBitmapsDamaged, and what opening a file raises.
-    """
-    return read_saved_bitmaps(saved_bitmaps_file(base))
 
 
 def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
@@ -186,9 +165,8 @@ def _decode(document: bytes) -> SavedBitmaps:
         in_base, blobs = _take(entry.base, blobs)
         in_overlay, blobs = _take(entry.overlay, blobs)
         bitmaps.append(SavedBitmap(name, in_base, in_overlay))
-    moves = moved((header.base, header.overlay))
-    base, overlay = called(header.base, moves), called(header.overlay, moves)
-    return SavedBitmaps(base, overlay, tuple(bitmaps), header.request)
+    header = as_called_now(header)
+    return SavedBitmaps(header.base, header.overlay, tuple(bitmaps), header.request)
 
 
 def _announce(bits: BitSet | None, blobs: list[bytes]) -> _SavedBits | None:
@@ -207,9 +185,11 @@ def _take(announced: _SavedBits | None, blobs: memoryview) -> tuple[BitSet | Non
     return _unpack(blob, announced.disk_size, announced.granularity), rest
 
 
-def forget_saved_bitmaps(base: Path) -> None:
-    """Remove the saved bitmaps of *base*, durably; nothing happens if there are none."""
-    forget_beside(base, SAVED_BITMAPS_SUFFIX, _owner)
+SAVED_BITMAPS: Final = StateFile("chainmerge-saved", read_saved_bitmaps, lambda saved: saved.base)
+# Each takes the path of base.
+saved_bitmaps_file = SAVED_BITMAPS.found
+load_saved_bitmaps = SAVED_BITMAPS.load
+forget_saved_bitmaps = SAVED_BITMAPS.forget
 
 
 def _read_file(file: Path) -> bytes | None:

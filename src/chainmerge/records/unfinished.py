@@ -20,28 +20,27 @@ from chainmerge.documents.plan import EngineName
 from chainmerge.documents.status import StatusReport, UnfinishedMerge
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError
-from chainmerge.records import disks, live_journal, merge_journal, merged_record, saved_bitmaps
 from chainmerge.records import files as state_files
 from chainmerge.records.changes import is_there, what_stands_at
-from chainmerge.records.disks import read_entry
+from chainmerge.records.disks import DiskEntry
 from chainmerge.records.identity import Sameness
-from chainmerge.records.live_journal import LiveState, read_live_journal
+from chainmerge.records.live_journal import LiveJournal, LiveState
 from chainmerge.records.merge_journal import (
     Journal,
     JournalState,
     MergeJournalDamaged,
     first_sector_of,
-    read_journal,
 )
 from chainmerge.records.merged_record import (
+    MERGED_RECORD,
     MergedRecord,
     Pulled,
     is_pulled,
     merged_record_file,
-    read_merged_record,
 )
+from chainmerge.records.remains import KINDS, kind_of, read_leftover
 from chainmerge.records.request import command_of, resume_command_of
-from chainmerge.records.saved_bitmaps import read_saved_bitmaps
+from chainmerge.records.saved_bitmaps import SavedBitmaps
 from chainmerge.storage.errors import ImageMissing, reason_of
 from chainmerge.storage.locks import LockMode, contentions
 
@@ -49,16 +48,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from chainmerge.records.identity import ImageIdentity
-    from chainmerge.records.live_journal import LiveJournal
     from chainmerge.records.request import RecordedRequest
 
 UNKNOWN: Final = "unknown"
-_SAVED: Final = f".{saved_bitmaps.SAVED_BITMAPS_SUFFIX}"
-_MERGED: Final = f".{merged_record.RECORD_SUFFIX}"
-_JOURNAL: Final = f".{merge_journal.JOURNAL_SUFFIX}"
-_LIVE: Final = f".{live_journal.LIVE_JOURNAL_SUFFIX}"
-_DISKS: Final = f".{disks.DISKS_SUFFIX}"
-_SUFFIXES: Final = (_JOURNAL, _LIVE, _MERGED, _SAVED, _DISKS)
 # A tree of images has a few; a search of "/" has to end.
 _MOST_DIRECTORIES: Final = 50_000
 _MOST_SENTENCES: Final = 20
@@ -215,7 +207,6 @@ def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
     """
     by_base: dict[str, UnfinishedMerge] = {}
     files = [file for directory in search.directories for file in _files(directory, search.named)]
-    # Journals first: they say the most.
     for file in sorted(files, key=_rank):
         merge = _read(file)
         if merge is not None:
@@ -231,12 +222,13 @@ def _base_of(file: Path, merge: UnfinishedMerge) -> str:
 
     Two volumes that are not there now may have had the same name, one after the other.
     """
-    is_filed_by_base = file.parent == state_files.STATE_DIRECTORY and file.suffix != _MERGED
-    return file.stem if is_filed_by_base else merge.base
+    if file.parent != state_files.STATE_DIRECTORY or MERGED_RECORD.is_called(file.name):
+        return merge.base
+    return file.stem
 
 
 def _rank(file: Path) -> int:
-    return next(rank for rank, suffix in enumerate(_SUFFIXES) if file.name.endswith(suffix))
+    return next(rank for rank, kind in enumerate(KINDS) if kind.is_called(file.name))
 
 
 def _files(directory: Path, named: Sequence[Path]) -> list[Path]:
@@ -249,7 +241,7 @@ def _files(directory: Path, named: Sequence[Path]) -> list[Path]:
         if directory == state_files.STATE_DIRECTORY or directory not in named:
             return []
         raise SearchPathUnusable(str(directory), reason_of(error)) from error
-    return [directory / name for name in sorted(everything) if name.endswith(_SUFFIXES)]
+    return [directory / name for name in sorted(everything) if kind_of(name)]
 
 
 def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
@@ -271,23 +263,48 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
 def _read(file: Path) -> UnfinishedMerge | None:
     """The unfinished merge that *file* tells of; None if it tells of none."""
     try:
-        if file.name.endswith(_JOURNAL):
-            return _of_journal(file)
-        if file.name.endswith(_LIVE):
-            return _of_live_merge(file)
-        if file.name.endswith(_SAVED):
-            return _of_saved(file)
-        if file.name.endswith(_DISKS):
-            return _of_disk(file)
-        return _of_record(file)
+        match read_leftover(file):
+            case Journal() as journal:
+                return _of_journal(file, journal)
+            case LiveJournal() as journal:
+                return _of_live_merge(file, journal)
+            case MergedRecord() as record:
+                return _of_record(file, record)
+            case SavedBitmaps() as saved:
+                return _of_saved(file, saved)
+            case DiskEntry() as entry:
+                return _of_disk(file, entry)
+            case None:
+                return None
     except ChainmergeError as error:
         return _unreadable(file, error)
 
 
-def _of_journal(file: Path) -> UnfinishedMerge | None:
-    journal = read_journal(file)
-    if journal is None:
-        return None
+def _told_by(
+    file: Path,
+    base: str,
+    top: str | None,
+    progress: str,
+    command: str | None,
+    *,
+    holds: bool | None = None,
+    state: str = UNKNOWN,
+) -> UnfinishedMerge:
+    """What a file tells of a merge; whether base is locked is looked at once for all files."""
+    return UnfinishedMerge(
+        base=base,
+        top=top,
+        state=state,
+        progress=progress,
+        base_holds_data=holds,
+        base_is_locked=False,
+        command=command,
+        files=(str(file),),
+        warnings=(),
+    )
+
+
+def _of_journal(file: Path, journal: Journal) -> UnfinishedMerge:
     where = _where_base_is(journal)
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     copies = journal.engine == EngineName.QEMU
@@ -299,17 +316,9 @@ def _of_journal(file: Path) -> UnfinishedMerge | None:
     else:
         # Of a copy by QEMU, only a look at all of it tells.
         holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
-    return UnfinishedMerge(
-        base=base,
-        top=top,
-        state=journal.state,
-        progress=progress,
-        base_holds_data=holds,
-        base_is_locked=False,
-        command=None if where is None else command_of(journal.known_request),
-        files=(str(file),),
-        warnings=warnings,
-    )
+    command = None if where is None else command_of(journal.known_request)
+    told = _told_by(file, base, top, progress, command, holds=holds, state=journal.state)
+    return replace(told, warnings=warnings)
 
 
 def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
@@ -369,56 +378,31 @@ def _may_be_at(path: str, identity: ImageIdentity) -> bool:
         return False
 
 
-def _of_live_merge(file: Path) -> UnfinishedMerge | None:
-    journal = read_live_journal(file)
-    if journal is None:
-        return None
+def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
     where = _where_is(journal.base, journal.request)
     there = where is not None
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
-    command, warnings = cold, [f"if the VM still runs, continue with `{resume}`"]
+    command, warnings = cold, (f"if the VM still runs, continue with `{resume}`",)
     if there and _is_locked(Path(base)):
-        command, warnings = resume, [f"if the VM does not run, finish with `{cold}`"]
-    return UnfinishedMerge(
-        base=base,
-        top=top,
-        state=journal.state,
-        progress=_LIVE_PROGRESS[journal.state],
-        base_holds_data=journal.took_effect if there else None,
-        base_is_locked=False,
-        command=command,
-        files=(str(file),),
-        warnings=tuple(warnings),
-    )
+        command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
+    holds, progress = journal.took_effect if there else None, _LIVE_PROGRESS[journal.state]
+    told = _told_by(file, base, top, progress, command, holds=holds, state=journal.state)
+    return replace(told, warnings=warnings)
 
 
-def _of_saved(file: Path) -> UnfinishedMerge | None:
-    saved = read_saved_bitmaps(file)
-    if saved is None:
-        return None
+def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
     request = saved.request
     copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
     if request is None:
         copying += ": the command that was interrupted finishes the merge"
-    return UnfinishedMerge(
-        base=_base_name(saved.base, _where_is(saved.base, request), request),
-        top=None if request is None else os.path.realpath(request.tops[0]),
-        state=UNKNOWN,
-        progress=copying,
-        base_holds_data=None,
-        base_is_locked=False,
-        command=None if request is None else command_of(request),
-        files=(str(file),),
-        warnings=(),
-    )
+    base = _base_name(saved.base, _where_is(saved.base, request), request)
+    top = None if request is None else os.path.realpath(request.tops[0])
+    return _told_by(file, base, top, copying, None if request is None else command_of(request))
 
 
-def _of_record(file: Path) -> UnfinishedMerge | None:
-    record = read_merged_record(file)
-    if record is None:
-        return None
+def _of_record(file: Path, record: MergedRecord) -> UnfinishedMerge | None:
     left = [one.path for one in record.delete if is_there(one.identity)]
     unnamed = record.keep_name and _may_be_at(record.base, record.result_identity)
     # Something that a pull has taken of top may be leaked.
@@ -433,18 +417,9 @@ def _of_record(file: Path) -> UnfinishedMerge | None:
         words = "base still has to get the name of top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
-    source = None if record.pulled is None else record.pulled.base
-    return UnfinishedMerge(
-        base=record.base if source is None else _name_of(source, record.known_request.bases),
-        top=record.top,
-        state=UNKNOWN,
-        progress=progress,
-        base_holds_data=holds,
-        base_is_locked=False,
-        command=command_of(record.known_request),
-        files=(str(file),),
-        warnings=(),
-    )
+    source, request = None if record.pulled is None else record.pulled.base, record.known_request
+    base = record.base if source is None else _name_of(source, request.bases)
+    return _told_by(file, base, record.top, progress, command_of(request), holds=holds)
 
 
 def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
@@ -462,47 +437,28 @@ def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
     return "data was being pulled into top, beside what top holds"
 
 
-def _of_disk(file: Path) -> UnfinishedMerge | None:
+def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
     """One of several disks; what its own files say of it counts for more."""
-    entry = read_entry(file)
-    if entry is None or entry.done:
+    if entry.done:
         return None
-    return UnfinishedMerge(
-        base=entry.base,
-        top=entry.top,
-        state=UNKNOWN,
-        progress=f"it is one of {len(entry.disks)} disks merged together, and is not finished",
-        base_holds_data=None,
-        base_is_locked=False,
-        command=entry.finishing_command,
-        files=(str(file),),
-        warnings=(),
-        disks=tuple(entry.disks),
-    )
+    progress = f"it is one of {len(entry.disks)} disks merged together, and is not finished"
+    told = _told_by(file, entry.base, entry.top, progress, entry.finishing_command)
+    return replace(told, disks=tuple(entry.disks))
 
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     """A file of which not even the image can be told, but by its own name."""
-    suffix = next(one for one in _SUFFIXES if file.name.endswith(one))
-    name = file.name.removesuffix(suffix)
+    name = file.name.removesuffix(f".{KINDS[_rank(file)].suffix}")
     beside = file.with_name(name.removeprefix("."))
     is_image = file.parent != state_files.STATE_DIRECTORY
     only_slower = isinstance(error, MergeJournalDamaged)
-    return UnfinishedMerge(
-        base=str(beside) if is_image else name,
-        top=None,
-        state=UNKNOWN,
-        progress=(
-            "only the images can show it: the command that was interrupted finishes the merge"
-            if only_slower
-            else "what it saved cannot be read"
-        ),
-        base_holds_data=None,
-        base_is_locked=False,
-        command=None,
-        files=(str(file),),
-        warnings=(error.sentence,),
+    progress = (
+        "only the images can show it: the command that was interrupted finishes the merge"
+        if only_slower
+        else "what it saved cannot be read"
     )
+    base = str(beside) if is_image else name
+    return replace(_told_by(file, base, None, progress, None), warnings=(error.sentence,))
 
 
 def _is_locked(base: Path) -> bool:

@@ -32,10 +32,7 @@ from chainmerge.chain.target import policy_of
 from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.check import check
 from chainmerge.qcow2.mapping import Kind
-from chainmerge.records.merge_journal import journal_file
-from chainmerge.records.merged_record import load_merged_record
-from chainmerge.records.remains import is_left_over
-from chainmerge.records.saved_bitmaps import load_saved_bitmaps
+from chainmerge.records.remains import is_left_over, read_remains
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,9 +83,10 @@ def half_done_commit(top: Path, access: Access) -> HalfDoneCommit | None:
         if len(chain.images) < 2:
             return None
         base, uppermost = chain.base, chain.top.real_path
-        if journal_file(base.real_path).exists() or load_saved_bitmaps(base.real_path) is not None:
+        remains = read_remains(base.real_path, uppermost)
+        if remains.journal or remains.journal_problem or remains.usable_saved:
             return None
-        if is_left_over(load_merged_record(uppermost), base.real_path, uppermost):
+        if is_left_over(remains.record, base.real_path, uppermost):
             # Ours, and it came to its end.
             return None
         with open_chain(chain) as opened:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -17,24 +17,12 @@ from msgspec.structs import replace
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions, Placement
 from chainmerge.records.changes import is_there
-from chainmerge.records.merge_journal import (
-    JOURNAL_SUFFIX,
-    Journal,
-    forget_journal,
-    read_journal,
-)
-from chainmerge.records.merged_record import (
-    RECORD_SUFFIX,
-    forget_merged_record,
-    is_pulled,
-    read_merged_record,
-)
+from chainmerge.records.live_journal import LIVE_JOURNAL
+from chainmerge.records.merge_journal import Journal, forget_journal
+from chainmerge.records.merged_record import MergedRecord, forget_merged_record, is_pulled
+from chainmerge.records.remains import read_leftover
 from chainmerge.records.request import options_of
-from chainmerge.records.saved_bitmaps import (
-    SAVED_BITMAPS_SUFFIX,
-    forget_saved_bitmaps,
-    read_saved_bitmaps,
-)
+from chainmerge.records.saved_bitmaps import SavedBitmaps, forget_saved_bitmaps
 from chainmerge.records.unfinished import status
 
 if TYPE_CHECKING:
@@ -43,10 +31,6 @@ if TYPE_CHECKING:
     from chainmerge.documents.status import UnfinishedMerge
     from chainmerge.options import DirectionChoice
     from chainmerge.records.request import RecordedRequest
-
-_JOURNAL: Final = f".{JOURNAL_SUFFIX}"
-_SAVED: Final = f".{SAVED_BITMAPS_SUFFIX}"
-_MERGED: Final = f".{RECORD_SUFFIX}"
 
 
 class Ending(Enum):
@@ -103,18 +87,20 @@ def forget_merge(merge: InterruptedMerge) -> None:
 def _judged(unfinished: UnfinishedMerge) -> Iterator[InterruptedMerge]:
     """One that is what the first of its files says: a journal says the most.
 
-    One that is only known to be one of several disks has not begun, and its images are whole.
+    One that is only known to be one of several disks has not begun, and its images are whole. A
+    live merge is for ``chainmerge live resume``, or the same merge cold, to finish.
     """
     file = Path(unfinished.files[0])
+    if LIVE_JOURNAL.is_called(file.name):
+        return
     try:
-        if file.name.endswith(_JOURNAL):
-            journal = read_journal(file)
-            if journal is not None:
+        match read_leftover(file):
+            case Journal() as journal:
                 yield _of_journal(unfinished, journal)
-        elif file.name.endswith(_SAVED):
-            yield _of_saved(unfinished, file)
-        elif file.name.endswith(_MERGED):
-            yield _of_record(unfinished, file)
+            case SavedBitmaps() as saved:
+                yield _of_saved(unfinished, saved, file)
+            case MergedRecord() as record:
+                yield _of_record(unfinished, record)
     except ChainmergeError as error:
         yield _by_hand(unfinished, error.sentence)
 
@@ -142,10 +128,7 @@ def _of_journal(unfinished: UnfinishedMerge, journal: Journal) -> InterruptedMer
     )
 
 
-def _of_saved(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
-    saved = read_saved_bitmaps(file)
-    if saved is None:
-        return _by_hand(unfinished, "its files are gone")
+def _of_saved(unfinished: UnfinishedMerge, saved: SavedBitmaps, file: Path) -> InterruptedMerge:
     for one in (saved.base, saved.overlay):
         if not is_there(one):
             return _by_hand(unfinished, f"{one.path} does not exist any more")
@@ -166,10 +149,7 @@ def _of_saved(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
     )
 
 
-def _of_record(unfinished: UnfinishedMerge, file: Path) -> InterruptedMerge:
-    record = read_merged_record(file)
-    if record is None:
-        return _by_hand(unfinished, "its files are gone")
+def _of_record(unfinished: UnfinishedMerge, record: MergedRecord) -> InterruptedMerge:
     base, top = Path(record.base), Path(record.top)
     if record.pulled is None:
         options = _asked(record.known_request, "commit")

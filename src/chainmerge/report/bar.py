@@ -20,8 +20,6 @@ from chainmerge.report.progress import Clock, Pace, words_for
 from chainmerge.report.text import rough_size
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
 
     from chainmerge.documents.progress import ProgressEvent
@@ -49,12 +47,7 @@ class BarProgress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._finish_stage()
         self._progress.stop()

@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Final, Protocol, Self, TextIO
 
 from chainmerge.documents.progress import ProgressEvent, Stage
@@ -47,12 +47,7 @@ class ProgressDisplay(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def update(self, event: ProgressEvent) -> None:
         """Show *event*, or leave it out if the last one was shown a moment ago."""
@@ -93,12 +88,7 @@ class LineProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
     def update(self, event: ProgressEvent) -> None:
@@ -125,12 +115,7 @@ class JsonProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
     def update(self, event: ProgressEvent) -> None:

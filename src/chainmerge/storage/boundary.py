@@ -4,46 +4,17 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache, partial, wraps
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+from functools import cache, wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from chainmerge.options import (
-    Access,
-    LiveOptions,
-    MergeOptions,
-    require_flag,
-    require_instance,
-    require_integer,
-    require_path,
-    require_paths,
-    require_text,
-    require_texts,
-)
+from chainmerge.options import require_fitting
 from chainmerge.storage.errors import system_errors_as_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_OR_NONE: Final = " | None"
-# By the annotation, which is text: everything of ours postpones the evaluation of annotations.
-_CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
-    {
-        "str | Path": require_path,
-        "Sequence[str | Path]": require_paths,
-        "str": require_text,
-        "Sequence[str]": require_texts,
-        "int": require_integer,
-        "bool": require_flag,
-        **{
-            kind.__name__: partial(require_instance, kind=kind)
-            for kind in (Access, MergeOptions, LiveOptions)
-        },
-    }
-)
 
 
 @cache
@@ -57,18 +28,9 @@ def at_the_boundary(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def guarded(*arguments: P.args, **options: P.kwargs) -> T:
-        _require_usable(signature, signature.bind(*arguments, **options).arguments)
+        for name, value in signature.bind(*arguments, **options).arguments.items():
+            require_fitting(name, value, str(signature.parameters[name].annotation))
         with system_errors_as_ours():
             return function(*arguments, **options)
 
     return guarded
-
-
-def _require_usable(signature: inspect.Signature, given: Mapping[str, object]) -> None:
-    for name, value in given.items():
-        annotation = str(signature.parameters[name].annotation)
-        if value is None and annotation.endswith(_OR_NONE):
-            continue
-        check = _CHECKS.get(annotation.removesuffix(_OR_NONE))
-        if check is not None:
-            check(name, value)

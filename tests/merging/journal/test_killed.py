@@ -93,7 +93,7 @@ def test_killed_after_the_switch(
     assert merge.base_holds_data is not False
     # Between the switch of top's header and the entry in the journal, only the images tell.
     if (levels, name, point) != (2, "neither", "repointed one"):
-        monkeypatch.setattr(already_merged, "first_difference", _never)
+        monkeypatch.setattr(already_merged, "base_shows_all", _never)
     events: list[ProgressEvent] = []
     report = images.merge(options, on_progress=events.append)
     assert report.outcome is MergeOutcome.ALREADY_MERGED

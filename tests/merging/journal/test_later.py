@@ -8,6 +8,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -21,6 +22,7 @@ from chainmerge.options import MergeOptions
 from chainmerge.records import files as state_files
 from chainmerge.records import merge_journal
 from chainmerge.records.identity import identify, same_image
+from chainmerge.records.live_journal import LiveState, live_journal_file, save_live_journal
 from chainmerge.records.merge_journal import JournalState, journal_file, load_journal
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
 from chainmerge.records.unfinished import UNKNOWN
@@ -37,6 +39,7 @@ from tests.merging.journal.killed import (
     outcome,
     unfinished,
 )
+from tests.records.pivoted import pivoted
 from tests.support.loopdev import loop_device
 from tests.support.qemu import (
     assert_clean,
@@ -69,6 +72,15 @@ def test_after_a_boot_content_is_compared(
     assert report.outcome is MergeOutcome.ALREADY_MERGED
     assert report.plan is not None
     assert not journal_file(switched.base).exists()
+
+
+def test_a_merge_that_a_vm_had_begun_is_finished_with_all_that_it_left(switched: Images) -> None:
+    """The VM died while it copied, and so did the same merge, done cold, when base was switched."""
+    pivot = pivoted(switched.base, switched.top)
+    save_live_journal(msgspec.structs.replace(pivot, state=LiveState.COPYING))
+    assert switched.merge(MergeOptions()).plan is None
+    assert not live_journal_file(switched.base).exists()
+    assert not unfinished(switched.directory)
 
 
 def test_another_request_is_planned_anew(switched: Images) -> None:

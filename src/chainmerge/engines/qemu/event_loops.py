@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from types import TracebackType
     from typing import Any, ParamSpec, TypeVar
 
     P = ParamSpec("P")
@@ -38,12 +37,7 @@ class SynchronousLoop:
         """Return the loop."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End what still runs in the loop, and close it."""
         _beside_other_loops(self._runner.close)
 

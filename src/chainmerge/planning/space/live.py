@@ -62,12 +62,7 @@ def survey_for_live(
     # Nobody gives back what is leaked while a VM has the image open.
     leaks = find_leaks(image, report, references, leaked_before(base.info.real_path))
     layout = host_layout(image, counted_as_used(references, leaks.leaked).counts)
-    about = BaseFacts(
-        image=image.name,
-        header=image.header,
-        backing_size=backing_size(target),
-        shared=layout.shared,
-    )
+    about = BaseFacts(image.name, image.header, backing_size(target), layout.shared)
     obstacle = qemu_growth_obstacle(about, top_size) or end_obstacle(image, about, top_size)
     if obstacle is not None:
         return without_figures(report, obstacle)

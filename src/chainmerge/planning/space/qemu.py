@@ -98,12 +98,7 @@ def survey_for_qemu(
     image = opened.images[target.base_index].image
     assert image is not None
     layout = host_layout(image, references.counts)
-    facts = BaseFacts(
-        image=image.name,
-        header=image.header,
-        backing_size=backing_size(target),
-        shared=layout.shared,
-    )
+    facts = BaseFacts(image.name, image.header, backing_size(target), layout.shared)
     top_size = target.chain.top.virtual_size
     obstacle = (
         qemu_growth_obstacle(facts, top_size)

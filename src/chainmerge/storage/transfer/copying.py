@@ -29,7 +29,6 @@ from chainmerge.storage.transfer.readback import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from types import TracebackType
 
     from chainmerge.storage.transfer.pieces import IsToStop, Item, OnBytes
 
@@ -135,12 +134,7 @@ class PortTransfer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _contents(self, items: Iterable[Item]) -> Iterator[tuple[int, bytes]]:

@@ -44,7 +44,6 @@ from chainmerge.storage.transfer.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from types import TracebackType
 
     from chainmerge.storage.files import WritablePort
     from chainmerge.storage.transfer.pieces import ByteSource, IsToStop, Item, OnBytes
@@ -166,12 +165,7 @@ class FileTransfer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _add_produced(self, item: Produced) -> None:
