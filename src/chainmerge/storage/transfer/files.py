@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
@@ -39,7 +38,7 @@ from chainmerge.storage.transfer.pieces import (
     ZeroedSpace,
     joined_items,
 )
-from chainmerge.storage.transfer.readback import Checksum, Ledger
+from chainmerge.storage.transfer.readback import Checksum, Ledger, checksum_of
 from chainmerge.storage.transfer.workers import Workers
 
 if TYPE_CHECKING:
@@ -345,8 +344,8 @@ class FileTransfer:
         for run in batch:
             start, last = run[0].target, run[-1]
             view = self._target.read_back(buffer, start, last.target + last.length - start)
-            for target, length, crc in run:
-                if zlib.crc32(view[target - start :][:length]) != crc:
+            for target, length, value in run:
+                if checksum_of(view[target - start :][:length]) != value:
                     raise ReadBackDiffers(self._port.name, target, length)
                 compared += length
         return compared
@@ -359,7 +358,7 @@ class FileTransfer:
 
     def _compare_with_source(self, part: Stretch, buffer: memoryview) -> int:
         assert part.source is not None
-        expected = zlib.crc32(part.source.read(part.offset, part.length))
-        if zlib.crc32(self._target.read_back(buffer, part.target, part.length)) != expected:
+        expected = checksum_of(part.source.read(part.offset, part.length))
+        if checksum_of(self._target.read_back(buffer, part.target, part.length)) != expected:
             raise ReadBackDiffers(self._port.name, part.target, part.length)
         return part.length
