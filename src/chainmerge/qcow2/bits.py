@@ -19,6 +19,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up
 
 Bytes = npt.NDArray[np.uint8]
@@ -271,9 +272,9 @@ class BitSet:
         found: list[Offsets] = []
         for number in sorted(self._chunks):
             at = np.flatnonzero(self._chunks[number]) + number * _CHUNK_BYTES
-            found.append(np.unique(at // part_size).astype(np.uint64))
+            found.append(distinct(at // part_size).astype(np.uint64))
         # Parts larger than a chunk are found once for each of their chunks.
-        return np.unique(np.concatenate(found)) if found else _NO_RANGES
+        return distinct(np.concatenate(found)) if found else _NO_RANGES
 
     # Ranges
 

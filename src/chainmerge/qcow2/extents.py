@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-Number = TypeVar("Number", bound=np.integer)
 
 
 class Kind(IntEnum):
@@ -165,15 +162,3 @@ class Mapping:
     kind: Kind
     host: int
     csize: int
-
-
-def distinct(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """All values, ascending, each once.
-
-    Much faster than np.unique where *values* consists of a few ascending pieces, which a
-    stable sort merges; and it does without numpy.ma, whose import takes as long as a small plan.
-    """
-    ordered = np.sort(values, kind="stable")
-    keep = np.ones(len(ordered), np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=keep[1:])
-    return ordered[keep]

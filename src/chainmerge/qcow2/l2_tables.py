@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chainmerge.arithmetic.arrays import I64Array, U64Array
-from chainmerge.qcow2.extents import distinct
+from chainmerge.arithmetic.distinct import distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chainmerge.arithmetic.arrays import I64Array
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.storage import allocation
 from chainmerge.storage.extents import raw_data_extents
 from chainmerge.storage.transfer import offload
@@ -54,7 +55,7 @@ class ByteRanges:
         """The parts that are in none of *others*."""
         if not len(self) or not len(others):
             return self
-        cuts = np.unique(np.concatenate([self.start, self.end, others.start, others.end]))
+        cuts = distinct(np.concatenate([self.start, self.end, others.start, others.end]))
         chosen = _contain(self, cuts) & ~_contain(others, cuts)
         first = np.flatnonzero(chosen)
         # What contains a cut goes on to the next one, and there is one behind the last range.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.engines.metadata.allocation import Allocation, Demand, FreeSpace, allocate
 from chainmerge.engines.metadata.bitmap_set import BitmapSetLayout, lay_out
@@ -136,12 +137,7 @@ def _clusters_of(header: Header, lengths: U64Array) -> int:
 
 def l2_tables_of(change: Change, l2_entries: int) -> Clusters:
     """L1 indexes of the tables in which entries change, ascending."""
-    indexes = change.cluster[change.remapped] // l2_entries
-    if not len(indexes):
-        return indexes
-    # Ascending already, so that this is much faster than np.unique.
-    tables: Clusters = indexes[np.concatenate([[True], indexes[1:] != indexes[:-1]])]
-    return tables
+    return distinct(change.cluster[change.remapped] // l2_entries)
 
 
 def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change, window: Resolved) -> MappingNeed:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
 from chainmerge.engines.native.decisions import TableWindow
 from chainmerge.options import Direction
-from chainmerge.qcow2.extents import Extents, Kind, distinct
+from chainmerge.qcow2.extents import Extents, Kind
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
 
