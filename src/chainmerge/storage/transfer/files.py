@@ -39,7 +39,7 @@ from chainmerge.storage.transfer.pieces import (
     joined_items,
 )
 from chainmerge.storage.transfer.readback import Checksum, Ledger, checksum_of
-from chainmerge.storage.transfer.workers import Workers
+from chainmerge.storage.transfer.workers import Depth, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 # Larger chunks, fewer at a time, are no faster on one stretch and slower on scattered clusters:
 # each chunk reads and writes its pieces one after the other.
 CHUNK: Final = 1 << 20
-DEPTH: Final = 16
+_FEWEST_CHUNKS: Final = 4
+_MOST_CHUNKS: Final = 16
 
 # A stretch is not cut into smaller parts than this to fill a chunk up.
 _SMALLEST_PART: Final = 64 << 10
@@ -98,7 +99,7 @@ class FileTransfer:
             self._chunk_bytes = max(_SMALLEST_PART, min(CHUNK, wanted))
         self._target = DirectFile(port, os.O_RDWR)
         self._sources: dict[int, DirectFile] = {}
-        self._workers = Workers(DEPTH, self._chunk_bytes)
+        self._workers = Workers(Depth(_FEWEST_CHUNKS, _MOST_CHUNKS), self._chunk_bytes)
         self._chunk = Chunk(self._chunk_bytes)
         self._edges: list[tuple[int, bytes]] = []
         self._read_back = read_back
