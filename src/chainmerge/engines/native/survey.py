@@ -25,7 +25,7 @@ from chainmerge.engines.native.moves import segments_of
 from chainmerge.engines.native.windows import (
     changed_windows,
     l2_entries_of,
-    read_window,
+    read_old_entries,
     table_offsets,
     tables_in,
 )
@@ -104,7 +104,7 @@ def _needs_of(
     tables = tables_in(disk, window)
     if not table_offsets(image, tables).any() and _is_all_data(window):
         return dict.fromkeys(Placement, need_of_data(disk.header, window))
-    wanted = find_wanted(disk, read_window(image, disk, window.start), window)
+    wanted = find_wanted(disk, read_old_entries(image, window), window)
     # Where nothing is replaced there is nothing to choose.
     ways = tuple(Placement) if wanted.entry.any() else (Placement.COW,)
     needs = {way: _need_of(image, disk, place_data(wanted, disk, way), window) for way in ways}
