@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.layers import Layer, OpenFile, Qcow2Layer, stored_ranges
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, in_step
 from chainmerge.errors import Interrupted
-from chainmerge.qcow2.extents import Kind, distinct
+from chainmerge.qcow2.extents import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable

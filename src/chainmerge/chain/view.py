@@ -14,8 +14,9 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I32Array, IndexArray, U8Array, U32Array, U64Array
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.layers import Layer
-from chainmerge.qcow2.extents import Extents, Kind, concatenated_extents, distinct, follows_guest
+from chainmerge.qcow2.extents import Extents, Kind, concatenated_extents, follows_guest
 from chainmerge.qcow2.header import MAX_CLUSTER_BITS
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW
 

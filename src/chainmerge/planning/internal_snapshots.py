@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from msgspec import Struct
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.layers import layer_of_qcow2
 from chainmerge.chain.reading import open_image
 from chainmerge.chain.view import GuestView, in_step
@@ -44,7 +45,6 @@ from chainmerge.options import Direction
 from chainmerge.planning.errors import ChildSeesMore
 from chainmerge.planning.facts import SnapshotViews
 from chainmerge.qcow2.errors import FormatError
-from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.snapshots import Snapshot, image_of_snapshot, read_snapshots

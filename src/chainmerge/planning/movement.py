@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.readability import require_data_in_files
 from chainmerge.chain.view import NO_LAYER, in_step
 from chainmerge.documents.plan import Movement
-from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.mapping import Kind
 
 if TYPE_CHECKING:

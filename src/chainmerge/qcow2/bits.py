@@ -20,6 +20,7 @@ import numpy as np
 from msgspec import Struct, field
 
 from chainmerge.arithmetic.arrays import I64Array, U8Array, U64Array
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up
 
 Bytes: TypeAlias = U8Array
@@ -271,9 +272,9 @@ class BitSet(Struct, frozen=True, eq=False):
         found: list[Offsets] = []
         for number in sorted(self._chunks):
             at = np.flatnonzero(self._chunks[number]) + number * _CHUNK_BYTES
-            found.append(np.unique(at // part_size).astype(np.uint64))
+            found.append(distinct(at // part_size).astype(np.uint64))
         # Parts larger than a chunk are found once for each of their chunks.
-        return np.unique(np.concatenate(found)) if found else _NO_RANGES
+        return distinct(np.concatenate(found)) if found else _NO_RANGES
 
     # Ranges
 

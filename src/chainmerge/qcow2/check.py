@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.qcow2.extents import distinct
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block, stored_refcounts
 from chainmerge.qcow2.references import (
     Findings,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
@@ -13,10 +13,6 @@ from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Arra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy.typing as npt
-
-Number = TypeVar("Number", bound=np.integer)
 
 
 class Kind(IntEnum):
@@ -164,15 +160,3 @@ class Mapping(Struct, frozen=True):
     kind: Kind
     host: int
     csize: int
-
-
-def distinct(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """All values, ascending, each once.
-
-    Much faster than np.unique where *values* consists of a few ascending pieces, which a
-    stable sort merges; and it does without numpy.ma, whose import takes as long as a small plan.
-    """
-    ordered = np.sort(values, kind="stable")
-    keep = np.ones(len(ordered), np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=keep[1:])
-    return ordered[keep]

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I64Array, U64Array
-from chainmerge.qcow2.extents import distinct
+from chainmerge.arithmetic.distinct import distinct
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from msgspec import Struct
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, compressed_place
 
@@ -102,7 +103,7 @@ def _sample(image: Qcow2Image, leaked: Runs) -> Clusters:
     numbers = np.linspace(0, total - 1, num=min(most, total), dtype=np.int64)
     at = np.searchsorted(before, numbers, "right") - 1
     spread = leaked.start[at] + numbers - before[at]
-    return np.union1d(spread, leaked.start[: max(1, most // 2)])
+    return distinct(np.concatenate([spread, leaked.start[: max(1, most // 2)]]))
 
 
 def _contents(image: Qcow2Image, clusters: Clusters) -> Iterator[tuple[int, U64Array]]:

@@ -20,6 +20,7 @@ import numpy as np
 from msgspec import Struct, field
 
 from chainmerge.arithmetic.counting import counted
+from chainmerge.arithmetic.distinct import distinct_with_counts
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
 from chainmerge.qcow2.gather import read_pieces
@@ -497,7 +498,7 @@ class _Counting:
             times = np.bincount(clusters - low)
             self._raise(slice(low, high + 1), times * references)
             return
-        clusters, times = np.unique(clusters, return_counts=True)
+        clusters, times = distinct_with_counts(clusters)
         self._raise(clusters, times * references)
 
     def _raise(self, where: I64Array | slice, by: I64Array) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, I64Array
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.storage import allocation
 from chainmerge.storage.extents import raw_data_extents
 from chainmerge.storage.transfer import offload
@@ -52,7 +53,7 @@ class ByteRanges(Struct, frozen=True):
         """The parts that are in none of *others*."""
         if not len(self) or not len(others):
             return self
-        cuts = np.unique(np.concatenate([self.start, self.end, others.start, others.end]))
+        cuts = distinct(np.concatenate([self.start, self.end, others.start, others.end]))
         chosen = _contain(self, cuts) & ~_contain(others, cuts)
         first = np.flatnonzero(chosen)
         # What contains a cut goes on to the next one, and there is one behind the last range.

@@ -25,6 +25,7 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.engines.metadata.errors import RefcountTableFull
 from chainmerge.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
 from chainmerge.qcow2.refcounts import read_refcount_table, read_refcounts, refcounts_per_block
@@ -215,7 +216,7 @@ def allocate_with_all_blocks(space: FreeSpace, demand: Demand, counted: Clusters
     while True:
         table_clusters = _table_clusters(space.name, header, entries)
         attempt = _attempt(space, demand, blocks, table_clusters)
-        needed = np.union1d(counted, blocks_touched(attempt.everything, header))
+        needed = distinct(np.concatenate([counted, blocks_touched(attempt.everything, header)]))
         if len(needed) <= blocks and int(needed[-1]) < entries:
             break
         # Both only ever grow, and what they are can touch no more ranges than there are.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.engines.metadata.preconditions import require_clean_bits, require_sound_report
 from chainmerge.engines.metadata.refcount_blocks import Write, refcount_writes
 from chainmerge.engines.metadata.steps import Port, Step, StepName, write_steps
@@ -94,7 +95,7 @@ def _leaked(
     """
     per_block = refcounts_per_block(image.header)
     at_once = max(1, _CLUSTERS_AT_ONCE // per_block)
-    for index in np.unique(np.flatnonzero(table) // at_once).tolist():
+    for index in distinct(np.flatnonzero(table) // at_once).tolist():
         first = index * at_once * per_block
         count = min(at_once, len(table) - index * at_once) * per_block
         stored = read_refcounts(image, first, count)

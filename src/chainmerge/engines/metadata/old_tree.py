@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct, distinct_with_counts
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.allocation import slices_by
 from chainmerge.qcow2.bitmaps import (
@@ -45,7 +46,7 @@ def void_bitmap_clusters(image: Qcow2Image) -> Clusters:
     Some may be in use for something else by now. Empty if the bitmaps cannot be read to the
     end.
     """
-    return NO_CLUSTERS if image.header.bitmaps_trusted else np.unique(_bitmap_clusters(image, ()))
+    return NO_CLUSTERS if image.header.bitmaps_trusted else distinct(_bitmap_clusters(image, ()))
 
 
 def _bitmap_clusters(image: Qcow2Image, staying: Collection[str]) -> Clusters:
@@ -79,7 +80,7 @@ def refcount_table_clusters(image: Qcow2Image) -> Clusters:
 
 def used_once(image: Qcow2Image, clusters: Clusters) -> Clusters:
     """Those of *clusters* (ascending) that are there once and have a stored refcount of 1."""
-    values, counts = np.unique(clusters, return_counts=True)
+    values, counts = distinct_with_counts(clusters)
     single = values[counts == 1]
     kept = [NO_CLUSTERS]
     per_block = refcounts_per_block(image.header)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from msgspec.structs import replace
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.errors import ImageDamaged
 from chainmerge.engines.metadata.allocation import Allocation, FreeSpace, allocate_with_all_blocks
 from chainmerge.engines.metadata.bitmap_set import (
@@ -189,7 +190,7 @@ def _blocks_in_use(tables: Tables) -> Clusters:
     found = [np.zeros(0, np.int64)]
     for first in range(0, len(tables.counts), at_once):
         used = np.flatnonzero(tables.counts[first : first + at_once]) + first
-        found.append(np.unique(used // entries))
+        found.append(distinct(used // entries))
     return np.concatenate(found)
 
 
@@ -287,7 +288,7 @@ def _flag_writes(
 def _l2_tables(readable: Readable, tables: Tables) -> Iterator[tuple[int, U64Array]]:
     """The active L2 tables, each once: file offset, and the 64-bit words of it."""
     cluster_size = tables.image.header.cluster_size
-    offsets = np.unique(tables.image.l1.astype(np.uint64) & np.uint64(OFFSET_MASK))
+    offsets = distinct(tables.image.l1.astype(np.uint64) & np.uint64(OFFSET_MASK))
     offsets = offsets[offsets != 0]
     at_once = max(1, _TABLE_BYTES_AT_ONCE // cluster_size)
     for start in range(0, len(offsets), at_once):
@@ -343,7 +344,7 @@ def _toggled(
     if not len(where):
         return
     per_sector = SECTOR // 8
-    sectors = runs_of(np.unique(where // per_sector))
+    sectors = runs_of(distinct(where // per_sector))
     new = np.where(changed, entries ^ np.uint64(COPIED), entries)
     for first, count in zip(sectors.start.tolist(), sectors.length.tolist(), strict=True):
         at, end = first * SECTOR, (first + count) * SECTOR

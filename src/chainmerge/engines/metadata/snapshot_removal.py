@@ -19,6 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.arithmetic.arrays import BoolArray, U8Array, U32Array, U64Array
+from chainmerge.arithmetic.distinct import distinct, distinct_with_counts
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.errors import ImageDamaged
 from chainmerge.engines.metadata.allocation import (
@@ -259,7 +260,7 @@ def _data_clusters(header: Header, entries: U64Array) -> Clusters:
 
 
 def _give_up(given_up: U32Array, clusters: Clusters) -> None:
-    inside, times = np.unique(clusters[clusters < len(given_up)], return_counts=True)
+    inside, times = distinct_with_counts(clusters[clusters < len(given_up)])
     given_up[inside] += times.astype(np.uint32)
 
 
@@ -310,7 +311,7 @@ def _l1_needs_flags(image: Qcow2Image, counts: _Counts) -> bool:
 
 
 def _active_tables(image: Qcow2Image) -> U64Array:
-    offsets = np.unique(image.l1.astype(np.uint64) & np.uint64(OFFSET_MASK))
+    offsets = distinct(image.l1.astype(np.uint64) & np.uint64(OFFSET_MASK))
     tables: U64Array = offsets[offsets != 0]
     return tables
 

@@ -84,8 +84,8 @@ from chainmerge.engines.native.survey import (
 )
 from chainmerge.engines.native.windows import (
     changed_windows,
+    read_old_entries,
     read_tables,
-    read_window,
 )
 from chainmerge.engines.native.zeroes import ViewWithZeroes, ZeroRanges
 from chainmerge.errors import ChainmergeError, Failed, Refused
@@ -311,7 +311,7 @@ def _batches(job: Commit) -> Iterator[list[tuple[Resolved, Change]]]:
     batch: list[tuple[Resolved, Change]] = []
     clusters = 0
     for window in changed_windows(job.merged, job.disk):
-        wanted = find_wanted(job.disk, read_window(job.image, job.disk, window.start), window)
+        wanted = find_wanted(job.disk, read_old_entries(job.image, window), window)
         change = place_data(wanted, job.disk, job.placement)
         if not len(change):
             continue

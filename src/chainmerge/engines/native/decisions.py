@@ -35,7 +35,7 @@ from chainmerge.options import Direction, Placement
 from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.header import Header
 from chainmerge.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
-from chainmerge.qcow2.runs import Clusters
+from chainmerge.qcow2.runs import Clusters, Runs
 
 if TYPE_CHECKING:
     from chainmerge.chain.view import Resolved
@@ -73,16 +73,16 @@ class MappedDisk(Struct, frozen=True):
         return divide_up(self.size_after, self.header.cluster_size)
 
 
-class TableWindow(Struct, frozen=True):
-    """L2 entries of base as they are stored, of consecutive guest clusters.
+class OldEntries(Struct, frozen=True):
+    """L2 entries of base as they are stored.
 
     Attributes:
-        first: The first guest cluster.
+        cluster: Whose they are: guest clusters, ascending.
         entries: Descriptors, 0 where there is no table: uint64[n].
         subclusters: Their subcluster bitmaps, None without extended entries: uint64[n].
     """
 
-    first: int
+    cluster: Clusters
     entries: U64Array
     subclusters: U64Array | None
 
@@ -139,21 +139,38 @@ class WantedClusters(Struct, frozen=True):
     zero: U32Array
 
 
-def find_wanted(disk: MappedDisk, window: TableWindow, above: Resolved) -> WantedClusters:
+def touched_clusters(header: Header, above: Resolved) -> Clusters:
+    """Guest clusters of which the merged images define any byte, ascending: no other changes.
+
+    Args:
+        header: Of the image that is written.
+        above: What the images that are merged into it say; open where they say nothing.
+    """
+    says = above.kind != Kind.UNALLOCATED
+    start = above.guest[says].astype(np.int64)
+    end = divide_up(start + above.length[says].astype(np.int64), header.cluster_size)
+    first = start // header.cluster_size
+    # Neighbours can share a cluster.
+    first[1:] = np.maximum(first[1:], end[:-1])
+    some = first < end
+    return Runs(first[some], (end - first)[some]).expanded()
+
+
+def find_wanted(disk: MappedDisk, old: OldEntries, above: Resolved) -> WantedClusters:
     """What the merge wants of a window of an image.
 
     Args:
         disk: The image.
-        window: Its entries.
+        old: Its entries, of the clusters that *above* touches.
         above: What the images that are merged into it say, from the window's first byte to its
             end or that of the disk; open where they say nothing.
     """
-    wants_data, wants_zeros, leaves_open = _unit_flags(disk, window, above)
-    old_data, old_zero = _old_units(disk, window)
+    wants_data, wants_zeros, leaves_open = _unit_flags(disk.header, old.cluster, above)
+    old_data, old_zero = _old_units(disk, old)
     if disk.direction is Direction.PULL:
         undecided = ~(old_data | old_zero)
         wants_data, wants_zeros = wants_data & undecided, wants_zeros & undecided
-    unit_starts_bare = _bare_units(disk, window)
+    unit_starts_bare = _bare_units(disk, old.cluster)
     reads_as_zeros = old_zero | (unit_starts_bare & ~old_data)
     partly_zero = wants_zeros & leaves_open & ~wants_data
     written: U32Array = wants_data | (partly_zero & ~reads_as_zeros)
@@ -166,8 +183,8 @@ def find_wanted(disk: MappedDisk, window: TableWindow, above: Resolved) -> Wante
     data_after = old_data & ~zeroed | written
     changed = np.flatnonzero(written | zeroed)
     return WantedClusters(
-        cluster=changed.astype(np.int64) + window.first,
-        entry=window.entries[changed],
+        cluster=old.cluster[changed],
+        entry=old.entries[changed],
         old_data=old_data[changed],
         old_zero=old_zero[changed],
         written=written[changed],
@@ -228,21 +245,31 @@ def old_hosts(change: Change) -> U64Array:
 
 
 def _unit_flags(
-    disk: MappedDisk, window: TableWindow, above: Resolved
+    header: Header, cluster: Clusters, above: Resolved
 ) -> tuple[U32Array, U32Array, U32Array]:
     """Units of which some bytes are data above, zeros above, or open."""
-    unit = disk.header.subcluster_size
-    origin = window.first * disk.header.cluster_size
-    count = len(window.entries) * disk.header.subclusters_per_cluster
-    first = (above.guest.astype(np.int64) - origin) // unit
-    end = -((origin - (above.guest + above.length).astype(np.int64)) // unit)
+    unit = header.subcluster_size
+    start = above.guest.astype(np.int64)
+    first = _units_below(header, cluster, start // unit)
+    end = divide_up(start + above.length.astype(np.int64), unit)
+    end = _units_below(header, cluster, end)
+    count = len(cluster) * header.subclusters_per_cluster
 
     def masks(chosen: BoolArray) -> U32Array:
-        return _as_masks(_marked(first[chosen], end[chosen], count), disk.header)
+        return _as_masks(_marked(first[chosen], end[chosen], count), header)
 
     data = (above.kind == Kind.DATA) | (above.kind == Kind.COMPRESSED)
     is_open = above.kind == Kind.UNALLOCATED
     return masks(data), masks(~data & ~is_open), masks(is_open)
+
+
+def _units_below(header: Header, cluster: Clusters, unit: Clusters) -> Clusters:
+    """How many units of these clusters, which are ascending, lie below each unit of the disk."""
+    each = header.subclusters_per_cluster
+    whole = np.searchsorted(cluster, unit // each)
+    is_within = np.append(cluster, -1)[whole] == unit // each
+    below: Clusters = whole * each + np.where(is_within, unit % each, 0)
+    return below
 
 
 def _marked(first: Clusters, end: Clusters, count: int) -> BoolArray:
@@ -259,32 +286,32 @@ def _as_masks(flags: BoolArray, header: Header) -> U32Array:
     return octets.view("<u4").astype(np.uint32).reshape(-1)
 
 
-def _old_units(disk: MappedDisk, window: TableWindow) -> tuple[U32Array, U32Array]:
+def _old_units(disk: MappedDisk, old: OldEntries) -> tuple[U32Array, U32Array]:
     """Units of base that hold data, and those that read as zeros."""
-    compressed = window.entries & np.uint64(COMPRESSED) != 0
-    if window.subclusters is None:
-        zero = ~compressed & (window.entries & np.uint64(ZERO_FLAG) != 0)
-        has_host = window.entries & np.uint64(OFFSET_MASK) != 0
+    compressed = old.entries & np.uint64(COMPRESSED) != 0
+    if old.subclusters is None:
+        zero = ~compressed & (old.entries & np.uint64(ZERO_FLAG) != 0)
+        has_host = old.entries & np.uint64(OFFSET_MASK) != 0
         data, zeros = (compressed | (has_host & ~zero)).astype(np.uint32), zero.astype(np.uint32)
     else:
-        data = (window.subclusters & _LOW_WORD).astype(np.uint32)
-        zeros = (window.subclusters >> _HIGH_WORD).astype(np.uint32)
+        data = (old.subclusters & _LOW_WORD).astype(np.uint32)
+        zeros = (old.subclusters >> _HIGH_WORD).astype(np.uint32)
         data[compressed] = disk.full
     # Entries behind the old end of the disk are leftovers. They count as data, so that they
     # are replaced by what the larger disk shall have there.
-    behind = max(0, disk.header.clusters - window.first)
-    stale = window.entries[behind:] != 0
-    if window.subclusters is not None:
-        stale |= window.subclusters[behind:] != 0
+    behind = int(np.searchsorted(old.cluster, disk.header.clusters))
+    stale = old.entries[behind:] != 0
+    if old.subclusters is not None:
+        stale |= old.subclusters[behind:] != 0
     data[behind:] = np.where(stale, disk.full, _NO_UNITS)
     zeros[behind:] = 0
     return data, zeros
 
 
-def _bare_units(disk: MappedDisk, window: TableWindow) -> U32Array:
+def _bare_units(disk: MappedDisk, cluster: Clusters) -> U32Array:
     """Units at which nothing below base shows."""
     header = disk.header
+    each = header.subclusters_per_cluster
     first_bare = divide_up(disk.backing_end, header.subcluster_size)
-    first_bare -= window.first * header.subclusters_per_cluster
-    count = len(window.entries) * header.subclusters_per_cluster
-    return _as_masks(np.arange(count) >= first_bare, header)
+    flags = cluster[:, np.newaxis] * each + np.arange(each) >= first_bare
+    return _as_masks(flags.reshape(-1), header)

@@ -17,8 +17,9 @@ from chainmerge.arithmetic.arrays import (
     U32Array,
     U64Array,
 )
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
-from chainmerge.qcow2.extents import Extents, Kind, distinct
+from chainmerge.qcow2.extents import Extents, Kind
 from chainmerge.storage.transfer.copying import Produced, Stretch
 
 if TYPE_CHECKING:

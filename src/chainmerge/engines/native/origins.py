@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
 from chainmerge.engines.native.moves import Moves, by_target, concatenated_moves
-from chainmerge.qcow2.extents import Extents, Kind, distinct
+from chainmerge.qcow2.extents import Extents, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

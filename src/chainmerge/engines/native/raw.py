@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.chain.layers import layer_of_raw
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved, joined_resolved
 from chainmerge.engines.metadata.errors import NotEnoughSpace
@@ -22,7 +23,7 @@ from chainmerge.engines.native.errors import MergeNotWritten, cause_of
 from chainmerge.engines.native.moves import Segments, by_source, items_of, moves_into
 from chainmerge.engines.native.origins import TracedView, trace_of
 from chainmerge.errors import Failed, Refused
-from chainmerge.qcow2.extents import Kind, distinct
+from chainmerge.qcow2.extents import Kind
 from chainmerge.storage.file_space import ByteRanges, united
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.engines.metadata.allocation import Allocation, Demand, FreeSpace, allocate
 from chainmerge.engines.metadata.bitmap_set import BitmapSetLayout, lay_out
@@ -25,7 +26,7 @@ from chainmerge.engines.native.moves import segments_of
 from chainmerge.engines.native.windows import (
     changed_windows,
     l2_entries_of,
-    read_window,
+    read_old_entries,
     table_offsets,
     tables_in,
 )
@@ -103,7 +104,7 @@ def _needs_of(
     tables = tables_in(disk, window)
     if not table_offsets(image, tables).any() and _is_all_data(window):
         return dict.fromkeys(Placement, need_of_data(disk.header, window))
-    wanted = find_wanted(disk, read_window(image, disk, window.start), window)
+    wanted = find_wanted(disk, read_old_entries(image, window), window)
     # Where nothing is replaced there is nothing to choose.
     ways = tuple(Placement) if wanted.entry.any() else (Placement.COW,)
     needs = {way: _need_of(image, disk, place_data(wanted, disk, way), window) for way in ways}
@@ -136,12 +137,7 @@ def _clusters_of(header: Header, lengths: U64Array) -> int:
 
 def l2_tables_of(change: Change, l2_entries: int) -> Clusters:
     """L1 indexes of the tables in which entries change, ascending."""
-    indexes = change.cluster[change.remapped] // l2_entries
-    if not len(indexes):
-        return indexes
-    # Ascending already, so that this is much faster than np.unique.
-    tables: Clusters = indexes[np.concatenate([[True], indexes[1:] != indexes[:-1]])]
-    return tables
+    return distinct(change.cluster[change.remapped] // l2_entries)
 
 
 def _need_of(image: Qcow2Image, disk: MappedDisk, change: Change, window: Resolved) -> MappingNeed:

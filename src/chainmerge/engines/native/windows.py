@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.chain.view import NO_LAYER, Resolved, joined_resolved
-from chainmerge.engines.native.decisions import TableWindow
+from chainmerge.engines.native.decisions import OldEntries, touched_clusters
 from chainmerge.options import Direction
-from chainmerge.qcow2.extents import Extents, Kind, distinct
+from chainmerge.qcow2.extents import Extents, Kind
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.mapping import OFFSET_MASK
 
@@ -56,18 +57,17 @@ def tables_in(disk: MappedDisk, window: Resolved) -> I64Array:
     )
 
 
-def read_window(image: Qcow2Image, disk: MappedDisk, start: int) -> TableWindow:
-    """Base's L2 entries for the window that starts at guest byte *start*."""
+def read_old_entries(image: Qcow2Image, window: Resolved) -> OldEntries:
+    """Base's L2 entries of the clusters of which a window says anything."""
     header = image.header
-    first_table = start // (header.l2_entries * header.cluster_size)
-    first = first_table * header.l2_entries
-    tables = window_bytes(header) // (header.l2_entries * header.cluster_size)
-    clusters = min(tables * header.l2_entries, disk.clusters_after - first)
-    tables = divide_up(clusters, header.l2_entries)
-    words = read_tables(image, np.arange(first_table, first_table + tables)).reshape(-1)
+    clusters = touched_clusters(header, window)
+    table, within = np.divmod(clusters, header.l2_entries)
+    tables = distinct(table)
+    words = read_tables(image, tables)
+    row = np.searchsorted(tables, table)
     if not header.extended_l2:
-        return TableWindow(first, words[:clusters], None)
-    return TableWindow(first, words[0::2][:clusters], words[1::2][:clusters])
+        return OldEntries(clusters, words[row, within], None)
+    return OldEntries(clusters, words[row, 2 * within], words[row, 2 * within + 1])
 
 
 def read_tables(image: Qcow2Image, indexes: Clusters) -> U64Array:

@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import U64Array
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.chain.view import NO_LAYER, GuestView, Resolved
 from chainmerge.qcow2.extents import Extents, Kind
@@ -117,7 +118,7 @@ def _with_zeroes(runs: Resolved, zeroes: ZeroRanges) -> Resolved:
     starts, ends = zeroes.start[low:high], zeroes.end[low:high]
     bounds = np.concatenate([runs.guest, starts, ends])
     inside = (bounds >= np.uint64(runs.start)) & (bounds < np.uint64(runs.end))
-    cut = runs.cut_at(np.unique(bounds[inside]))
+    cut = runs.cut_at(distinct(bounds[inside]))
     extents = cut.extents
     place = np.searchsorted(starts, extents.guest, "right") - 1
     zero = (place >= 0) & (extents.guest < ends[place]) & (extents.kind == Kind.DATA)

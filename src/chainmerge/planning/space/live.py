@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.engines.metadata.old_tree import bitmap_clusters
 from chainmerge.options import Placement
@@ -72,7 +73,7 @@ def survey_for_live(
     demand = MergeDemand(
         header=image.header,
         layout=layout,
-        old_bitmaps=runs_of(np.unique(freed)),
+        old_bitmaps=runs_of(distinct(freed)),
         prunes=bool(stale),
         stand_ins=(),
         final_bitmaps=tuple(stored),

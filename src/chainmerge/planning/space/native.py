@@ -210,7 +210,7 @@ class _Pruned(Struct, frozen=True):
         counts[: len(references.counts)] = references.counts
         counts[placed] = 1
         released = bitmap_clusters(image, names_kept(remaining))
-        counts[np.unique(released)] = 0
+        counts[released] = 0
         header = image.header
         if allocation.table_start is not None:
             header = replace(header, refcount_table_clusters=allocation.table_clusters)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
+from chainmerge.arithmetic.distinct import distinct
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.sets import final_set, stand_ins
@@ -26,7 +27,6 @@ from chainmerge.planning.space.figures import SpaceSurvey, facts_of_need, withou
 from chainmerge.planning.space.need import BitmapShape, MergeDemand, space_need
 from chainmerge.planning.space.raw import missing_in_place
 from chainmerge.qcow2.behind_end import old_bytes
-from chainmerge.qcow2.extents import distinct
 from chainmerge.qcow2.mapping import Kind, lookup
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.qcow2.runs import runs_of
@@ -203,7 +203,7 @@ def _demand(
     return MergeDemand(
         header=header,
         layout=layout,
-        old_bitmaps=runs_of(np.unique(bitmap_clusters(image))),
+        old_bitmaps=runs_of(distinct(bitmap_clusters(image))),
         prunes=holds and bitmap_difference(image, between) is not None,
         stand_ins=tuple(_shapes(between, header.cluster_size)),
         final_bitmaps=tuple(_shapes(after, header.cluster_size)),

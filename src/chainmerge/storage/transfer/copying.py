@@ -6,7 +6,6 @@ Offsets and lengths are in bytes.
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING, Final, Self
 
 from chainmerge.storage.errors import ReadBackDiffers
@@ -25,7 +24,7 @@ from chainmerge.storage.transfer.pieces import (
     joined_items,
     produced_by,
 )
-from chainmerge.storage.transfer.readback import Ledger
+from chainmerge.storage.transfer.readback import Ledger, checksum_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -120,9 +119,9 @@ class PortTransfer:
     def verify(self, on_progress: OnBytes | None = None) -> None:
         """See :class:`Transfer`."""
         compared = 0
-        for target, length, crc in self._ledger.in_target_order():
+        for target, length, value in self._ledger.in_target_order():
             self._pacing.wait_for_turn(length)
-            if zlib.crc32(self._port.read(target, length)) != crc:
+            if checksum_of(self._port.read(target, length)) != value:
                 raise ReadBackDiffers(self._port.name, target, length)
             compared += length
             if on_progress is not None:

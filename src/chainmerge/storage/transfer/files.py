@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Self
@@ -39,8 +38,8 @@ from chainmerge.storage.transfer.pieces import (
     ZeroedSpace,
     joined_items,
 )
-from chainmerge.storage.transfer.readback import Checksum, Ledger
-from chainmerge.storage.transfer.workers import Workers
+from chainmerge.storage.transfer.readback import Checksum, Ledger, checksum_of
+from chainmerge.storage.transfer.workers import Depth, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +50,8 @@ if TYPE_CHECKING:
 # Larger chunks, fewer at a time, are no faster on one stretch and slower on scattered clusters:
 # each chunk reads and writes its pieces one after the other.
 CHUNK: Final = 1 << 20
-DEPTH: Final = 16
+_FEWEST_CHUNKS: Final = 4
+_MOST_CHUNKS: Final = 16
 
 # A stretch is not cut into smaller parts than this to fill a chunk up.
 _SMALLEST_PART: Final = 64 << 10
@@ -98,7 +98,7 @@ class FileTransfer:
             self._chunk_bytes = max(_SMALLEST_PART, min(CHUNK, wanted))
         self._target = DirectFile(port, os.O_RDWR)
         self._sources: dict[int, DirectFile] = {}
-        self._workers = Workers(DEPTH, self._chunk_bytes)
+        self._workers = Workers(Depth(_FEWEST_CHUNKS, _MOST_CHUNKS), self._chunk_bytes)
         self._chunk = Chunk(self._chunk_bytes)
         self._edges: list[tuple[int, bytes]] = []
         self._read_back = read_back
@@ -339,8 +339,8 @@ class FileTransfer:
         for run in batch:
             start, last = run[0].target, run[-1]
             view = self._target.read_back(buffer, start, last.target + last.length - start)
-            for target, length, crc in run:
-                if zlib.crc32(view[target - start :][:length]) != crc:
+            for target, length, value in run:
+                if checksum_of(view[target - start :][:length]) != value:
                     raise ReadBackDiffers(self._port.name, target, length)
                 compared += length
         return compared
@@ -353,7 +353,7 @@ class FileTransfer:
 
     def _compare_with_source(self, part: Stretch, buffer: memoryview) -> int:
         assert part.source is not None
-        expected = zlib.crc32(part.source.read(part.offset, part.length))
-        if zlib.crc32(self._target.read_back(buffer, part.target, part.length)) != expected:
+        expected = checksum_of(part.source.read(part.offset, part.length))
+        if checksum_of(self._target.read_back(buffer, part.target, part.length)) != expected:
             raise ReadBackDiffers(self._port.name, part.target, part.length)
         return part.length

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import zlib
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from chainmerge.storage.transfer.pieces import ReadBack
 
@@ -16,52 +16,61 @@ if TYPE_CHECKING:
 
 
 class Checksum(NamedTuple):
-    """Of *length* bytes at offset *target*; *crc* is their CRC-32."""
+    """Of *length* bytes at offset *target*; *value* is what :func:`checksum_of` says of them."""
 
     target: int
     length: int
-    crc: int
+    value: int
+
+
+def checksum_of(data: bytes | memoryview) -> int:
+    """64 bits by which to tell whether bytes are still what they were. Never stored.
+
+    XXH3, which takes a tenth of the time of CRC-32 and lets other threads run meanwhile. It finds
+    storage that fails; nobody can forge anything here but the guest, and only its own data.
+    """
+    return xxh3_64_intdigest(data)
 
 
 class Ledger:
-    """The checksums of everything that was written, 16 bytes for each."""
+    """The checksums of everything that was written, 20 bytes for each."""
 
     def __init__(self, read_back: ReadBack) -> None:
         """Begin with none, and keep none if nothing will be compared."""
         self._read_back = read_back
         self._targets = array("Q")
         self._lengths = array("I")
-        self._crcs = array("I")
+        self._values = array("Q")
 
     def checksums_of(self, target: int, data: bytes | memoryview) -> tuple[Checksum, ...]:
         """What there is to record of *data*; may be called in any thread."""
         if self._read_back is ReadBack.OMITTED:
             return ()
-        return (Checksum(target, len(data), zlib.crc32(data)),)
+        return (Checksum(target, len(data), checksum_of(data)),)
 
     def record(self, checksum: Checksum) -> None:
         """Keep a checksum."""
         self._targets.append(checksum.target)
         self._lengths.append(checksum.length)
-        self._crcs.append(checksum.crc)
+        self._values.append(checksum.value)
 
     def record_zeros(self, target: int, length: int, step: int) -> None:
         """Keep that a range is zeros, in pieces of *step* bytes."""
         if self._read_back is ReadBack.OMITTED:
             return
-        crc = zlib.crc32(bytes(min(step, length)))
+        value = checksum_of(bytes(min(step, length)))
         for done in range(0, length, step):
             size = min(step, length - done)
             if size < step and done:
-                crc = zlib.crc32(bytes(size))
-            self.record(Checksum(target + done, size, crc))
+                value = checksum_of(bytes(size))
+            self.record(Checksum(target + done, size, value))
 
     def in_target_order(self) -> Iterator[Checksum]:
         """All of them, so that the target is read from its beginning to its end."""
         # Copies: an array cannot grow while somebody looks into it.
         targets = np.array(self._targets, dtype=np.uint64)
         for index in np.argsort(targets, kind="stable"):
-            yield Checksum(self._targets[index], self._lengths[index], self._crcs[index])
+            yield Checksum(self._targets[index], self._lengths[index], self._values[index])
 
     def runs(self, limit: int) -> Iterator[list[Checksum]]:
         """All of them in target order, those of up to *limit* bytes without a gap together."""

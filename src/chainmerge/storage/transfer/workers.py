@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from chainmerge.storage.errors import OutOfMemory
 from chainmerge.storage.transfer.direct import ALIGNMENT, aligned_buffer
@@ -21,20 +23,63 @@ _Work: TypeAlias = Callable[[memoryview], "_Rest"]
 _Rest: TypeAlias = Callable[[], None]
 """What is left to do for a job in the thread that has submitted it; raises what it raised."""
 
+# What a trial of a depth takes, for each job at a time. Fewer would not fill the queue.
+_JOBS_OF_A_TRIAL: Final = 8
+# More at a time stay if they do this many times as much.
+_WORTHWHILE: Final = 1.3
+
+
+class Depth:
+    """How many jobs at a time: few, and more as long as that gets more done.
+
+    Storage that answers at once is busy with a few requests, and each thread more costs memory
+    and time to take turns; storage behind a network, or of many disks, wants more.
+    """
+
+    def __init__(self, first: int, most: int) -> None:
+        """Try *first*, and twice as many each time, up to *most*."""
+        self.limit = first
+        self._most = most
+        self.begin(0.0)
+
+    def begin(self, now: float) -> None:
+        """Jobs are about to come, perhaps of another kind than before; seconds of any clock."""
+        self._best = (0.0, self.limit)
+        self._try(now)
+
+    def finished(self, now: float) -> None:
+        """One job is done."""
+        self._left -= 1
+        if self._left:
+            return
+        rate = _JOBS_OF_A_TRIAL * self.limit / max(now - self._since, 1e-9)
+        best, its_limit = self._best
+        if rate < best * _WORTHWHILE:
+            self.limit = its_limit
+        elif self.limit < self._most:
+            self._best = (rate, self.limit)
+            self.limit = min(2 * self.limit, self._most)
+            self._try(now)
+
+    def _try(self, now: float) -> None:
+        self._since = now
+        self._left = _JOBS_OF_A_TRIAL * self.limit
+
 
 class Workers:
     """Does a limited number of jobs at a time. To be used from one thread."""
 
-    def __init__(self, size: int, buffer_bytes: int) -> None:
+    def __init__(self, depth: Depth, buffer_bytes: int) -> None:
         """Start with no thread; each is made when it is needed.
 
         Args:
-            size: How many jobs at a time.
+            depth: How many jobs at a time.
             buffer_bytes: What most jobs need; each thread's memory.
         """
-        self._size = size
+        self._depth = depth
         # A little more than asked for, so that a range can be widened to aligned ends.
         self._buffer_bytes = buffer_bytes + 2 * ALIGNMENT
+        self._most_threads = sys.maxsize
         self._reset()
 
     def _reset(self) -> None:
@@ -50,6 +95,7 @@ class Workers:
         Raises:
             Exception: the first that a job, or what was to be done with its result, raised.
         """
+        self._depth.begin(time.monotonic())
         try:
             yield
             self.drain()
@@ -67,7 +113,7 @@ class Workers:
             buffer_bytes: What the job needs, not counting :data:`ALIGNMENT` at both ends.
             done: Called with the job's result, in this thread, by a later call.
         """
-        while self._unfinished == self._size or not self._done.empty():
+        while self._unfinished >= self._limit or not self._done.empty():
             self._finish_one()
 
         def work(buffer: memoryview) -> _Rest:
@@ -79,6 +125,10 @@ class Workers:
             self._add_thread()
         self._unfinished += 1
         self._to_do.put(work)
+
+    @property
+    def _limit(self) -> int:
+        return min(self._depth.limit, self._most_threads)
 
     def drain(self) -> None:
         """Return when no job is left."""
@@ -105,13 +155,14 @@ class Workers:
             # No memory for it, or no more threads for this process: those that there are do.
             if not self._threads:
                 raise OutOfMemory from error
-            self._size = len(self._threads)
+            self._most_threads = len(self._threads)
             return
         self._threads.append(thread)
 
     def _finish_one(self) -> None:
         rest = self._done.get()
         self._unfinished -= 1
+        self._depth.finished(time.monotonic())
         rest()
 
 
