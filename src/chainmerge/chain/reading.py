@@ -69,6 +69,8 @@ def open_for_writing(image: ImageInfo) -> WritablePort:
 
 def identity_of_opened(readable: FileReadable) -> Identity:
     """The identity of an open file or block device."""
+    if not readable.is_block_device:
+        return readable.identity
     return identity_of(os.fstat(readable.fd))
 
 
@@ -102,6 +104,13 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
         WrongFormat: it was declared as qcow2 and is not.
         FormatError: a qcow2 header that QEMU would not open either.
     """
+    return describe_at(Path(os.path.realpath(path)), path, readable, declared)
+
+
+def describe_at(
+    real_path: Path, path: Path, readable: FileReadable, declared: DeclaredFormat
+) -> ImageInfo:
+    """As :func:`describe`, where *path* is known to lead to *real_path*, by all symbolic links."""
     header: Header | None = None
     bitmaps: tuple[BitmapEntry, ...] = ()
     problem: FormatError | None = None
@@ -126,7 +135,7 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
         notes.append(f"its format, {declared.name!r}, is known to QEMU only")
     return ImageInfo(
         path=path,
-        real_path=Path(os.path.realpath(path)),
+        real_path=real_path,
         identity=identity_of_opened(readable),
         is_block_device=readable.is_block_device,
         format=_format_named(declared.name),

@@ -20,7 +20,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.chain.allowed_places import reached, resolved
+from chainmerge.chain.allowed_places import Directories
 from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
@@ -97,8 +97,13 @@ class Surroundings:
         self._search = search
         self._max_files = max_files
         self._max_around = max_around
+        directories = Directories()
         self._homes = sorted(
-            {str(place.parent) for path in images for place in (reached(path), resolved(path))}
+            {
+                str(place.parent)
+                for path in images
+                for place in (directories.reached(path), directories.resolved(path))
+            }
         )
         self._mounts = mounts()
         self._file_systems = {self._mounts.file_system_of(home) for home in self._homes}

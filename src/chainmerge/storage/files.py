@@ -87,6 +87,16 @@ class FileReadable:
         """Bytes, as of now."""
         return block.device_size(self.fd) if self.is_block_device else os.fstat(self.fd).st_size
 
+    def kernel_path(self) -> str:
+        """Where the kernel found the file, without symbolic links; empty if it does not say.
+
+        Another name if it has been renamed since.
+        """
+        try:
+            return os.readlink(f"/proc/self/fd/{self.fd}")  # noqa: PTH115
+        except OSError:
+            return ""
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly *length* bytes from *offset* on; what lies past the end reads as zeros.
 
