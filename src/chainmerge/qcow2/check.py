@@ -14,6 +14,7 @@ import numpy as np
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.qcow2.extents import distinct
+from chainmerge.qcow2.l2_tables import NO_TABLES, KnownTables
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block, stored_refcounts
 from chainmerge.qcow2.references import (
     Findings,
@@ -83,15 +84,20 @@ class CheckReport:
         return self.sound and self.leaks > 0
 
 
-def check(image: Qcow2Image) -> CheckReport:
+def check(image: Qcow2Image, tables: KnownTables = NO_TABLES) -> CheckReport:
     """Recompute all refcounts and compare them with the stored ones.
 
     Damage does not raise, it is reported. The dirty and corrupt bits of the header are ignored.
 
+    Args:
+        image: the image.
+        tables: what has been read of its L2 tables, if nobody can have changed them since.
+
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    return check_with_references(image)[0]
+    findings = Findings()
+    return _report(image, count_references(image, findings, tables), findings)
 
 
 def computed_refcounts(image: Qcow2Image) -> ReferenceCounts:

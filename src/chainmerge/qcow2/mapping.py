@@ -20,6 +20,7 @@ import numpy as np
 from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.qcow2.errors import BadEntry, BadOffset
 from chainmerge.qcow2.extents import Extents, Kind, Mapping, follows_guest
+from chainmerge.qcow2.gather import PieceReader
 from chainmerge.qcow2.header import SECTOR, SUBCLUSTERS
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.l2_tables import TablesRead
 
 __all__ = [
     "ALL_ALLOCATED",
@@ -64,7 +66,13 @@ SPARSE = 4
 
 
 def iter_extents(
-    image: Qcow2Image, start: int = 0, end: int | None = None, *, window: int = DEFAULT_WINDOW
+    image: Qcow2Image,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    window: int = DEFAULT_WINDOW,
+    reader: PieceReader | None = None,
+    noted: TablesRead | None = None,
 ) -> Iterator[Extents]:
     """Yield what the image says about guest bytes *start* to *end*.
 
@@ -74,6 +82,8 @@ def iter_extents(
         end: guest byte after the last one; the disk's end if None or beyond it.
         window: bytes of L2 tables to look at in one step. It bounds the memory in use to
             about 20 times as much.
+        reader: reads the tables, if one is at hand.
+        noted: takes note of what is read, for those who want to read the same tables.
 
     Yields:
         Extents that together cover the range without gaps. A run may be split where one
@@ -86,8 +96,9 @@ def iter_extents(
     header = image.header
     end = header.virtual_size if end is None else min(end, header.virtual_size)
     done = start
+    reader = reader or PieceReader()
     for pieces in _table_pieces(image, start, end, window):
-        entries = _read_entries(image, pieces)
+        entries = _read_entries(image, reader, pieces, noted)
         if not entries.offsets.any() and (entries.bitmaps is None or not entries.bitmaps.any()):
             continue
         for portion in _portions(entries):
@@ -233,15 +244,12 @@ class _Entries:
         )
 
 
-def _read_entries(image: Qcow2Image, pieces: _TablePieces) -> _Entries:
+def _read_entries(
+    image: Qcow2Image, reader: PieceReader, pieces: _TablePieces, noted: TablesRead | None
+) -> _Entries:
     header = image.header
-    size = pieces.count * np.uint64(header.l2_entry_size)
-    follows = pieces.file_offset[1:] == pieces.file_offset[:-1] + size[:-1]
-    heads = np.concatenate([[0], np.flatnonzero(~follows) + 1])
-    reads = zip(
-        pieces.file_offset[heads].tolist(), np.add.reduceat(size, heads).tolist(), strict=True
-    )
-    data = b"".join(image.readable.read(offset, length) for offset, length in reads)
+    sizes = pieces.count * np.uint64(header.l2_entry_size)
+    data = reader.read(image.readable, pieces.file_offset, sizes)
     ends = np.cumsum(pieces.count).astype(np.intp)
     position = np.concatenate([[0], ends[:-1]])
     words = np.frombuffer(data, ">u8")
@@ -256,6 +264,8 @@ def _read_entries(image: Qcow2Image, pieces: _TablePieces) -> _Entries:
     in_use = np.frombuffer(data, np.uint64) != 0
     if header.extended_l2:
         in_use = in_use[0::2] | in_use[1::2]
+    if noted is not None and (pieces.count == header.l2_entries).all():
+        noted.note(pieces.file_offset, entries.offsets, entries.bitmaps, in_use)
     if np.count_nonzero(in_use) < len(in_use) // SPARSE:
         # The last one tells how far the tables reach, whether it is in use or not.
         in_use[-1] = True

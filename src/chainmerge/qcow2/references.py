@@ -23,9 +23,9 @@ import numpy.typing as npt
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
-from chainmerge.qcow2.gather import read_pieces
+from chainmerge.qcow2.gather import PieceReader
 from chainmerge.qcow2.header import MAX_L1_BYTES, SECTOR
-from chainmerge.qcow2.l2_tables import L2Group, L2Tables
+from chainmerge.qcow2.l2_tables import NO_TABLES, KnownTables, L2Group, L2Tables
 from chainmerge.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from chainmerge.qcow2.table_errors import (
     BadBitmapDirectory,
@@ -144,13 +144,17 @@ def stored_windows(
         yield first, stored
 
 
-def count_references(image: Qcow2Image, findings: Findings) -> ReferenceCounts:
+def count_references(
+    image: Qcow2Image, findings: Findings, tables: KnownTables = NO_TABLES
+) -> ReferenceCounts:
     """Count all references, and judge them on the way.
+
+    What is in *tables* is not read again.
 
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    return _Counting(image, findings).run()
+    return _Counting(image, findings, tables).run()
 
 
 def is_about_copied(message: str) -> bool:
@@ -161,10 +165,11 @@ def is_about_copied(message: str) -> bool:
 class _Counting:
     """The counts of one image while they are being made."""
 
-    def __init__(self, image: Qcow2Image, findings: Findings) -> None:
+    def __init__(self, image: Qcow2Image, findings: Findings, tables: KnownTables) -> None:
         header = image.header
         self._image = image
         self._findings = findings
+        self._known = tables
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         # QEMU knows a file's length in whole sectors.
@@ -346,10 +351,18 @@ class _Counting:
             self._marks[self._touched_clusters(group.offsets)] |= _L2_TABLE
 
     def _count_data(self, group: L2Group) -> None:
+        known = self._known.among(group.offsets)
+        if known.any():
+            self._count_entries(group, *self._known.entries_of(group.offsets[known]))
+        self._count_tables(group, group.offsets[~known])
+
+    def _count_tables(self, group: L2Group, tables: U64Array) -> None:
         per_window = max(1, _L2_WINDOW_BYTES // self._cluster_size)
-        for at in range(0, len(group.offsets), per_window):
-            offsets = group.offsets[at : at + per_window]
-            data = read_pieces(self._image.readable, offsets, self._cluster_size)
+        reader, readable = PieceReader(), self._image.readable
+        for at in range(0, len(tables), per_window):
+            offsets = tables[at : at + per_window]
+            sizes = np.full(len(offsets), self._cluster_size, np.uint64)
+            data = reader.read(readable, offsets, sizes)
             words = np.frombuffer(data, ">u8")
             # What is zero is so in any byte order, and the machine's own is the fastest.
             in_use = np.frombuffer(data, np.uint64) != 0

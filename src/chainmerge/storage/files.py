@@ -113,6 +113,25 @@ class FileReadable:
             pieces += data
         return bytes(pieces.ljust(length, b"\0"))
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`read`, as many bytes as *buffer* has.
+
+        Raises:
+            ReadFailed: the storage reported an error.
+        """
+        done = 0
+        while done < len(buffer):
+            at = offset + done
+            try:
+                count = os.preadv(self.fd, [buffer[done:]], at) if at < _MAX_OFFSET else 0
+            except OSError as error:
+                rest = len(buffer) - done
+                raise ReadFailed(self.name, at, rest, reason_of(error)) from error
+            if count == 0:
+                buffer[done:] = bytes(len(buffer) - done)
+                return
+            done += count
+
     def _pread(self, offset: int, length: int) -> bytes:
         try:
             return os.pread(self.fd, length, offset)
@@ -162,6 +181,11 @@ class WritablePort(FileReadable):
         """As :meth:`FileReadable.read`; sees what was written through this object."""
         self.refuse_after_failed_flush()
         return super().read(offset, length)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`FileReadable.read_into`; sees what was written through this object."""
+        self.refuse_after_failed_flush()
+        super().read_into(offset, buffer)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of *data* at *offset*.

@@ -115,6 +115,10 @@ class LockedReadable:
         """As :meth:`chainmerge.storage.files.FileReadable.read`."""
         return self._file.read(offset, length)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`chainmerge.storage.files.FileReadable.read_into`."""
+        self._file.read_into(offset, buffer)
+
 
 AnyFile: TypeAlias = FileReadable | LockedReadable
 """An open file of the operating system: has ``fd``, ``identity`` and ``is_block_device``."""
