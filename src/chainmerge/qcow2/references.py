@@ -36,10 +36,9 @@ from chainmerge.qcow2.table_errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from chainmerge.arithmetic.arrays import BoolArray, I64Array, U64Array
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.refcounts import StoredRefcounts
 
 Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -118,43 +117,24 @@ class Findings:
         self.corrupt(1, message)
 
 
-def usable_blocks(image: Qcow2Image, table: U64Array) -> U64Array:
-    """The refcount table with 0 for blocks that are not aligned or not in the file.
-
-    Reserved bits are ignored where the rest is usable, as QEMU does when it looks up a
-    refcount.
-    """
-    offsets = table & np.uint64(refcounts.BLOCK_OFFSET_MASK)
-    bad = offsets % np.uint64(image.header.cluster_size) != 0
-    bad |= offsets >= np.uint64(image.readable.size)
-    offsets[bad] = 0
-    return offsets
-
-
-def stored_windows(
-    image: Qcow2Image, blocks: U64Array, clusters: int
-) -> Iterator[tuple[int, Counts]]:
-    """The stored refcounts of all *clusters* in windows: (first cluster, refcounts)."""
-    dtype = refcounts.refcount_dtype(image.header)
-    for first in range(0, clusters, _CLUSTERS_AT_ONCE):
-        count = min(_CLUSTERS_AT_ONCE, clusters - first)
-        stored = np.zeros(count, dtype=dtype)
-        for at, part in refcounts.stored_refcounts(image, blocks, 0, first, count):
-            stored[at : at + len(part)] = part
-        yield first, stored
-
-
 def count_references(
-    image: Qcow2Image, findings: Findings, tables: KnownTables = NO_TABLES
+    image: Qcow2Image,
+    findings: Findings,
+    stored: StoredRefcounts,
+    tables: KnownTables = NO_TABLES,
 ) -> ReferenceCounts:
     """Count all references, and judge them on the way.
 
-    What is in *tables* is not read again.
+    Args:
+        image: the image.
+        findings: gets what is wrong.
+        stored: the image's own refcounts.
+        tables: what is known of the image's L2 tables, and not read again.
 
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    return _Counting(image, findings, tables).run()
+    return _Counting(image, findings, stored, tables).run()
 
 
 def is_about_copied(message: str) -> bool:
@@ -165,10 +145,13 @@ def is_about_copied(message: str) -> bool:
 class _Counting:
     """The counts of one image while they are being made."""
 
-    def __init__(self, image: Qcow2Image, findings: Findings, tables: KnownTables) -> None:
+    def __init__(
+        self, image: Qcow2Image, findings: Findings, stored: StoredRefcounts, tables: KnownTables
+    ) -> None:
         header = image.header
         self._image = image
         self._findings = findings
+        self._stored = stored
         self._known = tables
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -187,12 +170,11 @@ class _Counting:
             raise TooLittleMemory(image.name, self._clusters) from error
 
     def run(self) -> ReferenceCounts:
-        table = refcounts.read_refcount_table(self._image)
-        self._mark_stored_ones(usable_blocks(self._image, table))
+        self._mark_stored_ones()
         self._count_header()
         tables = self._count_l1_tables()
         self._count_bitmaps()
-        blocks = self._count_refcount_blocks(table)
+        blocks = self._count_refcount_blocks(self._stored.entries)
         self._count_l2_tables(tables)
         for group in tables.groups():
             self._count_data(group)
@@ -206,8 +188,8 @@ class _Counting:
 
     # What is not mapped by L2 tables
 
-    def _mark_stored_ones(self, blocks: U64Array) -> None:
-        for first, stored in stored_windows(self._image, blocks, self._clusters):
+    def _mark_stored_ones(self) -> None:
+        for first, stored in self._stored.windows(self._clusters):
             self._marks[first : first + len(stored)][stored == 1] |= _STORED_IS_ONE
 
     def _count_header(self) -> None:
@@ -306,15 +288,16 @@ class _Counting:
             self._claim(f"the bits of {what}", clusters)
             self._add(clusters, 1)
 
-    def _count_refcount_blocks(self, table: U64Array) -> I64Array:
+    def _count_refcount_blocks(self, entries: U64Array) -> I64Array:
         findings = self._findings
+        table = entries[entries != 0]
         reserved = table & np.uint64(refcounts.RESERVED) != 0
-        unaligned = table % np.uint64(self._cluster_size) != 0
+        unaligned = table & np.uint64(self._cluster_size - 1) != 0
         bad = _count(reserved)
         findings.corrupt(bad, f"{counted(bad, 'refcount table entry')} with reserved bits set")
         bad = _count(unaligned & ~reserved)
         findings.corrupt(bad, f"{counted(bad, 'refcount block')} not aligned to clusters")
-        offsets = table[~unaligned & (table != 0)]
+        offsets = table[~unaligned]
         clusters = self._clusters_inside("refcount blocks", offsets, 1)
         self._claim("refcount blocks", clusters)
         self._add(clusters, 1)
