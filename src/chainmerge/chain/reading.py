@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _SECTOR = 512
+_TABLES_BYTES = 256 << 10
 _NOBODY_CAN_TELL = {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EINTR, errno.ETIMEDOUT}
 
 
@@ -119,6 +120,8 @@ def describe_at(
     if declared.name == ImageFormat.QCOW2:
         if not begins_as_qcow2(readable):
             raise WrongFormat(str(path), declared.declared_by or "the file itself")
+        # The header is followed by the tables, which will be read next.
+        readable.read_ahead(0, _TABLES_BYTES)
         image = Qcow2Image(readable)
         header = image.header
         guest_size = header.virtual_size

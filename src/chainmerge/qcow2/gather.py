@@ -27,6 +27,24 @@ def read_pieces(readable: Readable, offsets: npt.NDArray[np.uint64], size: int) 
 
 
 @runtime_checkable
+class ReadsAhead(Protocol):
+    """A readable that can be told what is going to be read."""
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Begin to read *length* bytes from *offset*, without waiting for them."""
+
+
+def read_ahead(readable: Readable, offsets: npt.NDArray[np.uint64], size: int) -> None:
+    """Have the *size* bytes at each of *offsets* read at the same time, if that is possible.
+
+    Those who read small pieces here and there one after the other wait for each of them.
+    """
+    if isinstance(readable, ReadsAhead):
+        for start, count in _contiguous(offsets, size):
+            readable.read_ahead(start, count * size)
+
+
+@runtime_checkable
 class ReadsInto(Protocol):
     """A readable that can put what it reads where it is told."""
 

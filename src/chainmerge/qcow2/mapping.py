@@ -20,7 +20,7 @@ import numpy as np
 from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.qcow2.errors import BadEntry, BadOffset
 from chainmerge.qcow2.extents import Extents, Kind, Mapping, follows_guest
-from chainmerge.qcow2.gather import PieceReader
+from chainmerge.qcow2.gather import PieceReader, read_ahead
 from chainmerge.qcow2.header import SECTOR, SUBCLUSTERS
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ ALL_ALLOCATED = 0x0000_0000_FFFF_FFFF
 ALL_ZERO = 0xFFFF_FFFF_0000_0000
 
 DEFAULT_WINDOW = 1 << 20
+_WINDOWS_AHEAD = 4
 # An entry with mixed subclusters becomes up to 32 extents; this many of them at a time
 # keep the arrays of one window to a few MiB.
 MAX_MIXED_ENTRIES = 4096
@@ -133,8 +134,13 @@ def _table_pieces(image: Qcow2Image, start: int, end: int, window: int) -> Itera
     tables = _l2_table_offsets(image, first_table, end_table)
     present = np.flatnonzero(tables)
     per_window = max(1, window // header.cluster_size)
+    expected = 0
     for at in range(0, len(present), per_window):
         chosen = present[at : at + per_window]
+        soon = present[expected : at + _WINDOWS_AHEAD * per_window]
+        if len(soon) and window > header.cluster_size:
+            read_ahead(image.readable, tables[soon], header.cluster_size)
+            expected += len(soon)
         table_start = (chosen + first_table).astype(np.uint64) * np.uint64(header.l2_entries)
         table_end = table_start + np.uint64(header.l2_entries)
         piece_start = np.maximum(table_start, np.uint64(first_cluster))

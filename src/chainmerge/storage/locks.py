@@ -119,6 +119,10 @@ class LockedReadable:
         """As :meth:`chainmerge.storage.files.FileReadable.read_into`."""
         self._file.read_into(offset, buffer)
 
+    def read_ahead(self, offset: int, length: int) -> None:
+        """As :meth:`chainmerge.storage.files.FileReadable.read_ahead`."""
+        self._file.read_ahead(offset, length)
+
 
 AnyFile: TypeAlias = FileReadable | LockedReadable
 """An open file of the operating system: has ``fd``, ``identity`` and ``is_block_device``."""
