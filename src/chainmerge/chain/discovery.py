@@ -33,6 +33,7 @@ from chainmerge.chain.reading import (
 )
 from chainmerge.documents.text import printable
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.qcow2.known_headers import KnownHeaders
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable
 
@@ -42,30 +43,39 @@ if TYPE_CHECKING:
 _THE_USER = "the format given for it"
 
 
-def discover(top: Path, policy: ChainPolicy) -> Chain:
+def discover(top: Path, policy: ChainPolicy, headers: KnownHeaders | None = None) -> Chain:
     """Follow the backing names from *top* down to the root.
 
     Every image is opened once, read, and closed again; nothing is locked.
+
+    Args:
+        top: where to begin.
+        policy: what the user allows and declares.
+        headers: those that have been parsed before.
 
     Raises:
         Refused: one of :mod:`chainmerge.chain.errors`, or of the format layer where an
             image is damaged.
     """
     path = top.absolute()
-    images = list(walk_down(path, policy, allowed_places_of([path], policy)))
+    images = list(walk_down(path, policy, allowed_places_of([path], policy), headers))
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))
 
 
-def walk_down(top: Path, policy: ChainPolicy, allowed: AllowedPlaces) -> Iterator[ImageInfo]:
+def walk_down(
+    top: Path, policy: ChainPolicy, allowed: AllowedPlaces, headers: KnownHeaders | None = None
+) -> Iterator[ImageInfo]:
     """Yield *top* and then each image's backing file; see :func:`discover` for what it raises.
 
     Args:
         top: absolute path.
         policy: what the user allows and declares.
         allowed: where backing files may lie.
+        headers: those that have been parsed before.
     """
-    walk = _Walk(policy, _by_real_path(policy.formats), allowed, Directories())
+    headers = headers or KnownHeaders()
+    walk = _Walk(policy, _by_real_path(policy.formats), allowed, Directories(), headers)
     image = walk.read_top(top)
     seen = {image.identity: image}
     yield image
@@ -85,6 +95,7 @@ class _Walk:
     formats: Mapping[str, str]
     allowed: AllowedPlaces
     directories: Directories
+    headers: KnownHeaders
 
     def read_top(self, path: Path) -> ImageInfo:
         with FileReadable(path) as readable:
@@ -127,7 +138,7 @@ class _Walk:
     def _read(
         self, path: Path, real_path: Path, readable: FileReadable, declared: DeclaredFormat
     ) -> ImageInfo:
-        image = describe_at(real_path, path, readable, declared)
+        image = describe_at(real_path, path, readable, declared, self.headers)
         header = image.header
         if header is None:
             return image

@@ -19,6 +19,7 @@ from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.features import CryptMethod, Incompatible
 from chainmerge.qcow2.header import MAGIC, Header
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.known_headers import KnownHeaders
 from chainmerge.storage.files import FileReadable, WritablePort
 
 if TYPE_CHECKING:
@@ -105,13 +106,20 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
         WrongFormat: it was declared as qcow2 and is not.
         FormatError: a qcow2 header that QEMU would not open either.
     """
-    return describe_at(Path(os.path.realpath(path)), path, readable, declared)
+    return describe_at(Path(os.path.realpath(path)), path, readable, declared, KnownHeaders())
 
 
 def describe_at(
-    real_path: Path, path: Path, readable: FileReadable, declared: DeclaredFormat
+    real_path: Path,
+    path: Path,
+    readable: FileReadable,
+    declared: DeclaredFormat,
+    headers: KnownHeaders,
 ) -> ImageInfo:
-    """As :func:`describe`, where *path* is known to lead to *real_path*, by all symbolic links."""
+    """As :func:`describe`, where *path* is known to lead to *real_path*, by all symbolic links.
+
+    *headers* are those that have been parsed before.
+    """
     header: Header | None = None
     bitmaps: tuple[BitmapEntry, ...] = ()
     problem: FormatError | None = None
@@ -122,8 +130,8 @@ def describe_at(
             raise WrongFormat(str(path), declared.declared_by or "the file itself")
         # The header is followed by the tables, which will be read next.
         readable.read_ahead(0, _TABLES_BYTES)
-        image = Qcow2Image(readable)
-        header = image.header
+        header = headers.parse(identity_of_opened(readable), readable)
+        image = Qcow2Image(readable, header)
         guest_size = header.virtual_size
         try:
             bitmaps = read_directory(image)

@@ -25,6 +25,7 @@ from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
 from chainmerge.documents.images import LEVELS, Searched
+from chainmerge.qcow2.known_headers import KnownHeaders
 from chainmerge.storage.mounts import mounts
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ class Look:
     What is seen in a look gets old with it, so a later one begins with nothing.
     """
 
-    def __init__(self) -> None:
-        """Nothing is seen yet."""
+    def __init__(self, headers: KnownHeaders | None = None) -> None:
+        """Nothing is seen yet, except for *headers* that may still be what they were."""
+        self.headers = headers or KnownHeaders()
+        """Of images, compared with what is there whenever they are used."""
         self.backing_names: dict[Identity, str | None] = {}
         """By the identity of the overlay."""
         self._listings: dict[Identity, _Listing] = {}

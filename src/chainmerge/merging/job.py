@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.leaks import Leaks
 from chainmerge.qcow2.behind_end import old_bytes
-from chainmerge.records.identity import identify
+from chainmerge.records.identity import Identities, identify
 from chainmerge.records.request import RecordedRequest, recorded
 from chainmerge.records.saved_bitmaps import (
     SavedBitmap,
@@ -91,6 +91,8 @@ class Job:
     plan: MergePlan
     opened: OpenChain
     locks: tuple[ImageLock, ...]
+    identities: Identities = field(default_factory=Identities)
+    """Of its images."""
 
     @property
     def base(self) -> ImageInfo:

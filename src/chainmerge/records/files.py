@@ -64,8 +64,14 @@ def beside(image: Path, suffix: str) -> Path:
     """Where what outlives the process stands for *image*, under the name that ends in *suffix*."""
     # Path.resolve() of Python 3.11 fails where links form a loop.
     real = Path(os.path.realpath(image))
-    if not real.is_block_device():
-        return real.parent / f".{_short(real.name)}.{suffix}"
+    return _beside_device(real, suffix) if real.is_block_device() else _beside_file(real, suffix)
+
+
+def _beside_file(real: Path, suffix: str) -> Path:
+    return real.parent / f".{_short(real.name)}.{suffix}"
+
+
+def _beside_device(real: Path, suffix: str) -> Path:
     unique = device_identity(real.stat().st_rdev)
     return STATE_DIRECTORY / f"{_file_name(unique) if unique else _name_of_node(real)}.{suffix}"
 
@@ -76,9 +82,11 @@ def found_beside(image: Path, suffix: str, owner: Callable[[Path], ImageIdentity
     They filed the state of a block device under the name of its node. *owner* reads the identity
     of the image that a file is of; None if it does not say. What it raises is passed on.
     """
-    file = beside(image, suffix)
     real = Path(os.path.realpath(image))
-    if not real.is_block_device() or file.exists():
+    if not real.is_block_device():
+        return _beside_file(real, suffix)
+    file = _beside_device(real, suffix)
+    if file.exists():
         return file
     old = STATE_DIRECTORY / f"{_name_of_node(real)}.{suffix}"
     if old == file or not old.exists():
