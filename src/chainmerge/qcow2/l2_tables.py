@@ -90,13 +90,15 @@ class TablesRead:
             subclusters: the second halves.
             in_use: which of the entries are not zero.
         """
-        count = np.count_nonzero(in_use.reshape(len(offsets), -1), axis=1)
-        self.room -= int(count.sum())
+        self.room -= int(np.count_nonzero(in_use))
         if self.room < 0:
             self._parts.clear()
             return
-        second = None if subclusters is None else subclusters[in_use].astype(np.uint64)
-        self._parts.append(KnownTables(offsets, count, entries[in_use].astype(np.uint64), second))
+        found = np.flatnonzero(in_use)
+        edges = np.arange(len(offsets) + 1) * (len(in_use) // len(offsets))
+        count = np.diff(np.searchsorted(found, edges))
+        second = None if subclusters is None else subclusters[found].astype(np.uint64)
+        self._parts.append(KnownTables(offsets, count, entries[found].astype(np.uint64), second))
 
     def known(self) -> KnownTables:
         """All of it; nothing where it was too much."""
