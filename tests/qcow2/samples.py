@@ -81,7 +81,7 @@ def check_after_walk(path: Path) -> CheckReport:
     memory = MappingMemory()
     with contextlib.suppress(FormatError):
         list(memory.walk(image))
-    return check(image, memory.tables_of(image))
+    return check(image, memory.take_tables(image))
 
 
 def _numbers(report: CheckReport) -> dict[str, object]:

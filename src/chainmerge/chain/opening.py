@@ -63,7 +63,7 @@ class OpenChain:
             TooManyClusters: the file is larger than QEMU would check.
         """
         assert image.image is not None
-        return check(image.image, self.memory.tables_of(image.image))
+        return check(image.image, self.memory.take_tables(image.image))
 
     def view(self, first: int = 0, stop: int | None = None) -> GuestView:
         """What a guest sees of the images from *first* to before *stop*."""

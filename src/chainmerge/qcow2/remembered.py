@@ -64,9 +64,11 @@ class MappingMemory:
         if start < end:
             yield known.clipped(start, end)
 
-    def tables_of(self, image: Qcow2Image) -> KnownTables:
-        """What is known of the image's L2 tables: all of them, some, or none."""
-        return self._tables.get(image, NO_TABLES)
+    def take_tables(self, image: Qcow2Image) -> KnownTables:
+        """What is known of the image's L2 tables: all of them, some, or none. They are not kept."""
+        # Who asks has walked through the chain, and needs the memory for something else.
+        self._reader = PieceReader()
+        return self._tables.pop(image, NO_TABLES)
 
     def _remembered(self, image: Qcow2Image) -> Extents | None:
         """All of it, or None if that is too much, or damaged in parts."""
