@@ -35,9 +35,10 @@ class _Chain:
     """A chain of images above an empty base. A merge changes its two ends."""
 
     def __init__(self, settings: Settings, length: int) -> None:
-        self._images = settings.scratch / "images"
+        self._images = settings.scratch / "disk" / "images"
+        # Where nobody looks for users of the images: that of top stands on the one below top.
         self._templates = settings.scratch / "templates"
-        self._images.mkdir()
+        self._images.mkdir(parents=True)
         self._templates.mkdir()
         self._length = length
         self._expected = self._templates / "expected.qcow2"
@@ -50,7 +51,9 @@ class _Chain:
             fresh_copy(end, self._templates / end.name)
 
     def prepare(self) -> None:
-        """Have base and top as they were."""
+        """Have base and top as they were, and nothing that tells of a merge."""
+        for record in self._images.glob(".*.chainmerge-*"):
+            record.unlink()
         for end in (self.base, self.top):
             fresh_copy(self._templates / end.name, end)
 

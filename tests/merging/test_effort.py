@@ -7,6 +7,7 @@ changed since; one that a merge needs no more is taken out here as well.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 
 import chainmerge
 from chainmerge.options import MergeOptions
-from tests.support.images import MIB
+from chainmerge.qcow2.mapping import OFFSET_MASK
+from tests.support.images import GIB, KIB, MIB, open_qcow2
 from tests.support.qemu import create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+
+    from chainmerge.options import VerifyLevel
 
 CALLS = {"parse_header": "headers parsed", "count_references": "references counted"}
 
@@ -87,8 +91,81 @@ def test_a_merge_looks_twice_at_most(
         assert counts["references counted", f"base-{name}"] == 2
         assert counts["references counted", f"top-{name}"] == 1
         # The old header and the new one.
-        assert counts["headers parsed", f"base-{name}"] == 2 * 2
-        assert counts["headers parsed", f"top-{name}"] == 2
+        assert counts["headers parsed", f"base-{name}"] == 1 + 2
+        assert counts["headers parsed", f"top-{name}"] == 1
+
+
+LENGTH = 20
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[Path]:
+    """Images with four L2 tables each, a few entries in use in each of these."""
+    images = [create(tmp_path / "image-0", 2 * GIB)]
+    for number in range(1, LENGTH):
+        images.append(create(tmp_path / f"image-{number}", backing=images[-1].name))
+        places = (512 * MIB * table + 64 * KIB * number for table in range(4))
+        qemu_io(images[-1], *(f"write -q -P {number} {place} 64k" for place in places))
+    return images
+
+
+class TableReads:
+    """How many bytes are read of the L2 tables of each image while work is done."""
+
+    def __init__(self, images: list[Path]) -> None:
+        self._tables = {image.name: tables_of(image) for image in images}
+        self._names = {image.stat().st_ino: image.name for image in images}
+        self.bytes: Counter[str] = Counter()
+
+    def of(self, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+        pread, preadv = os.pread, os.preadv
+
+        def counted_pread(fd: int, length: int, offset: int) -> bytes:
+            self._count(fd, offset, length)
+            return pread(fd, length, offset)
+
+        def counted_preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+            self._count(fd, offset, sum(map(len, buffers)))
+            return preadv(fd, buffers, offset, flags)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pread", counted_pread)
+            patched.setattr(os, "preadv", counted_preadv)
+            work()
+        return self.bytes
+
+    def _count(self, fd: int, offset: int, length: int) -> None:
+        name = self._names.get(os.fstat(fd).st_ino)
+        for table in self._tables.get(name or "", ()):
+            low, high = max(offset, table), min(offset + length, table + 64 * KIB)
+            self.bytes[name or ""] += max(0, high - low)
+
+
+def tables_of(image: Path) -> list[int]:
+    entries = open_qcow2(image).l1.tolist()
+    return [entry & OFFSET_MASK for entry in entries if entry & OFFSET_MASK]
+
+
+@pytest.mark.parametrize("level", ["metadata", "full"])
+def test_tables_of_a_chain_are_read_once(
+    chain: list[Path], level: VerifyLevel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = TableReads(chain)
+    assert all(len(tables_of(image)) == 4 for image in chain[1:])
+    options = MergeOptions(verify=level)
+    counts = reads.of(lambda: chainmerge.merge(chain[-1], chain[0], options=options), monkeypatch)
+    for image in chain[1:]:
+        assert counts[image.name] == 4 * 64 * KIB
+
+
+def test_each_image_of_a_chain_is_looked_at_once(chain: list[Path], effort: Effort) -> None:
+    counts = effort.of(lambda: chainmerge.merge(chain[-1], chain[0]))
+    for image in chain[1:-1]:
+        assert counts["headers parsed", image.name] == 1
+        assert counts["references counted", image.name] == 1
+    # Top gets another backing name.
+    assert counts["headers parsed", chain[-1].name] == 2
+    assert counts["references counted", chain[-1].name] == 1
 
 
 def test_a_plan_looks_once(tmp_path: Path, effort: Effort) -> None:

@@ -27,7 +27,8 @@ from chainmerge.qcow2.errors import BadEntry, BadOffset, DecompressionFailed, Fo
 from chainmerge.qcow2.extents import concatenated_extents
 from chainmerge.qcow2.features import Compression
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.qcow2.mapping import Extents, Kind, iter_extents, lookup
+from chainmerge.qcow2.lookup import lookup
+from chainmerge.qcow2.mapping import Extents, Kind, iter_extents
 from chainmerge.qcow2.readable import BytesReadable
 from chainmerge.qcow2.remembered import MappingMemory
 from tests.support import qemu

@@ -288,6 +288,10 @@ class OpenImage(FileReadable):
         self.bytes_read += length
         return super().read(offset, length)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.bytes_read += len(buffer)
+        super().read_into(offset, buffer)
+
     def __del__(self) -> None:
         self.close()
 

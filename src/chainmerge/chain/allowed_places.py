@@ -21,9 +21,41 @@ _DEVICES = Path("/dev")
 _MAX_LINKS = 40
 
 
+class Directories:
+    """Where directories lie, each looked at once: most images of a chain are in the same one.
+
+    What is found here can have changed since. Who relies on it asks again, with a new one.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._known: dict[str, Path] = {}
+
+    def reached(self, path: Path) -> Path:
+        """As the function of this name."""
+        directory = str(path.parent)
+        if directory not in self._known:
+            self._known[directory] = Path(os.path.realpath(directory))
+        return self._known[directory] / path.name
+
+    def resolved(self, path: Path) -> Path:
+        """As the function of this name."""
+        current = self.reached(path)
+        for _ in range(_MAX_LINKS):
+            try:
+                target = os.readlink(current)  # noqa: PTH115
+            except OSError:
+                return current
+            following = self.reached(current.parent / target)
+            if current.is_relative_to(_DEVICES) and _is_device_node(following):
+                return current
+            current = following
+        return current
+
+
 def reached(path: Path) -> Path:
     """The file that *path* names, with the links of its directories resolved, but not its own."""
-    return Path(os.path.realpath(path.parent)) / path.name
+    return Directories().reached(path)
 
 
 def resolved(path: Path) -> Path:
@@ -33,17 +65,7 @@ def resolved(path: Path) -> Path:
     of a machine are nodes in /dev itself; only the links in /dev/VG and /dev/mapper,
     which udev makes, tell them apart.
     """
-    current = reached(path)
-    for _ in range(_MAX_LINKS):
-        try:
-            target = current.readlink()
-        except OSError:
-            return current
-        following = reached(current.parent / target)
-        if current.is_relative_to(_DEVICES) and _is_device_node(following):
-            return current
-        current = following
-    return current
+    return Directories().resolved(path)
 
 
 def _is_device_node(path: Path) -> bool:

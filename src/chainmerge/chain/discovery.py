@@ -6,12 +6,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.chain.allowed_places import AllowedPlaces, allowed_places_of, reached, resolved
+from chainmerge.chain.allowed_places import (
+    AllowedPlaces,
+    Directories,
+    allowed_places_of,
+)
 from chainmerge.chain.errors import (
     BackingCycle,
     BackingFileMissing,
@@ -28,47 +33,55 @@ from chainmerge.chain.reading import (
     DeclaredFormat,
     allowed_data_file,
     begins_as_qcow2,
-    describe,
+    describe_at,
     identity_at,
     identity_of_opened,
 )
 from chainmerge.documents.text import printable
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.qcow2.known_headers import KnownHeaders
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from chainmerge.qcow2.header import Header
 
 _THE_USER = "the format given for it"
 
 
-def discover(top: Path, policy: ChainPolicy) -> Chain:
+def discover(top: Path, policy: ChainPolicy, headers: KnownHeaders | None = None) -> Chain:
     """Follow the backing names from *top* down to the root.
 
     Every image is opened once, read, and closed again; nothing is locked.
+
+    Args:
+        top: where to begin.
+        policy: what the user allows and declares.
+        headers: those that have been parsed before.
 
     Raises:
         Refused: one of :mod:`chainmerge.chain.errors`, or of the format layer where an
             image is damaged.
     """
     path = top.absolute()
-    images = list(walk_down(path, policy, allowed_places_of([path], policy)))
+    images = list(walk_down(path, policy, allowed_places_of([path], policy), headers))
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))
 
 
-def walk_down(top: Path, policy: ChainPolicy, allowed: AllowedPlaces) -> Iterator[ImageInfo]:
+def walk_down(
+    top: Path, policy: ChainPolicy, allowed: AllowedPlaces, headers: KnownHeaders | None = None
+) -> Iterator[ImageInfo]:
     """Yield *top* and then each image's backing file; see :func:`discover` for what it raises.
 
     Args:
         top: absolute path.
         policy: what the user allows and declares.
         allowed: where backing files may lie.
+        headers: those that have been parsed before.
     """
-    walk = _Walk(policy, _by_real_path(policy.formats), allowed)
+    headers = headers or KnownHeaders()
+    walk = _Walk(policy, _by_real_path(policy.formats), allowed, Directories(), headers)
     image = walk.read_top(top)
     seen = {image.identity: image}
     yield image
@@ -86,6 +99,8 @@ class _Walk(Struct, frozen=True):
     policy: ChainPolicy
     formats: Mapping[str, str]
     allowed: AllowedPlaces
+    directories: Directories
+    headers: KnownHeaders
 
     def read_top(self, path: Path) -> ImageInfo:
         with FileReadable(path) as readable:
@@ -93,16 +108,15 @@ class _Walk(Struct, frozen=True):
             if given is None and not begins_as_qcow2(readable):
                 raise TopFormatUnknown(str(path))
             declared_by = None if given is None else _THE_USER
-            return self._read(
-                path, readable, DeclaredFormat(given or ImageFormat.QCOW2, declared_by)
-            )
+            declared = DeclaredFormat(given or ImageFormat.QCOW2, declared_by)
+            return self._read(path, Path(os.path.realpath(path)), readable, declared)
 
     def read_backing(
         self, child: ImageInfo, path: Path, seen: Mapping[Identity, ImageInfo]
     ) -> ImageInfo:
         name = child.backing_name or ""
         # Some files do something when they are opened, so what may not be used is not opened.
-        self._check_place(child, name, path)
+        place = self._allowed_place(child, name, path, self.directories)
         try:
             readable = FileReadable(path)
         except Refused as error:
@@ -111,20 +125,25 @@ class _Walk(Struct, frozen=True):
             ) from error
         with readable:
             # Nothing is read before it is known that what was opened is what was looked at.
-            self._check_place(child, name, path)
-            if identity_at(resolved(path)) != identity_of_opened(readable):
-                raise ImageReplaced(str(path))
+            if readable.kernel_path() != str(place):
+                place = self._allowed_place(child, name, path, Directories())
+                if identity_at(place) != identity_of_opened(readable):
+                    raise ImageReplaced(str(path))
             twin = seen.get(identity_of_opened(readable))
             if twin is not None:
                 raise BackingCycle(str(child.path), name, str(twin.path))
-            image = self._read(path, readable, self._format_of(child, path, readable))
+            # Of a device that is the link that tells it from others.
+            real_path = Path(os.path.realpath(path)) if readable.is_block_device else place
+            image = self._read(path, real_path, readable, self._format_of(child, path, readable))
         if not image.format_declared:
             note = "the image above does not declare its format; it begins like a qcow2 image"
             return replace(image, notes=(*image.notes, note))
         return image
 
-    def _read(self, path: Path, readable: FileReadable, declared: DeclaredFormat) -> ImageInfo:
-        image = describe(path, readable, declared)
+    def _read(
+        self, path: Path, real_path: Path, readable: FileReadable, declared: DeclaredFormat
+    ) -> ImageInfo:
+        image = describe_at(real_path, path, readable, declared, self.headers)
         header = image.header
         if header is None:
             return image
@@ -144,7 +163,7 @@ class _Walk(Struct, frozen=True):
         return allowed_data_file(image, header, self.policy.allow_data_files)
 
     def _given_format(self, path: Path) -> str | None:
-        return self.formats.get(os.path.realpath(path))
+        return self.formats.get(os.path.realpath(path)) if self.formats else None
 
     def _format_of(self, child: ImageInfo, path: Path, readable: FileReadable) -> DeclaredFormat:
         declared = None if child.header is None else child.header.backing_format
@@ -159,18 +178,21 @@ class _Walk(Struct, frozen=True):
             return DeclaredFormat(ImageFormat.QCOW2, None)
         raise FormatMissing(str(child.path), child.backing_name or "", str(path))
 
-    def _check_place(self, child: ImageInfo, name: str, path: Path) -> None:
-        named, actual = reached(path), resolved(path)
+    def _allowed_place(
+        self, child: ImageInfo, name: str, path: Path, directories: Directories
+    ) -> Path:
+        """Where *path* leads to, which must be where backing files may lie."""
+        named, actual = directories.reached(path), directories.resolved(path)
+        if self.allowed.holds(named) and self.allowed.holds(actual):
+            return actual
         if self.allowed.names(path):
-            return
+            return actual
         if not self.allowed.holds(named):
             outside, how = named, f"is {str(named)!r}"
-        elif not self.allowed.holds(actual):
-            outside, how = actual, f"is a symbolic link to {str(actual)!r}"
         else:
-            return
-        directories = ", ".join(sorted(map(str, self.allowed.directories)))
-        raise BackingFileOutside(str(child.path), name, how, directories, str(outside.parent))
+            outside, how = actual, f"is a symbolic link to {str(actual)!r}"
+        inside = ", ".join(sorted(map(str, self.allowed.directories)))
+        raise BackingFileOutside(str(child.path), name, how, inside, str(outside.parent))
 
 
 def _found_instead(child: ImageInfo, error: Refused) -> str:

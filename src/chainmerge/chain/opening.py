@@ -15,6 +15,7 @@ from chainmerge.chain.model import Chain, Identity, ImageInfo, identity_of
 from chainmerge.chain.reading import open_image
 from chainmerge.chain.view import GuestView
 from chainmerge.qcow2.bitmaps import BitmapEntry, read_bits
+from chainmerge.qcow2.check import CheckReport, check
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.remembered import MappingMemory
@@ -52,6 +53,16 @@ class OpenChain(Struct, frozen=True):
     """All images of a chain, root first, open for reading."""
 
     images: tuple[OpenImage, ...]
+    memory: MappingMemory
+
+    def check(self, image: OpenImage) -> CheckReport:
+        """The consistency check of one of its qcow2 images that nobody writes to.
+
+        Raises:
+            TooManyClusters: the file is larger than QEMU would check.
+        """
+        assert image.image is not None
+        return check(image.image, self.memory.take_tables(image.image))
 
     def view(self, first: int = 0, stop: int | None = None) -> GuestView:
         """What a guest sees of the images from *first* to before *stop*."""
@@ -79,7 +90,8 @@ def open_chain(chain: Chain, locks: Sequence[ImageLock] = ()) -> Iterator[OpenCh
     allow_open_files(len(to_open) + sum(image.data_file is not None for image in chain.images))
     with contextlib.ExitStack() as stack:
         memory = MappingMemory()
-        yield OpenChain(tuple(_open(stack, info, locked, memory) for info in chain.images))
+        images = tuple(_open(stack, info, locked, memory) for info in chain.images)
+        yield OpenChain(images, memory)
 
 
 def _open(

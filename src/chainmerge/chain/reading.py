@@ -20,12 +20,14 @@ from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.features import CryptMethod, Incompatible
 from chainmerge.qcow2.header import MAGIC, Header
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.qcow2.known_headers import KnownHeaders
 from chainmerge.storage.files import FileReadable, WritablePort
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _SECTOR = 512
+_TABLES_BYTES = 256 << 10
 _NOBODY_CAN_TELL = {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EINTR, errno.ETIMEDOUT}
 
 
@@ -69,6 +71,8 @@ def open_for_writing(image: ImageInfo) -> WritablePort:
 
 def identity_of_opened(readable: FileReadable) -> Identity:
     """The identity of an open file or block device."""
+    if not readable.is_block_device:
+        return readable.identity
     return identity_of(os.fstat(readable.fd))
 
 
@@ -102,6 +106,20 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
         WrongFormat: it was declared as qcow2 and is not.
         FormatError: a qcow2 header that QEMU would not open either.
     """
+    return describe_at(Path(os.path.realpath(path)), path, readable, declared, KnownHeaders())
+
+
+def describe_at(
+    real_path: Path,
+    path: Path,
+    readable: FileReadable,
+    declared: DeclaredFormat,
+    headers: KnownHeaders,
+) -> ImageInfo:
+    """As :func:`describe`, where *path* is known to lead to *real_path*, by all symbolic links.
+
+    *headers* are those that have been parsed before.
+    """
     header: Header | None = None
     bitmaps: tuple[BitmapEntry, ...] = ()
     problem: FormatError | None = None
@@ -110,8 +128,10 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
     if declared.name == ImageFormat.QCOW2:
         if not begins_as_qcow2(readable):
             raise WrongFormat(str(path), declared.declared_by or "the file itself")
-        image = Qcow2Image(readable)
-        header = image.header
+        # The header is followed by the tables, which will be read next.
+        readable.read_ahead(0, _TABLES_BYTES)
+        header = headers.parse(identity_of_opened(readable), readable)
+        image = Qcow2Image(readable, header)
         guest_size = header.virtual_size
         try:
             bitmaps = read_directory(image)
@@ -126,7 +146,7 @@ def describe(path: Path, readable: FileReadable, declared: DeclaredFormat) -> Im
         notes.append(f"its format, {declared.name!r}, is known to QEMU only")
     return ImageInfo(
         path=path,
-        real_path=Path(os.path.realpath(path)),
+        real_path=real_path,
         identity=identity_of_opened(readable),
         is_block_device=readable.is_block_device,
         format=_format_named(declared.name),

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.chain.allowed_places import reached, resolved
+from chainmerge.chain.allowed_places import Directories
 from chainmerge.chain.errors import SearchPathUnusable, TooManyFiles
 from chainmerge.chain.managers import managed_places
 from chainmerge.chain.model import Identity, identity_of
 from chainmerge.documents.images import LEVELS, Searched
+from chainmerge.qcow2.known_headers import KnownHeaders
 from chainmerge.storage.mounts import mounts
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ class Look:
     What is seen in a look gets old with it, so a later one begins with nothing.
     """
 
-    def __init__(self) -> None:
-        """Nothing is seen yet."""
+    def __init__(self, headers: KnownHeaders | None = None) -> None:
+        """Nothing is seen yet, except for *headers* that may still be what they were."""
+        self.headers = headers or KnownHeaders()
+        """Of images, compared with what is there whenever they are used."""
         self.backing_names: dict[Identity, str | None] = {}
         """By the identity of the overlay."""
         self._listings: dict[Identity, _Listing] = {}
@@ -99,8 +102,13 @@ class Surroundings:
         self._search = search
         self._max_files = max_files
         self._max_around = max_around
+        directories = Directories()
         self._homes = sorted(
-            {str(place.parent) for path in images for place in (reached(path), resolved(path))}
+            {
+                str(place.parent)
+                for path in images
+                for place in (directories.reached(path), directories.resolved(path))
+            }
         )
         self._mounts = mounts()
         self._file_systems = {self._mounts.file_system_of(home) for home in self._homes}

@@ -108,7 +108,7 @@ def find_target(top: Path, base: Path | None, access: Access, look: Look | None 
         BaseNotBelowTop, NoBackingFile, and what discovery raises.
     """
     policy = policy_of(access, top, base)
-    chain = discover(top, policy)
+    chain = discover(top, policy, None if look is None else look.headers)
     base_index = chain.base_index if base is None else chain.index_of(base)
     if base_index == len(chain.images) - 1:
         raise BaseNotBelowTop(str(base), str(top))

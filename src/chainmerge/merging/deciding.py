@@ -23,7 +23,6 @@ from chainmerge.planning.locking import not_writable
 from chainmerge.planning.placement import bytes_to_copy
 from chainmerge.planning.plan import make_plan
 from chainmerge.planning.refusals import find_refusals
-from chainmerge.qcow2.check import check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,7 +138,7 @@ def _damaged_sources(opened: OpenChain, facts: MergeFacts) -> Iterator[Chainmerg
     for overlay in opened.images:
         if overlay.image is None or overlay.info.identity not in merged:
             continue
-        report = check(overlay.image)
+        report = opened.check(overlay)
         # Stale refcounts are what the dirty bit stands for.
         stale = overlay.image.header.dirty and report.complete
         if report.overlaps or (report.corruptions and not stale):

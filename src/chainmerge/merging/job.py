@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from chainmerge.bitmaps.gathering import BitmapFacts
 from chainmerge.bitmaps.rules import Fate
@@ -26,7 +26,7 @@ from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.leaks import Leaks
 from chainmerge.qcow2.behind_end import old_bytes
-from chainmerge.records.identity import identify
+from chainmerge.records.identity import Identities, identify
 from chainmerge.records.remains import Remains
 from chainmerge.records.request import RecordedRequest, recorded
 from chainmerge.records.saved_bitmaps import (
@@ -93,6 +93,8 @@ class Job(Struct, frozen=True):
     locks: tuple[ImageLock, ...]
     remains: Remains
     """What earlier runs had left when it was decided on, under the locks."""
+    identities: Identities = field(default_factory=Identities)
+    """Of its images."""
 
     @property
     def base(self) -> ImageInfo:

@@ -27,12 +27,12 @@ from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
     Asked,
     Journal,
+    JournalledImage,
     JournalledRepoint,
     JournalState,
     digest_of,
     first_sector_of,
     forget_journal,
-    journalled,
     keep_journal,
     load_journal,
 )
@@ -197,13 +197,17 @@ def _in_state(job: Job, state: JournalState, digest: str) -> Journal:
     return msgspec.structs.replace(_journal(job), state=state, first_sector=digest)
 
 
+def _overlay_now(job: Job, image: Path) -> JournalledImage:
+    return JournalledImage(job.identities.of(image), last_change(image))
+
+
 def _journal(job: Job) -> Journal:
     plan, facts = job.plan, job.facts
     return Journal(
         version=JOURNAL_VERSION,
         engine=plan.engine,
         base=identify(job.base.real_path),
-        overlays=[journalled(image.real_path) for image in facts.merged_images],
+        overlays=[_overlay_now(job, image.real_path) for image in facts.merged_images],
         children=[identify(child.real_path) for child in facts.relatives.children],
         asked=asked_of(job.request.options),
         repoint=[

@@ -136,7 +136,7 @@ def _prepare(stack: contextlib.ExitStack, requests: Sequence[Request]) -> tuple[
         for one, request in zip(found, requests, strict=True)
     ]
     # Nobody else can change the chains any more.
-    look = Look()
+    look = Look(look.headers)
     claims: Counter[str] = Counter()
     prepared = []
     for request, one, held in zip(requests, found, locks, strict=True):

@@ -22,7 +22,7 @@ from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import Evidence, ImageTimes
 from chainmerge.qcow2.mapping import Kind
-from chainmerge.records.identity import identify, same_image
+from chainmerge.records.identity import birth_time, identify, same_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +105,7 @@ def times_of(image: ImageInfo) -> ImageTimes:
     """When an image was written last, and created, as far as its file system tells."""
     if image.is_block_device:
         return ImageTimes(str(image.path), None, None, image.virtual_size)
-    born = identify(image.real_path).birth
+    born = birth_time(image.real_path)
     seconds, _, nanoseconds = born.partition(".")
     created = int(seconds) * 10**9 + int(nanoseconds) if born else None
     written = image.real_path.stat().st_mtime_ns

@@ -13,14 +13,14 @@ import numpy as np
 from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.arithmetic.distinct import distinct
-from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block, stored_refcounts
+from chainmerge.qcow2.l2_tables import NO_TABLES, KnownTables
+from chainmerge.qcow2.refcounts import (
+    StoredRefcounts,
+)
 from chainmerge.qcow2.references import (
     Findings,
     ReferenceCounts,
     count_references,
-    stored_windows,
-    usable_blocks,
 )
 from chainmerge.qcow2.runs import NO_RUNS, Clusters, Runs
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 #: A report names at most so many ranges of leaked clusters (16 MiB of them).
 MAX_LEAKED_RANGES = 1 << 20
-_CLUSTERS_AT_ONCE = 1 << 20
 
 
 class CheckReport(Struct, frozen=True):
@@ -82,15 +81,21 @@ class CheckReport(Struct, frozen=True):
         return self.sound and self.leaks > 0
 
 
-def check(image: Qcow2Image) -> CheckReport:
+def check(image: Qcow2Image, tables: KnownTables = NO_TABLES) -> CheckReport:
     """Recompute all refcounts and compare them with the stored ones.
 
     Damage does not raise, it is reported. The dirty and corrupt bits of the header are ignored.
 
+    Args:
+        image: the image.
+        tables: what has been read of its L2 tables, if nobody can have changed them since.
+
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    return check_with_references(image)[0]
+    findings, stored = Findings(), StoredRefcounts(image)
+    references = count_references(image, findings, stored, tables)
+    return _report(image, references, findings, stored)
 
 
 def computed_refcounts(image: Qcow2Image) -> ReferenceCounts:
@@ -99,7 +104,7 @@ def computed_refcounts(image: Qcow2Image) -> ReferenceCounts:
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    return count_references(image, Findings())
+    return count_references(image, Findings(), StoredRefcounts(image))
 
 
 def check_with_references(image: Qcow2Image) -> tuple[CheckReport, ReferenceCounts]:
@@ -111,9 +116,9 @@ def check_with_references(image: Qcow2Image) -> tuple[CheckReport, ReferenceCoun
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    findings = Findings()
-    references = count_references(image, findings)
-    return _report(image, references, findings), references
+    findings, stored = Findings(), StoredRefcounts(image)
+    references = count_references(image, findings, stored)
+    return _report(image, references, findings, stored), references
 
 
 def compare_refcounts(image: Qcow2Image, references: ReferenceCounts) -> CheckReport:
@@ -121,11 +126,16 @@ def compare_refcounts(image: Qcow2Image, references: ReferenceCounts) -> CheckRe
 
     Only the refcounts are read. All references could be counted, and none of them was wrong.
     """
-    return _report(image, references, Findings())
+    return _report(image, references, Findings(), StoredRefcounts(image))
 
 
-def _report(image: Qcow2Image, references: ReferenceCounts, findings: Findings) -> CheckReport:
-    comparison = _compare(image, references, findings)
+def _report(
+    image: Qcow2Image,
+    references: ReferenceCounts,
+    findings: Findings,
+    stored: StoredRefcounts,
+) -> CheckReport:
+    comparison = _compare(references, findings, stored)
     return CheckReport(
         image=image.name,
         corruptions=findings.corruptions,
@@ -136,25 +146,9 @@ def _report(image: Qcow2Image, references: ReferenceCounts, findings: Findings) 
         image_end_offset=comparison.end * image.header.cluster_size,
         leaked=comparison.leaked,
         messages=tuple(findings.messages),
-        hidden_leaks=_hidden_leaks(image, len(references.counts)),
+        hidden_leaks=stored.in_use_from(len(references.counts)),
         shared_leaks=comparison.shared_leaks,
     )
-
-
-def _hidden_leaks(image: Qcow2Image, known: int) -> int:
-    """How many clusters from *known* on have a refcount."""
-    blocks = usable_blocks(image, read_refcount_table(image))
-    per_block = refcounts_per_block(image.header)
-    at_once = max(1, _CLUSTERS_AT_ONCE // per_block)
-    first_block = known // per_block
-    leaks = 0
-    behind = np.flatnonzero(blocks[first_block:]) + first_block
-    for group in distinct(behind // at_once).tolist():
-        start = max(known, group * at_once * per_block)
-        count = (group + 1) * at_once * per_block - start
-        for _, refcounts in stored_refcounts(image, blocks, 0, start, count):
-            leaks += int(np.count_nonzero(refcounts))
-    return leaks
 
 
 class _Comparison(Struct, frozen=True):
@@ -165,12 +159,13 @@ class _Comparison(Struct, frozen=True):
     """The cluster behind the last one with any refcount."""
 
 
-def _compare(image: Qcow2Image, references: ReferenceCounts, findings: Findings) -> _Comparison:
-    blocks = usable_blocks(image, read_refcount_table(image))
+def _compare(
+    references: ReferenceCounts, findings: Findings, refcounts: StoredRefcounts
+) -> _Comparison:
     counts = references.counts
     leaks = shared_leaks = end = 0
     runs = _RunList(MAX_LEAKED_RANGES)
-    for first, stored in stored_windows(image, blocks, len(counts)):
+    for first, stored in refcounts.windows(len(counts)):
         used = counts[first : first + len(stored)]
         too_low = np.flatnonzero(stored < used)
         if len(too_low):

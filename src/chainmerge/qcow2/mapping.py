@@ -2,8 +2,8 @@
 """What the L1 and L2 tables say: which guest bytes are where in the file.
 
 Two independent readings of the same entries: :func:`iter_extents` works on whole
-tables at once with numpy, :func:`lookup` decodes a single entry. A property test
-ties them together.
+tables at once with numpy, :func:`chainmerge.qcow2.lookup.lookup` decodes a single entry. A
+property test ties them together.
 
 Rules are those of the qcow2 specification ("Cluster mapping", "Extended L2
 Entries") and of QEMU 7.2 (``qcow2_get_host_offset``, ``qcow2_get_subcluster_type``).
@@ -20,14 +20,16 @@ from msgspec.structs import replace
 
 from chainmerge.arithmetic.arrays import BoolArray, IndexArray, U8Array, U32Array, U64Array
 from chainmerge.qcow2.errors import BadEntry, BadOffset
-from chainmerge.qcow2.extents import Extents, Kind, Mapping, follows_guest
+from chainmerge.qcow2.extents import Extents, Kind, follows_guest
+from chainmerge.qcow2.gather import PieceReader, read_ahead
 from chainmerge.qcow2.header import SECTOR, SUBCLUSTERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from chainmerge.qcow2.header import Header
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.l2_tables import TablesRead
 
 __all__ = [
     "ALL_ALLOCATED",
@@ -41,10 +43,8 @@ __all__ = [
     "ZERO_FLAG",
     "Extents",
     "Kind",
-    "Mapping",
     "compressed_place",
     "iter_extents",
-    "lookup",
 ]
 
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
@@ -57,15 +57,23 @@ ALL_ALLOCATED = 0x0000_0000_FFFF_FFFF
 ALL_ZERO = 0xFFFF_FFFF_0000_0000
 
 DEFAULT_WINDOW = 1 << 20
+_WINDOWS_AHEAD = 4
 # An entry with mixed subclusters becomes up to 32 extents; this many of them at a time
 # keep the arrays of one window to a few MiB.
 MAX_MIXED_ENTRIES = 4096
 # With fewer than one in so many entries in use, to pick them out costs less than it saves.
 SPARSE = 4
+_ENTRIES_TOGETHER = 4096
 
 
 def iter_extents(
-    image: Qcow2Image, start: int = 0, end: int | None = None, *, window: int = DEFAULT_WINDOW
+    image: Qcow2Image,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    window: int = DEFAULT_WINDOW,
+    reader: PieceReader | None = None,
+    noted: TablesRead | None = None,
 ) -> Iterator[Extents]:
     """Yield what the image says about guest bytes *start* to *end*.
 
@@ -75,6 +83,8 @@ def iter_extents(
         end: guest byte after the last one; the disk's end if None or beyond it.
         window: bytes of L2 tables to look at in one step. It bounds the memory in use to
             about 20 times as much.
+        reader: reads the tables, if one is at hand.
+        noted: takes note of what is read, for those who want to read the same tables.
 
     Yields:
         Extents that together cover the range without gaps. A run may be split where one
@@ -87,10 +97,12 @@ def iter_extents(
     header = image.header
     end = header.virtual_size if end is None else min(end, header.virtual_size)
     done = start
-    for pieces in _table_pieces(image, start, end, window):
-        entries = _read_entries(image, pieces)
-        if not entries.offsets.any() and (entries.bitmaps is None or not entries.bitmaps.any()):
-            continue
+    reader = reader or PieceReader()
+    windows = (
+        _read_entries(image, reader, pieces, noted)
+        for pieces in _table_pieces(image, start, end, window)
+    )
+    for entries in _together(windows):
         for portion in _portions(entries):
             runs = _decode(image, portion)
             reached = min(portion.guest_end, end)
@@ -122,8 +134,13 @@ def _table_pieces(image: Qcow2Image, start: int, end: int, window: int) -> Itera
     tables = _l2_table_offsets(image, first_table, end_table)
     present = np.flatnonzero(tables)
     per_window = max(1, window // header.cluster_size)
+    expected = 0
     for at in range(0, len(present), per_window):
         chosen = present[at : at + per_window]
+        soon = present[expected : at + _WINDOWS_AHEAD * per_window]
+        if len(soon) and window > header.cluster_size:
+            read_ahead(image.readable, tables[soon], header.cluster_size)
+            expected += len(soon)
         table_start = (chosen + first_table).astype(np.uint64) * np.uint64(header.l2_entries)
         table_end = table_start + np.uint64(header.l2_entries)
         piece_start = np.maximum(table_start, np.uint64(first_cluster))
@@ -232,15 +249,12 @@ class _Entries(Struct, frozen=True):
         )
 
 
-def _read_entries(image: Qcow2Image, pieces: _TablePieces) -> _Entries:
+def _read_entries(
+    image: Qcow2Image, reader: PieceReader, pieces: _TablePieces, noted: TablesRead | None
+) -> _Entries:
     header = image.header
-    size = pieces.count * np.uint64(header.l2_entry_size)
-    follows = pieces.file_offset[1:] == pieces.file_offset[:-1] + size[:-1]
-    heads = np.concatenate([[0], np.flatnonzero(~follows) + 1])
-    reads = zip(
-        pieces.file_offset[heads].tolist(), np.add.reduceat(size, heads).tolist(), strict=True
-    )
-    data = b"".join(image.readable.read(offset, length) for offset, length in reads)
+    sizes = pieces.count * np.uint64(header.l2_entry_size)
+    data = reader.read(image.readable, pieces.file_offset, sizes)
     ends = np.cumsum(pieces.count).astype(np.intp)
     position = np.concatenate([[0], ends[:-1]])
     words = np.frombuffer(data, ">u8")
@@ -255,11 +269,46 @@ def _read_entries(image: Qcow2Image, pieces: _TablePieces) -> _Entries:
     in_use = np.frombuffer(data, np.uint64) != 0
     if header.extended_l2:
         in_use = in_use[0::2] | in_use[1::2]
+    if noted is not None and (pieces.count == header.l2_entries).all():
+        noted.note(pieces.file_offset, entries.offsets, entries.bitmaps, in_use)
     if np.count_nonzero(in_use) < len(in_use) // SPARSE:
         # The last one tells how far the tables reach, whether it is in use or not.
         in_use[-1] = True
         return entries.chosen(np.flatnonzero(in_use))
     return entries.as_numbers()
+
+
+def _together(windows: Iterator[_Entries]) -> Iterator[_Entries]:
+    """The entries of several windows as one, where few are in use; not those where none is.
+
+    To decode some takes as long as to decode thousands.
+    """
+    held: list[_Entries] = []
+    count = 0
+    for entries in windows:
+        if not entries.offsets.any() and (entries.bitmaps is None or not entries.bitmaps.any()):
+            continue
+        held.append(entries)
+        count += len(entries.offsets)
+        if count >= _ENTRIES_TOGETHER:
+            yield _joined(held)
+            held, count = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: Sequence[_Entries]) -> _Entries:
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.offsets) for part in parts[:-1])])
+    bitmaps = [part.bitmaps for part in parts if part.bitmaps is not None]
+    return _Entries(
+        parts[0].cluster_size,
+        np.concatenate([part.offsets for part in parts]),
+        np.concatenate(bitmaps) if bitmaps else None,
+        np.concatenate([part.first_cluster for part in parts]),
+        np.concatenate([part.position + at for part, at in zip(parts, starts, strict=True)]),
+    )
 
 
 def _portions(entries: _Entries) -> Iterator[_Entries]:
@@ -462,108 +511,3 @@ def _first(condition: BoolArray) -> int | None:
     """The first position where *condition* holds."""
     positions = np.flatnonzero(condition)
     return int(positions[0]) if len(positions) else None
-
-
-def lookup(image: Qcow2Image, guest_offset: int) -> Mapping:
-    """Decode the one L2 entry that maps *guest_offset*.
-
-    Returns:
-        The cluster, or the subcluster where L2 entries are extended, that holds
-        *guest_offset*, cut at the disk's end; always a whole cluster if it is compressed.
-
-    Raises:
-        ValueError: *guest_offset* is outside the guest's disk.
-        BadOffset: the L2 table or the cluster is where it cannot be.
-        BadEntry: the entry means nothing.
-    """
-    header = image.header
-    if not 0 <= guest_offset < header.virtual_size:
-        raise ValueError(f"{guest_offset} is outside a disk of {header.virtual_size} bytes")
-    cluster = guest_offset // header.cluster_size
-    subcluster = guest_offset % header.cluster_size // header.subcluster_size
-    entry, bitmap = _read_entry(image, cluster)
-
-    def mapping(kind: Kind, host: int = 0, csize: int = 0) -> Mapping:
-        unit = header.cluster_size if kind is Kind.COMPRESSED else header.subcluster_size
-        guest = guest_offset - guest_offset % unit
-        length = min(unit, header.virtual_size - guest)
-        return Mapping(guest, length, kind, host, csize)
-
-    def refuse(problem: str) -> NoReturn:
-        raise BadEntry(image.name, "L2", cluster * header.cluster_size, entry, problem)
-
-    if entry & COMPRESSED:
-        if bitmap:
-            refuse("a compressed cluster with subclusters")
-        if header.external_data_file:
-            refuse("a compressed cluster in an image with an external data file")
-        return mapping(Kind.COMPRESSED, *_compressed_data(header, entry))
-
-    if entry & L2_RESERVED:
-        refuse("reserved bits are set")
-    offset = entry & OFFSET_MASK
-    if offset % header.cluster_size:
-        problem = f"is not aligned to clusters of {header.cluster_size} bytes"
-        raise BadOffset(image.name, "data cluster", offset, problem)
-    has_host = offset != 0 or bool(header.external_data_file and entry & COPIED)
-    if header.external_data_file and has_host and offset != cluster * header.cluster_size:
-        refuse("not at its guest offset in the external data file")
-
-    contradiction = _contradiction(header, entry, bitmap, has_host=has_host)
-    if contradiction is not None:
-        refuse(contradiction)
-    if header.extended_l2:
-        zero = bool(bitmap >> SUBCLUSTERS >> subcluster & 1)
-        data = bool(bitmap >> subcluster & 1)
-    else:
-        zero = bool(entry & ZERO_FLAG)
-        data = has_host
-    host = offset + subcluster * header.subcluster_size
-    if zero:
-        return mapping(Kind.ZERO_ALLOCATED, host) if has_host else mapping(Kind.ZERO)
-    return mapping(Kind.DATA, host) if data else mapping(Kind.UNALLOCATED)
-
-
-def _compressed_data(header: Header, entry: int) -> tuple[int, int]:
-    """Where a compressed cluster begins in the file, and its length: whole sectors, in bytes."""
-    offset_bits = 70 - header.cluster_bits
-    host = entry % (1 << offset_bits)
-    sectors = (entry % COMPRESSED >> offset_bits) + 1
-    return host, sectors * SECTOR - host % SECTOR
-
-
-def _contradiction(header: Header, entry: int, bitmap: int, *, has_host: bool) -> str | None:
-    """What of a standard entry, or of its subclusters, cannot be true together."""
-    if not header.extended_l2:
-        if entry & ZERO_FLAG and header.version < 3:
-            return "a zero flag in an image of version 2"
-        return None
-    if entry & ZERO_FLAG:
-        return "a zero flag in an extended entry"
-    if bitmap >> SUBCLUSTERS & bitmap:
-        return "subclusters are both allocated and zero"
-    if not has_host and bitmap & ALL_ALLOCATED:
-        return "subclusters are allocated in a cluster that is not"
-    return None
-
-
-def _read_entry(image: Qcow2Image, cluster: int) -> tuple[int, int]:
-    """The L2 entry of a guest cluster and its subcluster bitmap, both 0 if there is none."""
-    header = image.header
-    index, within = divmod(cluster, header.l2_entries)
-    l1_entry = int(image.read_l1(index, index + 1)[0])
-    if l1_entry & L1_RESERVED:
-        guest = index * header.l2_entries * header.cluster_size
-        raise BadEntry(image.name, "L1", guest, l1_entry, "reserved bits are set")
-    table = l1_entry & OFFSET_MASK
-    if not table:
-        return 0, 0
-    if table % header.cluster_size:
-        problem = f"is not aligned to clusters of {header.cluster_size} bytes"
-        raise BadOffset(image.name, "L2 table", table, problem)
-    if table + header.cluster_size > image.readable.size:
-        problem = f"is not within the file of {image.readable.size} bytes"
-        raise BadOffset(image.name, "L2 table", table, problem)
-    data = image.readable.read(table + within * header.l2_entry_size, header.l2_entry_size)
-    words = [int.from_bytes(data[at : at + 8], "big") for at in range(0, len(data), 8)]
-    return words[0], words[1] if header.extended_l2 else 0

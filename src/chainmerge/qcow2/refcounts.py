@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.arithmetic.distinct import distinct
+from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2.gather import read_pieces
 from chainmerge.qcow2.table_errors import BadRefcountTable
 
@@ -134,6 +135,71 @@ def stored_refcounts(
         cut = max(0, first - start)
         refcounts = refcounts[cut : first + count - start]
         yield start + cut - first, refcounts
+
+
+class StoredRefcounts:
+    """The refcounts of an image as they are stored, for one who asks for all of them repeatedly.
+
+    Attributes:
+        entries: the refcount table.
+        blocks: the same, with 0 for blocks that are not aligned or not in the file. Reserved bits
+            are ignored where the rest is usable, as QEMU does when it looks up a refcount.
+    """
+
+    def __init__(self, image: Qcow2Image) -> None:
+        """Read the table."""
+        self._image = image
+        self.entries = read_refcount_table(image)
+        self.blocks = np.zeros_like(self.entries)
+        present = np.flatnonzero(self.entries)
+        offsets = self.entries[present] & np.uint64(BLOCK_OFFSET_MASK)
+        usable = offsets & np.uint64(image.header.cluster_size - 1) == 0
+        usable &= offsets < np.uint64(image.readable.size)
+        self.blocks[present[usable]] = offsets[usable]
+        self._beginning: Refcounts | None = None
+
+    def windows(self, clusters: int) -> Iterator[tuple[int, Refcounts]]:
+        """The refcounts of all *clusters* in windows: (first cluster, refcounts).
+
+        If one window has all of them, they are read once. They are not to be written to.
+        """
+        beginning = self._up_to(clusters)
+        if len(beginning):
+            yield 0, beginning[:clusters]
+            return
+        for first in range(0, clusters, _CLUSTERS_AT_ONCE):
+            yield first, self._window(first, min(_CLUSTERS_AT_ONCE, clusters - first))
+
+    def in_use_from(self, first: int) -> int:
+        """How many clusters from *first* on have a refcount."""
+        beginning = self._up_to(first)
+        in_use = int(np.count_nonzero(beginning[first:]))
+        rest = max(first, len(beginning))
+        per_block = refcounts_per_block(self._image.header)
+        at_once = max(1, _CLUSTERS_AT_ONCE // per_block)
+        first_block = rest // per_block
+        behind = np.flatnonzero(self.blocks[first_block:]) + first_block
+        for group in distinct(behind // at_once).tolist():
+            start = max(rest, group * at_once * per_block)
+            count = (group + 1) * at_once * per_block - start
+            for _, refcounts in stored_refcounts(self._image, self.blocks, 0, start, count):
+                in_use += int(np.count_nonzero(refcounts))
+        return in_use
+
+    def _up_to(self, clusters: int) -> Refcounts:
+        """Those of all *clusters*, and of more to the end of a block; none if that is too much."""
+        length = round_up(clusters, refcounts_per_block(self._image.header))
+        if length > _CLUSTERS_AT_ONCE:
+            return np.empty(0, refcount_dtype(self._image.header))
+        if self._beginning is None or len(self._beginning) != length:
+            self._beginning = self._window(0, length)
+        return self._beginning
+
+    def _window(self, first: int, count: int) -> Refcounts:
+        stored = np.zeros(count, refcount_dtype(self._image.header))
+        for at, part in stored_refcounts(self._image, self.blocks, 0, first, count):
+            stored[at : at + len(part)] = part
+        return stored
 
 
 def unpack_refcounts(data: bytes, refcount_order: int) -> Refcounts:

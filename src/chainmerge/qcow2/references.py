@@ -23,9 +23,9 @@ from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.distinct import distinct_with_counts
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.qcow2 import bitmaps, mapping, refcounts
-from chainmerge.qcow2.gather import read_pieces
+from chainmerge.qcow2.gather import PieceReader
 from chainmerge.qcow2.header import MAX_L1_BYTES, SECTOR
-from chainmerge.qcow2.l2_tables import L2Group, L2Tables
+from chainmerge.qcow2.l2_tables import NO_TABLES, KnownTables, L2Group, L2Tables
 from chainmerge.qcow2.snapshots import SnapshotTable, read_snapshot_table
 from chainmerge.qcow2.table_errors import (
     BadBitmapDirectory,
@@ -36,12 +36,11 @@ from chainmerge.qcow2.table_errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing as npt
 
     from chainmerge.arithmetic.arrays import BoolArray, I64Array, U64Array
     from chainmerge.qcow2.image import Qcow2Image
+    from chainmerge.qcow2.refcounts import StoredRefcounts
 
 Counts: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]]"
 
@@ -118,39 +117,24 @@ class Findings(Struct):
         self.corrupt(1, message)
 
 
-def usable_blocks(image: Qcow2Image, table: U64Array) -> U64Array:
-    """The refcount table with 0 for blocks that are not aligned or not in the file.
-
-    Reserved bits are ignored where the rest is usable, as QEMU does when it looks up a
-    refcount.
-    """
-    offsets = table & np.uint64(refcounts.BLOCK_OFFSET_MASK)
-    bad = offsets % np.uint64(image.header.cluster_size) != 0
-    bad |= offsets >= np.uint64(image.readable.size)
-    offsets[bad] = 0
-    return offsets
-
-
-def stored_windows(
-    image: Qcow2Image, blocks: U64Array, clusters: int
-) -> Iterator[tuple[int, Counts]]:
-    """The stored refcounts of all *clusters* in windows: (first cluster, refcounts)."""
-    dtype = refcounts.refcount_dtype(image.header)
-    for first in range(0, clusters, _CLUSTERS_AT_ONCE):
-        count = min(_CLUSTERS_AT_ONCE, clusters - first)
-        stored = np.zeros(count, dtype=dtype)
-        for at, part in refcounts.stored_refcounts(image, blocks, 0, first, count):
-            stored[at : at + len(part)] = part
-        yield first, stored
-
-
-def count_references(image: Qcow2Image, findings: Findings) -> ReferenceCounts:
+def count_references(
+    image: Qcow2Image,
+    findings: Findings,
+    stored: StoredRefcounts,
+    tables: KnownTables = NO_TABLES,
+) -> ReferenceCounts:
     """Count all references, and judge them on the way.
+
+    Args:
+        image: the image.
+        findings: gets what is wrong.
+        stored: the image's own refcounts.
+        tables: what is known of the image's L2 tables, and not read again.
 
     Raises:
         TooManyClusters: the file is larger than QEMU would check.
     """
-    return _Counting(image, findings).run()
+    return _Counting(image, findings, stored, tables).run()
 
 
 def is_about_copied(message: str) -> bool:
@@ -161,10 +145,14 @@ def is_about_copied(message: str) -> bool:
 class _Counting:
     """The counts of one image while they are being made."""
 
-    def __init__(self, image: Qcow2Image, findings: Findings) -> None:
+    def __init__(
+        self, image: Qcow2Image, findings: Findings, stored: StoredRefcounts, tables: KnownTables
+    ) -> None:
         header = image.header
         self._image = image
         self._findings = findings
+        self._stored = stored
+        self._known = tables
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         # QEMU knows a file's length in whole sectors.
@@ -182,12 +170,11 @@ class _Counting:
             raise TooLittleMemory(image.name, self._clusters) from error
 
     def run(self) -> ReferenceCounts:
-        table = refcounts.read_refcount_table(self._image)
-        self._mark_stored_ones(usable_blocks(self._image, table))
+        self._mark_stored_ones()
         self._count_header()
         tables = self._count_l1_tables()
         self._count_bitmaps()
-        blocks = self._count_refcount_blocks(table)
+        blocks = self._count_refcount_blocks(self._stored.entries)
         self._count_l2_tables(tables)
         for group in tables.groups():
             self._count_data(group)
@@ -201,8 +188,8 @@ class _Counting:
 
     # What is not mapped by L2 tables
 
-    def _mark_stored_ones(self, blocks: U64Array) -> None:
-        for first, stored in stored_windows(self._image, blocks, self._clusters):
+    def _mark_stored_ones(self) -> None:
+        for first, stored in self._stored.windows(self._clusters):
             self._marks[first : first + len(stored)][stored == 1] |= _STORED_IS_ONE
 
     def _count_header(self) -> None:
@@ -301,15 +288,16 @@ class _Counting:
             self._claim(f"the bits of {what}", clusters)
             self._add(clusters, 1)
 
-    def _count_refcount_blocks(self, table: U64Array) -> I64Array:
+    def _count_refcount_blocks(self, entries: U64Array) -> I64Array:
         findings = self._findings
+        table = entries[entries != 0]
         reserved = table & np.uint64(refcounts.RESERVED) != 0
-        unaligned = table % np.uint64(self._cluster_size) != 0
+        unaligned = table & np.uint64(self._cluster_size - 1) != 0
         bad = _count(reserved)
         findings.corrupt(bad, f"{counted(bad, 'refcount table entry')} with reserved bits set")
         bad = _count(unaligned & ~reserved)
         findings.corrupt(bad, f"{counted(bad, 'refcount block')} not aligned to clusters")
-        offsets = table[~unaligned & (table != 0)]
+        offsets = table[~unaligned]
         clusters = self._clusters_inside("refcount blocks", offsets, 1)
         self._claim("refcount blocks", clusters)
         self._add(clusters, 1)
@@ -346,10 +334,18 @@ class _Counting:
             self._marks[self._touched_clusters(group.offsets)] |= _L2_TABLE
 
     def _count_data(self, group: L2Group) -> None:
+        known = self._known.among(group.offsets)
+        if known.any():
+            self._count_entries(group, *self._known.entries_of(group.offsets[known]))
+        self._count_tables(group, group.offsets[~known])
+
+    def _count_tables(self, group: L2Group, tables: U64Array) -> None:
         per_window = max(1, _L2_WINDOW_BYTES // self._cluster_size)
-        for at in range(0, len(group.offsets), per_window):
-            offsets = group.offsets[at : at + per_window]
-            data = read_pieces(self._image.readable, offsets, self._cluster_size)
+        reader, readable = PieceReader(), self._image.readable
+        for at in range(0, len(tables), per_window):
+            offsets = tables[at : at + per_window]
+            sizes = np.full(len(offsets), self._cluster_size, np.uint64)
+            data = reader.read(readable, offsets, sizes)
             words = np.frombuffer(data, ">u8")
             # What is zero is so in any byte order, and the machine's own is the fastest.
             in_use = np.frombuffer(data, np.uint64) != 0

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.extents import Extents, concatenated_extents
+from chainmerge.qcow2.gather import PieceReader
+from chainmerge.qcow2.l2_tables import NO_TABLES, KnownTables, TablesRead
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW, iter_extents
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from chainmerge.qcow2.image import Qcow2Image
 
-# 29 bytes for each: together no more than some 15 MB.
+# 29 bytes for each, and as many entries of at most 16: together no more than some 24 MB.
 _MOST_EXTENTS: Final = 512 << 10
 _MOST_OF_ONE_IMAGE: Final = 64 << 10
 
@@ -38,7 +40,10 @@ class MappingMemory:
     def __init__(self) -> None:
         """Begin with nothing."""
         self._room = _MOST_EXTENTS
+        self._room_for_entries = _MOST_EXTENTS
         self._known: dict[Qcow2Image, Extents | None] = {}
+        self._reader = PieceReader()
+        self._tables: dict[Qcow2Image, KnownTables] = {}
 
     def walk(
         self,
@@ -59,12 +64,26 @@ class MappingMemory:
         if start < end:
             yield known.clipped(start, end)
 
+    def take_tables(self, image: Qcow2Image) -> KnownTables:
+        """What is known of the image's L2 tables: all of them, some, or none. They are not kept."""
+        # Who asks has walked through the chain, and needs the memory for something else.
+        self._reader = PieceReader()
+        return self._tables.pop(image, NO_TABLES)
+
     def _remembered(self, image: Qcow2Image) -> Extents | None:
         """All of it, or None if that is too much, or damaged in parts."""
+        noted = TablesRead(min(self._room_for_entries, _MOST_OF_ONE_IMAGE))
+        try:
+            return self._all_extents(image, noted)
+        finally:
+            self._tables[image] = known = noted.known()
+            self._room_for_entries -= len(known.entries)
+
+    def _all_extents(self, image: Qcow2Image, noted: TablesRead) -> Extents | None:
         parts: list[Extents] = []
         room = min(self._room, _MOST_OF_ONE_IMAGE)
         try:
-            for extents in iter_extents(image):
+            for extents in iter_extents(image, reader=self._reader, noted=noted):
                 room -= len(extents)
                 if room < 0:
                     return None

@@ -79,8 +79,9 @@ class StateFile(Struct, Generic[Kept], frozen=True):
 
     def place(self, image: Path) -> Path:
         """Where the file of *image* is written."""
-        # Path.resolve() of Python 3.11 fails where links form a loop.
-        real = Path(os.path.realpath(image))
+        return self._place(_real(image))
+
+    def _place(self, real: Path) -> Path:
         if not real.is_block_device():
             return real.parent / f".{_short(real.name)}.{self.suffix}"
         unique = device_identity(real.stat().st_rdev)
@@ -97,8 +98,8 @@ class StateFile(Struct, Generic[Kept], frozen=True):
         As :meth:`place`, but where earlier versions put what is there, if it is *image*'s: they
         filed the state of a block device under the name of its node. Raises what ``read`` raises.
         """
-        file = self.place(image)
-        real = Path(os.path.realpath(image))
+        real = _real(image)
+        file = self._place(real)
         if not real.is_block_device() or file.exists():
             return file
         old = STATE_DIRECTORY / f"{_name_of_node(real)}.{self.suffix}"
@@ -118,6 +119,11 @@ class StateFile(Struct, Generic[Kept], frozen=True):
         remove_durably(self.place(image))
         with contextlib.suppress(ChainmergeError):
             remove_durably(self.found(image))
+
+
+def _real(image: Path) -> Path:
+    # Path.resolve() of Python 3.11 fails where links form a loop.
+    return Path(os.path.realpath(image))
 
 
 def _name_of_node(device: Path) -> str:

@@ -53,6 +53,20 @@ class ImageIdentity(msgspec.Struct, frozen=True):
         return self.kind, self.number, self.birth
 
 
+class Identities:
+    """The identities of images that are locked, each looked at once."""
+
+    def __init__(self) -> None:
+        """Nothing is looked at yet."""
+        self._known: dict[Path, ImageIdentity] = {}
+
+    def of(self, path: Path) -> ImageIdentity:
+        """As :func:`identify`."""
+        if path not in self._known:
+            self._known[path] = identify(path)
+        return self._known[path]
+
+
 class Sameness(Enum):
     """What two identities say of the images that they were taken of."""
 
@@ -68,7 +82,7 @@ def identify(path: Path) -> ImageIdentity:
     """
     status = path.stat()
     if not stat.S_ISBLK(status.st_mode):
-        birth, handle = _birth_time(path), _handle(path)
+        birth, handle = birth_time(path), _handle(path)
         return ImageIdentity(str(path.resolve()), "file", status.st_ino, birth, handle)
     unique = device_identity(status.st_rdev)
     if unique:
@@ -178,7 +192,7 @@ def _loop_identity(node: Path) -> str:
         if stat.S_ISBLK(status.st_mode):
             unique = device_identity(status.st_rdev)
             return f"over-{unique}-at-{offset}" if unique else ""
-        birth, handle = _birth_time(below), _handle(below)
+        birth, handle = birth_time(below), _handle(below)
     except (OSError, ValueError):
         return ""
     if not (birth or handle):
@@ -284,7 +298,7 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _birth_time(path: Path) -> str:
+def birth_time(path: Path) -> str:
     """Time of birth of a file, as text; empty on file systems that do not keep it."""
     result = _Statx()
     status = _libc().statx(

@@ -86,6 +86,16 @@ class FileReadable:
         """Bytes, as of now."""
         return block.device_size(self.fd) if self.is_block_device else os.fstat(self.fd).st_size
 
+    def kernel_path(self) -> str:
+        """Where the kernel found the file, without symbolic links; empty if it does not say.
+
+        Another name if it has been renamed since.
+        """
+        try:
+            return os.readlink(f"/proc/self/fd/{self.fd}")  # noqa: PTH115
+        except OSError:
+            return ""
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly *length* bytes from *offset* on; what lies past the end reads as zeros.
 
@@ -101,6 +111,31 @@ class FileReadable:
             data = self._pread(offset + len(pieces), wanted - len(pieces))
             pieces += data
         return bytes(pieces.ljust(length, b"\0"))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`read`, as many bytes as *buffer* has.
+
+        Raises:
+            ReadFailed: the storage reported an error.
+        """
+        done = 0
+        while done < len(buffer):
+            at = offset + done
+            try:
+                count = os.preadv(self.fd, [buffer[done:]], at) if at < _MAX_OFFSET else 0
+            except OSError as error:
+                rest = len(buffer) - done
+                raise ReadFailed(self.name, at, rest, reason_of(error)) from error
+            if count == 0:
+                buffer[done:] = bytes(len(buffer) - done)
+                return
+            done += count
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read what is going to be read."""
+        # Without it, what is read is the same.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _pread(self, offset: int, length: int) -> bytes:
         try:
@@ -146,6 +181,11 @@ class WritablePort(FileReadable):
         """As :meth:`FileReadable.read`; sees what was written through this object."""
         self.refuse_after_failed_flush()
         return super().read(offset, length)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`FileReadable.read_into`; sees what was written through this object."""
+        self.refuse_after_failed_flush()
+        super().read_into(offset, buffer)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of *data* at *offset*.

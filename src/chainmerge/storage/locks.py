@@ -114,6 +114,14 @@ class LockedReadable(Struct, frozen=True):
         """As :meth:`chainmerge.storage.files.FileReadable.read`."""
         return self._file.read(offset, length)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`chainmerge.storage.files.FileReadable.read_into`."""
+        self._file.read_into(offset, buffer)
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """As :meth:`chainmerge.storage.files.FileReadable.read_ahead`."""
+        self._file.read_ahead(offset, length)
+
 
 AnyFile: TypeAlias = FileReadable | LockedReadable
 """An open file of the operating system: has ``fd``, ``identity`` and ``is_block_device``."""

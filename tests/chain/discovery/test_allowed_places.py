@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chainmerge.chain.discovery import discover
+from chainmerge.chain.allowed_places import allowed_places_of
+from chainmerge.chain.discovery import discover, walk_down
 from chainmerge.chain.errors import (
     BackingFileOutside,
     DataFileRefused,
@@ -69,6 +70,25 @@ def test_a_linked_directory_is_judged_by_what_it_is(images: Path, tmp_path: Path
     overlay(images / "thief", "here/../deep/secret")
     error = refusal(BackingFileOutside, tmp_path, lambda: discover(images / "thief", PLAIN))
     assert error.how == f"is {str(secret)!r}"
+
+
+def test_a_directory_that_becomes_another_one_is_judged_again(images: Path, tmp_path: Path) -> None:
+    secret = outside(tmp_path)
+    allowed = images / "allowed"
+    allowed.mkdir()
+    qemu.create(allowed / "secret", SIZE)
+    overlay(allowed / "middle", "secret")
+    overlay(images / "top", "allowed/middle")
+    policy = ChainPolicy(allow_backing=(allowed,))
+    places = allowed_places_of([images / "top"], policy)
+    walk = walk_down(images / "top", policy, places)
+    assert [next(walk).path.name for _ in range(2)] == ["top", "middle"]
+    # By now it is known where the directory lies.
+    allowed.rename(images / "old")
+    allowed.symlink_to(secret.parent)
+    with pytest.raises(BackingFileOutside) as caught:
+        next(walk)
+    assert str(secret) in caught.value.how
 
 
 @pytest.mark.parametrize(

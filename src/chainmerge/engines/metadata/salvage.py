@@ -34,6 +34,7 @@ from chainmerge.qcow2.readable import Readable
 from chainmerge.qcow2.refcounts import (
     BLOCK_OFFSET_MASK,
     ENTRY_SIZE,
+    StoredRefcounts,
     refcounts_per_block,
     unpack_refcounts,
 )
@@ -98,7 +99,7 @@ def image_without_refcounts(readable: Readable) -> Qcow2Image:
 def _counted(readable: Readable, masked: Readable) -> Tables:
     image = Qcow2Image(masked)
     findings = Findings()
-    references = count_references(image, findings)
+    references = count_references(image, findings, StoredRefcounts(image))
     clusters = divide_up(readable.size, image.header.cluster_size)
     # Without refcounts no COPIED flag is right.
     wrong = findings.corruptions - findings.copied_mismatches + findings.overlaps

@@ -27,7 +27,8 @@ from chainmerge.planning.space.figures import SpaceSurvey, facts_of_need, withou
 from chainmerge.planning.space.need import BitmapShape, MergeDemand, space_need
 from chainmerge.planning.space.raw import missing_in_place
 from chainmerge.qcow2.behind_end import old_bytes
-from chainmerge.qcow2.mapping import Kind, lookup
+from chainmerge.qcow2.lookup import lookup
+from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.qcow2.runs import runs_of
 from chainmerge.storage.file_space import ByteRanges, space_of, united
