@@ -5,6 +5,9 @@ SHELL := /bin/bash
 # Debian keeps mkfs.xfs, losetup and others off the PATH of ordinary users.
 export PATH := $(PATH):/usr/sbin:/sbin
 
+# Thousands of short processes would each compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The directory of another QEMU's commands.
 QEMU ?=
 ifneq ($(QEMU),)
