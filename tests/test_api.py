@@ -6,12 +6,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 import chainmerge
 from chainmerge import api, live
@@ -47,6 +50,32 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("odd")
     create(directory / "base.qcow2", MIB)
     return create(directory / "top.qcow2", backing="base.qcow2")
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_options_are_values(record: type[Any]) -> None:
+    options = record(verify="metadata") if "verify" in record.__struct_fields__ else record()
+    assert options == structs.replace(options)
+    assert record(**structs.asdict(options)) == options
+    assert structs.replace(options, **structs.asdict(record())) == record()
+    with pytest.raises(AttributeError):
+        options.anything = 1
+    with pytest.raises(TypeError):
+        structs.replace(options, anything=1)
+
+
+def test_a_changed_copy_is_checked_like_a_new_record() -> None:
+    with pytest.raises(OptionUnusable):
+        structs.replace(MergeOptions(), bandwidth=0)
+
+
+def test_reports_are_values(overlay: Path) -> None:
+    plan = chainmerge.plan(overlay)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert structs.replace(plan, warnings=()).warnings == ()
+    assert msgspec.to_builtins(plan)["top"] == str(overlay)
+    with pytest.raises(AttributeError):
+        plan.top = "another"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class ErrorReport(Struct, frozen=True):
 
 
 def encode(report: Any) -> str:
-    """Encode a report, or anything made of dataclasses, as one line of JSON without its end.
+    """Encode a report, or anything made of records, as one line of JSON without its end.
 
     Fields come in the order of their definition, keys of mappings are sorted.
     """
