@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.sets import spent_names
-from chainmerge.merging.deleting import delete_recorded, give_back
+from chainmerge.merging.deleting import delete_recorded, give_back, gives_back
 from chainmerge.merging.journal import record_switched
 from chainmerge.merging.reporting import build_report
 from chainmerge.merging.settling import SettleSteps, settle
@@ -87,10 +87,12 @@ def settle_to_the_end(
     base = steps.base
     settled = settle(steps, journal, request.recorded(base.path))
     warnings = [*(() if plan is None else plan.warnings), *settled.warnings]
-    left = enter_state(settled.journal, JournalState.TIDY)
+    left = settled.journal
     if settled.top_is_gone and base.supports_bitmaps:
+        left = enter_state(left, JournalState.TIDY)
         warnings += drop_tombstones(steps.result, steps.spent)
-    enter_state(left, JournalState.GIVE_BACK)
+    if gives_back(base.format, request.options):
+        enter_state(left, JournalState.GIVE_BACK)
     warnings += give_back(steps.result, base.format, request.options, steps.shrink_to)
     forget_journal(base.real_path)
     forget_live_journal(base.real_path)

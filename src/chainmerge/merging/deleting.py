@@ -117,6 +117,11 @@ def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
     return delete_recorded(msgspec.structs.replace(record, delete=doomed))
 
 
+def gives_back(result_format: str, options: MergeOptions) -> bool:
+    """Whether space of a merged image of this format is to be given back."""
+    return result_format == "qcow2" and (options.shrink or options.discard)
+
+
 def give_back(
     result: Path, result_format: str, options: MergeOptions, shrink_to: int | None
 ) -> Iterator[str]:
@@ -129,7 +134,7 @@ def give_back(
         shrink_to: The size that was planned for its volume; None if nobody knows of a plan,
             and a guest may write to it.
     """
-    if result_format != "qcow2" or not (options.shrink or options.discard):
+    if not gives_back(result_format, options):
         return
     volume = volume_at(result, options)
     with FileReadable(result) as readable:

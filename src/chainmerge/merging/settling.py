@@ -4,7 +4,7 @@
 Each step is atomic and each can be done again, so that a rerun continues wherever an interrupted
 run stopped. What is to be deleted is recorded beforehand (:mod:`chainmerge.records.merged_record`):
 afterwards there is nothing to tell from. The journal, where there is one, is told of each step
-before it begins.
+before it begins, but not of those in which there is nothing to do: each takes two flushes.
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ def settle(
     Raises what :func:`chainmerge.engines.metadata.backing.change_backing` raises, OSError, Failed.
     """
     base = steps.base.real_path
-    journal = enter_state(journal, JournalState.REPOINT)
-    repointed = repoint(steps.repoint, steps.above)
-    journal = enter_state(journal, JournalState.RECORD)
+    repointed: tuple[str, ...] = ()
+    if steps.repoint:
+        journal = enter_state(journal, JournalState.REPOINT)
+        repointed = repoint(steps.repoint, steps.above)
+        journal = enter_state(journal, JournalState.RECORD)
     record = record_intent(steps, request)
     warnings: tuple[str, ...] = ()
     if steps.keep_name:
