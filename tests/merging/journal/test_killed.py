@@ -44,6 +44,7 @@ BEFORE_SWITCH: dict[str, Callable[[], None]] = {
     "written": dies_once_called(by_native, "record_switching"),
     "switching": dies_after(by_native, "record_switching"),
 }
+REPOINTING = {"repoint", "repointed one"}
 NAMING = {"rename", "renamed"}
 DELETING = {"deleted one"}
 RECORDED = {"delete", "deleted", "tidy"}
@@ -54,7 +55,7 @@ def _happens(levels: int, point: str, options: MergeOptions) -> bool:
         return options.keep_name
     if point in DELETING:
         return options.delete and (levels > 1 or not options.keep_name)
-    if point == "repointed one":
+    if point in REPOINTING:
         # With the name kept, all children stay as they are.
         return not options.keep_name
     if point == "tidied":
