@@ -7,10 +7,11 @@ import contextlib
 import json
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import asdict
 
 from chainmerge.qcow2.bitmaps import read_directory
 from chainmerge.qcow2.check import CheckReport, check, check_with_references

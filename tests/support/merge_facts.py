@@ -4,7 +4,7 @@
 The planner is pure, so a situation is a value. :func:`merge_of` gives a merge that nothing speaks
 against: images of one directory, one upon the other, each with a valid bitmap ``cp1``, committed
 by the native engine into a file that can grow. A test changes what its situation is about, by
-``dataclasses.replace`` or by the functions here.
+``msgspec.structs.replace`` or by the functions here.
 """
 
 from __future__ import annotations
