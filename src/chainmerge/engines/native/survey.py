@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.image import Qcow2Image
 
 
-class MappingNeed(Struct, frozen=True):
+class MappingNeed(Struct, frozen=True, eq=False):
     """What the new mapping takes; clusters unless said otherwise.
 
     Attributes:
