@@ -54,7 +54,7 @@ _OBJECTS_BEFORE_COLLECTION: Final = 100_000
         "changed, 4 outcome unknown, 130 interrupted."
     ),
 )
-@click.version_option(__version__, "--version", message="%(prog)s %(version)s")
+@click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show where in the program an error came from.")
 def cli(debug: bool) -> None:  # noqa: FBT001 (read from the context where errors end)
     """Merge snapshots of virtual disks, with their dirty bitmaps, without losing anything."""

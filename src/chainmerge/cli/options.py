@@ -53,6 +53,28 @@ json_option = click.option(
     help="Print JSON instead of tables, errors included.",
 )
 
+_quiet_option: Final = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="Print only errors and warnings, no progress; nothing if all is well.",
+)
+
+
+def outcome_options(function: Function[R]) -> Function[R]:
+    """Add --quiet and --json to a command that changes something; it gets ``output``."""
+
+    @wraps(function)
+    def command(*args: Any, output: Output, quiet: bool, **kwargs: Any) -> R:
+        return function(*args, output=output.quieter() if quiet else output, **kwargs)
+
+    return _with(command, (_quiet_option, json_option))
+
+
+dry_run_option: Final = click.option(
+    "-n", "--dry-run", is_flag=True, help="Show the plan and change nothing."
+)
+
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("image", type=IMAGE, required=False)
 @click.option(
-    "--dry-run", is_flag=True, help="Show what would be done and change nothing.  [default]"
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be done and change nothing.  [default]",
 )
-@click.option("--yes", is_flag=True, help="Do it.")
+@click.option("-y", "--yes", is_flag=True, help="Do it.")
 @click.option(
     "--backup",
     type=click.Path(),
