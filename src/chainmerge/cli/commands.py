@@ -95,6 +95,14 @@ def traceback_of(error: BaseException) -> str:
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
+class NoSuchWord(click.UsageError):
+    """A group of commands has none of this name."""
+
+    def __init__(self, word: str, ctx: click.Context) -> None:
+        super().__init__(f"no such command {word!r}", ctx)
+        self.word = word
+
+
 class Group(click.Group):
     """A group of commands that shows what it holds when none is named."""
 
@@ -102,11 +110,19 @@ class Group(click.Group):
         return _formatted_help(self, ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
+        # A shell that completes a word has no use for help.
+        if not args and not ctx.resilient_parsing:
             # What click does of itself here differs between its versions.
             click.echo(ctx.get_help(), err=True, color=ctx.color)
             ctx.exit(ExitCode.USAGE)
         return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            raise NoSuchWord(args[0], ctx)
+        return super().resolve_command(ctx, args)
 
 
 class LazyGroup(Group):
