@@ -11,6 +11,7 @@ import click
 from msgspec.structs import replace
 
 from chainmerge import api
+from chainmerge.cli.candidates import bitmap_candidates
 from chainmerge.cli.commands import Command, Group
 from chainmerge.cli.errors import NotConfirmed
 from chainmerge.cli.options import (
@@ -81,7 +82,7 @@ def add(
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=bitmap_candidates)
 @click.option("--all", "all_of_them", is_flag=True, help="Remove all bitmaps that IMAGE has.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before --all.")
 @force_option
@@ -127,7 +128,7 @@ def _ask_before_removing_all(image: str, access: Access) -> None:
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("names", metavar="NAME...", nargs=-1)
+@click.argument("names", metavar="NAME...", nargs=-1, shell_complete=bitmap_candidates)
 @click.option("--force", is_flag=True, help="Go on even if other images have the name too.")
 @access_options
 @outcome_options
@@ -163,8 +164,14 @@ def prune(*, top: str, base: str | None, access: Access, output: Output) -> None
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("target")
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("target", shell_complete=bitmap_candidates)
+@click.argument(
+    "sources",
+    metavar="SOURCE...",
+    nargs=-1,
+    required=True,
+    shell_complete=bitmap_candidates,
+)
 @click.option("--from", "source_image", type=IMAGE, help="The image that holds the sources.")
 @access_options
 @outcome_options

@@ -23,8 +23,13 @@ from chainmerge.storage.errors import OutOfMemory
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from click.shell_completion import CompletionItem
+
 # What the dynamic linker says, and numpy and others that see no more than an error of importing.
 _NO_MEMORY: Final = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
+
+COMPLETION_VARIABLE: Final = "_CHAINMERGE_COMPLETE"
+"""In the environment: what a shell wants to know that completes a word."""
 
 # What click raises to end a command, in an orderly way.
 _CLICK_ENDINGS: Final = (click.ClickException, Exit, click.Abort)
@@ -140,6 +145,15 @@ class LazyGroup(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
         return list(self._commands_in)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem  # noqa: PLC0415 (only for a shell)
+
+        # Not as click.Group does it, which would import all commands for what they say of
+        # themselves.
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*map(CompletionItem, names), *options]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from chainmerge.__about__ import __version__
-from chainmerge.cli.commands import LazyGroup, bug_report, traceback_of
+from chainmerge.cli.commands import COMPLETION_VARIABLE, LazyGroup, bug_report, traceback_of
 from chainmerge.cli.output import JsonOutput, TextOutput
 from chainmerge.cli.signals import interrupted_by_signals
 from chainmerge.cli.streams import prepare_streams, write_message
@@ -39,6 +39,7 @@ _COMMANDS: Final = MappingProxyType(
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),
         "explain": ("chainmerge.cli.explain", "explain"),
+        "completion": ("chainmerge.cli.completion", "completion"),
         "version": ("chainmerge.cli.version", "version"),
     }
 )
@@ -85,6 +86,10 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         with interrupted_by_signals():
+            if asked := os.environ.get(COMPLETION_VARIABLE):
+                from chainmerge.cli.shells import answer  # noqa: PLC0415 (only for a shell)
+
+                return answer(asked, cli)
             status = cli.main(list(arguments), prog_name="chainmerge", standalone_mode=False)
     except click.ClickException as error:
         # Imported where it is used: most commands are typed right.

@@ -12,7 +12,7 @@ import click
 
 from chainmerge.cli.commands import PanelOption
 from chainmerge.cli.output import JsonOutput, Output, TextOutput
-from chainmerge.cli.params import IMAGE, KEY_FILE, PATH_FORMAT, SIZE
+from chainmerge.cli.params import DIRECTORY, IMAGE, KEY_FILE, PATH_FORMAT, SIZE
 from chainmerge.options import (
     Access,
     DataChoice,
@@ -113,7 +113,7 @@ _ACCESS_OPTIONS: Final = (
     ),
     _reaching_option(
         "--allow-backing",
-        type=click.Path(),
+        type=DIRECTORY,
         multiple=True,
         metavar="DIR",
         help="A directory where backing files may lie, besides those of the chain.",
@@ -127,7 +127,7 @@ _ACCESS_OPTIONS: Final = (
     ),
     _reaching_option(
         "--search",
-        type=click.Path(),
+        type=DIRECTORY,
         multiple=True,
         metavar="DIR",
         help="A directory that may hold, at any depth, other images that use those of the chain.",
