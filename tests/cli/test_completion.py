@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shlex
 import shutil
 import subprocess
@@ -170,6 +171,44 @@ def test_bash(images: Path, program: Path) -> None:
     assert bash("merge", "my") == ["my disk.qcow2"]
     assert bash("bitmaps", "remove", "disk.qcow2", "") == ["daily", r"two\ words", r"dis\,tinct"]
     assert "image-locked" in bash("explain", "image")
+
+
+@pytest.mark.parametrize(
+    ("typed", "becomes"),
+    [
+        ("fla", "flatten "),
+        ("merge --dry", "merge --dry-run "),
+        ("merge my", r"merge my\ disk.qcow2 "),
+        # There may be more below it.
+        ("merge disks", "merge disks/"),
+        ("bitmaps remove disk.qcow2 tw", r"bitmaps remove disk.qcow2 two\ words "),
+        ("explain image-lo", "explain image-locked "),
+    ],
+)
+def test_a_key_in_bash(images: Path, program: Path, typed: str, becomes: str) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(images)
+        # TERM=dumb: readline shows what it inserts and nothing else.
+        more = {"PATH": f"{program}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "ready:"}
+        os.execvpe("bash", ["bash", "--norc", "-i"], environment(**more))
+    try:
+        _read_until(terminal, "ready:")
+        os.write(terminal, b"source <(chainmerge completion bash); bind 'set bell-style none'\n")
+        _read_until(terminal, "ready:")
+        os.write(terminal, f"chainmerge {typed}\t".encode())
+        assert _read_until(terminal, becomes).endswith(f"chainmerge {becomes}")
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+
+
+def _read_until(terminal: int, expected: str) -> str:
+    """What a terminal shows until it shows that; a test that waits in vain runs out of time."""
+    shown = ""
+    while not shown.endswith(expected):
+        shown += os.read(terminal, 1).decode(errors="replace")
+    return shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
