@@ -10,6 +10,7 @@ from typing import Any, Final
 import pytest
 
 from chainmerge import catalogue, errors
+from chainmerge.documents.repair import RepairFinding
 from chainmerge.errors import (
     ChainmergeError,
     Failed,
@@ -83,23 +84,93 @@ def test_a_family_is_to_be_caught(family: type[ChainmergeError]) -> None:
             raise example_of(member)
 
 
+@pytest.mark.parametrize("code", catalogue.FINDINGS)
+def test_words_of_a_finding_are_in_order(code: str) -> None:
+    subject = catalogue.FINDINGS[code]
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code)
+    assert code not in ERRORS
+    assert len(subject.explanation) > 80
+    assert all(one.isprintable() for one in subject.text.split("\n\n"))
+
+
+def test_every_kind_of_finding_is_explained() -> None:
+    """The documentation of the record lists the kinds that reports have."""
+    listed = (RepairFinding.__doc__ or "").partition("kind:")[2].partition("or the code")[0]
+    kinds = set(re.findall(r"``([a-z-]+)``", listed))
+    assert len(kinds) > 10
+    assert kinds <= set(catalogue.FINDINGS)
+
+
 def test_explain_prints_the_long_form() -> None:
     ran = chainmerge("explain", "interrupted")
     assert ran.status == 0
-    assert Interrupted.explanation in ran.out
+    assert Interrupted.explanation in " ".join(ran.out.split())
 
 
-def test_explain_lists_all_codes() -> None:
+@pytest.mark.parametrize("asked", ["Broken-Bitmap", "broken_bitmap", "broken bitmap"])
+def test_a_code_may_be_spelled_loosely(asked: str) -> None:
+    ran = chainmerge("explain", *asked.split())
+    assert ran.out.startswith("broken-bitmap (")
+    assert catalogue.explain(asked) == catalogue.FINDINGS["broken-bitmap"].text
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ("shared base", "base-has-other-children"),
+        ("inconsistent", "broken-bitmap"),
+        ("volume too small", "volume-group-full"),
+        ("locked", "image-locked"),
+        ("leaked", "leaked-clusters"),
+    ],
+)
+def test_words_find_what_they_have_to_do_with(asked: str, first: str) -> None:
+    found = [subject.code for subject in catalogue.look_up(asked.split())]
+    assert 1 < len(found) < len(ERRORS) / 4
+    assert first in found[:2]
+    shown = chainmerge("explain", *asked.split())
+    assert shown.status == 0
+    assert [line.split()[0] for line in shown.out.splitlines() if line[2] != " "] == found
+
+
+def test_all_words_have_to_fit() -> None:
+    by_one = {subject.code for subject in catalogue.look_up(["bitmap"])}
+    by_two = {subject.code for subject in catalogue.look_up(["bitmap", "name"])}
+    assert by_two < by_one
+
+
+def test_explain_lists_all_codes_by_exit_status() -> None:
     ran = chainmerge("explain")
     assert ran.status == 0
-    listed = {line.split()[0] for line in ran.out.splitlines()[1:]}
-    assert set(ERRORS) <= listed
+    groups = re.split(r"^(?=\S)", ran.out, flags=re.MULTILINE)[1:]
+    listed = {
+        group.partition(":")[0]: set(re.findall(r"^  ([a-z0-9-]+)", group, re.MULTILINE))
+        for group in groups
+    }
+    for code, error in ERRORS.items():
+        assert code in listed[f"Exit status {error.exit_code:d}"]
+    assert set(catalogue.FINDINGS) in listed.values()
+
+
+def test_explain_lists_all_codes_for_programs() -> None:
+    listed = {one["code"]: one["exit_status"] for one in chainmerge("explain", "--json").json}
+    assert listed == {code: error.exit_code for code, error in ERRORS.items()} | dict.fromkeys(
+        catalogue.FINDINGS
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("bitmap",), ("base-has-other-children",)])
+def test_text_is_wrapped(arguments: tuple[str, ...]) -> None:
+    for columns in (None, 60):
+        more = {"COLUMNS": str(columns)} if columns else {}
+        out = chainmerge("explain", *arguments, **more).out
+        assert max(map(len, out.splitlines())) <= (columns or 80)
 
 
 def test_a_code_with_a_slip_is_guessed() -> None:
     ran = chainmerge("explain", "interupted")
     assert ran.status == 2
-    assert "did you mean interrupted?" in ran.err
+    assert "did you mean interrupted" in ran.err
 
 
 def test_placeholders_read_like_words() -> None:

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All errors of the package, to be looked up by their code."""
+"""All errors of the package and what `repair` finds, to be looked up by code or by words."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import pkgutil
+import re
 import string
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from msgspec import Struct
 
 from chainmerge.errors import ChainmergeError, ExitCode, Misuse, all_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class UnknownCode(Misuse):
@@ -22,7 +29,8 @@ class UnknownCode(Misuse):
     hint: ClassVar[str] = "{suggestion}"
     explanation: ClassVar[str] = (
         "`chainmerge explain` knows the codes that chainmerge prints with its errors and puts in "
-        "its JSON reports. Without a code it lists them all."
+        "its JSON reports, and what `chainmerge repair` finds. Without a code it lists them all; "
+        "given other words, those that have to do with them."
     )
     asked: str
     suggestion: str
@@ -41,27 +49,126 @@ def known_errors() -> dict[str, type[ChainmergeError]]:
     return {error.code: error for error in sorted(ours, key=attrgetter("code"))}
 
 
+class Subject(Struct, frozen=True):
+    """Something that can be explained.
+
+    Attributes:
+        code: What reports call it.
+        exit_code: How a command ends that meets it, None for what is found but ends none.
+        sentence: What is wrong, with ``<name>`` where a fact goes.
+        explanation: What it means.
+        advice: What to do.
+    """
+
+    code: str
+    exit_code: ExitCode | None
+    sentence: str
+    explanation: str
+    advice: str
+
+    @property
+    def text(self) -> str:
+        """The long form, in paragraphs."""
+        kind = (
+            "found by check, repair or bitmaps list"
+            if self.exit_code is None
+            else f"exit status {self.exit_code:d}, {MEANINGS[self.exit_code]}"
+        )
+        paragraphs = [
+            f"{self.code} ({kind})",
+            self.sentence,
+            self.explanation,
+            f"What to do: {self.advice}",
+        ]
+        return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def known_subjects() -> dict[str, Subject]:
+    """Return all errors, then all findings, by their codes. Imports the whole package."""
+    errors = {
+        code: Subject(
+            code,
+            error.exit_code,
+            with_placeholders(error.template),
+            error.explanation,
+            with_placeholders(error.hint),
+        )
+        for code, error in known_errors().items()
+    }
+    return errors | dict(FINDINGS)
+
+
 def explain(code: str) -> str:
-    """Return the long form of an error: what it means and what to do, in paragraphs.
+    """Return the long form of an error or a finding: what it means and what to do, in paragraphs.
+
+    Capitals do not count.
 
     Raises:
-        UnknownCode: No error has this code.
+        UnknownCode: Nothing has this code.
     """
-    errors = known_errors()
-    if code not in errors:
-        alike = difflib.get_close_matches(code, errors, n=3)
-        suggestion = (
-            f"did you mean {' or '.join(alike)}?" if alike else "`chainmerge explain` lists them"
-        )
-        raise UnknownCode(code, suggestion)
-    error = errors[code]
-    paragraphs = [
-        f"{error.code} (exit status {error.exit_code:d}, {_MEANING[error.exit_code]})",
-        with_placeholders(error.template),
-        error.explanation,
-        f"What to do: {with_placeholders(error.hint)}",
+    subjects = known_subjects()
+    wanted = _as_code(code)
+    if wanted not in subjects:
+        raise _unknown(code, subjects)
+    return subjects[wanted].text
+
+
+def look_up(words: Sequence[str]) -> tuple[Subject, ...]:
+    """Return the subject that has the words as its code, or all that have to do with them.
+
+    What they have most to do with comes first.
+
+    Raises:
+        UnknownCode: Nothing has.
+    """
+    subjects = known_subjects()
+    asked = " ".join(words)
+    exact = subjects.get(_as_code(asked))
+    if exact is not None:
+        return (exact,)
+    terms = [_alternatives(term) for term in _WORD.findall(asked.lower()) if term not in _FILLERS]
+    scored = [(_relevance(subject, terms), subject) for subject in subjects.values()]
+    found = sorted((one for one in scored if one[0]), key=lambda one: (-one[0], one[1].code))
+    if not found:
+        raise _unknown(asked, subjects)
+    return tuple(subject for _, subject in found)
+
+
+def _alternatives(word: str) -> frozenset[str]:
+    """Return the beginnings of words that mean what *word* means."""
+    # shares, shared and sharing begin alike.
+    stem = re.sub(r"(?<=\w{3})(?:ed|ing|es|s|e)$", "", word)
+    return frozenset({stem, *_SYNONYMS.get(stem, ())})
+
+
+def _relevance(subject: Subject, terms: Sequence[frozenset[str]]) -> int:
+    """How much a subject has to do with all of the terms; 0 if not with each of them."""
+    places = (
+        (4, subject.code),
+        (2, subject.sentence),
+        (1, f"{subject.explanation} {subject.advice}"),
+    )
+    counts = [
+        sum(weight for weight, text in places if _mentions(text, alternatives))
+        for alternatives in terms
     ]
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return sum(counts) if counts and all(counts) else 0
+
+
+def _mentions(text: str, alternatives: frozenset[str]) -> bool:
+    return any(word.startswith(tuple(alternatives)) for word in _WORD.findall(text.lower()))
+
+
+def _as_code(text: str) -> str:
+    return re.sub(r"[\s_]+", "-", text.strip().lower())
+
+
+def _unknown(asked: str, subjects: Mapping[str, Subject]) -> UnknownCode:
+    alike = difflib.get_close_matches(_as_code(asked), subjects, n=3)
+    suggestion = (
+        f"did you mean {' or '.join(alike)}?" if alike else "`chainmerge explain` lists them"
+    )
+    return UnknownCode(asked, suggestion)
 
 
 def with_placeholders(template: str) -> str:
@@ -70,10 +177,151 @@ def with_placeholders(template: str) -> str:
     return "".join(text if field is None else f"{text}<{field}>" for text, field, _, _ in parts)
 
 
-_MEANING: Final = {
-    ExitCode.FAILED: "something was attempted and did not work",
-    ExitCode.USAGE: "the request makes no sense",
-    ExitCode.REFUSED: "refused, nothing was changed",
-    ExitCode.UNKNOWN: "the outcome is unknown",
-    ExitCode.INTERRUPTED: "stopped on request",
-}
+MEANINGS: Final[Mapping[ExitCode, str]] = MappingProxyType(
+    {
+        ExitCode.FAILED: "something was attempted and did not work",
+        ExitCode.USAGE: "the request makes no sense",
+        ExitCode.REFUSED: "refused, nothing was changed",
+        ExitCode.UNKNOWN: "the outcome is unknown",
+        ExitCode.INTERRUPTED: "stopped on request",
+    }
+)
+"""What an exit status says of a command."""
+
+_WORD: Final = re.compile(r"[a-z0-9]+")
+_FILLERS: Final = frozenset({"a", "an", "by", "in", "is", "not", "of", "the", "to", "too"})
+
+# What people say for what errors call otherwise; stems, as _alternatives() makes them.
+_SYNONYMS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "busy": ("lock",),
+        "clon": ("children", "share"),
+        "corrupt": ("damaged", "bad"),
+        "enospc": ("space", "room"),
+        "full": ("space",),
+        "inconsistent": ("broken",),
+        "libvirt": ("domain",),
+        "password": ("passphrase", "key"),
+        "shar": ("others", "children"),
+        "small": ("space", "room"),
+    }
+)
+
+
+def _finding(code: str, sentence: str, explanation: str, advice: str) -> Subject:
+    return Subject(code, None, sentence, explanation, advice)
+
+
+def _by_code(*subjects: Subject) -> Mapping[str, Subject]:
+    return MappingProxyType({subject.code: subject for subject in subjects})
+
+
+_REPAIR: Final = (
+    "`chainmerge repair IMAGE` shows what would be done, `chainmerge repair --yes IMAGE` does it"
+)
+FINDINGS: Final = _by_code(
+    _finding(
+        "broken-bitmap",
+        "a bitmap cannot be used, though its name can be read",
+        "The bitmap is in-use (QEMU calls it inconsistent): a program died while it had the image "
+        "open, so writes are missing from it. Or its table is not where a table can be, or shares "
+        "clusters with something else. What it recorded is lost, and a backup that went by it "
+        "would miss data. The disk's own data is not affected.",
+        f"{_REPAIR}; the next backup that builds on it must be a full one",
+    ),
+    _finding(
+        "broken-bitmap-directory",
+        "the list of the image's bitmaps cannot be read",
+        "The directory of bitmaps is not where it can be, is damaged, or was overwritten, so "
+        "nobody can tell which bitmaps there were. QEMU may refuse to open the image at all. The "
+        "disk's own data is not affected.",
+        f"{_REPAIR}; it removes all bitmaps, and the next backup must be a full one",
+    ),
+    _finding(
+        "unusable-bitmap",
+        "a bitmap is whole, but no chain can use it",
+        "A backup needs a bitmap of the same name in every image from the checkpoint up to the "
+        "active layer. This one has a gap above it, or stands above one that is broken. It does no "
+        "harm, but takes space and may pass for a checkpoint.",
+        "`chainmerge bitmaps list IMAGE` shows where the gap is; `chainmerge bitmaps prune TOP` "
+        "removes such bitmaps",
+    ),
+    _finding(
+        "in-use",
+        "a bitmap was not stored properly when its image was closed",
+        "QEMU marks a bitmap as in-use while it records writes, and takes the mark away when it "
+        "closes the image. If the mark is still there, a program has died, and writes are missing. "
+        "QEMU itself calls such a bitmap inconsistent, and does not use it. The same mark is "
+        "normal while a VM is running.",
+        f"if no VM is running: {_REPAIR}; the next backup that builds on it must be a full one",
+    ),
+    _finding(
+        "leaked-clusters",
+        "clusters are marked as used, and nothing uses them",
+        "They only take space. A program was killed between allocating them and using them, or "
+        "between ceasing to use them and giving them back.",
+        _REPAIR,
+    ),
+    _finding(
+        "kept-leaks",
+        "leaked clusters may hold the data that a lost table mapped, and stay",
+        "An entry of the L1 table leads to no L2 table, and there are leaked clusters with data. "
+        "That may be a coincidence: if it is not, they are the only copy of what the guest has "
+        "lost, so a repair keeps them.",
+        "restore or examine the image first; `chainmerge repair --yes --reclaim IMAGE` gives the "
+        "space back and destroys them",
+    ),
+    _finding(
+        "lost-data",
+        "data of the guest is lost, or can be reached no longer",
+        "Leaked clusters look like what a lost table mapped, or two places of the disk lead to the "
+        "same data and no internal snapshot explains it. Which is the right one is not for a "
+        "program to guess.",
+        "restore the image from a backup; keep this one until you have what you need from it",
+    ),
+    _finding(
+        "wrong-refcounts",
+        "reference counts do not agree with what the tables use",
+        "Refcounts say which clusters are used, and how often. With wrong ones a writer may "
+        "overwrite data that is still needed. They can be counted again from the tables, and the "
+        "disk's data is not affected by that.",
+        f"do not start the VM before: {_REPAIR}",
+    ),
+    _finding(
+        "dirty-bit",
+        "the image was not closed properly (dirty bit)",
+        "With lazy refcounts QEMU sets this bit while it writes, and takes it away when it closes "
+        "the image. If it is still there, refcounts may be stale.",
+        _REPAIR,
+    ),
+    _finding(
+        "corrupt-bit",
+        "QEMU has marked the image as corrupt",
+        "QEMU sets this bit when it finds that a write would go over a table, and then opens the "
+        "image for reading only. If the tables are sound, the mark is all that is left of it.",
+        _REPAIR,
+    ),
+    _finding(
+        "interrupted-merge",
+        "a merge into this image, or from it, was interrupted",
+        "chainmerge notes what it does before it does it, so a merge that was killed can be "
+        "finished. No data is lost.",
+        "`chainmerge status IMAGE` prints the command that finishes it",
+    ),
+    _finding(
+        "half-done-commit",
+        "another program was interrupted while it committed an overlay into this image",
+        "A part of the overlay's data is in the image below already, whose bitmaps do not know of "
+        "it. The overlay still shows the right data, the image below alone does not.",
+        "use the overlay only; `chainmerge repair IMAGE` shows which merge finishes the commit",
+    ),
+    _finding(
+        "corruption",
+        "the tables contradict themselves",
+        "An entry of a table leads outside the file, or to what belongs to another table. What the "
+        "guest had there is lost, and which of two claims on a cluster is right is not for a "
+        "program to guess. A repair leaves it alone.",
+        "restore the image from a backup; `chainmerge check IMAGE` lists what is wrong",
+    ),
+)
+"""What `check`, `repair` and `bitmaps list` may find, besides errors."""

@@ -97,7 +97,7 @@ class RemovalUnsafe(NeededByOthers, Refused):
     )
     hint: ClassVar[str] = (
         "remove the name from the images above first, the active image first; "
-        "`chainmerge bitmaps prune --active LEAF` does that for broken ones"
+        "`chainmerge bitmaps prune TOP --active LEAF` does that for broken ones"
     )
     explanation: ClassVar[str] = (
         "A checkpoint's bits are spread over the images of a chain. A backup trusts them if the "

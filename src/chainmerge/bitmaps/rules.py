@@ -451,6 +451,6 @@ def explain_tombstone() -> str:
         "images above still have its name: without the mark those images would pass for a complete "
         "checkpoint with only their own bits, and an incremental backup made from them would miss "
         "data. It takes only the space of its table in the image, stays until no image above has "
-        "the name, and disappears with the next merge after that; 'chainmerge bitmaps prune "
+        "the name, and disappears with the next merge after that; 'chainmerge bitmaps prune TOP "
         "--active LEAF' removes the name from the whole chain at once."
     )

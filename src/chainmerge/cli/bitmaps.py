@@ -11,6 +11,7 @@ import click
 from msgspec.structs import replace
 
 from chainmerge import api
+from chainmerge.cli.candidates import bitmap_candidates
 from chainmerge.cli.commands import Command, Group
 from chainmerge.cli.errors import NotConfirmed
 from chainmerge.cli.options import (
@@ -18,6 +19,7 @@ from chainmerge.cli.options import (
     base_option,
     image_argument,
     json_option,
+    outcome_options,
     top_argument,
 )
 from chainmerge.cli.params import IMAGE, SIZE
@@ -63,7 +65,7 @@ def list_(*, image: str, access: Access, output: Output) -> None:
 )
 @click.option("--disabled", is_flag=True, help="Do not let it record writes.")
 @access_options
-@json_option
+@outcome_options
 def add(
     *,
     image: str,
@@ -80,12 +82,12 @@ def add(
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=bitmap_candidates)
 @click.option("--all", "all_of_them", is_flag=True, help="Remove all bitmaps that IMAGE has.")
-@click.option("--yes", is_flag=True, help="Do not ask before --all.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before --all.")
 @force_option
 @access_options
-@json_option
+@outcome_options
 def remove(
     *,
     image: str,
@@ -126,10 +128,10 @@ def _ask_before_removing_all(image: str, access: Access) -> None:
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("names", metavar="NAME...", nargs=-1)
+@click.argument("names", metavar="NAME...", nargs=-1, shell_complete=bitmap_candidates)
 @click.option("--force", is_flag=True, help="Go on even if other images have the name too.")
 @access_options
-@json_option
+@outcome_options
 def clear(
     *, image: str, names: tuple[str, ...], force: bool, access: Access, output: Output
 ) -> None:
@@ -151,7 +153,7 @@ def clear(
 @top_argument
 @base_option
 @access_options
-@json_option
+@outcome_options
 def prune(*, top: str, base: str | None, access: Access, output: Output) -> None:
     """Remove stale and broken bitmaps from BASE up to TOP.
 
@@ -162,11 +164,17 @@ def prune(*, top: str, base: str | None, access: Access, output: Output) -> None
 
 @bitmaps.command(cls=Command)
 @image_argument
-@click.argument("target")
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("target", shell_complete=bitmap_candidates)
+@click.argument(
+    "sources",
+    metavar="SOURCE...",
+    nargs=-1,
+    required=True,
+    shell_complete=bitmap_candidates,
+)
 @click.option("--from", "source_image", type=IMAGE, help="The image that holds the sources.")
 @access_options
-@json_option
+@outcome_options
 def merge(
     *,
     image: str,

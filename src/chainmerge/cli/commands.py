@@ -23,8 +23,13 @@ from chainmerge.storage.errors import OutOfMemory
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from click.shell_completion import CompletionItem
+
 # What the dynamic linker says, and numpy and others that see no more than an error of importing.
 _NO_MEMORY: Final = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
+
+COMPLETION_VARIABLE: Final = "_CHAINMERGE_COMPLETE"
+"""In the environment: what a shell wants to know that completes a word."""
 
 # What click raises to end a command, in an orderly way.
 _CLICK_ENDINGS: Final = (click.ClickException, Exit, click.Abort)
@@ -95,6 +100,14 @@ def traceback_of(error: BaseException) -> str:
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
+class NoSuchWord(click.UsageError):
+    """A group of commands has none of this name."""
+
+    def __init__(self, word: str, ctx: click.Context) -> None:
+        super().__init__(f"no such command {word!r}", ctx)
+        self.word = word
+
+
 class Group(click.Group):
     """A group of commands that shows what it holds when none is named."""
 
@@ -102,11 +115,19 @@ class Group(click.Group):
         return _formatted_help(self, ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:
+        # A shell that completes a word has no use for help.
+        if not args and not ctx.resilient_parsing:
             # What click does of itself here differs between its versions.
             click.echo(ctx.get_help(), err=True, color=ctx.color)
             ctx.exit(ExitCode.USAGE)
         return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            raise NoSuchWord(args[0], ctx)
+        return super().resolve_command(ctx, args)
 
 
 class LazyGroup(Group):
@@ -124,6 +145,15 @@ class LazyGroup(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
         return list(self._commands_in)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem  # noqa: PLC0415 (only for a shell)
+
+        # Not as click.Group does it, which would import all commands for what they say of
+        # themselves.
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*map(CompletionItem, names), *options]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx

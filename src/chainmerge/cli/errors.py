@@ -44,6 +44,21 @@ class ReportNotDelivered(Failed):
     reason: str
 
 
+class WrongUsage(Misuse):
+    """The command line names what does not exist, or leaves out what is needed."""
+
+    code: ClassVar[str] = "usage"
+    template: ClassVar[str] = "{problem}"
+    hint: ClassVar[str] = "{suggestion}"
+    explanation: ClassVar[str] = (
+        "The command line could not be understood, and nothing was done: a command or an option "
+        "does not exist, an argument is missing, or a value is not one that can be given there. "
+        "`chainmerge --help` lists the commands, `chainmerge COMMAND --help` their options."
+    )
+    problem: str
+    suggestion: str
+
+
 class DiskNotNamed(Misuse):
     """A command for a running VM does not say which disk of which VM."""
 

@@ -9,7 +9,13 @@ import click
 
 from chainmerge import api
 from chainmerge.cli.commands import Command
-from chainmerge.cli.options import access_options, json_option, merge_options, tops_argument
+from chainmerge.cli.options import (
+    access_options,
+    dry_run_option,
+    merge_options,
+    outcome_options,
+    tops_argument,
+)
 from chainmerge.cli.plan import show_plan, show_plans
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.errors import ExitCode
@@ -22,10 +28,10 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @tops_argument
-@click.option("-n", "--dry-run", is_flag=True, help="Show the plan and change nothing.")
+@dry_run_option
 @merge_options
 @access_options
-@json_option
+@outcome_options
 def flatten(
     *,
     tops: tuple[str, ...],
@@ -48,7 +54,7 @@ def flatten(
             disks = api.flatten_disks(
                 tops, access, options, on_progress=progress.update, should_stop=should_stop
             )
-        output.last_event(disks, disks_report)
+        output.last_event(disks, disks_report, disks.exit_code)
         return disks.exit_code
     with stopped_by_signals() as should_stop, output.progress() as progress:
         report = api.flatten(

@@ -17,6 +17,7 @@ from chainmerge.cli.options import (
     base_option,
     json_option,
     merging_option,
+    outcome_options,
     top_argument,
 )
 from chainmerge.cli.params import SIZE
@@ -215,7 +216,7 @@ def plan(
 @pace_options
 @gathered_live_options
 @access_options
-@json_option
+@outcome_options
 def merge(
     *,
     top: str,
@@ -246,7 +247,7 @@ def merge(
 @disk_options
 @pace_options
 @gathered_live_options
-@json_option
+@outcome_options
 def resume(
     *,
     disk: _Opener,

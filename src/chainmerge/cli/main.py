@@ -7,21 +7,23 @@ import gc
 import os
 import sys
 from contextlib import suppress
+from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
 from chainmerge.__about__ import __version__
-from chainmerge.cli.commands import LazyGroup, bug_report, traceback_of
-from chainmerge.cli.output import TextOutput
+from chainmerge.cli.commands import COMPLETION_VARIABLE, LazyGroup, bug_report, traceback_of
+from chainmerge.cli.output import JsonOutput, TextOutput
 from chainmerge.cli.signals import interrupted_by_signals
 from chainmerge.cli.streams import prepare_streams, write_message
-from chainmerge.documents.text import printable
 from chainmerge.errors import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from chainmerge.cli.output import Output
 
 _COMMANDS: Final = MappingProxyType(
     {
@@ -37,6 +39,7 @@ _COMMANDS: Final = MappingProxyType(
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),
         "explain": ("chainmerge.cli.explain", "explain"),
+        "completion": ("chainmerge.cli.completion", "completion"),
         "version": ("chainmerge.cli.version", "version"),
     }
 )
@@ -54,7 +57,7 @@ _OBJECTS_BEFORE_COLLECTION: Final = 100_000
         "changed, 4 outcome unknown, 130 interrupted."
     ),
 )
-@click.version_option(__version__, "--version", message="%(prog)s %(version)s")
+@click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show where in the program an error came from.")
 def cli(debug: bool) -> None:  # noqa: FBT001 (read from the context where errors end)
     """Merge snapshots of virtual disks, with their dirty bitmaps, without losing anything."""
@@ -83,26 +86,29 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         with interrupted_by_signals():
+            if asked := os.environ.get(COMPLETION_VARIABLE):
+                from chainmerge.cli.shells import answer  # noqa: PLC0415 (only for a shell)
+
+                return answer(asked, cli)
             status = cli.main(list(arguments), prog_name="chainmerge", standalone_mode=False)
     except click.ClickException as error:
-        write_message(_usage_message(error))
+        # Imported where it is used: most commands are typed right.
+        from chainmerge.cli.usage import usage_error  # noqa: PLC0415
+
+        _output_for(arguments).error(usage_error(error))
         return ExitCode.USAGE
     except (click.Abort, KeyboardInterrupt):
         write_message("chainmerge: interrupted\n")
         return ExitCode.INTERRUPTED
     except Exception as error:  # noqa: BLE001 (commands have their own; this is for their loading)
-        TextOutput().error(bug_report(error))
+        _output_for(arguments).error(bug_report(error))
         if "--debug" in arguments:
             write_message(traceback_of(error))
         return ExitCode.FAILED
     return int(status or ExitCode.DONE)
 
 
-def _usage_message(error: click.ClickException) -> str:
-    # Not as click shows it: the message quotes arguments, such as the names of files that
-    # a shell's asterisk found.
-    lines = [f"chainmerge: {printable(error.format_message())}"]
-    context = getattr(error, "ctx", None)
-    if context is not None:
-        lines.append(f"  what to do: see {context.command_path} --help")
-    return "".join(f"{line}\n" for line in lines)
+def _output_for(arguments: Sequence[str]) -> Output:
+    """Where an error goes that no command has met: none has read its options yet."""
+    options = list(takewhile(lambda argument: argument != "--", arguments))
+    return JsonOutput() if "--json" in options else TextOutput()

@@ -12,10 +12,12 @@ from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
     bases_option,
-    json_option,
+    dry_run_option,
     merge_options,
+    outcome_options,
     tops_argument,
 )
+from chainmerge.cli.plan import show_plan_of
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.errors import ExitCode
 from chainmerge.merging.errors import DisksMismatched
@@ -29,13 +31,15 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @tops_argument
 @bases_option
+@dry_run_option
 @merge_options
 @access_options
-@json_option
+@outcome_options
 def merge(
     *,
     tops: tuple[str, ...],
     bases: tuple[str, ...],
+    dry_run: bool,
     options: MergeOptions,
     access: Access,
     output: Output,
@@ -48,6 +52,8 @@ def merge(
     Several TOPs are the disks of one virtual machine: all are planned before the first image is
     written to, and the report says what happened to each.
     """
+    if dry_run:
+        return show_plan_of(tops, bases, access, options, output)
     if len(tops) > 1:
         return _merge_disks(tops, bases, access, options, output)
     if len(bases) > 1:
@@ -72,5 +78,5 @@ def _merge_disks(
         report = api.merge_disks(
             tops, bases, access, options, on_progress=progress.update, should_stop=should_stop
         )
-    output.last_event(report, disks_report)
+    output.last_event(report, disks_report, report.exit_code)
     return report.exit_code

@@ -12,7 +12,7 @@ import click
 
 from chainmerge.cli.commands import PanelOption
 from chainmerge.cli.output import JsonOutput, Output, TextOutput
-from chainmerge.cli.params import IMAGE, KEY_FILE, PATH_FORMAT, SIZE
+from chainmerge.cli.params import DIRECTORY, IMAGE, KEY_FILE, PATH_FORMAT, SIZE
 from chainmerge.options import (
     Access,
     DataChoice,
@@ -53,6 +53,28 @@ json_option = click.option(
     help="Print JSON instead of tables, errors included.",
 )
 
+_quiet_option: Final = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="Print only errors and warnings, no progress; nothing if all is well.",
+)
+
+
+def outcome_options(function: Function[R]) -> Function[R]:
+    """Add --quiet and --json to a command that changes something; it gets ``output``."""
+
+    @wraps(function)
+    def command(*args: Any, output: Output, quiet: bool, **kwargs: Any) -> R:
+        return function(*args, output=output.quieter() if quiet else output, **kwargs)
+
+    return _with(command, (_quiet_option, json_option))
+
+
+dry_run_option: Final = click.option(
+    "-n", "--dry-run", is_flag=True, help="Show the plan and change nothing."
+)
+
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
@@ -91,7 +113,7 @@ _ACCESS_OPTIONS: Final = (
     ),
     _reaching_option(
         "--allow-backing",
-        type=click.Path(),
+        type=DIRECTORY,
         multiple=True,
         metavar="DIR",
         help="A directory where backing files may lie, besides those of the chain.",
@@ -105,7 +127,7 @@ _ACCESS_OPTIONS: Final = (
     ),
     _reaching_option(
         "--search",
-        type=click.Path(),
+        type=DIRECTORY,
         multiple=True,
         metavar="DIR",
         help="A directory that may hold, at any depth, other images that use those of the chain.",

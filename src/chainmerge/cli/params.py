@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from chainmerge.options import ANY_IMAGE
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _SIZE: Final = re.compile(r"(\d+)([kmgtpe]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
 _SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
@@ -81,9 +84,32 @@ class KeyFile(click.ParamType[tuple[str, str]]):
         return image, key_file
 
 
+class Image(click.Path):
+    """An image. Whether it is there and what it is, the API says better."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del ctx, param
+        from chainmerge.cli.candidates import image_candidates  # noqa: PLC0415 (for a shell)
+
+        return image_candidates(incomplete)
+
+
+class Directory(click.Path):
+    """A directory, which is judged where it is used."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del ctx, param
+        from click.shell_completion import CompletionItem  # noqa: PLC0415 (for a shell)
+
+        return [CompletionItem(incomplete, type="dir")]
+
+
 SIZE: Final = Size()
 KEY_FILE: Final = KeyFile()
 PATH_FORMAT: Final = PathFormat()
-# Only for completion in the shell. Whether an image is there and what it is, the API
-# says better.
-IMAGE: Final = click.Path(readable=False)
+IMAGE: Final = Image(readable=False)
+DIRECTORY: Final = Directory()

@@ -46,6 +46,17 @@ def plan(
     Several TOPs are the disks of one virtual machine. The exit status is 3 if the merge would be
     refused.
     """
+    return show_plan_of(tops, bases, access, options, output)
+
+
+def show_plan_of(
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    access: Access,
+    options: MergeOptions,
+    output: Output,
+) -> ExitCode:
+    """Plan a merge of one disk or several, and show the plan."""
     if len(tops) > 1:
         return show_plans(api.plan_disks(tops, bases, access, options), output)
     if len(bases) > 1:
@@ -55,11 +66,13 @@ def plan(
 
 def show_plan(decided: MergePlan, output: Output) -> ExitCode:
     """Show a plan; the status says whether it would be refused."""
-    output.document(decided, plan_report)
-    return ExitCode.DONE if decided.feasible else ExitCode.REFUSED
+    status = ExitCode.DONE if decided.feasible else ExitCode.REFUSED
+    output.document(decided, plan_report, status)
+    return status
 
 
 def show_plans(disks: DisksPlan, output: Output) -> ExitCode:
     """Show the plans of several disks; the status says whether they would be refused."""
-    output.document(disks, disks_plan_report)
-    return ExitCode.DONE if disks.feasible else ExitCode.REFUSED
+    status = ExitCode.DONE if disks.feasible else ExitCode.REFUSED
+    output.document(disks, disks_plan_report, status)
+    return status

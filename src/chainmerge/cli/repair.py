@@ -10,7 +10,7 @@ import click
 from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import access_options, json_option
-from chainmerge.cli.params import IMAGE
+from chainmerge.cli.params import DIRECTORY, IMAGE
 from chainmerge.errors import ExitCode
 from chainmerge.report.tables import repair_report, undo_report
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("image", type=IMAGE, required=False)
 @click.option(
-    "--dry-run", is_flag=True, help="Show what would be done and change nothing.  [default]"
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be done and change nothing.  [default]",
 )
-@click.option("--yes", is_flag=True, help="Do it.")
+@click.option("-y", "--yes", is_flag=True, help="Do it.")
 @click.option(
     "--backup",
-    type=click.Path(),
+    type=DIRECTORY,
     metavar="DIR",
     help="Where to keep what is overwritten.  [default: beside the image]",
 )

@@ -124,7 +124,7 @@ class RawDeviceTooSmall(CannotGrow):
         "{required}: {missing} bytes more are needed"
     )
     hint: ClassVar[str] = (
-        "pull instead (`chainmerge merge --direction pull`, with the VM stopped), which leaves "
+        "pull instead (`chainmerge merge --direction pull TOP`, with the VM stopped), which leaves "
         "{image} as it is; do not enlarge the device: the guest would read what lies behind its "
         "present end where it has zeros now"
     )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completion in bash, zsh and fish, by click's protocol.
+
+A script that the shell reads asks the program, by an environment variable, what a word may
+become. Scripts are our own because names of images and bitmaps may hold what a shell takes apart:
+spaces, commas, quotes; and because a directory is not the end of a name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from click.shell_completion import (
+    BashComplete,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    add_completion_class,
+    shell_complete,
+)
+
+from chainmerge.cli.commands import COMPLETION_VARIABLE
+from chainmerge.errors import ExitCode
+
+if TYPE_CHECKING:
+    from click import Command
+    from click.shell_completion import CompletionItem
+
+PROGRAM: Final = "chainmerge"
+
+_BASH: Final = """\
+%(complete_func)s() {
+    local kind value
+    COMPREPLY=()
+    while IFS=, read -r kind value; do
+        case $kind in
+            plain)
+                printf -v value %%q "$value"
+                COMPREPLY+=("$value")
+                ;;
+            image)
+                compopt -o filenames
+                COMPREPLY+=("$value")
+                ;;
+            file) compopt -o default ;;
+            dir) compopt -o dirnames ;;
+        esac
+    done < <(
+        IFS=$'\\n'
+        env COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD="$COMP_CWORD" \
+%(complete_var)s=bash_complete "$1"
+    )
+}
+
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+_ZSH: Final = """\
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local -a answers names described images folders
+    local kind value about
+    (( $+commands[%(prog_name)s] )) || return 1
+    answers=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT - 1)) \
+%(complete_var)s=zsh_complete %(prog_name)s)}")
+    for kind value about in "${answers[@]}"; do
+        case $kind in
+            plain)
+                if [[ $about == _ ]]; then names+=("$value"); else described+=("$value:$about"); fi
+                ;;
+            image)
+                if [[ $value == */ ]]; then folders+=("$value"); else images+=("$value"); fi
+                ;;
+            file) _path_files ;;
+            dir) _path_files -/ ;;
+        esac
+    done
+    (( $#described )) && _describe -V unsorted described -U
+    (( $#names )) && compadd -U -V unsorted -a names
+    (( $#images )) && compadd -U -f -a images
+    (( $#folders )) && compadd -U -f -S '' -a folders
+    return 0
+}
+
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
+_FISH: Final = """\
+function %(complete_func)s
+    set -l answers (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp) \
+COMP_CWORD=(commandline -t) %(prog_name)s)
+    for answer in $answers
+        set -l parts (string split -m 1 , -- $answer)
+        switch $parts[1]
+            case plain image
+                echo $parts[2]
+            case file
+                __fish_complete_path $parts[2]
+            case dir
+                __fish_complete_directories $parts[2]
+        end
+    end
+end
+
+complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
+"""
+
+
+class _Bash(BashComplete):
+    source_template: ClassVar[str] = _BASH
+
+    def source(self) -> str:
+        # Not click's, which starts a bash to see how old it is.
+        return ShellComplete.source(self)
+
+    def format_completion(self, item: CompletionItem[Any]) -> str:
+        # Bash puts a slash after a directory itself.
+        value = item.value.removesuffix("/") if item.type == "image" else item.value
+        return f"{item.type},{value}"
+
+
+class _Zsh(ZshComplete):
+    source_template: ClassVar[str] = _ZSH
+
+
+class _Fish(FishComplete):
+    source_template: ClassVar[str] = _FISH
+
+
+SHELLS: Final = ("bash", "zsh", "fish")
+
+
+def script_for(shell: str, command: Command) -> str:
+    """Return what a shell has to read so that it completes words of the command."""
+    return _completion_of(shell)(command, {}, PROGRAM, COMPLETION_VARIABLE).source()
+
+
+def answer(instruction: str, command: Command) -> int:
+    """Print what the word that the environment names may become; return an exit status."""
+    for shell in SHELLS:
+        add_completion_class(_completion_of(shell))
+    try:
+        return shell_complete(command, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
+    except Exception:  # noqa: BLE001 (what is said here would stand in the line that is typed)
+        return ExitCode.FAILED
+
+
+def _completion_of(shell: str) -> type[ShellComplete]:
+    return {"bash": _Bash, "zsh": _Zsh, "fish": _Fish}[shell]
