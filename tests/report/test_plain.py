@@ -26,8 +26,10 @@ from chainmerge.report.plain import plain_text
 from chainmerge.report.styled import styled
 
 _ENDLESS = 10_000
-# Rich leaves out a line that is empty and set in.
-_TEXT = st.text(st.sampled_from("abc xyz-[/]:日本é"), max_size=12).map("a{}".format)
+# Rich leaves out a line that is empty and set in, and blanks at the end of a cell to the right.
+_TEXT = st.text(st.sampled_from("abc xyz-[/]:日本é"), max_size=12).map(
+    lambda text: f"a{text}".rstrip()
+)
 _WORDS = st.builds(words, _TEXT, st.sampled_from(["", "bold red", "dim"]))
 _LINES = _WORDS | st.builds(command, _TEXT) | st.builds(joined, _WORDS, _WORDS)
 
