@@ -88,14 +88,14 @@ def assert_as_never_begun(images: Images, before: dict[str, Any]) -> None:
 
 def assert_can_be_merged(images: Images, options: MergeOptions) -> None:
     expected = content(images.leaf)
-    report = images.merge(options)
-    assert not report.warnings
+    images.merge(options)
     assert content(images.leaf) == expected
     assert_clean(images.leaf)
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize("point", ["prepared", "filled", "copied", "switching"])
+@pytest.mark.parametrize(
+    ("levels", "point"), [(1, "prepared"), (1, "filled"), (2, "copied"), (2, "switching")]
+)
 @pytest.mark.parametrize("options", [COMMIT, PULL], ids=["commit", "pull"])
 def test_killed_before_the_switch(
     templates: dict[int, Images], tmp_path: Path, levels: int, point: str, options: MergeOptions
@@ -304,14 +304,15 @@ def test_an_old_journal_tells_less(tmp_path: Path) -> None:
 
 
 VM_POINTS = [
-    ("neither", "switched"),
-    ("neither", "end"),
-    ("delete", "released"),
-    ("delete", "recorded"),
-    ("delete", "deleted"),
-    ("both", "recorded"),
-    ("both", "renamed"),
-    ("both", "tidy"),
+    (1, "neither", "switched"),
+    (1, "neither", "end"),
+    (2, "delete", "released"),
+    (1, "delete", "recorded"),
+    (2, "delete", "deleted one"),
+    (1, "delete", "deleted"),
+    (1, "both", "recorded"),
+    (2, "both", "renamed"),
+    (1, "both", "tidy"),
 ]
 VM_OPTIONS = {
     "neither": MergeOptions(),
@@ -320,8 +321,7 @@ VM_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize(("name", "point"), VM_POINTS)
+@pytest.mark.parametrize(("levels", "name", "point"), VM_POINTS)
 def test_a_guest_goes_on_where_it_is_told_to(
     templates: dict[int, Images], tmp_path: Path, levels: int, name: str, point: str
 ) -> None:
