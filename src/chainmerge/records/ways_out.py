@@ -164,8 +164,10 @@ def _start_in_commit(
 
 def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
     """Of a merge in a VM that does not run."""
-    resume = "the merge was begun in a running VM: `chainmerge live resume` or the command above"
-    no_cancel = f"{resume} ends it"
+    no_cancel = (
+        "it was begun in a running VM: `chainmerge live resume` carries it on while that runs, and "
+        "a merge of the closed images finishes it afterwards"
+    )
     if base is None:
         return WaysOut(NOT_KNOWN.start, no_cancel=no_cancel)
     above, top = journal.above, journal.top.path
