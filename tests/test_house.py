@@ -53,6 +53,7 @@ SHARED_NAMES: Final = {
         "live/merging.py",
         "merging/merge.py",
     },
+    "cancel": {"cli/cancel.py", "repairing/cancelling.py"},
     "plan": {
         "cli/live.py",
         "cli/plan.py",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from chainmerge.merging.merge import merge
     from chainmerge.planning.dry_run import measure, plan
     from chainmerge.records.unfinished import status
+    from chainmerge.repairing.cancelling import cancel
     from chainmerge.repairing.checking import check_image
     from chainmerge.repairing.mending import plan_repair, repair, undo_repair
     from chainmerge.repairing.relinking import find_backing, relink
@@ -48,6 +49,7 @@ __all__ = [
     "bitmaps_merge",
     "bitmaps_remove",
     "bitmaps_remove_all",
+    "cancel",
     "check_image",
     "explain",
     "find_backing",
@@ -77,6 +79,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_merge": "chainmerge.bitmaps.editing",
         "bitmaps_remove": "chainmerge.bitmaps.editing",
         "bitmaps_remove_all": "chainmerge.bitmaps.editing",
+        "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.repairing.relinking",

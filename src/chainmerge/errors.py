@@ -39,6 +39,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     REFUSED = 3
     UNKNOWN = 4
+    UNFINISHED = 5
     INTERRUPTED = 130
 
 

@@ -177,15 +177,22 @@ def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path
             event = json.loads(line)
             if event.get("stage") == "copy" and event["done"] > 0:
                 break
-        running = document(chainmerge("status", "--json", top), StatusReport)
+        running = document(chainmerge("status", "--json", top), StatusReport, ExitCode.UNFINISHED)
         process.kill()
-    assert [merge.base_is_locked for merge in running.merges] == [True]
-    (merge,) = document(chainmerge("status", "--json", base.parent), StatusReport).merges
+    (merge,) = running.merges
+    assert (merge.base_is_locked, merge.vm_may_start, merge.cancel_command) == (True, False, None)
+    assert merge.process is not None
+    assert (merge.process.pid, merge.process.running) == (process.pid, True)
+    ran = chainmerge("status", "--json", base.parent)
+    (merge,) = document(ran, StatusReport, ExitCode.UNFINISHED).merges
     assert (merge.base, merge.top, merge.state) == (str(base), str(top), "prepared")
     assert merge.base_holds_data is False
     assert not merge.base_is_locked
+    assert (merge.vm_may_start, merge.vm_image) == (True, str(top))
+    assert merge.process is not None
+    assert not merge.process.running
     shown = chainmerge("status", base)
-    assert shown.status == ExitCode.DONE
+    assert shown.status == ExitCode.UNFINISHED
     assert merge.command is not None
     assert merge.command in shown.out
     program, *arguments = shlex.split(merge.command)

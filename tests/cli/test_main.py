@@ -105,6 +105,7 @@ def test_exit_statuses_are_what_scripts_rely_on() -> None:
         ("USAGE", 2),
         ("REFUSED", 3),
         ("UNKNOWN", 4),
+        ("UNFINISHED", 5),
         ("INTERRUPTED", 130),
     ]
     kinds = (Failed, Misuse, Refused, OutcomeUnknown, Interrupted)

@@ -84,7 +84,17 @@ def _of_before(document: Any) -> Any:
         return [_of_before(one) for one in document]
     if not isinstance(document, dict):
         return document
-    later = {"handle", "boot", "request", "left", "onto", "old_sector"}
+    later = {
+        "handle",
+        "boot",
+        "request",
+        "left",
+        "onto",
+        "old_sector",
+        "copied",
+        "by",
+        "written_over",
+    }
     return {
         name: _of_before(value)
         for name, value in document.items()

@@ -128,8 +128,11 @@ def test_status_says_what_finishes_a_merge() -> None:
     report = reports.status_report()
     out = rendered(status_report(report))
     for said in (
-        "2 unfinished merges", "/disks/top.qcow2 into /disks/base.qcow2", "yes", "still running",
+        "4 unfinished merges", "/disks/top.qcow2 into /disks/base.qcow2", "still running",
         "chainmerge merge /disks/top.qcow2", "an overlay into", "not known",
+        "interrupted at 2023-11-1", "odd; 34 MiB of 150 MiB", "no data is lost",
+        "may start from /disks/top.qcow2", "may not start", "chainmerge cancel /disks/top.qcow2",
+        "running, pid 4711; 34 MiB of 150 MiB, 12.0 MiB/s", "not possible: odd", "pid 4711 on odd",
     ):  # fmt: skip
         assert said in out
     without = replace(report, merges=())

@@ -34,8 +34,8 @@ from chainmerge.documents.plan import (
     SpacePlan,
 )
 from chainmerge.documents.repair import RepairFinding, RepairReport, UndoReport
-from chainmerge.documents.status import StatusReport, UnfinishedMerge
-from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.documents.status import MergeProcess, StatusReport, UnfinishedMerge
+from chainmerge.documents.versions import REPORT_VERSION, STATUS_VERSION
 from chainmerge.options import Placement
 
 MIB = 1 << 20
@@ -264,9 +264,27 @@ def status_report(
         command=f"chainmerge merge {top}",
         files=(f"{base}.journal",),
         warnings=(words,),
+        vm_image=top,
+        vm_reason=words,
+        cancel_reason=words,
+        process=MergeProcess(4711, words, words, running=False),
     )
+    idle = replace(
+        known,
+        base_is_locked=False,
+        vm_may_start=True,
+        cancel_command=f"chainmerge cancel {top}",
+        cancel_reason="",
+        bytes_done=34 << 20,
+        bytes_total=150 << 20,
+        rate=12 << 20,
+        noted_at=1_700_000_000,
+    )
+    assert known.process is not None
+    running = replace(idle, base_is_locked=True, process=replace(known.process, running=True))
     unknown = replace(known, top=None, state="unknown", base_holds_data=None, command=None)
-    return StatusReport(REPORT_VERSION, ("/disks",), (known, unknown))
+    unknown = replace(unknown, vm_image=None)
+    return StatusReport(STATUS_VERSION, ("/disks",), (known, idle, running, unknown))
 
 
 def disks_report(*, top: str = "/disks/top.qcow2", words: str = "odd") -> DisksReport:

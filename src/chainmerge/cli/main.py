@@ -32,6 +32,7 @@ _COMMANDS: Final = MappingProxyType(
         "flatten": ("chainmerge.cli.flatten", "flatten"),
         "live": ("chainmerge.cli.live", "live"),
         "status": ("chainmerge.cli.status", "status"),
+        "cancel": ("chainmerge.cli.cancel", "cancel"),
         "bitmaps": ("chainmerge.cli.bitmaps", "bitmaps"),
         "relink": ("chainmerge.cli.relink", "relink"),
         "repair": ("chainmerge.cli.repair", "repair"),
@@ -54,7 +55,7 @@ _OBJECTS_BEFORE_COLLECTION: Final = 100_000
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit status: 0 done and verified, 1 failed, 2 wrong usage, 3 refused and nothing "
-        "changed, 4 outcome unknown, 130 interrupted."
+        "changed, 4 outcome unknown, 5 something is unfinished (status), 130 interrupted."
     ),
 )
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")

@@ -11,6 +11,7 @@ from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import json_option
 from chainmerge.cli.params import IMAGE
+from chainmerge.errors import ExitCode
 from chainmerge.report.status_table import status_report
 
 if TYPE_CHECKING:
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, type=IMAGE, metavar="[PATH]...")
 @json_option
-def status(*, paths: tuple[str, ...], output: Output) -> None:
-    """List interrupted merges, and what finishes them. Nothing is changed.
+def status(*, paths: tuple[str, ...], output: Output) -> ExitCode:
+    """List interrupted merges: whether the VM may start, what finishes or undoes each.
 
-    A PATH is an image, or a directory with everything below.  [default: the current directory]
+    Nothing is changed. A PATH is an image, or a directory with everything below.
+    [default: the current directory]
+
+    The exit status is 5 if something is unfinished.
     """
-    output.document(api.status(paths), status_report)
+    report = api.status(paths)
+    output.document(report, status_report)
+    return ExitCode.UNFINISHED if report.merges else ExitCode.DONE

@@ -77,3 +77,29 @@ class UndoReport(Struct, frozen=True):
     image: str
     backup: str
     restored_bytes: int
+
+
+class CancelReport(Struct, frozen=True):
+    """What ``cancel`` did.
+
+    Attributes:
+        version: Version of this document.
+        base: The image that was to be merged into.
+        top: The uppermost image that was to be merged, None if no file named it.
+        image: The one of them that the merge had written to.
+        freed_bytes: Bytes of clusters of ``image`` that the merge had taken, and that are free now.
+        removed: The files of the merge that were removed, in words.
+        remains: What the merge had changed and cannot be undone, a sentence each.
+        verified: What was checked afterwards, a sentence each.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    base: str
+    top: str | None
+    image: str
+    freed_bytes: int
+    removed: tuple[str, ...]
+    remains: tuple[str, ...] = ()
+    verified: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

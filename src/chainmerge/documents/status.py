@@ -6,6 +6,22 @@ from __future__ import annotations
 from msgspec import Struct
 
 
+class MergeProcess(Struct, frozen=True):
+    """The process that does a merge, or did.
+
+    Attributes:
+        pid: Its number.
+        host: The name of the machine that it runs on, or ran.
+        command: What it was started with, for a shell.
+        running: Whether it is doing the merge now; false also if it is on another machine.
+    """
+
+    pid: int
+    host: str
+    command: str
+    running: bool
+
+
 class UnfinishedMerge(Struct, frozen=True):
     """A merge that was not finished, as far as the files that it left say.
 
@@ -26,6 +42,18 @@ class UnfinishedMerge(Struct, frozen=True):
         files: The files that tell of it.
         warnings: What the user should know, a sentence each.
         disks: The tops of all disks that are merged together, where it is one of several.
+        vm_may_start: Whether the VM may be started now, from ``vm_image`` or from an image on it.
+            False also if that is not known.
+        vm_image: The image that shows what the guest wrote last; None if that is not known, and
+            else no data is lost.
+        vm_reason: Why the VM may start or not, in a sentence.
+        cancel_command: What undoes the merge, for a shell; None if it cannot be undone.
+        cancel_reason: Why it cannot be undone, in a sentence; empty if it can.
+        bytes_done: Bytes that were copied when that was written down last, None if it was not.
+        bytes_total: Bytes that are to be copied, None as above.
+        rate: Bytes per second that the copy has come to until then, None as above.
+        noted_at: When one of its files was written last, in seconds since 1970 (UTC).
+        process: Who does it, or did; None if no file says.
     """
 
     base: str
@@ -38,6 +66,16 @@ class UnfinishedMerge(Struct, frozen=True):
     files: tuple[str, ...]
     warnings: tuple[str, ...]
     disks: tuple[str, ...] = ()
+    vm_may_start: bool = False
+    vm_image: str | None = None
+    vm_reason: str = ""
+    cancel_command: str | None = None
+    cancel_reason: str = ""
+    bytes_done: int | None = None
+    bytes_total: int | None = None
+    rate: int | None = None
+    noted_at: int | None = None
+    process: MergeProcess | None = None
 
 
 class StatusReport(Struct, frozen=True):

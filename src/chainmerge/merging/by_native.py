@@ -16,6 +16,7 @@ from chainmerge.engines.native.commit import Backing, Commit, commit_natively, c
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import new_tree
 from chainmerge.errors import ChainmergeError
+from chainmerge.merging.copy_notes import CopyNotes
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
     leaks_reclaimed,
@@ -171,9 +172,11 @@ def _transfer(
 ) -> Transfer:
     request = job.request
     request.announce(Stage.COPY)
+    notes = CopyNotes(job)
 
     def on_progress(done: int) -> None:
         request.report(ProgressEvent(Stage.COPY, done, total))
+        notes.update(done, total)
 
     return transfer_into(
         port,

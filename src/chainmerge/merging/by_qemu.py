@@ -14,6 +14,7 @@ from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.engines.qemu import commit as qemu
 from chainmerge.errors import ChainmergeError, Refused
+from chainmerge.merging.copy_notes import CopyNotes
 from chainmerge.merging.deciding import find_target_of
 from chainmerge.merging.errors import VerificationFailed
 from chainmerge.merging.extending import extended
@@ -99,9 +100,11 @@ def _copy(job: Job) -> int:
     job.request.announce(Stage.COPY)
     base = job.opened.images[job.target.base_index]
     wipe_behind_end(base, job.plan.virtual_size_after)
+    notes = CopyNotes(job)
 
     def on_progress(progress: qemu.CopyProgress) -> None:
         job.request.report(ProgressEvent(Stage.COPY, progress.done, progress.total))
+        notes.update(progress.done, progress.total)
 
     qemu.commit_by_daemon(
         image_specs(job.target.chain, job.request.options),

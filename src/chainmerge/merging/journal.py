@@ -37,6 +37,7 @@ from chainmerge.records.merge_journal import (
     load_journal,
 )
 from chainmerge.records.merged_record import forget_merged_record, record_merged
+from chainmerge.records.ways_out import may_be_written_over
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -224,4 +225,5 @@ def _journal(job: Job) -> Journal:
         volume_size=_volume_size(job),
         shrink_to=plan.space.shrink_to or 0,
         leaked_before=to_note(job.leaks.kept),
+        written_over=may_be_written_over(job.remains, first_sector_of(job.base.real_path)),
     )

@@ -45,6 +45,7 @@ import msgspec
 from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.changes import last_change
+from chainmerge.records.doing import CopiedSoFar
 from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
 from chainmerge.records.identity import ImageIdentity, identify
 from chainmerge.records.request import RecordedRequest
@@ -132,7 +133,9 @@ class Journal(msgspec.Struct, frozen=True):
     that is nobody's. ``shrink_to`` is what its volume is to be reduced to in the end, and 0 where
     it is not. ``leaked_before`` are the clusters of base that were leaked already when it began
     (ranges: first cluster, number of clusters): what else is leaked since is its own. None in a
-    journal of a version that did not record that.
+    journal of a version that did not record that. ``copied`` says now and then how far the copy has
+    come, and is None before that. ``written_over`` says that base may not be what it was
+    before an earlier merge, which was not finished.
     """
 
     version: int
@@ -154,6 +157,8 @@ class Journal(msgspec.Struct, frozen=True):
     shrink_to: int = 0
     old_sector: str = ""
     request: RecordedRequest | None = None
+    copied: CopiedSoFar | None = None
+    written_over: bool = False
 
     @property
     def known_request(self) -> RecordedRequest:

@@ -18,6 +18,7 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError
 from chainmerge.records.changes import is_there, stands_on, what_stands_at
+from chainmerge.records.doing import CopiedSoFar
 from chainmerge.records.files import (
     StateFile,
     UnusableState,
@@ -61,13 +62,15 @@ class Pulled(msgspec.Struct, frozen=True):
     ``leaked_before`` are the clusters of top that were leaked already when it began (ranges:
     first cluster, number of clusters): what else is leaked since is its own. None once nothing
     of its own is leaked any more, and in a record of a version that did not record that.
-    ``base`` is what is pulled from, where that is recorded.
+    ``base`` is what is pulled from, where that is recorded. ``copied`` says now and then how far
+    the copy has come, and is None before that.
     """
 
     backing: str | None
     onto: ImageIdentity | None = None
     leaked_before: list[tuple[int, int]] | None = None
     base: ImageIdentity | None = None
+    copied: CopiedSoFar | None = None
 
 
 class Superseded(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from chainmerge.options import ANY_IMAGE, Access, LiveOptions, MergeOptions
+from chainmerge.records.doing import Doer, this_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,8 @@ class RecordedRequest(msgspec.Struct, frozen=True):
     ``tops`` and ``bases`` are those of all disks that are merged together. ``access`` and
     ``options`` have the fields of :class:`Access` and of :class:`MergeOptions` that are not at
     their default. Of a live merge they have those of :class:`LiveOptions`, and ``address`` the
-    options of ``chainmerge live`` that lead to the disk.
+    options of ``chainmerge live`` that lead to the disk. ``by`` is the process that was asked,
+    where that is recorded.
     """
 
     tops: list[str]
@@ -41,6 +43,7 @@ class RecordedRequest(msgspec.Struct, frozen=True):
     access: dict[str, Any]
     options: dict[str, Any]
     address: list[str] = []
+    by: Doer | None = None
 
     @property
     def is_live(self) -> bool:
@@ -118,6 +121,7 @@ def recorded(
         access=dict(_said(access)),
         options=dict(_said(options)),
         address=list(_lasting_address(address)),
+        by=this_process(),
     )
 
 

@@ -17,8 +17,8 @@ from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import SearchPathUnusable
 from chainmerge.chain.model import ChainPolicy
 from chainmerge.documents.plan import EngineName
-from chainmerge.documents.status import StatusReport, UnfinishedMerge
-from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.documents.status import MergeProcess, StatusReport, UnfinishedMerge
+from chainmerge.documents.versions import STATUS_VERSION
 from chainmerge.errors import ChainmergeError
 from chainmerge.records import files as state_files
 from chainmerge.records.changes import is_there, what_stands_at
@@ -39,14 +39,25 @@ from chainmerge.records.merged_record import (
     merged_record_file,
 )
 from chainmerge.records.remains import KINDS, kind_of, read_leftover
-from chainmerge.records.request import command_of, resume_command_of
-from chainmerge.records.saved_bitmaps import SavedBitmaps
+from chainmerge.records.request import command_of, resume_command_of, shell_line
+from chainmerge.records.saved_bitmaps import SavedBitmaps, load_saved_bitmaps
+from chainmerge.records.ways_out import (
+    NOT_KNOWN,
+    WaysOut,
+    of_disk,
+    of_journal,
+    of_live_journal,
+    of_pull,
+    of_record,
+    of_saved_bitmaps,
+)
 from chainmerge.storage.errors import ImageMissing, reason_of
 from chainmerge.storage.locks import LockMode, contentions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from chainmerge.records.doing import CopiedSoFar, Doer
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.request import RecordedRequest
 
@@ -59,7 +70,7 @@ _OF_THE_KERNEL: Final = frozenset({"/proc", "/sys", "/dev"})
 _HOLDS: Final = "base holds everything, verified"
 _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
     {
-        JournalState.PREPARED: "data was being written beside what base holds",
+        JournalState.PREPARED: "data was being copied into base, beside what base holds",
         JournalState.SWITCHING: (
             "base holds everything; clusters that only the old base used may still be marked as "
             "used"
@@ -110,7 +121,7 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
             found.setdefault(f"{merge.base}\0{merge.top}", merge)
     searched = dict.fromkeys(str(one) for search in searches for one in search.named)
     return StatusReport(
-        version=REPORT_VERSION,
+        version=STATUS_VERSION,
         searched=tuple(searched),
         merges=tuple(sorted(found.values(), key=lambda merge: (merge.base, merge.top or ""))),
         not_searched=tuple(sentence for search in searches for sentence in search.left_out),
@@ -214,7 +225,30 @@ def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
             before = by_base.get(key)
             by_base[key] = merge if before is None else _together(before, merge)
     for merge in by_base.values():
-        yield replace(merge, base_is_locked=_is_locked(Path(merge.base)))
+        yield _in_use(merge) if _is_locked(Path(merge.base)) else _idle(merge)
+
+
+def _in_use(merge: UnfinishedMerge) -> UnfinishedMerge:
+    """The same merge, with base open somewhere: it still runs, or a VM does."""
+    process = merge.process
+    who = "somebody has base open: the merge may still be running, or a VM is"
+    if process is not None and process.running:
+        who = f"the merge is running (pid {process.pid})"
+    cancel_reason = merge.cancel_reason if merge.cancel_command is None else who
+    return replace(
+        merge,
+        base_is_locked=True,
+        vm_may_start=False,
+        vm_reason=who,
+        cancel_command=None,
+        cancel_reason=cancel_reason,
+    )
+
+
+def _idle(merge: UnfinishedMerge) -> UnfinishedMerge:
+    """The same merge, with base closed: a process that has begun it does something else by now."""
+    process = None if merge.process is None else replace(merge.process, running=False)
+    return replace(merge, process=process)
 
 
 def _base_of(file: Path, merge: UnfinishedMerge) -> str:
@@ -257,6 +291,8 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
         disks=first.disks or second.disks,
         files=(*first.files, *second.files),
         warnings=(*first.warnings, *second.warnings),
+        noted_at=max(first.noted_at or 0, second.noted_at or 0) or None,
+        process=first.process or second.process,
     )
 
 
@@ -289,6 +325,9 @@ def _told_by(
     *,
     holds: bool | None = None,
     state: str = UNKNOWN,
+    ways: WaysOut = NOT_KNOWN,
+    by: Doer | None = None,
+    copied: CopiedSoFar | None = None,
 ) -> UnfinishedMerge:
     """What a file tells of a merge; whether base is locked is looked at once for all files."""
     return UnfinishedMerge(
@@ -301,11 +340,32 @@ def _told_by(
         command=command,
         files=(str(file),),
         warnings=(),
+        vm_may_start=ways.start.may,
+        vm_image=ways.start.image,
+        vm_reason=ways.start.reason,
+        cancel_command=ways.cancel_command,
+        cancel_reason=ways.no_cancel,
+        bytes_done=None if copied is None else copied.done,
+        bytes_total=None if copied is None else copied.total,
+        rate=None if copied is None else copied.rate,
+        noted_at=_written_at(file),
+        process=None if by is None else _process_of(by),
     )
 
 
+def _process_of(by: Doer) -> MergeProcess:
+    return MergeProcess(by.pid, by.host, shell_line(by.command), running=by.is_alive)
+
+
+def _written_at(file: Path) -> int | None:
+    try:
+        return int(file.stat().st_mtime)
+    except OSError:
+        return None
+
+
 def _of_journal(file: Path, journal: Journal) -> UnfinishedMerge:
-    where = _where_base_is(journal)
+    where = where_base_is(journal)
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
     copies = journal.engine == EngineName.QEMU
     warnings: tuple[str, ...] = ()
@@ -315,13 +375,38 @@ def _of_journal(file: Path, journal: Journal) -> UnfinishedMerge:
         warnings = (f"{file} does not apply to the image that is at {base} now",)
     else:
         # Of a copy by QEMU, only a look at all of it tells.
-        holds, progress = (None, _COPIED_BY_QEMU) if copies else _how_far(journal, where)
+        holds, progress = (None, _COPIED_BY_QEMU) if copies else how_far(journal, where)
     command = None if where is None else command_of(journal.known_request)
-    told = _told_by(file, base, top, progress, command, holds=holds, state=journal.state)
+    told = _told_by(
+        file,
+        base,
+        top,
+        progress,
+        command,
+        holds=holds,
+        state=journal.state,
+        ways=of_journal(journal, _saved_beside(where), where, holds=holds),
+        by=_doer_of(journal.request),
+        # What is copied is of interest only until base is switched.
+        copied=None if holds else journal.copied,
+    )
     return replace(told, warnings=warnings)
 
 
-def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
+def _saved_beside(base: Path | None) -> SavedBitmaps | None:
+    """What some merge has saved of the bitmaps of *base*; what cannot be read has its own say."""
+    if base is not None:
+        with contextlib.suppress(ChainmergeError):
+            return load_saved_bitmaps(base)
+    return None
+
+
+def _doer_of(request: RecordedRequest | None) -> Doer | None:
+    return None if request is None else request.by
+
+
+def how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
+    """Whether *base*, where it is now, holds everything, None if nobody knows; and a sentence."""
     if not journal.first_sector:
         return False, _PROGRESS[journal.state]
     try:
@@ -337,7 +422,7 @@ def _how_far(journal: Journal, base: Path) -> tuple[bool | None, str]:
     return None, "base held everything, and its header has been changed since"
 
 
-def _where_base_is(journal: Journal) -> Path | None:
+def where_base_is(journal: Journal) -> Path | None:
     """Where base is: under its name, or under that of top already."""
     return _where_is(journal.base, journal.request, *journal.rename[1:])
 
@@ -388,7 +473,17 @@ def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
     if there and _is_locked(Path(base)):
         command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
     holds, progress = journal.took_effect if there else None, _LIVE_PROGRESS[journal.state]
-    told = _told_by(file, base, top, progress, command, holds=holds, state=journal.state)
+    told = _told_by(
+        file,
+        base,
+        top,
+        progress,
+        command,
+        holds=holds,
+        state=journal.state,
+        ways=of_live_journal(journal, where),
+        by=_doer_of(journal.request),
+    )
     return replace(told, warnings=warnings)
 
 
@@ -399,7 +494,9 @@ def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
         copying += ": the command that was interrupted finishes the merge"
     base = _base_name(saved.base, _where_is(saved.base, request), request)
     top = None if request is None else os.path.realpath(request.tops[0])
-    return _told_by(file, base, top, copying, None if request is None else command_of(request))
+    command = None if request is None else command_of(request)
+    ways, by = of_saved_bitmaps(saved), _doer_of(request)
+    return _told_by(file, base, top, copying, command, ways=ways, by=by)
 
 
 def _of_record(file: Path, record: MergedRecord) -> UnfinishedMerge | None:
@@ -411,15 +508,21 @@ def _of_record(file: Path, record: MergedRecord) -> UnfinishedMerge | None:
     if not (left or unnamed or taken):
         # The record of a merge that came to its end stays: the same command finds it.
         return None
+    copied: CopiedSoFar | None = None
     if record.pulled is not None:
         holds, progress = False, _how_far_pulled(record, record.pulled)
+        ways, copied = of_pull(record, record.pulled), record.pulled.copied
     else:
         words = "base still has to get the name of top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
+        ways = of_record(record, left, holds=holds, unnamed=unnamed)
     source, request = None if record.pulled is None else record.pulled.base, record.known_request
     base = record.base if source is None else _name_of(source, request.bases)
-    return _told_by(file, base, record.top, progress, command_of(request), holds=holds)
+    by, command = _doer_of(record.request), command_of(request)
+    return _told_by(
+        file, base, record.top, progress, command, holds=holds, ways=ways, by=by, copied=copied
+    )
 
 
 def _how_far_pulled(record: MergedRecord, pulled: Pulled) -> str:
@@ -442,7 +545,9 @@ def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
     if entry.done:
         return None
     progress = f"it is one of {len(entry.disks)} disks merged together, and is not finished"
-    told = _told_by(file, entry.base, entry.top, progress, entry.finishing_command)
+    ways, by = of_disk(entry), _doer_of(entry.request)
+    command = entry.finishing_command
+    told = _told_by(file, entry.base, entry.top, progress, command, ways=ways, by=by)
     return replace(told, disks=tuple(entry.disks))
 
 

@@ -119,3 +119,39 @@ class RelinkIncomplete(Failed):
     )
     image: str
     found: str
+
+
+class NothingToCancel(Refused):
+    """No unfinished merge of the image is known."""
+
+    code: ClassVar[str] = "nothing-to-cancel"
+    template: ClassVar[str] = "no unfinished merge has {image} as its top or base"
+    hint: ClassVar[str] = "`chainmerge status DIRECTORY` lists what is unfinished below a directory"
+    explanation: ClassVar[str] = (
+        "A merge that was interrupted leaves small files beside its images, or in "
+        "/var/lib/chainmerge if they are block devices. None of those that were found names this "
+        "image as the one that is merged or the one that is merged into. Nothing was changed."
+    )
+    image: str
+
+
+class CannotCancel(Refused):
+    """The merge has taken effect, or half done so."""
+
+    code: ClassVar[str] = "cannot-cancel"
+    template: ClassVar[str] = "the merge of {top} into {base} cannot be undone: {reason}"
+    hint: ClassVar[str] = "finish it instead: {command}"
+    explanation: ClassVar[str] = (
+        "A merge by the native engine takes effect with the write of one sector. Before that the "
+        "image is what it was, and the merge can be undone. After that the merge is done, but for "
+        "files to be given another backing file, renamed or deleted. If QEMU copies, or base is "
+        "raw, or data goes in place as a volume has no room for it twice, then data is written "
+        "over base's own: top hides it, so that no data is lost, but base by itself is no longer "
+        "the snapshot that it was, and nothing would say so once the merge was forgotten. A live "
+        "merge is for `chainmerge live` to end, or for a merge of the closed images once the VM "
+        "does not run. Nothing was changed."
+    )
+    top: str
+    base: str
+    reason: str
+    command: str

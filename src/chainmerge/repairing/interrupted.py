@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import MergeOptions, Placement
+from chainmerge.options import MergeOptions
 from chainmerge.records.changes import is_there
 from chainmerge.records.live_journal import LIVE_JOURNAL
 from chainmerge.records.merge_journal import Journal, forget_journal
@@ -115,14 +115,12 @@ def _by_hand(unfinished: UnfinishedMerge, why: str) -> InterruptedMerge:
 def _of_journal(unfinished: UnfinishedMerge, journal: Journal) -> InterruptedMerge:
     if unfinished.command is None:
         return _by_hand(unfinished, unfinished.progress)
-    holds = unfinished.base_holds_data
-    can_undo = holds is False and journal.placement == Placement.COW
     base, top = Path(journal.base.path), Path(journal.top.path)
     return InterruptedMerge(
         base=base,
         top=top,
         written=base,
-        ending=Ending.UNDO if can_undo else Ending.FINISH,
+        ending=Ending.FINISH if unfinished.cancel_command is None else Ending.UNDO,
         options=_asked(journal.known_request, "commit"),
         sentence=f"a merge of {top} into {base} was interrupted: {unfinished.progress}",
     )

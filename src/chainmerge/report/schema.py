@@ -22,9 +22,9 @@ from chainmerge.documents.images import BackingReport, ChainReport, CheckResult,
 from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
-from chainmerge.documents.repair import RepairReport, UndoReport
+from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
-from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION
+from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
 from chainmerge.report.json import ErrorReport
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"relink-{REPORT_VERSION}": RelinkReport,
         f"repair-{REPORT_VERSION}": RepairReport,
         f"repair-undo-{REPORT_VERSION}": UndoReport,
-        f"status-{REPORT_VERSION}": StatusReport,
+        f"cancel-{REPORT_VERSION}": CancelReport,
+        f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"error-{REPORT_VERSION}": ErrorReport,
     }

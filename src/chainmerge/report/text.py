@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Final
 
 from chainmerge.arithmetic.counting import counted
@@ -33,3 +34,13 @@ def human_size(size: int) -> str:
 def exact_size(size: int) -> str:
     """Return *size* as people say it, with the exact number of bytes beside it."""
     return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else counted(size, "byte")
+
+
+def moment(seconds: float, now: float) -> str:
+    """Return a time as a clock on the wall shows it, with the date unless it is that of *now*.
+
+    Both are seconds since 1970 (UTC).
+    """
+    then = datetime.fromtimestamp(seconds).astimezone()
+    today = datetime.fromtimestamp(now).astimezone().date()
+    return then.strftime("%H:%M" if then.date() == today else "%Y-%m-%d %H:%M")

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done while a merge is unfinished: may the VM start, and can the merge be undone.
+
+The rule: as long as top is there, it shows what the guest saw last. A commit writes what top hides
+until base is switched, and from then on both show the same; a pull changes top in one write.
+A guest that writes to top before the merge is finished costs time and nothing else: the rerun sees
+it, and merges once more. Base must not be used by itself in that time: a rerun would take what a
+guest has written there for its own work. Only a live merge of the active layer is another case, as
+its guest goes on in base.
+
+``docs/design.md`` has what a kill leaves in each state.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from chainmerge.documents.plan import EngineName
+from chainmerge.errors import ChainmergeError
+from chainmerge.options import Placement
+from chainmerge.records.changes import is_there, what_stands_at
+from chainmerge.records.identity import Sameness
+from chainmerge.records.merge_journal import JournalState
+from chainmerge.records.merged_record import is_pulled
+from chainmerge.records.request import shell_line
+
+if TYPE_CHECKING:
+    from chainmerge.records.disks import DiskEntry
+    from chainmerge.records.identity import ImageIdentity
+    from chainmerge.records.live_journal import LiveJournal
+    from chainmerge.records.merge_journal import Journal
+    from chainmerge.records.merged_record import MergedRecord, Pulled
+    from chainmerge.records.remains import Remains
+    from chainmerge.records.request import RecordedRequest
+    from chainmerge.records.saved_bitmaps import SavedBitmaps
+
+
+class VmStart(Struct, frozen=True):
+    """Whether the VM may start.
+
+    Attributes:
+        may: Whether it may, from ``image`` or from one on it.
+        image: What shows what the guest wrote last; None if that is not known.
+        reason: Why, in a sentence.
+    """
+
+    may: bool
+    image: str | None
+    reason: str
+
+
+class WaysOut(Struct, frozen=True):
+    """What can be done while a merge is unfinished.
+
+    Attributes:
+        start: Whether the VM may start.
+        cancel: The image to name for the merge to be undone; None if it cannot be.
+        no_cancel: Why it cannot be, in a sentence; empty if it can.
+    """
+
+    start: VmStart
+    cancel: str | None = None
+    no_cancel: str = ""
+
+    @property
+    def cancel_command(self) -> str | None:
+        """What undoes the merge, as one types it into a shell."""
+        return None if self.cancel is None else shell_line(["chainmerge", "cancel", self.cancel])
+
+
+_NOT_BEFORE: Final = "not before the merge is finished"
+_NOBODY_KNOWS: Final = "what is left does not tell which image is right"
+_HALF_WRITTEN: Final = (
+    "data has been written over base's own, so that base is neither what it was nor what it is to "
+    "be; only finishing the merge ends that"
+)
+_TOOK_EFFECT: Final = "the merge has taken effect, and can only be finished"
+_UNKNOWN_STATE: Final = "what is left does not tell how far the merge came"
+NOT_KNOWN: Final = WaysOut(
+    VmStart(may=False, image=None, reason=f"{_NOT_BEFORE}: {_NOBODY_KNOWS}"),
+    no_cancel=_UNKNOWN_STATE,
+)
+
+
+def is_without_effect(journal: Journal, saved: SavedBitmaps | None, *, holds: bool | None) -> bool:
+    """Whether base is, for certain, what it was before the merge; some clusters may be leaked.
+
+    *saved* are the bitmaps of base that some merge has saved. If it was another one, with other
+    options, it may have been QEMU's engine, which writes over base and takes bitmaps out of it.
+    """
+    if saved is not None and not _is_the_same(saved.request, journal.request):
+        return False
+    return holds is False and journal.placement == Placement.COW and not journal.written_over
+
+
+def _is_the_same(one: RecordedRequest | None, other: RecordedRequest | None) -> bool:
+    """Whether the same was requested, by whichever process."""
+    if one is None or other is None:
+        return False
+    return replace(one, by=None) == replace(other, by=None)
+
+
+def may_be_written_over(remains: Remains, first_sector: str) -> bool:
+    """Whether base may not be what it was before an earlier merge, of which *remains* tell.
+
+    *first_sector* is the digest of what base begins with.
+    """
+    if remains.live is not None or remains.journal_problem is not None:
+        return True
+    journal = remains.journal
+    if journal is None:
+        return remains.saved is not None or remains.saved_problem is not None
+    was_switched = journal.state.rank > JournalState.SWITCHING.rank
+    was_switched |= journal.first_sector == first_sector
+    return not is_without_effect(journal, remains.saved, holds=was_switched)
+
+
+def of_journal(
+    journal: Journal, saved: SavedBitmaps | None, base: Path | None, *, holds: bool | None
+) -> WaysOut:
+    """Of a merge of closed images into *base*, which *holds* everything; None if nobody knows.
+
+    *saved* are the bitmaps of base that some merge has saved.
+    """
+    if base is None:
+        return NOT_KNOWN
+    without_effect = is_without_effect(journal, saved, holds=holds)
+    start = _start_in_commit(journal, base, holds=holds, without_effect=without_effect)
+    if without_effect:
+        return WaysOut(start, cancel=journal.top.path)
+    if holds:
+        return WaysOut(start, no_cancel=_TOOK_EFFECT)
+    if journal.engine == EngineName.QEMU or holds is False:
+        return WaysOut(start, no_cancel=_HALF_WRITTEN)
+    return WaysOut(start, no_cancel=_UNKNOWN_STATE)
+
+
+def _start_in_commit(
+    journal: Journal, base: Path, *, holds: bool | None, without_effect: bool
+) -> VmStart:
+    top = journal.top.path
+    by_qemu = journal.engine == EngineName.QEMU
+    if _stands_there(journal.top):
+        if holds is None and not by_qemu:
+            return NOT_KNOWN.start
+        if holds:
+            return _yes(top, f"{top} shows everything, and so does base; do not start it from base")
+        if without_effect:
+            return _yes(top, "neither it nor base shows anything else than before the merge")
+        reason = "it hides what is half written in base; do not start anything from base itself"
+        return _yes(top, f"{reason}, and make no backup by bitmaps" if by_qemu else reason)
+    if os.path.realpath(top) == str(base):
+        return _yes(top, "base has taken its place, and holds everything, verified")
+    # Top is deleted last of all that base needs, and only once base is verified.
+    if not os.path.lexists(top) and holds is not False:
+        return _yes(str(base), f"it holds everything, verified; {top} is deleted")
+    return NOT_KNOWN.start
+
+
+def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
+    """Of a merge in a VM that does not run."""
+    no_cancel = (
+        "it was begun in a running VM: `chainmerge live resume` carries it on while that runs, and "
+        "a merge of the closed images finishes it afterwards"
+    )
+    if base is None:
+        return WaysOut(NOT_KNOWN.start, no_cancel=no_cancel)
+    above, top = journal.above, journal.top.path
+    if above is not None and _stands_there(above):
+        start = _yes(above.path, "it shows the same on top and on base")
+    elif journal.took_effect and journal.is_active:
+        reason = f"{_NOT_BEFORE}: the guest may have written to base since, and not to {top}"
+        start = VmStart(may=False, image=str(base), reason=reason)
+    elif journal.is_active and _stands_there(journal.top):
+        start = _yes(top, "it hides what is half written in base")
+    else:
+        start = NOT_KNOWN.start
+    return WaysOut(start, no_cancel=no_cancel)
+
+
+def of_saved_bitmaps(saved: SavedBitmaps) -> WaysOut:
+    """Of a merge of which only what it saved is left: who copied also wrote over base."""
+    if saved.request is None or saved.request.is_live or not is_there(saved.overlay):
+        return NOT_KNOWN
+    (top, *_) = saved.request.tops
+    if not os.path.exists(top):  # noqa: PTH110 (any name will do)
+        return NOT_KNOWN
+    reason = (
+        "it hides what is half written in base; do not start anything from base itself, and make "
+        "no backup by bitmaps"
+    )
+    return WaysOut(_yes(top, reason), no_cancel=_HALF_WRITTEN)
+
+
+def of_pull(record: MergedRecord, pulled: Pulled) -> WaysOut:
+    """Of a pull, by its record."""
+    if not is_there(record.result_identity):
+        return NOT_KNOWN
+    top = record.result
+    try:
+        done = is_pulled(record, pulled, Path(record.known_request.tops[0]))
+    except ChainmergeError:
+        return NOT_KNOWN
+    if done:
+        return WaysOut(_yes(top, "it holds everything, verified"), no_cancel=_TOOK_EFFECT)
+    return WaysOut(_yes(top, "it shows what it showed before the merge"), cancel=top)
+
+
+def of_record(record: MergedRecord, left: list[str], *, holds: bool, unnamed: bool) -> WaysOut:
+    """Of a commit that base holds; *left* is still to be deleted, or base is still *unnamed*.
+
+    Nothing else is left of it: nobody can tell whether a VM did it, whose guest went on in base.
+    """
+    if holds and not unnamed and record.top not in left:
+        start = _yes(record.result, "it holds everything, verified")
+    else:
+        image = record.base if holds else None
+        reason = f"{_NOT_BEFORE}: {record.top} is about to be deleted or replaced"
+        start = VmStart(may=False, image=image, reason=reason)
+    return WaysOut(start, no_cancel=_TOOK_EFFECT)
+
+
+def of_disk(entry: DiskEntry) -> WaysOut:
+    """Of one of several disks that has no other file: it has not begun, or is done."""
+    if not os.path.exists(entry.top):  # noqa: PTH110 (any name will do)
+        return WaysOut(NOT_KNOWN.start, cancel=entry.base)
+    start = _yes(entry.top, "nothing of it is half done")
+    return WaysOut(start, cancel=entry.top)
+
+
+def _yes(image: str, reason: str) -> VmStart:
+    return VmStart(may=True, image=image, reason=reason)
+
+
+def _stands_there(image: ImageIdentity) -> bool:
+    """Whether nothing says that another image has its name now, or none."""
+    try:
+        return what_stands_at(image.path, image) is not Sameness.OTHER
+    except OSError:
+        return False
