@@ -22,6 +22,7 @@ from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import MergeFacts
+from chainmerge.planning.freed import bytes_occupied
 from chainmerge.planning.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,
@@ -133,6 +134,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
         snapshots=snapshots,
         leaks=survey.leaks.facts,
+        occupied=bytes_occupied(target.chain),
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)

@@ -32,6 +32,7 @@ from chainmerge.planning.aftermath import (
     planned_repoints,
     planned_snapshots,
 )
+from chainmerge.planning.freed import deletable_bytes, freed_bytes, shared_bytes
 from chainmerge.planning.placement import bytes_to_copy, chosen_space, planned_space
 from chainmerge.planning.refusals import find_refusals
 from chainmerge.planning.warnings import find_warnings
@@ -76,6 +77,9 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         ),
         warnings=(*facts.warnings, *find_warnings(facts, options)),
         leaks=facts.leaks,
+        shared_bytes=shared_bytes(facts),
+        freed_bytes=freed_bytes(facts, options),
+        deletable_bytes=deletable_bytes(facts),
     )
 
 
