@@ -53,6 +53,16 @@ json_option = click.option(
     help="Print JSON instead of tables, errors included.",
 )
 
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Also show exact bytes, the space needed, all reasons and warnings in full.",
+)
+dry_run_option = click.option(
+    "-n", "--dry-run", is_flag=True, help="Show the plan and change nothing."
+)
+
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)

@@ -56,6 +56,8 @@ class LeakFacts(Struct, frozen=True):
     reclaimed: bool = False
 
 
+MUST_NOT_BE_USED: Final = "must not be used any more"
+"""What a warning says of images that show wrong data once the merge has begun."""
 NOTHING_LEAKED: Final = LeakFacts()
 
 
@@ -243,3 +245,14 @@ class MergePlan(Struct, frozen=True):
     def pulls(self) -> bool:
         """Whether top is what is written."""
         return self.directions.chosen == Direction.PULL
+
+    @property
+    def result(self) -> str:
+        """The path of the image that is written, and holds everything afterwards."""
+        return self.top if self.pulls else self.base
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The images on which no other one stands: what virtual machines use."""
+        parents = {image.parent for image in self.images}
+        return tuple(image.path for image in self.images if image.path not in parents)

@@ -115,6 +115,11 @@ def command(text: str) -> Words:
     return Words(((printable(text), ""),), folds=False)
 
 
+def command_line(label: str, text: str) -> Words:
+    """Return a command to be copied, behind a word for it: on one line, however long that is."""
+    return Words(((label, TITLE), (printable(text), "")), folds=False)
+
+
 def number(value: int | None) -> Words:
     """Return an exact number, or a dash for one that is not known."""
     return words("-", QUIET) if value is None else words(str(value))
