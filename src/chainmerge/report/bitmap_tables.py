@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from chainmerge.documents.bitmaps import BitmapResult, BitmapRow
 
 
-def stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> Block:
+def held_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> Block:
     """Return the bitmaps that an image holds as a table."""
     return bitmap_table(bitmaps) if bitmaps else words("none", layout.QUIET)
 

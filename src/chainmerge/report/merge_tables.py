@@ -10,9 +10,9 @@ from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.plan import MUST_NOT_BE_USED, MergePlan, Role
 from chainmerge.report import layout
-from chainmerge.report.bitmap_tables import stored_bitmaps
+from chainmerge.report.bitmap_tables import held_bitmaps
 from chainmerge.report.layout import Block, Stack, Words, stack, words
-from chainmerge.report.names import Names, listed, names_in
+from chainmerge.report.names import ImageNames, listed, names_in
 from chainmerge.report.plan_details import others_section
 from chainmerge.report.plan_tables import names_of_plan
 from chainmerge.report.text import rough_size, short_size, shortened
@@ -83,7 +83,7 @@ def disks_details(report: DisksReport) -> Block:
     return stack(*parts)
 
 
-def _disklisted(disk: DiskReport, names: Names) -> tuple[Words, ...]:
+def _disklisted(disk: DiskReport, names: ImageNames) -> tuple[Words, ...]:
     style = layout.GOOD if disk.is_done else layout.BAD
     copied = freed = ""
     if disk.report is not None:
@@ -98,7 +98,7 @@ def _top_of(disk: DiskReport) -> str:
     return disk.top if plan is None else plan.top
 
 
-def _why_not_done(disk: DiskReport, names: Names) -> Iterator[Block]:
+def _why_not_done(disk: DiskReport, names: ImageNames) -> Iterator[Block]:
     if disk.error is not None:
         yield words(f"{names.of(disk.top)}: {disk.error.message}", layout.BAD)
         yield words(f"  what to do: {disk.error.hint}")
@@ -107,11 +107,11 @@ def _why_not_done(disk: DiskReport, names: Names) -> Iterator[Block]:
         yield words(f"{names.of(disk.top)}: this run has changed nothing", layout.QUIET)
 
 
-def _names_of(report: MergeReport) -> Names:
-    return Names("") if report.plan is None else names_of_plan(report.plan)
+def _names_of(report: MergeReport) -> ImageNames:
+    return ImageNames("") if report.plan is None else names_of_plan(report.plan)
 
 
-def _merge_lines(report: MergeReport, names: Names) -> Iterator[Block]:
+def _merge_lines(report: MergeReport, names: ImageNames) -> Iterator[Block]:
     yield words(_headline(report, names), layout.GOOD)
     if report.outcome == MergeOutcome.MERGED:
         yield words(_speed(report))
@@ -138,11 +138,11 @@ def _first_two(paths: tuple[str, ...]) -> tuple[str, ...]:
     return paths if len(paths) < 3 else (f"{paths[0]} and {len(paths) - 1} others",)
 
 
-def _result(report: MergeReport, names: Names) -> str:
+def _result(report: MergeReport, names: ImageNames) -> str:
     return "base" if report.plan is None else names.of(report.plan.result)
 
 
-def _headline(report: MergeReport, names: Names) -> str:
+def _headline(report: MergeReport, names: ImageNames) -> str:
     plan = report.plan
     if plan is None:
         return "Done: merged and verified by an earlier run, which left the rest to this one"
@@ -177,7 +177,7 @@ def _bitmap(bitmap: BitmapResult) -> str:
     return f"{bitmap.name} ({about})" if about else bitmap.name
 
 
-def _left_behind(reports: Sequence[MergeReport], names: Names) -> Iterator[Words]:
+def _left_behind(reports: Sequence[MergeReport], names: ImageNames) -> Iterator[Words]:
     """The images that are still there although nobody is to use them any more."""
     unneeded: list[str] = []
     wrong: list[str] = []
@@ -206,7 +206,7 @@ def _left_behind(reports: Sequence[MergeReport], names: Names) -> Iterator[Words
         )
 
 
-def _warnings(report: MergeReport, names: Names) -> Iterator[Words]:
+def _warnings(report: MergeReport, names: ImageNames) -> Iterator[Words]:
     # What must not be used any more is among what is left behind.
     told = [warning for warning in report.warnings if MUST_NOT_BE_USED not in warning]
     for warning in told[:_WARNINGS_SHOWN]:
@@ -247,7 +247,7 @@ def _details(report: MergeReport) -> Iterator[Block]:
         layout.sizes([("size", report.volume_size, ""), ("used up to", report.image_end, "")]),
     )
     result = "top" if report.plan is not None and report.plan.pulls else "base"
-    yield layout.section(f"Bitmaps of {result}", stored_bitmaps(report.bitmaps))
+    yield layout.section(f"Bitmaps of {result}", held_bitmaps(report.bitmaps))
     yield from _listed("Verified", report.verified)
     if report.plan is not None:
         yield others_section(report.plan)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _LISTED: Final = 3
 
 
-class Names(Struct, frozen=True):
-    """Names of images.
+class ImageNames(Struct, frozen=True):
+    """ImageNames of images.
 
     Attributes:
         directory: What is left out of them, with a slash at its end; empty for nothing.
@@ -41,15 +41,15 @@ class Names(Struct, frozen=True):
         return f", in {self.directory.rstrip('/')}" if self.directory else ""
 
 
-def names_in(paths: Iterable[str]) -> Names:
+def names_in(paths: Iterable[str]) -> ImageNames:
     """Return the names of images, without the directory that holds all of them."""
     # They need not be paths, and those that are relative tell nothing.
     directories = {os.path.dirname(path) for path in paths} - {""}  # noqa: PTH120
     if len(directories) == 1:
         (directory,) = directories
         if directory.strip("/") and directory.startswith("/"):
-            return Names(f"{directory}/")
-    return Names("")
+            return ImageNames(f"{directory}/")
+    return ImageNames("")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from chainmerge.documents.plan import (
 )
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, joined, stack, words
-from chainmerge.report.names import Names, listed, names_in, spanned
+from chainmerge.report.names import ImageNames, listed, names_in, spanned
 from chainmerge.report.text import short_size, shortened
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ def plan_report(plan: MergePlan, command: str) -> Block:
     )
 
 
-def names_of_plan(plan: MergePlan) -> Names:
+def names_of_plan(plan: MergePlan) -> ImageNames:
     """What to call the images of a plan."""
     return names_in([*(image.path for image in plan.images), plan.base, plan.top])
 
 
-def answer(plan: MergePlan, names: Names, command: str) -> Iterator[Block]:
+def answer(plan: MergePlan, names: ImageNames, command: str) -> Iterator[Block]:
     """What a plan comes down to, in a few lines, and the command that carries it out."""
     yield _headline(plan, names)
     if gone := _gone(plan, names):
@@ -85,7 +85,7 @@ def _refused(refusal: Finding) -> Iterator[Block]:
     yield words(f"  more: chainmerge explain {refusal.code}", layout.QUIET)
 
 
-def _headline(plan: MergePlan, names: Names) -> Words:
+def _headline(plan: MergePlan, names: ImageNames) -> Words:
     top = words(names.of(plan.top), ROLE_STYLES[Role.TOP])
     base = words(names.of(plan.base), ROLE_STYLES[Role.BASE])
     if plan.progress is Progress.MERGED:
@@ -97,7 +97,7 @@ def _headline(plan: MergePlan, names: Names) -> Words:
     return joined(words(verb), *parts, words(names.place))
 
 
-def _gone(plan: MergePlan, names: Names) -> str:
+def _gone(plan: MergePlan, names: ImageNames) -> str:
     """Which states of the disk nobody can go back to afterwards; empty if all stay."""
     above_base = [i.path for i in plan.images if i.role in (Role.MIDDLE, Role.TOP)]
     if not above_base or plan.progress is Progress.MERGED:
@@ -147,7 +147,7 @@ def _needs(plan: MergePlan) -> str:
     return f"{needed}: it is extended to {short_size(space.grow_to)} first"
 
 
-def _frees(plan: MergePlan, names: Names) -> str:
+def _frees(plan: MergePlan, names: ImageNames) -> str:
     if plan.delete:
         what = f"{names.of_all(plan.delete)} {'is' if len(plan.delete) == 1 else 'are'} deleted"
         return f"Frees {short_size(plan.freed_bytes)}: {what}"
@@ -159,13 +159,13 @@ def _frees(plan: MergePlan, names: Names) -> str:
     return f"Frees nothing; with --delete {short_size(plan.deletable_bytes)}"
 
 
-def _other_users(plan: MergePlan, names: Names) -> str:
+def _other_users(plan: MergePlan, names: ImageNames) -> str:
     """The images outside the chain that stand on one of it."""
     chain = {image.path for image in plan.images}
     return names.of_all([one for one in plan.other_users if one not in chain]) or "none found"
 
 
-def _searched(searched: Searched, names: Names) -> str:
+def _searched(searched: Searched, names: ImageNames) -> str:
     if searched.sole_user:
         return "no others, as --sole-user says"
     places = tuple(_places(searched, names.directory.rstrip("/")))
@@ -190,7 +190,7 @@ def _places(searched: Searched, home: str) -> Iterator[str]:
     yield from (f"{LEVELS} levels below {called(place)}" for place in searched.around)
 
 
-def _chain(plan: MergePlan, names: Names) -> Block:
+def _chain(plan: MergePlan, names: ImageNames) -> Block:
     rows = [row for run in _runs(plan) for row in _rows_of(run, plan, names)]
     return layout.listing(("image", "role", "disk", "file", "bitmaps"), rows, right=("bitmaps",))
 
@@ -204,7 +204,7 @@ def _runs(plan: MergePlan) -> Iterator[list[PlannedImage]]:
 
 
 def _rows_of(
-    run: Sequence[PlannedImage], plan: MergePlan, names: Names
+    run: Sequence[PlannedImage], plan: MergePlan, names: ImageNames
 ) -> Iterator[tuple[Words, ...]]:
     if len(run) >= _FEWEST_HIDDEN:
         hidden = words(f"... {len(run)} images ...", layout.QUIET)
@@ -230,7 +230,7 @@ def mark(image: PlannedImage, plan: MergePlan) -> str:
     return " (active)" if plan.leaves == (image.path,) else ""
 
 
-def _rest(plan: MergePlan, names: Names) -> Iterator[tuple[Words, Words]]:
+def _rest(plan: MergePlan, names: ImageNames) -> Iterator[tuple[Words, Words]]:
     """What else to know: a word for it, and a line."""
     if plan.virtual_size_after != plan.virtual_size_before:
         sizes = f"{short_size(plan.virtual_size_before)} to {short_size(plan.virtual_size_after)}"
@@ -258,7 +258,7 @@ def _first_few(
         yield words(""), words(f"{len(sentences) - shown} more: see -v", style)
 
 
-def all_warnings(plan: MergePlan, names: Names) -> Iterator[str]:
+def all_warnings(plan: MergePlan, names: ImageNames) -> Iterator[str]:
     """What is out of the ordinary with a merge and with its images."""
     yield from map(names.left_out_of, plan.warnings)
     for image in plan.images:
@@ -277,7 +277,7 @@ def _fates(plan: MergePlan) -> str:
     return ", ".join(parts) or "none of them is base's or top's"
 
 
-def _internal(image: str, dropped: Sequence[str], lost: Sequence[str], names: Names) -> str:
+def _internal(image: str, dropped: Sequence[str], lost: Sequence[str], names: ImageNames) -> str:
     """What becomes of the internal snapshots of an image."""
     said = [f"deleted: {listed(dropped)}"] if dropped else []
     if lost:
@@ -285,7 +285,7 @@ def _internal(image: str, dropped: Sequence[str], lost: Sequence[str], names: Na
     return f"in {names.of(image)}, {'; '.join(said) or 'all show what they showed'}"
 
 
-def _afterwards(plan: MergePlan, names: Names) -> Iterator[str]:
+def _afterwards(plan: MergePlan, names: ImageNames) -> Iterator[str]:
     yield from repointed(plan, names)
     if plan.rename is not None:
         old, new = plan.rename
@@ -294,7 +294,7 @@ def _afterwards(plan: MergePlan, names: Names) -> Iterator[str]:
         yield f"the volume is reduced to {short_size(plan.space.shrink_to)}"
 
 
-def repointed(plan: MergePlan, names: Names) -> Iterator[str]:
+def repointed(plan: MergePlan, names: ImageNames) -> Iterator[str]:
     """Which images get another backing file."""
     if len(plan.repoint) > 1 and len({one.new_backing for one in plan.repoint}) == 1:
         children = names.of_all([one.child for one in plan.repoint])
@@ -316,7 +316,7 @@ def disks_plan_report(plan: DisksPlan, command: str) -> Block:
     )
 
 
-def disks_answer(plan: DisksPlan, names: Names, command: str) -> Iterator[Block]:
+def disks_answer(plan: DisksPlan, names: ImageNames, command: str) -> Iterator[Block]:
     """What the plans of several disks come down to, and the command that carries them out."""
     yield words(f"Merge {counted(len(plan.disks), 'disk')} as one{names.place}", layout.TITLE)
     searched = {_searched(disk.searched, names): None for disk in plan.disks}
@@ -333,7 +333,7 @@ def disks_answer(plan: DisksPlan, names: Names, command: str) -> Iterator[Block]
         yield words(f"  more: chainmerge explain {finding.code}", layout.QUIET)
 
 
-def _findings(plan: DisksPlan, names: Names) -> Mapping[Finding, str]:
+def _findings(plan: DisksPlan, names: ImageNames) -> Mapping[Finding, str]:
     """What refuses the merge of several disks, and of which of them."""
     found = dict.fromkeys(plan.refusals, "")
     for disk in plan.disks:
@@ -341,7 +341,7 @@ def _findings(plan: DisksPlan, names: Names) -> Mapping[Finding, str]:
     return found
 
 
-def _disks_table(plan: DisksPlan, names: Names) -> Block:
+def _disks_table(plan: DisksPlan, names: ImageNames) -> Block:
     rows = [
         _disk_row(
             words(names.of(disk.top), ROLE_STYLES[Role.TOP]),
@@ -379,7 +379,7 @@ def _verdict(disk: MergePlan) -> Words:
     return words(said.get(disk.progress, "pull" if disk.pulls else "merge"), layout.GOOD)
 
 
-def _rest_of_disks(plan: DisksPlan, names: Names) -> Iterator[tuple[Words, Words]]:
+def _rest_of_disks(plan: DisksPlan, names: ImageNames) -> Iterator[tuple[Words, Words]]:
     fates: dict[str, list[str]] = {}
     for disk in plan.disks:
         if disk.bitmaps:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.repair import NO_DAMAGE, RepairFinding, RepairReport, UndoReport
 from chainmerge.report import layout
-from chainmerge.report.bitmap_tables import bitmap_table, stored_bitmaps
+from chainmerge.report.bitmap_tables import bitmap_table, held_bitmaps
 from chainmerge.report.layout import Block, Stack, Table, Words, stack, words
 from chainmerge.report.plan_details import search_lines
 from chainmerge.report.text import exact_size, human_size
@@ -107,7 +107,7 @@ def bitmap_change(change: BitmapChange) -> Block:
     verb = done.get(change.action, change.action)
     return stack(
         words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
-        stored_bitmaps(change.bitmaps),
+        held_bitmaps(change.bitmaps),
         *layout.warnings_section(change.warnings),
     )
 
