@@ -160,6 +160,10 @@ def test_tombstones_are_explained_where_there_are_some() -> None:
     assert "tombstone" not in rendered(tables.bitmap_listing(without))
 
 
+def test_a_broken_bitmap_has_qemus_name_too() -> None:
+    assert "in-use (inconsistent)" in rendered(tables.bitmap_listing(reports.bitmap_listing()))
+
+
 def test_status_says_what_finishes_a_merge() -> None:
     report = reports.status_report()
     out = rendered(status_report(report))

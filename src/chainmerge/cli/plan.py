@@ -54,7 +54,7 @@ def plan(
     Several TOPs are the disks of one virtual machine. The exit status is 3 if the merge would be
     refused.
     """
-    return show_merge(tops, bases, access, options, output, PLANS_TO_SHOW[verbose])
+    return show_plan_of(tops, bases, access, options, output, PLANS_TO_SHOW[verbose])
 
 
 class PlanTables(Struct, frozen=True):
@@ -73,7 +73,7 @@ PLANS_TO_SHOW: Final[Mapping[bool, PlanTables]] = MappingProxyType(
 """By whether all is to be shown."""
 
 
-def show_merge(
+def show_plan_of(
     tops: tuple[str, ...],
     bases: tuple[str, ...],
     access: Access,

@@ -30,7 +30,9 @@ def bitmap_table(bitmaps: Iterable[BitmapResult | BitmapRow]) -> Block:
 
 
 def _bitmap_row(bitmap: BitmapResult | BitmapRow) -> tuple[Words, ...]:
-    state = f"{bitmap.state} (tombstone)" if bitmap.tombstone else bitmap.state
+    # Beside the name of the flag in the image stands what QEMU calls such a bitmap.
+    state = f"{bitmap.state} (inconsistent)" if bitmap.state == "in-use" else bitmap.state
+    state = f"{state} (tombstone)" if bitmap.tombstone else state
     return (
         words(bitmap.name),
         words(state, layout.STATE_STYLES.get(bitmap.state, "")),

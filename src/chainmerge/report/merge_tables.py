@@ -15,7 +15,7 @@ from chainmerge.report.layout import Block, Stack, Words, stack, words
 from chainmerge.report.names import ImageNames, listed, names_in
 from chainmerge.report.plan_details import others_section
 from chainmerge.report.plan_tables import names_of_plan
-from chainmerge.report.text import rough_size, short_size, shortened
+from chainmerge.report.text import rough_size, short_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from chainmerge.documents.bitmaps import BitmapResult
     from chainmerge.documents.disks import DiskReport, DisksReport
 
-_WARNINGS_SHOWN: Final = 2
 # Proxmox VE has the images of each machine in a directory that is called by its number.
 _OF_PROXMOX: Final = re.compile(r"/images/(\d+)/([^/]+)$")
 
@@ -128,8 +127,7 @@ def _merge_lines(report: MergeReport, names: ImageNames) -> Iterator[Block]:
     if report.bitmaps:
         yield words(f"Bitmaps: {listed([_bitmap(one) for one in report.bitmaps])}")
     if report.verified:
-        checks = counted(len(report.verified), "check")
-        yield words(f"Verified by {checks}; -v lists them", layout.QUIET)
+        yield words(f"Verified by {counted(len(report.verified), 'check')}", layout.QUIET)
     yield from _left_behind([report], names)
     yield from _warnings(report, names)
 
@@ -209,11 +207,9 @@ def _left_behind(reports: Sequence[MergeReport], names: ImageNames) -> Iterator[
 def _warnings(report: MergeReport, names: ImageNames) -> Iterator[Words]:
     # What must not be used any more is among what is left behind.
     told = [warning for warning in report.warnings if MUST_NOT_BE_USED not in warning]
-    for warning in told[:_WARNINGS_SHOWN]:
-        yield words(f"Warning: {shortened(names.left_out_of(warning))}", layout.CAUTION)
-    if len(told) > _WARNINGS_SHOWN:
-        more = counted(len(told) - _WARNINGS_SHOWN, "more warning")
-        yield words(f"{more}: see -v", layout.CAUTION)
+    # In full: nobody can ask for them again.
+    for warning in told:
+        yield words(f"Warning: {names.left_out_of(warning)}", layout.CAUTION)
 
 
 def _new_leaves(reports: Iterable[MergeReport]) -> Iterator[Words]:
