@@ -16,7 +16,6 @@ from chainmerge.cli.options import (
     tops_argument,
     verbose_option,
 )
-from chainmerge.cli.plan import PLANS_TO_SHOW, PlanTables, show_plan, show_plans
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.cli.typed import PlanningCommand, same_with
 from chainmerge.errors import ExitCode
@@ -56,7 +55,7 @@ def flatten(
     if options.direction == "commit":
         raise click.UsageError("flatten always pulls: --direction commit makes no sense")
     if dry_run:
-        return _show(tops, access, options, output, PLANS_TO_SHOW[verbose])
+        return _show(tops, access, options, output, verbose=verbose)
     if len(tops) > 1:
         with stopped_by_signals() as should_stop, output.progress() as progress:
             disks = api.flatten_disks(
@@ -77,8 +76,13 @@ def _show(
     access: Access,
     options: MergeOptions,
     output: Output,
-    tables: PlanTables,
+    *,
+    verbose: bool,
 ) -> ExitCode:
+    # Imported where it is used, as most merges are to be done.
+    from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan, show_plans  # noqa: PLC0415
+
+    tables = PLANS_TO_SHOW[verbose]
     command = same_with("chainmerge", "flatten")
     if len(tops) > 1:
         return show_plans(api.plan_flatten_disks(tops, access, options), command, output, tables)

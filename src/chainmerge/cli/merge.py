@@ -17,7 +17,6 @@ from chainmerge.cli.options import (
     tops_argument,
     verbose_option,
 )
-from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan_of
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.cli.typed import PlanningCommand
 from chainmerge.errors import ExitCode
@@ -61,6 +60,9 @@ def merge(
     written to, and the report says what happened to each.
     """
     if dry_run:
+        # Imported where it is used, as most merges are to be done.
+        from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan_of  # noqa: PLC0415
+
         return show_plan_of(tops, bases, access, options, output, PLANS_TO_SHOW[verbose])
     if len(tops) > 1:
         with stopped_by_signals() as should_stop, output.progress() as progress:

@@ -20,9 +20,9 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.live.inspection import layers_of, obstacles, require_no_job, unchangeable
 from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.options import Direction, LiveOptions
+from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import MergeFacts
-from chainmerge.planning.freed import bytes_occupied
 from chainmerge.planning.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,

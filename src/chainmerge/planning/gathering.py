@@ -15,6 +15,7 @@ from chainmerge.documents.plan import EngineName
 from chainmerge.engines.native.survey import MappingNeed
 from chainmerge.engines.native.zeroes import ZeroRanges
 from chainmerge.options import Access, Direction, MergeOptions, Placement
+from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.choices import (
     DirectionChosen,
     EngineChosen,
@@ -25,7 +26,6 @@ from chainmerge.planning.choices import (
 )
 from chainmerge.planning.encryption import key_obstacles
 from chainmerge.planning.facts import MergeFacts
-from chainmerge.planning.freed import bytes_occupied
 from chainmerge.planning.hiding import hiding_needed
 from chainmerge.planning.internal_snapshots import (
     SnapshotFacts,

@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from chainmerge.documents.text import printable
 from chainmerge.report.text import human_size
-from chainmerge.report.tree import draw_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -179,6 +178,9 @@ def tree(nodes: Sequence[TreeNode]) -> Stack:
 
 
 def _tree_rows(nodes: Sequence[TreeNode]) -> Iterator[Table]:
+    # Imported where it is used: no report of a merge has a tree.
+    from chainmerge.report.tree import draw_tree  # noqa: PLC0415
+
     for line in draw_tree([(node.path, node.parent) for node in nodes]):
         node = nodes[line.index]
         yield _tree_row(line.prefix, words(node.path, node.style))

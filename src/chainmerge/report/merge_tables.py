@@ -10,11 +10,8 @@ from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.plan import MUST_NOT_BE_USED, MergePlan, Role
 from chainmerge.report import layout
-from chainmerge.report.bitmap_tables import held_bitmaps
 from chainmerge.report.layout import Block, Stack, Words, stack, words
-from chainmerge.report.names import ImageNames, listed, names_in
-from chainmerge.report.plan_details import others_section
-from chainmerge.report.plan_tables import names_of_plan
+from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan
 from chainmerge.report.text import rough_size, short_size
 
 if TYPE_CHECKING:
@@ -238,6 +235,10 @@ def _how_to_name(plan: MergePlan) -> str:
 
 
 def _details(report: MergeReport) -> Iterator[Block]:
+    # Imported where they are used: few reports are shown in full.
+    from chainmerge.report.bitmap_tables import held_bitmaps  # noqa: PLC0415
+    from chainmerge.report.plan_details import others_section  # noqa: PLC0415
+
     yield layout.section(
         "Space",
         layout.sizes([("size", report.volume_size, ""), ("used up to", report.image_end, "")]),

@@ -11,6 +11,8 @@ from msgspec import Struct
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from chainmerge.documents.plan import MergePlan
+
 _LISTED: Final = 3
 
 
@@ -50,6 +52,11 @@ def names_in(paths: Iterable[str]) -> ImageNames:
         if directory.strip("/") and directory.startswith("/"):
             return ImageNames(f"{directory}/")
     return ImageNames("")
+
+
+def names_of_plan(plan: MergePlan) -> ImageNames:
+    """What to call the images of a plan."""
+    return names_in([*(image.path for image in plan.images), plan.base, plan.top])
 
 
 def listed(names: Sequence[str]) -> str:

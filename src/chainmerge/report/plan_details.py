@@ -17,13 +17,12 @@ from chainmerge.documents.plan import (
 from chainmerge.options import Placement
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Stack, Words, joined, stack, words
-from chainmerge.report.names import names_in
+from chainmerge.report.names import names_in, names_of_plan
 from chainmerge.report.plan_tables import (
     ROLE_STYLES,
     answer,
     disks_answer,
     mark,
-    names_of_plan,
 )
 from chainmerge.report.text import exact_size, human_size
 

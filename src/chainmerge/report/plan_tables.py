@@ -21,7 +21,7 @@ from chainmerge.documents.plan import (
 )
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, joined, stack, words
-from chainmerge.report.names import ImageNames, listed, names_in, spanned
+from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan, spanned
 from chainmerge.report.text import short_size, shortened
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ def plan_report(plan: MergePlan, command: str) -> Block:
         layout.pairs(_rest(plan, names), layout.TITLE),
         *((words(_MORE, layout.QUIET),) if plan.feasible else ()),
     )
-
-
-def names_of_plan(plan: MergePlan) -> ImageNames:
-    """What to call the images of a plan."""
-    return names_in([*(image.path for image in plan.images), plan.base, plan.top])
 
 
 def answer(plan: MergePlan, names: ImageNames, command: str) -> Iterator[Block]:
