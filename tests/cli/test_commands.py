@@ -64,8 +64,15 @@ def test_plan_changes_nothing_and_names_everything(chain: tuple[Path, Path]) -> 
     }
     shown = chainmerge("plan", top)
     assert shown.status == ExitCode.DONE
-    for said in (str(base), str(top), "daily", "keep", "stale", "prune"):
+    answer = (
+        f"Merge top.qcow2 into base.qcow2, in {base.parent}\n",
+        f"Do it: chainmerge merge {top}",
+    )
+    for said in (*answer, "1 kept (daily)", "1 pruned (stale)"):
         assert said in shown.out
+    in_full = chainmerge("plan", "--verbose", top)
+    for said in (*answer, str(base), str(top), "daily", "keep", "stale", "prune", "8388608"):
+        assert said in in_full.out
     assert (base.read_bytes(), top.read_bytes()) == before
 
 
@@ -84,12 +91,26 @@ def test_merge_in_words(chain: tuple[Path, Path]) -> None:
     expected = qemu.content(top)
     ran = chainmerge("merge", top)
     assert ran.status == ExitCode.DONE, ran.err
-    assert f"{top} is merged into {base}" in ran.out
+    assert f"top.qcow2 is merged into base.qcow2, in {base.parent}\n" in ran.out
+    assert f"must now name:\n  {base} (qcow2)\n" in ran.out
     assert "copying data" in ran.err
     assert qemu.content(base) == expected
     again = chainmerge("merge", top)
     assert again.status == ExitCode.DONE
     assert "; verified again" in again.out
+
+
+@pytest.mark.parametrize("command", ["merge", "flatten"])
+def test_a_dry_run_shows_the_plan_and_its_command(command: str, chain: tuple[Path, Path]) -> None:
+    base, top = chain
+    before = base.read_bytes(), top.read_bytes()
+    options = ("--search", top.parent, "--delete", "-n", "-v", "--leave=1G")
+    ran = chainmerge(command, *options, "--", top)
+    assert ran.status == ExitCode.DONE, ran.err
+    does_it = f"chainmerge {command} --search {top.parent} --delete --leave 1G {top}"
+    assert f"Do it: {does_it}\n" in ran.out
+    document(chainmerge(command, "--json", "--dry-run", top), MergePlan)
+    assert (base.read_bytes(), top.read_bytes()) == before
 
 
 def test_merge_in_json(chain: tuple[Path, Path]) -> None:
@@ -101,7 +122,8 @@ def test_merge_in_json(chain: tuple[Path, Path]) -> None:
     assert last["event"] == "report"
     assert {event.pop("event") for event in progress} == {"progress"}
     stages = [msgspec.convert(event, ProgressEvent).stage for event in progress]
-    assert stages.index(Stage.COPY) < stages.index(Stage.VERIFY)
+    assert stages.index(Stage.COPY) < stages.index(Stage.READ_BACK) < stages.index(Stage.VERIFY)
+    assert 0 < report.copy_seconds < report.seconds
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -274,6 +274,46 @@ def test_lazy_refcounts_base_survives_a_killed_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_reading_back_is_a_stage_of_its_own(tmp_path: Path, direction: DirectionChoice) -> None:
+    base = create(tmp_path / "base.qcow2", 8 * MIB)
+    qemu_io(base, "write -P 4 5M 2M")
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    qemu_io(top, "write -P 3 0 4M")
+    events: list[ProgressEvent] = []
+    report = chainmerge.merge(
+        top, options=MergeOptions(direction=direction), on_progress=events.append
+    )
+    assert report.plan is not None
+    stages = list(dict.fromkeys(event.stage for event in events))
+    at = stages.index(Stage.COPY)
+    # What a file system shares is not read back: nothing was written.
+    expected = [Stage.COPY, Stage.VERIFY]
+    if not report.plan.shared_bytes:
+        expected.insert(1, Stage.READ_BACK)
+    assert stages[at : at + len(expected)] == expected
+    read = [event for event in events if event.stage is Stage.READ_BACK]
+    moved = {"commit": 4 * MIB, "pull": 2 * MIB}[direction]
+    if read:
+        assert {event.total for event in read} == {moved}
+        assert (read[0].done, read[-1].done) == (0, moved)
+    assert 0 < report.copy_seconds < report.seconds
+
+
+def test_what_is_not_read_back_is_not_said_to_be(tmp_path: Path) -> None:
+    base = create(tmp_path / "base.qcow2", 8 * MIB)
+    top = create(tmp_path / "top.qcow2", backing=base.name)
+    qemu_io(top, "write -P 3 0 4M")
+    stages: list[Stage] = []
+    chainmerge.merge(
+        top,
+        options=MergeOptions(verify="metadata"),
+        on_progress=lambda event: stages.append(event.stage),
+    )
+    assert Stage.COPY in stages
+    assert Stage.READ_BACK not in stages
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
 def test_what_has_tops_name_has_tops_mode(scenario: Scenario, direction: DirectionChoice) -> None:
     scenario.base.chmod(0o640)
     scenario.top.chmod(0o600)

@@ -88,11 +88,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_the_same_merge_twice(chain: list[Path], waits: threading.Event) -> None:
     shown = content(chain[4])
     held = held_until(waits)
+    stages: list[Stage] = []
     first, second = beside(
         lambda begun: chainmerge.merge(chain[3], options=DELETING, on_progress=held(begun)),
-        lambda: chainmerge.merge(chain[3], options=DELETING),
+        lambda: chainmerge.merge(
+            chain[3], options=DELETING, on_progress=lambda event: stages.append(event.stage)
+        ),
         waits,
     )
+    assert stages[:2] == [Stage.LOCK, Stage.WAIT], "whoever waits is told so"
     assert (first.outcome, second.outcome) == (MergeOutcome.MERGED, MergeOutcome.ALREADY_MERGED)
     assert not chain[3].exists()
     assert content(chain[4]) == shown

@@ -436,3 +436,42 @@ def test_warnings_are_those_of_the_facts_and_of_the_planner() -> None:
 def test_a_base_of_version_2_is_no_matter_where_no_bitmap_is() -> None:
     facts = with_decisions(with_base(MERGE, header=header(version=2)))
     assert planned(facts).feasible
+
+
+# What is shared, and what is given back
+
+OCCUPIED: Final = {image.identity: 100 * MIB for image in RANGE.chain.images}
+RANGE_ON_DISK: Final = replace(RANGE, occupied=OCCUPIED)
+MOVES: Final = RANGE.movement.data_bytes
+ALL_THREE: Final = 300 * MIB
+
+
+@pytest.mark.parametrize(
+    ("facts", "options", "shared", "freed", "deletable"),
+    [
+        pytest.param(RANGE_ON_DISK, PLAIN, 0, 0, ALL_THREE, id="images stay"),
+        pytest.param(RANGE_ON_DISK, DELETE, 0, ALL_THREE, ALL_THREE, id="images are deleted"),
+        pytest.param(RANGE_ON_DISK, KEEP_NAME, 0, 100 * MIB, ALL_THREE, id="base replaces top"),
+        pytest.param(
+            replace(RANGE_ON_DISK, shares=True),
+            DELETE,
+            MOVES,
+            ALL_THREE - MOVES,
+            ALL_THREE - MOVES,
+            id="what is shared is not given back",
+        ),
+        pytest.param(
+            replace(RANGE_ON_DISK, shares=True, merged=True),
+            PLAIN,
+            0,
+            0,
+            ALL_THREE,
+            id="nothing moves any more",
+        ),
+    ],
+)
+def test_what_is_shared_and_given_back(
+    facts: MergeFacts, options: MergeOptions, shared: int, freed: int, deletable: int
+) -> None:
+    plan = planned(facts, options)
+    assert (plan.shared_bytes, plan.freed_bytes, plan.deletable_bytes) == (shared, freed, deletable)

@@ -80,7 +80,7 @@ SIZES: Final = [
     Row("top has a larger one", with_top(MERGE, guest_size=DISK + 512)),
 ]
 
-BETWEEN: Final = "must not be used any more: the data below them is different"
+BETWEEN: Final = "must not be used any more: the data underneath has changed"
 RANGES: Final = [
     Row(
         "two images",

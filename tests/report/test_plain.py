@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -61,6 +61,7 @@ BLOCKS: st.SearchStrategy[Block] = st.recursive(
 
 
 @given(BLOCKS)
+@example(Table((Column("a", right=True),), ((words("a "),),), has_headings=False))
 def test_text_is_what_rich_prints_without_an_edge(block: Block) -> None:
     console = Console(file=io.StringIO(), width=_ENDLESS, height=_ENDLESS)
     assert plain_text(block) == styled(block, console)

@@ -6,13 +6,14 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Final, TextIO, cast
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from chainmerge.documents.progress import ProgressEvent, Stage
-from chainmerge.report.bar import BarProgress
+from chainmerge.report.bar import BarProgress, line_of
 from chainmerge.report.progress import (
     STAGE_WORDS,
     ForgivingStream,
@@ -93,6 +94,30 @@ def test_bar_draws_without_a_thread(clock: Clock) -> None:
         progress.update(ProgressEvent(Stage.COPY, 5 << 20, 10 << 20))
         assert threading.active_count() == before
     assert "5.0 MiB of 10.0 MiB" in out.getvalue()
+    assert out.getvalue().count("\n") == 1, "each stage takes the line of the last one"
+
+
+LONGEST: Final = ProgressEvent(
+    Stage.READ_BACK, 1023 << 30, 1023 << 40, rate=999 << 20, top="/images/日本-" + "x" * 200
+)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("top", ["", LONGEST.top])
+@pytest.mark.parametrize("stage", Stage)
+def test_progress_takes_one_line(stage: Stage, top: str, width: int) -> None:
+    line = line_of(replace(LONGEST, stage=stage, top=top), width)
+    assert line.cell_len < width
+    assert STAGE_WORDS[stage] in line.plain
+    assert "999.0 MiB/s" in line.plain or "0 %" in line.plain
+    assert ("日本-" in line.plain) == bool(top)
+
+
+def test_a_narrow_line_still_says_how_long_it_takes() -> None:
+    event = ProgressEvent(Stage.COPY, 34 << 20, 150 << 20, rate=2 << 20)
+    assert line_of(event, 60).plain == "copying data 34.0 MiB of 150.0 MiB, 2.0 MiB/s, 58 s left"
+    assert line_of(event, 42).plain == "copying data 22 %, 2.0 MiB/s, 58 s left"
+    assert line_of(event, 80).plain.count("━") > 7
 
 
 def bar_on(stream: TextIO, clock: Clock) -> BarProgress:

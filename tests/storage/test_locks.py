@@ -230,9 +230,13 @@ class TestAmongOurselves:
                 holder.release()
 
         monkeypatch.setattr(time, "sleep", sleep)
-        with lock_image(image, LockMode.WRITER, 3600) as lock:
+        waits: list[None] = []
+        with lock_image(image, LockMode.WRITER, 3600, lambda: waits.append(None)) as lock:
             assert lock.fileno() >= 0
         assert pauses == [0.05] * 3
+        assert len(waits) == 1, "told once, however long it takes"
+        with lock_image(image, LockMode.WRITER, 3600, lambda: waits.append(None)):
+            assert len(waits) == 1, "nobody had it"
 
     def test_gives_up_when_the_time_is_over(
         self, image: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,29 +8,35 @@ from typing import TYPE_CHECKING
 import click
 
 from chainmerge import api
-from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
     dry_run_option,
     merge_options,
     outcome_options,
     tops_argument,
+    verbose_option,
 )
-from chainmerge.cli.plan import show_plan, show_plans
 from chainmerge.cli.signals import stopped_by_signals
+from chainmerge.cli.typed import PlanningCommand, same_with
 from chainmerge.errors import ExitCode
-from chainmerge.report.tables import disks_report, merge_report
+from chainmerge.report.merge_tables import (
+    disks_details,
+    disks_report,
+    merge_details,
+    merge_report,
+)
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
     from chainmerge.options import Access, MergeOptions
 
 
-@click.command(cls=Command)
+@click.command(cls=PlanningCommand)
 @tops_argument
 @dry_run_option
 @merge_options
 @access_options
+@verbose_option
 @outcome_options
 def flatten(
     *,
@@ -38,6 +44,7 @@ def flatten(
     dry_run: bool,
     options: MergeOptions,
     access: Access,
+    verbose: bool,
     output: Output,
 ) -> ExitCode:
     """Make TOP independent: pull all that it lacks up from the images below.
@@ -48,23 +55,35 @@ def flatten(
     if options.direction == "commit":
         raise click.UsageError("flatten always pulls: --direction commit makes no sense")
     if dry_run:
-        return _show(tops, access, options, output)
+        return _show(tops, access, options, output, verbose=verbose)
     if len(tops) > 1:
         with stopped_by_signals() as should_stop, output.progress() as progress:
             disks = api.flatten_disks(
                 tops, access, options, on_progress=progress.update, should_stop=should_stop
             )
-        output.last_event(disks, disks_report, disks.exit_code)
+        output.last_event(disks, disks_details if verbose else disks_report, disks.exit_code)
         return disks.exit_code
     with stopped_by_signals() as should_stop, output.progress() as progress:
         report = api.flatten(
             tops[0], access, options, on_progress=progress.update, should_stop=should_stop
         )
-    output.last_event(report, merge_report)
+    output.last_event(report, merge_details if verbose else merge_report)
     return ExitCode.DONE
 
 
-def _show(tops: tuple[str, ...], access: Access, options: MergeOptions, output: Output) -> ExitCode:
+def _show(
+    tops: tuple[str, ...],
+    access: Access,
+    options: MergeOptions,
+    output: Output,
+    *,
+    verbose: bool,
+) -> ExitCode:
+    # Imported where it is used, as most merges are to be done.
+    from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan, show_plans  # noqa: PLC0415
+
+    tables = PLANS_TO_SHOW[verbose]
+    command = same_with("chainmerge", "flatten")
     if len(tops) > 1:
-        return show_plans(api.plan_flatten_disks(tops, access, options), output)
-    return show_plan(api.plan_flatten(tops[0], access, options), output)
+        return show_plans(api.plan_flatten_disks(tops, access, options), command, output, tables)
+    return show_plan(api.plan_flatten(tops[0], access, options), command, output, tables)

@@ -19,19 +19,21 @@ from chainmerge.cli.options import (
     merging_option,
     outcome_options,
     top_argument,
+    verbose_option,
 )
 from chainmerge.cli.params import SIZE
+from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan
 from chainmerge.cli.signals import stopped_by_signals
-from chainmerge.errors import ExitCode
+from chainmerge.cli.typed import PlanningCommand, same_with
 from chainmerge.options import LiveOptions, StallChoice, VerifyLevel, VolumeChoice
 from chainmerge.report.live_tables import live_status_report
-from chainmerge.report.plan_tables import plan_report
-from chainmerge.report.tables import merge_report
+from chainmerge.report.merge_tables import live_merge_details, live_merge_report
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from chainmerge.cli.output import Output
+    from chainmerge.errors import ExitCode
     from chainmerge.options import Access
 
 P = ParamSpec("P")
@@ -180,7 +182,7 @@ def live() -> None:
     """Merge images of a running VM, in its own QEMU."""
 
 
-@live.command(cls=Command)
+@live.command(cls=PlanningCommand)
 @top_argument
 @base_option
 @disk_options
@@ -188,6 +190,7 @@ def live() -> None:
 @pace_options
 @gathered_live_options
 @access_options
+@verbose_option
 @json_option
 def plan(
     *,
@@ -196,6 +199,7 @@ def plan(
     disk: _Opener,
     options: LiveOptions,
     access: Access,
+    verbose: bool,
     output: Output,
 ) -> ExitCode:
     """Show what a merge of TOP in the VM would do. Nothing is changed.
@@ -204,8 +208,8 @@ def plan(
     """
     with disk() as vm:
         decided = api.plan(vm, top, base, access, options)
-    output.document(decided, plan_report)
-    return ExitCode.DONE if decided.feasible else ExitCode.REFUSED
+    command = same_with("chainmerge", "live", "merge")
+    return show_plan(decided, command, output, PLANS_TO_SHOW[verbose])
 
 
 @live.command(cls=Command)
@@ -216,6 +220,7 @@ def plan(
 @pace_options
 @gathered_live_options
 @access_options
+@verbose_option
 @outcome_options
 def merge(
     *,
@@ -224,6 +229,7 @@ def merge(
     disk: _Opener,
     options: LiveOptions,
     access: Access,
+    verbose: bool,
     output: Output,
 ) -> None:
     """Merge TOP, and all images between, into BASE while the VM runs.
@@ -240,18 +246,20 @@ def merge(
         report = api.merge(
             vm, top, base, access, options, on_progress=progress.update, should_stop=should_stop
         )
-    output.last_event(report, merge_report)
+    output.last_event(report, live_merge_details if verbose else live_merge_report)
 
 
 @live.command(cls=Command)
 @disk_options
 @pace_options
 @gathered_live_options
+@verbose_option
 @outcome_options
 def resume(
     *,
     disk: _Opener,
     options: LiveOptions,
+    verbose: bool,
     output: Output,
 ) -> None:
     """Continue the interrupted merge of this disk.
@@ -264,7 +272,7 @@ def resume(
         disk() as vm,
     ):
         report = api.resume(vm, options, on_progress=progress.update, should_stop=should_stop)
-    output.last_event(report, merge_report)
+    output.last_event(report, live_merge_details if verbose else live_merge_report)
 
 
 @live.command(cls=Command)

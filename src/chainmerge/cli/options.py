@@ -71,6 +71,12 @@ def outcome_options(function: Function[R]) -> Function[R]:
     return _with(command, (_quiet_option, json_option))
 
 
+verbose_option: Final = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Also show exact bytes, the space needed, all reasons and warnings in full.",
+)
 dry_run_option: Final = click.option(
     "-n", "--dry-run", is_flag=True, help="Show the plan and change nothing."
 )

@@ -3,35 +3,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import click
+from msgspec import Struct
 
 from chainmerge import api
-from chainmerge.cli.commands import Command
 from chainmerge.cli.options import (
     access_options,
     bases_option,
     json_option,
     merge_options,
     tops_argument,
+    verbose_option,
 )
+from chainmerge.cli.typed import PlanningCommand, same_with
+from chainmerge.documents.disks import DisksPlan
+from chainmerge.documents.plan import MergePlan
 from chainmerge.errors import ExitCode
 from chainmerge.merging.errors import DisksMismatched
+from chainmerge.report.layout import Block
+from chainmerge.report.plan_details import disks_plan_details, plan_details
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
-    from chainmerge.documents.disks import DisksPlan
-    from chainmerge.documents.plan import MergePlan
     from chainmerge.options import Access, MergeOptions
 
 
-@click.command(cls=Command)
+@click.command(cls=PlanningCommand)
 @tops_argument
 @bases_option
 @merge_options
 @access_options
+@verbose_option
 @json_option
 def plan(
     *,
@@ -39,6 +46,7 @@ def plan(
     bases: tuple[str, ...],
     options: MergeOptions,
     access: Access,
+    verbose: bool,
     output: Output,
 ) -> ExitCode:
     """Show what a merge of TOP would do. Nothing is changed.
@@ -46,7 +54,23 @@ def plan(
     Several TOPs are the disks of one virtual machine. The exit status is 3 if the merge would be
     refused.
     """
-    return show_plan_of(tops, bases, access, options, output)
+    return show_plan_of(tops, bases, access, options, output, PLANS_TO_SHOW[verbose])
+
+
+class PlanTables(Struct, frozen=True):
+    """How plans are shown: with what function the plan of one disk, and with which of several."""
+
+    one: Callable[[MergePlan, str], Block]
+    several: Callable[[DisksPlan, str], Block]
+
+
+PLANS_TO_SHOW: Final[Mapping[bool, PlanTables]] = MappingProxyType(
+    {
+        False: PlanTables(plan_report, disks_plan_report),
+        True: PlanTables(plan_details, disks_plan_details),
+    }
+)
+"""By whether all is to be shown."""
 
 
 def show_plan_of(
@@ -55,24 +79,27 @@ def show_plan_of(
     access: Access,
     options: MergeOptions,
     output: Output,
+    tables: PlanTables,
 ) -> ExitCode:
-    """Plan a merge of one disk or several, and show the plan."""
+    """Show what a merge would do; the status says whether it would be refused."""
+    command = same_with("chainmerge", "merge")
     if len(tops) > 1:
-        return show_plans(api.plan_disks(tops, bases, access, options), output)
+        return show_plans(api.plan_disks(tops, bases, access, options), command, output, tables)
     if len(bases) > 1:
         raise DisksMismatched(len(tops), len(bases))
-    return show_plan(api.plan(tops[0], bases[0] if bases else None, access, options), output)
+    decided = api.plan(tops[0], bases[0] if bases else None, access, options)
+    return show_plan(decided, command, output, tables)
 
 
-def show_plan(decided: MergePlan, output: Output) -> ExitCode:
-    """Show a plan; the status says whether it would be refused."""
+def show_plan(decided: MergePlan, command: str, output: Output, tables: PlanTables) -> ExitCode:
+    """Show a plan that *command* carries out; the status says whether it would be refused."""
     status = ExitCode.DONE if decided.feasible else ExitCode.REFUSED
-    output.document(decided, plan_report, status)
+    output.document(decided, lambda plan: tables.one(plan, command), status)
     return status
 
 
-def show_plans(disks: DisksPlan, output: Output) -> ExitCode:
+def show_plans(disks: DisksPlan, command: str, output: Output, tables: PlanTables) -> ExitCode:
     """Show the plans of several disks; the status says whether they would be refused."""
     status = ExitCode.DONE if disks.feasible else ExitCode.REFUSED
-    output.document(disks, disks_plan_report, status)
+    output.document(disks, lambda plan: tables.several(plan, command), status)
     return status

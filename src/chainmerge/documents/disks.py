@@ -6,6 +6,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from chainmerge.documents.merge import MergeReport
 from chainmerge.documents.plan import Finding, MergePlan
@@ -100,13 +101,21 @@ class DisksPlan(Struct, frozen=True):
         disks: The plan of each, in the order in which they were named; space that several take
             from one file system or volume group is counted for all of them together.
         refusals: What keeps the disks from being merged together, besides what is in their plans.
+        shared_bytes: That of all disks together.
+        freed_bytes: That of all disks together.
+        feasible: Whether a merge of all of them would start.
     """
 
     version: int
     disks: tuple[MergePlan, ...]
     refusals: tuple[Finding, ...]
+    shared_bytes: int = 0
+    freed_bytes: int = 0
+    feasible: bool = True
 
-    @property
-    def feasible(self) -> bool:
-        """Whether a merge of all of them would start."""
-        return not self.refusals and all(plan.feasible for plan in self.disks)
+    def __post_init__(self) -> None:
+        """Have what is said of all disks follow from their plans, in whatever way this was made."""
+        force_setattr(self, "shared_bytes", sum(plan.shared_bytes for plan in self.disks))
+        force_setattr(self, "freed_bytes", sum(plan.freed_bytes for plan in self.disks))
+        all_feasible = not self.refusals and all(plan.feasible for plan in self.disks)
+        force_setattr(self, "feasible", all_feasible)

@@ -43,6 +43,8 @@ class MergeReport(Struct, frozen=True):
         deleted: Files that were deleted.
         renamed: Base's old and new path, where it was given top's name.
         warnings: What the user should know, a sentence each.
+        copy_seconds: What of ``seconds`` it took to move the data, before it was read back and
+            compared; 0 if nothing was moved, or that was not measured.
     """
 
     version: int
@@ -58,6 +60,7 @@ class MergeReport(Struct, frozen=True):
     deleted: tuple[str, ...]
     renamed: tuple[str, str] | None
     warnings: tuple[str, ...]
+    copy_seconds: float = 0.0
 
 
 class Measurement(Struct, frozen=True):

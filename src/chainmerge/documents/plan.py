@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from chainmerge.documents.images import Searched
 from chainmerge.options import Direction, Placement
@@ -55,6 +56,8 @@ class LeakFacts(Struct, frozen=True):
     reclaimed: bool = False
 
 
+MUST_NOT_BE_USED: Final = "must not be used any more"
+"""What a warning says of images that show wrong data once the merge has begun."""
 NOTHING_LEAKED: Final = LeakFacts()
 
 
@@ -197,7 +200,13 @@ class Finding(Struct, frozen=True):
 
 
 class MergePlan(Struct, frozen=True):
-    """Everything that a merge will do. The same facts give the same plan."""
+    """Everything that a merge will do. The same facts give the same plan.
+
+    ``shared_bytes`` is what of the data that moves is not copied: the file system lets the result
+    share the blocks. ``freed_bytes`` is what the file system gets back, and ``deletable_bytes``
+    what it would get back without the merged images; what they share with the result is in neither.
+    ``feasible`` says whether a merge by this plan would start: nothing refuses it.
+    """
 
     version: int
     base: str
@@ -223,6 +232,14 @@ class MergePlan(Struct, frozen=True):
     refusals: tuple[Finding, ...]
     warnings: tuple[str, ...]
     leaks: LeakFacts = NOTHING_LEAKED
+    shared_bytes: int = 0
+    freed_bytes: int = 0
+    deletable_bytes: int = 0
+    feasible: bool = True
+
+    def __post_init__(self) -> None:
+        """Have ``feasible`` follow from the refusals, in whatever way this was made."""
+        force_setattr(self, "feasible", not self.refusals)
 
     @property
     def pulls(self) -> bool:
@@ -230,6 +247,12 @@ class MergePlan(Struct, frozen=True):
         return self.directions.chosen == Direction.PULL
 
     @property
-    def feasible(self) -> bool:
-        """Whether a merge by this plan would start."""
-        return not self.refusals
+    def result(self) -> str:
+        """The path of the image that is written, and holds everything afterwards."""
+        return self.top if self.pulls else self.base
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The images on which no other one stands: what virtual machines use."""
+        parents = {image.parent for image in self.images}
+        return tuple(image.path for image in self.images if image.path not in parents)

@@ -13,12 +13,14 @@ class Stage(StrEnum):
     """What a merge is doing, in the order in which it happens."""
 
     LOCK = "lock"
+    WAIT = "wait"
     PLAN = "plan"
     SNAPSHOTS = "snapshots"
     HIDE = "hide"
     PRUNE = "prune"
     EXTEND = "extend"
     COPY = "copy"
+    READ_BACK = "read-back"
     BITMAPS = "bitmaps"
     VERIFY = "verify"
     SETTLE = "settle"
@@ -31,7 +33,7 @@ class ProgressEvent(Struct, frozen=True):
         stage: What is going on.
         done: Bytes dealt with so far.
         total: Bytes to deal with; 0 for a stage without a measure.
-        rate: Recent rate in bytes per second; 0 if it is not measured. In a running
+        rate: Recent rate of this stage in bytes per second; 0 if it is not known. In a running
             VM *total* can grow, so that *done* and *total* alone say little of what remains.
         top: The overlay that is merged, where several disks are; else empty.
     """

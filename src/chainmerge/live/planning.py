@@ -20,6 +20,7 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.live.inspection import layers_of, obstacles, require_no_job, unchangeable
 from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.options import Direction, LiveOptions
+from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.internal_snapshots import (
@@ -133,6 +134,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
         snapshots=snapshots,
         leaks=survey.leaks.facts,
+        occupied=bytes_occupied(target.chain),
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)

@@ -19,11 +19,13 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.merging.copy_notes import CopyNotes
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
+    Merged,
     leaks_reclaimed,
     note_what_base_lacks,
     unfinished_where_refused,
 )
 from chainmerge.merging.journal import journal_kept, record_switching
+from chainmerge.merging.reported_transfer import ReportedTransfer
 from chainmerge.merging.verifying import (
     verify_bitmaps,
     verify_content,
@@ -35,7 +37,7 @@ from chainmerge.planning.aftermath import new_backing
 from chainmerge.planning.choices import shares_extents
 from chainmerge.planning.space.native import mapped_disk
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.storage.transfer.copying import ReadBack, Transfer, ZeroedSpace, transfer_into
+from chainmerge.storage.transfer.copying import ReadBack, ZeroedSpace, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ _WORDS_FOR_READ_BACK: Final = MappingProxyType(
 )
 
 
-def merge_natively(job: Job) -> tuple[int, tuple[str, ...]]:
-    """Merge; returns how many guest bytes were moved, and what was verified, in sentences."""
+def merge_natively(job: Job) -> Merged:
+    """Merge; returns what was moved and verified."""
     with journal_kept(job), _enough_space(job), leaks_reclaimed(job), _room_made(job):
         if job.facts.direction is Direction.COMMIT:
             note_what_base_lacks(job)
@@ -93,7 +95,7 @@ def _room_made(job: Job) -> Iterator[None]:
         yield
 
 
-def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:
+def _merge_into_qcow2(job: Job, port: WritablePort) -> Merged:
     # What was known of the header is not so any more where bitmaps were taken out.
     known = None if job.plan.space.prune_first else job.result.header
     image = Qcow2Image(port, known)
@@ -135,10 +137,10 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...
         (references,) = counted
         result = Qcow2Image(written, outcome.header)
         verified.insert(0, verify_refcounts(result, references, job.leaks.kept))
-    return outcome.moved, tuple(verified)
+    return Merged(outcome.moved, tuple(verified), transfer.copy_seconds)
 
 
-def _merge_into_raw(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]:
+def _merge_into_raw(job: Job, port: WritablePort) -> Merged:
     work = RawCommit(job.opened.view(), job.target.base_index, job.plan.virtual_size_after)
     verified: list[str] = []
 
@@ -150,7 +152,7 @@ def _merge_into_raw(job: Job, port: WritablePort) -> tuple[int, tuple[str, ...]]
     total = movement.data_bytes + movement.zero_bytes + movement.compressed_bytes
     with contextlib.closing(_transfer(job, port, total, _zeroed_space(port))) as transfer:
         moved = commit_to_raw(port, work, transfer, at_the_end)
-    return moved, tuple(verified)
+    return Merged(moved, tuple(verified), transfer.copy_seconds)
 
 
 def _new_backing(job: Job) -> Backing | None:
@@ -169,7 +171,7 @@ def _zeroed_space(port: WritablePort) -> ZeroedSpace:
 
 def _transfer(
     job: Job, port: WritablePort, total: int, zeroed: ZeroedSpace = ZeroedSpace.KEPT
-) -> Transfer:
+) -> ReportedTransfer:
     request = job.request
     request.announce(Stage.COPY)
     notes = CopyNotes(job)
@@ -178,7 +180,7 @@ def _transfer(
         request.report(ProgressEvent(Stage.COPY, done, total))
         notes.update(done, total)
 
-    return transfer_into(
+    transfer = transfer_into(
         port,
         on_progress=on_progress,
         should_stop=request.should_stop,
@@ -186,6 +188,7 @@ def _transfer(
         read_back=_READ_BACK[request.options.verify],
         zeroed=zeroed,
     )
+    return ReportedTransfer(transfer, request.report)
 
 
 def _verify_content(job: Job, merged: GuestView) -> Iterator[str]:

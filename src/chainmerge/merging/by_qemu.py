@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 from chainmerge.bitmaps.comparing import bitmap_difference
@@ -19,6 +20,7 @@ from chainmerge.merging.deciding import find_target_of
 from chainmerge.merging.errors import VerificationFailed
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
+    Merged,
     bitmaps_to_save,
     forget_what_was_noted,
     leaks_reclaimed,
@@ -41,14 +43,16 @@ if TYPE_CHECKING:
     from chainmerge.merging.job import Job
 
 
-def merge_by_qemu(job: Job) -> tuple[int, tuple[str, ...]]:
-    """Merge; returns how many guest bytes were copied, and what was verified, in sentences."""
+def merge_by_qemu(job: Job) -> Merged:
+    """Merge; returns what was copied and verified."""
     with extended(job), journal_until_settled(job), leaks_reclaimed(job):
         _put_bitmaps_aside(job)
         with unfinished_where_refused(job):
+            started = time.monotonic()
             copied = _copy(job)
+            copy_seconds = time.monotonic() - started if copied else 0.0
             _store_bitmaps(job)
-    return copied, tuple(_verify(job))
+    return Merged(copied, tuple(_verify(job)), copy_seconds)
 
 
 def _put_bitmaps_aside(job: Job) -> None:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from chainmerge.documents.merge import MergeReport
     from chainmerge.documents.plan import MergePlan
-    from chainmerge.merging.job import Job, Request
+    from chainmerge.merging.job import Job, Merged, Request
 
 
-def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+def _settle_pull(job: Job, merged: Merged) -> MergeReport:
     """Delete what top does not need any more; no image needs another backing file."""
     top = job.facts.top
     job.request.begin_to_settle(str(top.path))
@@ -42,17 +42,18 @@ def _settle_pull(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         top.format,
         job.request.started,
         plan=job.plan,
-        copied=copied,
-        verified=verified,
+        copied=merged.copied,
+        copy_seconds=merged.copy_seconds,
+        verified=merged.verified,
         deleted=deleted,
         warnings=(*job.plan.warnings, *give),
     )
 
 
-def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
+def conclude(job: Job, merged: Merged) -> MergeReport:
     """Do what is left to do once the result holds everything, and report."""
     if job.facts.direction is Direction.PULL:
-        return _settle_pull(job, copied, verified)
+        return _settle_pull(job, merged)
     request, facts, plan = job.request, job.facts, job.plan
     journal = record_switched(job)
     request.begin_to_settle(str(facts.base.path))
@@ -67,7 +68,15 @@ def conclude(job: Job, copied: int, verified: Sequence[str]) -> MergeReport:
         spent=spent_names(job.bitmaps),
         shrink_to=plan.space.shrink_to,
     )
-    return settle_to_the_end(request, steps, journal, verified, plan=plan, copied=copied)
+    return settle_to_the_end(
+        request,
+        steps,
+        journal,
+        merged.verified,
+        plan=plan,
+        copied=merged.copied,
+        copy_seconds=merged.copy_seconds,
+    )
 
 
 def settle_to_the_end(
@@ -78,11 +87,12 @@ def settle_to_the_end(
     *,
     plan: MergePlan | None = None,
     copied: int = 0,
+    copy_seconds: float = 0.0,
 ) -> MergeReport:
     """Do what is left of a commit whose base holds everything, and report.
 
-    *verified*, *plan* and *copied* are as :func:`build_report` takes them. Raises what
-    :func:`settle` raises.
+    *verified*, *plan*, *copied* and *copy_seconds* are as :func:`build_report` takes them. Raises
+    what :func:`settle` raises.
     """
     base = steps.base
     settled = settle(steps, journal, request.recorded(base.path))
@@ -102,6 +112,7 @@ def settle_to_the_end(
         request.started,
         plan=plan,
         copied=copied,
+        copy_seconds=copy_seconds,
         verified=verified,
         repointed=settled.repointed,
         deleted=settled.deleted,

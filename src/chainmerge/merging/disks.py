@@ -35,6 +35,7 @@ from chainmerge.merging.errors import DiskGone, DisksMismatched
 from chainmerge.merging.finished import finished_before
 from chainmerge.merging.job import Request
 from chainmerge.merging.preparing import Prepared, prepare, require_no_others
+from chainmerge.merging.rates import RatesFilled
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import beside_others, plan_beside
 from chainmerge.records.disks import DiskEntry, forget_entry, keep_entry, load_entry
@@ -173,7 +174,7 @@ def _request(
         base=disk.base,
         access=access,
         options=options,
-        report=report_of_disk,
+        report=RatesFilled(report_of_disk),
         should_stop=stop,
         started=time.monotonic(),
         claims={},

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Final
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.chain.opening import open_chain
@@ -28,7 +27,7 @@ from chainmerge.merging.deciding import decided_job, find_same_target
 from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.merging.extending import extended
 from chainmerge.merging.hiding import hide
-from chainmerge.merging.job import Job, reclaim, unfinished_where_refused
+from chainmerge.merging.job import Job, Merged, reclaim, unfinished_where_refused
 from chainmerge.merging.resuming import ToBeMerged
 from chainmerge.planning.aftermath import snapshots_to_remove
 from chainmerge.records.files import StateDirectoryUnusable
@@ -114,30 +113,23 @@ def _merge_and_settle(job: Job) -> MergeReport:
     except Refused as error:
         raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
     try:
-        return conclude(job, merged.copied, merged.verified)
+        return conclude(job, merged)
     except Refused as error:
         raise MergeUnfinished(str(job.facts.top.path), error.sentence) from error
 
 
-class _Merged(Struct, frozen=True):
-    """How many guest bytes were copied, and what was verified, in sentences."""
-
-    copied: int
-    verified: tuple[str, ...]
-
-
-def _do(job: Job) -> _Merged:
+def _do(job: Job) -> Merged:
     if job.facts.merged:
         reclaim(job)
-        return _Merged(0, ("base already holds all of top's data and bitmaps",))
+        return Merged(0, ("base already holds all of top's data and bitmaps",))
     if job.facts.content_merged and job.base.supports_bitmaps:
         verified = merge_bitmaps(job)
         if verified is not None:
-            return _Merged(0, verified)
-    return _Merged(*_writer(job.plan.engine)(job))
+            return Merged(0, verified)
+    return _writer(job.plan.engine)(job)
 
 
-def _writer(engine: EngineName) -> Callable[[Job], tuple[int, tuple[str, ...]]]:
+def _writer(engine: EngineName) -> Callable[[Job], Merged]:
     """The engine, the only one imported: importing QEMU's takes as long as a small merge."""
     if engine is EngineName.NATIVE:
         from chainmerge.merging.by_native import merge_natively  # noqa: PLC0415

@@ -64,6 +64,10 @@ class Request(Struct, frozen=True):
         self.stop_if_asked(f"it had not reached stage {stage}")
         self.report(ProgressEvent(stage))
 
+    def announce_waiting(self) -> None:
+        """Report that an image is locked by somebody else, and waited for."""
+        self.report(ProgressEvent(Stage.WAIT))
+
     def begin_to_settle(self, result: str) -> None:
         """Report that *result* holds everything; stop here if the caller wants to."""
         self.stop_if_asked(
@@ -109,6 +113,14 @@ class Job(Struct, frozen=True):
     def result(self) -> ImageInfo:
         """The image that is written, and holds everything in the end."""
         return self.facts.result
+
+
+class Merged(Struct, frozen=True):
+    """What a merge has copied, in guest bytes and in seconds, and verified, in sentences."""
+
+    copied: int
+    verified: tuple[str, ...]
+    copy_seconds: float = 0.0
 
 
 def wipe_behind_end(base: OpenImage, size_after: int) -> None:

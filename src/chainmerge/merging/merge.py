@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from chainmerge.documents.progress import never, unheard
 from chainmerge.merging.job import Request
 from chainmerge.merging.preparing import prepare, require_no_others
+from chainmerge.merging.rates import RatesFilled
 from chainmerge.options import Access, MergeOptions
 from chainmerge.records.disks import forget_entry
 
@@ -51,7 +52,7 @@ def merge(
         base=Path(base) if base is not None else None,
         access=access or Access(),
         options=options or MergeOptions(),
-        report=on_progress or unheard,
+        report=RatesFilled(on_progress or unheard),
         should_stop=should_stop or never,
         started=time.monotonic(),
         claims={},

@@ -178,7 +178,8 @@ def _find(request: Request, look: Look) -> Target | Prepared:
 
 def _locked(stack: contextlib.ExitStack, target: Target, request: Request) -> tuple[ImageLock, ...]:
     with _changes_noticed():
-        locks = tuple(lock_all(stack, target, request.access.lock_wait, request.options))
+        seconds, options = request.access.lock_wait, request.options
+        locks = tuple(lock_all(stack, target, seconds, options, request.announce_waiting))
         # Asked again: who had the locks until now may have been interrupted. Children of top that
         # an earlier run has put on base are siblings of top now.
         left = is_anything_left(target.base.real_path, target.chain.top.real_path)

@@ -34,6 +34,7 @@ def build_report(
     verified: Iterable[str],
     plan: MergePlan | None = None,
     copied: int = 0,
+    copy_seconds: float = 0.0,
     repointed: Iterable[str] = (),
     deleted: Iterable[str] = (),
     renamed: tuple[str, str] | None = None,
@@ -48,6 +49,7 @@ def build_report(
         verified: as in :class:`~chainmerge.documents.merge.MergeReport`.
         plan: see there; None if an earlier run has merged.
         copied: guest bytes.
+        copy_seconds: see there.
         repointed: see there, and so are the others.
         deleted: see there.
         renamed: see there.
@@ -72,6 +74,7 @@ def build_report(
             deleted=tuple(deleted),
             renamed=renamed,
             warnings=tuple(warnings),
+            copy_seconds=copy_seconds,
         )
 
 

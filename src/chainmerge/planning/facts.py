@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from types import MappingProxyType
+from typing import Final
 
 from msgspec import Struct
 
 from chainmerge.bitmaps.rules import Decision
-from chainmerge.chain.model import Chain, ImageInfo
+from chainmerge.chain.model import Chain, Identity, ImageInfo
 from chainmerge.chain.relatives import Relatives
 from chainmerge.documents.plan import NOTHING_LEAKED, EngineName, LeakFacts, Movement
 from chainmerge.errors import ChainmergeError
@@ -156,6 +158,9 @@ class HidingFacts(Struct, frozen=True):
     obstacle: ChainmergeError | None
 
 
+NOTHING_OCCUPIED: Final[Mapping[Identity, int]] = MappingProxyType({})
+
+
 class MergeFacts(Struct, frozen=True):
     """What was found on disk; all that a plan rests on.
 
@@ -199,6 +204,10 @@ class MergeFacts(Struct, frozen=True):
     """Which of the images looks newer; None if what we recorded tells."""
     hiding: HidingFacts | None = None
     """What has to be hidden before base's volume is extended; None for nothing."""
+    shares: bool = False
+    """Whether the file system lets the result share the data that moves."""
+    occupied: Mapping[Identity, int] = NOTHING_OCCUPIED
+    """What the files of images take of their file systems, by the image; block devices left out."""
     end_before: int | None = None
     """Bytes that raw base's volume had before an interrupted run extended it; None if none did.
     What it holds behind that is nobody's."""

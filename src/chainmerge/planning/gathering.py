@@ -15,12 +15,14 @@ from chainmerge.documents.plan import EngineName
 from chainmerge.engines.native.survey import MappingNeed
 from chainmerge.engines.native.zeroes import ZeroRanges
 from chainmerge.options import Access, Direction, MergeOptions, Placement
+from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.choices import (
     DirectionChosen,
     EngineChosen,
     choose_direction,
     choose_engine,
     look_for_zeroes,
+    shares_extents,
 )
 from chainmerge.planning.encryption import key_obstacles
 from chainmerge.planning.facts import MergeFacts
@@ -125,6 +127,8 @@ def gather(
         removals=look_at_removals(target.chain, target.base_index, access, options),
         snapshots=ways.snapshots.views,
         leaks=ways.space.leaks.facts,
+        shares=_shares(target, opened, ways),
+        occupied=bytes_occupied(target.chain),
     )
     facts = replace(facts, hiding=hiding_needed(target, opened, facts.direction, facts.volume))
     no_room = header_obstacle(result, facts, ways.bitmaps)
@@ -164,6 +168,12 @@ def _choose_ways(
         options,
     )
     return _Ways(way, chosen, guest_bytes, bitmaps, zeroes, snapshots, space)
+
+
+def _shares(target: Target, opened: OpenChain, ways: _Ways) -> bool:
+    """Whether data is shared in place of copied: only the native engine does."""
+    is_native = ways.engine.engine is EngineName.NATIVE
+    return is_native and shares_extents(opened, target.base_index, ways.direction.direction)
 
 
 def _undefined_bytes(guest_bytes: GuestBytes, options: MergeOptions) -> int:

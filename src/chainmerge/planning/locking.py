@@ -16,7 +16,7 @@ from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import ImageLock, LockMode, lock_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from chainmerge.chain.model import ImageInfo
     from chainmerge.chain.target import Target
@@ -25,11 +25,18 @@ if TYPE_CHECKING:
 
 
 def lock_all(
-    stack: contextlib.ExitStack, target: Target, wait_seconds: float, options: MergeOptions
+    stack: contextlib.ExitStack,
+    target: Target,
+    wait_seconds: float,
+    options: MergeOptions,
+    on_wait: Callable[[], None],
 ) -> Iterator[ImageLock]:
-    """Lock the chain from its root up, then the children that will be re-pointed."""
+    """Lock the chain from its root up, then the children that will be re-pointed.
+
+    *on_wait* is called when one has to be waited for.
+    """
     for image, mode in locks_needed(target, options):
-        yield stack.enter_context(lock_image(image.path, mode, wait_seconds))
+        yield stack.enter_context(lock_image(image.path, mode, wait_seconds, on_wait))
 
 
 def read_from_storage(

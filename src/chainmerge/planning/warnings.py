@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.unseen_users import inactive_users, volumes
+from chainmerge.documents.plan import MUST_NOT_BE_USED
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import changed_images, planned_snapshots, removed_images
 from chainmerge.planning.facts import ImageTimes, MergeFacts, is_later
@@ -36,7 +37,7 @@ def find_warnings(facts: MergeFacts, options: MergeOptions) -> Iterator[str]:
     middle = facts.merged_images[:-1]
     if middle and not options.delete and facts.direction is Direction.COMMIT:
         names = run_of_images(middle)
-        yield f"after the merge {names} must not be used any more: the data below them is different"
+        yield f"after the merge {names} {MUST_NOT_BE_USED}: the data underneath has changed"
     yield from _what_stays(facts, options)
     revealed = tuple(image for image in facts.merged_images if image.encrypted)
     if revealed and not facts.result.encrypted:

@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from chainmerge.documents.text import printable
 from chainmerge.report.text import human_size
-from chainmerge.report.tree import draw_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -115,6 +114,11 @@ def command(text: str) -> Words:
     return Words(((printable(text), ""),), folds=False)
 
 
+def command_line(label: str, text: str) -> Words:
+    """Return a command to be copied, behind a word for it: on one line, however long that is."""
+    return Words(((label, TITLE), (printable(text), "")), folds=False)
+
+
 def number(value: int | None) -> Words:
     """Return an exact number, or a dash for one that is not known."""
     return words("-", QUIET) if value is None else words(str(value))
@@ -174,6 +178,9 @@ def tree(nodes: Sequence[TreeNode]) -> Stack:
 
 
 def _tree_rows(nodes: Sequence[TreeNode]) -> Iterator[Table]:
+    # Imported where it is used: no report of a merge has a tree.
+    from chainmerge.report.tree import draw_tree  # noqa: PLC0415
+
     for line in draw_tree([(node.path, node.parent) for node in nodes]):
         node = nodes[line.index]
         yield _tree_row(line.prefix, words(node.path, node.style))

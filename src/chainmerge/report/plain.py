@@ -44,8 +44,10 @@ def _table_lines(table: Table) -> Iterator[str]:
 
 def _aligned(row: Sequence[str], widths: Sequence[int], table: Table) -> Iterator[str]:
     for text, width, column in zip(row, widths, table.columns, strict=True):
-        blank = " " * (width - _width(text))
-        yield blank + text if column.right else text + blank
+        # As rich does: numbers end in one line, whatever blanks follow them.
+        shown = text.rstrip() if column.right else text
+        blank = " " * (width - _width(shown))
+        yield blank + shown if column.right else shown + blank
 
 
 def _width(text: str) -> int:

@@ -1,292 +1,394 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge plan for people."""
+"""A merge plan for people: the answer first, and what it rests on in a few lines below.
+
+Everything else that a plan says is in :mod:`chainmerge.report.plan_details`.
+"""
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
+from chainmerge.documents.images import LEVELS, Searched
 from chainmerge.documents.plan import (
-    DirectionCost,
     EngineName,
+    Finding,
     MergePlan,
-    PlannedBitmap,
     PlannedImage,
-    PlannedSnapshots,
     Progress,
     Role,
 )
-from chainmerge.options import Placement
 from chainmerge.report import layout
-from chainmerge.report.layout import Block, Stack, Words, joined, stack, words
-from chainmerge.report.text import exact_size, human_size
+from chainmerge.report.layout import Block, Words, joined, stack, words
+from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan, spanned
+from chainmerge.report.text import short_size, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from chainmerge.documents.disks import DisksPlan
-    from chainmerge.documents.images import Searched
 
-
-_ROLE_STYLES: Final[Mapping[Role, str]] = {
+ROLE_STYLES: Final[Mapping[Role, str]] = {
     Role.BASE: "bold cyan",
     Role.TOP: "bold magenta",
     Role.MIDDLE: "magenta",
 }
-_FATE_STYLES: Final[Mapping[str, str]] = {
-    "keep": layout.GOOD,
-    "prune": layout.CAUTION,
-    "drop": layout.BAD,
-    "ignore": layout.QUIET,
-}
-_PROGRESS_WORDS: Final[Mapping[Progress, str]] = {
-    Progress.INTERRUPTED: "An earlier run of this merge was interrupted; this one finishes it.",
-    Progress.MERGED: "This merge has already been done.",
-}
-
-_PLACEMENTS = {
-    Placement.COW: "data goes to new clusters, even where base has one already (cow)",
-    Placement.IN_PLACE: (
-        "data goes over the old content where base has a cluster already (in-place)"
-    ),
-}
-_REQUIRED = {
-    EngineName.NATIVE: "at the merge's peak, exactly",
-    EngineName.QEMU: "at the merge's peak, an upper bound",
-}
-_SNAPSHOTS_LISTED: Final = 20
-_HIDDEN = "behind base's end, with zeros in the overlay, before the volume is extended"
-_PRUNED_FIRST = "stale bitmaps are removed first, in a switch of their own, to make room"
+_WARNINGS_SHOWN: Final = 3
+_AFTERWARDS_SHOWN: Final = 3
+_PLACES_SHOWN: Final = 3
+# Fewer images than this are all shown.
+_FEWEST_HIDDEN: Final = 4
+_MORE: Final = "-v shows exact bytes, reasons and warnings in full"
 
 
-def plan_report(plan: MergePlan) -> Block:
-    """Everything that a plan says."""
-    return stack(*_plan_parts(plan))
-
-
-def disks_plan_report(plan: DisksPlan) -> Block:
-    """The plans of several disks, one after another."""
-    parts: list[Block] = [words(f"{len(plan.disks)} disks, merged as one", layout.TITLE)]
-    for disk in plan.disks:
-        parts += [words(""), plan_report(disk)]
-    return stack(*parts, *((refusals_section(plan),) if plan.refusals else ()))
-
-
-def refusals_section(plan: MergePlan | DisksPlan) -> Stack:
-    """Why a plan will not be carried out, and what to do about it."""
-    rows = (
-        row
-        for refusal in plan.refusals
-        for row in (
-            (words(refusal.code), words(refusal.sentence)),
-            (words(""), words(refusal.hint, layout.QUIET)),
-        )
+def plan_report(plan: MergePlan, command: str) -> Block:
+    """What would be merged, what that takes, and the command that does it; then the chain."""
+    names = names_of_plan(plan)
+    return stack(
+        *answer(plan, names, command),
+        layout.EMPTY_LINE,
+        words("Chain, leaf first", layout.TITLE),
+        layout.indented(_chain(plan, names)),
+        layout.pairs(_rest(plan, names), layout.TITLE),
+        *((words(_MORE, layout.QUIET),) if plan.feasible else ()),
     )
-    return layout.section("Refused", layout.pairs(rows, layout.BAD))
 
 
-def others_section(plan: MergePlan) -> Stack:
-    """Which other images use those of the chain, and where they were looked for."""
-    found = ", ".join(plan.other_users) or "none found"
-    return layout.section("Other images that use these", words(found), *search_lines(plan.searched))
-
-
-def search_lines(searched: Searched) -> Iterator[Block]:
-    """How far a search for users of images went."""
-    yield words(f"only these places were searched: {searched.places}", layout.QUIET)
-    for left_out in searched.left_out:
-        yield words(f"not searched: {left_out}", layout.CAUTION)
-    if searched.sole_user:
-        yield words("there are no others, as --sole-user says", layout.QUIET)
-
-
-def _plan_parts(plan: MergePlan) -> Iterator[Block]:
-    top, base = words(plan.top, _ROLE_STYLES[Role.TOP]), words(plan.base, _ROLE_STYLES[Role.BASE])
-    if plan.pulls:
-        yield joined(words("Pull "), base, words(" up into "), top)
-    else:
-        yield joined(words("Merge "), top, words(" into "), base)
-    if plan.progress in _PROGRESS_WORDS:
-        yield words(_PROGRESS_WORDS[plan.progress], layout.CAUTION)
-    yield layout.section("Chain", _chain(plan.images))
-    yield layout.section("What moves", _movement(plan))
-    yield layout.section("Bitmaps", _bitmaps(plan.bitmaps))
-    if plan.snapshots:
-        yield layout.section("Internal snapshots", _snapshots(plan.snapshots))
-    yield layout.section("Space", _space(plan))
-    afterwards = tuple(_afterwards(plan))
-    if afterwards:
-        yield layout.section("Afterwards", layout.bullets(afterwards))
-    yield others_section(plan)
-    yield from layout.warnings_section(plan.warnings)
+def answer(plan: MergePlan, names: ImageNames, command: str) -> Iterator[Block]:
+    """What a plan comes down to, in a few lines, and the command that carries it out."""
+    yield _headline(plan, names)
+    if gone := _gone(plan, names):
+        yield words(gone)
+    yield words(f"{_copies(plan)}; {_needs(plan)}")
+    yield words(_frees(plan, names))
+    yield words(f"Other users: {_other_users(plan, names)}; {_searched(plan.searched, names)}")
     if plan.refusals:
-        yield refusals_section(plan)
+        yield from (part for refusal in plan.refusals for part in _refused(refusal))
+    else:
+        yield from _command(plan.progress, command)
 
 
-def _chain(images: tuple[PlannedImage, ...]) -> Stack:
-    return layout.tree([_node(image) for image in images])
+def _command(progress: Progress, command: str) -> Iterator[Block]:
+    verb = "Finish it: " if progress is Progress.INTERRUPTED else "Do it: "
+    yield layout.command_line(verb, command)
 
 
-def _node(image: PlannedImage) -> layout.TreeNode:
-    style = _ROLE_STYLES.get(image.role, "")
-    declared = "" if image.format_declared else " (not declared)"
-    about = [
-        f"{image.role}: {image.format}{declared}",
-        f"disk {human_size(image.virtual_size)}",
-        f"file {human_size(image.file_size)}",
-        counted(image.bitmaps, "bitmap"),
-    ]
-    if image.cluster_size is not None:
-        about.insert(3, f"clusters {human_size(image.cluster_size)}")
-    notes = (words(note, layout.CAUTION) for note in image.notes)
-    below = (words(", ".join(about), layout.QUIET), *notes)
-    return layout.TreeNode(image.path, image.parent, style, below)
+def _refused(refusal: Finding) -> Iterator[Block]:
+    yield joined(words("REFUSED: ", layout.BAD), words(refusal.sentence))
+    yield words(f"  what to do: {refusal.hint}")
+    yield words(f"  more: chainmerge explain {refusal.code}", layout.QUIET)
 
 
-def _movement(plan: MergePlan) -> Stack:
-    movement, directions = plan.movement, plan.directions
-    rows: list[tuple[str, int | None, str]] = [
-        ("data", movement.data_bytes, ""),
-        ("zeros", movement.zero_bytes, ""),
-        ("compressed", movement.compressed_bytes, ""),
-    ]
-    if plan.virtual_size_after != plan.virtual_size_before:
-        was = f"was {exact_size(plan.virtual_size_before)}"
-        rows.append((f"{_written(plan)}'s disk becomes", plan.virtual_size_after, was))
-    costs = layout.listing(
-        ("direction", "copies", "bytes", ""),
-        (
-            _cost(name, cost, is_chosen=name == directions.chosen)
-            for name, cost in (("commit", directions.commit), ("pull", directions.pull))
-        ),
-        right=("copies", "bytes"),
-    )
-    allocations = (
-        f"{_written(plan)} allocates {counted(movement.new_clusters, 'cluster')}"
-        f" and {counted(movement.new_l2_tables, 'mapping table')}"
-    )
-    return stack(
-        layout.sizes(rows),
-        words(allocations, layout.QUIET),
-        layout.EMPTY_LINE,
-        costs,
-        layout.EMPTY_LINE,
-        words(f"engine {plan.engine}: {plan.engine_reason}"),
-        words(f"verification: {plan.verify}"),
-    )
+def _headline(plan: MergePlan, names: ImageNames) -> Words:
+    top = words(names.of(plan.top), ROLE_STYLES[Role.TOP])
+    base = words(names.of(plan.base), ROLE_STYLES[Role.BASE])
+    if plan.progress is Progress.MERGED:
+        return joined(words("Already merged: "), top, words(" into "), base, words(names.place))
+    begun = "Finish an interrupted merge: " if plan.progress is Progress.INTERRUPTED else ""
+    parts = (base, words(" up into "), top) if plan.pulls else (top, words(" into "), base)
+    verb = "pull " if plan.pulls else "merge "
+    verb = f"{begun}{verb}" if begun else verb.capitalize()
+    return joined(words(verb), *parts, words(names.place))
 
 
-def _cost(name: str, cost: DirectionCost, *, is_chosen: bool) -> tuple[Words, ...]:
-    style = layout.GOOD if is_chosen else "" if cost.available else layout.QUIET
-    return (
-        words(f"{name} (chosen)" if is_chosen else name, style),
-        layout.size(cost.bytes_to_copy),
-        layout.number(cost.bytes_to_copy),
-        words(cost.reason, layout.QUIET),
-    )
+def _gone(plan: MergePlan, names: ImageNames) -> str:
+    """Which states of the disk nobody can go back to afterwards; empty if all stay."""
+    above_base = [i.path for i in plan.images if i.role in (Role.MIDDLE, Role.TOP)]
+    if not above_base or plan.progress is Progress.MERGED:
+        return ""
+    if plan.pulls and not plan.delete:
+        return "All snapshots stay: the images below are not changed"
+    called = spanned([names.of(path) for path in above_base])
+    if len(above_base) == 1:
+        return f"Gone then: the snapshot taken when {called} was created"
+    return f"Gone then: the {len(above_base)} snapshots taken when {called} were created"
 
 
-def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> Block:
-    if not bitmaps:
-        return words("none", layout.QUIET)
-    table = layout.listing(
-        ("name", "fate", "granularity", "dirty", "reason"),
-        map(_bitmap_row, bitmaps),
-        right=("granularity", "dirty"),
-    )
-    kept = sum(bitmap.fate == "keep" for bitmap in bitmaps)
-    lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in bitmaps)
-    summary = f"{kept} of {counted(len(bitmaps), 'bitmap')} kept"
-    if lost:
-        summary += f", {lost} lost that could have served a backup"
-    return stack(table, words(summary, layout.BAD if lost else layout.QUIET))
+def _copies(plan: MergePlan) -> str:
+    if plan.progress is Progress.MERGED:
+        return "Copies nothing"
+    copied = bytes_copied(plan)
+    if not plan.shared_bytes:
+        return f"Copies {short_size(copied)}" if copied else "Copies nothing"
+    rest = f"copies {short_size(copied)}" if copied else "copies nothing"
+    return f"Shares {short_size(plan.shared_bytes)}, {rest}"
 
 
-def _bitmap_row(bitmap: PlannedBitmap) -> tuple[Words, ...]:
-    fate = f"{bitmap.fate}, tombstone" if bitmap.tombstone else bitmap.fate
-    return (
-        words(bitmap.name),
-        words(fate, _FATE_STYLES.get(bitmap.fate, "")),
-        layout.size(bitmap.granularity),
-        layout.size(bitmap.dirty_bytes),
-        words("; ".join(_remarks(bitmap))),
-    )
+def bytes_copied(plan: MergePlan) -> int:
+    """Guest bytes that are read and written, not only shared."""
+    cost = plan.directions.pull if plan.pulls else plan.directions.commit
+    return max(0, cost.bytes_to_copy - plan.shared_bytes)
 
 
-def _snapshots(snapshots: tuple[PlannedSnapshots, ...]) -> Block:
-    return layout.listing(("image", "snapshot", "fate"), _snapshot_rows(snapshots))
-
-
-def _snapshot_rows(snapshots: tuple[PlannedSnapshots, ...]) -> Iterator[tuple[Words, ...]]:
-    for image in snapshots:
-        given_back = f", {human_size(image.freed)} given back" if image.freed else ""
-        for names, fate, style in (
-            (image.kept, "shows what it showed", layout.GOOD),
-            (image.lost, "would show other data, or be deleted", layout.BAD),
-            (image.dropped, f"deleted{given_back}", layout.CAUTION),
-        ):
-            for name in names[:_SNAPSHOTS_LISTED]:
-                yield words(image.image), words(name), words(fate, style)
-            more = len(names) - _SNAPSHOTS_LISTED
-            if more > 0:
-                yield words(image.image), words(f"{more} more"), words(fate, style)
-
-
-def _remarks(bitmap: PlannedBitmap) -> Iterator[str]:
-    yield bitmap.reason
-    if bitmap.unguarded:
-        yield "nothing in base will keep it from passing for a valid one"
-    if bitmap.recovered:
-        yield "its bits come from the bitmaps that the interrupted run saved"
-
-
-def _space(plan: MergePlan) -> Stack:
+def bytes_needed(plan: MergePlan) -> int:
+    """By how much the image that is written, or what it occupies, becomes larger."""
     space = plan.space
-    rows: list[tuple[str, int | None, str]] = [
-        ("size now", space.size, ""),
-        ("used up to", space.image_end, ""),
-        ("required", space.required, _REQUIRED[plan.engine]),
-    ]
-    if space.limit is not None:
-        rows.append(("may become", space.limit, ""))
-    if plan.hides is not None:
-        rows.append(("hidden before", plan.hides.end - plan.hides.start, _HIDDEN))
-    if space.grow_to is not None:
-        by = f"{human_size(space.grow_to - space.size)} more, before anything is written"
-        rows.append(("will be extended to", space.grow_to, by))
-    if space.missing:
-        rows.append(("MISSING", space.missing, "cannot be had"))
-    if space.shrink_to is not None:
-        rows.append(("will be reduced to", space.shrink_to, "once everything is verified"))
-    place = f"{_written(plan)} is a file"
-    if space.kind != "file":
-        place = f"{_written(plan)} lies on a {space.kind} volume"
-    data = _PLACEMENTS[space.placement]
-    breakdown: list[tuple[str, int | None, str]] = [
-        (name.replace("_", " "), value, "") for name, value in space.breakdown.items()
-    ]
-    return stack(
-        words(place),
-        layout.sizes(rows),
-        *((words(f"where {data}", layout.QUIET),) if plan.engine == EngineName.NATIVE else ()),
-        *((words(_PRUNED_FIRST, layout.CAUTION),) if space.prune_first else ()),
-        *((words("of which", layout.QUIET), layout.sizes(breakdown)) if breakdown else ()),
-    )
+    return max(0, space.required - space.size) if space.allocates is None else space.allocates
 
 
-def _written(plan: MergePlan) -> str:
-    """What to call the image that is written."""
-    return "top" if plan.pulls else "base"
+def _needs(plan: MergePlan) -> str:
+    space = plan.space
+    most = "at most " if plan.engine is EngineName.QEMU else ""
+    if space.kind == "file":
+        needed = f"needs {most}{short_size(bytes_needed(plan))} while merging"
+        if space.limit is None:
+            return needed
+        return f"{needed}, {short_size(max(0, space.limit - space.size))} free"
+    has = f"of the volume's {short_size(space.size)}"
+    needed = f"needs {most}{short_size(space.required)} {has} while merging"
+    if space.grow_to is None:
+        return needed
+    return f"{needed}: it is extended to {short_size(space.grow_to)} first"
 
 
-def _afterwards(plan: MergePlan) -> Iterator[str]:
-    for repoint in plan.repoint:
+def _frees(plan: MergePlan, names: ImageNames) -> str:
+    if plan.delete:
+        what = f"{names.of_all(plan.delete)} {'is' if len(plan.delete) == 1 else 'are'} deleted"
+        return f"Frees {short_size(plan.freed_bytes)}: {what}"
+    if plan.freed_bytes:
+        return f"Frees {short_size(plan.freed_bytes)}"
+    # What others use cannot be deleted.
+    if not plan.deletable_bytes or (plan.pulls and plan.other_users):
+        return "Frees nothing"
+    return f"Frees nothing; with --delete {short_size(plan.deletable_bytes)}"
+
+
+def _other_users(plan: MergePlan, names: ImageNames) -> str:
+    """The images outside the chain that stand on one of it."""
+    chain = {image.path for image in plan.images}
+    return names.of_all([one for one in plan.other_users if one not in chain]) or "none found"
+
+
+def _searched(searched: Searched, names: ImageNames) -> str:
+    if searched.sole_user:
+        return "no others, as --sole-user says"
+    places = tuple(_places(searched, names.directory.rstrip("/")))
+    text = f"searched {', '.join(places[:_PLACES_SHOWN])}"
+    if len(places) > _PLACES_SHOWN:
+        text += f" and {counted(len(places) - _PLACES_SHOWN, 'more place')}"
+    if searched.left_out:
+        text += f", but not {counted(len(searched.left_out), 'place')}: see -v"
+    return text
+
+
+def _places(searched: Searched, home: str) -> Iterator[str]:
+    """Where other users were looked for; *home* is the directory of the images."""
+
+    def called(place: str) -> str:
+        return "their directory" if place == home else place
+
+    # What is looked through with what is below it is not said twice.
+    deeper = {*searched.named, *searched.around}
+    yield from (called(place) for place in searched.directories if place not in deeper)
+    yield from (f"all below {called(place)}" for place in searched.named)
+    yield from (f"{LEVELS} levels below {called(place)}" for place in searched.around)
+
+
+def _chain(plan: MergePlan, names: ImageNames) -> Block:
+    rows = [row for run in _runs(plan) for row in _rows_of(run, plan, names)]
+    return layout.listing(("image", "role", "disk", "file", "bitmaps"), rows, right=("bitmaps",))
+
+
+def _runs(plan: MergePlan) -> Iterator[list[PlannedImage]]:
+    """The images from the leaf down; those in a row that are alike are together."""
+    ends = {plan.images[0].path, *plan.leaves} if plan.images else set()
+    leaf_first = reversed(plan.images)
+    for _, run in groupby(leaf_first, key=lambda image: (image.role, image.path in ends)):
+        yield list(run)
+
+
+def _rows_of(
+    run: Sequence[PlannedImage], plan: MergePlan, names: ImageNames
+) -> Iterator[tuple[Words, ...]]:
+    if len(run) >= _FEWEST_HIDDEN:
+        hidden = words(f"... {len(run)} images ...", layout.QUIET)
+        size = words(short_size(sum(image.file_size for image in run)))
+        bitmaps = words(str(sum(image.bitmaps for image in run)))
+        yield hidden, words(run[0].role), words(""), size, bitmaps
+        return
+    for image in run:
+        name = words(names.of(image.path), ROLE_STYLES.get(image.role, ""))
         yield (
-            f"{repoint.child} gets {repoint.new_backing} ({repoint.new_format}) as its backing "
-            f"file, in place of {repoint.old_backing}"
+            joined(name, words(mark(image, plan), layout.QUIET)),
+            words(image.role),
+            words(short_size(image.virtual_size)),
+            words(short_size(image.file_size)),
+            words(str(image.bitmaps)),
         )
-    for path in plan.delete:
-        yield f"{path} is deleted"
+
+
+def mark(image: PlannedImage, plan: MergePlan) -> str:
+    """What to say of an image that is at an end of the chain, behind its name."""
+    if image.path == plan.images[0].path:
+        return " (oldest)"
+    return " (active)" if plan.leaves == (image.path,) else ""
+
+
+def _rest(plan: MergePlan, names: ImageNames) -> Iterator[tuple[Words, Words]]:
+    """What else to know: a word for it, and a line."""
+    if plan.virtual_size_after != plan.virtual_size_before:
+        sizes = f"{short_size(plan.virtual_size_before)} to {short_size(plan.virtual_size_after)}"
+        yield words("Disk"), words(f"{names.of(plan.result)} grows from {sizes}")
+    if plan.bitmaps:
+        yield words("Bitmaps"), words(_fates(plan))
+    for bitmap in plan.bitmaps:
+        if bitmap.fate == "drop" and bitmap.was_valid:
+            reason = shortened(names.left_out_of(bitmap.reason))
+            yield words("Lost", layout.BAD), words(f"{bitmap.name}: {reason}")
+    for image in plan.snapshots:
+        yield words("Snapshots"), words(_internal(image.image, image.dropped, image.lost, names))
+    if plan.feasible:
+        yield from _first_few("Afterwards", "", tuple(_afterwards(plan, names)), _AFTERWARDS_SHOWN)
+    warnings = tuple(map(shortened, all_warnings(plan, names)))
+    yield from _first_few("Warning", layout.CAUTION, warnings, _WARNINGS_SHOWN)
+
+
+def _first_few(
+    label: str, style: str, sentences: Sequence[str], shown: int
+) -> Iterator[tuple[Words, Words]]:
+    for number, sentence in enumerate(sentences[:shown]):
+        yield words("" if number else label, style), words(sentence, style)
+    if len(sentences) > shown:
+        yield words(""), words(f"{len(sentences) - shown} more: see -v", style)
+
+
+def all_warnings(plan: MergePlan, names: ImageNames) -> Iterator[str]:
+    """What is out of the ordinary with a merge and with its images."""
+    yield from map(names.left_out_of, plan.warnings)
+    for image in plan.images:
+        yield from (f"{names.of(image.path)}: {note}" for note in image.notes)
+
+
+def _fates(plan: MergePlan) -> str:
+    parts = []
+    for fate, said in (("keep", "kept"), ("prune", "pruned"), ("drop", "dropped")):
+        called = [bitmap.name for bitmap in plan.bitmaps if bitmap.fate == fate]
+        if called:
+            parts.append(f"{len(called)} {said} ({listed(called)})")
+    lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in plan.bitmaps)
+    if lost:
+        parts.append(f"{lost} lost that could have served a backup")
+    return ", ".join(parts) or "none of them is base's or top's"
+
+
+def _internal(image: str, dropped: Sequence[str], lost: Sequence[str], names: ImageNames) -> str:
+    """What becomes of the internal snapshots of an image."""
+    said = [f"deleted: {listed(dropped)}"] if dropped else []
+    if lost:
+        said.append(f"would show other data or be deleted: {listed(lost)}")
+    return f"in {names.of(image)}, {'; '.join(said) or 'all show what they showed'}"
+
+
+def _afterwards(plan: MergePlan, names: ImageNames) -> Iterator[str]:
+    yield from repointed(plan, names)
     if plan.rename is not None:
         old, new = plan.rename
-        yield f"{old} is renamed to {new}, and replaces that file"
+        yield f"{names.of(old)} is renamed to {names.of(new)}, and replaces that file"
+    if plan.space.shrink_to is not None:
+        yield f"the volume is reduced to {short_size(plan.space.shrink_to)}"
+
+
+def repointed(plan: MergePlan, names: ImageNames) -> Iterator[str]:
+    """Which images get another backing file."""
+    if len(plan.repoint) > 1 and len({one.new_backing for one in plan.repoint}) == 1:
+        children = names.of_all([one.child for one in plan.repoint])
+        yield f"{children} use {plan.repoint[0].new_backing} as their backing file"
+        return
+    for one in plan.repoint:
+        yield f"{names.of(one.child)} uses {one.new_backing} as its backing file"
+
+
+def disks_plan_report(plan: DisksPlan, command: str) -> Block:
+    """What would be merged on several disks, in one table; what they have in common, once."""
+    names = names_in([path for disk in plan.disks for path in (disk.base, disk.top)])
+    return stack(
+        *disks_answer(plan, names, command),
+        layout.EMPTY_LINE,
+        _disks_table(plan, names),
+        layout.pairs(_rest_of_disks(plan, names), layout.TITLE),
+        *((words(_MORE, layout.QUIET),) if plan.feasible else ()),
+    )
+
+
+def disks_answer(plan: DisksPlan, names: ImageNames, command: str) -> Iterator[Block]:
+    """What the plans of several disks come down to, and the command that carries them out."""
+    yield words(f"Merge {counted(len(plan.disks), 'disk')} as one{names.place}", layout.TITLE)
+    searched = {_searched(disk.searched, names): None for disk in plan.disks}
+    others = {_other_users(disk, names): None for disk in plan.disks}
+    others = {one: None for one in others if one != "none found"} or {"none found": None}
+    yield words(f"Other users: {', '.join(others)}; {'; '.join(searched)}")
+    if plan.feasible:
+        yield from _command(Progress.NEW, command)
+        return
+    yield words("REFUSED: none of the disks was changed", layout.BAD)
+    for finding, disks in _findings(plan, names).items():
+        yield words(f"  {disks}{finding.sentence}")
+        yield words(f"  what to do: {finding.hint}")
+        yield words(f"  more: chainmerge explain {finding.code}", layout.QUIET)
+
+
+def _findings(plan: DisksPlan, names: ImageNames) -> Mapping[Finding, str]:
+    """What refuses the merge of several disks, and of which of them."""
+    found = dict.fromkeys(plan.refusals, "")
+    for disk in plan.disks:
+        found.update({one: f"{names.of(disk.top)}: " for one in disk.refusals if one not in found})
+    return found
+
+
+def _disks_table(plan: DisksPlan, names: ImageNames) -> Block:
+    rows = [
+        _disk_row(
+            words(names.of(disk.top), ROLE_STYLES[Role.TOP]),
+            words(names.of(disk.base), ROLE_STYLES[Role.BASE]),
+            (bytes_copied(disk), disk.shared_bytes, bytes_needed(disk), disk.freed_bytes),
+            _verdict(disk),
+        )
+        for disk in plan.disks
+    ]
+    sums = (
+        sum(map(bytes_copied, plan.disks)),
+        plan.shared_bytes,
+        sum(map(bytes_needed, plan.disks)),
+        plan.freed_bytes,
+    )
+    rows.append(_disk_row(words("total", layout.TITLE), words(""), sums, words("")))
+    headings = ("disk", "into", "copies", "shares", "grows", "frees", "verdict")
+    sharing = bool(plan.shared_bytes)
+    kept = [at for at, heading in enumerate(headings) if heading != "shares" or sharing]
+    return layout.listing(
+        [headings[at] for at in kept],
+        [[row[at] for at in kept] for row in rows],
+        right=("copies", "shares", "grows", "frees"),
+    )
+
+
+def _disk_row(disk: Words, into: Words, sizes: Iterable[int], verdict: Words) -> tuple[Words, ...]:
+    return disk, into, *(words(short_size(size)) for size in sizes), verdict
+
+
+def _verdict(disk: MergePlan) -> Words:
+    if disk.refusals:
+        return words("REFUSED", layout.BAD)
+    said = {Progress.MERGED: "done before", Progress.INTERRUPTED: "goes on"}
+    return words(said.get(disk.progress, "pull" if disk.pulls else "merge"), layout.GOOD)
+
+
+def _rest_of_disks(plan: DisksPlan, names: ImageNames) -> Iterator[tuple[Words, Words]]:
+    fates: dict[str, list[str]] = {}
+    for disk in plan.disks:
+        if disk.bitmaps:
+            fates.setdefault(_fates(disk), []).append(names.of(disk.top))
+    for fate, tops in fates.items():
+        of_which = "each disk" if len(tops) == len(plan.disks) else listed(tops)
+        yield words("Bitmaps"), words(f"{of_which}: {fate}")
+    deleted = [path for disk in plan.disks for path in disk.delete]
+    afterwards = [sentence for disk in plan.disks for sentence in _afterwards(disk, names)]
+    if deleted:
+        verb = "is" if len(deleted) == 1 else "are"
+        afterwards.append(f"{names.of_all(deleted)} {verb} deleted")
+    yield from _first_few("Afterwards", "", afterwards, 2 * _AFTERWARDS_SHOWN)
+    warnings = {
+        shortened(warning): None for disk in plan.disks for warning in all_warnings(disk, names)
+    }
+    yield from _first_few("Warning", layout.CAUTION, tuple(warnings), _WARNINGS_SHOWN)

@@ -23,15 +23,17 @@ Clock = Callable[[], float]
 STAGE_WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         Stage.LOCK: "locking the images",
+        Stage.WAIT: "waiting for a locked image",
         Stage.PLAN: "planning",
         Stage.SNAPSHOTS: "removing internal snapshots",
         Stage.PRUNE: "pruning stale bitmaps",
-        Stage.HIDE: "letting the overlay hide what the larger volume would show",
+        Stage.HIDE: "hiding old data from the overlay",
         Stage.EXTEND: "extending the volume",
         Stage.COPY: "copying data",
+        Stage.READ_BACK: "reading back",
         Stage.BITMAPS: "storing bitmaps",
         Stage.VERIFY: "verifying",
-        Stage.SETTLE: "settling",
+        Stage.SETTLE: "finishing",
     }
 )
 
@@ -40,6 +42,25 @@ def words_for(event: ProgressEvent) -> str:
     """What is going on, and with which disk where there are several."""
     stage = STAGE_WORDS.get(event.stage, event.stage)
     return f"{printable(event.top)}: {stage}" if event.top else stage
+
+
+def left_of(event: ProgressEvent) -> str:
+    """How fast a stage goes, and how long it takes from here; empty if nobody knows."""
+    if not event.rate:
+        return ""
+    rate = f"{rough_size(event.rate)}/s"
+    remaining = (event.total - event.done) // event.rate
+    return f"{rate}, {_duration(remaining)} left" if event.done < event.total else rate
+
+
+def _duration(seconds: int) -> str:
+    """A time as people say it, such as ``2:05 min``."""
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02} min"
+    return f"{minutes // 60}:{minutes % 60:02} h"
 
 
 class ProgressDisplay(Protocol):
@@ -99,8 +120,7 @@ class LineProgress:
             percent = 100 * event.done // event.total
             line += f": {rough_size(event.done)} of {rough_size(event.total)} ({percent} %)"
         if event.rate:
-            seconds = (event.total - event.done) // event.rate
-            line += f", {rough_size(event.rate)}/s, {seconds} s left"
+            line += f", {left_of(event)}"
         self._stream.write(f"{line}\n")
         self._stream.flush()
 

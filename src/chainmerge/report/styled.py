@@ -60,7 +60,8 @@ def _table(table: Table) -> RichTable:
     )
     for column in table.columns:
         shown.add_column(
-            column.heading,
+            # Text, in which a colon is a colon.
+            Text(column.heading),
             justify="right" if column.right else "left",
             style=column.style,
             no_wrap=not column.folds,

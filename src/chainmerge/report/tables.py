@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All reports for people except plans; plans are in :mod:`chainmerge.report.plan_tables`."""
+"""Reports for people on images and bitmaps; those on merges are in modules of their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shlex
 from typing import TYPE_CHECKING
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.merge import Measurement, MergeOutcome, MergeReport
 from chainmerge.documents.repair import NO_DAMAGE, RepairFinding, RepairReport, UndoReport
 from chainmerge.report import layout
+from chainmerge.report.bitmap_tables import bitmap_table, held_bitmaps
 from chainmerge.report.layout import Block, Stack, Table, Words, stack, words
-from chainmerge.report.plan_tables import others_section, search_lines
-from chainmerge.report.text import exact_size, human_size, rough_size
+from chainmerge.report.plan_details import search_lines
+from chainmerge.report.text import exact_size, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from chainmerge.documents.bitmaps import (
         BitmapChange,
         BitmapListing,
-        BitmapResult,
-        BitmapRow,
         PrunedBitmap,
         PruneReport,
     )
-    from chainmerge.documents.disks import DiskReport, DisksReport
     from chainmerge.documents.images import (
         BackingReport,
         ChainReport,
@@ -34,44 +31,7 @@ if TYPE_CHECKING:
         ImageReport,
         RelinkReport,
     )
-
-
-def merge_report(report: MergeReport) -> Block:
-    """What a merge did."""
-    return stack(*_merge_parts(report))
-
-
-def disks_report(report: DisksReport) -> Block:
-    """What happened to each of several disks, with its report."""
-    table = layout.listing(("disk", "outcome", "copied"), map(_outcome, report.disks))
-    done = sum(disk.is_done for disk in report.disks)
-    summary = f"{done} of {counted(len(report.disks), 'disk')} merged"
-    parts: list[Block] = [
-        words(summary, layout.GOOD if done == len(report.disks) else layout.BAD),
-        layout.indented(table),
-    ]
-    for disk in report.disks:
-        parts += [words(""), words(disk.top, layout.TITLE), *_disk_parts(disk)]
-    if done < len(report.disks):
-        parts += [words(""), words("The same command does the rest.", layout.QUIET)]
-    return stack(*parts)
-
-
-def _outcome(disk: DiskReport) -> tuple[Words, ...]:
-    copied = "" if disk.report is None else human_size(disk.report.bytes_copied)
-    style = layout.GOOD if disk.is_done else layout.BAD
-    return words(disk.top), words(disk.outcome, style), words(copied)
-
-
-def _disk_parts(disk: DiskReport) -> Iterator[Block]:
-    if disk.report is not None:
-        yield from _merge_parts(disk.report)
-    elif disk.error is not None:
-        yield words(disk.error.message, layout.BAD)
-        yield words(f"what to do: {disk.error.hint}", layout.QUIET)
-        yield words(f"more: chainmerge explain {disk.error.code}", layout.QUIET)
-    else:
-        yield words(f"this run has changed nothing in {disk.base}", layout.QUIET)
+    from chainmerge.documents.merge import Measurement
 
 
 def chain_report(report: ChainReport) -> Block:
@@ -106,7 +66,7 @@ def check_report(result: CheckResult) -> Block:
 def measurement_report(measurement: Measurement) -> Block:
     """How large base must be."""
     rows: list[tuple[str, int | None, str]] = [
-        ("required", measurement.required, "at the merge's peak"),
+        ("required", measurement.required, "while merging"),
         ("optimal", measurement.optimal, "after the merge"),
         ("used up to", measurement.image_end, "today"),
         ("size", measurement.volume_size, "today"),
@@ -135,7 +95,7 @@ def bitmap_listing(listing: BitmapListing) -> Block:
     )
     by_image = itertools.groupby(listing.rows, key=lambda row: row.image)
     return stack(
-        *(part for image, rows in by_image for part in (words(image), _bitmap_table(rows))),
+        *(part for image, rows in by_image for part in (words(image), bitmap_table(rows))),
         layout.section("Checkpoints", verdicts),
         *_tombstone_note(listing),
     )
@@ -147,7 +107,7 @@ def bitmap_change(change: BitmapChange) -> Block:
     verb = done.get(change.action, change.action)
     return stack(
         words(f"{change.image}: {verb} {', '.join(change.names) or 'nothing'}"),
-        _stored_bitmaps(change.bitmaps),
+        held_bitmaps(change.bitmaps),
         *layout.warnings_section(change.warnings),
     )
 
@@ -237,55 +197,6 @@ def _next_step(report: RepairReport) -> Iterator[Words]:
         yield words(f"Nothing was changed. `{command}` does it.", layout.QUIET)
 
 
-def _merge_parts(report: MergeReport) -> Iterator[Block]:
-    yield words(_headline(report), layout.GOOD)
-    if report.outcome == MergeOutcome.MERGED:
-        yield words(_speed(report), layout.QUIET)
-    yield layout.section(
-        "Space",
-        layout.sizes(
-            [
-                ("size", report.volume_size, ""),
-                ("used up to", report.image_end, ""),
-            ]
-        ),
-    )
-    result = "top" if report.plan is not None and report.plan.pulls else "base"
-    yield layout.section(f"Bitmaps of {result}", _stored_bitmaps(report.bitmaps))
-    yield from _listed("Verified", report.verified)
-    yield from _listed("Settled", _settled(report))
-    if report.plan is not None:
-        yield others_section(report.plan)
-    yield from layout.warnings_section(report.warnings)
-
-
-def _headline(report: MergeReport) -> str:
-    if report.plan is None:
-        return "merged and verified by an earlier run; the rest of its work is now done"
-    if report.outcome == MergeOutcome.ALREADY_MERGED:
-        return f"{report.plan.top} was already merged into {report.plan.base}; verified again"
-    if report.plan.pulls:
-        return f"{report.plan.base} is pulled up into {report.plan.top}"
-    return f"{report.plan.top} is merged into {report.plan.base}"
-
-
-def _speed(report: MergeReport) -> str:
-    copied = f"{human_size(report.bytes_copied)} copied in {report.seconds:.1f} s"
-    if report.seconds <= 0:
-        return copied
-    return f"{copied} ({rough_size(report.bytes_copied / report.seconds)}/s)"
-
-
-def _settled(report: MergeReport) -> Iterator[str]:
-    for path in report.repointed:
-        yield f"{path} now has base as its backing file"
-    for path in report.deleted:
-        yield f"{path} is deleted"
-    if report.renamed is not None:
-        old, new = report.renamed
-        yield f"{old} is now {new}, and has replaced the file that was there"
-
-
 def _listed(title: str, sentences: Iterable[str]) -> tuple[Stack, ...]:
     lines = tuple(sentences)
     return (layout.section(title, layout.bullets(lines)),) if lines else ()
@@ -311,30 +222,6 @@ def _node(image: ImageReport, asked: str) -> layout.TreeNode:
         below.append(words(details, layout.QUIET))
     below += (words(note, layout.CAUTION) for note in image.notes)
     return layout.TreeNode(image.path, image.parent, style, tuple(below))
-
-
-def _stored_bitmaps(bitmaps: tuple[BitmapResult, ...]) -> Block:
-    return _bitmap_table(bitmaps) if bitmaps else words("none", layout.QUIET)
-
-
-def _bitmap_table(bitmaps: Iterable[BitmapResult | BitmapRow]) -> Block:
-    table = layout.listing(
-        ("name", "state", "granularity", "dirty", "bytes"),
-        map(_bitmap_row, bitmaps),
-        right=("granularity", "dirty", "bytes"),
-    )
-    return layout.indented(table)
-
-
-def _bitmap_row(bitmap: BitmapResult | BitmapRow) -> tuple[Words, ...]:
-    state = f"{bitmap.state} (tombstone)" if bitmap.tombstone else bitmap.state
-    return (
-        words(bitmap.name),
-        words(state, layout.STATE_STYLES.get(bitmap.state, "")),
-        layout.size(bitmap.granularity),
-        layout.size(bitmap.dirty_bytes),
-        layout.number(bitmap.dirty_bytes),
-    )
 
 
 def _pruned_table(bitmaps: Iterable[PrunedBitmap]) -> Block:

@@ -20,6 +20,24 @@ def rough_size(size: float) -> str:
     return f"{size / (1 << (10 * exponent)):.1f} {_UNITS[exponent]}"
 
 
+def short_size(size: int) -> str:
+    """Return *size* in bytes to three digits, in the largest binary unit that fits.
+
+    For sizes in sentences, where the exact number is said elsewhere.
+    """
+    exponent = min((abs(size).bit_length() - 1) // 10, len(_UNITS) - 1) if size else 0
+    value = size / (1 << (10 * exponent))
+    digits = f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} {_UNITS[exponent]}"
+
+
+def shortened(sentence: str, most: int = 100) -> str:
+    """Return *sentence*, or its beginning if it has more than *most* characters."""
+    if len(sentence) <= most:
+        return sentence
+    return f"{sentence[:most].rsplit(' ', 1)[0].rstrip(' ,;:')} ..."
+
+
 def human_size(size: int) -> str:
     """Return *size* in bytes as people say it: in the largest binary unit that fits."""
     exponent = min((abs(size).bit_length() - 1) // 10, len(_UNITS) - 1) if size else 0

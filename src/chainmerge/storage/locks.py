@@ -34,7 +34,7 @@ from chainmerge.storage.errors import ImageLocked, LocksUnsupported, reason_of
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from chainmerge.storage.files import StrPath
 
@@ -177,8 +177,19 @@ class ImageLock(Struct, frozen=True):
         self.release()
 
 
-def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
+def _unheard() -> None:
+    """In place of ``on_wait`` where nobody listens."""
+
+
+def lock_image(
+    path: StrPath,
+    mode: LockMode,
+    wait_seconds: float,
+    on_wait: Callable[[], None] = _unheard,
+) -> ImageLock:
     """Lock an image as QEMU would, waiting up to *wait_seconds* for others to release it.
+
+    *on_wait* is called once, when the waiting begins.
 
     Raises:
         ImageLocked: somebody else has it; tried at least once.
@@ -189,7 +200,7 @@ def lock_image(path: StrPath, mode: LockMode, wait_seconds: float) -> ImageLock:
     deadline = time.monotonic() + wait_seconds
     file = FileReadable(path)
     try:
-        _acquire_until(deadline, file, mode)
+        _acquire_until(deadline, file, mode, on_wait)
     except BaseException:
         file.close()
         raise
@@ -230,12 +241,18 @@ def _contradicted_now(file: FileReadable, mode: LockMode) -> bool:
         raise LocksUnsupported(file.name, _reason(error)) from error
 
 
-def _acquire_until(deadline: float, file: FileReadable, mode: LockMode) -> None:
+def _acquire_until(
+    deadline: float, file: FileReadable, mode: LockMode, on_wait: Callable[[], None]
+) -> None:
+    is_waiting = False
     while not _acquire(file, mode):
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             contended = _Contended(file.name, _kernel_name(file.fd), mode.contradicting_bytes)
             raise contended.as_error(_locks_by_file())
+        if not is_waiting:
+            is_waiting = True
+            on_wait()
         time.sleep(min(_POLL_SECONDS, remaining))
 
 

@@ -116,6 +116,11 @@ class PortTransfer:
             pending += data
         self._write(start, bytes(pending))
 
+    @property
+    def bytes_to_read_back(self) -> int:
+        """See :class:`Transfer`."""
+        return self._ledger.total_bytes
+
     def verify(self, on_progress: OnBytes | None = None) -> None:
         """See :class:`Transfer`."""
         compared = 0

@@ -129,6 +129,12 @@ class FileTransfer:
         finally:
             self._port.refresh_size()
 
+    @property
+    def bytes_to_read_back(self) -> int:
+        """See :class:`chainmerge.storage.transfer.pieces.Transfer`."""
+        by_server = sum(item.length for item in self._copied_by_server)
+        return self._ledger.total_bytes + by_server
+
     def verify(self, on_progress: OnBytes | None = None) -> None:
         """See :class:`chainmerge.storage.transfer.pieces.Transfer`."""
         self._port.refuse_after_failed_flush()

@@ -110,6 +110,10 @@ class Transfer(Protocol):
             Interrupted: the caller wants to stop.
         """
 
+    @property
+    def bytes_to_read_back(self) -> int:
+        """How many bytes :meth:`verify` would compare of what has been moved so far."""
+
     def verify(self, on_progress: OnBytes | None = None) -> None:
         """Read back what was moved and compare it with checksums taken while it was written.
 

@@ -42,6 +42,11 @@ class Ledger:
         self._lengths = array("I")
         self._values = array("Q")
 
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes the checksums are of."""
+        return sum(self._lengths)
+
     def checksums_of(self, target: int, data: bytes | memoryview) -> tuple[Checksum, ...]:
         """What there is to record of *data*; may be called in any thread."""
         if self._read_back is ReadBack.OMITTED:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command that does what another one, as it was typed, has only shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from chainmerge.cli.commands import Command
+from chainmerge.records.request import shell_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_TYPED: Final = "chainmerge.typed"
+# What says how to show something is of no use to what does it.
+_ONLY_SHOWN: Final = frozenset({"output", "verbose", "quiet", "dry_run"})
+
+
+class PlanningCommand(Command):
+    """A command that shows what another one would do with the same words."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
+
+
+def same_with(*command: str) -> str:
+    """Return *command* with what was typed behind the one that runs now, fit for a shell."""
+    context = click.get_current_context()
+    return shell_line([*command, *_typed_again(context, context.meta[_TYPED])])
+
+
+def _typed_again(context: click.Context, typed: Sequence[str]) -> Iterator[str]:
+    """Options with their values as they were typed, and what is not an option behind them."""
+    values, _, order = context.command.make_parser(context).parse_args(list(typed))
+    given = {name: iter(value) for name, value in values.items() if isinstance(value, list)}
+    operands: list[str] = []
+    for parameter in order:
+        name = parameter.name or ""
+        if name in _ONLY_SHOWN:
+            continue
+        if isinstance(parameter, click.Argument):
+            value = values[name]
+            operands += [value] if isinstance(value, str) else list(value)
+            continue
+        yield max(parameter.opts, key=len)
+        if not (isinstance(parameter, click.Option) and parameter.is_flag):
+            yield next(given[name]) if name in given else values[name]
+    if any(operand.startswith("-") for operand in operands):
+        yield "--"
+    yield from operands

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reports call images: by their names alone where one directory holds them all."""
+
+from __future__ import annotations
+
+import os.path
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from chainmerge.documents.plan import MergePlan
+
+_LISTED: Final = 3
+
+
+class ImageNames(Struct, frozen=True):
+    """ImageNames of images.
+
+    Attributes:
+        directory: What is left out of them, with a slash at its end; empty for nothing.
+    """
+
+    directory: str
+
+    def of(self, path: str) -> str:
+        """What to call one."""
+        return path.removeprefix(self.directory) or path
+
+    def of_all(self, paths: Sequence[str]) -> str:
+        """What to call several; of many only the first few."""
+        return listed([self.of(path) for path in paths])
+
+    def left_out_of(self, sentence: str) -> str:
+        """The same sentence, in which images are called so."""
+        return sentence.replace(self.directory, "") if self.directory else sentence
+
+    @property
+    def place(self) -> str:
+        """Where they are, to follow what is said of them; empty if the names say so."""
+        return f", in {self.directory.rstrip('/')}" if self.directory else ""
+
+
+def names_in(paths: Iterable[str]) -> ImageNames:
+    """Return the names of images, without the directory that holds all of them."""
+    # They need not be paths, and those that are relative tell nothing.
+    directories = {os.path.dirname(path) for path in paths} - {""}  # noqa: PTH120
+    if len(directories) == 1:
+        (directory,) = directories
+        if directory.strip("/") and directory.startswith("/"):
+            return ImageNames(f"{directory}/")
+    return ImageNames("")
+
+
+def names_of_plan(plan: MergePlan) -> ImageNames:
+    """What to call the images of a plan."""
+    return names_in([*(image.path for image in plan.images), plan.base, plan.top])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a row; of many only the first few."""
+    if len(names) > _LISTED + 1:
+        return f"{', '.join(names[:_LISTED])} and {len(names) - _LISTED} more"
+    return ", ".join(names)
+
+
+def spanned(names: Sequence[str]) -> str:
+    """Return names of images that follow each other; of many only both ends."""
+    if len(names) > _LISTED:
+        return f"{names[0]} to {names[-1]}"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
