@@ -16,14 +16,13 @@ from chainmerge.engines.native.commit import Backing, Commit, commit_natively, c
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import new_tree
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.copy_notes import CopyNotes
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
     leaks_reclaimed,
     note_what_base_lacks,
     unfinished_where_refused,
 )
-from chainmerge.merging.journal import journal_kept, record_switching
+from chainmerge.merging.journal import CopyNotes, journal_kept, record_switching
 from chainmerge.merging.verifying import (
     verify_bitmaps,
     verify_content,
