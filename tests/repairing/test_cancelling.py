@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
-from chainmerge.merging import by_native, by_qemu, copy_notes
+from chainmerge.merging import by_native, by_qemu
+from chainmerge.merging import journal as merging_journal
 from chainmerge.options import MergeOptions
 from chainmerge.records.disks import disk_file
 from chainmerge.records.merge_journal import journal_file
@@ -271,8 +272,8 @@ def test_how_far_it_came(tmp_path: Path, options: MergeOptions) -> None:
     base, top = chain(tmp_path, "base", "top")
 
     def dying() -> None:
-        copy_notes.SECONDS_BETWEEN = 0  # type: ignore[misc]
-        dies_after(copy_notes, "_note")()
+        merging_journal.SECONDS_BETWEEN = 0  # type: ignore[misc]
+        dies_after(merging_journal, "_note")()
         chainmerge.merge(top, options=options)
 
     killed_in(dying)

@@ -88,9 +88,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with interrupted_by_signals():
             if asked := os.environ.get(COMPLETION_VARIABLE):
-                from chainmerge.cli.shells import answer  # noqa: PLC0415 (only for a shell)
+                from chainmerge.cli.shells import answer_shell  # noqa: PLC0415 (only for a shell)
 
-                return answer(asked, cli)
+                return answer_shell(asked, cli)
             status = cli.main(list(arguments), prog_name="chainmerge", standalone_mode=False)
     except click.ClickException as error:
         # Imported where it is used: most commands are typed right.

@@ -140,7 +140,7 @@ def script_for(shell: str, command: Command) -> str:
     return _completion_of(shell)(command, {}, PROGRAM, COMPLETION_VARIABLE).source()
 
 
-def answer(instruction: str, command: Command) -> int:
+def answer_shell(instruction: str, command: Command) -> int:
     """Print what the word that the environment names may become; return an exit status."""
     for shell in SHELLS:
         add_completion_class(_completion_of(shell))

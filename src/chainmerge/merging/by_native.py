@@ -16,7 +16,6 @@ from chainmerge.engines.native.commit import Backing, Commit, commit_natively, c
 from chainmerge.engines.native.raw import RawCommit, commit_to_raw
 from chainmerge.engines.native.survey import new_tree
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.copy_notes import CopyNotes
 from chainmerge.merging.extending import extended
 from chainmerge.merging.job import (
     Merged,
@@ -24,7 +23,7 @@ from chainmerge.merging.job import (
     note_what_base_lacks,
     unfinished_where_refused,
 )
-from chainmerge.merging.journal import journal_kept, record_switching
+from chainmerge.merging.journal import CopyNotes, journal_kept, record_switching
 from chainmerge.merging.reported_transfer import ReportedTransfer
 from chainmerge.merging.verifying import (
     verify_bitmaps,

@@ -15,7 +15,6 @@ from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.engines.qemu import commit as qemu
 from chainmerge.errors import ChainmergeError, Refused
-from chainmerge.merging.copy_notes import CopyNotes
 from chainmerge.merging.deciding import find_target_of
 from chainmerge.merging.errors import VerificationFailed
 from chainmerge.merging.extending import extended
@@ -27,7 +26,7 @@ from chainmerge.merging.job import (
     unfinished_where_refused,
     wipe_behind_end,
 )
-from chainmerge.merging.journal import journal_until_settled
+from chainmerge.merging.journal import CopyNotes, journal_until_settled
 from chainmerge.merging.verifying import verify_bitmaps, verify_content, verify_metadata
 from chainmerge.planning.encryption import encrypted_difference, has_encrypted, image_specs
 from chainmerge.planning.placement import bytes_to_copy

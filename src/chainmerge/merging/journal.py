@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from chainmerge.bitmaps.sets import spent_names
 from chainmerge.documents.plan import EngineName
-from chainmerge.errors import Refused
+from chainmerge.errors import ChainmergeError, Refused
 from chainmerge.merging.job import forget_what_was_noted
 from chainmerge.merging.settling import record_pull
 from chainmerge.options import Direction, Placement
@@ -22,6 +23,7 @@ from chainmerge.qcow2.header import SECTOR
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.runs import NO_RUNS, Runs, without_runs
 from chainmerge.records.changes import last_change, stands_on
+from chainmerge.records.doing import CopiedSoFar
 from chainmerge.records.identity import identify, this_boot
 from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
@@ -35,9 +37,14 @@ from chainmerge.records.merge_journal import (
     forget_journal,
     keep_journal,
     load_journal,
+    save_journal,
 )
-from chainmerge.records.merged_record import forget_merged_record, record_merged
-from chainmerge.records.ways_out import may_be_written_over
+from chainmerge.records.merged_record import (
+    forget_merged_record,
+    load_merged_record,
+    record_merged,
+)
+from chainmerge.records.remains import may_be_written_over
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -46,6 +53,10 @@ if TYPE_CHECKING:
 
     from chainmerge.merging.job import Job
     from chainmerge.options import MergeOptions
+
+
+# Each note waits for the storage; a copy that is done before the first one needs none.
+SECONDS_BETWEEN: Final = 3.0
 
 
 def asked_of(options: MergeOptions) -> Asked:
@@ -227,3 +238,39 @@ def _journal(job: Job) -> Journal:
         leaked_before=to_note(job.leaks.kept),
         written_over=may_be_written_over(job.remains, first_sector_of(job.base.real_path)),
     )
+
+
+# How far a copy has come, for whoever asks while it runs or after a kill. No merge needs it.
+
+
+class CopyNotes:
+    """The notes of one copy, which begins as this is made."""
+
+    def __init__(self, job: Job) -> None:
+        """Nothing is written down yet."""
+        self._job = job
+        self._began = time.monotonic()
+        self._next = self._began + SECONDS_BETWEEN
+
+    def update(self, done: int, total: int) -> None:
+        """Say how many bytes are copied, of how many; most of it is not written down."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        with contextlib.suppress(ChainmergeError, OSError):
+            _note(self._job, CopiedSoFar(done, total, now - self._began))
+        self._next = time.monotonic() + SECONDS_BETWEEN
+
+
+def _note(job: Job, copied: CopiedSoFar) -> None:
+    """Write it into the file that this merge keeps, and never into one that is of another."""
+    ours = job.recorded_request
+    if job.facts.direction is Direction.PULL:
+        record = load_merged_record(job.result.real_path)
+        if record is not None and record.pulled is not None and record.request == ours:
+            pulled = msgspec.structs.replace(record.pulled, copied=copied)
+            record_merged(job.result.real_path, msgspec.structs.replace(record, pulled=pulled))
+        return
+    journal = load_journal(job.base.real_path)
+    if journal is not None and journal.request == ours:
+        save_journal(msgspec.structs.replace(journal, copied=copied))

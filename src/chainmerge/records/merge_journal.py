@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
+from chainmerge.options import Placement
 from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.changes import last_change
 from chainmerge.records.doing import CopiedSoFar
@@ -53,6 +54,8 @@ from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from chainmerge.records.saved_bitmaps import SavedBitmaps
 
 JOURNAL_VERSION: Final = 1
 _PLACES: Final = frozenset({"child", "delete", "rename"})
@@ -174,6 +177,25 @@ class Journal(msgspec.Struct, frozen=True):
     def top(self) -> ImageIdentity:
         """The uppermost image that is merged."""
         return self.overlays[-1].identity
+
+
+def is_without_effect(journal: Journal, saved: SavedBitmaps | None, *, holds: bool | None) -> bool:
+    """Whether base is, for certain, what it was before the merge; some clusters may be leaked.
+
+    *saved* are the bitmaps of base that some merge has saved. If it was another one, with other
+    options, it may have been QEMU's engine, which writes over base and takes bitmaps out of it.
+    """
+    if saved is not None and not _is_the_same(saved.request, journal.request):
+        return False
+    return holds is False and journal.placement == Placement.COW and not journal.written_over
+
+
+def _is_the_same(one: RecordedRequest | None, other: RecordedRequest | None) -> bool:
+    """Whether the same was requested, by whichever process."""
+    if one is None or other is None:
+        return False
+    by_nobody = msgspec.structs.replace(one, by=None)
+    return by_nobody == msgspec.structs.replace(other, by=None)
 
 
 def save_journal(journal: Journal) -> None:

@@ -14,7 +14,9 @@ from chainmerge.records.live_journal import LIVE_JOURNAL, LiveJournal, load_live
 from chainmerge.records.merge_journal import (
     MERGE_JOURNAL,
     Journal,
+    JournalState,
     MergeJournalDamaged,
+    is_without_effect,
     load_journal,
 )
 from chainmerge.records.merged_record import MERGED_RECORD, MergedRecord, load_merged_record
@@ -93,6 +95,21 @@ class Remains(Struct, frozen=True):
         if self.live is None or not (self.live.took_effect and self.live.is_active):
             return None
         return self.live
+
+
+def may_be_written_over(remains: Remains, first_sector: str) -> bool:
+    """Whether base may not be what it was before an earlier merge, of which *remains* tell.
+
+    *first_sector* is the digest of what base begins with.
+    """
+    if remains.live is not None or remains.journal_problem is not None:
+        return True
+    journal = remains.journal
+    if journal is None:
+        return remains.saved is not None or remains.saved_problem is not None
+    was_switched = journal.state.rank > JournalState.SWITCHING.rank
+    was_switched |= journal.first_sector == first_sector
+    return not is_without_effect(journal, remains.saved, holds=was_switched)
 
 
 def read_remains(base: Path, top: Path) -> Remains:

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from chainmerge.documents.plan import EngineName
 from chainmerge.errors import ChainmergeError
-from chainmerge.options import Placement
 from chainmerge.records.changes import is_there, what_stands_at
 from chainmerge.records.identity import Sameness
-from chainmerge.records.merge_journal import JournalState
+from chainmerge.records.merge_journal import is_without_effect
 from chainmerge.records.merged_record import is_pulled
 from chainmerge.records.request import shell_line
 
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from chainmerge.records.live_journal import LiveJournal
     from chainmerge.records.merge_journal import Journal
     from chainmerge.records.merged_record import MergedRecord, Pulled
-    from chainmerge.records.remains import Remains
-    from chainmerge.records.request import RecordedRequest
     from chainmerge.records.saved_bitmaps import SavedBitmaps
 
 
@@ -85,39 +81,6 @@ NOT_KNOWN: Final = WaysOut(
     VmStart(may=False, image=None, reason=f"{_NOT_BEFORE}: {_NOBODY_KNOWS}"),
     no_cancel=_UNKNOWN_STATE,
 )
-
-
-def is_without_effect(journal: Journal, saved: SavedBitmaps | None, *, holds: bool | None) -> bool:
-    """Whether base is, for certain, what it was before the merge; some clusters may be leaked.
-
-    *saved* are the bitmaps of base that some merge has saved. If it was another one, with other
-    options, it may have been QEMU's engine, which writes over base and takes bitmaps out of it.
-    """
-    if saved is not None and not _is_the_same(saved.request, journal.request):
-        return False
-    return holds is False and journal.placement == Placement.COW and not journal.written_over
-
-
-def _is_the_same(one: RecordedRequest | None, other: RecordedRequest | None) -> bool:
-    """Whether the same was requested, by whichever process."""
-    if one is None or other is None:
-        return False
-    return replace(one, by=None) == replace(other, by=None)
-
-
-def may_be_written_over(remains: Remains, first_sector: str) -> bool:
-    """Whether base may not be what it was before an earlier merge, of which *remains* tell.
-
-    *first_sector* is the digest of what base begins with.
-    """
-    if remains.live is not None or remains.journal_problem is not None:
-        return True
-    journal = remains.journal
-    if journal is None:
-        return remains.saved is not None or remains.saved_problem is not None
-    was_switched = journal.state.rank > JournalState.SWITCHING.rank
-    was_switched |= journal.first_sector == first_sector
-    return not is_without_effect(journal, remains.saved, holds=was_switched)
 
 
 def of_journal(

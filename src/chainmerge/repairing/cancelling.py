@@ -29,7 +29,12 @@ from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.disks import forget_entry, load_entry
 from chainmerge.records.live_journal import LIVE_JOURNAL
-from chainmerge.records.merge_journal import Journal, forget_journal, load_journal
+from chainmerge.records.merge_journal import (
+    Journal,
+    forget_journal,
+    is_without_effect,
+    load_journal,
+)
 from chainmerge.records.merged_record import (
     MergedRecord,
     forget_merged_record,
@@ -39,7 +44,6 @@ from chainmerge.records.merged_record import (
 from chainmerge.records.request import shell_line
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.records.unfinished import how_far, status, where_base_is
-from chainmerge.records.ways_out import is_without_effect
 from chainmerge.repairing.errors import CannotCancel, NothingToCancel
 from chainmerge.storage.files import FileReadable, WritablePort, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
