@@ -26,7 +26,6 @@ from chainmerge.merging.concluding import conclude
 from chainmerge.merging.deciding import decided_job, find_same_target
 from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.merging.extending import extended
-from chainmerge.merging.hiding import hide
 from chainmerge.merging.job import Job, Merged, reclaim, unfinished_where_refused
 from chainmerge.merging.resuming import ToBeMerged
 from chainmerge.planning.aftermath import snapshots_to_remove
@@ -68,6 +67,9 @@ def _hide_and_merge(job: Job) -> MergeReport:
     """Merge and settle, once nothing can show that must not."""
     if job.plan.hides is None:
         return _merge_and_settle(job)
+    # Imported where it is used: few overlays are larger than what is below them.
+    from chainmerge.merging.hiding import hide  # noqa: PLC0415
+
     job.request.announce(Stage.HIDE)
     hide(job)
     with unfinished_where_refused(job), contextlib.ExitStack() as stack:
