@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from chainmerge.arithmetic.counting import counted
@@ -63,7 +62,7 @@ def _state(merge: UnfinishedMerge) -> Words:
         return words(f"running, pid {merge.process.pid}{how_far}{rate}", layout.CAUTION)
     if merge.base_is_locked:
         return words(f"perhaps still running: {merge.progress}{how_far}", layout.CAUTION)
-    at = "" if merge.noted_at is None else f" at {moment(merge.noted_at, time.time())}"
+    at = "" if merge.noted_at is None else f" at {moment(merge.noted_at)}"
     return words(f"interrupted{at}: {merge.progress}{how_far}", layout.CAUTION)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import time
 from typing import Final
 
 from chainmerge.arithmetic.counting import counted
@@ -54,11 +54,7 @@ def exact_size(size: int) -> str:
     return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else counted(size, "byte")
 
 
-def moment(seconds: float, now: float) -> str:
-    """Return a time as a clock on the wall shows it, with the date unless it is that of *now*.
-
-    Both are seconds since 1970 (UTC).
-    """
-    then = datetime.fromtimestamp(seconds).astimezone()
-    today = datetime.fromtimestamp(now).astimezone().date()
-    return then.strftime("%H:%M" if then.date() == today else "%Y-%m-%d %H:%M")
+def moment(seconds: float) -> str:
+    """Return a time (seconds since 1970, UTC) as calendar and clock show it here."""
+    # time.strftime does without datetime, which takes a millisecond to import.
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
