@@ -283,7 +283,7 @@ def test_the_commands(tmp_path: Path, uri: str) -> None:
         planned = chainmerge("live", "plan", *vm.arguments, scenario.top)
         assert planned.status == ExitCode.DONE, planned
         assert "stale-0" in planned.out
-        merged = chainmerge("live", "merge", "--delete", *vm.arguments, scenario.top)
+        merged = chainmerge("live", "merge", "-v", "--delete", *vm.arguments, scenario.top)
         assert merged.status == ExitCode.DONE, merged
         assert f"the guest reads and writes {scenario.base}, as libvirt says" in merged.out
         assert "2 kept, 3 stale ones removed from the chain" in merged.out

@@ -11,7 +11,7 @@ from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.plan import MUST_NOT_BE_USED, MergePlan, Role
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Stack, Words, stack, words
-from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan
+from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan, users_line
 from chainmerge.report.text import rough_size, short_size
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ def _merge_lines(report: MergeReport, names: ImageNames) -> Iterator[Block]:
         yield words(f"{names.of(old)} is now called {names.of(new)}, {replaced}")
     if report.bitmaps:
         yield words(f"Bitmaps: {listed([_bitmap(one) for one in report.bitmaps])}")
-    if report.verified:
-        yield words(f"Verified by {counted(len(report.verified), 'check')}", layout.QUIET)
     yield from _left_behind([report], names)
+    if report.plan is not None:
+        yield users_line(report.plan, names)
     yield from _warnings(report, names)
 
 
@@ -155,14 +155,15 @@ def _copied(report: MergeReport) -> int:
 
 
 def _speed(report: MergeReport) -> str:
-    """How much was copied at which rate, and how long all of it took."""
+    """How much was copied at which rate, what verified it, and how long all of it took."""
     copied = _copied(report)
     shared = report.bytes_copied - copied
     said = [f"{short_size(shared)} shared"] if shared else []
     if copied or not shared:
         rate = f" ({rough_size(copied / report.copy_seconds)}/s)" if report.copy_seconds else ""
         said.append(f"{short_size(copied)} copied{rate}")
-    return f"{', '.join(said)}; {report.seconds:.1f} s in all"
+    checks = f"; {counted(len(report.verified), 'check')} passed" if report.verified else ""
+    return f"{', '.join(said)}{checks}; {report.seconds:.1f} s in all"
 
 
 def _bitmap(bitmap: BitmapResult) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reports call images: by their names alone where one directory holds them all."""
+"""What reports call images and their users; by name alone if one directory holds all images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from chainmerge.arithmetic.counting import counted
+from chainmerge.documents.images import LEVELS
+from chainmerge.report.layout import Words, words
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from chainmerge.documents.images import Searched
     from chainmerge.documents.plan import MergePlan
 
 _LISTED: Final = 3
+_PLACES_SHOWN: Final = 3
 
 
 class ImageNames(Struct, frozen=True):
@@ -71,3 +77,42 @@ def spanned(names: Sequence[str]) -> str:
     if len(names) > _LISTED:
         return f"{names[0]} to {names[-1]}"
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def users_line(plan: MergePlan, names: ImageNames) -> Words:
+    """Who else uses the images, and where such users were looked for."""
+    return words(
+        f"Other users: {users_found(plan, names)}; {places_searched(plan.searched, names)}"
+    )
+
+
+def users_found(plan: MergePlan, names: ImageNames) -> str:
+    """The images outside the chain that stand on one of it."""
+    chain = {image.path for image in plan.images}
+    return names.of_all([one for one in plan.other_users if one not in chain]) or "none found"
+
+
+def places_searched(searched: Searched, names: ImageNames) -> str:
+    """How far a search for users of images went."""
+    if searched.sole_user:
+        return "no others, as --sole-user says"
+    places = tuple(_places(searched, names.directory.rstrip("/")))
+    text = f"searched {', '.join(places[:_PLACES_SHOWN])}"
+    if len(places) > _PLACES_SHOWN:
+        text += f" and {counted(len(places) - _PLACES_SHOWN, 'more place')}"
+    if searched.left_out:
+        text += f", but not {counted(len(searched.left_out), 'place')}: see -v"
+    return text
+
+
+def _places(searched: Searched, home: str) -> Iterator[str]:
+    """Where other users were looked for; *home* is the directory of the images."""
+
+    def called(place: str) -> str:
+        return "their directory" if place == home else place
+
+    # What is looked through with what is below it is not said twice.
+    deeper = {*searched.named, *searched.around}
+    yield from (f"all below {called(place)}" for place in searched.named)
+    yield from (called(place) for place in searched.directories if place not in deeper)
+    yield from (f"{LEVELS} levels below {called(place)}" for place in searched.around)

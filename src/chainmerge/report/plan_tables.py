@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.images import LEVELS, Searched
 from chainmerge.documents.plan import (
     EngineName,
     Finding,
@@ -21,7 +20,16 @@ from chainmerge.documents.plan import (
 )
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, joined, stack, words
-from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan, spanned
+from chainmerge.report.names import (
+    ImageNames,
+    listed,
+    names_in,
+    names_of_plan,
+    places_searched,
+    spanned,
+    users_found,
+    users_line,
+)
 from chainmerge.report.text import short_size, shortened
 
 if TYPE_CHECKING:
@@ -36,7 +44,6 @@ ROLE_STYLES: Final[Mapping[Role, str]] = {
 }
 _WARNINGS_SHOWN: Final = 3
 _AFTERWARDS_SHOWN: Final = 3
-_PLACES_SHOWN: Final = 3
 # Fewer images than this are all shown.
 _FEWEST_HIDDEN: Final = 4
 _MORE: Final = "-v shows exact bytes, reasons and warnings in full"
@@ -62,7 +69,7 @@ def answer(plan: MergePlan, names: ImageNames, command: str) -> Iterator[Block]:
         yield words(gone)
     yield words(f"{_copies(plan)}; {_needs(plan)}")
     yield words(_frees(plan, names))
-    yield words(f"Other users: {_other_users(plan, names)}; {_searched(plan.searched, names)}")
+    yield users_line(plan, names)
     if plan.refusals:
         yield from (part for refusal in plan.refusals for part in _refused(refusal))
     else:
@@ -152,37 +159,6 @@ def _frees(plan: MergePlan, names: ImageNames) -> str:
     if not plan.deletable_bytes or (plan.pulls and plan.other_users):
         return "Frees nothing"
     return f"Frees nothing; with --delete {short_size(plan.deletable_bytes)}"
-
-
-def _other_users(plan: MergePlan, names: ImageNames) -> str:
-    """The images outside the chain that stand on one of it."""
-    chain = {image.path for image in plan.images}
-    return names.of_all([one for one in plan.other_users if one not in chain]) or "none found"
-
-
-def _searched(searched: Searched, names: ImageNames) -> str:
-    if searched.sole_user:
-        return "no others, as --sole-user says"
-    places = tuple(_places(searched, names.directory.rstrip("/")))
-    text = f"searched {', '.join(places[:_PLACES_SHOWN])}"
-    if len(places) > _PLACES_SHOWN:
-        text += f" and {counted(len(places) - _PLACES_SHOWN, 'more place')}"
-    if searched.left_out:
-        text += f", but not {counted(len(searched.left_out), 'place')}: see -v"
-    return text
-
-
-def _places(searched: Searched, home: str) -> Iterator[str]:
-    """Where other users were looked for; *home* is the directory of the images."""
-
-    def called(place: str) -> str:
-        return "their directory" if place == home else place
-
-    # What is looked through with what is below it is not said twice.
-    deeper = {*searched.named, *searched.around}
-    yield from (called(place) for place in searched.directories if place not in deeper)
-    yield from (f"all below {called(place)}" for place in searched.named)
-    yield from (f"{LEVELS} levels below {called(place)}" for place in searched.around)
 
 
 def _chain(plan: MergePlan, names: ImageNames) -> Block:
@@ -314,8 +290,8 @@ def disks_plan_report(plan: DisksPlan, command: str) -> Block:
 def disks_answer(plan: DisksPlan, names: ImageNames, command: str) -> Iterator[Block]:
     """What the plans of several disks come down to, and the command that carries them out."""
     yield words(f"Merge {counted(len(plan.disks), 'disk')} as one{names.place}", layout.TITLE)
-    searched = {_searched(disk.searched, names): None for disk in plan.disks}
-    others = {_other_users(disk, names): None for disk in plan.disks}
+    searched = {places_searched(disk.searched, names): None for disk in plan.disks}
+    others = {users_found(disk, names): None for disk in plan.disks}
     others = {one: None for one in others if one != "none found"} or {"none found": None}
     yield words(f"Other users: {', '.join(others)}; {'; '.join(searched)}")
     if plan.feasible:
