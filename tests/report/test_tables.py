@@ -102,7 +102,7 @@ def test_plan_says_everything_a_user_decides_by() -> None:
 def test_a_plan_says_where_other_users_were_looked_for() -> None:
     plan = reports.plan()
     out = rendered(plan_report(replace(plan, searched=replace(plan.searched, sole_user=False)), ""))
-    places = "their directory, all below /more, 3 levels below /, but not 1 place: see -v"
+    places = "all below /more, their directory, 3 levels below /, but not 1 place: see -v"
     assert f"; searched {places}\n" in out
 
 
