@@ -20,7 +20,7 @@ from chainmerge.merging.errors import DiskGone
 from chainmerge.options import MergeOptions
 from chainmerge.planning import locking
 from chainmerge.records.disks import disk_file
-from chainmerge.records.merged_record import merged_record_file
+from chainmerge.records.merged_record import MergedRecord, merged_record_file
 from tests.support.qemu import assert_clean, content, create, qemu_io
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def test_a_top_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
     tops = disks(tmp_path)
     if is_done:
         # The second disk fails, so that what holds them together stays.
-        monkeypatch.setattr(settling, "repoint", _failing_at(2))
+        monkeypatch.setattr(settling, "record_intent", _failing_at(2))
         chainmerge.merge_disks(tops)
         monkeypatch.undo()
     tops[0].unlink()
@@ -182,14 +182,14 @@ def test_a_top_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
     assert all(disk.is_done for disk in chainmerge.merge_disks(tops[1:]).disks)
 
 
-def _failing_at(number: int) -> Callable[..., tuple[str, ...]]:
+def _failing_at(number: int) -> Callable[..., MergedRecord | None]:
     calls = []
-    repoint = settling.repoint
+    record_intent = settling.record_intent
 
-    def failing(*arguments: object) -> tuple[str, ...]:
+    def failing(*arguments: object) -> MergedRecord | None:
         calls.append(arguments)
         if len(calls) == number:
             raise OSError(5, os.strerror(5))
-        return repoint(*arguments)  # type: ignore[arg-type]
+        return record_intent(*arguments)  # type: ignore[arg-type]
 
     return failing

@@ -360,7 +360,7 @@ LEAKS: Final = [
     Row(
         "others'",
         replace(MERGE, leaks=LeakFacts(others=MIB)),
-        (f"{LEAKED}. They stay; `chainmerge repair --yes` gives the space back",),
+        (f"{LEAKED}. They stay; `chainmerge repair` shows what would give the space back",),
     ),
     Row(
         "others', that look like lost data",
@@ -383,7 +383,7 @@ LEAKS: Final = [
         (
             (
                 f"{MIB} bytes of {TOP} leaked, and nobody knows by whom. They stay; `chainmerge "
-                "repair --yes` gives the space back"
+                "repair` shows what would give the space back"
             ),
         ),
     ),

@@ -130,6 +130,6 @@ def _leaks(facts: MergeFacts) -> Iterator[str]:
     if leaks.reclaimed:
         yield f"{words}. They are given back, as requested"
     elif leaks.sign is None:
-        yield f"{words}. They stay; `chainmerge repair --yes` gives the space back"
+        yield f"{words}. They stay; `chainmerge repair` shows what would give the space back"
     else:
         yield f"{words}. They stay; `chainmerge repair --reclaim` would destroy that"

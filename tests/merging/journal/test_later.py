@@ -238,7 +238,7 @@ def test_raw_base(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            settling.repoint = die
+            settling.record_intent = die
             chainmerge.merge(top)
         finally:
             os._exit(1)
