@@ -119,6 +119,11 @@ def command_line(label: str, text: str) -> Words:
     return Words(((label, TITLE), (printable(text), "")), folds=False)
 
 
+def way_out(hint: str, code: str) -> tuple[Words, Words]:
+    """Return what to do about an error, and where more is said of it, to go below its sentence."""
+    return words(f"  what to do: {hint}"), words(f"  more: chainmerge explain {code}", QUIET)
+
+
 def number(value: int | None) -> Words:
     """Return an exact number, or a dash for one that is not known."""
     return words("-", QUIET) if value is None else words(str(value))

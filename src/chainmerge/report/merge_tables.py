@@ -97,8 +97,7 @@ def _top_of(disk: DiskReport) -> str:
 def _why_not_done(disk: DiskReport, names: ImageNames) -> Iterator[Block]:
     if disk.error is not None:
         yield words(f"{names.of(disk.top)}: {disk.error.message}", layout.BAD)
-        yield words(f"  what to do: {disk.error.hint}")
-        yield words(f"  more: chainmerge explain {disk.error.code}", layout.QUIET)
+        yield from layout.way_out(disk.error.hint, disk.error.code)
     elif disk.report is None:
         yield words(f"{names.of(disk.top)}: this run has changed nothing", layout.QUIET)
 

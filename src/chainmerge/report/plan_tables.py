@@ -83,8 +83,7 @@ def _command(progress: Progress, command: str) -> Iterator[Block]:
 
 def _refused(refusal: Finding) -> Iterator[Block]:
     yield joined(words("REFUSED: ", layout.BAD), words(refusal.sentence))
-    yield words(f"  what to do: {refusal.hint}")
-    yield words(f"  more: chainmerge explain {refusal.code}", layout.QUIET)
+    yield from layout.way_out(refusal.hint, refusal.code)
 
 
 def _headline(plan: MergePlan, names: ImageNames) -> Words:
@@ -300,8 +299,7 @@ def disks_answer(plan: DisksPlan, names: ImageNames, command: str) -> Iterator[B
     yield words("REFUSED: none of the disks was changed", layout.BAD)
     for finding, disks in _findings(plan, names).items():
         yield words(f"  {disks}{finding.sentence}")
-        yield words(f"  what to do: {finding.hint}")
-        yield words(f"  more: chainmerge explain {finding.code}", layout.QUIET)
+        yield from layout.way_out(finding.hint, finding.code)
 
 
 def _findings(plan: DisksPlan, names: ImageNames) -> Mapping[Finding, str]:
