@@ -121,6 +121,11 @@ class PlannedBitmap(Struct, frozen=True):
     states: dict[str, str]
     recovered: bool
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it could have served a backup, and will not any more."""
+        return self.fate == "drop" and self.was_valid
+
 
 class PlannedSnapshots(Struct, frozen=True):
     """The fate of an image's internal snapshots, by name.

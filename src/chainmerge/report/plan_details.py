@@ -171,7 +171,7 @@ def _bitmaps(bitmaps: tuple[PlannedBitmap, ...]) -> Block:
         right=("granularity", "dirty"),
     )
     kept = sum(bitmap.fate == "keep" for bitmap in bitmaps)
-    lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in bitmaps)
+    lost = sum(bitmap.is_lost for bitmap in bitmaps)
     summary = f"{kept} of {counted(len(bitmaps), 'bitmap')} kept"
     if lost:
         summary += f", {lost} lost that could have served a backup"

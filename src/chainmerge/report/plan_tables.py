@@ -208,7 +208,7 @@ def _rest(plan: MergePlan, names: ImageNames) -> Iterator[tuple[Words, Words]]:
     if plan.bitmaps:
         yield words("Bitmaps"), words(_fates(plan))
     for bitmap in plan.bitmaps:
-        if bitmap.fate == "drop" and bitmap.was_valid:
+        if bitmap.is_lost:
             reason = shortened(names.left_out_of(bitmap.reason))
             yield words("Lost", layout.BAD), words(f"{bitmap.name}: {reason}")
     for image in plan.snapshots:
@@ -241,7 +241,7 @@ def _fates(plan: MergePlan) -> str:
         called = [bitmap.name for bitmap in plan.bitmaps if bitmap.fate == fate]
         if called:
             parts.append(f"{len(called)} {said} ({listed(called)})")
-    lost = sum(bitmap.fate == "drop" and bitmap.was_valid for bitmap in plan.bitmaps)
+    lost = sum(bitmap.is_lost for bitmap in plan.bitmaps)
     if lost:
         parts.append(f"{lost} lost that could have served a backup")
     return ", ".join(parts) or "none of them is base's or top's"
