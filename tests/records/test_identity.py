@@ -13,8 +13,8 @@ import pytest
 from chainmerge.records import identity as identities
 from chainmerge.records.changes import called, moved
 from chainmerge.records.disks import DiskEntry, read_entry
-from chainmerge.records.files import write_state
-from chainmerge.records.identity import ImageIdentity, Sameness, compare, identify
+from chainmerge.records.files import STATE_DIRECTORY, write_state
+from chainmerge.records.identity import BlockDevices, ImageIdentity, Sameness, compare, identify
 from chainmerge.records.merge_journal import (
     JOURNAL_VERSION,
     Asked,
@@ -32,6 +32,7 @@ from chainmerge.records.merged_record import (
     read_merged_record,
 )
 from chainmerge.records.request import RecordedRequest
+from chainmerge.records.unfinished import status
 from tests.support.loopdev import loop_device, mounted_file_system, mounted_ramfs
 from tests.support.reused import made_again
 
@@ -164,10 +165,10 @@ def test_a_device_that_has_another_number_is_called_what_it_is_called_now(tmp_pa
     volume, other = tmp_path / "volume", tmp_path / "other"
     with loop_device(volume, MIB) as device:
         before = identify(device)
-    assert moved([before]) == {}
+    assert moved([before], BlockDevices()) == {}
     # The number goes to the next one that asks.
     with loop_device(other, MIB), loop_device(volume, MIB) as device:
-        moves = moved([before, identify(volume)])
+        moves = moved([before, identify(volume)], BlockDevices())
         assert moves == ({} if str(device) == before.path else {before.path: str(device)})
         assert called(before, moves) == identify(device)
 
@@ -189,9 +190,34 @@ def test_documents_call_a_device_that_has_another_number_what_it_is_called_now(
         )
 
 
-def _read_again(place: Path, read: Callable[[Path], object], document: msgspec.Struct) -> object:
+def test_devices_are_looked_at_once_however_many_records_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loop_device(tmp_path / "volume", MIB) as device:
+        before = identify(device)
+    for number in range(40):
+        gone = msgspec.structs.replace(before, birth=f"{before.birth}{number}")
+        write_state(STATE_DIRECTORY / f"gone-{number}.chainmerge-merged", _record(gone))
+    looks = []
+    look = identities._nodes_by_identity
+
+    def counted() -> dict[str, str]:
+        looks.append(look())
+        return looks[-1]
+
+    monkeypatch.setattr(identities, "_nodes_by_identity", counted)
+    # The number that the records name is another one's.
+    with loop_device(tmp_path / "other", MIB) as other:
+        assert status([tmp_path]).merges == ()
+        assert looks == [look()]
+        assert str(other) in looks[0].values()
+
+
+def _read_again(
+    place: Path, read: Callable[[Path, BlockDevices], object], document: msgspec.Struct
+) -> object:
     write_state(place / "document", document)
-    return read(place / "document")
+    return read(place / "document", BlockDevices())
 
 
 def _request() -> RecordedRequest:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.identity import ImageIdentity, Sameness, compare, identify, node_of
+from chainmerge.records.identity import BlockDevices, ImageIdentity, Sameness, compare, identify
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def is_there(identity: ImageIdentity) -> bool:
         return False
 
 
-def moved(identities: Iterable[ImageIdentity]) -> dict[str, str]:
+def moved(identities: Iterable[ImageIdentity], devices: BlockDevices) -> dict[str, str]:
     """What images were called that have another path by now, and what that is.
 
     These are block devices: their nodes are numbered as they come up. One that is not up is not
@@ -51,7 +51,10 @@ def moved(identities: Iterable[ImageIdentity]) -> dict[str, str]:
     return {
         one.path: node
         for one in identities
-        if one.kind == "block" and one.birth and not is_there(one) and (node := node_of(one.birth))
+        if one.kind == "block"
+        and one.birth
+        and not is_there(one)
+        and (node := devices.node_of(one.birth))
     }
 
 
@@ -61,12 +64,14 @@ def called(identity: ImageIdentity, moves: Mapping[str, str]) -> ImageIdentity:
     return msgspec.structs.replace(identity, path=path)
 
 
-def as_called_now(document: _Document, places: frozenset[str] = frozenset()) -> _Document:
+def as_called_now(
+    document: _Document, devices: BlockDevices, places: frozenset[str] = frozenset()
+) -> _Document:
     """The same document, where volumes have got other numbers since.
 
     *places* are the fields, wherever in it they are, that hold paths of images: one, or a list.
     """
-    moves = moved(_identities(document))
+    moves = moved(_identities(document), devices)
     return _renamed(document, moves, places, _NO_MOVES) if moves else document
 
 

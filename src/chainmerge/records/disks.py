@@ -23,7 +23,7 @@ from chainmerge.records.files import (
     read_state,
     write_state,
 )
-from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.identity import BlockDevices, ImageIdentity
 from chainmerge.records.request import RecordedRequest, command_of
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def keep_entry(base: Path, entry: DiskEntry) -> None:
     write_state(DISK_ENTRY.place(base), entry)
 
 
-def read_entry(file: Path) -> DiskEntry | None:
+def read_entry(file: Path, devices: BlockDevices) -> DiskEntry | None:
     """The entry in *file*; None if absent or unreadable."""
     try:
-        return read_state(file, DiskEntry, _PLACES, _problems)
+        return read_state(file, DiskEntry, devices, _PLACES, _problems)
     except UnusableState:
         return None
 

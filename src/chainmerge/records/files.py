@@ -23,7 +23,13 @@ from msgspec import Struct
 
 from chainmerge.errors import ChainmergeError, RecordsUnusable, Refused
 from chainmerge.records.changes import as_called_now, named_in
-from chainmerge.records.identity import ImageIdentity, device_identity, identify, may_be_same
+from chainmerge.records.identity import (
+    BlockDevices,
+    ImageIdentity,
+    device_identity,
+    identify,
+    may_be_same,
+)
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
 
@@ -70,7 +76,7 @@ class StateFile(Struct, Generic[Kept], frozen=True):
     """
 
     suffix: str
-    read: Callable[[Path], Kept | None]
+    read: Callable[[Path, BlockDevices], Kept | None]
     owner: Callable[[Kept], ImageIdentity | None]
 
     def is_called(self, name: str) -> bool:
@@ -103,7 +109,7 @@ class StateFile(Struct, Generic[Kept], frozen=True):
         if not real.is_block_device() or file.exists():
             return file
         old = STATE_DIRECTORY / f"{_name_of_node(real)}.{self.suffix}"
-        kept = None if old == file else self.read(old)
+        kept = None if old == file else self.read(old, BlockDevices())
         of = None if kept is None else self.owner(kept)
         return old if of is not None and may_be_same(of, identify(real)) else file
 
@@ -112,7 +118,7 @@ class StateFile(Struct, Generic[Kept], frozen=True):
 
         Raises what ``read`` raises.
         """
-        return self.read(self.found(image))
+        return self.read(self.found(image), BlockDevices())
 
     def forget(self, image: Path) -> None:
         """Remove the file of *image*, durably; nothing happens if there is none."""
@@ -166,6 +172,7 @@ def write_state(file: Path, document: msgspec.Struct) -> None:
 def read_state(
     file: Path,
     form: type[Document],
+    devices: BlockDevices,
     places: frozenset[str] = frozenset(),
     problems: Callable[[Document], Iterator[str]] = lambda _document: iter(()),
 ) -> Document | None:
@@ -192,7 +199,7 @@ def read_state(
         raise UnusableState("a name in it is not a valid file name") from error
     if problem is not None:
         raise UnusableState(problem)
-    return as_called_now(document, places)
+    return as_called_now(document, devices, places)
 
 
 def is_path(text: str) -> bool:

@@ -161,23 +161,47 @@ def device_identity(device: int) -> str:
     return f"wwid-{wwid}" if wwid else ""
 
 
-def node_of(unique: str) -> str:
-    """The node of the device of which :func:`device_identity` says *unique*; empty without one."""
+class BlockDevices:
+    """The block devices that are up, all looked at when the first of them is asked for.
+
+    Who reads many files of what earlier runs have left hands the same one to all of these
+    readings: with as many files as devices, looking anew for each would take the square of that.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is looked at yet."""
+        self._nodes: dict[str, str] | None = None
+
+    def node_of(self, unique: str) -> str:
+        """The node of the device of which :func:`device_identity` says *unique*; empty if none."""
+        if self._nodes is None:
+            self._nodes = _nodes_by_identity()
+        return self._nodes.get(unique, "")
+
+
+def _nodes_by_identity() -> dict[str, str]:
     try:
         devices = sorted(Path("/sys/class/block").iterdir())
     except OSError:
-        return ""
+        return {}
+    nodes: dict[str, str] = {}
     for device in devices:
         number = _device_number(device)
-        if not number or device_identity(number) != unique:
-            continue
-        # Where no udev makes links, as in a container, the name in the device-mapper is the node.
-        for name in (device.name.replace("!", "/"), f"mapper/{_read(device / 'dm' / 'name')}"):
-            with contextlib.suppress(OSError):
-                node = Path("/dev", name).resolve()
-                status = node.stat()
-                if stat.S_ISBLK(status.st_mode) and status.st_rdev == number:
-                    return str(node)
+        unique = device_identity(number) if number else ""
+        if unique and unique not in nodes and (node := _node_with(device, number)):
+            nodes[unique] = node
+    return nodes
+
+
+def _node_with(device: Path, number: int) -> str:
+    """The node with the *number* of a device in sysfs; empty if there is none."""
+    # Where no udev makes links, as in a container, the name in the device-mapper is the node.
+    for name in (device.name.replace("!", "/"), f"mapper/{_read(device / 'dm' / 'name')}"):
+        with contextlib.suppress(OSError):
+            node = Path("/dev", name).resolve()
+            status = node.stat()
+            if stat.S_ISBLK(status.st_mode) and status.st_rdev == number:
+                return str(node)
     return ""
 
 

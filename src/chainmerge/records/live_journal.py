@@ -20,7 +20,7 @@ import msgspec
 
 from chainmerge.errors import RecordsUnusable, Refused
 from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
-from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.identity import BlockDevices, ImageIdentity
 from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
@@ -171,13 +171,13 @@ def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
     return entered
 
 
-def read_live_journal(file: Path) -> LiveJournal | None:
+def read_live_journal(file: Path, devices: BlockDevices) -> LiveJournal | None:
     """The journal in *file*; None if there is no such file.
 
     Raises LiveJournalDamaged.
     """
     try:
-        return read_state(file, LiveJournal, problems=_problems)
+        return read_state(file, LiveJournal, devices, problems=_problems)
     except UnusableState as error:
         raise LiveJournalDamaged(str(file), str(error)) from error
 

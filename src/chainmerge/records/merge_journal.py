@@ -48,7 +48,7 @@ from chainmerge.qcow2.header import SECTOR
 from chainmerge.records.changes import last_change
 from chainmerge.records.doing import CopiedSoFar
 from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
-from chainmerge.records.identity import ImageIdentity, identify
+from chainmerge.records.identity import BlockDevices, ImageIdentity, identify
 from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.files import FileReadable
 
@@ -218,13 +218,13 @@ def keep_journal(journal: Journal) -> Journal | None:
     return journal
 
 
-def read_journal(file: Path) -> Journal | None:
+def read_journal(file: Path, devices: BlockDevices) -> Journal | None:
     """The journal in *file*; None if there is no such file.
 
     Raises MergeJournalDamaged.
     """
     try:
-        return read_state(file, Journal, _PLACES, _problems)
+        return read_state(file, Journal, devices, _PLACES, _problems)
     except UnusableState as error:
         raise MergeJournalDamaged(str(file), str(error)) from error
 

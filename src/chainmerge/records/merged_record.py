@@ -25,7 +25,7 @@ from chainmerge.records.files import (
     read_state,
     write_state,
 )
-from chainmerge.records.identity import ImageIdentity, Sameness, identify, may_be_same
+from chainmerge.records.identity import BlockDevices, ImageIdentity, Sameness, identify, may_be_same
 from chainmerge.records.request import RecordedRequest
 
 if TYPE_CHECKING:
@@ -172,10 +172,10 @@ def load_merged_record(top: Path) -> MergedRecord | None:
         return None
 
 
-def read_merged_record(file: Path) -> MergedRecord | None:
+def read_merged_record(file: Path, devices: BlockDevices) -> MergedRecord | None:
     """The record in *file*; None if absent or unreadable."""
     try:
-        return read_state(file, MergedRecord, _PLACES, _problems)
+        return read_state(file, MergedRecord, devices, _PLACES, _problems)
     except (OSError, UnusableState):
         return None
 

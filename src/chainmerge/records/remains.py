@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from chainmerge.records.changes import data_changed
 from chainmerge.records.disks import DISK_ENTRY, DiskEntry
-from chainmerge.records.identity import identify, may_be_same, same_image
+from chainmerge.records.identity import BlockDevices, identify, may_be_same, same_image
 from chainmerge.records.live_journal import LIVE_JOURNAL, LiveJournal, load_live_journal
 from chainmerge.records.merge_journal import (
     MERGE_JOURNAL,
@@ -48,14 +48,14 @@ def kind_of(name: str) -> StateFile[Any] | None:
     return next((kind for kind in KINDS if kind.is_called(name)), None)
 
 
-def read_leftover(file: Path) -> Leftover | None:
+def read_leftover(file: Path, devices: BlockDevices) -> Leftover | None:
     """What is in a state file; None if there is none, or it says nothing.
 
     Raises MergeJournalDamaged, LiveJournalDamaged, SavedBitmapsDamaged, and what opening a file
     raises.
     """
     kind = kind_of(file.name)
-    found: Leftover | None = None if kind is None else kind.read(file)
+    found: Leftover | None = None if kind is None else kind.read(file, devices)
     return found
 
 

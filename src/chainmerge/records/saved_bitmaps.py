@@ -38,7 +38,7 @@ from chainmerge.records.files import (
     is_path,
     make_directory,
 )
-from chainmerge.records.identity import ImageIdentity
+from chainmerge.records.identity import BlockDevices, ImageIdentity
 from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, write_file_durably
@@ -132,7 +132,7 @@ def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:
     write_file_durably(target, document + hashlib.sha256(document).digest(), 0o600)
 
 
-def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
+def read_saved_bitmaps(file: Path, devices: BlockDevices) -> SavedBitmaps | None:
     """The bitmaps saved in *file*; None if there is no such file.
 
     Raises SavedBitmapsDamaged, and what opening a file raises.
@@ -146,14 +146,14 @@ def read_saved_bitmaps(file: Path) -> SavedBitmaps | None:
     if not document.startswith(SAVED_BITMAPS_MAGIC):
         raise SavedBitmapsDamaged(str(file), "it is of another version")
     try:
-        return _decode(document)
+        return _decode(document, devices)
     except UnusableState as error:
         raise SavedBitmapsDamaged(str(file), str(error)) from error
     except (ValueError, struct.error, zlib.error, MemoryError) as error:
         raise SavedBitmapsDamaged(str(file), f"it cannot be understood ({error})") from error
 
 
-def _decode(document: bytes) -> SavedBitmaps:
+def _decode(document: bytes, devices: BlockDevices) -> SavedBitmaps:
     header_end = document.index(b"\n", len(SAVED_BITMAPS_MAGIC)) + 1
     header = decoded(document[len(SAVED_BITMAPS_MAGIC) : header_end], _SavedHeader)
     if not (is_path(header.base.path) and is_path(header.overlay.path)):
@@ -165,7 +165,7 @@ def _decode(document: bytes) -> SavedBitmaps:
         in_base, blobs = _take(entry.base, blobs)
         in_overlay, blobs = _take(entry.overlay, blobs)
         bitmaps.append(SavedBitmap(name, in_base, in_overlay))
-    header = as_called_now(header)
+    header = as_called_now(header, devices)
     return SavedBitmaps(header.base, header.overlay, tuple(bitmaps), header.request)
 
 

@@ -23,7 +23,7 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.records import files as state_files
 from chainmerge.records.changes import is_there, what_stands_at
 from chainmerge.records.disks import DiskEntry
-from chainmerge.records.identity import Sameness
+from chainmerge.records.identity import BlockDevices, Sameness
 from chainmerge.records.live_journal import LiveJournal, LiveState
 from chainmerge.records.merge_journal import (
     Journal,
@@ -113,8 +113,9 @@ def status(paths: Sequence[str | Path] = ()) -> StatusReport:
     searches = [_search(Path(path)) for path in (paths or (".",))]
     searches.append(_search_of_devices(searches) if paths else _search_of_all_devices())
     found: dict[str, UnfinishedMerge] = {}
+    devices = BlockDevices()
     for search in searches:
-        wanted = [merge for merge in _found_in(search) if search.wants(merge)]
+        wanted = [merge for merge in _found_in(search, devices) if search.wants(merge)]
         if search.missing is not None and not wanted:
             raise ImageMissing(search.missing)
         for merge in wanted:
@@ -211,7 +212,7 @@ def _search_below(root: Path) -> _Search:
     return _Search(tuple(found), (root,), None, left_out=tuple(left_out))
 
 
-def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
+def _found_in(search: _Search, devices: BlockDevices) -> Iterator[UnfinishedMerge]:
     """All unfinished merges of which there are files in the directories of a search.
 
     Raises SearchPathUnusable if one that the report names cannot be read.
@@ -219,7 +220,7 @@ def _found_in(search: _Search) -> Iterator[UnfinishedMerge]:
     by_base: dict[str, UnfinishedMerge] = {}
     files = [file for directory in search.directories for file in _files(directory, search.named)]
     for file in sorted(files, key=_rank):
-        merge = _read(file)
+        merge = _read(file, devices)
         if merge is not None:
             key = _base_of(file, merge)
             before = by_base.get(key)
@@ -296,10 +297,10 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
     )
 
 
-def _read(file: Path) -> UnfinishedMerge | None:
+def _read(file: Path, devices: BlockDevices) -> UnfinishedMerge | None:
     """The unfinished merge that *file* tells of; None if it tells of none."""
     try:
-        match read_leftover(file):
+        match read_leftover(file, devices):
             case Journal() as journal:
                 return _of_journal(file, journal)
             case LiveJournal() as journal:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import MergeOptions
 from chainmerge.records.changes import is_there
+from chainmerge.records.identity import BlockDevices
 from chainmerge.records.live_journal import LIVE_JOURNAL
 from chainmerge.records.merge_journal import Journal, forget_journal
 from chainmerge.records.merged_record import MergedRecord, forget_merged_record, is_pulled
@@ -67,11 +68,12 @@ def interrupted_merges(image: Path) -> tuple[InterruptedMerge, ...]:
     Raises:
         SearchPathUnusable: the image's directory cannot be read.
     """
+    devices = BlockDevices()
     return tuple(
         merge
         for unfinished in status([image]).merges
         if not unfinished.base_is_locked
-        for merge in _judged(unfinished)
+        for merge in _judged(unfinished, devices)
     )
 
 
@@ -84,7 +86,7 @@ def forget_merge(merge: InterruptedMerge) -> None:
         forget_merged_record(merge.top)
 
 
-def _judged(unfinished: UnfinishedMerge) -> Iterator[InterruptedMerge]:
+def _judged(unfinished: UnfinishedMerge, devices: BlockDevices) -> Iterator[InterruptedMerge]:
     """One that is what the first of its files says: a journal says the most.
 
     One that is only known to be one of several disks has not begun, and its images are whole. A
@@ -94,7 +96,7 @@ def _judged(unfinished: UnfinishedMerge) -> Iterator[InterruptedMerge]:
     if LIVE_JOURNAL.is_called(file.name):
         return
     try:
-        match read_leftover(file):
+        match read_leftover(file, devices):
             case Journal() as journal:
                 yield _of_journal(unfinished, journal)
             case SavedBitmaps() as saved:
