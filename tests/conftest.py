@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, settings
 
+from chainmerge.records.files import STATE_DIRECTORY
 from tests.support import machine
+from tests.support.loopdev import mounted
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
 OTHER_QEMU = "CHAINMERGE_OTHER_QEMU" in os.environ
@@ -37,3 +40,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_directory_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is recorded of block devices stays out of the machine's own records.
+
+    Without loop devices nothing is recorded there.
+    """
+    if not machine.has_loop_devices():
+        yield
+        return
+    STATE_DIRECTORY.mkdir(parents=True, exist_ok=True)
+    with mounted("--bind", tmp_path_factory.mktemp("state"), STATE_DIRECTORY):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _state_directory_empty_again(_state_directory_of_this_run: None) -> Iterator[None]:
+    """No module's tests read what those of others have left: that would take longer and longer."""
+    yield
+    if machine.has_loop_devices():
+        for file in STATE_DIRECTORY.iterdir():
+            file.unlink()
