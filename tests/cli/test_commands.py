@@ -169,7 +169,7 @@ def test_what_is_ignored_from_the_start_stays_ignored(chain: tuple[Path, Path], 
     base, top = chain
     expected = qemu.content(top)
     with subprocess.Popen(
-        ["env", f"--ignore-signal={name}", *COMMAND, "merge", "--json", "--bandwidth", "4M", top],
+        ["env", f"--ignore-signal={name}", *COMMAND, "merge", "--json", "--bandwidth", "8M", top],
         stdout=subprocess.PIPE,
         env=environment(),
         text=True,
@@ -189,7 +189,7 @@ def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path
     expected = qemu.content(top)
     assert "no unfinished merges" in chainmerge("status", base.parent).out
     with subprocess.Popen(
-        [*COMMAND, "merge", "--json", "--delete", "--bandwidth", "256K", str(top)],
+        [*COMMAND, "merge", "--json", "--delete", "--bandwidth", "8M", str(top)],
         stdout=subprocess.PIPE,
         env=environment(),
         text=True,
@@ -199,6 +199,8 @@ def test_status_names_what_finishes_an_interrupted_merge(chain: tuple[Path, Path
             event = json.loads(line)
             if event.get("stage") == "copy" and event["done"] > 0:
                 break
+        # It cannot come to its end while it is looked at.
+        process.send_signal(signal.SIGSTOP)
         running = document(chainmerge("status", "--json", top), StatusReport, ExitCode.UNFINISHED)
         process.kill()
     (merge,) = running.merges

@@ -12,7 +12,7 @@ import pytest
 import chainmerge
 from chainmerge.merging import by_native, by_qemu
 from chainmerge.merging import journal as merging_journal
-from chainmerge.options import MergeOptions
+from chainmerge.options import Access, MergeOptions
 from chainmerge.records.disks import disk_file
 from chainmerge.records.merge_journal import journal_file
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
@@ -192,7 +192,7 @@ def test_somebody_has_it_open(templates: dict[int, Images], tmp_path: Path) -> N
     images = copy(templates[1], tmp_path / "it")
     killed(images, COMMIT, BEFORE_SWITCH["switching"])
     with lock_image(images.base, LockMode.READER, 0), pytest.raises(ImageLocked):
-        chainmerge.cancel(images.top)
+        chainmerge.cancel(images.top, Access(lock_wait=0))
     chainmerge.cancel(images.top)
 
 
