@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Images]:
     directory = tmp_path_factory.mktemp("templates")
     return {levels: build(directory / str(levels), levels) for levels in LEVELS}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def outcomes(
     templates: dict[int, Images], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, str], Outcome]:
