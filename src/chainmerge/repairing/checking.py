@@ -68,9 +68,9 @@ def _unusable_bitmaps(top: OpenImage) -> Iterator[str]:
     for entry in top.info.bitmaps:
         if state_of(top.image, entry) is BitmapState.IN_USE:
             yield (
-                f"bitmap {entry.name!r} is in-use: a program is writing to the image, or died "
-                "while it was, and then the next backup that builds on the bitmap must be a full "
-                "one"
+                f"bitmap {entry.name!r} is inconsistent (in-use): a program is writing to the "
+                "image, or died while it was. If no VM is running, `chainmerge bitmaps repair "
+                "LEAF` drops it from the whole chain, and the next backup must be a full one"
             )
 
 

@@ -388,8 +388,8 @@ def _unusable(info: ImageInfo, relatives: Relatives, access: Access) -> Iterator
         return
     for name, reason in unusable_bitmaps(info, relatives, access).items():
         sentence = (
-            f"no chain can use the bitmap {name!r}: it is {reason}; `chainmerge bitmaps prune` "
-            "removes such bitmaps"
+            f"no chain can use the bitmap {name!r}: it is {reason}; `chainmerge bitmaps repair "
+            "LEAF` drops such bitmaps from the whole chain"
         )
         yield RepairFinding(UNUSABLE_BITMAP, sentence, repairable=False)
 
