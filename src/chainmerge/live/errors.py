@@ -95,7 +95,9 @@ class NoSuchDisk(VmUnavailable, Misuse):
 
     code: ClassVar[str] = "vm-no-such-disk"
     template: ClassVar[str] = "{vm} has no disk {wanted!r}; it has: {known}"
-    hint: ClassVar[str] = "name one of those with --device, or the active image's node with --node"
+    hint: ClassVar[str] = (
+        "name one of those: a device with --device, a node with --node, a domain's disk with --disk"
+    )
     explanation: ClassVar[str] = (
         "--device takes the id of the guest's device (or, in older command lines, of its drive), "
         "--node the node name of its active image, as `query-block` and `query-named-block-nodes` "

@@ -135,8 +135,8 @@ class ImageLocked(UsedByOthers, Refused):
     code: ClassVar[str] = "image-locked"
     template: ClassVar[str] = "{image}: is in use by {holder}"
     hint: ClassVar[str] = (
-        "wait until nothing uses the image any more (--lock-wait SECONDS); or shut the virtual "
-        "machine down properly, or merge while it runs (`chainmerge live merge`); do not kill a "
+        "wait until nothing uses the image any more (--lock-wait SECONDS), or shut the virtual "
+        "machine down properly (`chainmerge live merge` merges while it runs); do not kill a "
         "program that may be writing to the image"
     )
     explanation: ClassVar[str] = (
