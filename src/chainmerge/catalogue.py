@@ -245,7 +245,7 @@ FINDINGS: Final = _by_code(
         "unusable-bitmap",
         "a bitmap is whole, but no chain can use it",
         "A backup needs a bitmap of the same name in every image from the checkpoint up to the "
-        "active layer. This one has a gap above it, or stands above one that is broken. It does no "
+        "active layer. This one has a gap above it, or is above one that is broken. It does no "
         "harm, but takes space and may pass for a checkpoint.",
         _DROP,
     ),

@@ -23,7 +23,7 @@ from chainmerge.live.libvirt.connection import DEFAULT_URI, DomainConnection
 from chainmerge.live.libvirt.description import disks_of
 from chainmerge.live.qemu_processes import virtual_machines
 from chainmerge.storage.bystanders import files_open_in, key_of
-from chainmerge.storage.processes import command_line, guest_name, properties_of, values_of
+from chainmerge.storage.processes import guest_name, properties_of, started_with, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ def vm_that_has_open(image: Path) -> FoundVm | None:
     if len(found) != 1:
         return None
     (process,) = found
-    words = command_line(process)
+    words = started_with(process)
     name = guest_name(words)
     if name is not None and _MONITOR_OF_LIBVIRT in _sockets(words):
         return _domain(process, name, image)

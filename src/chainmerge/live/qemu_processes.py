@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.rounding import round_up
-from chainmerge.storage.processes import command_line, values_of
+from chainmerge.storage.processes import started_with, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ def qemu_connected_to(number: int, listener: int) -> int | None:
 
 def qemu_of_domain(uuid: str) -> int | None:
     """The QEMU that libvirt has started for the domain with that UUID, if it is on this machine."""
-    found = (one for one in _qemus() if uuid in values_of("uuid", command_line(one)))
+    found = (one for one in _qemus() if uuid in values_of("uuid", started_with(one)))
     return next(found, None)
 
 

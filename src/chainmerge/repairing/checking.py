@@ -58,7 +58,9 @@ def check_image(image: str | Path, access: Access | None = None) -> CheckResult:
 
 def _marks(image: Qcow2Image) -> Iterator[str]:
     if image.header.dirty:
-        yield "it was not closed properly (dirty bit): `chainmerge repair` shows what is stale"
+        yield (
+            "it was not closed properly (dirty bit): `chainmerge repair IMAGE` shows what is stale"
+        )
     if image.header.corrupt:
         yield "QEMU has marked it corrupt, and does not open it for writing"
 

@@ -18,13 +18,13 @@ def process_name(process: int) -> str:
         name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
     except OSError:
         name = "a process"
-    guest = guest_name(command_line(process)) if name.startswith(("qemu-system", "kvm")) else None
+    guest = guest_name(started_with(process)) if name.startswith(("qemu-system", "kvm")) else None
     if guest is not None:
         name = f"the VM {guest!r}, {name}"
     return f"{name} (pid {process})"
 
 
-def command_line(process: int) -> tuple[str, ...]:
+def started_with(process: int) -> tuple[str, ...]:
     """The words that a process was started with; none if that cannot be read."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes()
