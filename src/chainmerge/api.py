@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from chainmerge.merging.merge import merge
     from chainmerge.planning.dry_run import measure, plan
     from chainmerge.records.unfinished import status
+    from chainmerge.repairing.bitmap_repair import bitmaps_repair, plan_bitmaps_repair
     from chainmerge.repairing.cancelling import cancel
     from chainmerge.repairing.checking import check_image
     from chainmerge.repairing.mending import plan_repair, repair, undo_repair
@@ -49,6 +50,7 @@ __all__ = [
     "bitmaps_merge",
     "bitmaps_remove",
     "bitmaps_remove_all",
+    "bitmaps_repair",
     "cancel",
     "check_image",
     "explain",
@@ -60,6 +62,7 @@ __all__ = [
     "merge",
     "merge_disks",
     "plan",
+    "plan_bitmaps_repair",
     "plan_disks",
     "plan_flatten",
     "plan_flatten_disks",
@@ -79,6 +82,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_merge": "chainmerge.bitmaps.editing",
         "bitmaps_remove": "chainmerge.bitmaps.editing",
         "bitmaps_remove_all": "chainmerge.bitmaps.editing",
+        "bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
         "explain": "chainmerge.catalogue",
@@ -90,6 +94,7 @@ _MODULES: Final = MappingProxyType(
         "merge": "chainmerge.merging.merge",
         "merge_disks": "chainmerge.merging.disks",
         "plan": "chainmerge.planning.dry_run",
+        "plan_bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "plan_disks": "chainmerge.merging.disks",
         "plan_flatten": "chainmerge.merging.flattening",
         "plan_flatten_disks": "chainmerge.merging.flattening",

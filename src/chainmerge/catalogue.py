@@ -216,6 +216,10 @@ def _by_code(*subjects: Subject) -> Mapping[str, Subject]:
     return MappingProxyType({subject.code: subject for subject in subjects})
 
 
+_DROP: Final = (
+    "`chainmerge bitmaps repair LEAF`, LEAF being the active image, shows it, asks, and drops it "
+    "from the whole chain; the next backup must be a full one"
+)
 _REPAIR: Final = (
     "`chainmerge repair IMAGE` shows what would be done, `chainmerge repair --yes IMAGE` does it"
 )
@@ -227,7 +231,7 @@ FINDINGS: Final = _by_code(
         "open, so writes are missing from it. Or its table is not where a table can be, or shares "
         "clusters with something else. What it recorded is lost, and a backup that went by it "
         "would miss data. The disk's own data is not affected.",
-        f"{_REPAIR}; the next backup that builds on it must be a full one",
+        _DROP,
     ),
     _finding(
         "broken-bitmap-directory",
@@ -241,10 +245,9 @@ FINDINGS: Final = _by_code(
         "unusable-bitmap",
         "a bitmap is whole, but no chain can use it",
         "A backup needs a bitmap of the same name in every image from the checkpoint up to the "
-        "active layer. This one has a gap above it, or stands above one that is broken. It does no "
+        "active layer. This one has a gap above it, or is above one that is broken. It does no "
         "harm, but takes space and may pass for a checkpoint.",
-        "`chainmerge bitmaps list IMAGE` shows where the gap is; `chainmerge bitmaps prune TOP` "
-        "removes such bitmaps",
+        _DROP,
     ),
     _finding(
         "in-use",
@@ -253,7 +256,7 @@ FINDINGS: Final = _by_code(
         "closes the image. If the mark is still there, a program has died, and writes are missing. "
         "QEMU itself calls such a bitmap inconsistent, and does not use it. The same mark is "
         "normal while a VM is running.",
-        f"if no VM is running: {_REPAIR}; the next backup that builds on it must be a full one",
+        f"if no VM is running: {_DROP}",
     ),
     _finding(
         "leaked-clusters",

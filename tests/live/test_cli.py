@@ -65,7 +65,9 @@ def test_a_merge_for_people(vm: LiveTestVm, scenario: LiveScenario) -> None:
     merge = chainmerge("live", "merge", "--verbose", scenario.top, *vm.arguments)
     assert merge.status == ExitCode.DONE, merge.err
     assert f"{scenario.top.name} is merged into {scenario.base.name}" in merge.out
-    assert "bitmaps of base, as the VM says: 2 kept and recording, 3 stale ones gone" in merge.out
+    assert (
+        "bitmaps of base, as the VM says: 2 kept and recording, 3 stale ones removed" in merge.out
+    )
     assert "copying data" in merge.err or "storing bitmaps" in merge.err
 
 

@@ -280,6 +280,11 @@ def test_a_copy_that_does_not_catch_up_is_undone_if_that_is_asked_for(
 def test_the_commands(tmp_path: Path, uri: str) -> None:
     scenario = build(tmp_path / "chain", 9, levels=1, active=True)
     with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        # This libvirt is not the machine's own, which alone can be asked for the target.
+        cold = chainmerge("merge", scenario.top)
+        assert (
+            f"`chainmerge live merge --domain {vm.name} --disk TARGET {scenario.top}`" in cold.err
+        )
         planned = chainmerge("live", "plan", *vm.arguments, scenario.top)
         assert planned.status == ExitCode.DONE, planned
         assert "stale-0" in planned.out
@@ -290,6 +295,10 @@ def test_the_commands(tmp_path: Path, uri: str) -> None:
         assert chainmerge("live", "status", *vm.arguments).status == ExitCode.DONE
         nothing = chainmerge("live", "resume", *vm.arguments)
         assert nothing.status == ExitCode.REFUSED, nothing
+        absent = chainmerge(
+            "live", "status", "--domain", vm.name, "--disk", "vdz", *vm.arguments[4:]
+        )
+        assert f"it has: {TARGET} ({scenario.base})" in absent.err
         other = chainmerge("live", "status", "--domain", "none", *vm.arguments[2:])
         assert other.status == ExitCode.USAGE
         assert vm.name in other.err

@@ -352,7 +352,7 @@ DOUBTS: Final = [
     ),
 ]
 
-LEAKED: Final = f"{MIB} bytes of {BASE} leaked, and nobody knows by whom"
+LEAKED: Final = f"{BASE} has {MIB} leaked bytes of unknown origin"
 LEFT: Final = "they may be all that is left of the data that a lost L2 table mapped: no table"
 LEAKS: Final = [
     Row("none", MERGE),
@@ -382,7 +382,7 @@ LEAKS: Final = [
         replace(PULL, leaks=LeakFacts(others=MIB)),
         (
             (
-                f"{MIB} bytes of {TOP} leaked, and nobody knows by whom. They stay; `chainmerge "
+                f"{TOP} has {MIB} leaked bytes of unknown origin. They stay; `chainmerge "
                 "repair` shows what would give the space back"
             ),
         ),

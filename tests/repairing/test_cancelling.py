@@ -209,7 +209,7 @@ def test_base_was_written_over(tmp_path: Path) -> None:
     )
     merge = only(unfinished(tmp_path))
     assert (merge.vm_may_start, merge.vm_image, merge.cancel_command) == (True, str(top), None)
-    with pytest.raises(CannotCancel, match="neither what it was"):
+    with pytest.raises(CannotCancel, match="neither the old nor the new"):
         chainmerge.cancel(base)
     # The other engine does not make base what it was by beginning.
     options = MergeOptions(engine="native")

@@ -275,7 +275,7 @@ def test_a_half_done_commit_shows_its_evidence(tmp_path: Path) -> None:
         one for one in chainmerge.plan_repair(chain.base).findings if one.kind == "half-done-commit"
     ]
     assert f"of its {65 * MIB} bytes of data" in finding.sentence
-    assert "it has in-use bitmaps: 'cp'" in finding.sentence
+    assert "it has inconsistent (in-use) bitmaps: 'cp'" in finding.sentence
 
 
 @pytest.mark.parametrize("delete", [False, True])

@@ -57,7 +57,7 @@ def _one_difference(
     image: Qcow2Image, entry: BitmapEntry, wanted: StoredBitmap, bits_differ: _BitsDiffer
 ) -> str | None:
     if entry.in_use or not entry.readable:
-        return "is in-use: it was not stored properly"
+        return "is inconsistent (in-use): it was not stored properly"
     if entry.auto != bool(wanted.flags & BitmapFlag.AUTO):
         return "is enabled" if entry.auto else "is disabled"
     if entry.granularity != wanted.bits.granularity:

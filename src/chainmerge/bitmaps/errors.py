@@ -56,10 +56,12 @@ class BitmapWorthless(Refused):
     """The bitmap's content means nothing."""
 
     code: ClassVar[str] = "bitmap-in-use"
-    template: ClassVar[str] = "bitmap {name!r} of {image} is in-use: its content is worthless"
+    template: ClassVar[str] = (
+        "bitmap {name!r} of {image} is inconsistent (in-use): its content is worthless"
+    )
     hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what removing it means, and with --yes does that: the "
-        "next backup that builds on it must be a full one"
+        "`chainmerge bitmaps repair LEAF`, LEAF being the active image, shows it, asks, and drops "
+        "it from the whole chain; the next backup must be a full one"
     )
     explanation: ClassVar[str] = (
         "A bitmap is marked in-use while a program has the image open for writing. When that "
@@ -73,10 +75,10 @@ class BrokenBitmapsInTheWay(Refused):
     """Other bitmaps of the image are broken and would have to be kept so."""
 
     code: ClassVar[str] = "broken-bitmaps-in-the-way"
-    template: ClassVar[str] = "{image} holds broken (in-use) bitmaps: {names}"
+    template: ClassVar[str] = "{image} holds inconsistent (in-use) bitmaps: {names}"
     hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what removing them means, and with --yes does that: the "
-        "next backup that builds on them must be a full one"
+        "`chainmerge bitmaps repair LEAF`, LEAF being the active image, shows them, asks, and "
+        "drops them from the whole chain; the next backup must be a full one"
     )
     explanation: ClassVar[str] = (
         "All bitmaps of an image are replaced by one switch. A broken one cannot be stored again, "
@@ -97,7 +99,7 @@ class RemovalUnsafe(NeededByOthers, Refused):
     )
     hint: ClassVar[str] = (
         "remove the name from the images above first, the active image first; "
-        "`chainmerge bitmaps prune TOP --active LEAF` does that for broken ones"
+        "`chainmerge bitmaps repair LEAF`, LEAF being the active image, does that for unusable ones"
     )
     explanation: ClassVar[str] = (
         "A checkpoint's bits are spread over the images of a chain. A backup trusts them if the "

@@ -31,10 +31,9 @@ from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from chainmerge.chain.model import Chain, ChainPolicy
-    from chainmerge.chain.relatives import Relatives
+    from chainmerge.chain.model import Chain, ChainPolicy, ImageInfo
 
 _BEGIN_ABOVE: Final = "give as --base the lowest image in the directory of the active one"
 
@@ -125,7 +124,8 @@ def _prune_chain(
     chain = discover(active, policy)
     lowest = 0 if base is None else chain.index_of(base)
     relatives = relatives_of(chain, 0, access, policy)
-    first = max(lowest, _above_branches(chain, relatives))
+    outsiders = (*relatives.siblings, *relatives.middle_children, *relatives.children)
+    first = max(lowest, first_above_branches(chain, outsiders))
     removed: list[PrunedBitmap] = []
     with contextlib.ExitStack() as stack:
         allow_open_files(len(chain.images))
@@ -186,13 +186,12 @@ def _broken_names(layers: Sequence[LayerBitmaps]) -> dict[str, str]:
     return {name: verdict.reason for name, verdict in verdicts.items() if not verdict.passes}
 
 
-def _above_branches(chain: Chain, relatives: Relatives) -> int:
-    """The first image of the chain that no image outside of it reads.
+def first_above_branches(chain: Chain, outsiders: Iterable[ImageInfo]) -> int:
+    """The index of the lowest image of the chain above all that *outsiders* read.
 
     A name that is broken for this chain may be whole for another one that shares the images
     below.
     """
     identities = {image.identity: index for index, image in enumerate(chain.images)}
-    outsiders = (*relatives.siblings, *relatives.middle_children, *relatives.children)
     shared = (identity_at(one.backing) for one in outsiders if one.backing is not None)
     return max((identities[one] + 1 for one in shared if one in identities), default=0)

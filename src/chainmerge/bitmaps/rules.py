@@ -122,6 +122,18 @@ def chain_test(states_from_leaf_down: Sequence[BitmapState]) -> ChainVerdict:
     return ChainVerdict(reason, depth, Fault.GAP, culprit)
 
 
+def needs_repair(states_from_leaf_down: Sequence[BitmapState]) -> bool:
+    """Whether a name is in the way of backups.
+
+    It is in-use in some image, or recording in the active one though it fails the chain test. What
+    is merely disabled, or stale below the active image, bothers nobody and may be there on purpose.
+    """
+    states = states_from_leaf_down
+    if BitmapState.IN_USE in states:
+        return True
+    return BitmapState.VALID in states[:1] and not chain_test(states).passes
+
+
 class Rule(StrEnum):
     """The rule that decided; the values are part of the stable output."""
 
@@ -451,6 +463,6 @@ def explain_tombstone() -> str:
         "images above still have its name: without the mark those images would pass for a complete "
         "checkpoint with only their own bits, and an incremental backup made from them would miss "
         "data. It takes only the space of its table in the image, stays until no image above has "
-        "the name, and disappears with the next merge after that; 'chainmerge bitmaps prune TOP "
-        "--active LEAF' removes the name from the whole chain at once."
+        "the name, and disappears with the next merge after that; 'chainmerge bitmaps repair LEAF' "
+        "removes such a checkpoint from the whole chain at once."
     )

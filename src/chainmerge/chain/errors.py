@@ -358,7 +358,7 @@ class ImageReplaced(ImageUnavailable, Refused):
         "make sure that nothing else works on this chain, then run the command again"
     )
     explanation: ClassVar[str] = (
-        "Between examining the chain and opening the image, its path came to lead to another file "
+        "Between examining the chain and opening the image, its path began to lead to another file "
         "(another inode or device). What was planned for the old file cannot be done to the new "
         "one."
     )

@@ -22,9 +22,11 @@ from chainmerge.cli.options import (
     outcome_options,
     top_argument,
 )
+from chainmerge.cli.output import show_before_asking
 from chainmerge.cli.params import IMAGE, SIZE
 from chainmerge.documents.text import printable
 from chainmerge.report import tables
+from chainmerge.report.bitmap_tables import bitmaps_repair_report
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
@@ -160,6 +162,43 @@ def prune(*, top: str, base: str | None, access: Access, output: Output) -> None
     With --active LEAF, broken names are removed from the whole chain, the active image first.
     """
     output.document(api.prune(top, base, access), tables.prune_report)
+
+
+@bitmaps.command(cls=Command)
+@click.argument("leaf", type=IMAGE)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=bitmap_candidates)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be done and change nothing.")
+@access_options
+@outcome_options
+def repair(
+    *,
+    leaf: str,
+    names: tuple[str, ...],
+    yes: bool,
+    dry_run: bool,
+    access: Access,
+    output: Output,
+) -> None:
+    """Drop unusable bitmaps from LEAF, the active image, and from all images below.
+
+    Those are the bitmaps that are inconsistent (in-use) in some image, and checkpoints that are
+    incomplete. Shows them, and asks. The next backup must be a full one. With NAME..., drops only
+    these, if they are unusable.
+    """
+    if yes and dry_run:
+        raise click.UsageError("--yes and --dry-run contradict each other")
+    if not yes:
+        planned = api.plan_bitmaps_repair(leaf, names, access)
+        if dry_run or not planned.unusable:
+            output.document(planned, bitmaps_repair_report)
+            return
+        if not sys.stdin.isatty():
+            raise click.UsageError("bitmaps repair asks first, and there is no terminal: add --yes")
+        show_before_asking(planned, bitmaps_repair_report)
+        if not click.confirm("Drop them", err=True):
+            raise NotConfirmed(leaf)
+    output.document(api.bitmaps_repair(leaf, names, access), bitmaps_repair_report)
 
 
 @bitmaps.command(cls=Command)

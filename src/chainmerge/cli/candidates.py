@@ -74,7 +74,7 @@ def bitmap_candidates(
 ) -> list[CompletionItem[str]]:
     """Return the bitmaps of the image that the command names before them."""
     image = ctx.params.get("source_image" if param.name == "sources" else "image")
-    image = image or ctx.params.get("image")
+    image = image or ctx.params.get("image") or ctx.params.get("leaf")
     named = ctx.params.get(param.name or "") or ()
     return [
         CompletionItem(name)

@@ -49,6 +49,11 @@ class Command(click.Command):
     def get_help(self, ctx: click.Context) -> str:
         return _formatted_help(self, ctx)
 
+    def advised(self, ctx: click.Context, error: ChainmergeError) -> ChainmergeError:
+        """Return the same error, with what this command knows to do about it."""
+        del ctx
+        return error
+
     def invoke(self, ctx: click.Context) -> Any:
         output: Output = ctx.params.get("output") or TextOutput()
         try:
@@ -56,7 +61,7 @@ class Command(click.Command):
         except _CLICK_ENDINGS:
             raise
         except ChainmergeError as error:
-            return _end(ctx, output, error)
+            return _end(ctx, output, self.advised(ctx, error))
         except Exception as error:  # noqa: BLE001 (the last place that knows how to answer)
             return _end(ctx, output, bug_report(error))
 

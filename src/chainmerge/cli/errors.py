@@ -18,7 +18,7 @@ class InternalError(Failed):
         "state that the same command finishes"
     )
     explanation: ClassVar[str] = (
-        "chainmerge met a situation that it does not know. That is a bug in chainmerge, not a "
+        "chainmerge met a situation that it does not handle. That is a bug in chainmerge, not a "
         "mistake of yours. Its changes to images become visible in single atomic steps, so that an "
         "image holds the state before or after such a step. `chainmerge check` and `chainmerge "
         "bitmaps list` show which."

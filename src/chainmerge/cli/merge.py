@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chainmerge import api
+from chainmerge.cli.cold import ColdMergeCommand
 from chainmerge.cli.options import (
     access_options,
     bases_option,
@@ -18,7 +19,6 @@ from chainmerge.cli.options import (
     verbose_option,
 )
 from chainmerge.cli.signals import stopped_by_signals
-from chainmerge.cli.typed import PlanningCommand
 from chainmerge.errors import ExitCode
 from chainmerge.merging.errors import DisksMismatched
 from chainmerge.report.merge_tables import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from chainmerge.options import Access, MergeOptions
 
 
-@click.command(cls=PlanningCommand)
+@click.command(cls=ColdMergeCommand)
 @tops_argument
 @bases_option
 @dry_run_option

@@ -121,6 +121,11 @@ class QuietTextOutput(TextOutput):
         return self
 
 
+def show_before_asking(report: Report, table: Callable[[Report], Block]) -> None:
+    """Show what a question is about, where the question goes: standard output has results."""
+    write_message(_shown_on(sys.stderr, table(report)))
+
+
 def _warnings_of(report: Any) -> Iterator[str]:
     """What a report warns of, those of its disks included."""
     yield from getattr(report, "warnings", ())

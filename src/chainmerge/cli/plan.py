@@ -11,6 +11,7 @@ import click
 from msgspec import Struct
 
 from chainmerge import api
+from chainmerge.cli.cold import ColdMergeCommand, with_way_into_vm
 from chainmerge.cli.options import (
     access_options,
     bases_option,
@@ -19,7 +20,7 @@ from chainmerge.cli.options import (
     tops_argument,
     verbose_option,
 )
-from chainmerge.cli.typed import PlanningCommand, same_with
+from chainmerge.cli.typed import same_with
 from chainmerge.documents.disks import DisksPlan
 from chainmerge.documents.plan import MergePlan
 from chainmerge.errors import ExitCode
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from chainmerge.options import Access, MergeOptions
 
 
-@click.command(cls=PlanningCommand)
+@click.command(cls=ColdMergeCommand)
 @tops_argument
 @bases_option
 @merge_options
@@ -88,7 +89,7 @@ def show_plan_of(
     if len(bases) > 1:
         raise DisksMismatched(len(tops), len(bases))
     decided = api.plan(tops[0], bases[0] if bases else None, access, options)
-    return show_plan(decided, command, output, tables)
+    return show_plan(with_way_into_vm(decided), command, output, tables)
 
 
 def show_plan(decided: MergePlan, command: str, output: Output, tables: PlanTables) -> ExitCode:

@@ -29,11 +29,35 @@ class PlanningCommand(Command):
 def same_with(*command: str) -> str:
     """Return *command* with what was typed behind the one that runs now, fit for a shell."""
     context = click.get_current_context()
-    return shell_line([*command, *_typed_again(context, context.meta[_TYPED])])
+    return shell_line([*command, *_typed_again(context, _options_of(context.command))])
 
 
-def _typed_again(context: click.Context, typed: Sequence[str]) -> Iterator[str]:
+def same_as_far_as_known(names: Sequence[str], *before: str) -> str:
+    """As :func:`same_with`, without the options that the other command lacks.
+
+    Args:
+        names: the other command, by what follows the program's name.
+        before: words that come first.
+    """
+    context = click.get_current_context()
+    other = context.find_root().command
+    for name in names:
+        assert isinstance(other, click.Group)
+        found = other.get_command(context, name)
+        assert found is not None
+        other = found
+    again = _typed_again(context, _options_of(other))
+    return shell_line(["chainmerge", *names, *before, *again])
+
+
+def _options_of(command: click.Command) -> frozenset[str]:
+    options = (one for one in command.params if isinstance(one, click.Option))
+    return frozenset(name for option in options for name in option.opts)
+
+
+def _typed_again(context: click.Context, known: frozenset[str]) -> Iterator[str]:
     """Options with their values as they were typed, and what is not an option behind them."""
+    typed = context.meta[_TYPED]
     values, _, order = context.command.make_parser(context).parse_args(list(typed))
     given = {name: iter(value) for name, value in values.items() if isinstance(value, list)}
     operands: list[str] = []
@@ -45,9 +69,12 @@ def _typed_again(context: click.Context, typed: Sequence[str]) -> Iterator[str]:
             value = values[name]
             operands += [value] if isinstance(value, str) else list(value)
             continue
-        yield max(parameter.opts, key=len)
-        if not (isinstance(parameter, click.Option) and parameter.is_flag):
-            yield next(given[name]) if name in given else values[name]
+        has_value = not (isinstance(parameter, click.Option) and parameter.is_flag)
+        value = (next(given[name]) if name in given else values[name]) if has_value else None
+        option = max(parameter.opts, key=len)
+        if option in known:
+            yield option
+            yield from () if value is None else (value,)
     if any(operand.startswith("-") for operand in operands):
         yield "--"
     yield from operands

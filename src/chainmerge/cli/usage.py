@@ -79,6 +79,7 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "info": _LIST,
             "ls": _LIST,
             "new": _ADD,
+            "fix": "`chainmerge bitmaps repair LEAF` drops unusable bitmaps from a whole chain",
             "reset": "`chainmerge bitmaps clear IMAGE NAME` does that",
             "rm": _REMOVE,
             "show": _LIST,

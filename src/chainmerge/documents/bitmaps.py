@@ -116,3 +116,40 @@ class PruneReport(Struct, frozen=True):
     removed: tuple[PrunedBitmap, ...]
     kept: tuple[str, ...]
     tombstones: tuple[str, ...]
+
+
+class UnusableBitmap(Struct, frozen=True):
+    """A bitmap that no backup of this chain can use.
+
+    Attributes:
+        name: The bitmap's name.
+        images: The images of the chain that have a bitmap of this name, the active one first.
+        reason: Why it cannot be used.
+    """
+
+    name: str
+    images: tuple[str, ...]
+    reason: str
+
+
+class BitmapsRepairReport(Struct, frozen=True):
+    """What ``bitmaps repair`` did; with ``dry_run``, what it would do.
+
+    Attributes:
+        version: Version of this document.
+        image: The active image of the chain.
+        dry_run: Whether nothing was changed.
+        unusable: The bitmaps that cannot be used, by name.
+        removed: What was (with ``dry_run``: would be) removed or replaced by a tombstone, in this
+            order.
+        kept: Names that stay.
+        warnings: What the user should know, a sentence each.
+    """
+
+    version: int
+    image: str
+    dry_run: bool
+    unusable: tuple[UnusableBitmap, ...]
+    removed: tuple[PrunedBitmap, ...]
+    kept: tuple[str, ...]
+    warnings: tuple[str, ...] = ()

@@ -158,8 +158,8 @@ class LiveDriver(ABC, Generic[DiskT]):
             self.disk.limit_disk(DiskLimits(saved.limits, saved.group))
         except VmRefused as refused:
             self.warnings.append(
-                f"the guest's disk may still be slowed down, as its limits could not be set to "
-                f"what they were: {refused.reason}"
+                "the guest's disk may still be slowed down: its limits could not be restored: "
+                f"{refused.reason}"
             )
         self.note(limits=None)
 
@@ -316,7 +316,7 @@ class LiveDriver(ABC, Generic[DiskT]):
 
     def interrupted(self) -> Interrupted:
         """The error of a merge that is undone because the caller wants to stop."""
-        pruned = ", and what stale bitmaps were pruned stay so" if self.journal.stale else ""
+        pruned = "; stale bitmaps that were pruned stay removed" if self.journal.stale else ""
         return Interrupted(
             f"the merge in {self.disk.name} was undone: it reads {self.top} as before{pruned}"
         )

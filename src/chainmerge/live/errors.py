@@ -26,8 +26,8 @@ from chainmerge.errors import (
 )
 
 _GUEST = (
-    "The guest reads and writes its disk all the time, and does not notice. "
-    "The image that it writes to is the one that it was."
+    "The guest goes on reading and writing its disk, and notices nothing. It still writes to the "
+    "same image."
 )
 
 
@@ -37,13 +37,13 @@ class VmUnreachable(VmUnavailable, Refused):
     code: ClassVar[str] = "vm-unreachable"
     template: ClassVar[str] = "{vm} does not answer: {reason}"
     hint: ClassVar[str] = (
-        "see whether the VM runs and nobody else is connected to this monitor; the images of a "
-        "VM that does not run are merged by `chainmerge merge`"
+        "check that the VM is running and that nobody else is connected to this monitor; "
+        "`chainmerge merge` merges the images of a VM that is not running"
     )
     explanation: ClassVar[str] = (
-        "A live merge is done by the VM's own QEMU, which is told so over its monitor (QMP). A "
-        "monitor talks to one client at a time: others wait until that one has gone. Nothing "
-        "was changed."
+        "A live merge is done by the VM's own QEMU, controlled through its monitor (QMP). A "
+        "monitor serves one client at a time; others wait until that one disconnects. Nothing was "
+        "changed."
     )
     vm: str
     reason: str
@@ -55,12 +55,12 @@ class VmRefused(Failed):
     code: ClassVar[str] = "vm-refused"
     template: ClassVar[str] = "{vm} refused {command}: {reason}"
     hint: ClassVar[str] = (
-        "see to the reason that QEMU gives, without changing images or bitmaps by hand, then run "
-        "the same command again; `chainmerge live status` tells what is unfinished"
+        "fix the cause that QEMU reports, without changing images or bitmaps by hand, then run "
+        "the same command again; `chainmerge live status` shows what is unfinished"
     )
     explanation: ClassVar[str] = (
-        "QEMU was asked to do something and declined, with the reason shown. A command that was "
-        "refused has changed nothing by itself. " + _GUEST
+        "QEMU was asked to do something and declined, with the reason shown. A refused command "
+        "has changed nothing. " + _GUEST
     )
     vm: str
     command: str
@@ -72,15 +72,15 @@ class VmLost(VmUnavailable, OutcomeUnknown):
 
     code: ClassVar[str] = "vm-lost"
     template: ClassVar[str] = (
-        "{vm} went away while {top} was being merged into {base}: {reason}; what it did last is "
-        "not known"
+        "the connection to {vm} was lost while {top} was being merged into {base}: {reason}; "
+        "whether its last step took effect is not known"
     )
     hint: ClassVar[str] = "if the VM runs: {resume}; if it does not: {cold}"
     explanation: ClassVar[str] = (
-        "The connection to the VM broke, or it did not answer in time. The VM may run and go on "
-        "with the merge, or be dead: both leave images that are right. What was done so far is in "
-        "a journal beside base; the command for the one case looks at the VM and goes on, the one "
-        "for the other looks at the images."
+        "The connection to the VM broke, or it did not answer in time. The VM may still be running "
+        "the merge, or may be dead; the images are intact in both cases. A journal beside base "
+        "records the progress. One command continues in the VM, the other finishes the merge of "
+        "the closed images."
     )
     vm: str
     base: str
@@ -95,7 +95,9 @@ class NoSuchDisk(VmUnavailable, Misuse):
 
     code: ClassVar[str] = "vm-no-such-disk"
     template: ClassVar[str] = "{vm} has no disk {wanted!r}; it has: {known}"
-    hint: ClassVar[str] = "name one of those with --device, or the active image's node with --node"
+    hint: ClassVar[str] = (
+        "name one of those: a device with --device, a node with --node, a domain's disk with --disk"
+    )
     explanation: ClassVar[str] = (
         "--device takes the id of the guest's device (or, in older command lines, of its drive), "
         "--node the node name of its active image, as `query-block` and `query-named-block-nodes` "
@@ -116,7 +118,7 @@ class NotInVm(VmUnavailable, Misuse):
     )
     explanation: ClassVar[str] = (
         "A live merge is done inside the VM, so top and base must be images that the VM's disk "
-        "consists of. Images are compared by what they are, not by their names."
+        "consists of. Images are compared by device and inode, not by name."
     )
     vm: str
     image: str
@@ -129,14 +131,15 @@ class LiveChainDiffers(Refused):
     code: ClassVar[str] = "live-chain-differs"
     template: ClassVar[str] = "{vm} and the images on disk do not agree: {difference}"
     hint: ClassVar[str] = (
-        "find out who changed the images, or their headers, while the VM ran, and do not stop the "
-        "VM before that is clear: what it has open may be what is right; nothing was changed"
+        "find out who changed the images or their headers while the VM was running, and do not "
+        "stop the VM before that is clear: what it has open may be the right version; nothing was "
+        "changed"
     )
     explanation: ClassVar[str] = (
         "Before a live merge the VM's block graph is compared with what the images' headers say: "
-        "the same files in the same order, with the same bitmaps where nobody writes. Where they "
-        "differ, somebody works on this disk, or has: a plan that rests on the one would be "
-        "carried out on the other."
+        "the same files in the same order, with the same bitmaps where nobody writes. If they "
+        "differ, another program is changing this disk, or has changed it, and a plan made from "
+        "the headers would not fit what the VM has open."
     )
     vm: str
     difference: str
@@ -147,22 +150,22 @@ class LiveImageExchanged(ImageUnavailable, Refused):
 
     code: ClassVar[str] = "live-image-exchanged"
     template: ClassVar[str] = (
-        "what is at {image} now is not the file that {vm} has open: it was replaced, or removed, "
-        "while the VM ran"
+        "{image} is not the file that {vm} has open: it was replaced or removed while the VM was "
+        "running"
     )
     hint: ClassVar[str] = (
-        "keep the VM running: if its file has no name any more, it is gone when the VM ends, with "
-        "all that the guest has written to it; save the guest's disk first (a full backup, or a "
-        "block copy to a new image), then find out who did that (`ls -l /proc/{process}/fd` "
-        "shows what the VM has open)"
+        "keep the VM running: if its file no longer has a name, it is lost when the VM ends, with "
+        "everything that the guest has written to it; save the guest's disk first (a full backup, "
+        "or a block copy to a new image), then find out who replaced it (`ls -l "
+        "/proc/{process}/fd` shows what the VM has open)"
     )
     explanation: ClassVar[str] = (
         "A file that is replaced under its name (by a restore, a synchronising or deduplicating "
-        "tool, an editor) goes on living as long as somebody has it open. The VM's QEMU would "
-        "merge into files that are gone when it ends, and chainmerge would look at, re-point and "
-        "delete others that the VM has never seen: the images at these paths are not the guest's "
-        "disk, even where they hold the same today. What the VM has open is told by the kernel "
-        "(/proc/PID/fd), and compared by device and inode. No option goes past this. Nothing was "
+        "tool, an editor) continues to exist as long as a program has it open. The VM's QEMU would "
+        "merge into files that vanish when it ends, and chainmerge would check, re-point and "
+        "delete files that the VM has never opened: the images at these paths are not the guest's "
+        "disk, even if they have the same content today. The kernel shows what the VM has open "
+        "(/proc/PID/fd); it is compared by device and inode. No option overrides this. Nothing was "
         "changed."
     )
     vm: str
@@ -177,14 +180,14 @@ class LiveJobRunning(UsedByOthers, Refused):
     template: ClassVar[str] = "{vm} has jobs on this chain: {jobs}"
     hint: ClassVar[str] = (
         "let them end, or have whoever started them cancel them, then run the same command again; "
-        "do not repair or remove anything meanwhile; a job of chainmerge's own, whose name begins "
-        "with 'chainmerge-', is carried on by `chainmerge live resume`"
+        "do not repair or remove anything in the meantime; `chainmerge live resume` continues a "
+        "job whose name begins with 'chainmerge-'"
     )
     explanation: ClassVar[str] = (
-        "Backups, mirrors, other merges and the like hold images of this chain. A merge beside "
-        "them would change what they read. As long as a job writes to an image, the bitmaps of "
-        "that image are marked in-use on disk. That is no damage: they are stored when it ends. "
-        "Nothing was changed."
+        "Backups, mirrors, other merges and the like use images of this chain, and a merge would "
+        "change what they read. While a job writes to an image, the image's bitmaps are marked "
+        "in-use on disk. That is not damage: they are stored when the job ends. Nothing was "
+        "changed."
     )
     vm: str
     jobs: str
@@ -196,12 +199,12 @@ class LiveImageInUse(UsedByOthers, Refused):
     code: ClassVar[str] = "live-image-in-use"
     template: ClassVar[str] = "in {vm}, {image} is also used by {users}"
     hint: ClassVar[str] = (
-        "have that use ended by whoever began it (an export, another disk, another chain), then "
+        "end that use (an export, another disk, another chain) with the tool that began it, then "
         "run the same command again"
     )
     explanation: ClassVar[str] = (
-        "Base changes while data is copied into it, and the merged images are gone from the VM "
-        "afterwards. Whoever else reads them inside the same VM would see that."
+        "Base changes while data is copied into it, and the VM no longer has the merged images "
+        "afterwards. Any other reader inside the same VM would read different data."
     )
     vm: str
     image: str
@@ -212,14 +215,16 @@ class LiveOtherChildren(NeededByOthers, Refused):
     """Images that the VM does not have open stand on the merged range."""
 
     code: ClassVar[str] = "live-other-children"
-    template: ClassVar[str] = "{others} stand on {top}, and are no images of {vm}"
+    template: ClassVar[str] = "{others}: based on {top}, but not used by {vm}"
     hint: ClassVar[str] = (
-        "find out whose they are: each can be the disk of another VM, or a restore point, and "
-        "needs {top} as it is; with the VM stopped, `chainmerge merge` puts them on base by itself"
+        "find out what uses them: each can be the disk of another VM, or a restore point, and "
+        "needs {top} as it is; once the VM is stopped, `chainmerge merge` makes base their backing "
+        "file"
     )
     explanation: ClassVar[str] = (
-        "A cold merge re-points all children of top. In a running VM only its own image can be "
-        "re-pointed, and the others would be left on images that the guest's writes go past."
+        "A cold merge re-points all children of top. While a VM is running, only its own image can "
+        "be re-pointed; the others would be left on a backing file that the guest no longer writes "
+        "to."
     )
     vm: str
     top: str
@@ -233,10 +238,10 @@ class LiveUnsuited(Refused):
     template: ClassVar[str] = "{image} cannot be merged while {vm} runs: {reason}"
     hint: ClassVar[str] = "stop the VM and use `chainmerge merge`"
     explanation: ClassVar[str] = (
-        "A running QEMU cannot resize an image that holds broken bitmaps, unite bitmaps of disks "
-        "of different sizes, or be told names that are no UTF-8; and when it makes base's disk as "
-        "large as top's, the guest sees what base's storage holds behind the old end. All that is "
-        "no obstacle to a merge of closed images. Do not enlarge base by other means."
+        "A running QEMU cannot resize an image that has inconsistent bitmaps, merge bitmaps of "
+        "disks of different sizes, or handle names that are not valid UTF-8; and when it enlarges "
+        "base to the size of top, the guest sees what base's storage holds beyond the old end. A "
+        "merge of closed images has none of these limits. Do not enlarge base by other means."
     )
     vm: str
     image: str
@@ -249,17 +254,16 @@ class LiveNotWritable(Refused):
     code: ClassVar[str] = "live-not-writable"
     template: ClassVar[str] = "{vm} cannot write to {image}: {reason}"
     hint: ClassVar[str] = (
-        "find out why it was made so, and if it may be written to, let this VM do it (permissions, "
+        "find out why, and if it may be written to, give this VM access (permissions, "
         "the immutable flag, a read-only mount or device, AppArmor or SELinux); then run the same "
         "command again"
     )
     explanation: ClassVar[str] = (
-        "Base takes the data, and the header of the image above top gets base's name. Both are "
-        "open for reading only while the VM runs. By QMP the VM is asked to open them for writing "
-        "once more, and to close them again, which changes nothing; what it cannot open then it "
-        "could not write to in the merge. Of a domain of libvirt only that is known which keeps "
-        "everybody from writing, as libvirt gives its VMs their permissions when a merge begins. "
-        "Nothing was changed."
+        "Base takes the data, and the header of the image above top gets base's name. The VM "
+        "normally has both open read-only. Through QMP it is asked to open them for writing and "
+        "close them again, which changes nothing; if it cannot, it could not write to them in the "
+        "merge either. For a libvirt domain, only what prevents everybody from writing is checked, "
+        "because libvirt grants its VMs permissions when a merge begins. Nothing was changed."
     )
     vm: str
     image: str
@@ -272,11 +276,12 @@ class LiveBitmapBusy(UsedByOthers, Refused):
     code: ClassVar[str] = "live-bitmap-busy"
     template: ClassVar[str] = "in {vm}, bitmaps of {image} are in use: {names}"
     hint: ClassVar[str] = (
-        "wait for the backup to end, or have it ended by whoever began it; do not remove the "
+        "wait for the backup to end, or cancel it with the tool that began it; do not remove the "
         "bitmaps"
     )
     explanation: ClassVar[str] = (
-        "A bitmap that a backup job or an export uses cannot be changed until that is over."
+        "A bitmap that a backup job or an export uses cannot be changed until the job or the "
+        "export ends."
     )
     vm: str
     image: str
@@ -289,14 +294,14 @@ class UnfinishedMergeFound(Refused):
     code: ClassVar[str] = "live-other-unfinished"
     template: ClassVar[str] = "an interrupted merge into {base} has left {file}"
     hint: ClassVar[str] = (
-        "finish that merge first, by the command that `chainmerge live status` prints, or "
-        "`chainmerge status {base}` for one of closed images; keep the file: only the end of that "
-        "merge makes it worthless"
+        "finish that merge first, with the command that `chainmerge live status` prints, or "
+        "`chainmerge status {base}` for one of closed images; keep the file: it is needed until "
+        "that merge is finished"
     )
     explanation: ClassVar[str] = (
-        "A merge of other images into the same base, or one of closed images, was interrupted. "
-        "Its file holds what it needs to be finished, such as the only good copy of a bitmap, or "
-        "which of two images is the right one."
+        "A merge of other images into the same base, or one of closed images, was interrupted. Its "
+        "file holds what is needed to finish it, such as the only good copy of a bitmap, or which "
+        "of two images is the right one."
     )
     base: str
     file: str
@@ -306,16 +311,16 @@ class LiveNotStarted(Refused):
     """The VM did not begin the merge at all."""
 
     code: ClassVar[str] = "live-not-started"
-    template: ClassVar[str] = "{vm} does not begin to merge {top} into {base}: {reason}"
+    template: ClassVar[str] = "{vm} refuses to start merging {top} into {base}: {reason}"
     hint: ClassVar[str] = (
-        "see whether what is said there can be helped, then run the same command again; or stop "
+        "fix the cause that the message names, then run the same command again; or stop "
         "the VM and use `chainmerge merge`"
     )
     explanation: ClassVar[str] = (
-        "The VM declined the job that merges, with the reason shown. That comes before anything "
-        "is written: the images, their bitmaps and the chain are what they were. A file that "
-        "QEMU was told to open with `read-only=on`, rather than `auto-read-only=on`, is such a "
-        "reason, which cannot be seen beforehand."
+        "The VM refused the merge job, for the reason shown, before anything was written: the "
+        "images, their bitmaps and the chain are unchanged. One reason that cannot be detected "
+        "beforehand is a file that QEMU was told to open with `read-only=on` rather than "
+        "`auto-read-only=on`."
     )
     vm: str
     base: str
@@ -331,13 +336,13 @@ class LiveMergeFailed(Failed):
         "merging {top} into {base} in {vm} failed: {reason}; the VM reads {top} as before"
     )
     hint: ClassVar[str] = (
-        "see to the reason that is given, without changing images or bitmaps by hand, then run the "
-        "same command again"
+        "fix the cause that the message names, without changing images or bitmaps by hand, then "
+        "run the same command again"
     )
     explanation: ClassVar[str] = (
-        "The job that copies in the VM failed, or was cancelled by somebody. The chain is what it "
-        "was. Base may hold a part of the copy, which the images above hide; its bitmaps record "
-        "again, stale ones stay pruned. " + _GUEST
+        "The copy job in the VM failed, or somebody cancelled it. The chain is unchanged. Base "
+        "may hold a part of the copy, which the images above hide; its bitmaps record again, and "
+        "stale ones stay pruned. " + _GUEST
     )
     vm: str
     base: str
@@ -357,9 +362,10 @@ class LiveMergeStalled(Failed):
         "try again when the guest writes less, with more --bandwidth, or with --on-stall throttle"
     )
     explanation: ClassVar[str] = (
-        "While the active image is merged the guest goes on writing to it. If that is faster than "
-        "the copy, there is no end to it. --on-stall says what to do then: wait, slow the guest's "
-        "disk down until the copy has caught up, or undo the merge, as was done here. " + _GUEST
+        "While the active image is merged, the guest goes on writing to it. If it writes faster "
+        "than the copy, the merge never ends. --on-stall says what to do then: wait, slow the "
+        "guest's disk down until the copy has caught up, or undo the merge, as was done here. "
+        + _GUEST
     )
     base: str
     top: str
@@ -373,13 +379,13 @@ class LiveVerificationFailed(NotVerified, Failed):
     code: ClassVar[str] = "live-verification-failed"
     template: ClassVar[str] = "after the merge {base} is not as planned: {difference}"
     hint: ClassVar[str] = (
-        "nothing was deleted, and must not be before this is clear: keep the merged images, and "
+        "nothing was deleted: keep the merged images until this is clear, and "
         "make a full backup from the running VM; look at {base} with `chainmerge check` and "
         "`chainmerge bitmaps list` once the VM is stopped"
     )
     explanation: ClassVar[str] = (
-        "After a live merge the VM is asked what its chain and its bitmaps are, and where the VM "
-        "does not write to base, base is read back. One of these did not agree."
+        "After a live merge the VM is asked for its chain and its bitmaps, and base is read back "
+        "unless the VM writes to it. One of these is not as planned."
     )
     base: str
     difference: str
@@ -392,8 +398,8 @@ class NothingUnfinished(Refused):
     template: ClassVar[str] = "no live merge of this disk of {vm} is unfinished"
     hint: ClassVar[str] = "`chainmerge live merge` starts one"
     explanation: ClassVar[str] = (
-        "A live merge keeps a journal beside base until it is settled. There is none beside any "
-        "image of this disk, so the last merge came to its end, or was undone."
+        "A live merge keeps a journal beside base until it is finished. There is none beside any "
+        "image of this disk, so the last merge was finished or undone."
     )
     vm: str
 
@@ -403,10 +409,10 @@ class LiveMergeDriven(UsedByOthers, Refused):
 
     code: ClassVar[str] = "live-merge-driven"
     template: ClassVar[str] = "another chainmerge is merging into {base} right now"
-    hint: ClassVar[str] = "let it come to its end; `chainmerge live status` shows how far it is"
+    hint: ClassVar[str] = "wait until it ends; `chainmerge live status` shows its progress"
     explanation: ClassVar[str] = (
-        "Two processes that carry on the same merge would both tell the VM what to do next. The "
-        "second one was refused and has changed nothing."
+        "Two processes must not drive the same merge in a VM. The second one was refused and has "
+        "changed nothing."
     )
     base: str
 
@@ -418,8 +424,8 @@ class LibvirtMissing(Misuse):
     template: ClassVar[str] = "libvirt's Python package cannot be used: {reason}"
     hint: ClassVar[str] = "pip install 'chainmerge[libvirt]'"
     explanation: ClassVar[str] = (
-        "--domain reaches a VM through libvirt, by the package 'libvirt' of Python. It is an "
-        "optional part of chainmerge, for merges of closed images and by --qmp do without it."
+        "--domain reaches a VM through libvirt, with Python's package 'libvirt'. It is optional: "
+        "merges of closed images and merges with --qmp do not need it."
     )
     reason: str
 
@@ -430,12 +436,12 @@ class NoSuchDomain(VmUnavailable, Misuse):
     code: ClassVar[str] = "vm-no-such-domain"
     template: ClassVar[str] = "libvirt runs no domain {domain!r}; it runs: {known}"
     hint: ClassVar[str] = (
-        "name one of those with --domain; the images of a domain that does not run are merged "
-        "by `chainmerge merge`; --connect names another libvirt"
+        "name one of those with --domain; `chainmerge merge` merges the images of a domain that is "
+        "not running; --connect names another libvirt"
     )
     explanation: ClassVar[str] = (
-        "A live merge needs a domain that runs. With --connect a libvirt is named that is not "
-        "qemu:///system, by its URI."
+        "A live merge needs a running domain. --connect takes the URI of another libvirt than "
+        "qemu:///system."
     )
     domain: str
     known: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
 from chainmerge.bitmaps.stored import bitmaps_of
 from chainmerge.chain.discovery import discover
@@ -73,7 +74,10 @@ def _graph_of(vm: InspectedVm, top: Path) -> BlockGraph:
     try:
         return vm.graph()
     except VmRefused as refused:
-        reason = f"it does not tell what has to be known ({refused.command}: {refused.reason})"
+        reason = (
+            f"it does not answer a query that the merge depends on ({refused.command}: "
+            f"{refused.reason})"
+        )
         raise LiveUnsuited(vm.name, str(top), reason) from refused
 
 
@@ -86,7 +90,7 @@ def _required_path(vm: InspectedVm, node: BlockNode, graph: BlockGraph) -> Path:
     path = graph.path_of(node)
     if path is None:
         driver = "nothing" if node.file is None else graph.nodes[node.file].driver
-        reason = f"node {node.name} lies in {driver}, which is no plain file or block device"
+        reason = f"node {node.name} lies in {driver}, which is not a plain file or block device"
         raise LiveUnsuited(vm.name, node.name, reason)
     return path
 
@@ -114,7 +118,9 @@ def _compare(
             difference = f"{image.path} is {image.format}, and the VM reads it as {node.driver}"
             raise LiveChainDiffers(vm.name, difference)
     if len(on_disk) != len(chain):
-        difference = f"the VM's chain has {len(chain)} images, that on disk has {len(on_disk)}"
+        difference = (
+            f"the VM's chain has {counted(len(chain), 'image')}, the one on disk has {len(on_disk)}"
+        )
         raise LiveChainDiffers(vm.name, difference)
 
 
@@ -261,7 +267,7 @@ def _bitmap_obstacles(
             yield LiveBitmapBusy(vm.name, path, ", ".join(map(repr, busy)))
         undecodable = [entry.name for entry in image.info.bitmaps if not is_utf8(entry.name)]
         if undecodable:
-            reason = f"the name of bitmap {undecodable[0]!r} is no UTF-8"
+            reason = f"the name of bitmap {undecodable[0]!r} is not valid UTF-8"
             yield LiveUnsuited(vm.name, path, reason)
         elif node.read_only and image.info.bitmaps_trusted:
             yield from _bitmap_differences(vm, node, bitmaps_of(image))
@@ -287,13 +293,13 @@ def _size_obstacles(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeErr
     broken = [bitmap.name for bitmap in base.bitmaps if bitmap.inconsistent]
     path = str(live.target.base.path)
     if base.virtual_size < size and broken:
-        reason = f"it would have to grow, and its bitmap {broken[0]!r} is in-use"
+        reason = f"it would have to grow, and its bitmap {broken[0]!r} is inconsistent (in-use)"
         yield LiveUnsuited(vm.name, path, reason)
     uneven = [node for node in merged if node.virtual_size != size and node.bitmaps]
     if uneven:
         reason = (
             f"its disk has {uneven[0].virtual_size} bytes, the merged one {size}, "
-            "and there are bitmaps to unite"
+            "and there are bitmaps to merge"
         )
         index = live.nodes.index(uneven[0])
         yield LiveUnsuited(vm.name, str(live.target.chain.images[index].path), reason)

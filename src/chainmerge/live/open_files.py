@@ -52,8 +52,8 @@ def uncertain(vm: InspectedVm) -> Iterator[str]:
     process = vm.process
     if process is None or files_open_in(process) is None:
         yield (
-            f"the process of {vm.name} cannot be looked at from here: whether it has the files "
-            "open that are at these paths is not known"
+            f"the process of {vm.name} cannot be examined from here: whether it has the files at "
+            "these paths open is not known"
         )
 
 

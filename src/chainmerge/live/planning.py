@@ -258,11 +258,13 @@ def _warnings(live: LiveTarget) -> Iterator[str]:
         passing = [bitmap.name for bitmap in node.bitmaps if not bitmap.persistent]
         if passing and live.is_active and node == live.top:
             names = ", ".join(map(repr, passing))
-            yield (f"bitmaps of {image.path} that are not persistent end with the merge: {names}")
+            yield (
+                f"bitmaps of {image.path} that are not persistent are lost in the merge: {names}"
+            )
     if live.is_active:
         yield (
-            "the guest goes on writing: figures count what is on disk already, and base grows "
-            "further where it does"
+            "the guest goes on writing: the figures count only what is on disk now, and base may "
+            "grow further"
         )
     if has_encrypted(live.target.chain):
         yield "images are encrypted, with keys that only the VM has: content will not be compared"

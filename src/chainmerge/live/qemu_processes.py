@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.rounding import round_up
+from chainmerge.storage.processes import started_with, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,7 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 _CREDENTIALS: Final = struct.Struct("=iII")  # pid, uid, gid: struct ucred of unix(7)
 
 _QEMU: Final = ("qemu", "kvm")
+_MACHINES: Final = ("qemu-system", "kvm")
 
 
 def listener_of(connection: socket.socket) -> int:
@@ -60,22 +62,28 @@ def qemu_connected_to(number: int, listener: int) -> int | None:
 
 def qemu_of_domain(uuid: str) -> int | None:
     """The QEMU that libvirt has started for the domain with that UUID, if it is on this machine."""
-    wanted = [b"-uuid", uuid.encode()]
+    found = (one for one in _qemus() if uuid in values_of("uuid", started_with(one)))
+    return next(found, None)
+
+
+def virtual_machines() -> Iterator[int]:
+    """The QEMUs that run a machine, and not one of the tools that read images."""
     for process in _qemus():
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-            if any(words[at : at + 2] == wanted for at in range(len(words) - 1)):
-                return process
-    return None
+        if any(word in _program(process) for word in _MACHINES):
+            yield process
 
 
 def is_qemu(process: int) -> bool:
     """Whether a process is a QEMU, and not one who only passes on what it is told."""
+    return any(word in _program(process) for word in _QEMU)
+
+
+def _program(process: int) -> str:
+    """The name of a process' program; empty if it cannot be seen from here."""
     try:
-        name = Path(f"/proc/{process}/exe").readlink().name
+        return Path(f"/proc/{process}/exe").readlink().name
     except OSError:
-        return False
-    return any(word in name for word in _QEMU)
+        return ""
 
 
 def _qemus() -> Iterator[int]:

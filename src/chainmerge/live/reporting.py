@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.merge import MergeOutcome, MergeReport
@@ -48,7 +49,9 @@ def report_merged(
     if journal.is_active and driver.held_seconds:
         verified.append(f"the guest's requests waited {driver.held_seconds * 1000:.0f} ms for it")
     if driver.extensions:
-        verified.append(f"the volume was extended {driver.extensions} times while data was copied")
+        verified.append(
+            f"the volume was extended {counted(driver.extensions, 'time')} while data was copied"
+        )
     with FileReadable(journal.base.path) as readable:
         size = end = readable.size
         # Nobody can check the tables of an image that the guest writes to.

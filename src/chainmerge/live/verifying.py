@@ -38,12 +38,12 @@ def verify_in_vm(driver: LiveDriver[Any], nodes: MergeNodes) -> Iterator[str]:
     if above is None:
         if nodes.above is not None:
             upper = nodes.active.filename or nodes.active.name
-            raise driver.differs(f"{upper} stands on it, and nothing should")
+            raise driver.differs(f"it is still the backing file of {upper}")
         yield f"the guest reads and writes {driver.base}, as {driver.TELLER} says"
     else:
         if nodes.above is None or nodes.above.backing != nodes.base.name:
-            raise driver.differs(f"{above.path} does not stand on it")
-        yield f"{above.path} stands on {driver.base}, as {driver.TELLER} says"
+            raise driver.differs(f"it is not the backing file of {above.path}")
+        yield f"{above.path} now uses {driver.base} as its backing file, as {driver.TELLER} says"
     yield from driver.verify_bitmaps(nodes)
 
 

@@ -122,7 +122,7 @@ def _merge_into_qcow2(job: Job, port: WritablePort) -> Merged:
             final = result_set(job.bitmaps, disk.size_after, disk.direction)
             verified.append(verify_bitmaps(new_image, final))
         verified.extend(_verify_content(job, merged))
-        job.request.stop_if_asked(f"{job.result.path} is the old image, to the last bit")
+        job.request.stop_if_asked(f"{job.result.path} is unchanged, to the last bit")
         if disk.direction is Direction.COMMIT:
             record_switching(job, new_image)
 

@@ -54,7 +54,7 @@ def finished_before(
         return False
     if result is Sameness.UNKNOWN:
         file = str(merged_record_file(top))
-        raise LeftoverUnclear(file, record.result, "no image is changed by that")
+        raise LeftoverUnclear(file, record.result, "that changes no image")
     if record.pulled is not None:
         return True
     if record.superseded is not None:

@@ -144,8 +144,8 @@ def finish_pivot(
         return report
     names = ", ".join(map(repr, broken))
     warning = (
-        f"the VM did not shut down properly, so these bitmaps are lost: {names}; the next "
-        "backup that builds on them must be a full one (`chainmerge repair` removes them)"
+        f"the VM did not shut down properly, so these bitmaps are lost: {names}; the next backup "
+        "that builds on them must be a full one (`chainmerge bitmaps repair LEAF` drops them)"
     )
     return replace(report, warnings=(warning,))
 

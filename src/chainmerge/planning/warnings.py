@@ -122,7 +122,7 @@ def _leaks(facts: MergeFacts) -> Iterator[str]:
     leaks, result = facts.leaks, facts.result.path
     if not leaks.others:
         return
-    words = f"{counted(leaks.others, 'byte')} of {result} leaked, and nobody knows by whom"
+    words = f"{result} has {counted(leaks.others, 'leaked byte')} of unknown origin"
     if leaks.sign is not None:
         words += (
             f"; they may be all that is left of the data that a lost L2 table mapped: {leaks.sign}"

@@ -114,8 +114,8 @@ class UnreadableBitmap(FormatError):
     code: ClassVar[str] = "unreadable-bitmap"
     template: ClassVar[str] = "{image}: bitmap {bitmap!r} has no usable content: {reason}"
     hint: ClassVar[str] = (
-        "`chainmerge repair {image}` shows what removing it means, and with --yes does that; the "
-        "next backup that builds on it must be a full one"
+        "`chainmerge bitmaps repair LEAF`, LEAF being the active image, shows it, asks, and drops "
+        "it from the whole chain; the next backup must be a full one"
     )
     explanation: ClassVar[str] = (
         "A bitmap is marked 'in use' while a program that writes to the image keeps it in memory. "

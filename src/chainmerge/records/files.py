@@ -231,4 +231,4 @@ def decoded(text: bytes, form: type[Document]) -> Document:
     try:
         return msgspec.convert(json.loads(text), type=form)
     except (ValueError, RecursionError, MemoryError, msgspec.MsgspecError) as error:
-        raise UnusableState(f"it cannot be understood ({type(error).__name__})") from error
+        raise UnusableState(f"it cannot be parsed ({type(error).__name__})") from error

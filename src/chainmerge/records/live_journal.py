@@ -184,7 +184,7 @@ def read_live_journal(file: Path, devices: BlockDevices) -> LiveJournal | None:
 
 def _problems(journal: LiveJournal) -> Iterator[str]:
     if journal.version != VERSION:
-        yield f"it is of version {journal.version}"
+        yield f"its version {journal.version} is not known"
     if not journal.overlays:
         yield "it names no overlay"
     last = len(journal.overlays)

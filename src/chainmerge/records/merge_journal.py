@@ -231,7 +231,7 @@ def read_journal(file: Path, devices: BlockDevices) -> Journal | None:
 
 def _problems(journal: Journal) -> Iterator[str]:
     if journal.version != JOURNAL_VERSION:
-        yield f"it is of version {journal.version}"
+        yield f"its version {journal.version} is not known"
     if not journal.overlays:
         yield "it names no overlay"
     if len(journal.rename) not in (0, 2):

@@ -144,13 +144,13 @@ def read_saved_bitmaps(file: Path, devices: BlockDevices) -> SavedBitmaps | None
     if hashlib.sha256(document).digest() != digest:
         raise SavedBitmapsDamaged(str(file), "its digest does not match")
     if not document.startswith(SAVED_BITMAPS_MAGIC):
-        raise SavedBitmapsDamaged(str(file), "it is of another version")
+        raise SavedBitmapsDamaged(str(file), "its version is not known")
     try:
         return _decode(document, devices)
     except UnusableState as error:
         raise SavedBitmapsDamaged(str(file), str(error)) from error
     except (ValueError, struct.error, zlib.error, MemoryError) as error:
-        raise SavedBitmapsDamaged(str(file), f"it cannot be understood ({error})") from error
+        raise SavedBitmapsDamaged(str(file), f"it cannot be parsed ({error})") from error
 
 
 def _decode(document: bytes, devices: BlockDevices) -> SavedBitmaps:

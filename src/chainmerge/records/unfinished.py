@@ -78,7 +78,7 @@ _PROGRESS: Final[Mapping[JournalState, str]] = MappingProxyType(
         JournalState.SWITCHED: f"{_HOLDS}; nothing is cleaned up yet",
         JournalState.REPOINT: f"{_HOLDS}; images were being given their new backing file",
         JournalState.RECORD: f"{_HOLDS}; images have their new backing file",
-        JournalState.RENAME: f"{_HOLDS}; it was about to get the name of top",
+        JournalState.RENAME: f"{_HOLDS}; base was about to be renamed to top",
         JournalState.DELETE: f"{_HOLDS}; merged images were being deleted",
         JournalState.TIDY: f"{_HOLDS}; tombstones that nothing needs were being removed",
         JournalState.GIVE_BACK: f"{_HOLDS}; space was being given back",
@@ -232,7 +232,7 @@ def _found_in(search: _Search, devices: BlockDevices) -> Iterator[UnfinishedMerg
 def _in_use(merge: UnfinishedMerge) -> UnfinishedMerge:
     """The same merge, with base open somewhere: it still runs, or a VM does."""
     process = merge.process
-    who = "somebody has base open: the merge may still be running, or a VM is"
+    who = "base is open in another process: the merge or a VM may be running"
     if process is not None and process.running:
         who = f"the merge is running (pid {process.pid})"
     cancel_reason = merge.cancel_reason if merge.cancel_command is None else who
@@ -492,7 +492,7 @@ def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
     request = saved.request
     copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
     if request is None:
-        copying += ": the command that was interrupted finishes the merge"
+        copying += ": the interrupted command finishes the merge"
     base = _base_name(saved.base, _where_is(saved.base, request), request)
     top = None if request is None else os.path.realpath(request.tops[0])
     command = None if request is None else command_of(request)
@@ -514,7 +514,7 @@ def _of_record(file: Path, record: MergedRecord) -> UnfinishedMerge | None:
         holds, progress = False, _how_far_pulled(record, record.pulled)
         ways, copied = of_pull(record, record.pulled), record.pulled.copied
     else:
-        words = "base still has to get the name of top" if unnamed else "merged images are left"
+        words = "base has yet to be renamed to top" if unnamed else "merged images are left"
         holds = _may_be_at(record.result, record.result_identity) or unnamed
         progress = f"{_HOLDS}; {words}"
         ways = of_record(record, left, holds=holds, unnamed=unnamed)
@@ -559,7 +559,7 @@ def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:
     is_image = file.parent != state_files.STATE_DIRECTORY
     only_slower = isinstance(error, MergeJournalDamaged)
     progress = (
-        "only the images can show it: the command that was interrupted finishes the merge"
+        "not recorded: the interrupted command finishes the merge"
         if only_slower
         else "what it saved cannot be read"
     )

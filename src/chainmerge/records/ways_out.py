@@ -70,13 +70,13 @@ class WaysOut(Struct, frozen=True):
 
 
 _NOT_BEFORE: Final = "not before the merge is finished"
-_NOBODY_KNOWS: Final = "what is left does not tell which image is right"
+_NOBODY_KNOWS: Final = "what is recorded does not show which image is right"
 _HALF_WRITTEN: Final = (
-    "data has been written over base's own, so that base is neither what it was nor what it is to "
-    "be; only finishing the merge ends that"
+    "data has been written over base's own, so that base is neither the old nor the new image; "
+    "only finishing the merge changes that"
 )
 _TOOK_EFFECT: Final = "the merge has taken effect, and can only be finished"
-_UNKNOWN_STATE: Final = "what is left does not tell how far the merge came"
+_UNKNOWN_STATE: Final = "what is recorded does not show how far the merge got"
 NOT_KNOWN: Final = WaysOut(
     VmStart(may=False, image=None, reason=f"{_NOT_BEFORE}: {_NOBODY_KNOWS}"),
     no_cancel=_UNKNOWN_STATE,
@@ -114,8 +114,8 @@ def _start_in_commit(
         if holds:
             return _yes(top, f"{top} shows everything, and so does base; do not start it from base")
         if without_effect:
-            return _yes(top, "neither it nor base shows anything else than before the merge")
-        reason = "it hides what is half written in base; do not start anything from base itself"
+            return _yes(top, "both show the same as before the merge")
+        reason = "it hides the half-written data in base; do not start anything from base itself"
         return _yes(top, f"{reason}, and make no backup by bitmaps" if by_qemu else reason)
     if os.path.realpath(top) == str(base):
         return _yes(top, "base has taken its place, and holds everything, verified")
@@ -128,8 +128,8 @@ def _start_in_commit(
 def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
     """Of a merge in a VM that does not run."""
     no_cancel = (
-        "it was begun in a running VM: `chainmerge live resume` carries it on while that runs, and "
-        "a merge of the closed images finishes it afterwards"
+        "it was begun in a running VM: `chainmerge live resume` continues it while the VM is "
+        "running, and a merge of the closed images finishes it afterwards"
     )
     if base is None:
         return WaysOut(NOT_KNOWN.start, no_cancel=no_cancel)
@@ -140,7 +140,7 @@ def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
         reason = f"{_NOT_BEFORE}: the guest may have written to base since, and not to {top}"
         start = VmStart(may=False, image=str(base), reason=reason)
     elif journal.is_active and _stands_there(journal.top):
-        start = _yes(top, "it hides what is half written in base")
+        start = _yes(top, "it hides the half-written data in base")
     else:
         start = NOT_KNOWN.start
     return WaysOut(start, no_cancel=no_cancel)
@@ -154,7 +154,7 @@ def of_saved_bitmaps(saved: SavedBitmaps) -> WaysOut:
     if not os.path.exists(top):  # noqa: PTH110 (any name will do)
         return NOT_KNOWN
     reason = (
-        "it hides what is half written in base; do not start anything from base itself, and make "
+        "it hides the half-written data in base; do not start anything from base itself, and make "
         "no backup by bitmaps"
     )
     return WaysOut(_yes(top, reason), no_cancel=_HALF_WRITTEN)
@@ -171,7 +171,7 @@ def of_pull(record: MergedRecord, pulled: Pulled) -> WaysOut:
         return NOT_KNOWN
     if done:
         return WaysOut(_yes(top, "it holds everything, verified"), no_cancel=_TOOK_EFFECT)
-    return WaysOut(_yes(top, "it shows what it showed before the merge"), cancel=top)
+    return WaysOut(_yes(top, "it shows the same as before the merge"), cancel=top)
 
 
 def of_record(record: MergedRecord, left: list[str], *, holds: bool, unnamed: bool) -> WaysOut:
@@ -192,7 +192,7 @@ def of_disk(entry: DiskEntry) -> WaysOut:
     """Of one of several disks that has no other file: it has not begun, or is done."""
     if not os.path.exists(entry.top):  # noqa: PTH110 (any name will do)
         return WaysOut(NOT_KNOWN.start, cancel=entry.base)
-    start = _yes(entry.top, "nothing of it is half done")
+    start = _yes(entry.top, "nothing is half done")
     return WaysOut(start, cancel=entry.top)
 
 

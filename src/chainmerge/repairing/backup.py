@@ -360,7 +360,7 @@ class Backup:
         if seal is not None:
             smallest = largest = seal.size
             if _time_of_change(port) != seal.changed:
-                raise ChangedSinceRepair(image, "it was written to")
+                raise ChangedSinceRepair(image, "it has been written to")
         # A repair that was interrupted may have made it larger in part.
         if not port.is_block_device and not smallest <= port.size <= largest:
             raise ChangedSinceRepair(image, f"it has {port.size} bytes")
@@ -443,7 +443,7 @@ def _read_head(file: FileReadable) -> tuple[_Head, int]:
     start = file.read(0, _LONGEST_HEAD)
     end = start.find(b"\n", len(BACKUP_MAGIC))
     if not start.startswith(BACKUP_MAGIC) or end < 0:
-        raise BackupUnusable(file.name, "it does not begin like one")
+        raise BackupUnusable(file.name, "it does not begin like a backup")
     try:
         head = decoded(start[len(BACKUP_MAGIC) : end], _Head)
     except UnusableState as error:
@@ -478,7 +478,7 @@ def _read_records(file: FileReadable, position: int) -> Iterator[_Record]:
         )
         if record.kind == _Kind.WRITE:
             if max(record.length, record.old_length, record.packed_length) > _LARGEST_WRITE:
-                raise BackupUnusable(file.name, f"it cannot be understood at byte {position}")
+                raise BackupUnusable(file.name, f"it cannot be parsed at byte {position}")
             position += record.packed_length
             if position > file.size:
                 return

@@ -58,7 +58,9 @@ def check_image(image: str | Path, access: Access | None = None) -> CheckResult:
 
 def _marks(image: Qcow2Image) -> Iterator[str]:
     if image.header.dirty:
-        yield "it was not closed properly (dirty bit): `chainmerge repair` shows what is stale"
+        yield (
+            "it was not closed properly (dirty bit): `chainmerge repair IMAGE` shows what is stale"
+        )
     if image.header.corrupt:
         yield "QEMU has marked it corrupt, and does not open it for writing"
 
@@ -68,9 +70,9 @@ def _unusable_bitmaps(top: OpenImage) -> Iterator[str]:
     for entry in top.info.bitmaps:
         if state_of(top.image, entry) is BitmapState.IN_USE:
             yield (
-                f"bitmap {entry.name!r} is in-use: a program is writing to the image, or died "
-                "while it was, and then the next backup that builds on the bitmap must be a full "
-                "one"
+                f"bitmap {entry.name!r} is inconsistent (in-use): a program is writing to the "
+                "image, or died while it was. If no VM is running, `chainmerge bitmaps repair "
+                "LEAF` drops it from the whole chain, and the next backup must be a full one"
             )
 
 

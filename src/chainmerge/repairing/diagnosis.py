@@ -392,7 +392,7 @@ def _all_lost(image: Qcow2Image, circumstances: Circumstances, problem: str) -> 
     guarded = circumstances.guarded
     size = image.header.virtual_size
     finding = RepairFinding("broken-bitmap-directory", problem, repairable=True)
-    actions = ["remove all bitmaps: nobody can tell any more which ones there were"]
+    actions = ["remove all bitmaps: their names can no longer be read"]
     actions += [
         f"leave a tombstone for {name!r}, because an image above has the name"
         for name in sorted(guarded)
@@ -414,7 +414,10 @@ def _problem(image: Qcow2Image, entry: BitmapEntry, tables: Tables | None) -> st
     name = repr(entry.name)
     if state_of(image, entry) is BitmapState.IN_USE:
         if entry.in_use:
-            return f"bitmap {name} is in-use: its writer died before it could store the bitmap"
+            return (
+                f"bitmap {name} is inconsistent (in-use): its writer died before it could store "
+                "the bitmap"
+            )
         if not image.header.bitmaps_trusted:
             return f"bitmap {name} is void: a program that does not know bitmaps wrote to the image"
         return f"bitmap {name} cannot be used: {entry.unknown or 'its name is not valid'}"

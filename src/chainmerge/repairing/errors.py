@@ -32,7 +32,7 @@ class RelinkUncheckable(Refused):
     code: ClassVar[str] = "relink-uncheckable"
     template: ClassVar[str] = "what {image} shows now cannot be read: {reason}"
     hint: ClassVar[str] = (
-        "if the old backing file still exists, put it back in its place for the comparison; add "
+        "if the old backing file still exists, put it back for the comparison; add "
         "--unchecked only if you know that the new one has the same content"
     )
     explanation: ClassVar[str] = (
@@ -54,8 +54,8 @@ class RelinkChangesContent(NewerDataAtRisk, Refused):
         "{offset} of {what} differs"
     )
     hint: ClassVar[str] = (
-        "look for the file that {image} was made on; `chainmerge relink {image}` lists files that "
-        "could be the right one"
+        "look for the file that {image} was created on; `chainmerge relink {image}` lists files "
+        "that could be the right one"
     )
     explanation: ClassVar[str] = (
         "What the image shows with its old backing file and with the new one was compared, and "
@@ -148,10 +148,28 @@ class CannotCancel(Refused):
         "raw, or data goes in place as a volume has no room for it twice, then data is written "
         "over base's own: top hides it, so that no data is lost, but base by itself is no longer "
         "the snapshot that it was, and nothing would say so once the merge was forgotten. A live "
-        "merge is for `chainmerge live` to end, or for a merge of the closed images once the VM "
-        "does not run. Nothing was changed."
+        "merge is finished by `chainmerge live resume`, or by a merge of the closed images once "
+        "the VM is stopped. Nothing was changed."
     )
     top: str
     base: str
     reason: str
+    command: str
+
+
+class MergeToFinishFirst(Refused):
+    """A merge was interrupted, and what becomes of the bitmaps is up to it."""
+
+    code: ClassVar[str] = "merge-to-finish-first"
+    template: ClassVar[str] = (
+        "a merge into {base} was interrupted, and the bitmaps of {image} are part of it"
+    )
+    hint: ClassVar[str] = "{command}; then run this command again"
+    explanation: ClassVar[str] = (
+        "While a merge is unfinished, bitmaps may look broken although they are saved, and "
+        "finishing the merge restores them. Dropping them now would cost checkpoints that are "
+        "still good. Nothing was changed."
+    )
+    image: str
+    base: str
     command: str

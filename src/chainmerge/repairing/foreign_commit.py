@@ -120,7 +120,7 @@ def _marks(base: OpenImage) -> Iterator[str]:
         entry.name for entry in base.info.bitmaps if state_of(image, entry) is BitmapState.IN_USE
     ]
     if in_use:
-        yield f"it has in-use bitmaps: {', '.join(map(repr, in_use))}"
+        yield f"it has inconsistent (in-use) bitmaps: {', '.join(map(repr, in_use))}"
     leaks = check(image).leaks
     if leaks:
         yield f"it has {counted(leaks, 'leaked cluster')}"

@@ -357,7 +357,7 @@ def _actions_of(one: InterruptedMerge, info: ImageInfo) -> Iterator[str]:
     if _is_to_forget(one, info):
         yield f"undo the merge of {one.top}: forget it, since it has not taken effect"
     elif one.ending is Ending.FINISH:
-        yield f"finish the merge of {one.top} into {one.base}, as far as it is not done yet"
+        yield f"finish the merge of {one.top} into {one.base}"
 
 
 def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
@@ -371,15 +371,15 @@ def _finding_of_commit(commit: HalfDoneCommit) -> RepairFinding:
 def _suspicion(commit: HalfDoneCommit) -> str:
     return (
         f"{_evidence(commit)}: if a commit was interrupted, `chainmerge merge` finishes it; a "
-        "guest that wrote the same data again would leave the same picture"
+        "guest that wrote the same data again would leave the same traces"
     )
 
 
 def _evidence(commit: HalfDoneCommit) -> str:
     return (
-        f"all that {commit.top} defines up to byte {commit.reached} of the guest's disk is also in "
-        f"{commit.base}, and what follows is not; of its {commit.data} bytes of data that is at "
-        f"least {commit.copied} bytes that are not zeros"
+        f"everything that {commit.top} defines up to byte {commit.reached} of the guest's disk is "
+        f"also in {commit.base}, and the rest is not; that is at least {commit.copied} of its "
+        f"{commit.data} bytes of data, zeros not counted"
     )
 
 
@@ -388,8 +388,8 @@ def _unusable(info: ImageInfo, relatives: Relatives, access: Access) -> Iterator
         return
     for name, reason in unusable_bitmaps(info, relatives, access).items():
         sentence = (
-            f"no chain can use the bitmap {name!r}: it is {reason}; `chainmerge bitmaps prune` "
-            "removes such bitmaps"
+            f"no chain can use the bitmap {name!r}: it is {reason}; `chainmerge bitmaps repair "
+            "LEAF` drops such bitmaps from the whole chain"
         )
         yield RepairFinding(UNUSABLE_BITMAP, sentence, repairable=False)
 

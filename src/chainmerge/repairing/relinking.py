@@ -3,7 +3,7 @@
 
 QEMU's tool for that, ``qemu-img rebase -u``, checks nothing, and opens the image for writing: a
 kill leaves its bitmaps in-use. Here the name changes in one write of the header, and only if the
-image shows the same data afterwards and every checkpoint covers what it covered before.
+image shows the same data afterwards and every checkpoint covers the same as before.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _verify(compared: _Comparison) -> Iterator[str]:
         raise RelinkChangesCheckpoints(
             compared.path, compared.backing, ", ".join(map(repr, changed))
         )
-    yield "every checkpoint covers what it covered before"
+    yield "every checkpoint covers the same as before"
 
 
 def _verify_snapshots(compared: _Comparison) -> Iterator[str]:

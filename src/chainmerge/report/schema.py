@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from chainmerge.documents.bitmaps import BitmapChange, BitmapListing, PruneReport
+from chainmerge.documents.bitmaps import (
+    BitmapChange,
+    BitmapListing,
+    BitmapsRepairReport,
+    PruneReport,
+)
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
 from chainmerge.documents.merge import Measurement, MergeReport
@@ -43,6 +48,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,
         f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
+        f"bitmaps-repair-{REPORT_VERSION}": BitmapsRepairReport,
         f"backing-{REPORT_VERSION}": BackingReport,
         f"relink-{REPORT_VERSION}": RelinkReport,
         f"repair-{REPORT_VERSION}": RepairReport,

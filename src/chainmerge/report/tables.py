@@ -98,6 +98,7 @@ def bitmap_listing(listing: BitmapListing) -> Block:
         *(part for image, rows in by_image for part in (words(image), bitmap_table(rows))),
         layout.section("Checkpoints", verdicts),
         *_tombstone_note(listing),
+        *_repair_note(listing),
     )
 
 
@@ -243,6 +244,16 @@ def _tombstone_note(listing: BitmapListing) -> Iterator[Words]:
             "A tombstone is a disabled, empty bitmap that keeps the same name in images above from "
             "passing for a valid one.",
             layout.QUIET,
+        )
+
+
+def _repair_note(listing: BitmapListing) -> Iterator[Words]:
+    """The way out of what is in-use, on the one screen that says so of a whole chain."""
+    if any(row.state == "in-use" for row in listing.rows):
+        yield words(
+            "If no VM has these images open, the inconsistent bitmaps are lost: `chainmerge "
+            "bitmaps repair LEAF`, LEAF being the active image, drops them from the whole chain.",
+            layout.CAUTION,
         )
 
 

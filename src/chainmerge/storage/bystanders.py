@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from msgspec import Struct
 
-from chainmerge.storage.locks import LockMode, lock_bytes_of, process_name
+from chainmerge.storage.locks import LockMode, lock_bytes_of
+from chainmerge.storage.processes import process_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

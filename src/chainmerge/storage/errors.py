@@ -135,8 +135,8 @@ class ImageLocked(UsedByOthers, Refused):
     code: ClassVar[str] = "image-locked"
     template: ClassVar[str] = "{image}: is in use by {holder}"
     hint: ClassVar[str] = (
-        "wait until nothing uses the image any more (--lock-wait SECONDS); or shut the virtual "
-        "machine down properly, or merge while it runs (`chainmerge live merge`); do not kill a "
+        "wait until nothing uses the image any more (--lock-wait SECONDS), or shut the virtual "
+        "machine down properly (`chainmerge live merge` merges while it runs); do not kill a "
         "program that may be writing to the image"
     )
     explanation: ClassVar[str] = (
@@ -243,8 +243,8 @@ class WriteFailed(StorageFailed, Failed):
     code: ClassVar[str] = "write-failed"
     template: ClassVar[str] = "{image}: writing {length} bytes at offset {offset} failed: {reason}"
     hint: ClassVar[str] = (
-        "look for storage errors in the kernel log ('dmesg'), repair it, then run the same command "
-        "again"
+        "look for storage errors in the kernel log ('dmesg'), fix the storage, then run the same "
+        "command again"
     )
     explanation: ClassVar[str] = (
         "The operating system reported an error while the image was written. Some of the bytes may "
@@ -286,7 +286,7 @@ class FlushFailed(StorageFailed, Failed):
     code: ClassVar[str] = "flush-failed"
     template: ClassVar[str] = "{image}: written data could not be made durable: {reason}"
     hint: ClassVar[str] = (
-        "look for storage errors in the kernel log ('dmesg') and repair it; check the image "
+        "look for storage errors in the kernel log ('dmesg') and fix the storage; check the image "
         "('chainmerge check {image}') before running the same command again"
     )
     explanation: ClassVar[str] = (

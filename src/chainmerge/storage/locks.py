@@ -32,6 +32,7 @@ from msgspec import Struct
 from chainmerge.errors import Refused
 from chainmerge.storage.errors import ImageLocked, LocksUnsupported, reason_of
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.processes import process_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -399,13 +400,3 @@ def lock_bytes_of(fdinfo: str) -> frozenset[int]:
     permissions = range(_RESIZE + 1)
     candidates = [start + one for start in (_USED, _UNSHARED) for one in permissions]
     return frozenset(byte for byte in candidates if any(lock.touches(byte) for lock in locks))
-
-
-def process_name(process: int) -> str:
-    """A process, as messages call it."""
-    try:
-        # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
-        name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
-    except OSError:
-        name = "a process"
-    return f"{name} (pid {process})"

@@ -47,7 +47,7 @@ class DomainConnection:
         except self.library.libvirtError as error:
             raise VmUnreachable(self.name, _message(error)) from error
         except ValueError as error:
-            raise VmUnreachable(self.name, f"no URI is {uri!r}: {error}") from error
+            raise VmUnreachable(self.name, f"{uri!r} is not a URI: {error}") from error
         try:
             self.domain: Any = self._running(domain)
         except BaseException:

@@ -14,7 +14,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 # Types of disk sources that are a path: its attribute, and what QEMU opens it with.
 _PATHS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
@@ -78,6 +78,15 @@ def disks_of(domain: str) -> dict[str, list[DiskLayer]]:
     disks = ET.fromstring(domain).findall("./devices/disk")  # noqa: S314  # libvirt's own
     targets = [(_attribute(disk, "target", "dev") or "?", disk) for disk in disks]
     return {target: list(_descend(disk, target)) for target, disk in targets}
+
+
+def described_targets(disks: Mapping[str, Sequence[DiskLayer]]) -> str:
+    """The disks with their active images, for a sentence."""
+    known = (
+        f"{target} ({layers[0].path or 'no file'})" if layers else f"{target} (empty)"
+        for target, layers in sorted(disks.items())
+    )
+    return ", ".join(known) or "none"
 
 
 def _descend(disk: ET.Element, target: str) -> Iterator[DiskLayer]:

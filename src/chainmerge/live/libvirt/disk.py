@@ -22,6 +22,7 @@ from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.libvirt.connection import DEFAULT_URI, DomainConnection
 from chainmerge.live.libvirt.description import (
     checkpoint_description,
+    described_targets,
     disks_of,
     has_bitmap_on,
     index_of,
@@ -201,7 +202,7 @@ class DomainDisk:
     def _layers(self) -> list[DiskLayer]:
         disks = disks_of(self._ask("virDomainGetXMLDesc", self._domain.XMLDesc))
         if self._disk not in disks:
-            raise NoSuchDisk(self.name, self._disk, ", ".join(sorted(disks)))
+            raise NoSuchDisk(self.name, self._disk, described_targets(disks))
         return disks[self._disk]
 
     # Bitmaps and checkpoints

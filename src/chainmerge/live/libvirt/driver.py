@@ -59,7 +59,7 @@ class DomainDriver(LiveDriver[DomainDisk]):
 
     def _merge(self) -> None:
         if self.journal.state is LiveState.UNDOING:
-            raise self.failed("it had been given up by an earlier run")
+            raise self.failed("an earlier run had given it up")
         begun = self.journal.state is not LiveState.PREPARING
         if not begun:
             self._prune()
@@ -214,7 +214,7 @@ class DomainDriver(LiveDriver[DomainDisk]):
         for kept in self.journal.kept:
             # In an internal merge images above can lack it, and then nobody could use it before.
             if self.journal.is_active and not self.disk.passes(kept.name):
-                raise self.differs(f"libvirt does not find bitmap {kept.name!r} sound")
+                raise self.differs(f"libvirt does not accept bitmap {kept.name!r} as valid")
         gone = set(self._names_to_remove())
         left = gone & set(self.disk.stored_names(nodes.base))
         if left and not self.journal.is_active:

@@ -152,7 +152,7 @@ def faults(journal: LiveJournal, base: BlockNode) -> Iterator[str]:
     for tombstone in journal.tombstones:
         bitmap = base.bitmap(tombstone.name)
         if bitmap is None or bitmap.recording or bitmap.dirty_bytes:
-            yield f"the tombstone of {tombstone.name!r} is none"
+            yield f"{tombstone.name!r} should be a tombstone and is not"
 
 
 def _union(kept: KeptName, base: BlockNode, overlays: Sequence[BlockNode]) -> MergeBitmap:

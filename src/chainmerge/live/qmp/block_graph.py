@@ -89,6 +89,29 @@ def active_nodes(disks: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def described_disks(disks: Sequence[dict[str, Any]], nodes: Mapping[str, BlockNode]) -> str:
+    """The disks with their images, for a sentence, as ``query-block`` says."""
+    known = [
+        # The id of the device, where there is one, is the last of its names.
+        (list(_names_of(disk))[-1], _file_of(nodes.get(disk["inserted"]["node-name"]), nodes))
+        for disk in disks
+        if "inserted" in disk and any(_names_of(disk))
+    ]
+    return ", ".join(f"{name} ({image})" for name, image in sorted(known)) or "none"
+
+
+def described_nodes(nodes: Mapping[str, BlockNode]) -> str:
+    """The nodes of images, for a sentence, with the files that they have open."""
+    known = sorted(name for name, node in nodes.items() if node.file is not None)
+    return ", ".join(f"{name} ({_file_of(nodes[name], nodes)})" for name in known) or "none"
+
+
+def _file_of(node: BlockNode | None, nodes: Mapping[str, BlockNode]) -> str:
+    """The file that an image lies in: of the image itself QEMU may tell JSON."""
+    below = nodes.get(node.file) if node is not None and node.file is not None else node
+    return "not a file" if below is None or below.filename is None else str(below.filename)
+
+
 def _names_of(disk: dict[str, Any]) -> Iterator[str]:
     """By what a disk is known: its drive, its device's path, and its device's id."""
     if disk.get("device"):

@@ -189,7 +189,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
     def _dismiss(self) -> None:
         error = self._looked_at_job().error
         if self._failure is None and (error or self.journal.state is LiveState.UNDOING):
-            self._failure = self.failed(error or "it had been given up by an earlier run")
+            self._failure = self.failed(error or "an earlier run had given it up")
         if error:
             # It took no effect, and once it is dismissed nothing would tell.
             self.enter(LiveState.UNDOING)
@@ -213,7 +213,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
         if self.journal.took_effect and self.journal.is_active:
             # Only another QEMU does not know of the job any more, and it was given top again.
             return pivot_unclear(self.journal.known_request)
-        failure = self._failure or self.failed("the job was cancelled, or the VM started anew")
+        failure = self._failure or self.failed("the job was cancelled, or the VM was restarted")
         self.enter(LiveState.UNDOING)
         self.let_guest_go()
         base = self.nodes().base
@@ -282,7 +282,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
             raise self.differs(fault)
         yield (
             f"bitmaps of base, as the VM says: {len(self.journal.kept)} kept and recording, "
-            f"{len(self.journal.stale)} stale ones gone"
+            f"{len(self.journal.stale)} stale ones removed"
         )
 
     def verify_stored(

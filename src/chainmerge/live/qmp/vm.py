@@ -23,7 +23,14 @@ from chainmerge.live.port import (
     MergeBitmap,
     RemoveBitmap,
 )
-from chainmerge.live.qmp.block_graph import GraphEdges, active_nodes, block_node, root_above
+from chainmerge.live.qmp.block_graph import (
+    GraphEdges,
+    active_nodes,
+    block_node,
+    described_disks,
+    described_nodes,
+    root_above,
+)
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.storage.writability import why_nobody_can_write
 
@@ -138,12 +145,12 @@ class QmpVm:
     def _root(self, nodes: Mapping[str, BlockNode]) -> str:
         if self._node is not None:
             if self._node not in nodes:
-                raise NoSuchDisk(self.name, self._node, ", ".join(sorted(nodes)))
+                raise NoSuchDisk(self.name, self._node, described_nodes(nodes))
             return root_above(self._node, nodes)
-        disks = active_nodes(self._monitor.execute("query-block"))
+        told = self._monitor.execute("query-block")
+        disks = active_nodes(told)
         if str(self._device) not in disks:
-            known = ", ".join(sorted(disks)) or "none"
-            raise NoSuchDisk(self.name, str(self._device), known)
+            raise NoSuchDisk(self.name, str(self._device), described_disks(told, nodes))
         return disks[str(self._device)]
 
     def why_not_writable(self, node: BlockNode) -> str | None:
