@@ -82,6 +82,7 @@ class QmpVm:
         self._device = device
         self._node = node
         self._socket = socket
+        self._chain: tuple[str, ...] = ()
         try:
             self._own_cwd = self._monitor.working_directory
             self.graph()
@@ -116,7 +117,9 @@ class QmpVm:
         nodes = {
             info["node-name"]: block_node(info, edges, self._path(info["file"])) for info in infos
         }
-        return BlockGraph(nodes, self._root(nodes))
+        graph = BlockGraph(nodes, self._root(nodes))
+        self._chain = tuple(node.name for node in graph.chain())
+        return graph
 
     def _node_infos(self) -> list[dict[str, Any]]:
         return list(self._monitor.execute("query-named-block-nodes", {"flat": True}))
@@ -137,9 +140,12 @@ class QmpVm:
 
     def _root(self, nodes: Mapping[str, BlockNode]) -> str:
         if self._node is not None:
-            if self._node not in nodes:
+            # A merge of the active image closes it: the disk is known by those that are left.
+            names = (self._node, *self._chain)
+            known_node = next((name for name in names if name in nodes), None)
+            if known_node is None:
                 raise NoSuchDisk(self.name, self._node, ", ".join(sorted(nodes)))
-            return root_above(self._node, nodes)
+            return root_above(known_node, nodes)
         disks = active_nodes(self._monitor.execute("query-block"))
         if str(self._device) not in disks:
             known = ", ".join(sorted(disks)) or "none"
@@ -228,7 +234,7 @@ class QmpVm:
     def start_commit(self, order: CommitOrder) -> None:
         arguments: dict[str, object] = {
             "job-id": order.job,
-            "device": order.active,
+            "device": order.root,
             "top-node": order.top,
             "base-node": order.base,
             "speed": _SLOWEST,
@@ -280,6 +286,10 @@ class QmpVm:
 
     def dismiss(self, job: str) -> None:
         self._monitor.execute("job-dismiss", {"id": job})
+
+    def name_backing_file(self, root: str, image: str, name: str) -> None:
+        arguments = {"device": root, "image-node-name": image, "backing-file": name}
+        self._monitor.execute("change-backing-file", arguments)
 
     def forget_node(self, node: str) -> None:
         self._monitor.execute("blockdev-del", {"node-name": node})
