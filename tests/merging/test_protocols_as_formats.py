@@ -9,7 +9,7 @@ import pytest
 
 import chainmerge
 from chainmerge.chain.errors import FormatContradiction
-from chainmerge.options import Access, Direction, MergeOptions
+from chainmerge.options import Access, MergeOptions
 from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, qemu_io
 
@@ -55,8 +55,8 @@ def stand(directory: Path, base: Path, declared: str, count: int) -> list[Path]:
     return images
 
 
-def access(base: Path) -> Access:
-    return Access(allow_backing=(str(base.parent),), sole_user=True)
+def access(base: Path, said: str = "raw") -> Access:
+    return Access({str(base): said}, allow_backing=(str(base.parent),), sole_user=True)
 
 
 def test_the_base_is_merged_into(tmp_path: Path, base: Path, declared: str) -> None:
@@ -78,7 +78,7 @@ def test_the_base_is_below_what_is_merged(tmp_path: Path, base: Path, declared: 
 def test_the_base_is_pulled_from(tmp_path: Path, base: Path, declared: str) -> None:
     (top,) = stand(tmp_path, base, declared, 1)
     before = content(top)
-    chainmerge.merge(top, base, access(base), MergeOptions(direction=Direction.PULL))
+    chainmerge.merge(top, base, access(base), MergeOptions(direction="pull"))
     assert content(top) == before
     assert "backing-filename" not in info(top)
 
@@ -88,4 +88,6 @@ def test_a_user_may_say_either(tmp_path: Path, base: Path, declared: str) -> Non
     for said in ("raw", declared):
         chainmerge.plan(top, base, Access({str(base): said}, (str(base.parent),), sole_user=True))
     with pytest.raises(FormatContradiction):
-        chainmerge.plan(top, base, Access({str(base): "qcow2"}, (str(base.parent),), sole_user=True))
+        chainmerge.plan(
+            top, base, Access({str(base): "qcow2"}, (str(base.parent),), sole_user=True)
+        )

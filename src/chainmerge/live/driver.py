@@ -251,7 +251,7 @@ class LiveDriver(ABC, Generic[DiskT]):
             raise self.failed(error.sentence) from error
         if self.journal.is_active:
             self._catch_up(job)
-        self.wait()
+        self.disk.rest(SECONDS_BETWEEN_LOOKS)
 
     def wait(self) -> None:
         """Wait until something may have happened."""

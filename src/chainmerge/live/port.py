@@ -135,6 +135,9 @@ class DiskLimits(Struct, frozen=True):
 class InspectedVm(Protocol):
     """What planning asks of one disk of a running VM."""
 
+    def let_others_in(self) -> None:
+        """Have others served until the next question: images are looked at, which takes long."""
+
     @property
     def name(self) -> str:
         """The VM, as messages call it."""
@@ -203,6 +206,9 @@ class MergingDisk(InspectedVm, WatchedVm, Protocol):
 
     def wait_for_event(self, seconds: float) -> None:
         """Return when something may have happened, at the latest after so many seconds."""
+
+    def rest(self, seconds: float) -> None:
+        """The same, and others may be served meanwhile: nobody waits for us."""
 
 
 class LiveVm(MergingDisk, Protocol):

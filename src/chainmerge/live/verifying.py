@@ -74,6 +74,7 @@ def verify_on_disk(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]
 
     Raises LiveVerificationFailed, VerificationFailed.
     """
+    driver.disk.let_others_in()
     journal = driver.journal
     top = Path(journal.top.path)
     if not top.exists() or not may_be_same(identify(top), journal.top):

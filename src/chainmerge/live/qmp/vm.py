@@ -54,6 +54,7 @@ _MORE_LIMITS: Final = (
 )
 # QEMU lets no job have a limit of less.
 _SLOWEST: Final = 1
+DEFAULT_HOLD_SECONDS: Final = 1.0
 _PROBE: Final = "chainmerge-probe"
 """The node by which it is found out whether QEMU can write to a file."""
 _AUTOMATIC: Final = "#"
@@ -69,6 +70,8 @@ class QmpVm:
         socket: path of the socket.
         device: the id of the guest's device, or of its drive.
         node: the node name of the disk's active image; instead of *device*.
+        monitor_hold: seconds that the socket is kept from others at a time while there is nothing
+            to do but to wait.
 
     Raises:
         VmUnreachable: there is no VM at the socket, or somebody else is connected.
@@ -77,8 +80,15 @@ class QmpVm:
 
     leaves_tombstones: Final = True
 
-    def __init__(self, socket: str, *, device: str | None = None, node: str | None = None) -> None:
-        self._monitor = Monitor(socket)
+    def __init__(
+        self,
+        socket: str,
+        *,
+        device: str | None = None,
+        node: str | None = None,
+        monitor_hold: float = DEFAULT_HOLD_SECONDS,
+    ) -> None:
+        self._monitor = Monitor(socket, monitor_hold)
         self._device = device
         self._node = node
         self._socket = socket
@@ -332,6 +342,12 @@ class QmpVm:
 
     def wait_for_event(self, seconds: float) -> None:
         self._monitor.wait_for_event(seconds)
+
+    def rest(self, seconds: float) -> None:
+        self._monitor.rest(seconds)
+
+    def let_others_in(self) -> None:
+        self._monitor.let_others_in()
 
 
 def _with_id(found: Sequence[dict[str, Any]], key: str, value: str) -> dict[str, Any] | None:
