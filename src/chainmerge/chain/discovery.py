@@ -27,7 +27,14 @@ from chainmerge.chain.errors import (
     ImageReplaced,
     TopFormatUnknown,
 )
-from chainmerge.chain.model import Chain, ChainPolicy, Identity, ImageFormat, ImageInfo
+from chainmerge.chain.model import (
+    Chain,
+    ChainPolicy,
+    Identity,
+    ImageFormat,
+    ImageInfo,
+    format_meant_by,
+)
 from chainmerge.chain.names import backing_path
 from chainmerge.chain.reading import (
     DeclaredFormat,
@@ -163,15 +170,17 @@ class _Walk(Struct, frozen=True):
         return allowed_data_file(image, header, self.policy.allow_data_files)
 
     def _given_format(self, path: Path) -> str | None:
-        return self.formats.get(os.path.realpath(path)) if self.formats else None
+        given = self.formats.get(os.path.realpath(path)) if self.formats else None
+        return None if given is None else format_meant_by(given)
 
     def _format_of(self, child: ImageInfo, path: Path, readable: FileReadable) -> DeclaredFormat:
         declared = None if child.header is None else child.header.backing_format
         given = self._given_format(path)
         if declared is not None:
-            if given not in {None, declared}:
+            meant = format_meant_by(declared)
+            if given not in {None, meant}:
                 raise FormatContradiction(str(path), str(child.path), declared, str(given))
-            return DeclaredFormat(declared, str(child.path))
+            return DeclaredFormat(meant, str(child.path))
         if given is not None:
             return DeclaredFormat(given, _THE_USER)
         if begins_as_qcow2(readable):

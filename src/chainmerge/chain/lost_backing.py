@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from chainmerge.chain.model import ImageFormat, ImageInfo
+from chainmerge.chain.model import ImageFormat, ImageInfo, format_meant_by
 from chainmerge.chain.names import path_from_header, possible_backing_paths
 from chainmerge.chain.reading import (
     DeclaredFormat,
@@ -79,7 +79,8 @@ def _candidate(image: ImageInfo, path: Path) -> Candidate | None:
             declared = image.header.backing_format if image.header else None
             if declared == ImageFormat.QCOW2 and not is_qcow2:
                 return None
-            as_format = declared or (ImageFormat.QCOW2 if is_qcow2 else ImageFormat.RAW)
+            found = ImageFormat.QCOW2 if is_qcow2 else ImageFormat.RAW
+            as_format = format_meant_by(declared) if declared else found
             other = describe(path, readable, DeclaredFormat(as_format, str(image.path)))
     except (ChainmergeError, OSError):
         return None

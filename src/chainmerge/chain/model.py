@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct, field
 
@@ -30,6 +30,19 @@ class ImageFormat(StrEnum):
 
     QCOW2 = "qcow2"
     RAW = "raw"
+
+
+_READ_AS_RAW: Final = frozenset({"file", "host_device"})
+
+
+def format_meant_by(declared: str) -> str:
+    """The format of an image that is declared as *declared*.
+
+    Where a header or a user names the protocol by which QEMU reaches a file, QEMU reads it as a
+    raw image. Before 9.0 it wrote such names itself, after a job on a node without a format
+    node above (see ``backing-mask-protocol`` of ``block-commit``).
+    """
+    return ImageFormat.RAW if declared in _READ_AS_RAW else declared
 
 
 def identity_of(status: os.stat_result) -> Identity:

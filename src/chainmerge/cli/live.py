@@ -55,6 +55,14 @@ def disk_options(function: Function[R]) -> Function[R]:
         "--device", metavar="ID", help="The disk, by the id of the guest's device or of its drive."
     )
     @_disk_option("--node", metavar="NODE", help="The disk, by the node name of its image.")
+    @_disk_option(
+        "--monitor-hold",
+        type=click.FloatRange(min=0, max=3600),
+        metavar="SECONDS",
+        default=api.DEFAULT_HOLD_SECONDS,
+        show_default=True,
+        help="Keep others from the QMP socket for so long at a time while data is copied.",
+    )
     @_disk_option("--domain", metavar="NAME", help="The VM, as a libvirt domain.")
     @_disk_option("--disk", "target", metavar="TARGET", help="Its disk, by the target: vda.")
     @_disk_option(
@@ -68,6 +76,7 @@ def disk_options(function: Function[R]) -> Function[R]:
         qmp: str | None,
         device: str | None,
         node: str | None,
+        monitor_hold: float,
         domain: str | None,
         target: str | None,
         connect: str | None,
@@ -76,16 +85,21 @@ def disk_options(function: Function[R]) -> Function[R]:
         by_qmp, by_libvirt = (qmp, device, node), (domain, target, connect)
         if any(by_qmp) == any(by_libvirt):
             raise DiskNotNamed
-        disk = _disk_of_socket(*by_qmp) if any(by_qmp) else _disk_of_domain(*by_libvirt)
+        if any(by_qmp):
+            disk = _disk_of_socket(*by_qmp, monitor_hold)
+        else:
+            disk = _disk_of_domain(*by_libvirt)
         return function(*args, disk=disk, **kwargs)
 
     return command
 
 
-def _disk_of_socket(qmp: str | None, device: str | None, node: str | None) -> _Opener:
+def _disk_of_socket(
+    qmp: str | None, device: str | None, node: str | None, monitor_hold: float
+) -> _Opener:
     if qmp is None or (device is None) == (node is None):
         raise DiskNotNamed
-    return lambda: api.QmpVm(qmp, device=device, node=node)
+    return lambda: api.QmpVm(qmp, device=device, node=node, monitor_hold=monitor_hold)
 
 
 def _disk_of_domain(domain: str | None, target: str | None, connect: str | None) -> _Opener:

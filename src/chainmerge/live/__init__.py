@@ -17,7 +17,7 @@ from chainmerge.live.driving import LiveDisk
 from chainmerge.live.libvirt.connection import DEFAULT_URI
 from chainmerge.live.libvirt.disk import DomainDisk
 from chainmerge.live.port import LiveVm
-from chainmerge.live.qmp.vm import QmpVm
+from chainmerge.live.qmp.vm import DEFAULT_HOLD_SECONDS, QmpVm
 from chainmerge.options import LiveOptions
 from chainmerge.storage.boundary import at_the_boundary
 
@@ -27,6 +27,7 @@ resume = at_the_boundary(merging.resume)
 status = at_the_boundary(merging.status)
 
 __all__ = [
+    "DEFAULT_HOLD_SECONDS",
     "DEFAULT_URI",
     "DomainDisk",
     "LiveDisk",

@@ -251,7 +251,7 @@ class LiveDriver(ABC, Generic[DiskT]):
             raise self.failed(error.sentence) from error
         if self.journal.is_active:
             self._catch_up(job)
-        self.wait()
+        self.disk.rest(SECONDS_BETWEEN_LOOKS)
 
     def wait(self) -> None:
         """Wait until something may have happened."""
@@ -267,9 +267,12 @@ class LiveDriver(ABC, Generic[DiskT]):
         """The room for what is copied."""
         if self._headroom is None:
             volume = volume_at(Path(self.base), self.options.as_merge)
-            file = self.nodes().base.file
-            assert file is not None
-            self._headroom = Headroom(self.disk, file, volume)
+            graph = self.disk.layout()
+            nodes = find_merge_nodes(graph, self.journal)
+            assert nodes is not None
+            protocol = graph.protocol_of(nodes.base)
+            assert protocol is not None
+            self._headroom = Headroom(self.disk, protocol.name, volume)
         return self._headroom
 
     @property

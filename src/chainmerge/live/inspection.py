@@ -114,8 +114,8 @@ def _compare(
         if image.identity != identity:
             difference = f"where the VM has node {node.name}, the headers lead to {image.path}"
             raise LiveChainDiffers(vm.name, difference)
-        if image.format != node.driver:
-            difference = f"{image.path} is {image.format}, and the VM reads it as {node.driver}"
+        if image.format != node.format:
+            difference = f"{image.path} is {image.format}, and the VM reads it as {node.format}"
             raise LiveChainDiffers(vm.name, difference)
     if len(on_disk) != len(chain):
         difference = (
@@ -175,6 +175,8 @@ def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[
     """What speaks against a merge in this VM, besides what speaks against any."""
     yield from _left_writable(vm, live)
     yield from _other_users(vm, live)
+    yield from _copied_before_write(vm, live)
+    yield from _header_unchangeable(vm, live)
     yield from _other_images(vm, live)
     yield from _bitmap_obstacles(vm, live, opened)
     yield from _size_obstacles(vm, live)
@@ -240,11 +242,44 @@ def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]
     for node, above, image in zip(inner, over, images, strict=False):
         others = [
             f"{user.kind} {user.name}".rstrip()
-            for user in node.users
+            for user in live.graph.users_of(node)
             if user.kind is not UserKind.JOB and (user.name, user.role) != (above.name, "backing")
         ]
         if others:
             yield LiveImageInUse(vm.name, str(image.path), ", ".join(others))
+
+
+def _copied_before_write(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """Merged images with a filter that has bitmaps of its own on them.
+
+    QEMU (7.2 to 10.0) ends with a failed assertion when it closes such an image.
+    """
+    for node, image in zip(live.merged, live.merged_images, strict=True):
+        watching = [
+            one.name for one in live.graph.filters_on(node) if one.driver == "copy-before-write"
+        ]
+        if watching:
+            reason = (
+                f"the filter {watching[0]} copies what is written to it, as backups do: merge when "
+                "the backup has ended"
+            )
+            yield LiveUnsuited(vm.name, str(image.path), reason)
+
+
+def _header_unchangeable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """An image above whose header QEMU would leave as it is, or give a wrong format.
+
+    At a filter its ``block-commit`` stops without a word, and ``change-backing-file`` (7.2 to 10.0)
+    declares the format of the image itself as that of its backing file.
+    """
+    if not live.nodes_above or not live.graph.has_filter_below(live.nodes_above[0]):
+        return
+    if live.base.format != live.nodes_above[0].format:
+        reason = (
+            f"a filter ({live.nodes_above[0].backing}) lies below it, and QEMU would declare the "
+            f"format of {live.target.base.path} wrongly"
+        )
+        yield LiveUnsuited(vm.name, str(live.above[0].path), reason)
 
 
 def _other_images(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:

@@ -24,6 +24,7 @@ class MergeNodes(Struct, frozen=True):
 
     Attributes:
         active: What the guest writes to.
+        root: The name of the uppermost node over that: a filter, or the active image itself.
         base: Base's node.
         overlays: The merged images that are in the chain still, lowest first.
         still_open: The merged images that are open and not in the chain any more, upper first.
@@ -32,6 +33,7 @@ class MergeNodes(Struct, frozen=True):
     """
 
     active: BlockNode
+    root: str
     base: BlockNode
     overlays: tuple[BlockNode, ...]
     still_open: tuple[BlockNode, ...]
@@ -55,13 +57,14 @@ def find_merge_nodes(graph: BlockGraph, journal: LiveJournal) -> MergeNodes | No
     others = [
         (_identity_of(node, graph), node)
         for node in graph.nodes.values()
-        if node.file is not None and node.name not in chained
+        if node.file is not None and not node.is_filter and node.name not in chained
     ]
     still_open = [_node_of(one, others) for one in reversed(journal.overlays)]
     merged = [_node_of(one, over) for one in journal.overlays]
     above = [node for image, node in over if not _is_of_any(image, journal.overlays)]
     return MergeNodes(
         active=chain[0],
+        root=graph.uppermost_over(chain[0]).name,
         base=chain[at],
         overlays=tuple(node for node in merged if node is not None),
         still_open=tuple(node for node in still_open if node is not None),

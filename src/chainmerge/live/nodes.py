@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
 from msgspec import Struct
 
@@ -100,6 +101,21 @@ class BlockNode(Struct, frozen=True):
     users: tuple[NodeUser, ...]
     bitmaps: tuple[NodeBitmap, ...]
 
+    @property
+    def is_filter(self) -> bool:
+        """Whether it passes data through, and is no image.
+
+        One of an unknown driver is, if it stands on one node and that is no format's way.
+        """
+        if self.driver in _FILTERS:
+            return True
+        return self.driver not in _FORMATS and (self.backing is None) != (self.file is None)
+
+    @property
+    def format(self) -> str:
+        """The image's format: a protocol node that is used as an image is a raw one."""
+        return "raw" if self.driver in PLAIN_PROTOCOLS else self.driver
+
     def bitmap(self, name: str) -> NodeBitmap | None:
         """The bitmap of that name."""
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -125,35 +141,114 @@ class BlockGraph(Struct, frozen=True):
 
         Filters, such as one that limits the disk's rate or the one of a job, are left out.
         """
-        return tuple(node for node in self._descend() if node.driver not in FILTERS)
+        return tuple(node for node in self._descend(self.root) if not node.is_filter)
+
+    def filters_on(self, image: BlockNode) -> tuple[BlockNode, ...]:
+        """The filters through which an image is used, those directly on it first."""
+        found = [image]
+        for node in found:
+            over = (self._filter_named(user) for user in node.users)
+            found += [one for one in over if one is not None and one not in found]
+        return tuple(found[1:])
+
+    def users_of(self, image: BlockNode) -> tuple[NodeUser, ...]:
+        """Who uses an image, directly or through filters. One that nobody uses uses it itself."""
+        filters = self.filters_on(image)
+        used = {one.name for one in filters if one.users}
+        return tuple(
+            user
+            for node in (image, *filters)
+            for user in node.users
+            if self._filter_named(user) is None or user.name not in used
+        )
+
+    def has_filter_below(self, image: BlockNode) -> bool:
+        """Whether a filter lies between an image and its backing file."""
+        return image.backing is not None and self.nodes[image.backing].is_filter
+
+    def idle_filters_on(self, image: BlockNode) -> tuple[BlockNode, ...]:
+        """The filters through which nobody uses an image, in the order in which they can go."""
+        filters = self.filters_on(image)
+        over = (user for node in (image, *filters) for user in node.users)
+        is_idle = all(self._filter_named(user) is not None for user in over)
+        return tuple(reversed(filters)) if is_idle else ()
+
+    def uppermost_over(self, image: BlockNode) -> BlockNode:
+        """The uppermost filter on an image, or the image: QEMU's jobs want to be told of it."""
+        return (image, *self.filters_on(image))[-1]
+
+    def protocol_of(self, image: BlockNode) -> BlockNode | None:
+        """The node that is the file of an image; None where nothing is known to be.
+
+        A raw image can be its own: QEMU reads a protocol node without a format node as one.
+        """
+        if image.driver in PLAIN_PROTOCOLS:
+            return image
+        if image.file is None:
+            return None
+        lowest = next((one for one in self._descend(image.file) if not one.is_filter), None)
+        return lowest if lowest is not None and lowest.driver in PLAIN_PROTOCOLS else None
 
     def path_of(self, image: BlockNode) -> Path | None:
         """The file of an image; None where it lies in none, or behind something unknown."""
-        if image.file is None:
-            return None
-        protocol = self.nodes[image.file]
-        return protocol.filename if protocol.driver in PLAIN_PROTOCOLS else None
+        protocol = self.protocol_of(image)
+        return None if protocol is None else protocol.filename
 
     def jobs(self) -> tuple[str, ...]:
         """The jobs that use an image of the disk, or a filter above one, by their ids."""
-        return tuple(sorted({job for node in self._descend() for job in node.jobs}))
+        return tuple(sorted({job for node in self._descend(self.root) for job in node.jobs}))
 
-    def _descend(self) -> Iterator[BlockNode]:
+    def _filter_named(self, user: NodeUser) -> BlockNode | None:
+        """The filter that a user is, if it passes through what it uses."""
+        node = self.nodes.get(user.name) if user.kind is UserKind.NODE else None
+        return node if node is not None and node.is_filter and user.role in _PASSED_ROLES else None
+
+    def _descend(self, start: str) -> Iterator[BlockNode]:
         seen = set()
-        name: str | None = self.root
+        name: str | None = start
         while name is not None and name not in seen:
             seen.add(name)
             node = self.nodes[name]
             yield node
-            name = node.backing
-            if name is None and node.driver in FILTERS:
-                name = node.file
+            name = node.backing or (node.file if node.is_filter else None)
 
 
-FILTERS = frozenset(
-    {"commit_top", "mirror_top", "copy-before-write", "copy-on-read", "throttle", "preallocate"}
+_FILTERS: Final = frozenset(
+    {
+        "blklogwrites",
+        "commit_top",
+        "compress",
+        "copy-before-write",
+        "copy-on-read",
+        "mirror_top",
+        "preallocate",
+        "snapshot-access",
+        "throttle",
+    }
 )
 """Drivers of nodes that pass data through and are no image."""
 
-PLAIN_PROTOCOLS = frozenset({"file", "host_device"})
+_FORMATS: Final = frozenset(
+    {
+        "bochs",
+        "cloop",
+        "dmg",
+        "luks",
+        "parallels",
+        "qcow",
+        "qcow2",
+        "qed",
+        "raw",
+        "vdi",
+        "vhdx",
+        "vmdk",
+        "vpc",
+    }
+)
+"""Drivers of nodes that are an image, and stand on the node of its file."""
+
+_PASSED_ROLES: Final = frozenset({"file", "backing"})
+"""As what a filter has the node that it passes through. Others, as ``target``, it writes to."""
+
+PLAIN_PROTOCOLS: Final = frozenset({"file", "host_device"})
 """Drivers of nodes that are a file or a block device of this machine."""

@@ -75,6 +75,7 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
         ChainmergeError: an image cannot be read.
     """
     require_no_job(vm, live)
+    vm.let_others_in()
     for _ in range(_ATTEMPTS - 1):
         try:
             return _plan(vm, live, options)

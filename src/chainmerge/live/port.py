@@ -107,7 +107,7 @@ class CommitOrder(Struct, frozen=True):
 
     Attributes:
         job: Its id.
-        active: The node at the top of the disk's chain.
+        root: The uppermost node of the disk: its active image, or a filter over it.
         top: The uppermost node that is merged.
         base: The node that is merged into.
         backing_name: What the header of the image above top is to say of its new backing file;
@@ -115,7 +115,7 @@ class CommitOrder(Struct, frozen=True):
     """
 
     job: str
-    active: str
+    root: str
     top: str
     base: str
     backing_name: str | None
@@ -134,6 +134,9 @@ class DiskLimits(Struct, frozen=True):
 
 class InspectedVm(Protocol):
     """What planning asks of one disk of a running VM."""
+
+    def let_others_in(self) -> None:
+        """Have others served until the next question: images are looked at, which takes long."""
 
     @property
     def name(self) -> str:
@@ -204,6 +207,9 @@ class MergingDisk(InspectedVm, WatchedVm, Protocol):
     def wait_for_event(self, seconds: float) -> None:
         """Return when something may have happened, at the latest after so many seconds."""
 
+    def rest(self, seconds: float) -> None:
+        """The same, and others may be served meanwhile: nobody waits for us."""
+
 
 class LiveVm(MergingDisk, Protocol):
     """One disk of a running VM whose jobs and bitmaps are driven command by command.
@@ -259,6 +265,15 @@ class LiveVm(MergingDisk, Protocol):
 
     def dismiss(self, job: str) -> None:
         """Forget a job that is done."""
+
+    def name_backing_file(self, root: str, image: str, name: str) -> None:
+        """Have the header of a qcow2 image name its backing file, also a qcow2 image, as *name*.
+
+        Args:
+            root: the uppermost node of the disk.
+            image: the node whose header is written; the block graph stays as it is.
+            name: the name to store.
+        """
 
     def forget_node(self, node: str) -> None:
         """Close an image that nothing uses any more."""

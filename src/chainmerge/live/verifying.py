@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ChainPolicy, ImageFormat
+from chainmerge.chain.names import backing_path
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import data_file_places
 from chainmerge.documents.progress import ProgressEvent, Stage, never
 from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.errors import LiveVerificationFailed
 from chainmerge.merging.verifying import verify_content, verify_soundness
 from chainmerge.qcow2.bitmaps import BitmapFlag
 from chainmerge.qcow2.bits import BitSet, union_all
+from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.saved_bitmaps import load_saved_bitmaps
+from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,10 +45,24 @@ def verify_in_vm(driver: LiveDriver[Any], nodes: MergeNodes) -> Iterator[str]:
             raise driver.differs(f"it is still the backing file of {upper}")
         yield f"the guest reads and writes {driver.base}, as {driver.TELLER} says"
     else:
-        if nodes.above is None or nodes.above.backing != nodes.base.name:
+        if nodes.above is None:
             raise driver.differs(f"it is not the backing file of {above.path}")
+        if not _names_base(driver.journal, Path(above.path)):
+            raise driver.differs(f"the header of {above.path} does not name it")
         yield f"{above.path} now uses {driver.base} as its backing file, as {driver.TELLER} says"
     yield from driver.verify_bitmaps(nodes)
+
+
+def _names_base(journal: LiveJournal, above: Path) -> bool:
+    """Whether the header of the image above leads to base, once the VM has ended."""
+    with FileReadable(above) as readable:
+        name = Qcow2Image(readable).header.backing_name
+    if name is None or name == journal.backing_name:
+        return name is not None
+    try:
+        return may_be_same(identify(backing_path(above, name)), journal.base)
+    except (ChainmergeError, OSError):
+        return False
 
 
 def verify_on_disk(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]:
@@ -56,6 +74,7 @@ def verify_on_disk(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]
 
     Raises LiveVerificationFailed, VerificationFailed.
     """
+    driver.disk.let_others_in()
     journal = driver.journal
     top = Path(journal.top.path)
     if not top.exists() or not may_be_same(identify(top), journal.top):
@@ -104,7 +123,7 @@ def _trusting(layout: BlockGraph, journal: LiveJournal) -> ChainPolicy:
         allow_data_files=tuple(
             place for image in (*qcow2, *overlays) for place in data_file_places(image)
         ),
-        formats={path: node.driver for path, node in nodes.items()},
+        formats={path: node.format for path, node in nodes.items()},
     )
 
 

@@ -454,6 +454,13 @@ class DomainDisk:
                 return int(stats.get(f"block.{number}.allocation", 0))
         return 0
 
+    def rest(self, seconds: float) -> None:
+        """As :meth:`wait_for_event`: libvirt serves many at a time."""
+        self.wait_for_event(seconds)
+
+    def let_others_in(self) -> None:
+        """Nothing has to be done: libvirt serves many at a time."""
+
     def wait_for_event(self, seconds: float) -> None:
         """Wait for so many seconds; libvirt is asked how things are, it does not call."""
         self._timer.wait(seconds)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from chainmerge.live.nodes import BlockNode, NodeBitmap, NodeUser, UserKind
+from chainmerge.live.nodes import BlockGraph, BlockNode, NodeBitmap, NodeUser, UserKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -131,11 +131,10 @@ def root_above(wanted: str, nodes: Mapping[str, BlockNode]) -> str:
     Or below: after an active merge the node stands on the one that the guest uses now.
     """
     upper = _uppermost_above(wanted, nodes)
-    name: str | None = upper
-    while name is not None:
-        if any(user.kind is UserKind.DEVICE for user in nodes[name].users):
-            return name
-        name = nodes[name].backing
+    graph = BlockGraph(nodes, upper)
+    for image in graph.chain():
+        if any(user.kind is UserKind.DEVICE for user in graph.users_of(image)):
+            return graph.uppermost_over(image).name
     return upper
 
 

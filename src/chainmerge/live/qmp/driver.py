@@ -62,6 +62,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
         while True:
             step = next_step(self._look())
             if step is LiveStep.SETTLE:
+                self._name_base()
                 return
             if step is LiveStep.RESTORE:
                 raise self._restored()
@@ -93,7 +94,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
         self.announce(Stage.PRUNE)
         order = CommitOrder(
             job=self.journal.job,
-            active=nodes.active.name,
+            root=nodes.root,
             top=nodes.overlays[-1].name,
             base=nodes.base.name,
             backing_name=self.journal.backing_name,
@@ -268,14 +269,27 @@ class MonitorDriver(LiveDriver[LiveVm]):
     def close_merged(self) -> None:
         """Have the VM close the merged images, the upper ones first."""
         for node in self.merged_nodes(self.disk.layout()).still_open:
+            # Each that is closed sets free what it stood on.
+            graph = self.disk.layout()
+            filters = graph.idle_filters_on(graph.nodes[node.name])
             try:
-                self.disk.forget_node(node.name)
+                for unused in (*filters, node):
+                    self.disk.forget_node(unused.name)
             except VmRefused as refused:
                 self.warnings.append(
                     f"the VM keeps {node.filename or node.name} open: {refused.reason}"
                 )
         # Closing top has changed it. Whatever else does from now on is no doing of this merge.
         self.note(top_since=data_changed(Path(self.top)))
+
+    def _name_base(self) -> None:
+        """Have the image above name base, where QEMU did not: it stops at a filter between them."""
+        graph, name = self.disk.layout(), self.journal.backing_name
+        nodes = self.merged_nodes(graph)
+        if nodes.above is not None and name is not None and graph.has_filter_below(nodes.above):
+            # Whether it does is looked at before anything is deleted.
+            with contextlib.suppress(VmRefused):
+                self.disk.name_backing_file(nodes.root, nodes.above.name, name)
 
     def verify_bitmaps(self, nodes: MergeNodes) -> Iterator[str]:
         for fault in faults(self.journal, nodes.base):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -22,30 +23,53 @@ _ANSWER_SECONDS: Final = 120.0
 
 
 class Monitor:
-    """A connection to a QMP socket; a context manager."""
+    """The QMP socket of a VM; a context manager.
 
-    def __init__(self, path: str) -> None:
+    QEMU serves one client of a monitor at a time, and managers such as Proxmox VE have no other.
+    So the connection is given up where others are let in, and taken up again by the next command.
+    """
+
+    def __init__(self, path: str, hold_seconds: float | None = None) -> None:
         """Connect to the socket at *path*.
+
+        Args:
+            path: of the socket.
+            hold_seconds: how long the connection is held at a time while there is nothing to do
+                but to wait; None for as long as there is one.
 
         Raises:
             VmUnreachable: nobody answers there, or somebody else is connected.
         """
         self.name = f"the VM at {path}"
+        self._path = path
+        self._hold_seconds = hold_seconds
+        self._listener: int | None = None
+        self._process: int | None = None
+        self._undo = contextlib.ExitStack()
+        self._qmp: Qmp | None = None
+        self._connected_at = 0.0
+        self._connect(_GREETING_SECONDS)
+
+    def _connect(self, greeting_seconds: float) -> Qmp:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(socket.socket(socket.AF_UNIX))
             try:
-                _connect(connection, path)
+                _connect(connection, self._path)
             except OSError as error:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
             except ValueError as error:
                 raise VmUnreachable(self.name, str(error)) from error
             self._listener = listener_of(connection)
-            self._socket_number = os.fstat(connection.fileno()).st_ino
+            number = os.fstat(connection.fileno()).st_ino
             try:
-                self._qmp = undo.enter_context(Qmp(connection, _GREETING_SECONDS))
+                qmp = undo.enter_context(Qmp(connection, greeting_seconds))
             except QmpLost as lost:
                 raise VmUnreachable(self.name, str(lost)) from lost
+            self._process = qemu_connected_to(number, self._listener)
             self._undo = undo.pop_all()
+        self._qmp = qmp
+        self._connected_at = time.monotonic()
+        return qmp
 
     def __enter__(self) -> Self:
         """Return the connection itself."""
@@ -57,7 +81,13 @@ class Monitor:
 
     def close(self) -> None:
         """Disconnect; the VM goes on with whatever it does."""
+        self._qmp = None
         self._undo.close()
+
+    def let_others_in(self) -> None:
+        """Disconnect until the next command, unless the connection is to be held."""
+        if self._hold_seconds is not None:
+            self.close()
 
     @property
     def working_directory(self) -> Path | None:
@@ -70,7 +100,7 @@ class Monitor:
     @property
     def process(self) -> int | None:
         """The id of the QEMU at the other end; None where it cannot be told, or is elsewhere."""
-        return qemu_connected_to(self._socket_number, self._listener)
+        return self._process
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a command and return its result, as parsed from JSON.
@@ -79,8 +109,10 @@ class Monitor:
             VmRefused: the VM answered with an error.
             VmUnreachable: it did not answer.
         """
+        # Others who are served first have theirs done in less.
+        qmp = self._qmp or self._connect(_ANSWER_SECONDS)
         try:
-            return self._qmp.execute(command, arguments, _ANSWER_SECONDS)
+            return qmp.execute(command, arguments, _ANSWER_SECONDS)
         except QmpRefused as refused:
             raise VmRefused(self.name, command, str(refused)) from refused
         except QmpLost as lost:
@@ -88,9 +120,22 @@ class Monitor:
 
     def wait_for_event(self, seconds: float) -> None:
         """Return when an event has come, at the latest after so many seconds."""
-        self._qmp.next_event(seconds)
+        qmp = self._qmp or self._connect(_ANSWER_SECONDS)
+        qmp.next_event(seconds)
         # More than one is no more reason to look than one.
-        self._qmp.drop_events()
+        qmp.drop_events()
+
+    def rest(self, seconds: float) -> None:
+        """As :meth:`wait_for_event`; where the connection was held long enough, others get in.
+
+        Events that come meanwhile are not heard of.
+        """
+        hold = self._hold_seconds
+        if hold is not None and time.monotonic() - self._connected_at >= hold:
+            self.close()
+            time.sleep(seconds)
+        else:
+            self.wait_for_event(seconds)
 
 
 def _connect(connection: socket.socket, path: str) -> None:

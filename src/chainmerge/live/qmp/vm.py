@@ -61,6 +61,7 @@ _MORE_LIMITS: Final = (
 )
 # QEMU lets no job have a limit of less.
 _SLOWEST: Final = 1
+DEFAULT_HOLD_SECONDS: Final = 1.0
 _PROBE: Final = "chainmerge-probe"
 """The node by which it is found out whether QEMU can write to a file."""
 _AUTOMATIC: Final = "#"
@@ -76,6 +77,8 @@ class QmpVm:
         socket: path of the socket.
         device: the id of the guest's device, or of its drive.
         node: the node name of the disk's active image; instead of *device*.
+        monitor_hold: seconds that the socket is kept from others at a time while there is nothing
+            to do but to wait.
 
     Raises:
         VmUnreachable: there is no VM at the socket, or somebody else is connected.
@@ -84,11 +87,19 @@ class QmpVm:
 
     leaves_tombstones: Final = True
 
-    def __init__(self, socket: str, *, device: str | None = None, node: str | None = None) -> None:
-        self._monitor = Monitor(socket)
+    def __init__(
+        self,
+        socket: str,
+        *,
+        device: str | None = None,
+        node: str | None = None,
+        monitor_hold: float = DEFAULT_HOLD_SECONDS,
+    ) -> None:
+        self._monitor = Monitor(socket, monitor_hold)
         self._device = device
         self._node = node
         self._socket = socket
+        self._chain: tuple[str, ...] = ()
         try:
             self._own_cwd = self._monitor.working_directory
             self.graph()
@@ -123,7 +134,9 @@ class QmpVm:
         nodes = {
             info["node-name"]: block_node(info, edges, self._path(info["file"])) for info in infos
         }
-        return BlockGraph(nodes, self._root(nodes))
+        graph = BlockGraph(nodes, self._root(nodes))
+        self._chain = tuple(node.name for node in graph.chain())
+        return graph
 
     def _node_infos(self) -> list[dict[str, Any]]:
         return list(self._monitor.execute("query-named-block-nodes", {"flat": True}))
@@ -144,9 +157,12 @@ class QmpVm:
 
     def _root(self, nodes: Mapping[str, BlockNode]) -> str:
         if self._node is not None:
-            if self._node not in nodes:
+            # A merge of the active image closes it: the disk is known by those that are left.
+            names = (self._node, *self._chain)
+            known_node = next((name for name in names if name in nodes), None)
+            if known_node is None:
                 raise NoSuchDisk(self.name, self._node, described_nodes(nodes))
-            return root_above(self._node, nodes)
+            return root_above(known_node, nodes)
         told = self._monitor.execute("query-block")
         disks = active_nodes(told)
         if str(self._device) not in disks:
@@ -235,7 +251,7 @@ class QmpVm:
     def start_commit(self, order: CommitOrder) -> None:
         arguments: dict[str, object] = {
             "job-id": order.job,
-            "device": order.active,
+            "device": order.root,
             "top-node": order.top,
             "base-node": order.base,
             "speed": _SLOWEST,
@@ -288,6 +304,10 @@ class QmpVm:
     def dismiss(self, job: str) -> None:
         self._monitor.execute("job-dismiss", {"id": job})
 
+    def name_backing_file(self, root: str, image: str, name: str) -> None:
+        arguments = {"device": root, "image-node-name": image, "backing-file": name}
+        self._monitor.execute("change-backing-file", arguments)
+
     def forget_node(self, node: str) -> None:
         self._monitor.execute("blockdev-del", {"node-name": node})
 
@@ -329,6 +349,12 @@ class QmpVm:
 
     def wait_for_event(self, seconds: float) -> None:
         self._monitor.wait_for_event(seconds)
+
+    def rest(self, seconds: float) -> None:
+        self._monitor.rest(seconds)
+
+    def let_others_in(self) -> None:
+        self._monitor.let_others_in()
 
 
 def _with_id(found: Sequence[dict[str, Any]], key: str, value: str) -> dict[str, Any] | None:
