@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         flatten,
         flatten_disks,
         inspect,
+        list_chains,
         measure,
         merge,
         merge_disks,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         PrunedBitmap,
         PruneReport,
     )
+    from chainmerge.documents.chains import ChainsReport, ChainSummary
     from chainmerge.documents.disks import (
         DiskError,
         DiskOutcome,
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
         ChainReport,
         CheckResult,
         ImageReport,
+        ImageUser,
         RelinkReport,
         Searched,
     )
@@ -154,8 +157,10 @@ __all__ = [
     "BitmapVerdict",
     "CancelReport",
     "ChainReport",
+    "ChainSummary",
     "ChainUnusable",
     "ChainmergeError",
+    "ChainsReport",
     "CheckResult",
     "CheckpointsAtRisk",
     "DirectionCost",
@@ -172,6 +177,7 @@ __all__ = [
     "ImageInvalid",
     "ImageReport",
     "ImageUnavailable",
+    "ImageUser",
     "Interrupted",
     "LeakFacts",
     "LiveMergeStatus",
@@ -231,6 +237,7 @@ __all__ = [
     "flatten",
     "flatten_disks",
     "inspect",
+    "list_chains",
     "measure",
     "merge",
     "merge_disks",
@@ -257,6 +264,10 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "PruneReport",
             "PrunedBitmap",
         ),
+        "chainmerge.documents.chains": (
+            "ChainSummary",
+            "ChainsReport",
+        ),
         "chainmerge.documents.disks": (
             "DiskError",
             "DiskOutcome",
@@ -270,6 +281,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "ChainReport",
             "CheckResult",
             "ImageReport",
+            "ImageUser",
             "RelinkReport",
             "Searched",
         ),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from chainmerge.documents.bitmaps import BitmapChange, BitmapListing, PruneReport
+from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
 from chainmerge.documents.merge import Measurement, MergeReport
@@ -38,6 +39,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"merge-disks-{REPORT_VERSION}": DisksReport,
         f"plan-disks-{REPORT_VERSION}": DisksPlan,
         f"info-{REPORT_VERSION}": ChainReport,
+        f"chains-{REPORT_VERSION}": ChainsReport,
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,

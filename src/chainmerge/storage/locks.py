@@ -403,9 +403,13 @@ def lock_bytes_of(fdinfo: str) -> frozenset[int]:
 
 def process_name(process: int) -> str:
     """A process, as messages call it."""
+    return f"{program_of(process) or 'a process'} (pid {process})"
+
+
+def program_of(process: int) -> str:
+    """The name of a process's program; empty if the process is gone."""
     try:
         # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
-        name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
+        return Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
     except OSError:
-        name = "a process"
-    return f"{name} (pid {process})"
+        return ""
