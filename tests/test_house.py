@@ -43,6 +43,7 @@ SHARED_NAMES: Final = {
     "check": {"cli/check.py", "qcow2/check.py"},
     "explain": {"catalogue.py", "cli/explain.py"},
     "flatten": {"cli/flatten.py", "merging/flattening.py"},
+    "list_chains": {"cli/list_chains.py", "inventory/overview.py"},
     "main": {"cli/main.py", "report/schema.py"},
     "measure": {"cli/measure.py", "planning/dry_run.py"},
     "merge": {

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from chainmerge.bitmaps.pruning import prune
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
+    from chainmerge.inventory.overview import list_chains
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
         flatten,
@@ -58,6 +59,7 @@ __all__ = [
     "flatten",
     "flatten_disks",
     "inspect",
+    "list_chains",
     "measure",
     "merge",
     "merge_disks",
@@ -90,6 +92,7 @@ _MODULES: Final = MappingProxyType(
         "flatten": "chainmerge.merging.flattening",
         "flatten_disks": "chainmerge.merging.flattening",
         "inspect": "chainmerge.chain.information",
+        "list_chains": "chainmerge.inventory.overview",
         "measure": "chainmerge.planning.dry_run",
         "merge": "chainmerge.merging.merge",
         "merge_disks": "chainmerge.merging.disks",

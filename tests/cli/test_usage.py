@@ -36,7 +36,7 @@ def advice(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, st
         ("Commit", "`chainmerge merge TOP`"),
         ("blockcommit", "`chainmerge live merge TOP`"),
         ("rebase", "`chainmerge relink IMAGE --backing NEW`"),
-        ("list", "`chainmerge info IMAGE`"),
+        ("ls", "`chainmerge list DIR`"),
         ("pull", "`chainmerge merge --direction pull TOP`"),
         ("stream", "`chainmerge flatten TOP`"),
         ("convert", "`chainmerge flatten TOP`"),

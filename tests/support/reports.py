@@ -14,6 +14,7 @@ from chainmerge.documents.bitmaps import (
     PrunedBitmap,
     PruneReport,
 )
+from chainmerge.documents.chains import ChainsReport, ChainSummary
 from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport, DisksPlan, DisksReport
 from chainmerge.documents.images import ChainReport, CheckResult, ImageReport, Searched
 from chainmerge.documents.merge import Measurement, MergeOutcome, MergeReport
@@ -157,6 +158,24 @@ def chain_report(*, image: str = "/disks/top.qcow2", words: str = "odd") -> Chai
         (words,),
         _searched(words),
     )
+
+
+def chains_report(*, directory: str = "/disks", words: str = "odd") -> ChainsReport:
+    def one(freed: int | None) -> ChainSummary:
+        return ChainSummary(
+            leaf=f"{directory}/{words}",
+            images=3,
+            virtual_size=1024 * MIB,
+            occupied_bytes=12 * MIB,
+            base=f"{directory}/{words}.base",
+            freed_bytes=freed,
+            bytes_to_copy=3 * MIB,
+            unfinished=freed is None,
+            users=None if freed is None else (),
+            problem=words if freed is None else None,
+        )
+
+    return ChainsReport(REPORT_VERSION, directory, (one(5 * MIB), one(None)), 24 * MIB, 5 * MIB)
 
 
 def check_result(*, image: str = "/disks/top.qcow2", words: str = "odd") -> CheckResult:

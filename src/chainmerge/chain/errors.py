@@ -21,7 +21,7 @@ class BackingFileMissing(ImageUnavailable, Refused):
     )
     hint: ClassVar[str] = (
         "put the file back in that place, or make it readable; if it is elsewhere now: `chainmerge "
-        "relink {image} --backing NEW`{found}"
+        "relink {image} --backing NEW --unchecked`, as nothing is left to compare it with{found}"
     )
     explanation: ClassVar[str] = (
         "An overlay holds only what was written since the snapshot; everything else is read from "

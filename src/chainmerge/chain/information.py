@@ -3,26 +3,33 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.opening import OpenImage, open_chain
+from chainmerge.chain.reading import identity_at
 from chainmerge.chain.target import metadata_policy_of, relatives_of
 from chainmerge.chain.unseen_users import volumes
 from chainmerge.chain.view import GuestView
-from chainmerge.documents.images import ChainReport, ImageReport
+from chainmerge.documents.images import ChainReport, ImageReport, ImageUser
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
 from chainmerge.qcow2.features import Compression, extension_name
 from chainmerge.qcow2.mapping import Kind
+from chainmerge.storage.allocation import STAT_BLOCK
+from chainmerge.storage.bystanders import openers_of
+from chainmerge.storage.processes import program_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from chainmerge.chain.model import ImageInfo
+    from chainmerge.chain.model import Chain, Identity, ImageInfo
     from chainmerge.chain.relatives import Relatives
     from chainmerge.qcow2.header import Header
+    from chainmerge.storage.bystanders import Openers
 
 
 def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
@@ -35,27 +42,63 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
     policy = metadata_policy_of(access, image)
     chain = discover(Path(image), policy)
     relatives = relatives_of(chain, max(0, len(chain.images) - 2), access, policy)
-    reports: list[ImageReport] = []
-    parent: str | None = None
+    others = _others(chain, relatives)
+    shown = {one.identity: plain_path(one.path) for one in (*chain.images, *others)}
+    openers = openers_of(Path(path) for path in shown.values())
     with open_chain(chain) as opened:
-        for one in opened.images:
-            reports.append(_report(one.info, parent, in_chain=True, allocated=_allocated(one)))
-            parent = str(one.info.path)
-    others = (
+        parents = (None, *(shown[one.identity] for one in chain.images))
+        reports = [
+            _report(one.info, parent, shown, openers, in_chain=True, allocated=_allocated(one))
+            for one, parent in zip(opened.images, parents, strict=False)
+        ]
+    reports += [
+        _report(other, _parent_of(other, shown), shown, openers, in_chain=False, allocated=None)
+        for other in others
+    ]
+    return ChainReport(
+        REPORT_VERSION,
+        shown[chain.top.identity],
+        tuple(reports),
+        tuple(_warnings(relatives)),
+        relatives.searched,
+        int(time.time()),
+    )
+
+
+def plain_path(path: Path) -> str:
+    """The absolute path of an image without ``..``: as it was reached, wherever that is the same.
+
+    A last component that is a link stays: links are what logical volumes are known by.
+    """
+    absolute = os.path.abspath(path)  # noqa: PTH100 (takes ".." out, which is the point)
+    try:
+        if os.path.samefile(absolute, path):  # noqa: PTH121
+            return absolute
+    except OSError:
+        # There is nothing at one of them.
+        pass
+    # What is above a link is not what its name says.
+    return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118
+
+
+def _others(chain: Chain, relatives: Relatives) -> tuple[ImageInfo, ...]:
+    """The images outside the chain that use images of it, each once."""
+    found = (
         *relatives.siblings,
         *relatives.middle_children,
         *(above.image for above in relatives.above),
     )
-    reports += [
-        _report(other, str(other.backing), in_chain=False, allocated=None) for other in others
-    ]
-    return ChainReport(
-        REPORT_VERSION,
-        str(image),
-        tuple(reports),
-        tuple(_warnings(relatives)),
-        relatives.searched,
-    )
+    in_chain = {image.identity for image in chain.images}
+    once = {other.identity: other for other in found if other.identity not in in_chain}
+    return tuple(once.values())
+
+
+def _parent_of(other: ImageInfo, shown: Mapping[Identity, str]) -> str | None:
+    """What the backing file of an image is called here."""
+    if other.backing is None:
+        return None
+    identity = identity_at(other.backing)
+    return (shown.get(identity) if identity else None) or plain_path(other.backing)
 
 
 def _warnings(relatives: Relatives) -> Iterator[str]:
@@ -66,11 +109,19 @@ def _warnings(relatives: Relatives) -> Iterator[str]:
 
 
 def _report(
-    info: ImageInfo, parent: str | None, *, in_chain: bool, allocated: int | None
+    info: ImageInfo,
+    parent: str | None,
+    shown: Mapping[Identity, str],
+    openers: Openers,
+    *,
+    in_chain: bool,
+    allocated: int | None,
 ) -> ImageReport:
     header = info.header
+    path = shown[info.identity]
+    occupied, written = on_disk(info)
     return ImageReport(
-        path=str(info.path),
+        path=path,
         format=info.format,
         format_declared=info.format_declared,
         in_chain=in_chain,
@@ -83,7 +134,29 @@ def _report(
         bitmaps=len(info.bitmaps),
         snapshots=header.snapshot_count if header else 0,
         notes=info.notes,
+        occupied_bytes=occupied,
+        written_at=written,
+        users=users_of(Path(path), openers),
     )
+
+
+def on_disk(image: ImageInfo) -> tuple[int | None, int | None]:
+    """What an image takes of its file system, in bytes, and when it was written (since 1970)."""
+    if image.is_block_device:
+        return None, None
+    try:
+        status = image.real_path.stat()
+    except OSError:
+        return None, None
+    return status.st_blocks * STAT_BLOCK, int(status.st_mtime)
+
+
+def users_of(image: Path, openers: Openers) -> tuple[ImageUser, ...] | None:
+    """The processes that have an image open; None if that is not known."""
+    processes = openers.processes.get(image, ())
+    if not processes and not openers.all_seen:
+        return None
+    return tuple(ImageUser(process, program_of(process)) for process in processes)
 
 
 def _details(header: Header) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ import click
 from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import access_options, image_argument, json_option
+from chainmerge.report.chains_table import chains_report
 from chainmerge.report.tables import chain_report
 
 if TYPE_CHECKING:
@@ -22,5 +24,11 @@ if TYPE_CHECKING:
 @access_options
 @json_option
 def info(*, image: str, access: Access, output: Output) -> None:
-    """Show IMAGE, the images below it, and other images that use them."""
+    """Show IMAGE, the images below it, and other images that use them.
+
+    If IMAGE is a directory, its chains are listed, as `chainmerge list` does.
+    """
+    if Path(image).is_dir():
+        output.document(api.list_chains(image, access), chains_report)
+        return
     output.document(api.inspect(image, access), chain_report)

@@ -36,6 +36,7 @@ _COMMANDS: Final = MappingProxyType(
         "bitmaps": ("chainmerge.cli.bitmaps", "bitmaps"),
         "relink": ("chainmerge.cli.relink", "relink"),
         "repair": ("chainmerge.cli.repair", "repair"),
+        "list": ("chainmerge.cli.list_chains", "list_chains"),
         "info": ("chainmerge.cli.info", "info"),
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),

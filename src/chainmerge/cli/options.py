@@ -195,6 +195,11 @@ def _activate_volumes(
         stack.enter_context(neighbours_activated(top, policy))
 
 
+def named_places_options(function: Function[R]) -> Function[R]:
+    """Add the options that say what of images may be followed to other directories, and how."""
+    return _with(function, _ACCESS_OPTIONS[:2])
+
+
 _DEFAULTS: Final = MergeOptions()
 _MERGE_OPTIONS: Final = (
     merging_option(

@@ -21,6 +21,9 @@ _PULL: Final = (
     "`chainmerge merge --direction pull TOP` does that, and `chainmerge flatten TOP` down to the "
     "end of the chain"
 )
+_LIST_CHAINS: Final = (
+    "`chainmerge list DIR` lists the chains of a directory, and what each would free"
+)
 _INFO: Final = (
     "`chainmerge info IMAGE` lists the images of a chain, `chainmerge bitmaps list IMAGE` its "
     "bitmaps"
@@ -56,8 +59,7 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "finish": _FINISH,
             "fix": "`chainmerge repair IMAGE` shows what is wrong and what it would do about it",
             "help": "see `chainmerge --help`, or `chainmerge explain` for the errors",
-            "list": _INFO,
-            "ls": _INFO,
+            "ls": _LIST_CHAINS,
             "map": _INFO,
             "prune": "`chainmerge bitmaps prune TOP` does that",
             "pull": _PULL,
@@ -65,6 +67,7 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "remove": "`chainmerge bitmaps remove IMAGE NAME` removes a bitmap, `chainmerge merge "
             "--delete TOP` a snapshot",
             "resume": _FINISH,
+            "scan": _LIST_CHAINS,
             "rm": "`chainmerge merge --delete TOP` merges a snapshot and deletes its file",
             "show": _INFO,
             "stream": _PULL,

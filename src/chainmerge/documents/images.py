@@ -46,6 +46,18 @@ class Searched(Struct, frozen=True):
         return ", ".join(parts)
 
 
+class ImageUser(Struct, frozen=True):
+    """A process that has an image open.
+
+    Attributes:
+        pid: Its number.
+        program: The name of its program, as far as the kernel keeps it (15 bytes).
+    """
+
+    pid: int
+    program: str
+
+
 class ImageReport(Struct, frozen=True):
     """One image, as ``chainmerge info`` shows it.
 
@@ -64,6 +76,10 @@ class ImageReport(Struct, frozen=True):
         bitmaps: Number of bitmaps stored in it.
         snapshots: Number of internal snapshots.
         notes: What is out of the ordinary, a sentence each.
+        occupied_bytes: What it takes of its file system, None for a device or if unknown.
+        written_at: When it was written last, in seconds since 1970 (UTC); None as above.
+        users: The processes that have it open; None if none is seen and not every process may be
+            looked at.
     """
 
     path: str
@@ -79,6 +95,9 @@ class ImageReport(Struct, frozen=True):
     bitmaps: int
     snapshots: int
     notes: tuple[str, ...]
+    occupied_bytes: int | None = None
+    written_at: int | None = None
+    users: tuple[ImageUser, ...] | None = None
 
 
 class ChainReport(Struct, frozen=True):
@@ -87,9 +106,11 @@ class ChainReport(Struct, frozen=True):
     Attributes:
         version: Version of this document.
         image: The image asked about.
-        images: The chain from its root up, then siblings and children.
+        images: The chain from its root up, then siblings and children. Each image is there once,
+            by one absolute path without ``..``, which ``parent`` and ``image`` give as well.
         warnings: What the user should know, a sentence each.
         searched: Where siblings and children were looked for.
+        looked_at: When that was, in seconds since 1970 (UTC).
     """
 
     version: int
@@ -97,6 +118,7 @@ class ChainReport(Struct, frozen=True):
     images: tuple[ImageReport, ...]
     warnings: tuple[str, ...]
     searched: Searched
+    looked_at: int = 0
 
 
 class CheckResult(Struct, frozen=True):

@@ -36,6 +36,7 @@ from chainmerge.planning.aftermath import new_backing
 from chainmerge.planning.choices import shares_extents
 from chainmerge.planning.space.native import mapped_disk
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.storage.allocation import STAT_BLOCK
 from chainmerge.storage.transfer.copying import ReadBack, ZeroedSpace, transfer_into
 from chainmerge.storage.volumes import VolumeKind
 
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from chainmerge.qcow2.references import ReferenceCounts
     from chainmerge.storage.files import WritablePort
 
-# The unit of st_blocks.
-_STAT_BLOCK: Final = 512
 _READ_BACK: Final = MappingProxyType({"full": ReadBack.COMPARED, "metadata": ReadBack.OMITTED})
 _WORDS_FOR_READ_BACK: Final = MappingProxyType(
     {
@@ -164,7 +163,7 @@ def _new_backing(job: Job) -> Backing | None:
 def _zeroed_space(port: WritablePort) -> ZeroedSpace:
     """A raw image that is preallocated stays so; another one does not grow by zeros."""
     status = os.fstat(port.fd)
-    sparse = status.st_blocks * _STAT_BLOCK < status.st_size
+    sparse = status.st_blocks * STAT_BLOCK < status.st_size
     return ZeroedSpace.GIVEN_BACK if sparse else ZeroedSpace.KEPT
 
 

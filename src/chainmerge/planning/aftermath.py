@@ -7,12 +7,13 @@ And what the file system gets back by that, in bytes.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from chainmerge.chain.names import name_to_store
 from chainmerge.documents.plan import PlannedSnapshots, Repoint
 from chainmerge.options import Direction
 from chainmerge.planning.removals import Going, going_with
+from chainmerge.storage.allocation import STAT_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Chain, Identity, ImageInfo
     from chainmerge.options import MergeOptions
     from chainmerge.planning.facts import MergeFacts, SnapshotViews
-
-# The unit of st_blocks.
-_STAT_BLOCK: Final = 512
 
 
 def snapshots_to_remove(
@@ -175,7 +173,7 @@ def bytes_occupied(chain: Chain) -> Mapping[Identity, int]:
         # Where one has just been deleted, whatever reads it says so.
         with contextlib.suppress(OSError):
             if not image.is_block_device:
-                occupied[image.identity] = image.real_path.stat().st_blocks * _STAT_BLOCK
+                occupied[image.identity] = image.real_path.stat().st_blocks * STAT_BLOCK
     return occupied
 
 

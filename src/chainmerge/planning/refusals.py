@@ -43,7 +43,7 @@ from chainmerge.planning.errors import (
 from chainmerge.planning.placement import allocated_bytes, required_bytes
 from chainmerge.planning.wording import first_few, local_time, names_of, quoted
 from chainmerge.records.files import StateDirectoryUnusable
-from chainmerge.storage.volume_errors import RawDeviceTooSmall
+from chainmerge.storage.volume_errors import CannotGrow, RawDeviceTooSmall
 from chainmerge.storage.volumes import VolumeKind
 
 if TYPE_CHECKING:
@@ -285,8 +285,18 @@ def _space_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chainm
     refusal = facts.volume.refusal(required_bytes(facts, options), allocated_bytes(facts, options))
     if refusal is not None:
         fixed = facts.volume.kind is VolumeKind.BLOCK and facts.result.header is None
-        yield RawDeviceTooSmall(**vars(refusal)) if fixed else refusal
+        yield RawDeviceTooSmall(**vars(refusal)) if fixed else _with_other_way(refusal, facts)
     yield from _hiding_refusals(facts)
+
+
+def _with_other_way(refusal: CannotGrow, facts: MergeFacts) -> CannotGrow:
+    """The same refusal, with the pull as a way out where there is one."""
+    if facts.direction is Direction.PULL or facts.pull_obstacle is not None:
+        return refusal
+    top = facts.top.path
+    return refusal.advised(
+        f"{_without_change(facts)} and takes about {facts.pull_bytes} bytes for {top}; or "
+    )
 
 
 def _hiding_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:

@@ -22,6 +22,7 @@ from chainmerge.documents.bitmaps import (
     BitmapsRepairReport,
     PruneReport,
 )
+from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
 from chainmerge.documents.merge import Measurement, MergeReport
@@ -43,6 +44,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"merge-disks-{REPORT_VERSION}": DisksReport,
         f"plan-disks-{REPORT_VERSION}": DisksPlan,
         f"info-{REPORT_VERSION}": ChainReport,
+        f"chains-{REPORT_VERSION}": ChainsReport,
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,

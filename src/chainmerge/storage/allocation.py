@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STAT_BLOCK: Final = 512
+"""The unit of ``st_blocks``."""
+
 # linux/falloc.h
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
@@ -73,7 +76,7 @@ def reserved_beyond_end(fd: int) -> int:
     try:
         return sum(end - max(start, size) for start, end, _ in allocated_extents(fd, size))
     except OSError:
-        return max(status.st_blocks * 512 - size, 0)
+        return max(status.st_blocks * STAT_BLOCK - size, 0)
 
 
 def allocated_extents(fd: int, position: int = 0) -> Iterator[tuple[int, int, int]]:

@@ -22,6 +22,7 @@ import os
 import stat
 import struct
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -32,7 +33,7 @@ from chainmerge.storage.locks import LockMode, lock_bytes_of
 from chainmerge.storage.processes import process_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 Inode: TypeAlias = tuple[int, int]
 Key: TypeAlias = tuple[str, int, int]
@@ -95,6 +96,43 @@ def bystanders_of(
     return tuple(
         who for one, places in images for place in places for who in _users(one, place, found)
     )
+
+
+class Openers(Struct, frozen=True):
+    """The processes that have images open.
+
+    Attributes:
+        processes: By image, as it was named; in order.
+        all_seen: Whether every process could be looked at. If not, there may be more.
+    """
+
+    processes: Mapping[Path, tuple[int, ...]]
+    all_seen: bool
+
+
+def openers_of(images: Iterable[Path]) -> Openers:
+    """Who has images open, for whatever purpose, found in one look; this process is left out."""
+    loops = _loop_devices()
+    places: dict[Key, list[Path]] = defaultdict(list)
+    for image in dict.fromkeys(images):
+        for place in _places_of(image, loops):
+            places[place.key].append(image)
+    found: dict[Path, set[int]] = defaultdict(set)
+    look = _Look()
+    all_seen = True
+    for name in _names_in("/proc"):
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        all_seen = all_seen and _may_be_looked_at(name)
+        for _, key, _ in look.files_of(name):
+            for image in places.get(key, ()):
+                found[image].add(int(name))
+    return Openers({image: tuple(sorted(who)) for image, who in found.items()}, all_seen)
+
+
+def _may_be_looked_at(process: str) -> bool:
+    """Whether the kernel says what a process has open, if it is still there."""
+    return os.access(f"/proc/{process}/fd", os.R_OK) or not os.path.exists(f"/proc/{process}")  # noqa: PTH110 (many)
 
 
 class _Place(Struct, frozen=True):

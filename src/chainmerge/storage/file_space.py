@@ -141,7 +141,7 @@ def _ranges(pairs: Iterable[tuple[int, int]]) -> ByteRanges:
 
 def _data_of(file: AnyFile) -> ByteRanges:
     status = os.fstat(file.fd)
-    if status.st_blocks * 512 >= status.st_size:
+    if status.st_blocks * allocation.STAT_BLOCK >= status.st_size:
         return _ranges([(0, status.st_size)])
     return _ranges((start, start + length) for start, length in raw_data_extents(file))
 

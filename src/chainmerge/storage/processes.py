@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 def process_name(process: int) -> str:
     """A process, as messages call it: a VM by the name that it was given."""
-    try:
-        # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
-        name = Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
-    except OSError:
-        name = "a process"
+    name = program_of(process) or "a process"
     guest = guest_name(started_with(process)) if name.startswith(("qemu-system", "kvm")) else None
     if guest is not None:
         name = f"the VM {guest!r}, {name}"
     return f"{name} (pid {process})"
+
+
+def program_of(process: int) -> str:
+    """The name of a process's program; empty if the process is gone."""
+    try:
+        # QEMU names its threads; "comm" of the process is the program's name, 15 bytes of it.
+        return Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def started_with(process: int) -> tuple[str, ...]:
