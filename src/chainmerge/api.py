@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         bitmaps_remove,
         bitmaps_remove_all,
     )
-    from chainmerge.bitmaps.listing import bitmaps_list
+    from chainmerge.bitmaps.listing import bitmaps_list, bitmaps_list_disks
     from chainmerge.bitmaps.pruning import prune
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
@@ -48,6 +48,7 @@ __all__ = [
     "bitmaps_add",
     "bitmaps_clear",
     "bitmaps_list",
+    "bitmaps_list_disks",
     "bitmaps_merge",
     "bitmaps_remove",
     "bitmaps_remove_all",
@@ -81,6 +82,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_add": "chainmerge.bitmaps.editing",
         "bitmaps_clear": "chainmerge.bitmaps.editing",
         "bitmaps_list": "chainmerge.bitmaps.listing",
+        "bitmaps_list_disks": "chainmerge.bitmaps.listing",
         "bitmaps_merge": "chainmerge.bitmaps.editing",
         "bitmaps_remove": "chainmerge.bitmaps.editing",
         "bitmaps_remove_all": "chainmerge.bitmaps.editing",

@@ -11,7 +11,14 @@ from chainmerge.bitmaps.stored import bitmap_results, bitmaps_of
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.opening import OpenImage, open_chain
 from chainmerge.chain.target import metadata_policy_of
-from chainmerge.documents.bitmaps import BitmapListing, BitmapRow, BitmapVerdict
+from chainmerge.documents.bitmaps import (
+    BitmapListing,
+    BitmapRow,
+    BitmapsOfDisks,
+    BitmapVerdict,
+    DiskGap,
+    SharedCheckpoint,
+)
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
 
@@ -33,6 +40,42 @@ def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListi
         rows = tuple(row for one in leaf_first for row in _rows(one))
         layers = tuple(bitmaps_of(one) for one in leaf_first)
     return BitmapListing(REPORT_VERSION, str(image), rows, tuple(_verdicts(layers)))
+
+
+def bitmaps_list_disks(
+    images: Sequence[str | Path], access: Access | None = None
+) -> BitmapsOfDisks:
+    """The bitmaps of several disks, and which checkpoints serve a backup of all of them.
+
+    Args:
+        images: the top end of each disk's chain.
+        access: how images may be found and reached.
+
+    Raises:
+        ChainmergeError: a chain cannot be found or read.
+    """
+    disks = tuple(bitmaps_list(image, access) for image in images)
+    return BitmapsOfDisks(REPORT_VERSION, disks, shared_checkpoints(disks))
+
+
+def shared_checkpoints(disks: Sequence[BitmapListing]) -> tuple[SharedCheckpoint, ...]:
+    """The verdict on every name over all disks. Pure.
+
+    A backup takes all disks of a VM at one moment, so one disk without the checkpoint makes the
+    next one full for that disk.
+    """
+    names = sorted({verdict.name for disk in disks for verdict in disk.verdicts})
+    gaps = {name: tuple(_gaps(name, disks)) for name in names}
+    return tuple(SharedCheckpoint(name, not gaps[name], gaps[name]) for name in names)
+
+
+def _gaps(name: str, disks: Sequence[BitmapListing]) -> Iterator[DiskGap]:
+    for disk in disks:
+        verdict = next((one for one in disk.verdicts if one.name == name), None)
+        if verdict is None:
+            yield DiskGap(disk.image, "no bitmap of this name")
+        elif not verdict.passes:
+            yield DiskGap(disk.image, verdict.reason)
 
 
 def _rows(opened: OpenImage) -> Iterator[BitmapRow]:

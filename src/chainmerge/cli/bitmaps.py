@@ -18,6 +18,7 @@ from chainmerge.cli.options import (
     access_options,
     base_option,
     image_argument,
+    images_argument,
     json_option,
     outcome_options,
     top_argument,
@@ -47,12 +48,18 @@ def bitmaps() -> None:
 
 
 @bitmaps.command("list", cls=Command)
-@image_argument
+@images_argument
 @access_options
 @json_option
-def list_(*, image: str, access: Access, output: Output) -> None:
-    """Show all bitmaps of IMAGE and the images below, and which of them a backup can use."""
-    output.document(api.bitmaps_list(image, access), tables.bitmap_listing)
+def list_(*, images: tuple[str, ...], access: Access, output: Output) -> None:
+    """Show all bitmaps of IMAGE and the images below, and which of them a backup can use.
+
+    Of several disks of a VM: which checkpoints a backup of all of them can use.
+    """
+    if len(images) == 1:
+        output.document(api.bitmaps_list(images[0], access), tables.bitmap_listing)
+    else:
+        output.document(api.bitmaps_list_disks(images, access), tables.bitmaps_of_disks)
 
 
 @bitmaps.command(cls=Command)

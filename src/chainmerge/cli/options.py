@@ -83,6 +83,7 @@ dry_run_option: Final = click.option(
 
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
+images_argument = click.argument("images", metavar="IMAGE...", type=IMAGE, nargs=-1, required=True)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
 bases_option = click.option(
     "--base",
@@ -188,7 +189,8 @@ def _activate_volumes(
     tops = arguments.get("tops") or tuple(filter(None, (arguments.get("top"),)))
     named = (*tops, *arguments.get("bases", ()), arguments.get("base"))
     policy = metadata_policy_of(access, *named)
-    for top in (access.active,) if access.active else tops or (arguments["image"],):
+    images = arguments.get("images") or tuple(filter(None, (arguments.get("image"),)))
+    for top in (access.active,) if access.active else tops or images:
         stack.enter_context(volumes_activated(top, policy))
     # What stands on an image matters where base is going to be changed.
     for top in tops:

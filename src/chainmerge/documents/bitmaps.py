@@ -68,6 +68,35 @@ class BitmapListing(Struct, frozen=True):
     verdicts: tuple[BitmapVerdict, ...]
 
 
+class DiskGap(Struct, frozen=True):
+    """A disk on which a checkpoint cannot serve a backup: its top end, and why, in words."""
+
+    image: str
+    reason: str
+
+
+class SharedCheckpoint(Struct, frozen=True):
+    """Whether a checkpoint can serve a backup of all disks of a VM.
+
+    Attributes:
+        name: The name of its bitmaps.
+        usable: Whether it passes on every disk: the next backup of the VM can be incremental.
+        gaps: The disks on which it does not, in the order of the disks.
+    """
+
+    name: str
+    usable: bool
+    gaps: tuple[DiskGap, ...]
+
+
+class BitmapsOfDisks(Struct, frozen=True):
+    """The bitmaps of several disks, and which checkpoints serve a backup of all of them."""
+
+    version: int
+    disks: tuple[BitmapListing, ...]
+    checkpoints: tuple[SharedCheckpoint, ...]
+
+
 class BitmapChange(Struct, frozen=True):
     """What ``bitmaps add``, ``remove``, ``clear`` or ``merge`` changed in one image.
 

@@ -19,6 +19,7 @@ import msgspec
 from chainmerge.documents.bitmaps import (
     BitmapChange,
     BitmapListing,
+    BitmapsOfDisks,
     BitmapsRepairReport,
     PruneReport,
 )
@@ -48,6 +49,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,
+        f"bitmaps-list-disks-{REPORT_VERSION}": BitmapsOfDisks,
         f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
         f"bitmaps-repair-{REPORT_VERSION}": BitmapsRepairReport,

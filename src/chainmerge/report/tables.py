@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from chainmerge.documents.bitmaps import (
         BitmapChange,
         BitmapListing,
+        BitmapsOfDisks,
         PrunedBitmap,
         PruneReport,
     )
@@ -100,6 +101,26 @@ def bitmap_listing(listing: BitmapListing) -> Block:
         *_tombstone_note(listing),
         *_repair_note(listing),
     )
+
+
+def bitmaps_of_disks(found: BitmapsOfDisks) -> Block:
+    """The bitmaps of each disk, and which checkpoints a backup of all of them can use."""
+    usable, unusable = words("usable", layout.GOOD), words("unusable", layout.BAD)
+    table = layout.listing(
+        ("name", "for a backup of all disks", "why not"),
+        (
+            (
+                words(one.name),
+                usable if one.usable else unusable,
+                words("; ".join(f"{gap.image}: {gap.reason}" for gap in one.gaps)),
+            )
+            for one in found.checkpoints
+        ),
+    )
+    disks = (bitmap_listing(disk) for disk in found.disks)
+    if not found.checkpoints:
+        return stack(*disks)
+    return stack(*disks, layout.section("Checkpoints of all disks", table))
 
 
 def bitmap_change(change: BitmapChange) -> Block:
