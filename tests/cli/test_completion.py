@@ -92,7 +92,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_commands(shell: str) -> None:
     assert asked(shell, "mer") == ["merge"]
-    assert asked(shell, "bitmaps", "re") == ["remove"]
+    assert asked(shell, "bitmaps", "re") == ["remove", "repair"]
     assert asked(shell, "frobnicate", "x") == []
 
 
