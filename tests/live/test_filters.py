@@ -11,6 +11,7 @@ import pytest
 from chainmerge import live
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ChainPolicy
+from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.live.errors import LiveUnsuited, LiveVerificationFailed, VmRefused
 from chainmerge.options import LiveOptions
 from tests.conftest import SOAK
@@ -269,3 +270,32 @@ def test_a_raw_base_without_a_format_node(tmp_path: Path, kind: str) -> None:
         # QEMU before 9.0 declares the protocol; the next command reads it as what it is.
         chain = chain_on_disk(images[-1])
         assert chain == ["leaf.qcow2: qcow2", "base.raw: raw"]
+
+
+def test_the_guest_is_slowed_down_beside_a_throttle_group(tmp_path: Path) -> None:
+    """The manager's limits stay what they are; ours are on the device, and go again."""
+    scenario = build(tmp_path / "chain", 5, levels=1, active=True)
+    options = LiveOptions(delete=True, bandwidth=8 << 20, deadline=0.5, on_stall="throttle")
+    group = {"path": "/objects/limits", "property": "limits"}
+    with running_vm(tmp_path / "vm", scenario.images, CASES["throttle"]) as vm:
+        vm.execute("qom-set", **group, value={"bps-write": 700 << 20})
+        theirs = vm.execute("qom-get", **group)
+        seen: list[int] = []
+        # Limits are for the guest's device. This one comes in by another way, and keeps to them
+        # of its own accord.
+        guest = Guest(vm, 5, DISK)
+
+        def look(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY:
+                (disk,) = vm.execute("query-block")
+                seen.append(disk["inserted"]["bps_wr"])
+                guest.interval = 0.2 if seen[-1] else 0.002
+
+        with guest, vm.disk() as disk:
+            live.merge(disk, scenario.top, options=options, on_progress=look)
+            assert disk.disk_limits().limits["bps_wr"] == 0
+        assert max(seen) > 0
+        assert vm.execute("qom-get", **group) == theirs
+        assert drivers(vm) == ["throttle", "qcow2"]
+        vm.quit()
+    assert_closed_right(scenario, guest)
