@@ -28,7 +28,8 @@ def live_merge_by(process: int) -> str:
     except OSError:
         return ""
     options = way_into(arguments)
-    return " ".join(("chainmerge live merge", options, "TOP")) if options else ""
+    command = "chainmerge live merge"
+    return f"{command} {options} TOP" if options else ""
 
 
 def way_into(arguments: Sequence[str]) -> str:
