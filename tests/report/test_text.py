@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainmerge.documents.text import printable
-from chainmerge.report.text import age, exact_size, human_size, rough_size
+from chainmerge.report.text import exact_size, human_size, rough_size
 
 any_text = st.text(st.characters(exclude_categories=()))
 
@@ -57,23 +57,6 @@ def test_what_would_deceive_is_shown_as_an_escape(name: str, shown: str) -> None
 )
 def test_sizes_say_whether_they_are_rounded(size: int, shown: str) -> None:
     assert human_size(size) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [
-        (-5, "0 seconds"),
-        (1, "1 second"),
-        (119, "119 seconds"),
-        (120, "2 minutes"),
-        (3 * 3600 + 59, "3 hours"),
-        (47 * 3600, "47 hours"),
-        (400 * 86400, "400 days"),
-        (800 * 86400, "2 years"),
-    ],
-)
-def test_ages(seconds: int, shown: str) -> None:
-    assert age(seconds) == shown
 
 
 @given(st.integers(0, 2**63 - 1))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,6 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
         tuple(reports),
         tuple(_warnings(relatives)),
         relatives.searched,
-        int(time.time()),
     )
 
 

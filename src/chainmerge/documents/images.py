@@ -110,7 +110,6 @@ class ChainReport(Struct, frozen=True):
             by one absolute path without ``..``, which ``parent`` and ``image`` give as well.
         warnings: What the user should know, a sentence each.
         searched: Where siblings and children were looked for.
-        looked_at: When that was, in seconds since 1970 (UTC).
     """
 
     version: int
@@ -118,7 +117,6 @@ class ChainReport(Struct, frozen=True):
     images: tuple[ImageReport, ...]
     warnings: tuple[str, ...]
     searched: Searched
-    looked_at: int = 0
 
 
 class CheckResult(Struct, frozen=True):

@@ -13,7 +13,7 @@ from chainmerge.report import layout
 from chainmerge.report.bitmap_tables import bitmap_table, held_bitmaps
 from chainmerge.report.layout import Block, Stack, Table, Words, joined, stack, words
 from chainmerge.report.plan_details import search_lines
-from chainmerge.report.text import age, exact_size, human_size, short_size
+from chainmerge.report.text import exact_size, human_size, moment, short_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def chain_report(report: ChainReport) -> Block:
     """An image, the images below it, and other images that use them."""
-    nodes = [_node(image, report.image, report.looked_at) for image in report.images]
+    nodes = [_node(image, report.image) for image in report.images]
     return stack(
         layout.tree(nodes),
         layout.section("Other images that use these", *search_lines(report.searched)),
@@ -224,7 +224,7 @@ def _listed(title: str, sentences: Iterable[str]) -> tuple[Stack, ...]:
     return (layout.section(title, layout.bullets(lines)),) if lines else ()
 
 
-def _node(image: ImageReport, asked: str, now: int) -> layout.TreeNode:
+def _node(image: ImageReport, asked: str) -> layout.TreeNode:
     style = "bold" if image.path == asked else "" if image.in_chain else layout.QUIET
     declared = "" if image.format_declared else " (not declared)"
     about = [
@@ -241,7 +241,7 @@ def _node(image: ImageReport, asked: str, now: int) -> layout.TreeNode:
     about.append(counted(image.bitmaps, "bitmap"))
     about.append(counted(image.snapshots, "snapshot"))
     below = [words(", ".join(about), layout.QUIET)]
-    below.append(joined(*_use(image, now)))
+    below.append(joined(*_use(image)))
     if image.details:
         details = "; ".join(f"{name}: {value}" for name, value in image.details.items())
         below.append(words(details, layout.QUIET))
@@ -249,10 +249,10 @@ def _node(image: ImageReport, asked: str, now: int) -> layout.TreeNode:
     return layout.TreeNode(image.path, image.parent, style, tuple(below))
 
 
-def _use(image: ImageReport, now: int) -> Iterator[Words]:
+def _use(image: ImageReport) -> Iterator[Words]:
     """When an image was written last, and who has it open."""
     if image.written_at is not None:
-        yield words(f"written {age(now - image.written_at)} ago, ", layout.QUIET)
+        yield words(f"written {moment(image.written_at)}, ", layout.QUIET)
     if image.users is None:
         yield words("open in: not known, as not every process may be looked at", layout.QUIET)
     elif image.users:

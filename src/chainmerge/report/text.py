@@ -9,12 +9,6 @@ from typing import Final
 from chainmerge.arithmetic.counting import counted
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_PERIODS: Final = (
-    (365 * 86400, "year"),
-    (86400, "day"),
-    (3600, "hour"),
-    (60, "minute"),
-)
 
 
 def rough_size(size: float) -> str:
@@ -58,14 +52,6 @@ def human_size(size: int) -> str:
 def exact_size(size: int) -> str:
     """Return *size* as people say it, with the exact number of bytes beside it."""
     return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else counted(size, "byte")
-
-
-def age(seconds: int) -> str:
-    """Return how long ago something was, in the largest unit of which there are two or more."""
-    for length, unit in _PERIODS:
-        if seconds >= 2 * length:
-            return counted(seconds // length, unit)
-    return counted(max(0, seconds), "second")
 
 
 def moment(seconds: float) -> str:
