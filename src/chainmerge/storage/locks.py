@@ -327,13 +327,7 @@ class _Contended(Struct, frozen=True):
             if any(lock.touches(byte) for byte in self.wanted)
         }
         names = ", ".join(process_name(process) for process in sorted(holders))
-        error = ImageLocked(self.image, names or "another process")
-        # Imported where it is used: most images are not locked.
-        from chainmerge.storage.qemu_command_line import live_merge_by  # noqa: PLC0415
-
-        commands = filter(None, map(live_merge_by, sorted(holders)))
-        command = next(commands, None)
-        return error if command is None else error.advised(f"while the VM runs: `{command}`; or ")
+        return ImageLocked(self.image, names or "another process")
 
 
 def _locks_by_file() -> _LocksByFile:
