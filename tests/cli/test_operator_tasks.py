@@ -18,14 +18,14 @@ from chainmerge.errors import ExitCode
 from tests.support.cli import chainmerge as without_terminal
 from tests.support.cli import environment
 from tests.support.images import MIB
-from tests.support.live_vm import running_vm
+from tests.support.live_vm import running_vm, separate_nodes
 from tests.support.loopdev import loop_device, mounted
 from tests.support.operating import break_bitmap, chain, installed, kill_while_copying, path_with
 from tests.support.qemu import assert_clean, bitmap_names, content, create, qemu_io
 from tests.support.terminal import HEIGHT, Screen, typed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PLACE: Final = Path("/srv")
 COLOUR: Final = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -128,8 +128,11 @@ def test_5_an_inconsistent_bitmap(images: Path) -> None:
     listed = ran("bitmaps", "list", "active.qcow2", where=images)
     assert "in-use (inconsistent)" in listed.first
     assert "daily unusable" in listed.first
-    repaired = ran("bitmaps", "prune", "--active", *["active.qcow2"] * 2, where=images)
-    assert "1 bitmap pruned, 0 kept" in repaired.first
+    left = ran("bitmaps", "repair", "active.qcow2", where=images, answer="n\n", status=3)
+    assert "daily active.qcow2 inconsistent (in-use) in active.qcow2" in left.first
+    assert set(bitmap_names(active)) == {"daily"}
+    repaired = ran("bitmaps", "repair", "active.qcow2", where=images, answer="y\n")
+    assert "The next backup must be a full one" in repaired.first
     on_one_screen(repaired)
     assert bitmap_names(active) == {}
 
@@ -196,15 +199,22 @@ def test_9_the_backing_file_was_moved(images: Path) -> None:
 
 def test_10_a_running_vm(images: Path) -> None:
     chained = chain(images)
-    with running_vm(images / "vm", chained) as vm:
+    socket = images / "web.qmp"
+
+    def command_line(disk: Sequence[Path]) -> list[str]:
+        return [*separate_nodes(disk), "-qmp", f"unix:{socket},server=on,wait=off"]
+
+    with running_vm(images / "vm", chained, command_line) as vm:
         refused = ran("merge", "snap1.qcow2", where=images, status=ExitCode.REFUSED, alone=False)
         assert f"(pid {vm.process.pid})" in refused.first
-        assert "chainmerge live merge" in refused.first
-        vm_options = ("--qmp", "vm/qmp", "--device", "disk0", "--delete")
-        middle = ran("live", "merge", *vm_options, "snap1.qcow2", where=images, alone=False)
+        told = re.search(r"`chainmerge (live merge .*) snap1.qcow2`", refused.first)
+        assert told is not None, refused.first
+        assert told[1] == f"live merge --qmp {socket} --device disk0"
+        command = (*told[1].split(), "--delete")
+        middle = ran(*command, "snap1.qcow2", where=images, alone=False)
         assert "Done: snap1.qcow2 is merged into base.qcow2" in middle.first
         assert vm.chain() == ["active.qcow2", "snap2.qcow2", "base.qcow2"]
-        active = ran("live", "merge", *vm_options, "active.qcow2", where=images, alone=False)
+        active = ran(*command, "active.qcow2", where=images, alone=False)
         assert "Done: active.qcow2 is merged into snap2.qcow2" in active.first
         assert vm.chain() == ["snap2.qcow2", "base.qcow2"]
 

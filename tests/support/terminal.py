@@ -80,10 +80,18 @@ class Screen:
         return len("\n".join(self.rows).rstrip().split("\n"))
 
 
-def typed(*arguments: str, where: Path, width: int = 80, alone: bool = True, **more: str) -> Screen:
+def typed(
+    *arguments: str,
+    where: Path,
+    width: int = 80,
+    answer: str = "",
+    alone: bool = True,
+    **more: str,
+) -> Screen:
     """Run ``chainmerge`` in a terminal of so many columns and 24 lines, in that directory.
 
-    Unless *alone* is false, it does not see what else runs on this machine.
+    *answer* is what is typed to whatever it asks. Unless *alone* is false, it does not see what
+    else runs on this machine.
     """
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, width, 0, 0))
@@ -103,6 +111,9 @@ def typed(*arguments: str, where: Path, width: int = 80, alone: bool = True, **m
         # The terminal hangs up (EIO) when the last one who has it open is gone.
         while piece := _read(ours):
             shown += piece
+            if answer and shown.endswith(b": "):
+                os.write(ours, answer.encode())
+                answer = ""
     finally:
         os.close(ours)
     text = shown.decode(errors="replace").replace("\r\n", "\n")
