@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge.bitmaps.errors import BitmapMissing, BrokenBitmapsInTheWay, RemovalUnsafe
+from chainmerge.bitmaps.errors import (
+    BitmapMissing,
+    BrokenBitmapsInTheWay,
+    MergeToFinishFirst,
+    RemovalUnsafe,
+)
 from chainmerge.errors import ExitCode
+from chainmerge.options import Access
 from chainmerge.records.saved_bitmaps import SAVED_BITMAPS
-from chainmerge.repairing.errors import MergeToFinishFirst
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.support import cli
@@ -22,6 +27,7 @@ from tests.support.damage import mark_in_use
 from tests.support.qemu import assert_clean, bitmap_names, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 MIB = 1 << 20
@@ -137,12 +143,17 @@ def test_images_of_a_running_vm_are_refused(chain: list[Path]) -> None:
             chainmerge.plan_bitmaps_repair(chain[0])
 
 
-def test_an_unfinished_merge_comes_first(chain: list[Path]) -> None:
+def prune_whole_chain(leaf: Path) -> None:
+    chainmerge.prune(leaf, access=Access(active=str(leaf)))
+
+
+@pytest.mark.parametrize("drop", [chainmerge.bitmaps_repair, prune_whole_chain])
+def test_an_unfinished_merge_comes_first(chain: list[Path], drop: Callable[[Path], object]) -> None:
     """What looks broken may be saved."""
     SAVED_BITMAPS.place(chain[2]).write_text("damaged")
     before = [image.read_bytes() for image in chain]
     with pytest.raises(MergeToFinishFirst) as caught:
-        chainmerge.bitmaps_repair(chain[0])
+        drop(chain[0])
     assert "chainmerge status" in caught.value.advice
     assert [image.read_bytes() for image in chain] == before
 

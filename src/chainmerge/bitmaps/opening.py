@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ from chainmerge.bitmaps.errors import (
     BitmapWorthless,
     BrokenBitmapsInTheWay,
     ClearingUnsafe,
+    MergeToFinishFirst,
     RemovalUnsafe,
 )
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps
@@ -34,6 +36,7 @@ from chainmerge.engines.metadata.bitmap_set import AnyBitmap, KeptBitmap, Stored
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import Refused
 from chainmerge.qcow2.image import Qcow2Image
+from chainmerge.records.unfinished import status
 from chainmerge.storage.files import FileReadable, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_users import require_alone
@@ -51,6 +54,20 @@ def require_users_known(target: Target) -> None:
     top = target.chain.top
     for refusal in unseen_users((target.base,), top, target.relatives, _FIND_OUT):
         raise refusal
+
+
+def require_no_unfinished_merge(chain: Chain) -> None:
+    """Bitmaps that look broken may be saved, and come back when the merge is finished.
+
+    To be asked when the images are locked, so that nobody begins a merge afterwards.
+
+    Raises MergeToFinishFirst.
+    """
+    for unfinished in status([image.path for image in chain.images]).merges:
+        command = (
+            f"`chainmerge status {shlex.quote(unfinished.base)}` says how to finish or cancel it"
+        )
+        raise MergeToFinishFirst(str(chain.top.path), unfinished.base, command)
 
 
 @contextlib.contextmanager

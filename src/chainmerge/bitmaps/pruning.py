@@ -11,6 +11,7 @@ from chainmerge.bitmaps.gathering import gather_bitmaps
 from chainmerge.bitmaps.opening import (
     BitmapEdit,
     refusals_after_a_change_of,
+    require_no_unfinished_merge,
     require_support,
     require_users_known,
 )
@@ -134,6 +135,7 @@ def _prune_chain(
             for image in chain.images[first:]
         ]
         require_alone(image.path for image in chain.images[first:])
+        require_no_unfinished_merge(chain)
         # What an earlier run removed and could not flush would come back below what this one
         # removes, and pass for whole.
         for image in chain.images[first:]:

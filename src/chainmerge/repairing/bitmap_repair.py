@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from chainmerge.bitmaps.errors import BitmapMissing
-from chainmerge.bitmaps.opening import BitmapEdit, refusals_after_a_change_of
+from chainmerge.bitmaps.errors import BitmapMissing, MergeToFinishFirst
+from chainmerge.bitmaps.opening import (
+    BitmapEdit,
+    refusals_after_a_change_of,
+    require_no_unfinished_merge,
+)
 from chainmerge.bitmaps.pruning import first_above_branches
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, chain_test, needs_repair
 from chainmerge.bitmaps.stored import bitmaps_of
@@ -29,8 +33,6 @@ from chainmerge.chain.unseen_users import unseen_users
 from chainmerge.documents.bitmaps import BitmapsRepairReport, PrunedBitmap, UnusableBitmap
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
-from chainmerge.records.unfinished import status
-from chainmerge.repairing.errors import MergeToFinishFirst
 from chainmerge.repairing.foreign_commit import half_done_commit
 from chainmerge.storage.files import drop_cached
 from chainmerge.storage.limits import allow_open_files
@@ -128,7 +130,8 @@ def _prepared(leaf: Path, names: Sequence[str], access: Access) -> Iterator[_Rep
         ]
         require_alone(image.path for image in to_lock)
         # Locked, so that nobody begins a merge after this.
-        _require_no_unfinished_merge(chain, access)
+        require_no_unfinished_merge(chain)
+        _require_no_half_done_commit(chain, access)
         # What an earlier run removed and could not flush would come back below what this one
         # removes, and pass for whole.
         for image in to_lock:
@@ -148,12 +151,8 @@ def _prepared(leaf: Path, names: Sequence[str], access: Access) -> Iterator[_Rep
         yield repair
 
 
-def _require_no_unfinished_merge(chain: Chain, access: Access) -> None:
-    """Bitmaps that look broken may be saved, or be evidence of how far a merge came."""
-    for unfinished in status([image.path for image in chain.images]).merges:
-        base = unfinished.base
-        command = f"`chainmerge status {shlex.quote(base)}` says how to finish or cancel it"
-        raise MergeToFinishFirst(str(chain.top.path), base, command)
+def _require_no_half_done_commit(chain: Chain, access: Access) -> None:
+    """Bitmaps that are in-use are evidence of how far another program's commit came."""
     for below, above in pairwise(chain.images):
         if not _has_broken(below):
             continue

@@ -155,21 +155,3 @@ class CannotCancel(Refused):
     base: str
     reason: str
     command: str
-
-
-class MergeToFinishFirst(Refused):
-    """A merge was interrupted, and what becomes of the bitmaps is up to it."""
-
-    code: ClassVar[str] = "merge-to-finish-first"
-    template: ClassVar[str] = (
-        "a merge into {base} was interrupted, and the bitmaps of {image} are part of it"
-    )
-    hint: ClassVar[str] = "{command}; then run this command again"
-    explanation: ClassVar[str] = (
-        "While a merge is unfinished, bitmaps may look broken although they are saved, and "
-        "finishing the merge restores them. Dropping them now would cost checkpoints that are "
-        "still good. Nothing was changed."
-    )
-    image: str
-    base: str
-    command: str

@@ -288,8 +288,9 @@ def _repair_note(listing: BitmapListing) -> Iterator[Words]:
     """The way out of what is in-use, on the one screen that says so of a whole chain."""
     if any(row.state == "in-use" for row in listing.rows):
         yield words(
-            "If no VM has these images open, the inconsistent bitmaps are lost: `chainmerge "
-            "bitmaps repair LEAF`, LEAF being the active image, drops them from the whole chain.",
+            "If no VM has these images open, and no merge is unfinished, the inconsistent bitmaps "
+            "are lost: `chainmerge bitmaps repair LEAF`, LEAF being the active image, drops "
+            "them from the whole chain.",
             layout.CAUTION,
         )
 
