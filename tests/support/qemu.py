@@ -71,6 +71,19 @@ def info(image: Path) -> dict[str, Any]:
     return result
 
 
+def info_of_chain(image: Path) -> list[dict[str, Any]]:
+    """`qemu-img info` of an image and of all below it, from the top down."""
+    out = qemu_img("info", "--output=json", "-U", "--backing-chain", image)
+    result: list[dict[str, Any]] = json.loads(out)
+    return result
+
+
+def mapping(image: Path) -> list[dict[str, Any]]:
+    """`qemu-img map` of an image: which image of the chain each run comes from, and how."""
+    result: list[dict[str, Any]] = json.loads(qemu_img("map", "--output=json", "-U", image))
+    return result
+
+
 def check(image: Path, fmt: str = "qcow2") -> dict[str, Any]:
     """`qemu-img check`: its JSON, with keys ``corruptions`` and ``leaks`` always there."""
     out = qemu_img("check", "-f", fmt, "--output=json", "-U", image, expect=(0, 2, 3))
