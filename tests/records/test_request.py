@@ -67,6 +67,7 @@ ACCESS = st.builds(
     # Would look for volumes to activate.
     activate=st.just(False),
     sole_user=st.booleans(),
+    lock_command=st.sampled_from((None, "lock-volumes --site 'in the cellar'", "/usr/sbin/lockit")),
 )
 OPTIONS = st.builds(
     MergeOptions,

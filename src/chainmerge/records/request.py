@@ -78,6 +78,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "lock_wait": Spelling("--lock-wait"),
         "activate": Spelling("--activate"),
         "sole_user": Spelling("--sole-user"),
+        "lock_command": Spelling("--lock-command"),
         # MergeOptions and LiveOptions
         "verify": Spelling("--verify"),
         "delete": Spelling("--delete"),
