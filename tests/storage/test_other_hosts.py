@@ -18,11 +18,11 @@ import chainmerge
 from chainmerge.options import Access, OptionUnusable
 from chainmerge.storage import lvm
 from chainmerge.storage.volume_errors import (
-    VolumeNotGranted,
-    VolumeNotGivenBack,
     LvmFailed,
     LvmMissing,
     NotALogicalVolume,
+    VolumeNotGivenBack,
+    VolumeNotGranted,
     VolumeShared,
 )
 from tests.support.fake_lvm import FakeLvm

@@ -109,6 +109,12 @@ def _with(
     return command
 
 
+lock_command_option: Final = _reaching_option(
+    "--lock-command",
+    metavar="COMMAND",
+    help="The site's command that locks volumes for this host: it is run with lock or unlock and "
+    "the block devices that are written to.",
+)
 _ACCESS_OPTIONS: Final = (
     _reaching_option(
         "--format",
@@ -153,12 +159,7 @@ _ACCESS_OPTIONS: Final = (
         show_default=True,
         help="How long to wait for images that are locked.",
     ),
-    _reaching_option(
-        "--lock-command",
-        metavar="COMMAND",
-        help="The site's command that locks volumes for this host: it is run with lock or unlock "
-        "and the block devices that are written to.",
-    ),
+    lock_command_option,
     _reaching_option(
         "--activate",
         is_flag=True,

@@ -28,7 +28,7 @@ from chainmerge.options import Access, LiveOptions
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import LiveJournal, load_live_journal
 from chainmerge.records.merged_record import load_merged_record
-from chainmerge.records.request import access_of, recorded, resume_command_of
+from chainmerge.records.request import recorded, resume_command_of
 from chainmerge.storage.other_hosts import held_by_this_host, shared_volumes
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def merge(
         return report_done_before(vm, record, caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
-        return _carry_on(vm, unfinished, options, caller)
+        return _carry_on(vm, unfinished, access, options, caller)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
     with (
@@ -134,10 +134,12 @@ def resume(
     options: LiveOptions | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    lock_command: str | None = None,
 ) -> MergeReport:
     """Carry on the merge of this disk that was interrupted.
 
     What was asked for then stands: ``delete`` and ``verify`` of *options* are not looked at.
+    *lock_command* is that of ``Access``, and never taken from a file: no file names a program.
 
     Raises:
         NothingUnfinished: there is none.
@@ -146,17 +148,17 @@ def resume(
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
     for journal in _journals(vm):
-        return _carry_on(vm, journal, options or LiveOptions(), caller)
+        access = Access(lock_command=lock_command)
+        return _carry_on(vm, journal, access, options or LiveOptions(), caller)
     raise NothingUnfinished(vm.name)
 
 
 def _carry_on(
-    vm: LiveDisk, journal: LiveJournal, options: LiveOptions, caller: Caller
+    vm: LiveDisk, journal: LiveJournal, access: Access, options: LiveOptions, caller: Caller
 ) -> MergeReport:
     """As :func:`resume`, of the merge that a journal tells of."""
     above = () if journal.above is None else (journal.above,)
     written = [Path(image.path) for image in (journal.base, *journal.overlays, *above)]
-    access = access_of(journal.known_request) or Access()
     with sole_manager(journal.base), held_by_this_host(written, access):
         return drive(vm, journal, options, caller, None)
 

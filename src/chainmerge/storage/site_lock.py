@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.errors import OutcomeUnknown
 from chainmerge.storage.errors import reason_of
 from chainmerge.storage.lvm_process import in_one_line
-from chainmerge.storage.volume_errors import VolumeNotGranted, VolumeNotGivenBack
+from chainmerge.storage.volume_errors import VolumeNotGivenBack, VolumeNotGranted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
