@@ -13,7 +13,6 @@ import stat
 from typing import TYPE_CHECKING
 
 from chainmerge.storage import lvm
-from chainmerge.storage.site_lock import locked_by_site
 from chainmerge.storage.volume_errors import VolumeShared
 
 if TYPE_CHECKING:
@@ -42,6 +41,9 @@ def held_by_this_host(images: Iterable[Path], access: Access) -> Iterator[None]:
     if access.lock_command is None or not volumes:
         yield
         return
+    # Imported where it is used: most images lie in files.
+    from chainmerge.storage.site_lock import locked_by_site  # noqa: PLC0415
+
     with locked_by_site(access.lock_command, volumes):
         yield
 
