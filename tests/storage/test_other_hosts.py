@@ -17,9 +17,11 @@ import pytest
 import chainmerge
 from chainmerge.options import Access, OptionUnusable
 from chainmerge.storage import lvm
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.volume_errors import (
     LvmFailed,
     LvmMissing,
+    LvmUnfinished,
     NotALogicalVolume,
     VolumeNotGivenBack,
     VolumeNotGranted,
@@ -308,10 +310,8 @@ def test_files_are_not_locked(tmp_path: Path, site: Site) -> None:
     assert site.asked == []
 
 
-def test_a_killed_merge_keeps_the_lock_and_its_rerun_gives_it_back(
-    volumes: Volumes, site: Site
-) -> None:
-    expected = content(volumes.top)
+def killed(merge: Callable[[Callable[[chainmerge.ProgressEvent], None]], object]) -> None:
+    """Have a merge killed while it copies."""
 
     def die(event: chainmerge.ProgressEvent) -> None:
         if event.stage == "copy":
@@ -320,10 +320,18 @@ def test_a_killed_merge_keeps_the_lock_and_its_rerun_gives_it_back(
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            chainmerge.merge(volumes.top, access=site.access, on_progress=die)
+            merge(die)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
+
+
+def test_a_killed_merge_keeps_the_lock_and_its_rerun_gives_it_back(
+    volumes: Volumes, site: Site
+) -> None:
+    expected = content(volumes.top)
+
+    killed(lambda die: chainmerge.merge(volumes.top, access=site.access, on_progress=die))
     assert [line.split()[1] for line in site.asked] == ["lock"]
     (unfinished,) = chainmerge.status([volumes.base]).merges
     assert unfinished.command is not None
@@ -333,6 +341,24 @@ def test_a_killed_merge_keeps_the_lock_and_its_rerun_gives_it_back(
     chainmerge.merge(volumes.top, access=Access(allow_backing=("/dev",), lock_command=command))
     assert [line.split()[1] for line in site.asked] == ["lock", "lock", "unlock"]
     assert content(volumes.base) == expected
+
+
+def test_an_unfinished_merge_is_cancelled_under_the_lock(volumes: Volumes, site: Site) -> None:
+    killed(lambda die: chainmerge.merge(volumes.top, access=DEVICES, on_progress=die))
+    arrange(volumes, SHARED["sanlock, shared"])
+    with pytest.raises(VolumeShared):
+        chainmerge.cancel(volumes.base)
+    chainmerge.cancel(volumes.base, access=site.access)
+    assert [line.split()[1] for line in site.asked] == ["lock", "unlock"]
+
+
+def test_the_lock_stays_if_something_may_still_write(volumes: Volumes, site: Site) -> None:
+    with (
+        pytest.raises(LvmUnfinished),
+        held_by_this_host([volumes.base, volumes.base], site.access),
+    ):
+        raise LvmUnfinished(str(volumes.base), "lvm lvextend", 1, 330.0)
+    assert site.asked == ["--quiet lock /dev/mapper/vg-base"]
 
 
 @pytest.mark.parametrize("command", ["", "  ", "say 'what", "bin/lock", "./lock", "a\0b"])
