@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from functools import partial
@@ -27,6 +28,7 @@ VolumeChoice = Literal["auto", "file", "block", "lvm"]
 StallChoice = Literal["wait", "throttle", "abort"]
 # Known by these names to what checks values by their annotations.
 FileName: TypeAlias = str
+CommandLine: TypeAlias = str
 Seconds: TypeAlias = float
 ByteCount: TypeAlias = int
 
@@ -77,6 +79,10 @@ class Access(Struct, frozen=True):
         sole_user: Only the images that are found use those of the chain; nobody else does.
         activate: Whether the caller has the chain's logical volumes active for as long as this
             takes; so must whoever finishes an interrupted merge. The command line does it.
+        lock_command: A program, with words separated as a shell does, that locks volumes for this
+            host: run with ``lock`` or ``unlock`` and the block devices that are written to. It is
+            believed more than LVM. To lock again what this host has locked must do no harm, as
+            whoever finishes an interrupted merge does that.
     """
 
     formats: Mapping[str, str] = field(default_factory=_nothing_declared)
@@ -87,6 +93,7 @@ class Access(Struct, frozen=True):
     lock_wait: Seconds = 10.0
     sole_user: bool = False
     activate: bool = False
+    lock_command: CommandLine | None = None
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable if an option has an impossible value."""
@@ -280,6 +287,23 @@ def require_path(option: str, value: object) -> None:
         raise _unusable(option, value, "a path, not empty and without NUL bytes")
 
 
+def require_command_line(option: str, value: object) -> None:
+    """Raise OptionUnusable unless *value* is a program, with words for it, as a shell reads them.
+
+    The program is named by its path, or found on PATH, wherever the command is run again.
+    """
+    require_text(option, value)
+    assert isinstance(value, str)
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise _unusable(option, value, f"a command line ({error})") from None
+    if not words or "\0" in value:
+        raise _unusable(option, value, "a command line, not empty and without NUL bytes")
+    if "/" in words[0] and not words[0].startswith("/"):
+        raise _unusable(option, value, "a command line that begins with an absolute path or a name")
+
+
 def require_paths(option: str, value: object) -> None:
     """Raise OptionUnusable unless *value* is a sequence of paths."""
     if not isinstance(value, list | tuple):
@@ -322,6 +346,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "str": require_text,
         "Sequence[str]": require_texts,
         "FileName": require_path,
+        "CommandLine": require_command_line,
         "str | Path": require_path,
         "Sequence[str | Path]": require_paths,
         "tuple[str, ...]": require_paths,

@@ -67,6 +67,7 @@ ACCESS = st.builds(
     # Would look for volumes to activate.
     activate=st.just(False),
     sole_user=st.booleans(),
+    lock_command=st.sampled_from((None, "lock-volumes --site 'in the cellar'", "/usr/sbin/lockit")),
 )
 OPTIONS = st.builds(
     MergeOptions,
@@ -130,8 +131,8 @@ def asked_again(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> tuple[Any,
     class Asked(Exception):
         pass
 
-    def ask(*arguments: Any, **_more: Any) -> None:
-        asked.append(arguments)
+    def ask(*arguments: Any, lock_command: Any = None, **_more: Any) -> None:
+        asked.append(arguments if lock_command is None else (*arguments, lock_command))
         raise Asked
 
     for owner, name in ((api, "merge"), (api, "merge_disks"), (live, "resume")):
@@ -179,7 +180,8 @@ def test_a_live_merge_is_carried_on_and_asked_for_again_cold(
     request = through_a_file(recorded([top], [base], access, options, address))
     place = address[1::2]
     with pytest.MonkeyPatch.context() as patch:
-        disk, pace = asked_again(patch, words_of(resume_command_of(request)))
+        disk, pace, *locking = asked_again(patch, words_of(resume_command_of(request)))
+    assert locking == ([] if access.lock_command is None else [access.lock_command])
     assert set(place) <= set(disk)
     for name in ("bandwidth", "deadline", "on_stall", "volume"):
         assert getattr(pace, name) == getattr(options, name)

@@ -39,6 +39,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.unfinished import status
 from chainmerge.storage.files import FileReadable, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
@@ -158,7 +159,10 @@ class BitmapEdit(Struct, frozen=True):
 @contextlib.contextmanager
 def editable(image: str | Path, access: Access) -> Iterator[BitmapEdit]:
     policy = metadata_policy_of(access, image)
-    with lock_image(image, LockMode.WRITER, access.lock_wait):
+    with (
+        held_by_this_host([Path(image)], access),
+        lock_image(image, LockMode.WRITER, access.lock_wait),
+    ):
         require_alone([Path(image)])
         drop_cached(image)
         chain = discover(Path(image), policy)

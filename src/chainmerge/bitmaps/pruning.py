@@ -29,6 +29,7 @@ from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.storage.files import drop_cached
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ def prune(
 def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
     target = find_target(top, base, access)
     require_support(target.base)
-    with lock_image(target.base.path, LockMode.WRITER, access.lock_wait):
+    with (
+        held_by_this_host([target.base.path], access),
+        lock_image(target.base.path, LockMode.WRITER, access.lock_wait),
+    ):
         require_alone([target.base.path])
         drop_cached(target.base.path)
         target = find_target(top, base, access)
@@ -130,12 +134,14 @@ def _prune_chain(
     removed: list[PrunedBitmap] = []
     with contextlib.ExitStack() as stack:
         allow_open_files(len(chain.images))
+        written = [image.path for image in chain.images[first:]]
+        stack.enter_context(held_by_this_host(written, access))
         locks = [
             stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
             for image in chain.images[first:]
         ]
-        require_alone(image.path for image in chain.images[first:])
         require_no_unfinished_merge(chain)
+        require_alone(written)
         # What an earlier run removed and could not flush would come back below what this one
         # removes, and pass for whole.
         for image in chain.images[first:]:

@@ -16,6 +16,7 @@ from chainmerge.cli.options import (
     access_options,
     base_option,
     json_option,
+    lock_command_option,
     merging_option,
     outcome_options,
     top_argument,
@@ -267,12 +268,14 @@ def merge(
 @disk_options
 @pace_options
 @gathered_live_options
+@lock_command_option
 @verbose_option
 @outcome_options
 def resume(
     *,
     disk: _Opener,
     options: LiveOptions,
+    lock_command: str | None,
     verbose: bool,
     output: Output,
 ) -> None:
@@ -285,7 +288,13 @@ def resume(
         output.progress() as progress,
         disk() as vm,
     ):
-        report = api.resume(vm, options, on_progress=progress.update, should_stop=should_stop)
+        report = api.resume(
+            vm,
+            options,
+            on_progress=progress.update,
+            should_stop=should_stop,
+            lock_command=lock_command,
+        )
     output.last_event(report, live_merge_details if verbose else live_merge_report)
 
 

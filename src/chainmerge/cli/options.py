@@ -35,6 +35,7 @@ _ACCESS_FIELDS: Final = (
     "sole_user",
     "active",
     "lock_wait",
+    "lock_command",
 )
 _reaching_option: Final = partial(click.option, cls=PanelOption, panel="Reaching images")
 merging_option: Final = partial(click.option, cls=PanelOption, panel="How to merge")
@@ -109,6 +110,12 @@ def _with(
     return command
 
 
+lock_command_option: Final = _reaching_option(
+    "--lock-command",
+    metavar="COMMAND",
+    help="The site's command that locks volumes for this host: it is run with lock or unlock and "
+    "the block devices that are written to.",
+)
 _ACCESS_OPTIONS: Final = (
     _reaching_option(
         "--format",
@@ -153,6 +160,7 @@ _ACCESS_OPTIONS: Final = (
         show_default=True,
         help="How long to wait for images that are locked.",
     ),
+    lock_command_option,
     _reaching_option(
         "--activate",
         is_flag=True,

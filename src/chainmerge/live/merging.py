@@ -29,6 +29,7 @@ from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import LiveJournal, load_live_journal
 from chainmerge.records.merged_record import load_merged_record
 from chainmerge.records.request import recorded, resume_command_of
+from chainmerge.storage.other_hosts import held_by_this_host, shared_volumes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,9 +53,11 @@ def plan(
         ChainmergeError: the VM does not answer, the chain cannot be read, or the VM's is another.
     """
     with advice_for_running_vm():
-        live = locate(vm, Path(top), _path(base), access or Access())
+        access = access or Access()
+        live = locate(vm, Path(top), _path(base), access)
         decided = plan_live(vm, live, options or LiveOptions())
-        refusals = [for_running_vm(one) for one in (*left_behind(live), *decided.refusals)]
+        shared = shared_volumes(live.images_written, access)
+        refusals = [for_running_vm(one) for one in (*left_behind(live), *shared, *decided.refusals)]
     findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
     return replace(decided.plan, refusals=findings)
 
@@ -99,11 +102,13 @@ def merge(
         return report_done_before(vm, record, caller)
     unfinished = _journal_for(vm, Path(top), _path(base))
     if unfinished is not None:
-        with sole_manager(unfinished.base):
-            return drive(vm, unfinished, options, caller, None)
+        return _carry_on(vm, unfinished, access, options, caller)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
-    with sole_manager(identify(live.target.base.real_path)):
+    with (
+        sole_manager(identify(live.target.base.real_path)),
+        held_by_this_host(live.images_written, access),
+    ):
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
         request = recorded([top], [base or live.target.base.path], access, options, vm.address)
@@ -129,10 +134,12 @@ def resume(
     options: LiveOptions | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    lock_command: str | None = None,
 ) -> MergeReport:
     """Carry on the merge of this disk that was interrupted.
 
     What was asked for then stands: ``delete`` and ``verify`` of *options* are not looked at.
+    *lock_command* is that of ``Access``, and never taken from a file: no file names a program.
 
     Raises:
         NothingUnfinished: there is none.
@@ -141,9 +148,19 @@ def resume(
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
     for journal in _journals(vm):
-        with sole_manager(journal.base):
-            return drive(vm, journal, options or LiveOptions(), caller, None)
+        access = Access(lock_command=lock_command)
+        return _carry_on(vm, journal, access, options or LiveOptions(), caller)
     raise NothingUnfinished(vm.name)
+
+
+def _carry_on(
+    vm: LiveDisk, journal: LiveJournal, access: Access, options: LiveOptions, caller: Caller
+) -> MergeReport:
+    """As :func:`resume`, of the merge that a journal tells of."""
+    above = () if journal.above is None else (journal.above,)
+    written = [Path(image.path) for image in (journal.base, *journal.overlays, *above)]
+    with sole_manager(journal.base), held_by_this_host(written, access):
+        return drive(vm, journal, options, caller, None)
 
 
 def status(vm: LiveDisk) -> LiveStatusReport:

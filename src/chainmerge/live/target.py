@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from msgspec import Struct
 
 from chainmerge.chain.model import ImageInfo
 from chainmerge.chain.target import Target
 from chainmerge.live.nodes import BlockGraph, BlockNode
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class LiveTarget(Struct, frozen=True):
@@ -56,3 +61,9 @@ class LiveTarget(Struct, frozen=True):
     def merged_images(self) -> tuple[ImageInfo, ...]:
         """The merged images, lowest first."""
         return self.target.chain.images[self.target.base_index + 1 :]
+
+    @property
+    def images_written(self) -> tuple[Path, ...]:
+        """Base, the merged images, whose bitmaps may go, and the one that is put on base."""
+        images = (self.target.base, *self.merged_images, *self.above[:1])
+        return tuple(image.path for image in images)

@@ -38,6 +38,7 @@ from chainmerge.merging.resuming import (
 from chainmerge.planning.encryption import has_encrypted, require_keys_that_fit
 from chainmerge.planning.locking import (
     images_wanted,
+    images_written,
     lock_all,
     locks_held,
     read_from_storage,
@@ -49,6 +50,7 @@ from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import last_changes, look_for_others, require_unchanged
 
 if TYPE_CHECKING:
@@ -131,6 +133,10 @@ def _prepare(stack: contextlib.ExitStack, requests: Sequence[Request]) -> tuple[
     ]
     require_apart(merges)
     allow_open_files(sum(locks_held(target) for target, _ in merges))
+    for target, request in zip(found, requests, strict=True):
+        if isinstance(target, Target):
+            written = images_written(target, request.options)
+            stack.enter_context(held_by_this_host(written, request.access))
     locks = [
         _locked(stack, one, request) if isinstance(one, Target) else ()
         for one, request in zip(found, requests, strict=True)

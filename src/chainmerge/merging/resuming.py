@@ -44,6 +44,7 @@ from chainmerge.records.merge_journal import (
 from chainmerge.records.merged_record import record_merged
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.removal import removal_obstacle
 
 if TYPE_CHECKING:
@@ -249,7 +250,10 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     if journal is None or not same_image(journal.base, record.result_identity):
         return
     try:
-        with lock_image(result, LockMode.WRITER, request.access.lock_wait):
+        with (
+            held_by_this_host([result], request.access),
+            lock_image(result, LockMode.WRITER, request.access.lock_wait),
+        ):
             if record.result_format == "qcow2" and is_switched(journal, result):
                 yield from drop_tombstones(result, journal.spent)
             shrink_to = journal.shrink_to or None
@@ -264,7 +268,10 @@ def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[st
     top, pulled = Path(record.result), record.pulled
     assert pulled is not None
     try:
-        with lock_image(top, LockMode.WRITER, request.access.lock_wait) as lock:
+        with (
+            held_by_this_host([top], request.access),
+            lock_image(top, LockMode.WRITER, request.access.lock_wait) as lock,
+        ):
             with WritablePort(top) as port:
                 if port.identity != lock.identity:
                     raise ImageReplaced(str(top))

@@ -25,7 +25,13 @@ from chainmerge.planning.already_merged import (
 )
 from chainmerge.planning.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
 from chainmerge.planning.gathering import gather
-from chainmerge.planning.locking import images_wanted, locks_held, locks_needed, not_writable
+from chainmerge.planning.locking import (
+    images_wanted,
+    images_written,
+    locks_held,
+    locks_needed,
+    not_writable,
+)
 from chainmerge.planning.pivot import (
     LivePivotUnfinished,
     base_was_written_last,
@@ -39,6 +45,7 @@ from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import OpenFilesLimited
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import contentions
+from chainmerge.storage.other_hosts import shared_volumes
 from chainmerge.storage.other_users import look_for_others
 
 if TYPE_CHECKING:
@@ -107,7 +114,7 @@ def plan_beside(
         options: see there.
         claims: bytes that the others take, by the pool that they come from.
     """
-    obstacles = tuple(_obstacles(target, options))
+    obstacles = tuple(_obstacles(target, access, options))
     remains = read_remains(target.base.real_path, target.chain.top.real_path)
     saved, record = remains.usable_saved, remains.record
     with open_chain(target.chain) as opened:
@@ -180,12 +187,13 @@ def measure(
     )
 
 
-def _obstacles(target: Target, options: MergeOptions) -> Iterator[ChainmergeError]:
+def _obstacles(target: Target, access: Access, options: MergeOptions) -> Iterator[ChainmergeError]:
     """What would keep a merge from getting the images for itself, found without waiting."""
     try:
         allow_open_files(locks_held(target))
     except OpenFilesLimited as error:
         yield error
+    yield from shared_volumes(images_written(target, options), access)
     locks = locks_needed(target, options)
     yield from contentions((image.path, mode) for image, mode in locks)
     yield from not_writable(target, options)

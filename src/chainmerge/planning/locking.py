@@ -17,6 +17,7 @@ from chainmerge.storage.locks import ImageLock, LockMode, lock_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from chainmerge.chain.model import ImageInfo
     from chainmerge.chain.target import Target
@@ -79,6 +80,12 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
         return
     for child in target.relatives.children:
         yield child, LockMode.WRITER
+
+
+def images_written(target: Target, options: MergeOptions) -> tuple[Path, ...]:
+    """The images that a merge may write to, and so must not be used from anywhere else."""
+    locks = locks_needed(target, options)
+    return tuple(image.path for image, mode in locks if mode is LockMode.WRITER)
 
 
 def _holds_snapshots(target: Target, index: int) -> bool:

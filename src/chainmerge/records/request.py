@@ -78,6 +78,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "lock_wait": Spelling("--lock-wait"),
         "activate": Spelling("--activate"),
         "sole_user": Spelling("--sole-user"),
+        "lock_command": Spelling("--lock-command"),
         # MergeOptions and LiveOptions
         "verify": Spelling("--verify"),
         "delete": Spelling("--delete"),
@@ -103,7 +104,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
 )
 """How each field of :class:`Access`, :class:`MergeOptions` and :class:`LiveOptions` is said."""
 
-_OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume"})
+_OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume", "lock_command"})
 """What ``chainmerge live resume`` is told again. The journal knows the rest."""
 
 
@@ -163,7 +164,10 @@ def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> 
     *address* leads to the disk now, where that is known better than from the request.
     """
     options = _filled_in(LiveOptions, request.options) or LiveOptions()
-    said = ((name, value) for name, value in _said(options) if name in _OF_RESUME)
+    access = access_of(request) or Access()
+    said = (
+        (name, value) for name, value in (*_said(options), *_said(access)) if name in _OF_RESUME
+    )
     pace = [word for name, value in said for word in _say(name, value)]
     place = _lasting_address(address or request.address)
     return shell_line(["chainmerge", "live", "resume", *place, *pace])

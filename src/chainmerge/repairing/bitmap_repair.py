@@ -37,6 +37,7 @@ from chainmerge.repairing.foreign_commit import half_done_commit
 from chainmerge.storage.files import drop_cached
 from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def _prepared(leaf: Path, names: Sequence[str], access: Access) -> Iterator[_Rep
     with contextlib.ExitStack() as stack:
         allow_open_files(len(chain.images))
         to_lock = [*_shared_with_broken(chain, own), *chain.images[own:]]
+        stack.enter_context(held_by_this_host([image.path for image in to_lock], access))
         locks = [
             stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
             for image in to_lock

@@ -47,6 +47,7 @@ from chainmerge.records.unfinished import how_far, status, where_base_is
 from chainmerge.repairing.errors import CannotCancel, NothingToCancel
 from chainmerge.storage.files import FileReadable, WritablePort, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ def cancel(
     if cannot or any(LIVE_JOURNAL.is_called(Path(file).name) for file in unfinished.files):
         raise _refusal(unfinished)
     written = _written_by(unfinished)
-    with lock_image(written, LockMode.WRITER, access.lock_wait):
+    with (
+        held_by_this_host([written], access),
+        lock_image(written, LockMode.WRITER, access.lock_wait),
+    ):
         require_alone([written])
         drop_cached(written)
         undoable = _undoable(unfinished)

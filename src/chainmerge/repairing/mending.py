@@ -55,6 +55,7 @@ from chainmerge.repairing.interrupted import (
 from chainmerge.repairing.unusable_bitmaps import unusable_bitmaps
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ def repair(
     """
     access = access or Access()
     merges = interrupted_merges(Path(image))
-    with lock_image(image, LockMode.WRITER, access.lock_wait):
+    with (
+        held_by_this_host([Path(image)], access),
+        lock_image(image, LockMode.WRITER, access.lock_wait),
+    ):
         require_alone([Path(image)])
         case = _examine(Path(image), access, merges, reclaim)
         directory = None if backup_directory is None else Path(backup_directory)
@@ -141,6 +145,7 @@ def undo_repair(backup: str | Path, access: Access | None = None) -> UndoReport:
     access = access or Access()
     kept = Backup(Path(backup))
     with (
+        held_by_this_host([Path(kept.image)], access),
         lock_image(kept.image, LockMode.WRITER, access.lock_wait),
         WritablePort(kept.image) as port,
     ):

@@ -46,6 +46,7 @@ from chainmerge.repairing.errors import (
 )
 from chainmerge.storage.files import FileReadable, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
+from chainmerge.storage.other_hosts import held_by_this_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,18 +110,17 @@ def relink(
     access = access or Access()
     policy = policy_of(access)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(held_by_this_host([Path(image)], access))
         lock = stack.enter_context(lock_image(image, LockMode.WRITER, access.lock_wait))
         drop_cached(image)
         info = _read_alone(Path(image), policy)
         _require_finished(info)
         new = _new_chain(info, None if backing is None else Path(backing), policy)
-        for below in new:
-            stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
+        _lock_to_read(stack, new, access)
         verified: tuple[str, ...] = ()
         if not unchecked:
             old = _old_chain(info, policy)
-            for below in old:
-                stack.enter_context(lock_image(below.path, LockMode.READER, access.lock_wait))
+            _lock_to_read(stack, old, access)
             on_old = stack.enter_context(open_chain(Chain((*old, info)), (lock,)))
             on_new = stack.enter_context(open_chain(Chain((*new, info)), (lock,)))
             compared = _Comparison(on_old, on_new, on_progress or unheard, should_stop or never)
@@ -138,6 +138,11 @@ def relink(
         verified=verified,
         warnings=tuple(_warnings(info, new, unchecked=unchecked)),
     )
+
+
+def _lock_to_read(stack: contextlib.ExitStack, images: Sequence[ImageInfo], access: Access) -> None:
+    for image in images:
+        stack.enter_context(lock_image(image.path, LockMode.READER, access.lock_wait))
 
 
 def _write_backing(info: ImageInfo, name: str | None, format_name: str | None) -> None:

@@ -20,10 +20,16 @@ from chainmerge.storage.errors import CannotOpen, FlushFailed, reason_of
 from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogicalVolume
 
 _REPORT: Final = ("--reportformat", "json", "--units", "b", "--nosuffix")
+# Without these, lvm leaves out groups of other hosts, and shared ones if lvmlockd is not up.
+_OF_ANY_HOST: Final = ("--foreign", "--shared")
 _FIELDS: Final = (
     "vg_name", "vg_uuid", "lv_name", "lv_uuid", "lv_size", "vg_extent_size", "vg_free",
     "segtype", "stripes", "seg_start",
 )  # fmt: skip
+
+# "vg_all" are the fields that this lvm knows: an old one refuses the names of those it does not.
+_SHARING_FIELDS: Final = "lv_uuid,lv_name,lv_active_exclusively,vg_all"
+_SYSTEM_ID_LABEL: Final = "system ID:"
 
 # The types that lvextend enlarges by taking free extents of the volume group and nothing else.
 _EXTENSIBLE: Final = frozenset({"linear", "striped"})
@@ -81,6 +87,25 @@ class LogicalVolume(Struct, frozen=True):
         return min(round_up(wanted, self.extent_size), self.size)
 
 
+class VolumeSharing(Struct, frozen=True):
+    """What LVM reports of the hosts that may use a logical volume.
+
+    Attributes:
+        name: the argument by which LVM knows it.
+        vg_name: its volume group.
+        owner: the system ID of the one host that may use the group; empty if it has none.
+        locking: what keeps its hosts apart, ``sanlock`` or ``dlm`` of lvmlockd, or ``clvm``;
+            empty if LVM does not know of several.
+        exclusive: whether this host holds a volume of a shared group, and no other host can.
+    """
+
+    name: str
+    vg_name: str
+    owner: str
+    locking: str
+    exclusive: bool
+
+
 class DeviceMapperName(Struct, frozen=True):
     """What sysfs tells of a logical volume's device."""
 
@@ -125,7 +150,7 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
         LvmMissing
     """
     try:
-        rows = _report(image, "lvs", "-o", ",".join(_FIELDS), "--", path)
+        rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     if not rows:
@@ -151,6 +176,64 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
     return volume
 
 
+def sharing_of(image: str, device: DeviceMapperName) -> VolumeSharing:
+    """Who else may use the volume behind a device; *image* is what messages call it.
+
+    The fields and values are those of lvmreport(7) and lvmlockd(8).
+
+    Raises:
+        NotALogicalVolume: LVM does not know it, or there is no report.
+        LvmMissing
+    """
+    path = f"/dev/mapper/{device.name}"
+    try:
+        rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
+    except LvmFailed as error:
+        raise NotALogicalVolume(image, error.reason) from error
+    for row in rows:
+        if row.get("lv_uuid", "").replace("-", "") == device.lv_uuid:
+            return _sharing_in(row)
+    raise NotALogicalVolume(image, f"{path} is not in the report of 'lvm lvs'")
+
+
+def _sharing_in(row: dict[str, str]) -> VolumeSharing:
+    asks_lvmlockd = _says_yes(row.get("vg_shared", ""))
+    clustered = _says_yes(row.get("vg_clustered", ""))
+    lock_type = row.get("vg_lock_type", "").replace("none", "")
+    locking = lock_type or ("clvm" if clustered else "lvmlockd" if asks_lvmlockd else "")
+    # An lvm that does not report vg_shared does not ask lvmlockd either: whatever is active here
+    # is exclusive to it.
+    is_known = locking == "clvm" or asks_lvmlockd
+    active = row.get("lv_active_exclusively", "") in ("active exclusively", "1")
+    return VolumeSharing(
+        name=f"{row.get('vg_name')}/{row.get('lv_name')}",
+        vg_name=row.get("vg_name", ""),
+        owner=row.get("vg_systemid", ""),
+        locking=locking,
+        exclusive=active and is_known,
+    )
+
+
+def _says_yes(value: str) -> bool:
+    """Whether a binary field is set, in words or as a number; one that lvm is unsure of may be."""
+    return value not in ("", "0")
+
+
+def system_id(image: str) -> str:
+    """The system ID of this host; empty if it has none.
+
+    Raises:
+        NotALogicalVolume: lvm does not say.
+        LvmMissing
+    """
+    try:
+        output = _run(image, "systemid")
+    except (LvmFailed, LvmUnfinished) as error:
+        raise NotALogicalVolume(image, error.sentence) from error
+    _, _, name = output.partition(_SYSTEM_ID_LABEL)
+    return name.strip()
+
+
 def is_active(image: str, path: str) -> bool:
     """Whether the kernel has the volume with a path; *image* is what messages call it.
 
@@ -166,13 +249,14 @@ def is_active(image: str, path: str) -> bool:
 
 
 def activate(image: str, path: str) -> None:
-    """Activate a volume; its names exist when this returns.
+    """Activate a volume for this host alone; its names exist when this returns.
 
     Raises:
         LvmMissing, LvmFailed, LvmUnfinished: it is not up.
     """
-    # -K also brings up thin snapshots, which else are left out.
-    _run(image, "lvchange", "-ay", "-K", "--", path)
+    # -K also brings up thin snapshots, which else are left out; -aey keeps other hosts out where a
+    # group is shared, and is no other than -ay where it is not.
+    _run(image, "lvchange", "-aey", "-K", "--", path)
 
 
 def deactivate(image: str, path: str) -> None:

@@ -40,7 +40,7 @@ def run_lvm(image: str, command: str, *arguments: str) -> str:
         output.seek(0)
         messages.seek(0)
         if status != 0:
-            reason = _in_one_line(messages.read(_MESSAGE_BYTES)) or "it did not say why"
+            reason = in_one_line(messages.read(_MESSAGE_BYTES))
             raise LvmFailed(image, f"{_PROGRAM} {command}", status, reason)
         return output.read().decode(errors="replace")
 
@@ -75,6 +75,8 @@ def _wait(image: str, command: str, process: subprocess.Popen[bytes]) -> int:
         raise LvmUnfinished(image, f"{_PROGRAM} {command}", process.pid, waited) from error
 
 
-def _in_one_line(messages: bytes) -> str:
+def in_one_line(messages: bytes) -> str:
+    """What a command has said, as the end of a sentence."""
     lines = messages.decode(errors="replace").splitlines()
-    return "; ".join(line.strip() for line in lines if line.strip())
+    said = "; ".join(line.strip() for line in lines if line.strip())
+    return said or "it did not say why"

@@ -12,6 +12,7 @@ from chainmerge.errors import (
     OutcomeUnknown,
     Refused,
     StorageFailed,
+    UsedByOthers,
 )
 
 
@@ -193,6 +194,71 @@ class VolumeNotActivated(ImageUnavailable, Refused):
         "changed, and what was activated for this command has been deactivated again."
     )
     volume: str
+    reason: str
+
+
+class VolumeShared(UsedByOthers, Refused):
+    """Another host may use the logical volume, and nothing keeps it out."""
+
+    code: ClassVar[str] = "volume-shared"
+    template: ClassVar[str] = (
+        "{image}: is on a volume of the volume group {group}, which {reason}; another host may be "
+        "using the volume"
+    )
+    hint: ClassVar[str] = (
+        "make sure that no virtual machine on another host uses the volume; {remedy}, then run the "
+        "same command again"
+    )
+    explanation: ClassVar[str] = (
+        "QEMU's image locks on a block device are known to the kernel of one host only: two hosts "
+        "that use one volume do not notice each other, and a merge would destroy what the other "
+        "one's guest writes. LVM tells that the volume group is shared between hosts (its lock "
+        "type, vg_clustered, or the system ID of another host), and that this host does not hold "
+        "the volume exclusively. It does once lvmlockd has given it the exclusive lock "
+        "('lvchange -aey', which --activate does for volumes that are not active), or once your "
+        "site's own lock command has succeeded (--lock-command). Nothing was changed."
+    )
+    image: str
+    group: str
+    reason: str
+    remedy: str
+
+
+class VolumeNotGranted(UsedByOthers, Refused):
+    """The site's command does not lock the volumes for this host."""
+
+    code: ClassVar[str] = "volume-not-granted"
+    template: ClassVar[str] = "{volumes}: '{command} lock' refuses: {reason}"
+    hint: ClassVar[str] = (
+        "see which host has the lock: shut down there what uses the volumes, or run the command "
+        "there; then run the same command again; do not break a lock of a host that may be alive"
+    )
+    explanation: ClassVar[str] = (
+        "The command of --lock-command is run with the word 'lock' and the volumes that would be "
+        "written to. It has not exited with status 0, which means that another host uses them, or "
+        "it could not be run at all. Nothing was changed."
+    )
+    volumes: str
+    command: str
+    reason: str
+
+
+class VolumeNotGivenBack(Failed):
+    """The site's command does not give back a lock that it has taken."""
+
+    code: ClassVar[str] = "volume-not-given-back"
+    template: ClassVar[str] = (
+        "{volumes}: '{command} unlock' does not give the lock back: {reason}; everything else is "
+        "done"
+    )
+    hint: ClassVar[str] = "fix the cause, then release the lock with the tool that your site uses"
+    explanation: ClassVar[str] = (
+        "The command of --lock-command took the volumes for this host, and was run again with "
+        "the word 'unlock' at the end. It has not exited with status 0, so other hosts may be "
+        "kept out for longer than needed. The command itself has done its work."
+    )
+    volumes: str
+    command: str
     reason: str
 
 

@@ -13,10 +13,13 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import NAMESPACE_URL, uuid5
+
+from chainmerge.storage import lvm
 
 if TYPE_CHECKING:
     import pytest
@@ -40,7 +43,8 @@ class FakeLvm:
         (programs / "lvm").chmod(0o755)
         monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv(_STATE_VARIABLE, str(self.directory))
-        self._write({"groups": {}, "volumes": [], "broken": {}})
+        state: dict[str, Any] = {"groups": {}, "volumes": [], "broken": {}}
+        self._write({**state, "system_id": "", "old": False, "numeric": False})
 
     def add_group(
         self, name: str, extents: int, devices: list[Path], extent_size: int = 4 << 20
@@ -52,6 +56,9 @@ class FakeLvm:
             "extents": extents,
             "extent_size": extent_size,
             "devices": [str(device) for device in devices],
+            "system_id": "",
+            "lock_type": "",
+            "clustered": False,
         }
         self._write(state)
 
@@ -80,9 +87,48 @@ class FakeLvm:
                 "segment_type": segment_type,
                 "stripes": stripes,
                 "segments": segments,
+                "active": "exclusive",
             }
         )
         self._write(state)
+
+    def share_group(
+        self, name: str, *, lock_type: str = "", system_id: str = "", clustered: bool = False
+    ) -> None:
+        """Let several hosts know the volume group."""
+        state = self._read()
+        state["groups"][name] |= {
+            "lock_type": lock_type,
+            "system_id": system_id,
+            "clustered": clustered,
+        }
+        self._write(state)
+
+    def activate_as(self, name: str, how: str) -> None:
+        """Have a volume active: ``exclusive``, ``shared``, ``elsewhere``, or not (empty)."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume["active"] = how
+        self._write(state)
+
+    def behave(self, *, system_id: str = "", old: bool = False, numeric: bool = False) -> None:
+        """Be the lvm of a host with a system ID; or one before 2.03; or with binary numbers."""
+        self._write({**self._read(), "system_id": system_id, "old": old, "numeric": numeric})
+
+    def show_in_sysfs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the volumes that are block devices look like those of the device mapper."""
+        sysfs = self.directory / "sys"
+        state = self._read()
+        for volume in state["volumes"]:
+            device = Path(volume["path"]).stat().st_rdev
+            place = sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}" / "dm"
+            place.mkdir(parents=True, exist_ok=True)
+            uuids = state["groups"][volume["group"]]["uuid"] + volume["uuid"]
+            (place / "uuid").write_text(f"LVM-{uuids.replace('-', '')}\n", encoding="ascii")
+            (place / "name").write_text(f"{volume['group']}-{volume['name']}\n", encoding="utf-8")
+        shown = partial(lvm.device_mapper_name, sysfs=sysfs)
+        monkeypatch.setattr(lvm, "device_mapper_name", shown)
 
     def break_command(self, command: str, status: int, message: str, output: str = "") -> None:
         """From now on *command* does nothing but say *message* and exit with *status*."""
