@@ -13,6 +13,7 @@ from msgspec import Struct
 from tests.support import given, qemu
 from tests.support.cli import Ran, chainmerge
 from tests.support.images import KIB
+from tests.support.readers import assert_readers_agree
 
 SECTOR: Final = 512
 ENGINES: Final = {
@@ -141,7 +142,9 @@ def test_an_overlay_is_merged(disk: Given, engine: str) -> None:
     disk.run("merge", *ENGINES[engine], overlay)
     assert qemu.content(disk.image) == shown
     assert qemu.content(overlay) == shown
-    if disk.data_file is not None:
+    if disk.data_file is None:
+        assert_readers_agree(disk.image, shown)
+    else:
         assert disk.data_file.read_bytes() == shown
     assert dirty_kib(disk.image) == {name: bits | new[name] for name, bits in old.items()}
     assert disk.image.stat().st_size <= required

@@ -20,10 +20,11 @@ from tests.support.readers import (
     READERS,
     Feature,
     Reader,
-    Refused,
+    assert_readers_agree,
     dissect_bitmap_count,
     features_of,
     qcowinfo,
+    refusal,
 )
 
 if TYPE_CHECKING:
@@ -115,26 +116,6 @@ def fill(image: Path, number: int, layout: Layout) -> None:
     qemu.qemu_io(image, *packed * layout.compressed, *data, *zeroes * layout.zeroes)
 
 
-def assert_readers_agree(image: Path, expected: bytes) -> None:
-    """QEMU shows *expected*, and so does every reader that can read such an image."""
-    assert qemu.content(image) == expected
-    features = features_of(image)
-    for reader in READERS:
-        if unreadable := features & set(reader.refuses):
-            assert refusal(reader, image) in {reader.refuses[each] for each in unreadable}
-        elif not features & reader.misreads:
-            assert reader.read(image) == expected, reader.name
-
-
-def refusal(reader: Reader, image: Path) -> str:
-    """Which of the messages it refuses images with a reader gives."""
-    with pytest.raises(Refused) as raised:
-        reader.read(image)
-    said = str(raised.value)
-    (found,) = {each for each in reader.refuses.values() if each.lower() in said.lower()} or {said}
-    return found
-
-
 def run(images: list[Path], operation: Operation) -> None:
     report = chainmerge.merge(
         images[operation.top], base=images[operation.base], options=operation.options
@@ -191,6 +172,25 @@ def test_a_disk_that_grows_on_a_device(tmp_path: Path, layout: Layout) -> None:
         assert_readers_agree(device, shown)
 
 
+@pytest.mark.parametrize("engine", ["native", "qemu"])
+def test_an_image_above_a_raw_one(tmp_path: Path, engine: EngineChoice) -> None:
+    raw = qemu.create(tmp_path / "0.raw", DISK, fmt="raw")
+    qemu.qemu_io(raw, f"write -P 7 {MIB} 5M", fmt="raw")
+    images = [raw]
+    for number in range(1, 4):
+        fmt = images[-1].suffix[1:]
+        image = tmp_path / f"{number}.qcow2"
+        images.append(qemu.create(image, backing=images[-1].name, backing_format=fmt))
+        fill(image, number, LAYOUTS["64 KiB"])
+    shown = [qemu.content(image) for image in images[1:]]
+    run(images, Operation(1, 2, MergeOptions(engine=engine)))
+    assert_readers_agree(images[1], shown[1])
+    assert_readers_agree(images[3], shown[2])
+    run(images, Operation(0, 1, MergeOptions(engine=engine)))
+    assert raw.read_bytes() == shown[1]
+    assert_readers_agree(images[3], shown[2])
+
+
 @pytest.mark.parametrize("name", ["native", "qemu", "flatten"])
 @pytest.mark.parametrize("layout", ["64 KiB", "4 KiB", "version 2"])
 def test_size_and_backing_file_are_what_an_old_reader_finds(
@@ -209,6 +209,9 @@ def test_size_and_backing_file_are_what_an_old_reader_finds(
 
 
 def of_qemu_alone(directory: Path, feature: Feature) -> Path:
+    if feature is Feature.RAW_BACKING_FILE:
+        raw = qemu.create(directory / "0.raw", DISK, fmt="raw")
+        return qemu.create(directory / "1.qcow2", backing=raw.name, backing_format="raw")
     layout = {
         Feature.BACKING_FILE: "64 KiB",
         Feature.COMPRESSED: "compressed",

@@ -32,6 +32,7 @@ class Feature(StrEnum):
     COMPRESSED = "compressed clusters"
     EXTENDED_L2 = "subclusters"
     HIDING_ZEROES = "zeros that hide data of a backing file"
+    RAW_BACKING_FILE = "a raw backing file"
     VERSION_2_BACKING_FILE = "a backing file of version 2"
     ZSTD = "zstd"
 
@@ -59,6 +60,9 @@ def features_of(image: Path) -> frozenset[Feature]:
     """What a reader of an image meets, in itself and below, as QEMU says."""
     found: set[Feature] = set()
     for each in qemu.info_of_chain(image):
+        if each["format"] == "raw":
+            found.add(Feature.RAW_BACKING_FILE)
+            continue
         path, details = Path(each["filename"]), each["format-specific"]["data"]
         if "backing-filename" in each:
             found.add(Feature.BACKING_FILE)
@@ -73,6 +77,27 @@ def features_of(image: Path) -> frozenset[Feature]:
         if qemu.check(path).get("compressed-clusters"):
             found.add(Feature.COMPRESSED)
     return frozenset(found)
+
+
+def assert_readers_agree(image: Path, expected: bytes) -> None:
+    """QEMU shows *expected*, and so does every reader that can read such an image."""
+    assert qemu.content(image) == expected
+    features = features_of(image)
+    for reader in READERS:
+        if unreadable := features & set(reader.refuses):
+            assert refusal(reader, image) in {reader.refuses[each] for each in unreadable}
+        elif not features & reader.misreads:
+            assert reader.read(image) == expected, reader.name
+
+
+def refusal(reader: Reader, image: Path) -> str:
+    """Which of the messages that go with its refusals a reader gives, or all that it says."""
+    try:
+        reader.read(image)
+    except Refused as refused:
+        said = str(refused)
+        return next((each for each in reader.refuses.values() if each in said), said)
+    raise AssertionError(f"{reader.name} reads {image}")
 
 
 def dissect_bitmap_count(image: Path) -> int:
@@ -139,6 +164,7 @@ LIBQCOW: Final = Reader(
     _read_with_libqcow,
     refuses={
         Feature.EXTENDED_L2: "unsupported incompatible features flags: 0x00000010",
+        Feature.RAW_BACKING_FILE: "unsupported file signature",
         Feature.ZSTD: "unsupported incompatible features flags: 0x00000008",
     },
     misreads=frozenset({Feature.COMPRESSED, Feature.HIDING_ZEROES}),
@@ -146,8 +172,10 @@ LIBQCOW: Final = Reader(
 SEVEN_ZIP: Final = Reader(
     "7-Zip",
     _read_with_7zip,
-    refuses=dict.fromkeys(
-        (Feature.BACKING_FILE, Feature.EXTENDED_L2, Feature.ZSTD), "Unsupported method"
-    ),
+    refuses={
+        Feature.BACKING_FILE: "Unsupported method",
+        Feature.EXTENDED_L2: "Unsupported method",
+        Feature.ZSTD: "Unsupported method",
+    },
 )
 READERS: Final = (DISSECT, LIBQCOW, SEVEN_ZIP)
