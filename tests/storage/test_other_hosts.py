@@ -113,22 +113,30 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "sanlock, shared": ({"lock_type": "sanlock"}, {}, "shared"),
     "dlm, shared": ({"lock_type": "dlm"}, {}, "shared"),
     "sanlock, in numbers": ({"lock_type": "sanlock"}, {"numeric": True}, "shared"),
-    "sanlock, by an old lvm": ({"lock_type": "sanlock"}, {"old": True}, "shared"),
-    "sanlock, an old lvm does not know": ({"lock_type": "sanlock"}, {"old": True}, "exclusive"),
-    "clustered, shared": ({"clustered": True}, {"old": True}, "shared"),
-    "clustered, in numbers": ({"clustered": True}, {"old": True, "numeric": True}, "shared"),
+    "sanlock, by Debian 12": ({"lock_type": "sanlock"}, {"version": "2.03.16"}, "shared"),
+    "sanlock, not told": ({"lock_type": "sanlock"}, {"version": "2.03.17"}, "exclusive"),
+    "sanlock, by an old lvm": ({"lock_type": "sanlock"}, {"version": "2.02.168"}, "shared"),
+    "sanlock, of an odd version": ({"lock_type": "sanlock"}, {"version": "9"}, "exclusive"),
+    "clustered, shared": ({"clustered": True}, {"version": "2.02.187"}, "shared"),
+    "clustered, in numbers": (
+        {"clustered": True},
+        {"version": "2.02.168", "numeric": True},
+        "shared",
+    ),
+    "clustered, not told": ({"clustered": True}, {}, "exclusive"),
     "of another host": ({"system_id": "other"}, {"system_id": "here"}, "exclusive"),
     "of a host, and this has no ID": ({"system_id": "other"}, {}, "exclusive"),
 }
 OWN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "local": ({}, {}, "exclusive"),
     "local, in numbers": ({}, {"numeric": True}, "exclusive"),
-    "local, by an old lvm": ({}, {"old": True}, "exclusive"),
+    "local, by an old lvm": ({}, {"version": "2.02.168"}, "exclusive"),
     "local, with a lock type of none": ({"lock_type": "none"}, {}, "exclusive"),
     "sanlock, exclusive": ({"lock_type": "sanlock"}, {}, "exclusive"),
     "sanlock, exclusive, in numbers": ({"lock_type": "sanlock"}, {"numeric": True}, "exclusive"),
+    "sanlock, first told": ({"lock_type": "sanlock"}, {"version": "2.03.18"}, "exclusive"),
     "dlm, exclusive": ({"lock_type": "dlm"}, {}, "exclusive"),
-    "clustered, exclusive": ({"clustered": True}, {"old": True}, "exclusive"),
+    "clustered, exclusive": ({"clustered": True}, {"version": "2.02.187"}, "exclusive"),
     "of this host": ({"system_id": "here"}, {"system_id": "here"}, "exclusive"),
 }
 
@@ -174,6 +182,11 @@ def test_the_message_says_how_to_hold_it(volumes: Volumes) -> None:
         chainmerge.merge(volumes.top, access=DEVICES)
     assert "lock type sanlock" in caught.value.sentence
     assert "'lvchange -aey vg/base'" in caught.value.advice
+    arrange(volumes, SHARED["sanlock, not told"])
+    with pytest.raises(VolumeShared) as caught:
+        chainmerge.merge(volumes.top, access=DEVICES)
+    assert "this lvm cannot tell" in caught.value.sentence
+    assert "update lvm2" in caught.value.advice
     arrange(volumes, SHARED["of another host"])
     with pytest.raises(VolumeShared) as caught:
         chainmerge.merge(volumes.top, access=DEVICES)

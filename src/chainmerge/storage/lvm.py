@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,9 @@ _FIELDS: Final = (
 
 # "vg_all" are the fields that this lvm knows: an old one refuses the names of those it does not.
 _SHARING_FIELDS: Final = "lv_uuid,lv_name,lv_active_exclusively,vg_all"
+_CLVM: Final = "clvm"
+_WITHOUT_CLVMD: Final = (2, 3)
+_ASKS_LVMLOCKD: Final = (2, 3, 18)
 _SYSTEM_ID_LABEL: Final = "system ID:"
 
 # The types that lvextend enlarges by taking free extents of the volume group and nothing else.
@@ -96,13 +100,15 @@ class VolumeSharing(Struct, frozen=True):
         owner: the system ID of the one host that may use the group; empty if it has none.
         locking: what keeps its hosts apart, ``sanlock`` or ``dlm`` of lvmlockd, or ``clvm``;
             empty if LVM does not know of several.
-        exclusive: whether this host holds a volume of a shared group, and no other host can.
+        is_told: whether this lvm knows who holds a volume of a shared group.
+        exclusive: whether this host holds it, and no other one can.
     """
 
     name: str
     vg_name: str
     owner: str
     locking: str
+    is_told: bool
     exclusive: bool
 
 
@@ -188,30 +194,59 @@ def sharing_of(image: str, device: DeviceMapperName) -> VolumeSharing:
     path = f"/dev/mapper/{device.name}"
     try:
         rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
+        found = next((row for row in rows if _lv_uuid_in(row) == device.lv_uuid), None)
+        if found is None:
+            raise NotALogicalVolume(image, f"{path} is not in the report of 'lvm lvs'")
+        locking = _locking_in(found)
+        # A group that is not shared is what nearly all are: nothing more is asked of it.
+        is_told = bool(locking) and _asks_holder(locking, _version(image))
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
-    for row in rows:
-        if row.get("lv_uuid", "").replace("-", "") == device.lv_uuid:
-            return _sharing_in(row)
-    raise NotALogicalVolume(image, f"{path} is not in the report of 'lvm lvs'")
-
-
-def _sharing_in(row: dict[str, str]) -> VolumeSharing:
-    asks_lvmlockd = _says_yes(row.get("vg_shared", ""))
-    clustered = _says_yes(row.get("vg_clustered", ""))
-    lock_type = row.get("vg_lock_type", "").replace("none", "")
-    locking = lock_type or ("clvm" if clustered else "lvmlockd" if asks_lvmlockd else "")
-    # An lvm that does not report vg_shared does not ask lvmlockd either: whatever is active here
-    # is exclusive to it.
-    is_known = locking == "clvm" or asks_lvmlockd
-    active = row.get("lv_active_exclusively", "") in ("active exclusively", "1")
     return VolumeSharing(
-        name=f"{row.get('vg_name')}/{row.get('lv_name')}",
-        vg_name=row.get("vg_name", ""),
-        owner=row.get("vg_systemid", ""),
+        name=f"{found.get('vg_name')}/{found.get('lv_name')}",
+        vg_name=found.get("vg_name", ""),
+        owner=found.get("vg_systemid", ""),
         locking=locking,
-        exclusive=active and is_known,
+        is_told=is_told,
+        exclusive=is_told and found.get("lv_active_exclusively") in ("active exclusively", "1"),
     )
+
+
+def _lv_uuid_in(row: dict[str, str]) -> str:
+    return row.get("lv_uuid", "").replace("-", "")
+
+
+def _locking_in(row: dict[str, str]) -> str:
+    lock_type = row.get("vg_lock_type", "")
+    if lock_type not in ("", "none"):
+        return lock_type
+    if _says_yes(row.get("vg_clustered", "")):
+        return _CLVM
+    return "lvmlockd" if _says_yes(row.get("vg_shared", "")) else ""
+
+
+def _asks_holder(locking: str, version: tuple[int, ...]) -> bool:
+    """Whether this lvm asks who holds a volume exclusively.
+
+    One that does not says that of every volume which is active here, shared or not
+    (``_lvactiveexclusively_disp()`` in LVM's lib/report/report.c).
+    """
+    if locking == _CLVM:
+        return (0,) < version < _WITHOUT_CLVMD
+    return version >= _ASKS_LVMLOCKD
+
+
+def _version(image: str) -> tuple[int, ...]:
+    """The version of lvm, such as (2, 3, 16); empty if it is not understood.
+
+    Raises:
+        LvmMissing, LvmFailed
+    """
+    try:
+        found = re.search(r"LVM version:\s*(\d+)\.(\d+)\.(\d+)", _run(image, "version"))
+    except LvmUnfinished as error:
+        raise LvmFailed(image, error.command, -signal.SIGTERM, error.sentence) from error
+    return () if found is None else tuple(map(int, found.groups()))
 
 
 def _says_yes(value: str) -> bool:

@@ -98,10 +98,12 @@ def _refusal(image: str, sharing: lvm.VolumeSharing, own_id: str) -> VolumeShare
         return VolumeShared(image, group, reason, remedy)
     if sharing.exclusive or not sharing.locking:
         return None
-    reason = (
-        f"is shared between hosts (lock type {sharing.locking}), and this host does not hold the "
-        "volume exclusively"
-    )
+    shared = f"is shared between hosts (lock type {sharing.locking})"
+    if not sharing.is_told:
+        reason = f"{shared}, and this lvm cannot tell whether this host alone has the volume"
+        remedy = f"update lvm2 (lvmlockd is asked by 2.03.18 and later), {_OR_BY_SITE}"
+        return VolumeShared(image, group, reason, remedy)
+    reason = f"{shared}, and this host does not hold the volume exclusively"
     remedy = (
         f"let this host hold it exclusively ('lvchange -aey {sharing.name}', which fails while "
         f"another host has it active), {_OR_BY_SITE}"

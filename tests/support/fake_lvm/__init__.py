@@ -44,7 +44,7 @@ class FakeLvm:
         monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv(_STATE_VARIABLE, str(self.directory))
         state: dict[str, Any] = {"groups": {}, "volumes": [], "broken": {}}
-        self._write({**state, "system_id": "", "old": False, "numeric": False})
+        self._write({**state, "system_id": "", "version": "2.03.31", "numeric": False})
 
     def add_group(
         self, name: str, extents: int, devices: list[Path], extent_size: int = 4 << 20
@@ -112,9 +112,12 @@ class FakeLvm:
                 volume["active"] = how
         self._write(state)
 
-    def behave(self, *, system_id: str = "", old: bool = False, numeric: bool = False) -> None:
-        """Be the lvm of a host with a system ID; or one before 2.03; or with binary numbers."""
-        self._write({**self._read(), "system_id": system_id, "old": old, "numeric": numeric})
+    def behave(
+        self, *, system_id: str = "", version: str = "2.03.31", numeric: bool = False
+    ) -> None:
+        """Be the lvm of a host with a system ID, of a version, or with binary values as numbers."""
+        changes = {"system_id": system_id, "version": version, "numeric": numeric}
+        self._write({**self._read(), **changes})
 
     def show_in_sysfs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the volumes that are block devices look like those of the device mapper."""
