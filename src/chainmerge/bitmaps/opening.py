@@ -38,6 +38,7 @@ from chainmerge.errors import Refused
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.unfinished import status
 from chainmerge.storage.files import FileReadable, drop_cached
+from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.options import Access
+    from chainmerge.storage.locks import ImageLock
 
 _FIND_OUT: Final = "find out which other images use it"
 
@@ -57,13 +59,34 @@ def require_users_known(target: Target) -> None:
         raise refusal
 
 
-def require_no_unfinished_merge(chain: Chain) -> None:
-    """Bitmaps that look broken may be saved, and come back when the merge is finished.
+@contextlib.contextmanager
+def locked_to_drop_bitmaps(
+    chain: Chain, images: Sequence[ImageInfo], access: Access
+) -> Iterator[list[ImageLock]]:
+    """Have *images*, of *chain*, for us alone, to drop from all of them what no backup can use.
 
-    To be asked when the images are locked, so that nobody begins a merge afterwards.
-
-    Raises MergeToFinishFirst.
+    Raises what says that they are used, or MergeToFinishFirst.
     """
+    paths = [image.path for image in images]
+    with contextlib.ExitStack() as stack:
+        allow_open_files(len(chain.images))
+        stack.enter_context(held_by_this_host(paths, access))
+        locks = [
+            stack.enter_context(lock_image(path, LockMode.WRITER, access.lock_wait))
+            for path in paths
+        ]
+        require_alone(paths)
+        # Locked, so that nobody begins a merge after this.
+        _require_no_unfinished_merge(chain)
+        # What an earlier run removed and could not flush would come back below what this one
+        # removes, and pass for whole.
+        for path in paths:
+            drop_cached(path)
+        yield locks
+
+
+def _require_no_unfinished_merge(chain: Chain) -> None:
+    """Bitmaps that look broken may be saved, and come back when the merge is finished."""
     for unfinished in status([image.path for image in chain.images]).merges:
         command = (
             f"`chainmerge status {shlex.quote(unfinished.base)}` says how to finish or cancel it"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.bitmaps.gathering import gather_bitmaps
 from chainmerge.bitmaps.opening import (
     BitmapEdit,
+    locked_to_drop_bitmaps,
     refusals_after_a_change_of,
-    require_no_unfinished_merge,
     require_support,
     require_users_known,
 )
@@ -27,7 +27,6 @@ from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
 from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.storage.files import drop_cached
-from chainmerge.storage.limits import allow_open_files
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_hosts import held_by_this_host
 from chainmerge.storage.other_users import require_alone
@@ -133,19 +132,7 @@ def _prune_chain(
     first = max(lowest, first_above_branches(chain, outsiders))
     removed: list[PrunedBitmap] = []
     with contextlib.ExitStack() as stack:
-        allow_open_files(len(chain.images))
-        written = [image.path for image in chain.images[first:]]
-        stack.enter_context(held_by_this_host(written, access))
-        locks = [
-            stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
-            for image in chain.images[first:]
-        ]
-        require_no_unfinished_merge(chain)
-        require_alone(written)
-        # What an earlier run removed and could not flush would come back below what this one
-        # removes, and pass for whole.
-        for image in chain.images[first:]:
-            drop_cached(image.path)
+        locks = stack.enter_context(locked_to_drop_bitmaps(chain, chain.images[first:], access))
         opened = stack.enter_context(open_chain(discover(active, policy), locks))
         layers = [bitmaps_of(one) for one in opened.images]
         broken = _broken_names(layers)

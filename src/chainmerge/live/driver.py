@@ -212,7 +212,10 @@ class LiveDriver(ABC, Generic[DiskT]):
 
         Raises LiveChainDiffers.
         """
-        nodes = find_merge_nodes(self.disk.layout(), self.journal)
+        return self._nodes_in(self.disk.layout())
+
+    def _nodes_in(self, graph: BlockGraph) -> MergeNodes:
+        nodes = find_merge_nodes(graph, self.journal)
         if nodes is None:
             difference = f"{self.base} is not in {self.VM}'s chain any more"
             raise LiveChainDiffers(self.disk.name, difference)
@@ -268,9 +271,7 @@ class LiveDriver(ABC, Generic[DiskT]):
         if self._headroom is None:
             volume = volume_at(Path(self.base), self.options.as_merge)
             graph = self.disk.layout()
-            nodes = find_merge_nodes(graph, self.journal)
-            assert nodes is not None
-            protocol = graph.protocol_of(nodes.base)
+            protocol = graph.protocol_of(self._nodes_in(graph).base)
             assert protocol is not None
             self._headroom = Headroom(self.disk, protocol.name, volume)
         return self._headroom

@@ -18,8 +18,8 @@ from msgspec import Struct
 from chainmerge.bitmaps.errors import BitmapMissing, MergeToFinishFirst
 from chainmerge.bitmaps.opening import (
     BitmapEdit,
+    locked_to_drop_bitmaps,
     refusals_after_a_change_of,
-    require_no_unfinished_merge,
 )
 from chainmerge.bitmaps.pruning import first_above_branches
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, chain_test, needs_repair
@@ -34,11 +34,6 @@ from chainmerge.documents.bitmaps import BitmapsRepairReport, PrunedBitmap, Unus
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
 from chainmerge.repairing.foreign_commit import half_done_commit
-from chainmerge.storage.files import drop_cached
-from chainmerge.storage.limits import allow_open_files
-from chainmerge.storage.locks import LockMode, lock_image
-from chainmerge.storage.other_hosts import held_by_this_host
-from chainmerge.storage.other_users import require_alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -123,21 +118,9 @@ def _prepared(leaf: Path, names: Sequence[str], access: Access) -> Iterator[_Rep
     relatives = relatives_of(chain, 0, access, policy)
     own = first_above_branches(chain, (*relatives.siblings, *relatives.middle_children))
     with contextlib.ExitStack() as stack:
-        allow_open_files(len(chain.images))
         to_lock = [*_shared_with_broken(chain, own), *chain.images[own:]]
-        stack.enter_context(held_by_this_host([image.path for image in to_lock], access))
-        locks = [
-            stack.enter_context(lock_image(image.path, LockMode.WRITER, access.lock_wait))
-            for image in to_lock
-        ]
-        require_alone(image.path for image in to_lock)
-        # Locked, so that nobody begins a merge after this.
-        require_no_unfinished_merge(chain)
+        locks = stack.enter_context(locked_to_drop_bitmaps(chain, to_lock, access))
         _require_no_half_done_commit(chain, access)
-        # What an earlier run removed and could not flush would come back below what this one
-        # removes, and pass for whole.
-        for image in to_lock:
-            drop_cached(image.path)
         opened = stack.enter_context(open_chain(discover(leaf, policy), locks))
         layers = tuple(bitmaps_of(one) for one in opened.images)
         unusable = tuple(_unusable(layers, names))

@@ -71,6 +71,10 @@ class Monitor:
         self._connected_at = time.monotonic()
         return qmp
 
+    def _connected(self) -> Qmp:
+        # Others who are served first have theirs done in less.
+        return self._qmp or self._connect(_ANSWER_SECONDS)
+
     def __enter__(self) -> Self:
         """Return the connection itself."""
         return self
@@ -109,8 +113,7 @@ class Monitor:
             VmRefused: the VM answered with an error.
             VmUnreachable: it did not answer.
         """
-        # Others who are served first have theirs done in less.
-        qmp = self._qmp or self._connect(_ANSWER_SECONDS)
+        qmp = self._connected()
         try:
             return qmp.execute(command, arguments, _ANSWER_SECONDS)
         except QmpRefused as refused:
@@ -120,7 +123,7 @@ class Monitor:
 
     def wait_for_event(self, seconds: float) -> None:
         """Return when an event has come, at the latest after so many seconds."""
-        qmp = self._qmp or self._connect(_ANSWER_SECONDS)
+        qmp = self._connected()
         qmp.next_event(seconds)
         # More than one is no more reason to look than one.
         qmp.drop_events()
