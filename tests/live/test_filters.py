@@ -15,9 +15,15 @@ from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.live.errors import LiveUnsuited, LiveVerificationFailed, VmRefused
 from chainmerge.options import LiveOptions
 from tests.conftest import SOAK
-from tests.support.live_scenario import DISK, assert_closed_right, build, leftovers
+from tests.support.live_scenario import (
+    DISK,
+    assert_closed_right,
+    build,
+    leftovers,
+    merge_into_raw_base,
+)
 from tests.support.live_vm import DEVICE, Guest, running_vm
-from tests.support.qemu import content, create, qemu_io
+from tests.support.qemu import create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -252,20 +258,8 @@ def chain_on_disk(leaf: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_raw_base_without_a_format_node(tmp_path: Path, kind: str) -> None:
-    base = create(tmp_path / "base.raw", DISK, fmt="raw")
-    qemu_io(base, "write -q -P 1 0 8M", fmt="raw")
-    top = create(tmp_path / "top.qcow2", backing=base, backing_format="raw")
-    qemu_io(top, "write -q -P 2 4M 8M")
-    images = [base, top]
-    if kind == "internal":
-        images.append(create(tmp_path / "leaf.qcow2", backing=top))
-    before = content(images[-1])
-    with running_vm(tmp_path / "vm", images, raw_base_without_a_format_node) as vm:
-        with Guest(vm, 1, DISK) as guest, vm.disk() as disk:
-            live.merge(disk, top, options=LiveOptions(delete=True))
-        vm.quit()
-    result, fmt = (base, "raw") if kind == "active" else (images[-1], "qcow2")
-    assert content(result, fmt) == guest.applied_to(before)
+    is_active = kind == "active"
+    images = merge_into_raw_base(tmp_path, is_active, raw_base_without_a_format_node)
     if kind == "internal":
         # QEMU before 9.0 declares the protocol; the next command reads it as what it is.
         chain = chain_on_disk(images[-1])

@@ -18,6 +18,7 @@ from tests.support.live_scenario import (
     assert_closed_right,
     build,
     leftovers,
+    merge_into_raw_base,
     stored_bits,
 )
 from tests.support.live_vm import DEVICE, Guest, one_drive, running_vm, separate_nodes
@@ -76,21 +77,7 @@ def test_nodes_whose_names_qemu_made_up(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_raw_base(tmp_path: Path, kind: str) -> None:
-    base = create(tmp_path / "base.raw", DISK, fmt="raw")
-    qemu_io(base, "write -q -P 1 0 8M", fmt="raw")
-    top = create(tmp_path / "top.qcow2", backing=base, backing_format="raw")
-    qemu_io(top, "write -q -P 2 4M 8M")
-    images = [base, top]
-    if kind == "internal":
-        images.append(create(tmp_path / "leaf.qcow2", backing=top))
-    before = content(images[-1])
-    with running_vm(tmp_path / "vm", images, one_drive) as vm:
-        with Guest(vm, 1, DISK) as guest, live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
-            live.merge(disk, top, options=LiveOptions(delete=True))
-        vm.quit()
-    result, fmt = (base, "raw") if kind == "active" else (images[-1], "qcow2")
-    assert content(result, fmt) == guest.applied_to(before)
-    assert not top.exists()
+    merge_into_raw_base(tmp_path, is_active=kind == "active", command_line=one_drive)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import chainmerge
+from chainmerge import live
+from chainmerge.options import LiveOptions
 from chainmerge.qcow2.bitmaps import read_bits, read_directory
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
+from tests.support.live_vm import running_vm
 from tests.support.qemu import assert_clean, content, create, info, qemu_io
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from chainmerge.qcow2.bits import BitSet
     from tests.support.live_vm import Guest
 
@@ -183,3 +188,28 @@ def leftovers(scenario: LiveScenario) -> list[str]:
         for file in scenario.base.parent.iterdir()
         if file.name.endswith(("chainmerge-live", "chainmerge-saved", "chainmerge-journal"))
     )
+
+
+def merge_into_raw_base(
+    directory: Path, is_active: bool, command_line: Callable[[Sequence[Path]], list[str]]
+) -> list[Path]:
+    """Merge an overlay into a raw image while a guest writes, and look at what came of it.
+
+    Returns the images, root first, of which the overlay, at 1, is deleted.
+    """
+    base = create(directory / "base.raw", DISK, fmt="raw")
+    qemu_io(base, "write -q -P 1 0 8M", fmt="raw")
+    top = create(directory / "top.qcow2", backing=base, backing_format="raw")
+    qemu_io(top, "write -q -P 2 4M 8M")
+    images = [base, top]
+    if not is_active:
+        images.append(create(directory / "leaf.qcow2", backing=top))
+    before = content(images[-1])
+    with running_vm(directory / "vm", images, command_line) as vm:
+        with vm.guest(1, DISK) as guest, vm.disk() as disk:
+            live.merge(disk, top, options=LiveOptions(delete=True))
+        vm.quit()
+    result, fmt = (base, "raw") if is_active else (images[-1], "qcow2")
+    assert content(result, fmt) == guest.applied_to(before)
+    assert not top.exists()
+    return images
