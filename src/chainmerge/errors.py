@@ -59,6 +59,8 @@ class ChainmergeError(Exception):
     explanation: ClassVar[str] = ""
     fact_types: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """The names of the facts, and their types as they are written."""
+    may_go_on: ClassVar[bool] = False
+    """Whether what was begun has no end yet: a VM or another program may still write."""
     # Class and instance have it, but it is no fact.
     _before_advice = ""
 
@@ -135,6 +137,7 @@ class Refused(ChainmergeError):
 class OutcomeUnknown(ChainmergeError):
     """Nobody can tell whether the operation took effect."""
 
+    may_go_on: ClassVar[bool] = True
     exit_code: ClassVar[ExitCode] = ExitCode.UNKNOWN
 
 

@@ -143,6 +143,11 @@ OPERATIONS: Final[dict[str, Operation]] = {
 }
 
 
+def _state_files() -> frozenset[Path]:
+    """What is kept of block devices; it stays from one test to the next."""
+    return frozenset(STATE_DIRECTORY.glob("*.chainmerge-*"))
+
+
 class Stage:
     """Where an operation is done over and over, each time on the same images."""
 
@@ -150,6 +155,7 @@ class Stage:
         self.images = images
         self.operation = operation
         self._sound = images.snapshot()
+        self._kept_before = _state_files()
         self.content = content(images.leaf)
         self.checkpoints = checkpoints_of(images.leaf)
 
@@ -158,9 +164,8 @@ class Stage:
         for path in self.images.directory.iterdir():
             if path.name not in self._sound:
                 path.unlink()
-        if self.images.device is not None:
-            for left in STATE_DIRECTORY.glob(f"*{self.images.device.name}.chainmerge-*"):
-                left.unlink()
+        for left in _state_files() - self._kept_before:
+            left.unlink()
         for name, data in self._sound.items():
             if name == "device":
                 assert self.images.device is not None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import chainmerge
+from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.options import Access, OptionUnusable
 from chainmerge.storage import lvm
 from chainmerge.storage.other_hosts import held_by_this_host
@@ -365,12 +366,19 @@ def test_an_unfinished_merge_is_cancelled_under_the_lock(volumes: Volumes, site:
     assert [line.split()[1] for line in site.asked] == ["lock", "unlock"]
 
 
-def test_the_lock_stays_if_something_may_still_write(volumes: Volumes, site: Site) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [LvmUnfinished("/dev/vg/base", "lvm lvextend", 1, 330.0), MergeUnfinished("top", "no node")],
+    ids=lambda error: error.code,
+)
+def test_the_lock_stays_if_something_may_still_write(
+    volumes: Volumes, site: Site, error: chainmerge.ChainmergeError
+) -> None:
     with (
-        pytest.raises(LvmUnfinished),
+        pytest.raises(type(error)),
         held_by_this_host([volumes.base, volumes.base], site.access),
     ):
-        raise LvmUnfinished(str(volumes.base), "lvm lvextend", 1, 330.0)
+        raise error
     assert site.asked == ["--quiet lock /dev/mapper/vg-base"]
 
 

@@ -11,6 +11,8 @@ from chainmerge.errors import Failed, Misuse, NeededByOthers, NotVerified, Refus
 class MergeUnfinished(Failed):
     """A merge that had begun could not continue."""
 
+    # The job of a live merge is the VM's, which goes on with it.
+    may_go_on: ClassVar[bool] = True
     code: ClassVar[str] = "merge-unfinished"
     template: ClassVar[str] = (
         "the merge of {top} began and could not go on: {reason}; the guest's data and its "

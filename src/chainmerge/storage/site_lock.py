@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Final
 
-from chainmerge.errors import OutcomeUnknown
+from chainmerge.errors import ChainmergeError
 from chainmerge.storage.errors import reason_of
 from chainmerge.storage.lvm_process import in_one_line
 from chainmerge.storage.volume_errors import VolumeNotGivenBack, VolumeNotGranted
@@ -24,8 +24,8 @@ _MESSAGE_BYTES: Final = 4096
 def locked_by_site(command: str, volumes: Sequence[str]) -> Iterator[None]:
     """Have *volumes* locked for this host by *command* in the block.
 
-    They stay locked if the block ends with OutcomeUnknown, or with a kill: something that was
-    begun may still write to them then. Whoever finishes it locks them again.
+    They stay locked if the block ends with an error of what may go on, or with a kill: something
+    that was begun may still write to them then. Whoever finishes it locks them again.
 
     Raises:
         VolumeNotGranted: they are not locked.
@@ -37,11 +37,10 @@ def locked_by_site(command: str, volumes: Sequence[str]) -> Iterator[None]:
         raise VolumeNotGranted(shown, command, refused)
     try:
         yield
-    except OutcomeUnknown:
-        raise
-    except BaseException:
+    except BaseException as error:
         # What went wrong in the block is what has to be told.
-        _why_not(command, "unlock", volumes)
+        if not (isinstance(error, ChainmergeError) and error.may_go_on):
+            _why_not(command, "unlock", volumes)
         raise
     kept = _why_not(command, "unlock", volumes)
     if kept is not None:
