@@ -6,11 +6,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from chainmerge.chain.errors import BackingNameUnusable, RemoteBackingName
-from chainmerge.chain.names import backing_path, possible_backing_paths, protocol_of
+from chainmerge.chain.names import (
+    backing_path,
+    possible_backing_paths,
+    protocol_of,
+    without_detours,
+)
 from tests.support import qemu
 
 
@@ -89,3 +94,40 @@ def test_names_that_say_nothing_definite(name: str) -> None:
 def test_where_a_name_could_lead(name: str, path: str | None) -> None:
     possible = possible_backing_paths(IMAGE, name)
     assert possible == () if path is None else Path(path) in possible
+
+
+def test_detours_are_left_out_and_no_others(tmp_path: Path) -> None:
+    golden, vm = tmp_path / "golden", tmp_path / "vm"
+    for directory in (golden / "deep", vm):
+        directory.mkdir(parents=True)
+    (vm / "link").symlink_to(golden / "deep")
+    (vm / "file").touch()
+    for written, shortest in {
+        "vm/../golden/a": "golden/a",
+        "vm/./link/a": "vm/link/a",
+        "golden/deep/../../vm/../golden/a": "golden/a",
+        # To another place than to vm, to none, and to none.
+        "vm/link/../a": "vm/link/../a",
+        "vm/none/../a": "vm/none/../a",
+        "vm/file/../a": "vm/file/../a",
+        "vm/link/../deep/../a": "vm/link/../a",
+        "vm/link/../../vm/../a": "vm/link/../../a",
+    }.items():
+        assert without_detours(tmp_path / written) == tmp_path / shortest
+    assert without_detours(Path("/../../a")) == Path("/a")
+
+
+@given(st.lists(st.sampled_from(["a", "link", "..", "none"]), max_size=6))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_shortest_spelling_goes_the_same_way(tmp_path: Path, parts: list[str]) -> None:
+    inside = tmp_path / "a" / "a" / "a"
+    inside.mkdir(parents=True, exist_ok=True)
+    for place in (tmp_path, tmp_path / "a"):
+        if not (place / "link").is_symlink():
+            (place / "link").symlink_to(inside)
+    path = tmp_path.joinpath(*parts)
+    shortest = without_detours(path)
+    assert len(shortest.parts) <= len(path.parts)
+    assert shortest.exists() == path.exists()
+    if path.exists():
+        assert shortest.samefile(path)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
@@ -241,3 +242,22 @@ def test_long_chains_in_one_table(tmp_path: Path) -> None:
     found = list(chainmerge.list_chains(tmp_path).chains)
     assert [one.images for one in found] == [12, 3, 1]
     assert all((a.freed_bytes or 0) > (b.freed_bytes or 0) for a, b in pairwise(found))
+
+
+def test_the_printed_plan_may_use_the_data_files(tmp_path: Path) -> None:
+    data = tmp_path / "its data"
+    base = create(tmp_path / "disk-0.qcow2", DISK, data_file=str(data))
+    qemu_io(base, "write -P 1 0 8M")
+    top = create(tmp_path / "disk-1.qcow2", backing=base)
+    qemu_io(top, "write -P 2 0 8M")
+    (chain,) = chainmerge.list_chains(tmp_path).chains
+    assert chain.data_files == (str(data),)
+    (line,) = [
+        one for one in command("list", tmp_path).out.splitlines() if one.startswith("Frees most:")
+    ]
+    program, *words = shlex.split(line.partition(":")[2])
+    assert program == "chainmerge"
+    assert "--allow-data-file" in words
+    assert command(*words).status == ExitCode.DONE
+    without = [word for word in words if word not in {"--allow-data-file", str(data)}]
+    assert command(*without).status == ExitCode.REFUSED

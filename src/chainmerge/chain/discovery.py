@@ -27,6 +27,7 @@ from chainmerge.chain.errors import (
     ImageReplaced,
     TopFormatUnknown,
 )
+from chainmerge.chain.foreign.sizing import sized_by_qemu
 from chainmerge.chain.model import (
     Chain,
     ChainPolicy,
@@ -35,7 +36,7 @@ from chainmerge.chain.model import (
     ImageInfo,
     format_meant_by,
 )
-from chainmerge.chain.names import backing_path
+from chainmerge.chain.names import backing_path, without_detours
 from chainmerge.chain.reading import (
     DeclaredFormat,
     allowed_data_file,
@@ -70,8 +71,11 @@ def discover(top: Path, policy: ChainPolicy, headers: KnownHeaders | None = None
         Refused: one of :mod:`chainmerge.chain.errors`, or of the format layer where an
             image is damaged.
     """
-    path = top.absolute()
-    images = list(walk_down(path, policy, allowed_places_of([path], policy), headers))
+    path = without_detours(top.absolute())
+    allowed = allowed_places_of([path], policy)
+    images = list(walk_down(path, policy, allowed, headers))
+    if not policy.metadata_only:
+        images[-1] = sized_by_qemu(images[-1], allowed)
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))
 
@@ -160,7 +164,7 @@ class _Walk(Struct, frozen=True):
         name = header.backing_name
         return replace(
             image,
-            backing=None if name is None else backing_path(image.path, name),
+            backing=None if name is None else without_detours(backing_path(image.path, name)),
             data_file=self._data_file(image, header),
         )
 

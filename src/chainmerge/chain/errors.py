@@ -240,21 +240,50 @@ class FormatContradiction(ChainUnusable, Refused):
 
 
 class ForeignFormat(ChainUnusable, Refused):
-    """An image whose format only QEMU understands."""
+    """An image of a format on which no chain may stand."""
 
     code: ClassVar[str] = "foreign-format"
-    template: ClassVar[str] = "{image} is declared as {format!r}: only qcow2 and raw can be read"
+    template: ClassVar[str] = (
+        "{image} is declared as {format!r}: images of this format are not read"
+    )
     hint: ClassVar[str] = (
         "copy it with `qemu-img convert -O qcow2` to a new file, and make that the backing file of "
         "its child: `chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until "
         "you have checked the disk"
     )
     explanation: ClassVar[str] = (
-        "chainmerge reads the qcow2 and raw formats itself, to plan and to verify. Images of other "
-        "formats can be shown as part of a chain, but their size and content are not known here."
+        "chainmerge reads the qcow2 and raw formats itself, to plan and to verify, and has QEMU "
+        "read the vmdk, vdi, vhdx, vpc, qed and parallels formats, where the lowest image of a "
+        "chain has one of them. Images of other formats can be shown as part of a chain, but their "
+        "size and content are not known here."
     )
     image: str
     format: str
+
+
+class ForeignUnreadable(ChainUnusable, Refused):
+    """QEMU does not read the lowest image of a chain, or must not be asked to."""
+
+    code: ClassVar[str] = "foreign-unreadable"
+    template: ClassVar[str] = "the {format} image {image} cannot be read: {reason}"
+    hint: ClassVar[str] = (
+        "`qemu-img info {image}` shows what QEMU makes of it; if it keeps data in other files, and "
+        "they may be used: --allow-backing with their directory; otherwise copy it with `qemu-img "
+        "convert -O qcow2` to a new file, and make that the backing file of its child: "
+        "`chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until you have "
+        "checked the disk"
+    )
+    explanation: ClassVar[str] = (
+        "Images of the vmdk, vdi, vhdx, vpc, qed and parallels formats are read by QEMU: qemu-img "
+        "says how large the disk is, and qemu-nbd gives data where a merge needs it. A vmdk image "
+        "can consist of several files, which it names itself: they must lie where backing files "
+        "may lie, and chainmerge must understand every line that names them, as QEMU opens "
+        "whatever is named. An image that has a backing file of its own is not the lowest one of "
+        "its chain."
+    )
+    image: str
+    format: str
+    reason: str
 
 
 class DataFileRefused(ChainUnusable, Refused):

@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainmerge.chain.allowed_places import allowed_places_of
 from chainmerge.chain.discovery import discover
+from chainmerge.chain.foreign.sizing import sized_by_qemu
+from chainmerge.chain.model import Chain
 from chainmerge.chain.opening import OpenImage, open_chain
 from chainmerge.chain.reading import identity_at
 from chainmerge.chain.target import metadata_policy_of, relatives_of
@@ -25,7 +28,7 @@ from chainmerge.storage.processes import program_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from chainmerge.chain.model import Chain, Identity, ImageInfo
+    from chainmerge.chain.model import ChainPolicy, Identity, ImageInfo
     from chainmerge.chain.relatives import Relatives
     from chainmerge.qcow2.header import Header
     from chainmerge.storage.bystanders import Openers
@@ -39,7 +42,7 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
     """
     access = access or Access()
     policy = metadata_policy_of(access, image)
-    chain = discover(Path(image), policy)
+    chain = _with_size_of_root(discover(Path(image), policy), policy)
     relatives = relatives_of(chain, max(0, len(chain.images) - 2), access, policy)
     others = _others(chain, relatives)
     shown = {one.identity: plain_path(one.path) for one in (*chain.images, *others)}
@@ -61,6 +64,11 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
         tuple(_warnings(relatives)),
         relatives.searched,
     )
+
+
+def _with_size_of_root(chain: Chain, policy: ChainPolicy) -> Chain:
+    root, *others = chain.images
+    return Chain((sized_by_qemu(root, allowed_places_of([chain.top.path], policy)), *others))
 
 
 def plain_path(path: Path) -> str:
@@ -173,7 +181,9 @@ def _details(header: Header) -> Iterator[tuple[str, str]]:
         yield "extensions", ", ".join(known)
 
 
-def _allocated(opened: OpenImage) -> int:
-    """Guest bytes that the image itself defines."""
+def _allocated(opened: OpenImage) -> int | None:
+    """Guest bytes that the image itself defines; None if only QEMU could tell."""
+    if opened.info.foreign:
+        return None
     view = GuestView((opened.layer,))
     return sum(int(runs.length[runs.kind != Kind.UNALLOCATED].sum()) for runs in view.resolve())

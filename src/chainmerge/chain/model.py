@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct, field
 
 from chainmerge.chain.errors import ForeignFormat, NoBackingFile, NotInChain
+from chainmerge.errors import ChainmergeError
 from chainmerge.qcow2.bitmaps import BitmapEntry
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.qcow2.features import CryptMethod
@@ -32,6 +33,7 @@ class ImageFormat(StrEnum):
     RAW = "raw"
 
 
+_READ_HERE: Final = frozenset(ImageFormat)
 _READ_AS_RAW: Final = frozenset({"file", "host_device"})
 
 
@@ -76,13 +78,17 @@ class ImageInfo(Struct, frozen=True):
     """Bytes of the file or device."""
     guest_size: int | None
     """Bytes of the guest's disk as QEMU counts them (raw: whole sectors, rounded up); None
-    for a foreign format."""
+    for a foreign format, unless QEMU was asked."""
     backing_name: str | None = None
     """As stored (UTF-8 with surrogate escapes)."""
     backing: Path | None = None
     """Where the backing name leads, absolute and not normalised."""
     data_file: Path | None = None
     """The external data file, one of those that the policy names."""
+    extents: tuple[Path, ...] = ()
+    """Other files that hold the data of a foreign image, of those that the policy allows."""
+    size_problem: ChainmergeError | None = None
+    """Why QEMU could not say how large the disk of a foreign image is."""
     bitmaps: tuple[BitmapEntry, ...] = ()
     """The bitmap directory, trusted or not."""
     bitmaps_problem: FormatError | None = None
@@ -96,16 +102,19 @@ class ImageInfo(Struct, frozen=True):
         """Bytes of the guest's disk.
 
         Raises:
-            ForeignFormat: the format is not one that is read here.
+            ForeignFormat: the format is neither read here nor by QEMU for us.
+            ForeignUnreadable: QEMU cannot read it.
         """
+        if self.size_problem is not None:
+            raise self.size_problem
         if self.guest_size is None:
             raise ForeignFormat(str(self.path), self.format)
         return self.guest_size
 
     @property
     def foreign(self) -> bool:
-        """Whether only QEMU knows the format; what lies below such an image is not known."""
-        return self.guest_size is None
+        """Whether only QEMU knows the format."""
+        return self.format not in _READ_HERE
 
     @property
     def bitmaps_trusted(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,32 @@ def backing_path(image: Path, name: str) -> Path:
             str(image), name, "QEMU resolves a relative name behind `file:` wherever it is started"
         )
     return Path(path)
+
+
+def without_detours(path: Path) -> Path:
+    """The shortest spelling of an absolute path that goes the same way.
+
+    ``..`` goes together with the directory before it. Behind a symbolic link it leads elsewhere,
+    and behind what is not there nowhere: then both stay. No link is resolved.
+    """
+    if ".." not in path.parts:
+        return path
+    way: list[str] = []
+    for part in path.parts[1:]:
+        if part == ".." and not way:
+            continue
+        if part == ".." and way[-1] != ".." and _is_directory_itself(Path("/", *way)):
+            way.pop()
+        else:
+            way.append(part)
+    return Path("/", *way)
+
+
+def _is_directory_itself(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def name_to_store(child: ImageInfo, backing: ImageInfo) -> str:

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from chainmerge.chain.foreign.content import ForeignContent
+from chainmerge.chain.foreign.layers import ForeignLayer, MappedForeignLayer
 from chainmerge.chain.layers import Layer, layer_of_qcow2, layer_of_raw
 from chainmerge.chain.model import Chain, Identity, ImageInfo, identity_of
 from chainmerge.chain.reading import open_image
@@ -23,6 +26,7 @@ from chainmerge.storage.files import FileReadable
 from chainmerge.storage.limits import allow_open_files
 
 if TYPE_CHECKING:
+    from chainmerge.chain.target import Target
     from chainmerge.qcow2.bits import BitSet
     from chainmerge.storage.locks import ImageLock
 
@@ -68,6 +72,21 @@ class OpenChain(Struct, frozen=True):
         """What a guest sees of the images from *first* to before *stop*."""
         return GuestView(tuple(image.layer for image in self.images[first:stop]))
 
+    def with_mapped_root(self) -> OpenChain:
+        """The same, where QEMU is asked what of a foreign root is zeros: its data is to move."""
+        root, *others = self.images
+        if not isinstance(root.layer, ForeignLayer):
+            return self
+        mapped = replace(root, layer=MappedForeignLayer(root.layer.source))
+        return OpenChain((mapped, *others), self.memory)
+
+
+@contextlib.contextmanager
+def open_target(target: Target, locks: Sequence[ImageLock] = ()) -> Iterator[OpenChain]:
+    """As :func:`open_chain` of a merge's chain. What moves of a foreign base is known then."""
+    with open_chain(target.chain, locks) as opened:
+        yield opened.with_mapped_root() if target.base.foreign else opened
+
 
 @contextlib.contextmanager
 def open_chain(chain: Chain, locks: Sequence[ImageLock] = ()) -> Iterator[OpenChain]:
@@ -102,6 +121,9 @@ def _open(
 ) -> OpenImage:
     lock = locked.get(info.identity)
     readable = stack.enter_context(open_image(info)) if lock is None else lock.reader()
+    if info.foreign:
+        content = stack.enter_context(ForeignContent(info))
+        return OpenImage(info, readable, None, ForeignLayer(content), {})
     if info.header is None:
         return OpenImage(info, readable, None, layer_of_raw(readable), {})
     image = Qcow2Image(readable, None if lock is None else info.header)

@@ -143,7 +143,7 @@ def describe_at(
         if begins_as_qcow2(readable):
             notes.append("its content begins like a qcow2 image, but it is declared as raw")
     else:
-        notes.append(f"its format, {declared.name!r}, is known to QEMU only")
+        notes.append(f"its format, {declared.name!r}, is read by QEMU only")
     return ImageInfo(
         path=path,
         real_path=real_path,
@@ -206,6 +206,14 @@ def allowed_data_file(image: ImageInfo, header: Header, allowed: Iterable[Path])
         if identity_at(path) in candidates:
             return path.absolute()
     raise DataFileRefused(str(image.path), header.data_file_name or "")
+
+
+def named_data_file(image: ImageInfo) -> Path | None:
+    """The external data file that an image's header leads to, allowed or not; None without one."""
+    if image.header is None:
+        return None
+    places = _data_file_places(image.path, image.header)
+    return next((place for place in places if identity_at(place) is not None), None)
 
 
 def data_file_places(image: Path) -> tuple[Path, ...]:

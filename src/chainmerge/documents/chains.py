@@ -30,6 +30,7 @@ class ChainSummary(Struct, frozen=True):
         users: The processes that have the leaf open; None if that is not known.
         problem: Why the chain cannot be read, or what is wrong with it, in a sentence; None if
             nothing was found. Nothing is checked for this: ``check`` does that.
+        data_files: The external data files of its images, which a merge has to be allowed to use.
     """
 
     leaf: str
@@ -42,6 +43,7 @@ class ChainSummary(Struct, frozen=True):
     unfinished: bool
     users: tuple[ImageUser, ...] | None
     problem: str | None
+    data_files: tuple[str, ...] = ()
 
 
 class ChainsReport(Struct, frozen=True):

@@ -37,7 +37,9 @@ def first_own_index(chain: Chain, users: Mapping[Identity, int]) -> int:
         users: how many images have each one as their backing file.
     """
     for index in range(len(chain.images) - 2, -1, -1):
-        if users.get(chain.images[index].identity, 0) > 1:
+        image = chain.images[index]
+        # Nothing is merged into an image of another format, and it is not looked into.
+        if image.foreign or users.get(image.identity, 0) > 1:
             return index + 1
     return 0
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.information import on_disk, users_of
 from chainmerge.chain.opening import open_chain
+from chainmerge.chain.reading import named_data_file
 from chainmerge.chain.target import metadata_policy_of
 from chainmerge.documents.chains import ChainsReport, ChainSummary
 from chainmerge.documents.versions import REPORT_VERSION
@@ -106,6 +107,7 @@ def _summary(
             for path in (image.path, image.real_path)
         ),
         problem=_mark_of_corruption(chain),
+        data_files=tuple(str(file) for file in map(named_data_file, chain.images) if file),
     )
     first = first_own_index(chain, found.users)
     try:

@@ -21,6 +21,7 @@ from chainmerge.live.inspection import layers_of, obstacles, require_no_job, unc
 from chainmerge.live.open_files import others_beside, uncertain
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning.aftermath import bytes_occupied
+from chainmerge.planning.choices import require_format_to_write
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.internal_snapshots import (
@@ -89,6 +90,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     others = others_beside(vm, live)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
+    require_format_to_write(target, Direction.COMMIT)
     with open_chain(target.chain) as opened:
         require_readable(target, opened)
         layers = layers_of(live, opened)

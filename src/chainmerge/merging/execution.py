@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from chainmerge.chain.opening import open_chain
+from chainmerge.chain.opening import open_target
 from chainmerge.chain.reading import open_for_writing
 from chainmerge.documents.plan import EngineName
 from chainmerge.documents.progress import Stage
@@ -83,7 +83,7 @@ def _decided_again(stack: contextlib.ExitStack, job: Job) -> Job:
     another.
     """
     target = find_same_target(job.target, job.request)
-    opened = stack.enter_context(open_chain(target.chain, job.locks))
+    opened = stack.enter_context(open_target(target, job.locks))
     remains = read_remains(target.base.real_path, target.chain.top.real_path)
     ending = ToBeMerged((), job.facts.end_before)
     again = decided_job(job.request, target, opened, job.locks, remains, ending)

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.chain.errors import BackingFileMissing, ImageReplaced
-from chainmerge.chain.opening import open_chain
+from chainmerge.chain.opening import open_target
 from chainmerge.chain.surroundings import Look
 from chainmerge.chain.target import Target
 from chainmerge.documents.merge import MergeReport
@@ -202,7 +202,7 @@ def _prepare_locked(
     # Whoever writes now, what is read from here on would be older than that.
     refuse_users(look_for_others([images]))
     remains = read_remains(base, target.chain.top.real_path)
-    opened = stack.enter_context(open_chain(target.chain, locks))
+    opened = stack.enter_context(open_target(target, locks))
     match find_ending(request, target, opened, remains):
         case TookEffectInVm(journal):
             finish = partial(finish_pivot, request, journal, target, opened)

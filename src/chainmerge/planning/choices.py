@@ -13,7 +13,7 @@ from chainmerge.engines.native.zeroes import ZeroRanges, find_zeroes
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.options import Direction, EngineChoice
 from chainmerge.planning.encryption import has_encrypted
-from chainmerge.planning.errors import NativeUnavailable, PullUnavailable
+from chainmerge.planning.errors import BaseForeign, NativeUnavailable, PullUnavailable
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.transfer.copying import can_reflink
 
@@ -100,6 +100,13 @@ def choose_direction(
     if options.direction == "auto" and options.keep_name and cheaper and can_go:
         return DirectionChosen(Direction.PULL, None)
     return DirectionChosen(Direction.COMMIT, reason)
+
+
+def require_format_to_write(target: Target, direction: Direction) -> None:
+    """Raise BaseForeign where data would go into an image that only QEMU reads."""
+    base = target.base
+    if base.foreign and direction is Direction.COMMIT:
+        raise BaseForeign(str(base.path), base.format, str(target.chain.top.path))
 
 
 def _is_free(target: Target) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.chain.opening import open_chain
+from chainmerge.chain.opening import open_target
 from chainmerge.chain.target import Target, find_target
 from chainmerge.documents.merge import Measurement
 from chainmerge.documents.plan import Finding, MergePlan
@@ -117,7 +117,7 @@ def plan_beside(
     obstacles = tuple(_obstacles(target, access, options))
     remains = read_remains(target.base.real_path, target.chain.top.real_path)
     saved, record = remains.usable_saved, remains.record
-    with open_chain(target.chain) as opened:
+    with open_target(target) as opened:
         facts = gather(target, opened, access, options, saved, never, claims).facts
         if not explained_by(remains, target):
             moved = bytes_to_copy(facts)
@@ -172,7 +172,7 @@ def measure(
     access, options = access or Access(), options or MergeOptions()
     target = find_target(Path(top), Path(base) if base is not None else None, access)
     saved = load_saved_bitmaps(target.base.real_path)
-    with open_chain(target.chain) as opened:
+    with open_target(target) as opened:
         facts = gather(target, opened, access, options, saved, never, {}).facts
     space = chosen_space(facts, options)
     return Measurement(

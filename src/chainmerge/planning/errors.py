@@ -48,6 +48,27 @@ class BaseNewer(NewerDataAtRisk, Refused):
     top_time: str
 
 
+class BaseForeign(Refused):
+    """Base is of a format in which nothing is written."""
+
+    code: ClassVar[str] = "base-foreign"
+    template: ClassVar[str] = (
+        "{base} is a {format} image: chainmerge merges into qcow2 and raw images only"
+    )
+    hint: ClassVar[str] = (
+        "pull its data up instead, which leaves it as it is: `chainmerge merge --direction pull "
+        "--base {base} {top}`; the images above it can be merged with each other in any way"
+    )
+    explanation: ClassVar[str] = (
+        "A vmdk, vdi, vhdx, vpc, qed or parallels image can be the lowest one of a chain. QEMU "
+        "reads it where a merge of the images above it needs that, or where its data is pulled up. "
+        "Nothing writes to it: no merge into such an image can be undone or completed after a kill."
+    )
+    base: str
+    format: str
+    top: str
+
+
 class BaseHasOtherChildren(NeededByOthers, Refused):
     """Another image builds on base."""
 

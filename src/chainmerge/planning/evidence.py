@@ -124,6 +124,10 @@ def _looked_at(target: Target, opened: OpenChain, defined: int, most: int) -> tu
     at = {offset // cluster * cluster: offset for offset in reversed(spread)}
     pieces = [(start, min(cluster, whole.virtual_size - start)) for start in sorted(at)]
     held = differing = 0
+    if target.chain.root.foreign and index:
+        # QEMU is not started for a sample. What base does not hold was not merged into it.
+        left = [piece for piece in pieces if _leaves_to_root(below, *piece)]
+        pieces, differing = [piece for piece in pieces if piece not in left], len(left)
     for (start, _), theirs, ours in zip(
         pieces, _read(below, pieces), _read(whole, pieces), strict=True
     ):
@@ -159,6 +163,11 @@ def _defines(base: GuestView, at: int) -> bool:
     if at >= base.virtual_size:
         return False
     return all(bool((runs.kind != Kind.UNALLOCATED).all()) for runs in base.resolve(at, at + 1))
+
+
+def _leaves_to_root(view: GuestView, start: int, length: int) -> bool:
+    """Whether the root decides any of a piece."""
+    return any(bool((runs.layer == 0).any()) for runs in view.resolve(start, start + length))
 
 
 def _spread(target: Target, opened: OpenChain, defined: int, places: int) -> Iterator[int]:

@@ -22,6 +22,7 @@ from chainmerge.planning.choices import (
     choose_direction,
     choose_engine,
     look_for_zeroes,
+    require_format_to_write,
     shares_extents,
 )
 from chainmerge.planning.encryption import key_obstacles
@@ -97,7 +98,7 @@ def gather(
             they come from.
 
     Raises:
-        Refused: an image cannot be read.
+        Refused: an image cannot be read, or base is of a format that is not written.
         Interrupted: *should_stop* said yes.
     """
     require_readable(target, opened)
@@ -146,6 +147,7 @@ def _choose_ways(
 ) -> _Ways:
     guest_bytes = measure_guest_bytes(target, opened)
     way = choose_direction(target, opened, guest_bytes, options)
+    require_format_to_write(target, way.direction)
     if way.direction is Direction.PULL:
         bitmaps = gather_bitmaps_to_pull(target, opened)
     else:

@@ -92,6 +92,12 @@ def look_at_removals(
         if one.data_file is not None:
             paths.add(one.data_file)
     obstacles = {path: reason for path in paths if (reason := removal_obstacle(path)) is not None}
+    # They would be left behind, with nothing that says what they are.
+    obstacles |= {
+        image.real_path: "it keeps its data in other files, and is one image only with them"
+        for image in images
+        if image.extents
+    }
     mounts = {place: mount_of(place) for place in places}
     return Removals(belongings, obstacles, closed, mounts)
 

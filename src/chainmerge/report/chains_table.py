@@ -51,10 +51,14 @@ def _first_steps(report: ChainsReport) -> Iterator[Words]:
         )
     worth = (one for one in report.chains if one.freed_bytes and _is_idle(one))
     for chain in worth:
-        base, leaf = shlex.quote(_short(chain.base or "")), shlex.quote(_short(chain.leaf))
-        yield layout.command_line(
-            "Frees most: ", f"chainmerge plan --delete --keep-name --base {base} {leaf}"
-        )
+        allowed = [word for file in chain.data_files for word in ("--allow-data-file", file)]
+        images = ["--base", chain.base or "", chain.leaf]
+        words_typed = [
+            word if word.startswith("--") else shlex.quote(_short(word))
+            for word in (*allowed, *images)
+        ]
+        command = ["chainmerge", "plan", "--delete", "--keep-name", *words_typed]
+        yield layout.command_line("Frees most: ", " ".join(command))
         return
 
 

@@ -191,14 +191,19 @@ def test_the_image_asked_for_must_be_qcow2_unless_told(images: Path) -> None:
     refusal(WrongFormat, images, lambda: discover(images / "disk", policy))
 
 
-def test_a_foreign_format_is_the_end_of_what_is_known(images: Path) -> None:
-    qemu.create(images / "foreign", SIZE, fmt="vmdk")
-    qemu.create(images / "on-foreign", backing=images / "foreign", backing_format="vmdk")
+@pytest.mark.parametrize("fmt", ["vmdk", "qcow"])
+def test_a_foreign_format_is_the_end_of_a_chain(images: Path, fmt: str) -> None:
+    qemu.create(images / "foreign", SIZE, fmt=fmt)
+    qemu.create(images / "on-foreign", backing=images / "foreign", backing_format=fmt)
     root = discover(images / "on-foreign", PLAIN).root
     assert root.foreign
-    assert (root.format, root.backing, root.header) == ("vmdk", None, None)
+    assert (root.format, root.backing, root.header) == (fmt, None, None)
+    if fmt == "vmdk":
+        assert root.virtual_size == SIZE
+        # Nobody is going to read: QEMU is not asked.
+        root = discover(images / "on-foreign", ChainPolicy(metadata_only=True)).root
     error = refusal(ForeignFormat, images, lambda: root.virtual_size)
-    assert error.format == "vmdk"
+    assert error.format == fmt
 
 
 # External data files

@@ -368,3 +368,23 @@ def test_a_broken_bitmap_directory_is_refused_as_qemu_does(images: Path) -> None
         qemu.qemu_img("info", images / "middle")
     error = refusal(BadBitmapDirectory, images, lambda: discover(images / "top", PLAIN))
     assert error.image == str(images / "middle")
+
+
+def test_detours_in_stored_names_are_not_shown(images: Path) -> None:
+    golden, vm = images / "golden", images / "vm"
+    golden.mkdir()
+    vm.mkdir()
+    qemu.create(golden / "root", SIZE)
+    qemu.create(vm / "leaf", backing="../golden/root")
+    policy = ChainPolicy(allow_backing=(golden,))
+    found = discover(vm / ".." / "vm" / "leaf", policy)
+    assert [image.path for image in found.images] == [golden / "root", vm / "leaf"]
+    # Elsewhere than the name alone says.
+    (images / "elsewhere").mkdir()
+    (images / "elsewhere" / "vm").mkdir()
+    (images / "link").symlink_to(images / "elsewhere" / "vm")
+    (images / "elsewhere" / "golden").symlink_to(golden)
+    qemu.create(images / "elsewhere" / "vm" / "leaf", backing="../golden/root")
+    found = discover(images / "link" / "leaf", policy)
+    assert found.root.path == images / "link" / ".." / "golden" / "root"
+    assert found.root.real_path == golden / "root"
