@@ -169,15 +169,15 @@ def _verify_top(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]:
         )
         if journal.full_verify:
             before = GuestView((*below.view().layers, top.layer))
-            yield verify_content(
+            size = before.virtual_size
+            verify_content(
                 journal.top.path,
                 opened.view(),
                 before,
-                lambda done: driver.caller.report(
-                    ProgressEvent(Stage.VERIFY, done, before.virtual_size)
-                ),
+                lambda done: driver.caller.report(ProgressEvent(Stage.VERIFY, done, size)),
                 never,
             )
+            yield f"content of all {size} guest bytes compared with top on the images below"
 
 
 def _expected_of_top(
