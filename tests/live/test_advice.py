@@ -12,11 +12,11 @@ from chainmerge import live
 from chainmerge.catalogue import known_errors
 from chainmerge.cli.live import merge as merge_command
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
-from chainmerge.planning.errors import BaseHasOtherChildren
+from chainmerge.planning.errors import SnapshotsWouldChange
 from tests.support.cli import chainmerge as command
 from tests.support.live_scenario import build
 from tests.support.live_vm import running_vm
-from tests.support.qemu import create
+from tests.support.qemu import content, create
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,20 +44,27 @@ def test_no_hint_names_what_a_live_merge_does_not_have(kind: type[ChainmergeErro
 
 
 def test_the_same_error_is_raised() -> None:
-    with pytest.raises(BaseHasOtherChildren) as raised, advice_for_running_vm():
-        raise BaseHasOtherChildren("/base", "/other")
-    assert raised.value.facts == {"base": "/base", "others": "/other"}
+    with pytest.raises(SnapshotsWouldChange) as raised, advice_for_running_vm():
+        raise SnapshotsWouldChange("/base", "'before'", "")
+    assert raised.value.facts == {"image": "/base", "names": "'before'", "instead": ""}
     assert "stop it" in raised.value.advice
 
 
 @pytest.mark.timeout(120)
-def test_a_plan_and_a_merge_say_it(tmp_path: Path) -> None:
+def test_the_way_out_of_a_refusal_is_open_while_the_vm_runs(tmp_path: Path) -> None:
     scenario = build(tmp_path / "chain", 3, levels=1, active=False)
-    create(scenario.base.with_name("sibling.qcow2"), backing=scenario.base.name)
+    sibling = create(scenario.base.with_name("sibling.qcow2"), backing=scenario.base.name)
+    before = content(sibling)
     with running_vm(tmp_path / "vm", scenario.images) as vm:
         with vm.disk() as disk:
             (refusal,) = live.plan(disk, scenario.top).refusals
-            assert "--direction" not in refusal.hint or refusal.hint.startswith("not while")
+            assert refusal.hint.startswith("pull instead (--direction pull)")
         ran = command("live", "merge", *vm.arguments, scenario.top)
         assert ran.status == 3
-        assert "not while the VM runs" in " ".join(ran.err.split())
+        assert "pull instead (--direction pull)" in " ".join(ran.err.split())
+        ran = command("live", "merge", "--direction", "pull", *vm.arguments, scenario.top)
+        assert ran.status == 0, ran.err
+        assert f"{scenario.base.name} is pulled up into {scenario.top.name}" in ran.out
+        vm.quit()
+    assert content(sibling) == before
+    assert content(scenario.images[-1]) == scenario.before

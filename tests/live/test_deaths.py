@@ -65,7 +65,7 @@ def run_and_die(vm: LiveTestVm, scenario: LiveScenario, call: int, moment: Momen
     done = vm.directory / "calls"
     command = (
         sys.executable, "-m", "tests.support.dying", str(vm.qmp), DEVICE, str(scenario.top),
-        str(scenario.base), str(call), moment, str(done),
+        str(scenario.base), str(call), moment, str(done), "commit",
     )  # fmt: skip
     result = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False

@@ -23,6 +23,7 @@ from tests.support.live_scenario import (
     merge_into_raw_base,
 )
 from tests.support.live_vm import DEVICE, Guest, running_vm
+from tests.support.pull_scenario import assert_pulled_right, build_pull
 from tests.support.qemu import create, qemu_io
 
 if TYPE_CHECKING:
@@ -79,6 +80,24 @@ def filtered(
 
 def drivers(vm: LiveTestVm) -> list[str]:
     """The drivers of the nodes that lead from the disk to its active image, that included."""
+    (disk,) = vm.execute("query-block")
+    return drivers_from(vm, disk["inserted"]["node-name"])
+
+
+def drivers_below(vm: LiveTestVm, image: str) -> list[str]:
+    """The drivers of the nodes that lead from an image's node to its backing file, included."""
+    graph = vm.execute("x-debug-query-block-graph")
+    names = {node["id"]: node["name"] for node in graph["nodes"]}
+    (below,) = [
+        names[edge["child"]]
+        for edge in graph["edges"]
+        if edge["name"] == "backing" and names[edge["parent"]] == image
+    ]
+    return drivers_from(vm, below)
+
+
+def drivers_from(vm: LiveTestVm, name: str | None) -> list[str]:
+    """The drivers of a node and those below it, as far as an image."""
     graph = vm.execute("x-debug-query-block-graph")
     names = {node["id"]: node["name"] for node in graph["nodes"]}
     below = {
@@ -87,8 +106,7 @@ def drivers(vm: LiveTestVm) -> list[str]:
         if edge["name"] in {"file", "backing", "root"}
     }
     nodes = {one["node-name"]: one for one in vm.execute("query-named-block-nodes", flat=True)}
-    (disk,) = vm.execute("query-block")
-    name, found = disk["inserted"]["node-name"], []
+    found: list[str] = []
     while name in nodes:
         found.append(nodes[name]["drv"])
         if found[-1] == "qcow2":
@@ -131,6 +149,31 @@ def test_the_guest_keeps_its_filters(tmp_path: Path, case: str, kind: str, seed:
         vm.quit()
     assert_closed_right(scenario, guest)
     assert leftovers(scenario) == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", ["middle", "active"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_pull_leaves_all_filters_that_it_can(
+    tmp_path: Path, case: str, kind: str, seed: int
+) -> None:
+    scenario = build_pull(tmp_path / "chain", seed, levels=2, active=kind == "active")
+    # The root is the image 0, and base is on it.
+    top = f"i{scenario.images.index(scenario.top)}"
+    with running_vm(tmp_path / "vm", scenario.images, CASES[case]) as vm:
+        over_disk, over_root = drivers(vm), drivers_below(vm, "i1")
+        with Guest(vm, seed, DISK) as guest:
+            with vm.disk() as disk:
+                options = LiveOptions(delete=True, direction="pull", bandwidth=64 << 20)
+                report = live.merge(disk, scenario.top, scenario.base, options=options)
+            during = len(guest.journal)
+            guest.wait_for(during + 10)
+        assert drivers(vm) == over_disk
+        assert drivers_below(vm, top) == over_root
+        assert vm.jobs() == []
+        assert set(report.deleted) == {str(path) for path in scenario.pulled}
+        vm.quit()
+    assert_pulled_right(scenario, guest, deleted=True)
 
 
 class StubbornVm(live.QmpVm):

@@ -2,7 +2,7 @@
 """A disk of a VM at which something dies at a chosen call: the merge, or the VM.
 
 As a program it is a manager that kills itself:
-``python -m tests.support.dying SOCKET DEVICE TOP BASE CALL before|after COUNT-FILE``.
+``python -m tests.support.dying SOCKET DEVICE TOP BASE CALL before|after COUNT-FILE commit|pull``.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ def kill_ourselves() -> None:
 
 
 def main() -> None:
-    socket, device, top, base, call, moment, count_file = sys.argv[1:]
+    socket, device, top, base, call, moment, count_file, direction = sys.argv[1:]
     with live.QmpVm(socket, device=device) as disk:
         dying = DyingVm(disk, int(call), MOMENTS[moment], kill_ourselves)
-        options = LiveOptions(delete=True, bandwidth=64 << 20)
+        options = LiveOptions(
+            delete=True, bandwidth=64 << 20, direction="pull" if direction == "pull" else "commit"
+        )
         live.merge(dying, top, base, options=options)
     Path(count_file).write_text(str(dying.calls), encoding="ascii")
 

@@ -70,7 +70,7 @@ def build(directory: Path, seed: int, *, levels: int, active: bool, stale: int =
     chainmerge.bitmaps_add(base, "everywhere", granularity=COARSE)
     everywhere: set[int] = set()
     in_top: set[int] = set()
-    _write(base, random_, everywhere, COARSE)
+    write_randomly(base, random_, [(everywhere, COARSE)])
     for number in range(stale):
         chainmerge.bitmaps_add(base, f"stale-{number}", granularity=COARSE)
     images = [base]
@@ -82,8 +82,8 @@ def build(directory: Path, seed: int, *, levels: int, active: bool, stale: int =
         if level >= levels - 1:
             chainmerge.bitmaps_add(image, "in-top", granularity=FINE)
         if level < levels:
-            dirty = [(everywhere, COARSE)]
-            _write(image, random_, *dirty[0], also=(in_top, FINE) if level == levels - 1 else None)
+            marked = [(everywhere, COARSE), *([(in_top, FINE)] if level == levels - 1 else [])]
+            write_randomly(image, random_, marked)
     return LiveScenario(
         images=tuple(images),
         base=base,
@@ -94,19 +94,22 @@ def build(directory: Path, seed: int, *, levels: int, active: bool, stale: int =
     )
 
 
-def _write(
-    image: Path,
-    random_: random.Random,
-    dirty: set[int],
-    granularity: int,
-    also: tuple[set[int], int] | None = None,
+def write_randomly(
+    image: Path, random_: random.Random, marked: Sequence[tuple[set[int], int]]
 ) -> None:
+    """Write here and there.
+
+    Args:
+        image: to what.
+        random_: what, and where.
+        marked: sets that get the numbers of the granules, each with their size in bytes.
+    """
     commands = []
     for _ in range(12):
         length = random_.randrange(1, 2 * MIB // 512) * 512
         offset = random_.randrange(0, (DISK - length) // 512) * 512
         commands.append(f"write -q -P {random_.randrange(1, 256)} {offset} {length}")
-        for bits, unit in ((dirty, granularity), *((also,) if also else ())):
+        for bits, unit in marked:
             bits |= set(range(offset // unit, -(-(offset + length) // unit)))
     qemu_io(image, *commands)
 
@@ -123,11 +126,11 @@ def granules(bits: BitSet) -> set[int]:
     }
 
 
-def stored_bits(image: Path) -> dict[str, set[int]]:
+def stored_bits(image: Path, passed_over: Sequence[str] = ()) -> dict[str, set[int]]:
     """The bits of all valid bitmaps of a closed image; a broken one fails the test."""
     with FileReadable(image) as readable:
         parsed = Qcow2Image(readable)
-        entries = read_directory(parsed)
+        entries = [entry for entry in read_directory(parsed) if entry.name not in passed_over]
         assert parsed.header.bitmaps_trusted or not entries
         assert all(entry.auto and not entry.in_use for entry in entries), entries
         return {entry.name: granules(read_bits(parsed, entry)) for entry in entries}
@@ -183,9 +186,14 @@ def expected_bits(scenario: LiveScenario, guest: Guest) -> dict[str, set[int]]:
 
 def leftovers(scenario: LiveScenario) -> list[str]:
     """The small files of unfinished merges that lie beside the images."""
+    return leftovers_in(scenario.base.parent)
+
+
+def leftovers_in(directory: Path) -> list[str]:
+    """The small files of unfinished merges in a directory."""
     return sorted(
         file.name
-        for file in scenario.base.parent.iterdir()
+        for file in directory.iterdir()
         if file.name.endswith(("chainmerge-live", "chainmerge-saved", "chainmerge-journal"))
     )
 

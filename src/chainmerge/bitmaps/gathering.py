@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
+from chainmerge.bitmaps.pulled import bitmaps_left_in_use
 from chainmerge.bitmaps.rules import (
     NOT_THERE,
     BitmapState,
@@ -46,10 +47,18 @@ class BitmapFacts(Struct, frozen=True):
     warnings: tuple[str, ...]
 
 
-def gather_bitmaps_to_pull(target: Target, opened: OpenChain) -> BitmapFacts:
-    """Like :func:`gather_bitmaps`, but top is the result: top gets what base holds."""
+def gather_bitmaps_to_pull(
+    target: Target, opened: OpenChain, saved: SavedBitmaps | None
+) -> BitmapFacts:
+    """Like :func:`gather_bitmaps`, but top is the result: top gets what base holds.
+
+    *saved* is what a pull in a VM has saved of top's.
+    """
     on_disk = [bitmaps_of(image) for image in opened.images]
     index = target.base_index
+    top = opened.images[-1].image
+    left = {} if top is None else bitmaps_left_in_use(top, saved)
+    on_disk[-1] = _with_saved(on_disk[-1], left)
     on_disk[index] = replace(on_disk[index], supports_bitmaps=on_disk[-1].supports_bitmaps)
     above = frozenset(entry.name for one in target.relatives.above for entry in one.image.bitmaps)
     decisions = decide(on_disk, index, above, top_stays=False)
@@ -60,8 +69,9 @@ def gather_bitmaps_to_pull(target: Target, opened: OpenChain) -> BitmapFacts:
         if on_disk[index].state(decision.name) is BitmapState.VALID
     }
     size = target.chain.top.virtual_size
-    final = {decision.name: _unite(decision, opened, index, base_bits, size) for decision in kept}
-    return BitmapFacts(tuple(on_disk), decisions, final, base_bits, frozenset(), ())
+    known = {index: base_bits, len(on_disk) - 1: left}
+    final = {decision.name: _unite(decision, opened, known, size) for decision in kept}
+    return BitmapFacts(tuple(on_disk), decisions, final, base_bits, frozenset(left), ())
 
 
 def gather_bitmaps(
@@ -88,9 +98,8 @@ def gather_bitmaps(
         if layers[base_index].state(name) is BitmapState.VALID
     }
     size = max(target.base.virtual_size, target.chain.top.virtual_size)
-    final = {
-        decision.name: _unite(decision, opened, base_index, base_bits, size) for decision in kept
-    }
+    known = {base_index: base_bits}
+    final = {decision.name: _unite(decision, opened, known, size) for decision in kept}
     return BitmapFacts(layers, decisions, final, base_bits, frozenset(saved_bits), warnings)
 
 
@@ -173,26 +182,22 @@ def _still_covers(
     return now.with_geometry(then.disk_size, then.granularity).covers(then)
 
 
-def _with_saved(base: LayerBitmaps, saved: Mapping[str, BitSet | None]) -> LayerBitmaps:
+def _with_saved(layer: LayerBitmaps, saved: Mapping[str, BitSet | None]) -> LayerBitmaps:
     revived = {
         name: NOT_THERE if bits is None else Occurrence(BitmapState.VALID, bits.granularity, None)
         for name, bits in saved.items()
     }
-    return replace(base, occurrences={**base.occurrences, **revived})
+    return replace(layer, occurrences={**layer.occurrences, **revived})
 
 
 def _unite(
-    decision: Decision,
-    opened: OpenChain,
-    base_index: int,
-    base_bits: Mapping[str, BitSet],
-    size: int,
+    decision: Decision, opened: OpenChain, known: Mapping[int, Mapping[str, BitSet]], size: int
 ) -> BitSet:
+    """The union of a name's bitmaps; *known* has those that are not as they are on disk."""
     assert decision.granularity is not None
+    name = decision.name
     sources = (
-        base_bits[decision.name]
-        if index == base_index
-        else opened.images[index].bits(decision.name)
+        known[index][name] if name in known.get(index, ()) else opened.images[index].bits(name)
         for index in decision.sources
     )
     return union_all(sources, size, storable_granularity(size, decision.granularity))

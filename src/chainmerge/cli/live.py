@@ -26,7 +26,13 @@ from chainmerge.cli.params import SIZE
 from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.cli.typed import PlanningCommand, same_with
-from chainmerge.options import LiveOptions, StallChoice, VerifyLevel, VolumeChoice
+from chainmerge.options import (
+    LiveDirectionChoice,
+    LiveOptions,
+    StallChoice,
+    VerifyLevel,
+    VolumeChoice,
+)
 from chainmerge.report.live_tables import live_status_report
 from chainmerge.report.merge_tables import live_merge_details, live_merge_report
 
@@ -169,6 +175,14 @@ def result_options(function: Function[R]) -> Function[R]:
         help="Go on even if base cannot hold bitmaps: the next backup must be a full one.",
     )
     @merging_option(
+        "--direction",
+        type=click.Choice(get_args(LiveDirectionChoice)),
+        default=defaults.direction,
+        show_default=True,
+        help="Move TOP's data down into BASE (commit), or what TOP lacks up from BASE (pull), "
+        "which leaves BASE as it is.",
+    )
+    @merging_option(
         "--size-limit",
         type=SIZE,
         metavar="SIZE",
@@ -247,7 +261,7 @@ def merge(
     verbose: bool,
     output: Output,
 ) -> None:
-    """Merge TOP, and all images between, into BASE while the VM runs.
+    """Merge TOP, and all images between, into BASE while the VM runs; or the other way.
 
     Ends with status 0 only when the VM reports success, and what it does not write to was read
     back. The same command, or `live resume`, continues a merge that was interrupted or killed.

@@ -131,23 +131,23 @@ class LiveDriver(ABC, Generic[DiskT]):
 
     @abstractmethod
     def verify_bitmaps(self, nodes: MergeNodes) -> Iterator[str]:
-        """Have the VM say that base's bitmaps are as planned; yields what was found.
+        """Have the VM say that the result's bitmaps are as planned; yields what was found.
 
         Raises LiveVerificationFailed.
         """
 
     @abstractmethod
     def verify_stored(
-        self, base: Qcow2Image, kept: Sequence[StoredBitmap], tombstones: Sequence[StoredBitmap]
+        self, result: Qcow2Image, kept: Sequence[StoredBitmap], tombstones: Sequence[StoredBitmap]
     ) -> str:
-        """Compare base's bitmaps on disk with what it has to hold; returns what was found.
+        """Compare the result's bitmaps on disk with what it has to hold; returns what was found.
 
         Raises VerificationFailed.
         """
 
-    def final_bitmaps(self, base: BlockNode) -> tuple[BitmapResult, ...]:
-        """Base's bitmaps, for the report of a merge that was verified."""
-        return base.bitmap_results()
+    def final_bitmaps(self, result: BlockNode) -> tuple[BitmapResult, ...]:
+        """Its bitmaps, for the report of a merge that was verified."""
+        return result.bitmap_results()
 
     def let_guest_go(self) -> None:
         """Put back what the guest's disk was limited to, or warn that this cannot be done."""
@@ -188,12 +188,12 @@ class LiveDriver(ABC, Generic[DiskT]):
         save_live_journal(self.journal)
 
     def forget_records(self) -> None:
-        """Remove what the merge has left beside base."""
-        base = Path(self.base)
-        saved = load_saved_bitmaps(base)
-        if saved is not None and may_be_same(saved.base, self.journal.base):
-            forget_saved_bitmaps(base)
-        forget_live_journal(base)
+        """Remove what the merge has left beside the image that it has written."""
+        result = Path(self.result)
+        saved = load_saved_bitmaps(result)
+        if saved is not None and may_be_same(saved.base, self.journal.result):
+            forget_saved_bitmaps(result)
+        forget_live_journal(result)
 
     @property
     def top(self) -> str:
@@ -204,6 +204,11 @@ class LiveDriver(ABC, Generic[DiskT]):
     def base(self) -> str:
         """Base's path."""
         return self.journal.base.path
+
+    @property
+    def result(self) -> str:
+        """The path of the image that is written."""
+        return self.journal.result.path
 
     # Where the images are
 
@@ -217,7 +222,7 @@ class LiveDriver(ABC, Generic[DiskT]):
     def _nodes_in(self, graph: BlockGraph) -> MergeNodes:
         nodes = find_merge_nodes(graph, self.journal)
         if nodes is None:
-            difference = f"{self.base} is not in {self.VM}'s chain any more"
+            difference = f"{self.result} is not in {self.VM}'s chain any more"
             raise LiveChainDiffers(self.disk.name, difference)
         return nodes
 
@@ -269,16 +274,16 @@ class LiveDriver(ABC, Generic[DiskT]):
     def headroom(self) -> Headroom:
         """The room for what is copied."""
         if self._headroom is None:
-            volume = volume_at(Path(self.base), self.options.as_merge)
+            volume = volume_at(Path(self.result), self.options.as_merge)
             graph = self.disk.layout()
-            protocol = graph.protocol_of(self._nodes_in(graph).base)
+            protocol = graph.protocol_of(self._nodes_in(graph).result)
             assert protocol is not None
             self._headroom = Headroom(self.disk, protocol.name, volume)
         return self._headroom
 
     @property
     def extensions(self) -> int:
-        """How often base's volume was extended while data was copied."""
+        """How often the volume that is written was extended while data was copied."""
         return 0 if self._headroom is None else self._headroom.extensions
 
     def _catch_up(self, job: JobState) -> None:
@@ -326,8 +331,8 @@ class LiveDriver(ABC, Generic[DiskT]):
         )
 
     def differs(self, difference: str) -> LiveVerificationFailed:
-        """The error of a merge that took effect, and base is not as planned."""
-        return LiveVerificationFailed(self.base, difference)
+        """The error of a merge that took effect, and its result is not as planned."""
+        return LiveVerificationFailed(self.result, difference)
 
     def lost(self, reason: str) -> VmLost:
         """The error for a VM that went away, with what to run next."""

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from chainmerge.errors import Refused
 from chainmerge.live.errors import LiveNotStarted, VmUnreachable
+from chainmerge.live.libvirt.commit_driver import DomainCommitDriver
 from chainmerge.live.libvirt.disk import DomainDisk
-from chainmerge.live.libvirt.driver import DomainDriver
+from chainmerge.live.libvirt.pull_driver import DomainPullDriver
 from chainmerge.live.port import LiveVm
-from chainmerge.live.qmp.driver import MonitorDriver
+from chainmerge.live.qmp.commit_driver import CommitDriver
+from chainmerge.live.qmp.pull_driver import PullDriver
 from chainmerge.live.reporting import LiveOutcome, report_merged
 from chainmerge.live.settling import settle_live_merge
 from chainmerge.merging.errors import MergeUnfinished
@@ -51,9 +53,16 @@ def drive(
         Failed: the merge took effect, and something is wrong with it.
     """
     untouched = planned is not None and planned.space.grow_to is None
-    kind: type[LiveDriver[Any]] = DomainDriver if isinstance(disk, DomainDisk) else MonitorDriver
-    driver = kind(disk=disk, journal=journal, options=options, caller=caller, untouched=untouched)
+    driver = _kind_of(disk, journal)(
+        disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
+    )
     return report_merged(driver, _carried_on(driver), planned)
+
+
+def _kind_of(disk: LiveDisk, journal: LiveJournal) -> type[LiveDriver[Any]]:
+    if isinstance(disk, DomainDisk):
+        return DomainPullDriver if journal.pulls else DomainCommitDriver
+    return PullDriver if journal.pulls else CommitDriver
 
 
 def _carried_on(driver: LiveDriver[Any]) -> LiveOutcome:

@@ -173,12 +173,12 @@ def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
 
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
-    yield from _left_writable(vm, live)
+    yield from left_writable(vm, live)
     yield from _other_users(vm, live)
-    yield from _copied_before_write(vm, live)
+    yield from copied_before_write(vm, live, live.merged, live.merged_images)
     yield from _header_unchangeable(vm, live)
     yield from _other_images(vm, live)
-    yield from _bitmap_obstacles(vm, live, opened)
+    yield from bitmap_obstacles(vm, live, opened)
     yield from _size_obstacles(vm, live)
     yield from _end_obstacles(vm, live, opened)
 
@@ -217,7 +217,7 @@ def _name_of(live: LiveTarget, node: str) -> str:
     return str(live.graph.path_of(live.graph.nodes[node]) or node)
 
 
-def _left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+def left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
     """Images that the guest does not write to, and that the VM has open for writing all the same.
 
     QEMU leaves base so when an active merge is cancelled. Its bitmaps are stored when it is closed,
@@ -249,12 +249,14 @@ def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]
             yield LiveImageInUse(vm.name, str(image.path), ", ".join(others))
 
 
-def _copied_before_write(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+def copied_before_write(
+    vm: InspectedVm, live: LiveTarget, merged: Sequence[BlockNode], images: Sequence[ImageInfo]
+) -> Iterator[ChainmergeError]:
     """Merged images with a filter that has bitmaps of its own on them.
 
     QEMU (7.2 to 10.0) ends with a failed assertion when it closes such an image.
     """
-    for node, image in zip(live.merged, live.merged_images, strict=True):
+    for node, image in zip(merged, images, strict=True):
         watching = [
             one.name for one in live.graph.filters_on(node) if one.driver == "copy-before-write"
         ]
@@ -291,7 +293,7 @@ def _other_images(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError
         yield LiveOtherChildren(vm.name, str(live.target.chain.top.path), ", ".join(others))
 
 
-def _bitmap_obstacles(
+def bitmap_obstacles(
     vm: InspectedVm, live: LiveTarget, opened: OpenChain
 ) -> Iterator[ChainmergeError]:
     first = live.target.base_index

@@ -25,51 +25,60 @@ class MergeNodes(Struct, frozen=True):
     Attributes:
         active: What the guest writes to.
         root: The name of the uppermost node over that: a filter, or the active image itself.
-        base: Base's node.
-        overlays: The merged images that are in the chain still, lowest first.
+        result: The node that is written: base's, or top's in a pull.
+        merged: The merged images that are in the chain still, lowest first.
         still_open: The merged images that are open and not in the chain any more, upper first.
-        above: The node directly on the uppermost of base and the merged ones; None where that
-            is the active one.
+        above: The node directly on the uppermost of the result and the merged ones; None where
+            that is the active one.
+        below: The node directly below the lowest of them; None where that is the root.
     """
 
     active: BlockNode
     root: str
-    base: BlockNode
-    overlays: tuple[BlockNode, ...]
+    result: BlockNode
+    merged: tuple[BlockNode, ...]
     still_open: tuple[BlockNode, ...]
     above: BlockNode | None
+    below: BlockNode | None
 
     @property
     def is_merged(self) -> bool:
         """Whether the chain lacks the merged images."""
-        return not self.overlays
+        return not self.merged
 
 
 def find_merge_nodes(graph: BlockGraph, journal: LiveJournal) -> MergeNodes | None:
-    """Find the images of a journal in the VM; None where base is not in the disk's chain."""
+    """Find the images of a journal in the VM; None where the result is not in the disk's chain."""
     chain = graph.chain()
-    images = [_identity_of(node, graph) for node in chain]
-    at = next((index for index, one in enumerate(images) if _is_of(one, journal.base)), None)
+    images = list(zip((_identity_of(node, graph) for node in chain), chain, strict=True))
+    at = next((index for index, (one, _) in enumerate(images) if _is_of(one, journal.result)), None)
     if at is None:
         return None
-    over = list(zip(images[:at], chain[:at], strict=True))
+    over, under = images[:at], images[at + 1 :]
+    merged = [_node_of(one, under if journal.pulls else over) for one in journal.merged]
+    above = [node for image, node in over if not _is_of_any(image, journal.merged)]
+    below = [node for image, node in under if not _is_of_any(image, journal.merged)]
     chained = {node.name for node in chain}
     others = [
         (_identity_of(node, graph), node)
         for node in graph.nodes.values()
         if node.file is not None and not node.is_filter and node.name not in chained
     ]
-    still_open = [_node_of(one, others) for one in reversed(journal.overlays)]
-    merged = [_node_of(one, over) for one in journal.overlays]
-    above = [node for image, node in over if not _is_of_any(image, journal.overlays)]
+    still_open = [_node_of(one, others) for one in reversed(journal.merged)]
     return MergeNodes(
         active=chain[0],
         root=graph.uppermost_over(chain[0]).name,
-        base=chain[at],
-        overlays=tuple(node for node in merged if node is not None),
+        result=chain[at],
+        merged=tuple(node for node in merged if node is not None),
         still_open=tuple(node for node in still_open if node is not None),
         above=above[-1] if above else None,
+        below=below[0] if below else None,
     )
+
+
+def is_node_of(node: BlockNode, graph: BlockGraph, image: ImageIdentity) -> bool:
+    """Whether a node of *graph* is that of an image."""
+    return _is_of(_identity_of(node, graph), image)
 
 
 def _identity_of(node: BlockNode, graph: BlockGraph) -> ImageIdentity | None:

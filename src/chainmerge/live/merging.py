@@ -53,11 +53,12 @@ def plan(
         ChainmergeError: the VM does not answer, the chain cannot be read, or the VM's is another.
     """
     with advice_for_running_vm():
-        access = access or Access()
+        access, options = access or Access(), options or LiveOptions()
         live = locate(vm, Path(top), _path(base), access)
-        decided = plan_live(vm, live, options or LiveOptions())
-        shared = shared_volumes(live.images_written, access)
-        refusals = [for_running_vm(one) for one in (*left_behind(live), *shared, *decided.refusals)]
+        decided = plan_live(vm, live, options)
+        shared = shared_volumes(live.images_written(options), access)
+        found = (*left_behind(live, options), *shared, *decided.refusals)
+        refusals = [for_running_vm(one) for one in found]
     findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
     return replace(decided.plan, refusals=findings)
 
@@ -78,7 +79,8 @@ def merge(
     Args:
         vm: one disk of a running VM.
         top: the overlay whose data goes down, as long as the VM has it open.
-        base: the image below it that takes the data; images between are merged too.
+        base: the image below it that takes the data; images between are merged too. In a pull
+            top takes their data and that of base.
         access: how images may be found and reached.
         options: how to merge.
         on_progress: called as the work goes on.
@@ -96,18 +98,18 @@ def merge(
     record = load_merged_record(Path(top))
     if (
         record is not None
-        and not _reads(vm, Path(top))
+        and (record.pulled is not None or not _reads(vm, Path(top)))
         and finished_before(record, Path(top), _path(base), options.as_merge, active=record.base)
     ):
         return report_done_before(vm, record, caller)
-    unfinished = _journal_for(vm, Path(top), _path(base))
+    unfinished = _journal_for(vm, Path(top), _path(base), options.direction)
     if unfinished is not None:
         return _carry_on(vm, unfinished, access, options, caller)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
     with (
-        sole_manager(identify(live.target.base.real_path)),
-        held_by_this_host(live.images_written, access),
+        sole_manager(identify(live.result(options).real_path)),
+        held_by_this_host(live.images_written(options), access),
     ):
         with advice_for_running_vm():
             decided = _decided(vm, live, options)
@@ -121,7 +123,7 @@ def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
 
     Raises what speaks against it.
     """
-    for obstacle in left_behind(live):
+    for obstacle in left_behind(live, options):
         raise obstacle
     decided = plan_live(vm, live, options)
     for refusal in decided.refusals:
@@ -157,9 +159,8 @@ def _carry_on(
     vm: LiveDisk, journal: LiveJournal, access: Access, options: LiveOptions, caller: Caller
 ) -> MergeReport:
     """As :func:`resume`, of the merge that a journal tells of."""
-    above = () if journal.above is None else (journal.above,)
-    written = [Path(image.path) for image in (journal.base, *journal.overlays, *above)]
-    with sole_manager(journal.base), held_by_this_host(written, access):
+    written = [Path(image.path) for image in journal.written]
+    with sole_manager(journal.result), held_by_this_host(written, access):
         return drive(vm, journal, options, caller, None)
 
 
@@ -224,10 +225,10 @@ def _journals(vm: LiveDisk) -> Iterator[LiveJournal]:
             yield journal
 
 
-def _journal_for(vm: LiveDisk, top: Path, base: Path | None) -> LiveJournal | None:
+def _journal_for(vm: LiveDisk, top: Path, base: Path | None, direction: str) -> LiveJournal | None:
     """The journal of the merge that is asked for, if it was begun before."""
     for journal in _journals(vm):
-        if journal.top.path != str(top.resolve()):
+        if journal.top.path != str(top.resolve()) or journal.direction != direction:
             continue
         if base is None or journal.base.path == str(base.resolve()):
             return journal

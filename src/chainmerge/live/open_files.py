@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from chainmerge.live.port import InspectedVm
     from chainmerge.live.target import LiveTarget
+    from chainmerge.options import LiveOptions
     from chainmerge.storage.other_users import OtherUsers
 
 
@@ -57,11 +58,14 @@ def uncertain(vm: InspectedVm) -> Iterator[str]:
         )
 
 
-def others_beside(vm: InspectedVm, live: LiveTarget) -> OtherUsers:
+def others_beside(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> OtherUsers:
     """Who else, beside the VM, uses the images that its merge writes to or deletes."""
     process = vm.process
-    images = [Wanted(image.path, LockMode.WRITER) for image in live.merged_images]
-    images = [Wanted(live.target.base.path, LockMode.WRITER), *images]
+    lower = (live.target.base, *live.merged_images[:-1])
+    # A pull leaves them as they are, for whoever else reads them.
+    stays = options.pulls and not options.delete
+    images = [Wanted(one.path, LockMode.READER if stays else LockMode.WRITER) for one in lower]
+    images.append(Wanted(live.target.chain.top.path, LockMode.WRITER))
     images += [Wanted(image.path, LockMode.READER) for image in live.above]
     known = frozenset() if process is None else frozenset({process})
     (found,) = look_for_others([images], known)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -19,11 +20,19 @@ from chainmerge.documents.plan import EngineName, MergePlan
 from chainmerge.errors import ChainmergeError
 from chainmerge.live.inspection import layers_of, obstacles, require_no_job, unchangeable
 from chainmerge.live.open_files import others_beside, uncertain
+from chainmerge.live.pulling import (
+    bits_of_pulled,
+    decide_to_pull,
+    journal_of_pull,
+    obstacles_to_pull,
+    shapes_of_pulled,
+    why_top_stays,
+)
 from chainmerge.options import Direction, LiveOptions
 from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.choices import require_format_to_write
 from chainmerge.planning.encryption import has_encrypted
-from chainmerge.planning.facts import MergeFacts
+from chainmerge.planning.facts import MergeFacts, SnapshotViews
 from chainmerge.planning.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,
@@ -32,7 +41,9 @@ from chainmerge.planning.leaks import to_note
 from chainmerge.planning.movement import measure_guest_bytes, movement_of
 from chainmerge.planning.plan import make_plan
 from chainmerge.planning.refusals import find_refusals
+from chainmerge.planning.space.figures import SpaceSurvey
 from chainmerge.planning.space.live import survey_for_live
+from chainmerge.planning.space.live_pull import survey_pull_for_live
 from chainmerge.planning.space.need import BitmapShape
 from chainmerge.qcow2.bitmaps import storable_granularity
 from chainmerge.qcow2.bits import BitSet, union_all
@@ -87,62 +98,116 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
 
 def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     asked = options.as_merge
-    others = others_beside(vm, live)
+    others = others_beside(vm, live, options)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
     require_format_to_write(target, Direction.COMMIT)
     with open_chain(target.chain) as opened:
         require_readable(target, opened)
-        layers = layers_of(live, opened)
-        decisions = tuple(_decided(live, layers, options))
-        found = (
-            *others.refusals,
-            *obstacles(vm, live, opened),
-            *children_with_larger_snapshots(target),
-        )
-        # Where the VM and the disk do not agree about a bitmap, that is to be said, and not that
-        # the one on disk is broken.
-        final_bits = {} if found else dict(_known_bits(live, opened, decisions))
         volumes = measure_guest_bytes(target, opened)
-        survey = survey_for_live(
-            target,
-            opened,
-            frozenset(_stale(live, decisions)),
-            tuple(_shapes(live, decisions, final_bits)),
-        )
-        snapshots = look_at_snapshots_live(target, opened, guest_writes=live.is_active)
-    # The VM is not asked to do anything where it would be for nothing.
-    kept = [decision.name for decision in decisions if decision.fate is Fate.KEEP]
-    found = found or tuple(unchangeable(vm, live, kept, _names_to_remove(vm, live, decisions)))
+        look = _look_at_pull if options.pulls else _look_at_commit
+        way = look(vm, live, opened, others.refusals, options)
+    result = live.result(options)
     facts = MergeFacts(
         chain=target.chain,
         base_index=target.base_index,
         relatives=target.relatives,
-        decisions=decisions,
-        final_bits=final_bits,
+        decisions=way.decisions,
+        final_bits=way.final_bits,
         recovered=frozenset(),
         interrupted=False,
-        result_check=survey.check,
+        result_check=way.survey.check,
         movement=movement_of(volumes),
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=volume_at(target.base.real_path, asked).facts(),
+        volume=volume_at(result.real_path, asked).facts(),
         engine=EngineName.QEMU,
         engine_reason=_REASON,
-        direction=Direction.COMMIT,
-        pull_obstacle="the VM's QEMU commits",
-        spaces=survey.spaces,
-        obstacles=found if survey.obstacle is None else (*found, survey.obstacle),
-        warnings=(*_warnings(live), *uncertain(vm), *others.warnings),
-        snapshots=snapshots,
-        leaks=survey.leaks.facts,
+        direction=Direction(options.direction),
+        pull_obstacle=_why_not_pulled(vm, live),
+        spaces=way.survey.spaces,
+        obstacles=way.obstacles,
+        warnings=(*_warnings(live, options), *uncertain(vm), *others.warnings),
+        snapshots=way.snapshots,
+        leaks=way.survey.leaks.facts,
+        guest_writes=options.pulls and live.is_active,
         occupied=bytes_occupied(target.chain),
     )
     plan = _as_it_grows(make_plan(facts, asked))
-    journal = _journal(vm, live, decisions, options, plan)
-    journal = msgspec.structs.replace(journal, leaked_before=to_note(survey.leaks.kept))
+    if options.pulls:
+        journal = journal_of_pull(vm, live, way.decisions, options, facts)
+    else:
+        journal = _journal(vm, live, way.decisions, options, plan)
+    journal = msgspec.structs.replace(journal, leaked_before=to_note(way.survey.leaks.kept))
     return LivePlan(plan, find_refusals(facts, asked), journal)
+
+
+class _Way(Struct, frozen=True):
+    """What was found out for a merge in one of the directions."""
+
+    decisions: tuple[Decision, ...]
+    final_bits: Mapping[str, BitSet]
+    survey: SpaceSurvey
+    snapshots: tuple[SnapshotViews, ...]
+    obstacles: tuple[ChainmergeError, ...]
+
+
+def _look_at_commit(
+    vm: InspectedVm,
+    live: LiveTarget,
+    opened: OpenChain,
+    refusals: Sequence[ChainmergeError],
+    options: LiveOptions,
+) -> _Way:
+    target = live.target
+    decisions = tuple(_decided(live, layers_of(live, opened), options))
+    found = (
+        *refusals,
+        *obstacles(vm, live, opened),
+        *children_with_larger_snapshots(target),
+    )
+    # Where the VM and the disk do not agree about a bitmap, that is to be said, and not that
+    # the one on disk is broken.
+    final_bits = {} if found else dict(_known_bits(live, opened, decisions))
+    shapes = tuple(_shapes(live, decisions, final_bits))
+    survey = survey_for_live(target, opened, frozenset(_stale(live, decisions)), shapes)
+    snapshots = look_at_snapshots_live(
+        target, opened, Direction.COMMIT, guest_writes=live.is_active
+    )
+    # The VM is not asked to do anything where it would be for nothing.
+    kept = [decision.name for decision in decisions if decision.fate is Fate.KEEP]
+    found = found or tuple(unchangeable(vm, live, kept, _names_to_remove(vm, live, decisions)))
+    return _Way(decisions, final_bits, survey, snapshots, (*found, *_obstacle_of(survey)))
+
+
+def _look_at_pull(
+    vm: InspectedVm,
+    live: LiveTarget,
+    opened: OpenChain,
+    refusals: Sequence[ChainmergeError],
+    options: LiveOptions,  # noqa: ARG001  # as the other way
+) -> _Way:
+    decisions = decide_to_pull(live, layers_of(live, opened))
+    found = (*refusals, *obstacles_to_pull(vm, live, opened, decisions))
+    final_bits = {} if found else bits_of_pulled(live, opened, decisions)
+    shapes = tuple(shapes_of_pulled(live, decisions, final_bits))
+    survey = survey_pull_for_live(live.target, opened, shapes, guest_writes=live.is_active)
+    snapshots = look_at_snapshots_live(
+        live.target, opened, Direction.PULL, guest_writes=live.is_active
+    )
+    found = found or tuple(why_top_stays(vm, live, decisions))
+    return _Way(decisions, final_bits, survey, snapshots, (*found, *_obstacle_of(survey)))
+
+
+def _obstacle_of(survey: SpaceSurvey) -> tuple[ChainmergeError, ...]:
+    return () if survey.obstacle is None else (survey.obstacle,)
+
+
+def _why_not_pulled(vm: InspectedVm, live: LiveTarget) -> str | None:
+    if live.is_active or vm.pulls_into_middle:
+        return None
+    return "libvirt pulls into the active image alone"
 
 
 def _as_it_grows(plan: MergePlan) -> MergePlan:
@@ -256,18 +321,18 @@ def _granularity_of(name: str, live: LiveTarget, size: int) -> int:
     return storable_granularity(size, next(found, 1 << 16))
 
 
-def _warnings(live: LiveTarget) -> Iterator[str]:
+def _warnings(live: LiveTarget, options: LiveOptions) -> Iterator[str]:
     for node, image in zip(live.merged, live.merged_images, strict=True):
         passing = [bitmap.name for bitmap in node.bitmaps if not bitmap.persistent]
-        if passing and live.is_active and node == live.top:
+        if passing and live.is_active and node == live.top and not options.pulls:
             names = ", ".join(map(repr, passing))
             yield (
                 f"bitmaps of {image.path} that are not persistent are lost in the merge: {names}"
             )
     if live.is_active:
         yield (
-            "the guest goes on writing: the figures count only what is on disk now, and base may "
-            "grow further"
+            "the guest goes on writing: the figures count only what is on disk now, and "
+            f"{'top' if options.pulls else 'base'} may grow further"
         )
     if has_encrypted(live.target.chain):
         yield "images are encrypted, with keys that only the VM has: content will not be compared"

@@ -121,6 +121,22 @@ class CommitOrder(Struct, frozen=True):
     backing_name: str | None
 
 
+class PullOrder(Struct, frozen=True):
+    """A stream job as it is to be started.
+
+    Attributes:
+        job: Its id.
+        top: The node that gets what it lacks, itself and no filter on it.
+        onto: The node that it stands on afterwards, or the uppermost filter on that; None for none.
+        backing_name: What its header is to say of that; None for none.
+    """
+
+    job: str
+    top: str
+    onto: str | None
+    backing_name: str | None
+
+
 class DiskLimits(Struct, frozen=True):
     """What the guest's disk may do.
 
@@ -153,6 +169,10 @@ class InspectedVm(Protocol):
     @property
     def leaves_tombstones(self) -> bool:
         """Whether base can get a tombstone; else the name goes from all images of the chain."""
+
+    @property
+    def pulls_into_middle(self) -> bool:
+        """Whether an image that the guest does not write to can get what it lacks."""
 
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
@@ -243,6 +263,12 @@ class LiveVm(MergingDisk, Protocol):
 
         Nothing takes effect before :meth:`finalize`, and the job stays to be looked at until
         :meth:`dismiss`.
+        """
+
+    def start_pull(self, order: PullOrder) -> None:
+        """As :meth:`start_commit`; what is copied is not marked in any bitmap.
+
+        Nobody has to dismiss the job: there is none any more once it is done.
         """
 
     def pause(self, job: str) -> None:

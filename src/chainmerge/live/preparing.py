@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from chainmerge.chain.model import Chain
 from chainmerge.chain.opening import open_chain
 from chainmerge.documents.progress import ProgressEvent, Stage
 from chainmerge.live.errors import UnfinishedMergeFound
 from chainmerge.merging.job import wipe_behind_end
-from chainmerge.qcow2.bits import BitSet
+from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.records.live_journal import live_journal_file, save_live_journal
 from chainmerge.records.merge_journal import journal_file
 from chainmerge.records.remains import read_remains
@@ -27,8 +28,10 @@ from chainmerge.storage.volumes import volume_at
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.chain.opening import OpenImage
     from chainmerge.errors import ChainmergeError
     from chainmerge.live.driver import Caller
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.live.planning import LivePlan
     from chainmerge.live.target import LiveTarget
     from chainmerge.options import LiveOptions
@@ -36,18 +39,23 @@ if TYPE_CHECKING:
     from chainmerge.records.request import RecordedRequest
 
 
-def left_behind(live: LiveTarget) -> Iterator[ChainmergeError]:
-    """What other merges have left beside base that must not be lost."""
-    base = live.target.base.real_path
-    remains = read_remains(base, live.target.chain.top.real_path)
+def left_behind(live: LiveTarget, options: LiveOptions) -> Iterator[ChainmergeError]:
+    """What other merges have left beside the images that must not be lost."""
+    base, top = live.target.base.real_path, live.target.chain.top.real_path
+    result = live.result(options).real_path
+    remains = read_remains(result, top)
     if remains.live is not None:
+        yield UnfinishedMergeFound(str(result), str(live_journal_file(result)))
+    elif options.pulls and read_remains(base, top).live is not None:
         yield UnfinishedMergeFound(str(base), str(live_journal_file(base)))
+    if remains.live_pull is not None:
+        yield UnfinishedMergeFound(str(top), str(live_journal_file(top)))
     if remains.journal_problem is not None:
         yield remains.journal_problem
     elif remains.journal is not None:
-        yield UnfinishedMergeFound(str(base), str(journal_file(base)))
+        yield UnfinishedMergeFound(str(result), str(journal_file(result)))
     elif remains.usable_saved is not None:
-        yield UnfinishedMergeFound(str(base), str(saved_bitmaps_file(base)))
+        yield UnfinishedMergeFound(str(result), str(saved_bitmaps_file(result)))
 
 
 def prepare_live_merge(
@@ -61,18 +69,19 @@ def prepare_live_merge(
 
     Raises Failed, OutcomeUnknown.
     """
-    _wipe_behind_end(live, decided)
+    if not options.pulls:
+        _wipe_behind_end(live, decided)
     _extend(decided, options, caller)
     journal = msgspec.structs.replace(decided.journal, request=request)
-    saved = _to_save(live, journal)
+    saved = _united_to_save(live, journal) if options.pulls else _to_save(live, journal)
     if saved is not None:
-        save_bitmaps(live.target.base.real_path, saved)
+        save_bitmaps(Path(journal.result.path), saved)
     save_live_journal(journal)
     return journal
 
 
 def _extend(decided: LivePlan, options: LiveOptions, caller: Caller) -> None:
-    """Extend base's volume to what the plan says. A file grows as it is written to.
+    """Extend the volume that is written to what the plan says. A file grows as it is written to.
 
     Reserving space behind the end of a file that somebody else writes to could not be taken
     back: that is done by truncating it.
@@ -81,7 +90,7 @@ def _extend(decided: LivePlan, options: LiveOptions, caller: Caller) -> None:
     if space.grow_to is None:
         return
     caller.report(ProgressEvent(Stage.EXTEND))
-    volume = volume_at(Path(decided.journal.base.path), options.as_merge)
+    volume = volume_at(Path(decided.journal.result.path), options.as_merge)
     volume.grow_to(space.required)
     volume.make_growth_durable()
 
@@ -111,14 +120,42 @@ def _to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
                 # An active merge that was undone can leave base writable: then nothing but the
                 # VM knows its bits.
                 continue
-            in_overlay = None
-            if 0 in kept.sources and node.read_only:
-                in_overlay = overlay.bits(kept.name)
-            elif 0 in kept.sources:
-                # The guest writes to it: what it had then, it has in any case.
-                found = node.bitmap(kept.name)
-                assert found is not None
-                in_overlay = BitSet.empty(overlay.info.virtual_size, found.granularity)
+            in_overlay = _bits_of(node, overlay, kept.name) if 0 in kept.sources else None
             bits = base.bits(kept.name) if kept.in_base else None
             bitmaps.append(SavedBitmap(kept.name, bits, in_overlay))
     return SavedBitmaps(journal.base, journal.overlays[0], tuple(bitmaps), journal.request)
+
+
+def _united_to_save(live: LiveTarget, journal: LiveJournal) -> SavedBitmaps | None:
+    """What top's checkpoints are in the end, should the VM die with top open for writing.
+
+    None where the guest writes to top: what it writes only the VM knows.
+    """
+    if journal.above is None or not journal.kept:
+        return None
+    first, node = live.target.base_index, live.nodes_above[0]
+    bitmaps = []
+    with (
+        open_chain(live.target.chain) as opened,
+        open_chain(Chain(live.above[:1])) as beyond,
+    ):
+        for kept in journal.kept:
+            sources = [opened.images[first + index] for index in kept.sources]
+            bits = [image.bits(kept.name) for image in (*sources, opened.images[-1])]
+            united = union_all(bits, live.top.virtual_size, kept.granularity)
+            above = _bits_of(node, beyond.images[0], kept.name)
+            bitmaps.append(SavedBitmap(kept.name, united, above))
+    return SavedBitmaps(journal.top, journal.above, tuple(bitmaps), journal.request)
+
+
+def _bits_of(node: BlockNode, image: OpenImage, name: str) -> BitSet | None:
+    """What of a bitmap an image certainly has; None if it lacks it.
+
+    One that the guest writes to: what it had then, it has in any case.
+    """
+    found = node.bitmap(name)
+    if found is None:
+        return None
+    if node.read_only:
+        return image.bits(name)
+    return BitSet.empty(image.info.virtual_size, found.granularity)

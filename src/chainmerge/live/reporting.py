@@ -52,7 +52,7 @@ def report_merged(
         verified.append(
             f"the volume was extended {counted(driver.extensions, 'time')} while data was copied"
         )
-    with FileReadable(journal.base.path) as readable:
+    with FileReadable(journal.result.path) as readable:
         size = end = readable.size
         # Nobody can check the tables of an image that the guest writes to.
         if not journal.is_active and begins_as_qcow2(readable):
@@ -67,7 +67,7 @@ def report_merged(
         image_end=end,
         volume_size=size,
         verified=tuple(verified),
-        repointed=() if journal.above is None else (journal.above.path,),
+        repointed=() if journal.above is None or journal.pulls else (journal.above.path,),
         deleted=outcome.deleted,
         renamed=None,
         warnings=(*(planned.warnings if planned is not None else ()), *driver.warnings),
@@ -75,7 +75,9 @@ def report_merged(
 
 
 def _copied(driver: LiveDriver[Any], planned: MergePlan | None) -> int:
-    """Guest bytes that went into base. The job of an internal merge counts what it passes over."""
+    """Guest bytes that moved. The jobs of other than active commits count what they pass over."""
+    if driver.journal.pulls and planned is not None:
+        return planned.directions.pull.bytes_to_copy
     if driver.journal.is_active or planned is None:
         return driver.copied
     moved = planned.movement
@@ -83,10 +85,11 @@ def _copied(driver: LiveDriver[Any], planned: MergePlan | None) -> int:
 
 
 def report_done_before(vm: InspectedVm, record: MergedRecord, caller: Caller) -> MergeReport:
-    """The report of a merge that an earlier run has settled, and that the VM reads base after."""
-    base, graph = Path(record.result), vm.graph()
-    node = next((one for one in graph.chain() if graph.path_of(one) == base), None)
-    size = base.stat().st_size
+    """The report of a merge that an earlier run has settled, and whose result the VM reads."""
+    result, graph = Path(record.result), vm.graph()
+    node = next((one for one in graph.chain() if graph.path_of(one) == result), None)
+    size = result.stat().st_size
+    images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
     return MergeReport(
         version=REPORT_VERSION,
         outcome=MergeOutcome.ALREADY_MERGED,
@@ -96,7 +99,7 @@ def report_done_before(vm: InspectedVm, record: MergedRecord, caller: Caller) ->
         seconds=time.monotonic() - caller.started,
         image_end=size,
         volume_size=size,
-        verified=(verified_before(record.top, record.base),),
+        verified=(verified_before(*images),),
         repointed=(),
         deleted=(),
         renamed=None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from chainmerge.chain.model import ImageFormat
 from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.documents.progress import Stage
+from chainmerge.live.pull_record import delete_pulled, note_settled
 from chainmerge.live.reporting import LiveOutcome
 from chainmerge.live.verifying import verify_in_vm, verify_on_disk
 from chainmerge.merging.deleting import delete_recorded, not_deleted
@@ -48,13 +49,21 @@ def settle_live_merge(driver: LiveDriver[Any]) -> LiveOutcome:
     is_closed = not driver.merged_nodes(driver.disk.layout()).still_open
     if journal.delete and not is_closed:
         driver.warnings.append("merged images that the VM keeps open were not deleted")
-    if journal.delete and is_closed:
-        deleted = _delete_merged(journal, driver.warnings)
-    else:
-        deleted = _record_superseded(journal)
-    base = driver.merged_nodes(driver.disk.graph()).base
+    deleted = _settled(journal, driver.warnings, is_closed=is_closed)
+    result = driver.merged_nodes(driver.disk.graph()).result
     driver.forget_records()
-    return LiveOutcome(driver.final_bitmaps(base), tuple(verified), deleted)
+    return LiveOutcome(driver.final_bitmaps(result), tuple(verified), deleted)
+
+
+def _settled(journal: LiveJournal, warnings: list[str], *, is_closed: bool) -> tuple[str, ...]:
+    """Delete what is merged, as far as it can be, and record how it is; returns what is gone."""
+    if journal.pulls:
+        deleted = delete_pulled(journal, warnings) if is_closed else ()
+        note_settled(journal)
+        return deleted
+    if journal.delete and is_closed:
+        return _delete_merged(journal, warnings)
+    return _record_superseded(journal)
 
 
 def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from chainmerge.live.nodes import BlockGraph, BlockNode
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from chainmerge.options import LiveOptions
+
 
 class LiveTarget(Struct, frozen=True):
     """A merge in a running VM: the images on disk, and their nodes.
@@ -62,8 +64,16 @@ class LiveTarget(Struct, frozen=True):
         """The merged images, lowest first."""
         return self.target.chain.images[self.target.base_index + 1 :]
 
-    @property
-    def images_written(self) -> tuple[Path, ...]:
-        """Base, the merged images, whose bitmaps may go, and the one that is put on base."""
+    def result(self, options: LiveOptions) -> ImageInfo:
+        """The image that is written: base, or top in a pull."""
+        return self.target.chain.top if options.pulls else self.target.base
+
+    def images_written(self, options: LiveOptions) -> tuple[Path, ...]:
+        """Base, the merged images, whose bitmaps may go, and the one that is put on base.
+
+        A pull writes to top alone.
+        """
+        if options.pulls:
+            return (self.target.chain.top.path,)
         images = (self.target.base, *self.merged_images, *self.above[:1])
         return tuple(image.path for image in images)

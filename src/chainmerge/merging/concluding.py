@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from chainmerge.bitmaps.sets import spent_names
 from chainmerge.merging.deleting import delete_recorded, give_back, gives_back
 from chainmerge.merging.journal import record_switched
+from chainmerge.merging.live_remains import forget_live_pull
 from chainmerge.merging.reporting import build_report
 from chainmerge.merging.settling import SettleSteps, settle
 from chainmerge.merging.tombstones import drop_tombstones
@@ -36,6 +37,7 @@ def _settle_pull(job: Job, merged: Merged) -> MergeReport:
         held = frozenset(image.identity for image in job.facts.merged_images)
         deleted = delete_recorded(record, held)
         note_deleted(top.real_path, record)
+    forget_live_pull(top.real_path)
     give = give_back(top.real_path, top.format, job.request.options, job.plan.space.shrink_to)
     return build_report(
         top.real_path,

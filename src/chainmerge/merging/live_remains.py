@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
+from chainmerge.bitmaps.pulled import bitmaps_restored
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.chain.comparing import base_shows_all
 from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
+from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import ChainmergeError
 from chainmerge.merging.deleting import delete_recorded, require_no_users
 from chainmerge.merging.reporting import build_report
@@ -28,6 +30,7 @@ from chainmerge.merging.verifying import verify_soundness
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
 from chainmerge.planning.pivot import base_was_written_last, pivot_unclear, require_base_as_result
+from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import (
@@ -42,7 +45,7 @@ from chainmerge.records.merged_record import (
     note_deleted,
     record_merged,
 )
-from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
+from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.storage.files import WritablePort
 
 if TYPE_CHECKING:
@@ -81,6 +84,25 @@ def forget_left_behind(record: MergedRecord) -> None:
     if journal.top.path == record.top:
         forget_saved_bitmaps(base)
         forget_live_journal(base)
+
+
+def forget_live_pull(top: Path) -> None:
+    """Remove what a pull in a VM has kept beside top, which holds everything."""
+    journal, saved = load_live_journal(top), load_saved_bitmaps(top)
+    if saved is not None and saved.is_of_pull:
+        forget_saved_bitmaps(top)
+    if journal is not None and journal.pulls:
+        forget_live_journal(top)
+
+
+def restore_bitmaps(top: WritablePort, path: Path) -> None:
+    """Put checkpoints of *top*, at *path*, back that a VM left in-use which had pulled into it.
+
+    Raises what :func:`chainmerge.engines.metadata.replacement.replace_bitmaps` raises.
+    """
+    restored = bitmaps_restored(Qcow2Image(top), load_saved_bitmaps(path))
+    if restored is not None:
+        replace_bitmaps(top, restored)
 
 
 def took_effect(request: Request, journal: LiveJournal, target: Target, opened: OpenChain) -> bool:

@@ -21,7 +21,7 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.merging.concluding import settle_to_the_end
 from chainmerge.merging.deleting import give_back
 from chainmerge.merging.journal import asked_of
-from chainmerge.merging.live_remains import took_effect
+from chainmerge.merging.live_remains import forget_live_pull, restore_bitmaps, took_effect
 from chainmerge.merging.reporting import verified_before
 from chainmerge.merging.settling import SettleSteps
 from chainmerge.merging.tombstones import drop_tombstones
@@ -278,8 +278,10 @@ def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[st
                 if pulled.leaked_before is not None:
                     kept = from_note(pulled.leaked_before)
                     reclaim_leaks(port, everywhere_but(kept))
+                restore_bitmaps(port, top)
             done = msgspec.structs.replace(pulled, leaked_before=None)
             record_merged(Path(record.top), msgspec.structs.replace(record, pulled=done))
+            forget_live_pull(top)
             yield from give_back(top, "qcow2", request.options, None)
     except ChainmergeError as error:
         yield f"{error.sentence} (the merge itself is done)"

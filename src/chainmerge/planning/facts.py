@@ -204,6 +204,8 @@ class MergeFacts(Struct, frozen=True):
     """Which of the images looks newer; None if what we recorded tells."""
     hiding: HidingFacts | None = None
     """What has to be hidden before base's volume is extended; None for nothing."""
+    guest_writes: bool = False
+    """Whether a running VM writes to the result, so that what is on disk lags behind."""
     shares: bool = False
     """Whether the file system lets the result share the data that moves."""
     occupied: Mapping[Identity, int] = NOTHING_OCCUPIED

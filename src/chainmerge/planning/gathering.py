@@ -149,7 +149,8 @@ def _choose_ways(
     way = choose_direction(target, opened, guest_bytes, options)
     require_format_to_write(target, way.direction)
     if way.direction is Direction.PULL:
-        bitmaps = gather_bitmaps_to_pull(target, opened)
+        top = target.chain.top.real_path
+        bitmaps = gather_bitmaps_to_pull(target, opened, load_saved_bitmaps(top))
     else:
         top_stays = not (options.delete or options.keep_name)
         bitmaps = gather_bitmaps(target, opened, saved, top_stays=top_stays)
@@ -211,6 +212,8 @@ def _bitmaps_set_aside(target: Target, direction: Direction) -> Iterator[Chainme
             continue
         saved = load_saved_bitmaps(image.real_path)
         if saved is None or not may_be_same(saved.base, identify(image.real_path)):
+            continue
+        if direction is Direction.PULL and image == target.chain.top and saved.is_of_pull:
             continue
         # Without the overlay nobody can finish that merge, nor put anything back.
         if not is_there(saved.overlay):

@@ -123,13 +123,14 @@ def look_at_snapshots(
 
 
 def look_at_snapshots_live(
-    target: Target, opened: OpenChain, *, guest_writes: bool
+    target: Target, opened: OpenChain, direction: Direction, *, guest_writes: bool
 ) -> tuple[SnapshotViews, ...]:
-    """Which snapshots a commit in a running VM would change.
+    """Which snapshots a merge in a running VM would change.
 
     Args:
         target: the merge.
         opened: its images.
+        direction: which way it goes. A pull changes nothing by what the guest writes meanwhile.
         guest_writes: whether the guest can write to top while it goes on.
 
     Raises:
@@ -141,7 +142,9 @@ def look_at_snapshots_live(
             image=opened.images[index].info,
             names=tuple(one.label for one in judge.snapshots(index)),
             changed=(
-                judge.lacking(index) if guest_writes else judge.changed(index, Direction.COMMIT)
+                judge.lacking(index)
+                if guest_writes and direction is Direction.COMMIT
+                else judge.changed(index, direction)
             ),
             left_by_other_way=False,
             removable=False,

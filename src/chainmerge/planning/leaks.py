@@ -174,11 +174,14 @@ def leaked_before(image: Path) -> Runs | None:
 
 def _notes(image: Path) -> Iterator[tuple[ImageIdentity, NotedRanges]]:
     # What cannot be read says nothing, and who needs it for more will say so.
-    for load in (load_journal, load_live_journal):
-        with contextlib.suppress(ChainmergeError):
-            journal = load(image)
-            if journal is not None and journal.leaked_before is not None:
-                yield journal.base, journal.leaked_before
+    with contextlib.suppress(ChainmergeError):
+        journal = load_journal(image)
+        if journal is not None and journal.leaked_before is not None:
+            yield journal.base, journal.leaked_before
+    with contextlib.suppress(ChainmergeError):
+        live = load_live_journal(image)
+        if live is not None and live.leaked_before is not None:
+            yield live.result, live.leaked_before
     record = load_merged_record(image)
     if record is not None and record.pulled is not None:
         pulled = record.pulled

@@ -95,7 +95,7 @@ def _damage(facts: MergeFacts) -> Iterator[ChainmergeError]:
         return
     if header.corrupt:
         yield ImageCorrupt(path)
-    elif header.dirty:
+    elif header.dirty and not facts.guest_writes:
         yield ImageDirty(path)
     elif facts.result_check is not None and not facts.result_check.sound:
         first = next(iter(facts.result_check.messages), "see chainmerge check")

@@ -2,23 +2,24 @@
 """How far a live merge got, in a file that outlives the process that drives it.
 
 ``.BASE.chainmerge-live`` stands beside base (see :mod:`chainmerge.records.files`) from before the
-first change until base is settled. Whoever finds it looks at the VM, and at the disk where the
-VM is dead: the journal says what was intended, not what has happened. One thing only it can
-say. In an active merge the guest writes to top until the pivot and to base after it, and an
-image does not tell which came first. So the job is held with both equal and the guest waiting,
-:attr:`LiveState.SWITCHING` is written, and then the pivot is let go: from that entry on base is
-right, whether or not the pivot came.
+first change until base is settled; that of a pull, ``.TOP.chainmerge-live``, beside top. Whoever
+finds it looks at the VM, and at the disk where the VM is dead: the journal says what was
+intended, not what has happened. One thing only it can say. In an active commit the guest writes
+to top until the pivot and to base after it, and an image does not tell which came first. So the
+job is held with both equal and the guest waiting, :attr:`LiveState.SWITCHING` is written, and
+then the pivot is let go: from that entry on base is right, whether or not the pivot came.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
 from chainmerge.errors import RecordsUnusable, Refused
+from chainmerge.options import Direction
 from chainmerge.records.files import StateFile, UnusableState, read_state, write_state
 from chainmerge.records.identity import BlockDevices, ImageIdentity
 from chainmerge.records.request import RecordedRequest
@@ -101,6 +102,11 @@ class LiveJournal(msgspec.Struct, frozen=True):
     ``address`` are the options of ``chainmerge live`` that lead to the disk. ``overlays`` are the
     merged images, lowest first; ``above`` is the one that stands on top, None in an active merge.
     ``stale`` are the names that go from base. ``limits`` are set while the guest is slowed down.
+
+    In a pull the image that is written, and whose bitmaps these are, is top, the uppermost of
+    ``overlays``. It stays; base and the other overlays are what it does without afterwards.
+    ``onto`` is what it stands on then, and its header calls that ``backing_name``; None for
+    nothing.
     """
 
     version: int
@@ -127,13 +133,17 @@ class LiveJournal(msgspec.Struct, frozen=True):
     number of clusters); None in a journal of a version that did not record that."""
     request: RecordedRequest | None = None
     """What was asked for, where that is recorded."""
+    direction: Direction = Direction.COMMIT
+    onto: ImageIdentity | None = None
 
     @property
     def known_request(self) -> RecordedRequest:
         """What was requested, as far as it is recorded."""
         if self.request is not None:
             return self.request
-        options = {"delete": True} if self.delete else {}
+        options: dict[str, Any] = {"delete": True} if self.delete else {}
+        if self.pulls:
+            options["direction"] = str(self.direction)
         return RecordedRequest(
             [self.top.path], [self.base.path], {}, dict(options), list(self.address)
         )
@@ -149,8 +159,30 @@ class LiveJournal(msgspec.Struct, frozen=True):
         return self.overlays[-1]
 
     @property
+    def pulls(self) -> bool:
+        """Whether data goes up into top."""
+        return self.direction is Direction.PULL
+
+    @property
+    def result(self) -> ImageIdentity:
+        """The image that is written: base, or top in a pull."""
+        return self.top if self.pulls else self.base
+
+    @property
+    def merged(self) -> list[ImageIdentity]:
+        """The images that the chain does without afterwards, lowest first."""
+        return [self.base, *self.overlays[:-1]] if self.pulls else self.overlays
+
+    @property
+    def written(self) -> list[ImageIdentity]:
+        """Whose data, bitmaps or header the merge may change."""
+        if self.pulls:
+            return [self.top]
+        return [self.base, *self.overlays, *(() if self.above is None else (self.above,))]
+
+    @property
     def took_effect(self) -> bool:
-        """Whether base is the image that is right, come what may."""
+        """Whether the result is the image that is right, come what may."""
         return self.state in (LiveState.SWITCHING, LiveState.SETTLING)
 
 
@@ -159,7 +191,7 @@ def save_live_journal(journal: LiveJournal) -> None:
 
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
-    write_state(LIVE_JOURNAL.place(Path(journal.base.path)), journal)
+    write_state(LIVE_JOURNAL.place(Path(journal.result.path)), journal)
 
 
 def enter(journal: LiveJournal, state: LiveState) -> LiveJournal:
@@ -192,8 +224,10 @@ def _problems(journal: LiveJournal) -> Iterator[str]:
         yield "it names an overlay that is not in its list"
 
 
-LIVE_JOURNAL: Final = StateFile("chainmerge-live", read_live_journal, lambda journal: journal.base)
-# Each takes the path of base.
+LIVE_JOURNAL: Final = StateFile(
+    "chainmerge-live", read_live_journal, lambda journal: journal.result
+)
+# Each takes the path of the image that is written.
 live_journal_file = LIVE_JOURNAL.found
 load_live_journal = LIVE_JOURNAL.load
 forget_live_journal = LIVE_JOURNAL.forget

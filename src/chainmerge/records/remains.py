@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from msgspec import Struct
 
+from chainmerge.options import Direction
 from chainmerge.records.changes import data_changed
 from chainmerge.records.disks import DISK_ENTRY, DiskEntry
 from chainmerge.records.identity import BlockDevices, identify, may_be_same, same_image
@@ -67,7 +68,8 @@ class Remains(Struct, frozen=True):
         journal: How far a native merge into base came.
         journal_problem: Why its journal cannot be read, where it cannot: looking at the images
             tells the same.
-        live: How far a live merge into base came, if that may be the image there is now.
+        live: How far a live commit into base came, if that may be the image there is now.
+        live_pull: How far a live pull into top came, likewise.
         saved: Base's checkpoints, as they were before an interrupted merge.
         saved_problem: Why these cannot be read, where they cannot.
     """
@@ -76,6 +78,7 @@ class Remains(Struct, frozen=True):
     journal: Journal | None = None
     journal_problem: MergeJournalDamaged | None = None
     live: LiveJournal | None = None
+    live_pull: LiveJournal | None = None
     saved: SavedBitmaps | None = None
     saved_problem: SavedBitmapsDamaged | None = None
 
@@ -127,10 +130,23 @@ def read_remains(base: Path, top: Path) -> Remains:
         saved = load_saved_bitmaps(base)
     except SavedBitmapsDamaged as error:
         saved_problem = error
-    live = load_live_journal(base)
-    if live is not None and not may_be_same(live.base, identify(base)):
-        live = None
-    return Remains(load_merged_record(top), journal, journal_problem, live, saved, saved_problem)
+    return Remains(
+        record=load_merged_record(top),
+        journal=journal,
+        journal_problem=journal_problem,
+        live=_live_journal(base, Direction.COMMIT),
+        live_pull=_live_journal(top, Direction.PULL),
+        saved=saved,
+        saved_problem=saved_problem,
+    )
+
+
+def _live_journal(image: Path, direction: Direction) -> LiveJournal | None:
+    """The journal of a live merge that writes to *image*, if it goes that way."""
+    journal = load_live_journal(image)
+    if journal is None or journal.direction is not direction:
+        return None
+    return journal if may_be_same(journal.result, identify(image)) else None
 
 
 def is_left_over(record: MergedRecord | None, base: Path, top: Path) -> bool:
@@ -154,5 +170,6 @@ def is_left_over(record: MergedRecord | None, base: Path, top: Path) -> bool:
 def is_anything_left(base: Path, top: Path) -> bool:
     """Whether an earlier run has left a file that says that it was not finished."""
     of_base = (MERGE_JOURNAL, LIVE_JOURNAL, SAVED_BITMAPS)
-    files = (*(kind.found(base) for kind in of_base), MERGED_RECORD.found(top))
+    of_top = (MERGED_RECORD, LIVE_JOURNAL)
+    files = (*(kind.found(base) for kind in of_base), *(kind.found(top) for kind in of_top))
     return any(file.exists() for file in files)

@@ -105,13 +105,20 @@ class SavedBitmap(Struct, frozen=True):
 class SavedBitmaps(Struct, frozen=True):
     """Base's checkpoints, out of QEMU's reach while it writes into base.
 
-    ``request`` is the merge that was asked for, where that is recorded.
+    ``request`` is the merge that was asked for, where that is recorded. If that is a pull in a
+    VM, ``base`` is the image that is written, top, and the bits are united with those of the
+    images below it already.
     """
 
     base: ImageIdentity
     overlay: ImageIdentity
     bitmaps: tuple[SavedBitmap, ...]
     request: RecordedRequest | None = None
+
+    @property
+    def is_of_pull(self) -> bool:
+        """Whether they were saved for a pull in a VM; a cold one saves nothing."""
+        return self.request is not None and self.request.options.get("direction") == "pull"
 
 
 def save_bitmaps(base: Path, saved: SavedBitmaps) -> None:

@@ -47,6 +47,7 @@ from chainmerge.records.ways_out import (
     of_disk,
     of_journal,
     of_live_journal,
+    of_live_pull,
     of_pull,
     of_record,
     of_saved_bitmaps,
@@ -93,6 +94,19 @@ _LIVE_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
         LiveState.SWITCHING: "base holds everything, and a running VM was about to switch to it",
         LiveState.SETTLING: "base holds everything, and a running VM uses it",
         LiveState.UNDOING: "it was undone in a running VM; base's bitmaps were being put back",
+    }
+)
+
+
+_LIVE_PULL_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
+    {
+        LiveState.PREPARING: "a running VM was about to copy data up into top",
+        LiveState.COPYING: "a running VM was copying data up into top",
+        LiveState.SWITCHING: (
+            "top holds everything, and a running VM was about to give it its new backing file"
+        ),
+        LiveState.SETTLING: "top holds everything, and has its new backing file in a running VM",
+        LiveState.UNDOING: "it was undone in a running VM",
     }
 )
 
@@ -465,6 +479,8 @@ def _may_be_at(path: str, identity: ImageIdentity) -> bool:
 
 
 def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
+    if journal.pulls:
+        return _of_live_pull(file, journal)
     where = _where_is(journal.base, journal.request)
     there = where is not None
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
@@ -488,8 +504,42 @@ def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
     return replace(told, warnings=warnings)
 
 
+def _of_live_pull(file: Path, journal: LiveJournal) -> UnfinishedMerge:
+    """It writes to top, and base may be gone already."""
+    top = _top_name(journal)
+    there = _may_be_at(top, journal.top)
+    base = _name_of(journal.base, () if journal.request is None else journal.request.bases)
+    resume = resume_command_of(journal.known_request)
+    cold = command_of(journal.known_request) if there else None
+    command, warnings = cold, (f"if the VM still runs, continue with `{resume}`",)
+    if there and _is_locked(Path(top)):
+        command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
+    told = _told_by(
+        file,
+        base,
+        top,
+        _LIVE_PULL_PROGRESS[journal.state],
+        command,
+        holds=False if there else None,
+        state=journal.state,
+        ways=of_live_pull(journal, Path(top) if there else None),
+        by=_doer_of(journal.request),
+    )
+    return replace(told, warnings=warnings)
+
+
 def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
     request = saved.request
+    if request is not None and saved.is_of_pull:
+        words = "data was being copied up into top by a VM; top's bitmaps are saved"
+        return _told_by(
+            file,
+            request.bases[0],
+            saved.base.path,
+            words,
+            command_of(request),
+            by=_doer_of(request),
+        )
     copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
     if request is None:
         copying += ": the interrupted command finishes the merge"

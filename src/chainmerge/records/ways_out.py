@@ -76,6 +76,10 @@ _HALF_WRITTEN: Final = (
     "only finishing the merge changes that"
 )
 _TOOK_EFFECT: Final = "the merge has taken effect, and can only be finished"
+_BEGUN_IN_VM: Final = (
+    "it was begun in a running VM: `chainmerge live resume` continues it while the VM is "
+    "running, and a merge of the closed images finishes it afterwards"
+)
 _UNKNOWN_STATE: Final = "what is recorded does not show how far the merge got"
 NOT_KNOWN: Final = WaysOut(
     VmStart(may=False, image=None, reason=f"{_NOT_BEFORE}: {_NOBODY_KNOWS}"),
@@ -127,12 +131,8 @@ def _start_in_commit(
 
 def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
     """Of a merge in a VM that does not run."""
-    no_cancel = (
-        "it was begun in a running VM: `chainmerge live resume` continues it while the VM is "
-        "running, and a merge of the closed images finishes it afterwards"
-    )
     if base is None:
-        return WaysOut(NOT_KNOWN.start, no_cancel=no_cancel)
+        return WaysOut(NOT_KNOWN.start, no_cancel=_BEGUN_IN_VM)
     above, top = journal.above, journal.top.path
     if above is not None and _stands_there(above):
         start = _yes(above.path, "it shows the same on top and on base")
@@ -143,7 +143,16 @@ def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
         start = _yes(top, "it hides the half-written data in base")
     else:
         start = NOT_KNOWN.start
-    return WaysOut(start, no_cancel=no_cancel)
+    return WaysOut(start, no_cancel=_BEGUN_IN_VM)
+
+
+def of_live_pull(journal: LiveJournal, top: Path | None) -> WaysOut:
+    """Of a pull in a VM that does not run, into *top*, where it is now; None if it is not there."""
+    if top is None:
+        return WaysOut(NOT_KNOWN.start, no_cancel=_BEGUN_IN_VM)
+    above = journal.above
+    image = str(top) if above is None else above.path
+    return WaysOut(_yes(image, "top shows the same all the time"), no_cancel=_BEGUN_IN_VM)
 
 
 def of_saved_bitmaps(saved: SavedBitmaps) -> WaysOut:

@@ -96,6 +96,8 @@ class DomainDisk:
 
     leaves_tombstones: Final = False
     """libvirt removes a bitmap from all images of the chain, and disables none."""
+    pulls_into_middle: Final = False
+    """libvirt's block pull has no argument for it."""
 
     def __init__(self, domain: str, disk: str, uri: str = DEFAULT_URI) -> None:
         self._connection = DomainConnection(uri, domain)
@@ -329,9 +331,9 @@ class DomainDisk:
     # The job
 
     def job(self, job: str) -> JobState | None:  # noqa: ARG002  # libvirt has one a disk
-        """How the disk's commit is, whatever name it was to have; None where there is none."""
+        """How the disk's merge is, whatever name it was to have; None where there is none."""
         found = self.block_job()
-        if found is None or not found.is_commit:
+        if found is None or not (found.is_commit or found.kind is DomainJobKind.PULL):
             return None
         phase = JobPhase.READY if found.caught_up else JobPhase.RUNNING
         return JobState(phase, found.done, found.total)
@@ -378,6 +380,29 @@ class DomainDisk:
             lambda: self._domain.blockCommit(
                 self._disk, base.name, top.name, bandwidth or 0, flags
             ),
+        )
+
+    def start_pull(self, onto: BlockNode | None, bandwidth: int | None) -> None:
+        """Begin to pull up into the active image; libvirt unites the bitmaps, as above.
+
+        Args:
+            onto: the image that it stands on afterwards; None for none.
+            bandwidth: bytes a second; None for no limit.
+        """
+        library = self._connection.library
+        if onto is None:
+            flags = library.VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES
+            self._ask(
+                "virDomainBlockPull",
+                lambda: self._domain.blockPull(self._disk, bandwidth or 0, flags),
+            )
+            return
+        flags = library.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
+        if self._is_named_relatively(onto):
+            flags |= library.VIR_DOMAIN_BLOCK_REBASE_RELATIVE
+        self._ask(
+            "virDomainBlockRebase",
+            lambda: self._domain.blockRebase(self._disk, onto.name, bandwidth or 0, flags),
         )
 
     def _is_named_relatively(self, base: BlockNode) -> bool:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A live merge in a domain of libvirt.
 
-libvirt's block commit copies, unites the bitmaps, moves the domain's description along and closes
-merged images; we see to what comes before and after it. Stale bitmaps go first, while no job is in
-the way. The end of an active merge comes while the guest is suspended: top and base are the same
-when the journal says that base is right from now on. docs/live-merge.md has the order, and what a
-death in each step leaves.
+libvirt's jobs copy, unite the bitmaps, move the domain's description along and close merged
+images; we see to what comes before and after it. Stale bitmaps go first, while no job is in the
+way. What each direction has for itself is in :mod:`chainmerge.live.libvirt.commit_driver` and
+:mod:`chainmerge.live.libvirt.pull_driver`. docs/live-merge.md has the order, and what a death in
+each step leaves.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -20,7 +20,7 @@ from chainmerge.documents.bitmaps import BitmapResult
 from chainmerge.documents.progress import Stage
 from chainmerge.live.driver import GIVEN_UP, LiveDriver
 from chainmerge.live.errors import LiveMergeFailed, VmRefused
-from chainmerge.live.libvirt.disk import DomainDisk, DomainJobKind
+from chainmerge.live.libvirt.disk import DomainDisk, DomainJob
 from chainmerge.live.port import JobPhase, JobState
 from chainmerge.merging.verifying import verify_bitmaps_cover
 from chainmerge.records.live_journal import LiveState
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from chainmerge.live.nodes import BlockNode
     from chainmerge.qcow2.image import Qcow2Image
 
-# With the guest suspended only what it had written already is to be copied.
-_SECONDS_TO_CATCH_UP: Final = 30.0
-_SECONDS_BETWEEN_SHORT_LOOKS: Final = 0.02
 _LOOKS_FOR_THE_CHAIN: Final = 40
 
 
@@ -57,20 +54,26 @@ class DomainDriver(LiveDriver[DomainDisk]):
                 raise self.failed(failure.reason) from failure
             raise
 
+    # What each direction has for itself
+
+    @abstractmethod
     def _merge(self) -> None:
-        if self.journal.state is LiveState.UNDOING:
-            raise self.failed("an earlier run had given it up")
-        begun = self.journal.state is not LiveState.PREPARING
-        if not begun:
-            self._prune()
-            self.enter(LiveState.COPYING)
-        while not self.nodes().is_merged:
-            # The chain is what counts: an earlier run may have come further than the domain did.
-            self.enter(LiveState.COPYING)
-            self._copy(begun=begun)
-            begun = True
-            if self.journal.is_active and not self.nodes().is_merged:
-                self._switch()
+        """Bring the domain to where the merge has taken effect, or raise why it does not."""
+
+    @abstractmethod
+    def _is_ours(self, job: DomainJob) -> bool:
+        """Whether a job is of the kind that this merge has."""
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Start the job.
+
+        Raises LiveNotStarted, LiveMergeFailed.
+        """
+
+    def _is_caught_up(self, job: DomainJob) -> bool:  # noqa: ARG002  # such a job has an end
+        """Whether a job waits for us, with everything copied."""
+        return False
 
     # Giving up
 
@@ -83,7 +86,7 @@ class DomainDriver(LiveDriver[DomainDisk]):
         if not begun:
             return False
         job = self.disk.block_job()
-        if job is not None and job.is_commit:
+        if job is not None and self._is_ours(job):
             # It may have ended by itself in between.
             with contextlib.suppress(VmRefused):
                 self.disk.cancel()
@@ -148,27 +151,19 @@ class DomainDriver(LiveDriver[DomainDisk]):
                 self._start()
                 begun = True
                 continue
-            if not job.is_commit:
+            if not self._is_ours(job):
                 raise self.failed(f"another block job ({job.kind}) runs on this disk")
-            if job.kind is DomainJobKind.ACTIVE_COMMIT and job.caught_up:
+            if self._is_caught_up(job):
                 self.copied = job.done
                 return
             self.follow(JobState(JobPhase.RUNNING, job.done, job.total))
-
-    def _start(self) -> None:
-        nodes = self.nodes()
-        try:
-            self.disk.start_commit(nodes.overlays[-1], nodes.base, self.options.bandwidth)
-        except VmRefused as refused:
-            raise self.not_started(refused.reason) from refused
-        self.untouched = False
 
     def _ended_early(self) -> LiveMergeFailed:
         """Libvirt does not tell why a job has failed."""
         why = "see its log and QEMU's"
         if self.headroom.is_full:
-            why = f"{self.base} of {self.headroom.volume.size} bytes is full"
-        return self.failed(f"libvirt's block commit ended early ({why})")
+            why = f"{self.result} of {self.headroom.volume.size} bytes is full"
+        return self.failed(f"libvirt's job ended early ({why})")
 
     def _is_merged_soon(self) -> bool:
         """Whether a job has ended well. libvirt describes the chain some time after its end."""
@@ -179,31 +174,6 @@ class DomainDriver(LiveDriver[DomainDisk]):
                 return False
             self.wait()
         return False
-
-    def _switch(self) -> None:
-        """Have the guest go on with base. It is suspended from before both are the same."""
-        started = time.monotonic()
-        self.announce(Stage.BITMAPS)
-        if not self.disk.is_suspended():
-            self.note(guest_to_resume=True)
-            self.disk.suspend()
-        self._wait_until_caught_up()
-        self.enter_switching()
-        self.disk.pivot()
-        self._let_guest_run()
-        self.held_seconds = time.monotonic() - started
-
-    def _wait_until_caught_up(self) -> None:
-        deadline = time.monotonic() + _SECONDS_TO_CATCH_UP
-        while True:
-            job = self.disk.block_job()
-            if job is None:
-                raise self.failed("the block commit ended before it could take effect")
-            if job.caught_up:
-                return
-            if time.monotonic() > deadline:
-                raise self.failed("the copy did not end although the guest was suspended")
-            self.disk.wait_for_event(_SECONDS_BETWEEN_SHORT_LOOKS)
 
     # The end
 
@@ -216,28 +186,28 @@ class DomainDriver(LiveDriver[DomainDisk]):
             if self.journal.is_active and not self.disk.passes(kept.name):
                 raise self.differs(f"libvirt does not accept bitmap {kept.name!r} as valid")
         gone = set(self._names_to_remove())
-        left = gone & set(self.disk.stored_names(nodes.base))
+        left = gone & set(self.disk.stored_names(nodes.result))
         if left and not self.journal.is_active:
             raise self.differs(f"bitmap {min(left)!r} is still there")
         yield (
-            f"bitmaps of base: {len(self.journal.kept)} kept, "
+            f"bitmaps of {'top' if self.journal.pulls else 'base'}: {len(self.journal.kept)} kept, "
             f"{len(gone)} stale ones removed from the chain"
         )
 
-    def final_bitmaps(self, base: BlockNode) -> tuple[BitmapResult, ...]:
-        """Base's bitmaps; those included that it has not stored yet, and that were found sound."""
+    def final_bitmaps(self, result: BlockNode) -> tuple[BitmapResult, ...]:
+        """Its bitmaps; those included that it has not stored yet, and that were found sound."""
         unstored = (
             BitmapResult(kept.name, BitmapState.VALID, kept.granularity, None)
             for kept in self.journal.kept
-            if base.bitmap(kept.name) is None
+            if result.bitmap(kept.name) is None
         )
-        return (*base.bitmap_results(), *unstored)
+        return (*result.bitmap_results(), *unstored)
 
     def verify_stored(
         self,
-        base: Qcow2Image,
+        result: Qcow2Image,
         kept: Sequence[StoredBitmap],
         tombstones: Sequence[StoredBitmap],  # noqa: ARG002  # libvirt leaves none
     ) -> str:
         """Have base's cover what they have to hold: they record what is copied, in clusters."""
-        return verify_bitmaps_cover(base, kept)
+        return verify_bitmaps_cover(result, kept)

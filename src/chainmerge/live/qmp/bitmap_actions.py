@@ -136,10 +136,37 @@ def _undone(journal: LiveJournal, base: BlockNode) -> Iterator[BitmapAction]:
             yield RemoveBitmap(base.name, tombstone.name)
 
 
-def faults(journal: LiveJournal, base: BlockNode) -> Iterator[str]:
-    """How base's bitmaps differ from what they should be once all is done, a sentence each."""
+def pull_actions(
+    journal: LiveJournal, top: BlockNode, merged: Sequence[BlockNode]
+) -> tuple[tuple[BitmapAction, ...], ...]:
+    """What is to be done with top's bitmaps while a pull is held, transaction by transaction.
+
+    Whatever has been done already is left out, or can be done again.
+
+    Args:
+        journal: of the pull.
+        top: its node, which is open for writing.
+        merged: the nodes of the images whose data has come up, lowest first.
+    """
+    first: list[BitmapAction] = [
+        RemoveBitmap(top.name, name) for name in journal.stale if top.bitmap(name) is not None
+    ]
+    first += [_union(kept, top, merged) for kept in journal.kept if kept.sources]
+    second: list[BitmapAction] = []
+    for tombstone in journal.tombstones:
+        before, after = _tombstone_actions(tombstone, top)
+        first += before
+        second += after
+    return tuple(tuple(actions) for actions in (first, second) if actions)
+
+
+def faults(journal: LiveJournal, result: BlockNode) -> Iterator[str]:
+    """How the bitmaps of *result* differ from what they should be once all is done.
+
+    A sentence each.
+    """
     for kept in journal.kept:
-        bitmap = base.bitmap(kept.name)
+        bitmap = result.bitmap(kept.name)
         if bitmap is None:
             yield f"bitmap {kept.name!r} is missing"
         elif bitmap.inconsistent or not bitmap.persistent:
@@ -147,14 +174,14 @@ def faults(journal: LiveJournal, base: BlockNode) -> Iterator[str]:
         elif not bitmap.recording:
             yield f"bitmap {kept.name!r} does not record"
     for name in journal.stale:
-        if base.bitmap(name) is not None:
+        if result.bitmap(name) is not None:
             yield f"bitmap {name!r} should not be there"
     for tombstone in journal.tombstones:
-        bitmap = base.bitmap(tombstone.name)
+        bitmap = result.bitmap(tombstone.name)
         if bitmap is None or bitmap.recording or bitmap.dirty_bytes:
             yield f"{tombstone.name!r} should be a tombstone and is not"
 
 
-def _union(kept: KeptName, base: BlockNode, overlays: Sequence[BlockNode]) -> MergeBitmap:
-    sources = tuple(overlays[index].name for index in kept.sources)
-    return MergeBitmap(base.name, kept.name, sources)
+def _union(kept: KeptName, result: BlockNode, merged: Sequence[BlockNode]) -> MergeBitmap:
+    sources = tuple(merged[index].name for index in kept.sources)
+    return MergeBitmap(result.name, kept.name, sources)

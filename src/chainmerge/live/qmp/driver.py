@@ -3,41 +3,30 @@
 
 A loop: look at the journal, the job and the chain; let :mod:`chainmerge.live.qmp.steps` say what
 is next; do it. docs/live-merge.md has the order of the steps, and what a death in each leaves.
+What each direction has for itself is in :mod:`chainmerge.live.qmp.commit_driver` and
+:mod:`chainmerge.live.qmp.pull_driver`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
+from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError
 from chainmerge.live.driver import GIVEN_UP, LiveDriver
-from chainmerge.live.errors import LiveMergeFailed, VmRefused
-from chainmerge.live.port import CommitOrder, JobPhase, JobState, LiveVm
-from chainmerge.live.qmp.bitmap_actions import (
-    disable_actions,
-    faults,
-    switch_actions,
-    undo_actions,
-    window_actions,
-)
+from chainmerge.live.errors import VmRefused
+from chainmerge.live.port import JobPhase, JobState, LiveVm
 from chainmerge.live.qmp.steps import LiveStep, Situation, next_step
 from chainmerge.merging.verifying import verify_bitmaps
-from chainmerge.planning.pivot import pivot_unclear
-from chainmerge.records.changes import data_changed
-from chainmerge.records.live_journal import LiveState, forget_live_journal
+from chainmerge.records.live_journal import LiveState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
-    from chainmerge.live.merge_nodes import MergeNodes
-    from chainmerge.live.nodes import BlockNode
     from chainmerge.qcow2.image import Qcow2Image
 
 # Nothing but a few requests is to end; a storage that hangs can keep it waiting.
@@ -58,16 +47,66 @@ class MonitorDriver(LiveDriver[LiveVm]):
     _stuck_at: int | None = None
     _completing: bool = False
 
+    def __post_init__(self) -> None:
+        """Say what each step is."""
+        super().__post_init__()
+        self._actions: Mapping[LiveStep, Callable[[], None]] = {
+            LiveStep.START: self._start,
+            LiveStep.PAUSE: self._pause,
+            LiveStep.PREPARE: self._prepare,
+            LiveStep.RELEASE: self._release,
+            LiveStep.FOLLOW: self._follow,
+            LiveStep.MAKE_ROOM: self._make_room,
+            LiveStep.GIVE_UP: self._fail,
+            LiveStep.COMPLETE: self._complete,
+            LiveStep.SWITCH: self._switch,
+            LiveStep.WAIT: self.wait,
+            LiveStep.DISMISS: self._dismiss,
+            LiveStep.UNDO: self._undo,
+        }
+
+    # What each direction has for itself
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Start the job.
+
+        Raises LiveNotStarted, LiveMergeFailed.
+        """
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Have the bitmaps as they are to be while data is copied, and let the job go on."""
+
+    @abstractmethod
+    def _switch(self) -> None:
+        """Have the bitmaps as they are to be afterwards, and let what the job did take effect."""
+
+    @abstractmethod
+    def _undo(self) -> None:
+        """Have everything as it was, and end the job."""
+
+    @abstractmethod
+    def _restored(self) -> ChainmergeError:
+        """See that everything is as it was: the job is gone, and the chain is not merged.
+
+        Returns the reason why, to be raised.
+        """
+
+    @abstractmethod
+    def _name_backing_file(self) -> None:
+        """See that the header says what the chain is now, where QEMU did not."""
+
     def until_merged(self) -> None:
         while True:
             step = next_step(self._look())
             if step is LiveStep.SETTLE:
-                self._name_base()
+                self._name_backing_file()
                 return
             if step is LiveStep.RESTORE:
                 raise self._restored()
             try:
-                _ACTIONS[step](self)
+                self._actions[step]()
             except GIVEN_UP as failure:
                 self._give_up(failure)
 
@@ -85,50 +124,16 @@ class MonitorDriver(LiveDriver[LiveVm]):
 
     # The steps, each as next_step names it
 
-    def _start(self) -> None:
-        """Base is read-only and as it was, but for what an earlier run has switched off."""
-        if self.caller.should_stop():
-            # What an earlier run has switched off is undone while a job makes base writable.
-            self._give_up(self.interrupted())
-        nodes = self.nodes()
-        self.announce(Stage.PRUNE)
-        order = CommitOrder(
-            job=self.journal.job,
-            root=nodes.root,
-            top=nodes.overlays[-1].name,
-            base=nodes.base.name,
-            backing_name=self.journal.backing_name,
-        )
-        try:
-            self.disk.change_bitmaps(disable_actions(self.journal, nodes.base))
-            self.disk.start_commit(order)
-        except VmRefused as refused:
-            # Nothing is stored of it yet: base has been read-only all the time.
-            self.disk.change_bitmaps(undo_actions(self.journal, self.nodes().base))
-            raise self.not_started(refused.reason) from refused
-        self._pause()
-
     def _pause(self) -> None:
         # It may come to its end in the meantime, which is as good.
         with contextlib.suppress(VmRefused):
             self.disk.pause(self.journal.job)
         self._wait_while(JobPhase.RUNNING, JobPhase.READY)
 
-    def _prepare(self) -> None:
-        self.announce(Stage.PRUNE)
-        nodes = self.nodes()
-        try:
-            for actions in window_actions(self.journal, nodes.base, nodes.overlays):
-                self.disk.change_bitmaps(actions)
-        except VmRefused as refused:
-            raise self.failed(refused.reason) from refused
-        self.enter(LiveState.COPYING)
-        self._release()
-
     def _release(self) -> None:
         self.stop_if_asked()
-        self.disk.limit(self.journal.job, self.options.bandwidth)
         if self._looked_at_job().phase is JobPhase.PAUSED:
+            self.disk.limit(self.journal.job, self.options.bandwidth)
             self.disk.resume(self.journal.job)
 
     def _follow(self) -> None:
@@ -167,26 +172,6 @@ class MonitorDriver(LiveDriver[LiveVm]):
         with contextlib.suppress(VmRefused):
             self.disk.complete(self.journal.job)
 
-    def _switch(self) -> None:
-        """From here to the end of the job the guest waits, if it writes to what is merged."""
-        started = time.monotonic()
-        self.announce(Stage.BITMAPS)
-        nodes = self.nodes()
-        try:
-            self.disk.change_bitmaps(switch_actions(self.journal, nodes.base, nodes.overlays))
-        except VmRefused as refused:
-            raise self.failed(refused.reason) from refused
-        try:
-            self.enter_switching()
-        except ChainmergeError as error:
-            # Whatever else may have to wait, the guest must not.
-            self._failure = error
-            self._undo()
-            return
-        self.disk.finalize(self.journal.job)
-        self._wait_while(JobPhase.HELD, JobPhase.ENDING)
-        self.held_seconds = time.monotonic() - started
-
     def _dismiss(self) -> None:
         error = self._looked_at_job().error
         if self._failure is None and (error or self.journal.state is LiveState.UNDOING):
@@ -195,62 +180,6 @@ class MonitorDriver(LiveDriver[LiveVm]):
             # It took no effect, and once it is dismissed nothing would tell.
             self.enter(LiveState.UNDOING)
         self.disk.dismiss(self.journal.job)
-
-    def _undo(self) -> None:
-        """Everything back while base is writable still, then end the job.
-
-        What is under way is waited for first: it would be recorded.
-        """
-        self._pause()
-        self.disk.change_bitmaps(undo_actions(self.journal, self.nodes().base))
-        self.disk.cancel(self.journal.job)
-        self._wait_while(JobPhase.PAUSED, JobPhase.READY, JobPhase.HELD, JobPhase.ENDING)
-
-    def _restored(self) -> ChainmergeError:
-        """The job is gone without the merge: see that base's bitmaps are what they were.
-
-        Returns the reason why, to be raised.
-        """
-        if self.journal.took_effect and self.journal.is_active:
-            # Only another QEMU does not know of the job any more, and it was given top again.
-            return pivot_unclear(self.journal.known_request)
-        failure = self._failure or self.failed("the job was cancelled, or the VM was restarted")
-        self.enter(LiveState.UNDOING)
-        self.let_guest_go()
-        base = self.nodes().base
-        actions = undo_actions(self.journal, base)
-        if not actions:
-            self._close_again(base)
-            self.forget_records()
-            return failure
-        try:
-            if base.read_only:
-                self.disk.make_writable(base.name)
-            self.disk.change_bitmaps(actions)
-            self.disk.make_read_only(base.name)
-        except VmRefused as refused:
-            # The saved bitmaps stay, and the next merge of these images while they are closed
-            # takes base's from there.
-            forget_live_journal(Path(self.base))
-            names = ", ".join(repr(kept.name) for kept in self.journal.kept)
-            why = failure.reason if isinstance(failure, LiveMergeFailed) else failure.sentence
-            reason = (
-                f"{why}; base's bitmaps {names} could not be switched on again "
-                f"({refused.reason}): they are saved beside base, and a cold merge restores them"
-            )
-            raise self.failed(reason) from failure
-        self.forget_records()
-        return failure
-
-    def _close_again(self, base: BlockNode) -> None:
-        """Make base read-only again, which QEMU forgets of an active commit that was cancelled.
-
-        Where it cannot be told to (a node whose name it made up), base's bitmaps are stored when
-        the VM ends.
-        """
-        if not base.read_only:
-            with contextlib.suppress(VmRefused):
-                self.disk.make_read_only(base.name)
 
     def _looked_at_job(self) -> JobState:
         assert self._job is not None
@@ -268,6 +197,8 @@ class MonitorDriver(LiveDriver[LiveVm]):
 
     def close_merged(self) -> None:
         """Have the VM close the merged images, the upper ones first."""
+        # What a pull has left as it was others may go on using.
+        told = self.journal.delete or not self.journal.pulls
         for node in self.merged_nodes(self.disk.layout()).still_open:
             # Each that is closed sets free what it stood on.
             graph = self.disk.layout()
@@ -276,48 +207,12 @@ class MonitorDriver(LiveDriver[LiveVm]):
                 for unused in (*filters, node):
                     self.disk.forget_node(unused.name)
             except VmRefused as refused:
-                self.warnings.append(
-                    f"the VM keeps {node.filename or node.name} open: {refused.reason}"
-                )
-        # Closing top has changed it. Whatever else does from now on is no doing of this merge.
-        self.note(top_since=data_changed(Path(self.top)))
-
-    def _name_base(self) -> None:
-        """Have the image above name base, where QEMU did not: it stops at a filter between them."""
-        graph, name = self.disk.layout(), self.journal.backing_name
-        nodes = self.merged_nodes(graph)
-        if nodes.above is not None and name is not None and graph.has_filter_below(nodes.above):
-            # Whether it does is looked at before anything is deleted.
-            with contextlib.suppress(VmRefused):
-                self.disk.name_backing_file(nodes.root, nodes.above.name, name)
-
-    def verify_bitmaps(self, nodes: MergeNodes) -> Iterator[str]:
-        for fault in faults(self.journal, nodes.base):
-            raise self.differs(fault)
-        yield (
-            f"bitmaps of base, as the VM says: {len(self.journal.kept)} kept and recording, "
-            f"{len(self.journal.stale)} stale ones removed"
-        )
+                if told:
+                    self.warnings.append(
+                        f"the VM keeps {node.filename or node.name} open: {refused.reason}"
+                    )
 
     def verify_stored(
-        self, base: Qcow2Image, kept: Sequence[StoredBitmap], tombstones: Sequence[StoredBitmap]
+        self, result: Qcow2Image, kept: Sequence[StoredBitmap], tombstones: Sequence[StoredBitmap]
     ) -> str:
-        return verify_bitmaps(base, (*kept, *tombstones))
-
-
-_ACTIONS: Final[Mapping[LiveStep, Callable[[MonitorDriver], None]]] = MappingProxyType(
-    {
-        LiveStep.START: MonitorDriver._start,
-        LiveStep.PAUSE: MonitorDriver._pause,
-        LiveStep.PREPARE: MonitorDriver._prepare,
-        LiveStep.RELEASE: MonitorDriver._release,
-        LiveStep.FOLLOW: MonitorDriver._follow,
-        LiveStep.MAKE_ROOM: MonitorDriver._make_room,
-        LiveStep.GIVE_UP: MonitorDriver._fail,
-        LiveStep.COMPLETE: MonitorDriver._complete,
-        LiveStep.SWITCH: MonitorDriver._switch,
-        LiveStep.WAIT: MonitorDriver.wait,
-        LiveStep.DISMISS: MonitorDriver._dismiss,
-        LiveStep.UNDO: MonitorDriver._undo,
-    }
-)
+        return verify_bitmaps(result, (*kept, *tombstones))

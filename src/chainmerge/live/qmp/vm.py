@@ -21,6 +21,7 @@ from chainmerge.live.port import (
     JobPhase,
     JobState,
     MergeBitmap,
+    PullOrder,
     RemoveBitmap,
 )
 from chainmerge.live.qmp.block_graph import (
@@ -86,6 +87,7 @@ class QmpVm:
     """
 
     leaves_tombstones: Final = True
+    pulls_into_middle: Final = True
 
     def __init__(
         self,
@@ -262,6 +264,22 @@ class QmpVm:
         if order.backing_name is not None:
             arguments["backing-file"] = order.backing_name
         self._monitor.execute("block-commit", arguments)
+
+    def start_pull(self, order: PullOrder) -> None:
+        arguments: dict[str, object] = {
+            "job-id": order.job,
+            "device": order.top,
+            "speed": _SLOWEST,
+            "on-error": "stop",
+            "auto-finalize": False,
+            # A job that is done keeps its filter, which has nothing below it any more. Whoever
+            # asks for all nodes then makes QEMU (7.2) end by a segmentation fault.
+            "auto-dismiss": True,
+        }
+        if order.onto is not None:
+            arguments["base-node"] = order.onto
+            arguments["backing-file"] = order.backing_name
+        self._monitor.execute("block-stream", arguments)
 
     def job(self, job: str) -> JobState | None:
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a pull in a running VM, and its end.
+
+As of a cold pull it stands beside top before top's header loses what shows that there was
+something to pull (:mod:`chainmerge.records.merged_record`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chainmerge.merging.deleting import delete_recorded, not_deleted
+from chainmerge.records.identity import same_image
+from chainmerge.records.merged_record import (
+    DoomedImage,
+    MergedRecord,
+    Pulled,
+    forget_merged_record,
+    load_merged_record,
+    record_merged,
+)
+
+if TYPE_CHECKING:
+    from chainmerge.records.identity import ImageIdentity
+    from chainmerge.records.live_journal import LiveJournal
+
+
+def record_live_pull(journal: LiveJournal) -> None:
+    """Record that a pull is about to take effect.
+
+    Raises what :func:`chainmerge.records.merged_record.record_merged` raises.
+    """
+    record_merged(Path(journal.top.path), _record_of(journal))
+
+
+def _record_of(journal: LiveJournal) -> MergedRecord:
+    top = journal.top.path
+    return MergedRecord(
+        top=top,
+        base=journal.base.path,
+        result=top,
+        result_format="qcow2",
+        result_identity=journal.top,
+        keep_name=False,
+        delete=[DoomedImage(one.path, one) for one in _doomed(journal)],
+        pulled=Pulled(journal.backing_name, journal.onto, journal.leaked_before, journal.base),
+        request=journal.request,
+    )
+
+
+def _doomed(journal: LiveJournal) -> list[ImageIdentity]:
+    """What is to be deleted, upper ones first. Block devices are left, and so are all then."""
+    if not journal.delete or any(Path(one.path).is_block_device() for one in journal.merged):
+        return []
+    return list(reversed(journal.merged))
+
+
+def forget_pull(journal: LiveJournal) -> None:
+    """Forget the record of a pull that took no effect."""
+    top = Path(journal.top.path)
+    record = load_merged_record(top)
+    if (
+        record is not None
+        and record.pulled is not None
+        and record.pulled.base is not None
+        and same_image(record.pulled.base, journal.base)
+        and record.request == journal.request
+    ):
+        forget_merged_record(top)
+
+
+def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
+    """Delete what top does without, as far as that was requested.
+
+    Args:
+        journal: of the pull, whose images the VM has closed.
+        warnings: gets what could not be deleted, and why.
+
+    Returns:
+        What was deleted.
+    """
+    if not journal.delete:
+        return ()
+    devices = [one.path for one in journal.merged if Path(one.path).is_block_device()]
+    if devices:
+        warnings.append(f"block devices are not deleted: {', '.join(devices)}")
+        return ()
+    record = _record_of(journal)
+    try:
+        deleted = delete_recorded(record)
+    except OSError as error:
+        warnings.append(f"not all merged images could be deleted: {error}")
+        return ()
+    warnings += not_deleted(record)
+    return deleted
+
+
+def note_settled(journal: LiveJournal) -> None:
+    """Record that nothing is left to do: what comes to stand there is another merge's."""
+    record = _record_of(journal)
+    pulled = record.pulled
+    assert pulled is not None
+    settled = msgspec.structs.replace(pulled, leaked_before=None)
+    done = msgspec.structs.replace(record, delete=[], pulled=settled)
+    record_merged(Path(journal.top.path), done)
