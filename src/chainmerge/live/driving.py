@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from chainmerge.errors import Refused
@@ -14,6 +15,7 @@ from chainmerge.live.qmp.driver import MonitorDriver
 from chainmerge.live.reporting import LiveOutcome, report_merged
 from chainmerge.live.settling import settle_live_merge
 from chainmerge.merging.errors import MergeUnfinished
+from chainmerge.records.disks import forget_entry
 from chainmerge.records.live_journal import LiveState
 
 if TYPE_CHECKING:
@@ -53,7 +55,9 @@ def drive(
     untouched = planned is not None and planned.space.grow_to is None
     kind: type[LiveDriver[Any]] = DomainDriver if isinstance(disk, DomainDisk) else MonitorDriver
     driver = kind(disk=disk, journal=journal, options=options, caller=caller, untouched=untouched)
-    return report_merged(driver, _carried_on(driver), planned)
+    report = report_merged(driver, _carried_on(driver), planned)
+    forget_entry(Path(journal.base.path))
+    return report
 
 
 def _carried_on(driver: LiveDriver[Any]) -> LiveOutcome:

@@ -250,7 +250,7 @@ def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]
 
 
 def _copied_before_write(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
-    """Merged images with a filter that has bitmaps of its own on them.
+    """Merged images with bitmaps of a filter, or of whatever else, on them.
 
     QEMU (7.2 to 10.0) ends with a failed assertion when it closes such an image.
     """
@@ -262,6 +262,13 @@ def _copied_before_write(vm: InspectedVm, live: LiveTarget) -> Iterator[Chainmer
             reason = (
                 f"the filter {watching[0]} copies what is written to it, as backups do: merge when "
                 "the backup has ended"
+            )
+            yield LiveUnsuited(vm.name, str(image.path), reason)
+        elif node.nameless_bitmaps:
+            reason = (
+                f"it has {counted(node.nameless_bitmaps, 'bitmap')} without a name, as backups and "
+                "mirrors make, and QEMU would abort when it closes the image: merge when what "
+                "they belong to has ended (`chainmerge live repair` lists it)"
             )
             yield LiveUnsuited(vm.name, str(image.path), reason)
 
