@@ -16,6 +16,7 @@ import pytest
 import chainmerge
 from chainmerge import Interrupted, MergeOutcome, MergeReport, Stage
 from tests.support.cli import environment
+from tests.support.disks_vm import running_disks_of
 from tests.support.domain_vm import TARGET, running_domain
 from tests.support.images import MIB
 from tests.support.libvirtd import libvirtd
@@ -121,7 +122,7 @@ def test_the_example_of_the_readme_can_be_stopped(images: list[Path]) -> None:
 
 
 def test_the_example_of_a_merge(images: list[Path]) -> None:
-    example, _, _ = examples_in("docs/api.md")
+    example, *_ = examples_in("docs/api.md")
     lines = run_example(example, images).splitlines()
     stages = {line.split()[0] for line in lines}
     assert {Stage.COPY, Stage.READ_BACK} <= stages
@@ -129,7 +130,7 @@ def test_the_example_of_a_merge(images: list[Path]) -> None:
 
 
 def test_the_example_of_a_running_vm(images: list[Path], tmp_path: Path) -> None:
-    _, example, _ = examples_in("docs/api.md")
+    _, example, *_ = examples_in("docs/api.md")
     with running_vm(tmp_path / "vm", images) as vm:
         run_example(example, images, ("/run/vm7/qmp", str(vm.qmp)), ("disk0", DEVICE))
         assert vm.chain() == ["active.qcow2", "snap2.qcow2", "base.qcow2"]
@@ -137,7 +138,7 @@ def test_the_example_of_a_running_vm(images: list[Path], tmp_path: Path) -> None
 
 
 def test_the_example_of_a_domain(images: list[Path], tmp_path: Path) -> None:
-    _, _, example = examples_in("docs/api.md")
+    _, _, example, _ = examples_in("docs/api.md")
     with (
         libvirtd(tmp_path / "libvirt") as uri,
         running_domain(tmp_path / "vm", uri, images) as domain,
@@ -146,6 +147,19 @@ def test_the_example_of_a_domain(images: list[Path], tmp_path: Path) -> None:
         run_example(example, images, disk)
         assert domain.chain() == ["active.qcow2", "snap1.qcow2", "base.qcow2"]
     assert not images[2].exists()
+
+
+def test_the_example_of_several_disks(tmp_path: Path) -> None:
+    *_, example = examples_in("docs/api.md")
+    chains = []
+    for name in ("vda", "vdb"):
+        chain = [create(tmp_path / f"{name}.qcow2", 8 * MIB)]
+        for level in ("snap1", "snap2"):
+            chain.append(create(tmp_path / f"{name}-{level}.qcow2", backing=chain[-1]))
+        chains.append(chain)
+    with running_disks_of(tmp_path / "vm", chains) as (vm, disks):
+        run_example(example, chains[0], ("/run/vm7/qmp", str(vm.qmp)))
+        assert [disk.chain() for disk in disks] == [["vda.qcow2"], ["vdb.qcow2"]]
 
 
 def test_callers_catch_by_the_package(images: list[Path]) -> None:

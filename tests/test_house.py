@@ -54,6 +54,10 @@ SHARED_NAMES: Final = {
         "live/merging.py",
         "merging/merge.py",
     },
+    "merge_disks": {"live/__init__.py", "live/disks.py", "merging/disks.py"},
+    "plan_disks": {"live/__init__.py", "live/disks.py", "merging/disks.py"},
+    "merge_all_disks": {"live/__init__.py", "live/whole_vm.py"},
+    "plan_all_disks": {"live/__init__.py", "live/whole_vm.py"},
     "cancel": {"cli/cancel.py", "repairing/cancelling.py"},
     "plan": {
         "cli/live.py",
@@ -64,7 +68,15 @@ SHARED_NAMES: Final = {
     },
     "prune": {"bitmaps/pruning.py", "cli/bitmaps.py"},
     "relink": {"cli/relink.py", "repairing/relinking.py"},
-    "repair": {"cli/bitmaps.py", "cli/repair.py", "repairing/mending.py"},
+    "plan_repair": {"live/__init__.py", "live/qmp/repairing.py", "repairing/mending.py"},
+    "repair": {
+        "cli/bitmaps.py",
+        "cli/live.py",
+        "cli/repair.py",
+        "live/__init__.py",
+        "live/qmp/repairing.py",
+        "repairing/mending.py",
+    },
     "resume": {"cli/live.py", "live/__init__.py", "live/merging.py"},
     "status": {
         "cli/live.py",
@@ -74,9 +86,9 @@ SHARED_NAMES: Final = {
         "records/unfinished.py",
     },
     # Variables of types.
-    "Function": {"cli/live.py", "cli/options.py"},
-    "P": {"cli/live.py", "cli/options.py", "storage/boundary.py"},
-    "R": {"cli/live.py", "cli/options.py"},
+    "Function": {"cli/live.py", "cli/options.py", "cli/vm_disks.py"},
+    "P": {"cli/live.py", "cli/options.py", "cli/vm_disks.py", "storage/boundary.py"},
+    "R": {"cli/live.py", "cli/options.py", "cli/vm_disks.py"},
     "T": {"storage/boundary.py", "storage/transfer/workers.py"},
     # One is a step of the other.
     "reserve": {"engines/metadata/steps.py", "storage/allocation.py"},

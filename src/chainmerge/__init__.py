@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from chainmerge.documents.chains import ChainsReport, ChainSummary
     from chainmerge.documents.disks import (
         DiskError,
+        DiskLeftOut,
         DiskOutcome,
         DiskReport,
         DisksPlan,
@@ -118,6 +119,8 @@ if TYPE_CHECKING:
         RepairFinding,
         RepairReport,
         UndoReport,
+        VmLeftover,
+        VmRepairReport,
     )
     from chainmerge.documents.status import (
         LiveMergeStatus,
@@ -177,6 +180,7 @@ __all__ = [
     "Directions",
     "DiskError",
     "DiskGap",
+    "DiskLeftOut",
     "DiskOutcome",
     "DiskReport",
     "DisksPlan",
@@ -235,6 +239,8 @@ __all__ = [
     "UnfinishedMerge",
     "UnusableBitmap",
     "UsedByOthers",
+    "VmLeftover",
+    "VmRepairReport",
     "VmUnavailable",
     "__version__",
     "bitmaps_add",
@@ -291,6 +297,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         ),
         "chainmerge.documents.disks": (
             "DiskError",
+            "DiskLeftOut",
             "DiskOutcome",
             "DiskReport",
             "DisksPlan",
@@ -339,6 +346,8 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "RepairFinding",
             "RepairReport",
             "UndoReport",
+            "VmLeftover",
+            "VmRepairReport",
         ),
         "chainmerge.documents.status": (
             "LiveMergeStatus",

@@ -274,7 +274,7 @@ def test_where_the_entries_cannot_be_written_nothing_is(
             raise full
         keep_entry(base, entry)
 
-    monkeypatch.setattr(several_disks, "keep_entry", fail)
+    monkeypatch.setattr("chainmerge.records.disks.keep_entry", fail)
     before = [base.read_bytes() for base in machine.bases]
     with pytest.raises(Failed):
         chainmerge.merge_disks(machine.tops)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import msgspec
 import pytest
@@ -34,7 +34,9 @@ from chainmerge.records.request import (
     RecordedRequest,
     access_of,
     command_of,
+    joint_address,
     lasting_name,
+    live_command_of,
     options_of,
     recorded,
     resume_command_of,
@@ -135,10 +137,11 @@ def asked_again(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> tuple[Any,
         asked.append(arguments if lock_command is None else (*arguments, lock_command))
         raise Asked
 
-    for owner, name in ((api, "merge"), (api, "merge_disks"), (live, "resume")):
-        monkeypatch.setattr(owner, name, ask, raising=False)
-    for name in ("QmpVm", "DomainDisk"):
-        monkeypatch.setattr(live, name, _Disk)
+    for owner, names in ((api, ("merge", "merge_disks")), (live, ("merge_disks", "resume"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, ask, raising=False)
+    monkeypatch.setattr(live, "DomainDisk", _Disk)
+    monkeypatch.setattr(live, "QmpMachine", _Machine)
     cli.main(words, prog_name="chainmerge", standalone_mode=False)
     (arguments,) = asked
     return arguments
@@ -153,6 +156,23 @@ class _Disk:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+class _Machine:
+    def __init__(self, socket: str, **_: Any) -> None:
+        self.socket = socket
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def disk(self, device: str) -> _Disk:
+        return _Disk(self.socket, device)
+
+    def disk_on(self, node: str) -> _Disk:
+        return _Disk(self.socket, node)
 
 
 def through_a_file(request: RecordedRequest) -> RecordedRequest:
@@ -191,6 +211,25 @@ def test_a_live_merge_is_carried_on_and_asked_for_again_cold(
     for name in MergeOptions.__struct_fields__:
         default = getattr(MergeOptions(), name)
         assert getattr(cold[3], name) == getattr(options, name, default)
+
+
+@given(tops=TOPS, access=ACCESS, options=LIVE_OPTIONS, vm=NAMES, data=st.data())
+def test_a_live_merge_of_several_disks_is_asked_for_again(
+    tops: list[str], access: Access, options: LiveOptions, vm: str, data: st.DataObject
+) -> None:
+    tops = [*tops, "/images/another"]
+    names = data.draw(st.lists(NAMES, min_size=len(tops), max_size=len(tops), unique=True))
+    vm_option, disk_option = data.draw(
+        st.sampled_from((("--qmp", "--device"), ("--domain", "--disk")))
+    )
+    vm = lasting_name(vm) if vm_option == "--qmp" else vm
+    bases = [f"{top}-base" for top in tops]
+    address = joint_address([(vm_option, vm, disk_option, name) for name in names])
+    request = through_a_file(recorded(tops, bases, access, options, address))
+    with pytest.MonkeyPatch.context() as patch:
+        disks, *rest = asked_again(patch, words_of(live_command_of(request)))
+    assert [disk[:2] for disk in disks] == [(vm, name) for name in names]
+    assert rest[:4] == [tuple(tops), tuple(bases), access, options]
 
 
 @pytest.mark.parametrize("kind", [Access, MergeOptions, LiveOptions])

@@ -7,10 +7,11 @@ As a program it is a manager that kills itself:
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,7 +27,8 @@ MOMENTS: Final[dict[str, Moment]] = {"before": "before", "after": "after"}
 class DyingVm:
     """Passes calls on to *vm*; *die* is called before or after one of them.
 
-    It is the one with the number *call*, or the first one of that name.
+    It is the one with the number *call*, or the first one of that name. *numbers* counts the calls;
+    several disks may share it.
     """
 
     vm: Any
@@ -34,6 +36,7 @@ class DyingVm:
     moment: Moment
     die: Callable[[], None]
     name_of_call: str = ""
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     calls: int = field(default=0)
 
     @property
@@ -53,7 +56,7 @@ class DyingVm:
         passed_on = getattr(self.vm, name)
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
+            self.calls = next(self.numbers)
             fatal = self.calls == self.call or name == self.name_of_call
             if fatal and self.moment == "before":
                 self.die()

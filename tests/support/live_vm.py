@@ -78,13 +78,7 @@ class LiveTestVm:
 
     def export(self) -> None:
         """Let an NBD client be the guest, on the node that the disk reads now."""
-        self.nbd.unlink(missing_ok=True)
-        directory = os.open(self.directory, os.O_PATH)
-        try:
-            path = f"/proc/{os.getpid()}/fd/{directory}/{self.nbd.name}"
-            self.execute("nbd-server-start", addr={"type": "unix", "data": {"path": path}})
-        finally:
-            os.close(directory)
+        self.serve_nbd()
         (disk,) = self.execute("query-block")
         self.execute(
             "block-export-add",
@@ -94,6 +88,16 @@ class LiveTestVm:
             writable=True,
             node_name=disk["inserted"]["node-name"],
         )
+
+    def serve_nbd(self) -> None:
+        """Have exports served at the socket ``nbd``."""
+        self.nbd.unlink(missing_ok=True)
+        directory = os.open(self.directory, os.O_PATH)
+        try:
+            path = f"/proc/{os.getpid()}/fd/{directory}/{self.nbd.name}"
+            self.execute("nbd-server-start", addr={"type": "unix", "data": {"path": path}})
+        finally:
+            os.close(directory)
 
     def client(self) -> NbdClient:
         """A connection to the guest's disk."""
@@ -138,30 +142,33 @@ def _file_name(filename: str) -> str:
 
 def separate_nodes(images: Sequence[Path]) -> list[str]:
     """Command line: a node for each image and for each file, as libvirt has it."""
+    return disk_of_nodes(images, DEVICE, "")
+
+
+def disk_of_nodes(images: Sequence[Path], device: str, prefix: str) -> list[str]:
+    """Command line: a disk with that id, the names of whose nodes begin with *prefix*."""
     options = []
     for index, image in enumerate(images):
         driver = "host_device" if image.is_block_device() else "file"
         protocol = {
             "driver": driver,
-            "node-name": f"file{index}",
+            "node-name": f"{prefix}file{index}",
             "filename": str(image),
             "auto-read-only": True,
             "discard": "unmap",
         }
         node = {
             "driver": "qcow2",
-            "node-name": f"image{index}",
+            "node-name": f"{prefix}image{index}",
             "read-only": index < len(images) - 1,
-            "file": f"file{index}",
-            "backing": f"image{index - 1}" if index else None,
+            "file": f"{prefix}file{index}",
+            "backing": f"{prefix}image{index - 1}" if index else None,
             "discard": "unmap",
         }
         options += ["-blockdev", json.dumps(protocol), "-blockdev", json.dumps(node)]
-    return [
-        *options,
-        "-device",
-        f"virtio-blk-pci,id={DEVICE},drive=image{len(images) - 1},serial={DEVICE},share-rw=on",
-    ]
+    active = f"{prefix}image{len(images) - 1}"
+    disk = f"virtio-blk-pci,id={device},drive={active},serial={device},share-rw=on"
+    return [*options, "-device", disk]
 
 
 def one_drive(images: Sequence[Path]) -> list[str]:
@@ -181,6 +188,14 @@ def running_vm(
     command_line: Callable[[Sequence[Path]], list[str]] = separate_nodes,
 ) -> Iterator[LiveTestVm]:
     """A VM whose disk is the chain *images*, root first; it is killed at the end."""
+    with running_qemu(directory, command_line(images)) as vm:
+        vm.export()
+        yield vm
+
+
+@contextlib.contextmanager
+def running_qemu(directory: Path, disks: Sequence[str]) -> Iterator[LiveTestVm]:
+    """A VM with the disks of a command line; it is killed at the end."""
     directory.mkdir(parents=True, exist_ok=True)
     qmp, test, nbd = (directory / name for name in ("qmp", "test", "nbd"))
     with contextlib.ExitStack() as stack:
@@ -192,7 +207,7 @@ def running_vm(
                 "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-m", "64", "-S",
                 "-nodefaults", "-display", "none", "-monitor", "none",
                 *_monitor("qmp", sockets[0].fileno()), *_monitor("test", sockets[1].fileno()),
-                *command_line(images),
+                *disks,
             ],
             stdin=subprocess.DEVNULL,
             pass_fds=[one.fileno() for one in sockets],
@@ -201,9 +216,7 @@ def running_vm(
         for one in sockets:
             one.close()
         monitor = stack.enter_context(Monitor(str(test)))
-        vm = LiveTestVm(directory, process, monitor, qmp, nbd)
-        vm.export()
-        yield vm
+        yield LiveTestVm(directory, process, monitor, qmp, nbd)
 
 
 def _listening(path: Path) -> socket.socket:

@@ -13,6 +13,7 @@ from chainmerge.cli.typed import PlanningCommand, same_as_far_as_known
 from chainmerge.storage.errors import ImageLocked
 
 if TYPE_CHECKING:
+    from chainmerge.documents.disks import DisksPlan
     from chainmerge.documents.plan import MergePlan
     from chainmerge.errors import ChainmergeError
 
@@ -42,19 +43,29 @@ def with_way_into_vm(plan: MergePlan) -> MergePlan:
     return replace(plan, refusals=refusals)
 
 
+def all_with_way_into_vm(plan: DisksPlan) -> DisksPlan:
+    """The same plan of several disks; as :func:`with_way_into_vm`, of each."""
+    return replace(plan, disks=tuple(map(with_way_into_vm, plan.disks)))
+
+
 def way_into_vm(tops: tuple[str, ...], direction: str) -> str:
     """The beginning of a hint: the command that merges in the VM that has the image open.
 
-    Empty if there is none: VMs merge one disk at a time, and downwards.
+    Empty if there is none, or the images are open in more than one: VMs merge downwards.
     """
-    if len(tops) != 1 or direction == "pull":
+    if direction == "pull":
         return ""
     # Imported where it is used: few merges meet a running VM.
     from chainmerge.live.found_vm import vm_that_has_open  # noqa: PLC0415
 
-    vm = vm_that_has_open(Path(tops[0]))
-    if vm is None:
+    found = [vm_that_has_open(Path(top)) for top in tops]
+    vms = [vm for vm in found if vm is not None]
+    if len(vms) != len(tops) or len({vm.process for vm in vms}) != 1:
         return ""
-    line = same_as_far_as_known(("live", "merge"), *vm.address)
-    unknown = f" ({'; '.join(vm.unknown)})" if vm.unknown else ""
-    return f"to merge while the VM runs: `{line}`{unknown}; otherwise "
+    place = vms[0].address
+    if len(vms) > 1:
+        place = (*place[:2], "--all-disks")
+    line = same_as_far_as_known(("live", "merge"), *place)
+    unknown = "; ".join(why for why in vms[0].unknown if why.split()[0] in place)
+    explained = f" ({unknown})" if unknown else ""
+    return f"to merge while the VM runs: `{line}`{explained}; otherwise "

@@ -65,7 +65,8 @@ class DiskNotNamed(Misuse):
     code: ClassVar[str] = "disk-not-named"
     template: ClassVar[str] = "which disk of which VM is not given, or is given twice"
     hint: ClassVar[str] = (
-        "give --qmp SOCKET and --device ID or --node NODE, or --domain NAME and --disk TARGET"
+        "give --qmp SOCKET and --device ID or --node NODE, or --domain NAME and --disk TARGET; "
+        "`live merge` takes --all-disks instead of the disk"
     )
     explanation: ClassVar[str] = (
         "A live merge is done by the VM's own QEMU, which is reached by its monitor. --qmp names "

@@ -3,29 +3,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar, get_args
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, get_args
 
 import click
 
 from chainmerge import live as api
-from chainmerge.cli.commands import Command, Group, PanelOption
-from chainmerge.cli.errors import DiskNotNamed
+from chainmerge.cli.commands import Command, Group
+from chainmerge.cli.errors import NotConfirmed
 from chainmerge.cli.options import (
     access_options,
-    base_option,
+    bases_option,
     json_option,
     lock_command_option,
     merging_option,
     outcome_options,
-    top_argument,
+    tops_to_find_argument,
     verbose_option,
 )
+from chainmerge.cli.output import show_before_asking
 from chainmerge.cli.params import SIZE
-from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan
+from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan, show_plans
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.cli.typed import PlanningCommand, same_with
+from chainmerge.cli.vm_disks import OneDisk, disk_options, disks_options, vm_options
+from chainmerge.errors import ExitCode
 from chainmerge.options import (
     LiveDirectionChoice,
     LiveOptions,
@@ -33,86 +37,24 @@ from chainmerge.options import (
     VerifyLevel,
     VolumeChoice,
 )
-from chainmerge.report.live_tables import live_status_report
-from chainmerge.report.merge_tables import live_merge_details, live_merge_report
+from chainmerge.report.live_tables import live_status_report, vm_repair_report
+from chainmerge.report.merge_tables import (
+    live_disks_details,
+    live_disks_report,
+    live_merge_details,
+    live_merge_report,
+)
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from chainmerge.cli.output import Output
-    from chainmerge.errors import ExitCode
+    from chainmerge.cli.vm_disks import DisksOfVm, QmpAddress
     from chainmerge.options import Access
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Function = Callable[..., R]
 
-_disk_option: Final = partial(click.option, cls=PanelOption, panel="The disk")
 _LIVE_FIELDS: Final = LiveOptions.__struct_fields__
-_Opener: TypeAlias = "Callable[[], AbstractContextManager[api.LiveDisk]]"
-
-
-def disk_options(function: Function[R]) -> Function[R]:
-    """Add the options that lead to a disk of a VM; the command gets ``disk``, to be entered."""
-
-    @_disk_option(
-        "--qmp", type=click.Path(), metavar="SOCKET", help="The VM's QMP socket, a Unix socket."
-    )
-    @_disk_option(
-        "--device", metavar="ID", help="The disk, by the id of the guest's device or of its drive."
-    )
-    @_disk_option("--node", metavar="NODE", help="The disk, by the node name of its image.")
-    @_disk_option(
-        "--monitor-hold",
-        type=click.FloatRange(min=0, max=3600),
-        metavar="SECONDS",
-        default=api.DEFAULT_HOLD_SECONDS,
-        show_default=True,
-        help="Keep others from the QMP socket for so long at a time while data is copied.",
-    )
-    @_disk_option("--domain", metavar="NAME", help="The VM, as a libvirt domain.")
-    @_disk_option("--disk", "target", metavar="TARGET", help="Its disk, by the target: vda.")
-    @_disk_option(
-        "--connect",
-        metavar="URI",
-        help=f"The libvirt that runs it; {api.DEFAULT_URI} if not given.",
-    )
-    @wraps(function)
-    def command(
-        *args: Any,
-        qmp: str | None,
-        device: str | None,
-        node: str | None,
-        monitor_hold: float,
-        domain: str | None,
-        target: str | None,
-        connect: str | None,
-        **kwargs: Any,
-    ) -> R:
-        by_qmp, by_libvirt = (qmp, device, node), (domain, target, connect)
-        if any(by_qmp) == any(by_libvirt):
-            raise DiskNotNamed
-        if any(by_qmp):
-            disk = _disk_of_socket(*by_qmp, monitor_hold)
-        else:
-            disk = _disk_of_domain(*by_libvirt)
-        return function(*args, disk=disk, **kwargs)
-
-    return command
-
-
-def _disk_of_socket(
-    qmp: str | None, device: str | None, node: str | None, monitor_hold: float
-) -> _Opener:
-    if qmp is None or (device is None) == (node is None):
-        raise DiskNotNamed
-    return lambda: api.QmpVm(qmp, device=device, node=node, monitor_hold=monitor_hold)
-
-
-def _disk_of_domain(domain: str | None, target: str | None, connect: str | None) -> _Opener:
-    if domain is None or target is None:
-        raise DiskNotNamed
-    return lambda: api.DomainDisk(domain, target, connect or api.DEFAULT_URI)
 
 
 def pace_options(function: Function[R]) -> Function[R]:
@@ -212,9 +154,9 @@ def live() -> None:
 
 
 @live.command(cls=PlanningCommand)
-@top_argument
-@base_option
-@disk_options
+@tops_to_find_argument
+@bases_option
+@disks_options
 @result_options
 @pace_options
 @gathered_live_options
@@ -223,9 +165,9 @@ def live() -> None:
 @json_option
 def plan(
     *,
-    top: str,
-    base: str | None,
-    disk: _Opener,
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    disks: DisksOfVm,
     options: LiveOptions,
     access: Access,
     verbose: bool,
@@ -233,18 +175,21 @@ def plan(
 ) -> ExitCode:
     """Show what a merge of TOP in the VM would do. Nothing is changed.
 
-    The exit status is 3 if the merge would be refused.
+    Several disks are named as for `live merge`. The exit status is 3 if the merge would be refused.
     """
-    with disk() as vm:
+    command, tables = same_with("chainmerge", "live", "merge"), PLANS_TO_SHOW[verbose]
+    if not isinstance(disks, OneDisk):
+        return show_plans(disks.plan(tops, bases, access, options), command, output, tables)
+    top, base = disks.images_to_merge(tops, bases)
+    with disks.open() as vm:
         decided = api.plan(vm, top, base, access, options)
-    command = same_with("chainmerge", "live", "merge")
-    return show_plan(decided, command, output, PLANS_TO_SHOW[verbose])
+    return show_plan(decided, command, output, tables)
 
 
 @live.command(cls=Command)
-@top_argument
-@base_option
-@disk_options
+@tops_to_find_argument
+@bases_option
+@disks_options
 @result_options
 @pace_options
 @gathered_live_options
@@ -253,29 +198,42 @@ def plan(
 @outcome_options
 def merge(
     *,
-    top: str,
-    base: str | None,
-    disk: _Opener,
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    disks: DisksOfVm,
     options: LiveOptions,
     access: Access,
     verbose: bool,
     output: Output,
-) -> None:
+) -> ExitCode:
     """Merge TOP, and all images between, into BASE while the VM runs; or the other way.
 
     Ends with status 0 only when the VM reports success, and what it does not write to was read
     back. The same command, or `live resume`, continues a merge that was interrupted or killed.
     Ctrl-C undoes the merge.
+
+    Several disks of the VM are merged as one operation: name the disk of each TOP in the same
+    order, or give --all-disks. All are planned before the VM is told anything, and the report says
+    what happened to each.
     """
+    if not isinstance(disks, OneDisk):
+        with stopped_by_signals() as should_stop, output.progress() as progress:
+            done = disks.merge(tops, bases, access, options, progress.update, should_stop)
+        output.last_event(
+            done, live_disks_details if verbose else live_disks_report, done.exit_code
+        )
+        return done.exit_code
+    top, base = disks.images_to_merge(tops, bases)
     with (
         stopped_by_signals() as should_stop,
         output.progress() as progress,
-        disk() as vm,
+        disks.open() as vm,
     ):
         report = api.merge(
             vm, top, base, access, options, on_progress=progress.update, should_stop=should_stop
         )
     output.last_event(report, live_merge_details if verbose else live_merge_report)
+    return ExitCode.DONE
 
 
 @live.command(cls=Command)
@@ -287,7 +245,7 @@ def merge(
 @outcome_options
 def resume(
     *,
-    disk: _Opener,
+    disk: OneDisk,
     options: LiveOptions,
     lock_command: str | None,
     verbose: bool,
@@ -300,7 +258,7 @@ def resume(
     with (
         stopped_by_signals() as should_stop,
         output.progress() as progress,
-        disk() as vm,
+        disk.open() as vm,
     ):
         report = api.resume(
             vm,
@@ -315,8 +273,57 @@ def resume(
 @live.command(cls=Command)
 @disk_options
 @json_option
-def status(*, disk: _Opener, output: Output) -> None:
+def status(*, disk: OneDisk, output: Output) -> None:
     """Show which merges of this disk are unfinished. Nothing is changed."""
-    with disk() as vm:
+    with disk.open() as vm:
         found = api.status(vm)
     output.document(found, live_status_report)
+
+
+@live.command(cls=Command)
+@click.argument("bitmaps", metavar="[BITMAP]...", nargs=-1)
+@vm_options
+@click.option(
+    "--cancel-job",
+    "jobs",
+    multiple=True,
+    metavar="ID",
+    help="Also cancel this job, such as a backup whose target is gone.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be done and change nothing.")
+@outcome_options
+def repair(
+    *,
+    bitmaps: tuple[str, ...],
+    vm: QmpAddress,
+    jobs: tuple[str, ...],
+    yes: bool,
+    dry_run: bool,
+    output: Output,
+) -> ExitCode:
+    """Remove what interrupted backups have left in a VM, as far as nobody uses it.
+
+    Jobs that have ended, exports without clients, inconsistent bitmaps, and bitmaps in memory that
+    record nothing. Shows them, and asks. Checkpoints always stay. BITMAP names one in memory that
+    records, and that no backup builds on. The exit status is 1 if something did not go.
+    """
+    if yes and dry_run:
+        raise click.UsageError("--yes and --dry-run contradict each other")
+    with vm.machine() as machine:
+        if not yes:
+            planned = api.plan_repair(machine, bitmaps, jobs)
+            if dry_run or not any(one.action for one in planned.leftovers):
+                output.document(planned, vm_repair_report)
+                return ExitCode.DONE
+            if not sys.stdin.isatty():
+                raise click.UsageError(
+                    "live repair asks first, and there is no terminal: add --yes"
+                )
+            show_before_asking(planned, vm_repair_report)
+            if not click.confirm("Remove them", err=True):
+                raise NotConfirmed(machine.name)
+        done = api.repair(machine, bitmaps, jobs)
+    status = ExitCode.FAILED if done.has_failed else ExitCode.DONE
+    output.document(done, vm_repair_report, status)
+    return status

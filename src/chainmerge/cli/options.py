@@ -69,7 +69,7 @@ def outcome_options(function: Function[R]) -> Function[R]:
     def command(*args: Any, output: Output, quiet: bool, **kwargs: Any) -> R:
         return function(*args, output=output.quieter() if quiet else output, **kwargs)
 
-    return _with(command, (_quiet_option, json_option))
+    return with_options(command, (_quiet_option, json_option))
 
 
 verbose_option: Final = click.option(
@@ -86,6 +86,7 @@ top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
 images_argument = click.argument("images", metavar="IMAGE...", type=IMAGE, nargs=-1, required=True)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
+tops_to_find_argument = click.argument("tops", metavar="[TOP]...", type=IMAGE, nargs=-1)
 bases_option = click.option(
     "--base",
     "bases",
@@ -101,7 +102,7 @@ base_option = click.option(
 )
 
 
-def _with(
+def with_options(
     command: Function[R], options: Iterable[Callable[[Function[R]], Function[R]]]
 ) -> Function[R]:
     """Add options to a command, so that its help shows them in their order."""
@@ -183,7 +184,7 @@ def access_options(function: Function[R]) -> Function[R]:
                 _activate_volumes(stack, access, kwargs)
             return function(*args, access=access, **kwargs)
 
-    return _with(command, _ACCESS_OPTIONS)
+    return with_options(command, _ACCESS_OPTIONS)
 
 
 def _activate_volumes(
@@ -207,7 +208,7 @@ def _activate_volumes(
 
 def named_places_options(function: Function[R]) -> Function[R]:
     """Add the options that say what of images may be followed to other directories, and how."""
-    return _with(function, _ACCESS_OPTIONS[:2])
+    return with_options(function, _ACCESS_OPTIONS[:2])
 
 
 _DEFAULTS: Final = MergeOptions()
@@ -332,4 +333,4 @@ def merge_options(function: Function[R]) -> Function[R]:
         chosen["key_files"] = dict(chosen["key_files"])
         return function(*args, options=MergeOptions(**chosen), **kwargs)
 
-    return _with(command, _MERGE_OPTIONS)
+    return with_options(command, _MERGE_OPTIONS)

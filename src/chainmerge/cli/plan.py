@@ -11,7 +11,7 @@ import click
 from msgspec import Struct
 
 from chainmerge import api
-from chainmerge.cli.cold import ColdMergeCommand, with_way_into_vm
+from chainmerge.cli.cold import ColdMergeCommand, all_with_way_into_vm, with_way_into_vm
 from chainmerge.cli.options import (
     access_options,
     bases_option,
@@ -85,7 +85,8 @@ def show_plan_of(
     """Show what a merge would do; the status says whether it would be refused."""
     command = same_with("chainmerge", "merge")
     if len(tops) > 1:
-        return show_plans(api.plan_disks(tops, bases, access, options), command, output, tables)
+        disks = api.plan_disks(tops, bases, access, options)
+        return show_plans(all_with_way_into_vm(disks), command, output, tables)
     if len(bases) > 1:
         raise DisksMismatched(len(tops), len(bases))
     decided = api.plan(tops[0], bases[0] if bases else None, access, options)

@@ -66,8 +66,12 @@ def _typed_again(context: click.Context, known: frozenset[str]) -> Iterator[str]
         if name in _ONLY_SHOWN:
             continue
         if isinstance(parameter, click.Argument):
-            value = values[name]
-            operands += [value] if isinstance(value, str) else list(value)
+            # Where none is needed and none is given, it is a mark of click's.
+            match values[name]:
+                case str() as one:
+                    operands.append(one)
+                case tuple() | list() as several:
+                    operands += several
             continue
         has_value = not (isinstance(parameter, click.Option) and parameter.is_flag)
         value = (next(given[name]) if name in given else values[name]) if has_value else None

@@ -43,6 +43,18 @@ class DiskError(Struct, frozen=True):
     hint: str
 
 
+class DiskLeftOut(Struct, frozen=True):
+    """A disk of a VM that is not merged with the others, although all were asked for.
+
+    Attributes:
+        disk: The disk, as the VM calls it.
+        reason: Why, in a few words.
+    """
+
+    disk: str
+    reason: str
+
+
 class DiskReport(Struct, frozen=True):
     """What became of one of several disks.
 
@@ -61,6 +73,13 @@ class DiskReport(Struct, frozen=True):
     report: MergeReport | None = None
     error: DiskError | None = None
 
+    @classmethod
+    def of_error(
+        cls, top: str, base: str, outcome: DiskOutcome, error: ChainmergeError
+    ) -> DiskReport:
+        """That of a disk whose merge has ended with an error."""
+        return cls(top, base, outcome, None, DiskError(error.code, error.sentence, error.advice))
+
     @property
     def is_done(self) -> bool:
         """Whether the disk is merged."""
@@ -73,10 +92,12 @@ class DisksReport(Struct, frozen=True):
     Attributes:
         version: Version of this document.
         disks: What became of each, in the order in which they were named.
+        left_out: The disks of the VM that were not merged, where all were asked for.
     """
 
     version: int
     disks: tuple[DiskReport, ...]
+    left_out: tuple[DiskLeftOut, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
@@ -104,6 +125,7 @@ class DisksPlan(Struct, frozen=True):
         shared_bytes: That of all disks together.
         freed_bytes: That of all disks together.
         feasible: Whether a merge of all of them would start.
+        left_out: The disks of the VM that would not be merged, where all were asked for.
     """
 
     version: int
@@ -112,6 +134,7 @@ class DisksPlan(Struct, frozen=True):
     shared_bytes: int = 0
     freed_bytes: int = 0
     feasible: bool = True
+    left_out: tuple[DiskLeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         """Have what is said of all disks follow from their plans, in whatever way this was made."""

@@ -103,3 +103,52 @@ class CancelReport(Struct, frozen=True):
     remains: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+class VmLeftover(Struct, frozen=True):
+    """Something in a running VM that a backup or another job has made.
+
+    Attributes:
+        kind: ``job``, ``export`` or ``bitmap``.
+        name: Its id or name; empty for a bitmap without one.
+        node: The node that it is on, None for a job.
+        image: The file of that node, None if that is none, or nobody knows.
+        state: How it is, in a few words.
+        action: What ``live repair`` does: ``dismiss``, ``cancel`` or ``remove``; None if it stays.
+        done: Whether that was done. False also with ``dry_run``.
+        reason: Why it goes, or stays, in a sentence.
+        advice: What to do about it if it stays; empty if nothing is to be done.
+    """
+
+    kind: str
+    name: str
+    node: str | None
+    image: str | None
+    state: str
+    action: str | None
+    reason: str
+    advice: str = ""
+    done: bool = False
+
+
+class VmRepairReport(Struct, frozen=True):
+    """What ``live repair`` found and did.
+
+    Attributes:
+        version: Version of this document.
+        vm: The VM, as messages call it.
+        dry_run: Whether nothing was changed.
+        leftovers: What was found: jobs, then exports, then bitmaps. Checkpoints are not listed.
+    """
+
+    version: int
+    vm: str
+    dry_run: bool
+    leftovers: tuple[VmLeftover, ...]
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something is still there that should have gone."""
+        return not self.dry_run and any(
+            one.action is not None and not one.done for one in self.leftovers
+        )

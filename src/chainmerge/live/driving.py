@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from chainmerge.errors import Refused
@@ -16,6 +17,7 @@ from chainmerge.live.qmp.pull_driver import PullDriver
 from chainmerge.live.reporting import LiveOutcome, report_merged
 from chainmerge.live.settling import settle_live_merge
 from chainmerge.merging.errors import MergeUnfinished
+from chainmerge.records.disks import forget_entry
 from chainmerge.records.live_journal import LiveState
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ def drive(
     driver = _kind_of(disk, journal)(
         disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
     )
-    return report_merged(driver, _carried_on(driver), planned)
+    report = report_merged(driver, _carried_on(driver), planned)
+    forget_entry(Path(journal.base.path))
+    return report
 
 
 def _kind_of(disk: LiveDisk, journal: LiveJournal) -> type[LiveDriver[Any]]:

@@ -181,7 +181,8 @@ class LiveJobRunning(UsedByOthers, Refused):
     hint: ClassVar[str] = (
         "let them end, or have whoever started them cancel them, then run the same command again; "
         "do not repair or remove anything in the meantime; `chainmerge live resume` continues a "
-        "job whose name begins with 'chainmerge-'"
+        "job whose name begins with 'chainmerge-', `chainmerge live repair` shows which jobs have "
+        "stopped at an error"
     )
     explanation: ClassVar[str] = (
         "Backups, mirrors, other merges and the like use images of this chain, and a merge would "
@@ -277,7 +278,7 @@ class LiveBitmapBusy(UsedByOthers, Refused):
     template: ClassVar[str] = "in {vm}, bitmaps of {image} are in use: {names}"
     hint: ClassVar[str] = (
         "wait for the backup to end, or cancel it with the tool that began it; do not remove the "
-        "bitmaps"
+        "bitmaps; `chainmerge live repair` shows what an interrupted backup has left"
     )
     explanation: ClassVar[str] = (
         "A bitmap that a backup job or an export uses cannot be changed until the job or the "
@@ -415,6 +416,70 @@ class LiveMergeDriven(UsedByOthers, Refused):
         "changed nothing."
     )
     base: str
+
+
+class LiveDisksMismatched(Misuse):
+    """Disks of a VM and the images to merge on them do not pair up."""
+
+    code: ClassVar[str] = "live-disks-mismatched"
+    template: ClassVar[str] = "the number of disks is {disks}, but the number of tops is {tops}"
+    hint: ClassVar[str] = (
+        "name the disk of each TOP, in the same order (--device, --node or --disk), or give "
+        "--all-disks, which finds the disks"
+    )
+    explanation: ClassVar[str] = (
+        "Several disks of a running VM are merged as one operation: on each disk, one image into "
+        "one below it. So there is one TOP for each disk that is named."
+    )
+    disks: int
+    tops: int
+
+
+class BaseWithoutTop(Misuse):
+    """All disks are to be merged, and bases are named without the images to merge into them."""
+
+    code: ClassVar[str] = "live-base-without-top"
+    template: ClassVar[str] = "--base is given for all disks, and no TOP"
+    hint: ClassVar[str] = "name a TOP of each disk, and --base once for each, in the same order"
+    explanation: ClassVar[str] = (
+        "With --all-disks and no TOP, the image that the guest writes to is merged into its "
+        "backing file on each disk. Another base is one of a certain disk, so the image to merge "
+        "into it is named as well."
+    )
+
+
+class NothingToMerge(Refused):
+    """All disks are to be merged, and none has anything to merge."""
+
+    code: ClassVar[str] = "live-nothing-to-merge"
+    template: ClassVar[str] = "no disk of {vm} has anything to merge: {reasons}"
+    hint: ClassVar[str] = (
+        "nothing is to be done if no snapshot was expected; `chainmerge info IMAGE` shows the "
+        "chain of an image"
+    )
+    explanation: ClassVar[str] = (
+        "--all-disks merges on each disk of the VM that has a chain, that is an image with a "
+        "backing file. Disks without a medium, disks that the guest only reads and images without "
+        "a backing file are left out, and none is left."
+    )
+    vm: str
+    reasons: str
+
+
+class NoSuchLeftover(Misuse):
+    """What was named to be removed from a VM is not there, or is not for removal."""
+
+    code: ClassVar[str] = "live-no-such-leftover"
+    template: ClassVar[str] = "{vm} has no {kind} {name!r} that could be removed"
+    hint: ClassVar[str] = "`chainmerge live repair` without a name lists what there is"
+    explanation: ClassVar[str] = (
+        "`live repair` removes bitmaps that are in memory alone, and with --cancel-job jobs of "
+        "others. It never removes a checkpoint (a bitmap that is persistent and consistent), a "
+        "bitmap that a job or an export uses, or a merge of chainmerge's. Nothing was changed."
+    )
+    vm: str
+    kind: str
+    name: str
 
 
 class LibvirtMissing(Misuse):

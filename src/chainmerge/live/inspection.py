@@ -252,7 +252,7 @@ def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]
 def copied_before_write(
     vm: InspectedVm, live: LiveTarget, merged: Sequence[BlockNode], images: Sequence[ImageInfo]
 ) -> Iterator[ChainmergeError]:
-    """Merged images with a filter that has bitmaps of its own on them.
+    """Merged images with bitmaps of a filter, or of whatever else, on them.
 
     QEMU (7.2 to 10.0) ends with a failed assertion when it closes such an image.
     """
@@ -264,6 +264,13 @@ def copied_before_write(
             reason = (
                 f"the filter {watching[0]} copies what is written to it, as backups do: merge when "
                 "the backup has ended"
+            )
+            yield LiveUnsuited(vm.name, str(image.path), reason)
+        elif node.nameless_bitmaps:
+            reason = (
+                f"it has {counted(node.nameless_bitmaps, 'bitmap')} without a name, as backups and "
+                "mirrors make, and QEMU would abort when it closes the image: merge when what "
+                "they belong to has ended (`chainmerge live repair` lists it)"
             )
             yield LiveUnsuited(vm.name, str(image.path), reason)
 

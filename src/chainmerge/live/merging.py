@@ -19,20 +19,21 @@ from chainmerge.live.driving import LiveDisk, drive
 from chainmerge.live.errors import NothingUnfinished
 from chainmerge.live.inspection import locate
 from chainmerge.live.merge_nodes import find_merge_nodes
-from chainmerge.live.planning import LivePlan, plan_live
+from chainmerge.live.planning import NO_CLAIMS, LivePlan, plan_live
 from chainmerge.live.preparing import left_behind, prepare_live_merge
 from chainmerge.live.reporting import report_done_before
 from chainmerge.live.sole_manager import sole_manager
 from chainmerge.merging.finished import finished_before
 from chainmerge.options import Access, LiveOptions
+from chainmerge.records.disks import forget_entry, load_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import LiveJournal, load_live_journal
-from chainmerge.records.merged_record import load_merged_record
+from chainmerge.records.merged_record import MergedRecord, load_merged_record
 from chainmerge.records.request import recorded, resume_command_of
 from chainmerge.storage.other_hosts import held_by_this_host, shared_volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from chainmerge.documents.merge import MergeReport
     from chainmerge.live.target import LiveTarget
@@ -95,16 +96,12 @@ def merge(
     access, options = access or Access(), options or LiveOptions()
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
-    record = load_merged_record(Path(top))
-    if (
-        record is not None
-        and (record.pulled is not None or not _reads(vm, Path(top)))
-        and finished_before(record, Path(top), _path(base), options.as_merge, active=record.base)
-    ):
-        return report_done_before(vm, record, caller)
-    unfinished = _journal_for(vm, Path(top), _path(base), options.direction)
-    if unfinished is not None:
-        return _carry_on(vm, unfinished, access, options, caller)
+    match earlier_run(vm, Path(top), _path(base), options):
+        case MergedRecord() as record:
+            forget_entry(Path(record.base))
+            return report_done_before(vm, record, caller)
+        case LiveJournal() as unfinished:
+            return _carry_on(vm, unfinished, access, options, caller)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
     with (
@@ -112,20 +109,40 @@ def merge(
         held_by_this_host(live.images_written(options), access),
     ):
         with advice_for_running_vm():
-            decided = _decided(vm, live, options)
+            decided = decided_merge(vm, live, options)
         request = recorded([top], [base or live.target.base.path], access, options, vm.address)
         journal = prepare_live_merge(live, decided, request, options, caller)
         return drive(vm, journal, options, caller, decided.plan)
 
 
-def _decided(vm: LiveDisk, live: LiveTarget, options: LiveOptions) -> LivePlan:
-    """The plan of a merge that can begin.
+def earlier_run(
+    vm: LiveDisk, top: Path, base: Path | None, options: LiveOptions
+) -> MergedRecord | LiveJournal | None:
+    """What an earlier run of this merge has left: that it is done, or how far it came.
+
+    Raises LeftoverUnclear, LiveJournalDamaged.
+    """
+    # Which is removed last of all: what is deleted may be half done by then.
+    journal = journal_for(vm, top, base, options.direction)
+    if journal is not None:
+        return journal
+    record = load_merged_record(top)
+    if record is None or (record.pulled is None and reads_image(vm, top)):
+        return None
+    is_done = finished_before(record, top, base, options.as_merge, active=record.base)
+    return record if is_done else None
+
+
+def decided_merge(
+    vm: LiveDisk, live: LiveTarget, options: LiveOptions, claims: Mapping[str, int] = NO_CLAIMS
+) -> LivePlan:
+    """The plan of a merge that can begin; *claims* as in :func:`plan_live`.
 
     Raises what speaks against it.
     """
     for obstacle in left_behind(live, options):
         raise obstacle
-    decided = plan_live(vm, live, options)
+    decided = plan_live(vm, live, options, claims)
     for refusal in decided.refusals:
         raise refusal
     return decided
@@ -149,7 +166,7 @@ def resume(
     """
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))
-    for journal in _journals(vm):
+    for journal in unfinished_in(vm):
         access = Access(lock_command=lock_command)
         return _carry_on(vm, journal, access, options or LiveOptions(), caller)
     raise NothingUnfinished(vm.name)
@@ -169,8 +186,8 @@ def status(vm: LiveDisk) -> LiveStatusReport:
     return LiveStatusReport(
         version=REPORT_VERSION,
         vm=vm.name,
-        chain=tuple(str(path) for path in _paths(vm)),
-        merges=tuple(_status_of(vm, journal) for journal in _journals(vm)),
+        chain=tuple(str(path) for path in paths_of_chain(vm)),
+        merges=tuple(_status_of(vm, journal) for journal in unfinished_in(vm)),
     )
 
 
@@ -189,8 +206,15 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
         guest_waits=journal.guest_to_resume
         or (journal.is_active and job is not None and job.phase == "held"),
         error=None if job is None else job.error,
-        command=resume_command_of(journal.known_request, vm.address),
+        command=_command_of(vm, journal),
     )
+
+
+def _command_of(vm: LiveDisk, journal: LiveJournal) -> str:
+    """What carries on a merge; with those of other disks that it was begun with."""
+    entry = load_entry(Path(journal.base.path))
+    of_all = None if entry is None else entry.live_command
+    return of_all or resume_command_of(journal.known_request, vm.address)
 
 
 def _caller(
@@ -203,7 +227,7 @@ def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _paths(vm: LiveDisk) -> Iterator[Path]:
+def paths_of_chain(vm: LiveDisk) -> Iterator[Path]:
     """The files of the disk's chain, the active one first."""
     layout = vm.layout()
     for node in layout.chain():
@@ -212,22 +236,24 @@ def _paths(vm: LiveDisk) -> Iterator[Path]:
             yield path
 
 
-def _reads(vm: LiveDisk, image: Path) -> bool:
+def reads_image(vm: LiveDisk, image: Path) -> bool:
     """Whether the disk reads an image, by whatever name."""
-    return any(path.exists() and image.exists() and path.samefile(image) for path in _paths(vm))
+    return any(
+        path.exists() and image.exists() and path.samefile(image) for path in paths_of_chain(vm)
+    )
 
 
-def _journals(vm: LiveDisk) -> Iterator[LiveJournal]:
+def unfinished_in(vm: LiveDisk) -> Iterator[LiveJournal]:
     """The journals beside images of this disk that belong to them."""
-    for path in _paths(vm):
+    for path in paths_of_chain(vm):
         journal = load_live_journal(path)
         if journal is not None and find_merge_nodes(vm.layout(), journal) is not None:
             yield journal
 
 
-def _journal_for(vm: LiveDisk, top: Path, base: Path | None, direction: str) -> LiveJournal | None:
+def journal_for(vm: LiveDisk, top: Path, base: Path | None, direction: str) -> LiveJournal | None:
     """The journal of the merge that is asked for, if it was begun before."""
-    for journal in _journals(vm):
+    for journal in unfinished_in(vm):
         if journal.top.path != str(top.resolve()) or journal.direction != direction:
             continue
         if base is None or journal.base.path == str(base.resolve()):

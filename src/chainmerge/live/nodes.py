@@ -89,6 +89,7 @@ class BlockNode(Struct, frozen=True):
         file: The name of the node that holds its data.
         users: Who uses it.
         bitmaps: Its named bitmaps.
+        nameless_bitmaps: How many others it has, which belong to jobs and filters.
     """
 
     name: str
@@ -100,6 +101,7 @@ class BlockNode(Struct, frozen=True):
     file: str | None
     users: tuple[NodeUser, ...]
     bitmaps: tuple[NodeBitmap, ...]
+    nameless_bitmaps: int = 0
 
     @property
     def is_filter(self) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from chainmerge.live.port import InspectedVm
     from chainmerge.live.target import LiveTarget
 
+NO_CLAIMS: Final[Mapping[str, int]] = MappingProxyType({})
 _REASON: Final = "the VM has the images open: its own QEMU copies"
 # The guest may have its QEMU write the tables that are being read.
 _ATTEMPTS: Final = 5
@@ -72,15 +74,26 @@ class LivePlan(Struct, frozen=True):
         plan: The plan for people and programs.
         refusals: Why it will not, the most fundamental first.
         journal: What there is to do in the VM.
+        claim: Bytes that it takes at most, by the pool that they come from.
     """
 
     plan: MergePlan
     refusals: tuple[ChainmergeError, ...]
     journal: LiveJournal
+    claim: Mapping[str, int]
 
 
-def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
+def plan_live(
+    vm: InspectedVm, live: LiveTarget, options: LiveOptions, claims: Mapping[str, int] = NO_CLAIMS
+) -> LivePlan:
     """Look at the images and decide on everything that the merge will do.
+
+    Args:
+        vm: the disk of the VM.
+        live: the images.
+        options: how to merge.
+        claims: bytes that merges take that are done together with this one, by the pool that they
+            come from.
 
     Raises:
         LiveJobRunning: images are being changed by somebody's job.
@@ -90,18 +103,20 @@ def plan_live(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePl
     vm.let_others_in()
     for _ in range(_ATTEMPTS - 1):
         try:
-            return _plan(vm, live, options)
+            return _plan(vm, live, options, claims)
         except FormatError:
             continue
-    return _plan(vm, live, options)
+    return _plan(vm, live, options, claims)
 
 
-def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
+def _plan(
+    vm: InspectedVm, live: LiveTarget, options: LiveOptions, claims: Mapping[str, int]
+) -> LivePlan:
     asked = options.as_merge
     others = others_beside(vm, live, options)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
-    require_format_to_write(target, Direction.COMMIT)
+    require_format_to_write(target, Direction(options.direction))
     with open_chain(target.chain) as opened:
         require_readable(target, opened)
         volumes = measure_guest_bytes(target, opened)
@@ -121,7 +136,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         pull_bytes=volumes.pull,
         undefined_bytes=volumes.undefined,
         merged=None,
-        volume=volume_at(result.real_path, asked).facts(),
+        volume=volume_at(result.real_path, asked).facts().beside(claims),
         engine=EngineName.QEMU,
         engine_reason=_REASON,
         direction=Direction(options.direction),
@@ -140,7 +155,8 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
     else:
         journal = _journal(vm, live, way.decisions, options, plan)
     journal = msgspec.structs.replace(journal, leaked_before=to_note(way.survey.leaks.kept))
-    return LivePlan(plan, find_refusals(facts, asked), journal)
+    claim = facts.volume.claim(plan.space.required, plan.space.allocates)
+    return LivePlan(plan, find_refusals(facts, asked), journal, claim)
 
 
 class _Way(Struct, frozen=True):

@@ -148,6 +148,18 @@ class DiskLimits(Struct, frozen=True):
     group: str | None = None
 
 
+class GuestDisk(Struct, frozen=True):
+    """A disk that the guest has.
+
+    Attributes:
+        name: As the options of ``chainmerge live`` call it.
+        unsuited: Why nothing can be merged on it, in a few words; None if nothing is known.
+    """
+
+    name: str
+    unsuited: str | None = None
+
+
 class InspectedVm(Protocol):
     """What planning asks of one disk of a running VM."""
 

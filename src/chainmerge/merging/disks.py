@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -25,7 +24,7 @@ from chainmerge.chain.discovery import discover
 from chainmerge.chain.model import ChainPolicy
 from chainmerge.chain.surroundings import Look
 from chainmerge.chain.target import find_target
-from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport, DisksPlan, DisksReport
+from chainmerge.documents.disks import DiskOutcome, DiskReport, DisksPlan, DisksReport
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.progress import never, unheard
 from chainmerge.documents.versions import REPORT_VERSION
@@ -38,7 +37,7 @@ from chainmerge.merging.preparing import Prepared, prepare, require_no_others
 from chainmerge.merging.rates import RatesFilled
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import beside_others, plan_beside
-from chainmerge.records.disks import DiskEntry, forget_entry, keep_entry, load_entry
+from chainmerge.records.disks import DiskEntry, forget_entry, keep_entries, load_entry, note_done
 from chainmerge.records.identity import identify
 from chainmerge.records.merged_record import load_merged_record
 from chainmerge.records.request import command_of, recorded
@@ -130,7 +129,7 @@ def merge_disks(
         prepared = prepare(stack, requests)
         warnings = require_no_others(prepared)
         entries = _entries(disks, prepared, access, options)
-        _keep(prepared, entries)
+        keep_entries([one.base for one in prepared], entries)
         outcomes = tuple(
             _with_warnings(outcome, more)
             for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
@@ -257,17 +256,6 @@ def _entries(
     ]
 
 
-def _keep(prepared: Sequence[Prepared], entries: Sequence[DiskEntry]) -> None:
-    """Have all entries durable, or none."""
-    try:
-        for one, entry in zip(prepared, entries, strict=True):
-            keep_entry(one.base, entry)
-    except ChainmergeError:
-        for one in prepared:
-            forget_entry(one.base)
-        raise
-
-
 def _carry_out(
     disks: Sequence[_Disk], prepared: Sequence[Prepared], entries: Sequence[DiskEntry]
 ) -> Iterator[DiskReport]:
@@ -281,13 +269,13 @@ def _carry_out(
         try:
             with system_errors_as_ours():
                 report = one.carry_out()
-            _note_done(one.base, entry)
+            note_done(one.base, entry)
         except Interrupted as error:
             stopped = True
-            yield _failed(top, base, DiskOutcome.INTERRUPTED, error)
+            yield DiskReport.of_error(top, base, DiskOutcome.INTERRUPTED, error)
         except ChainmergeError as error:
             outcome = DiskOutcome.of(error)
-            yield _failed(top, base, outcome, error)
+            yield DiskReport.of_error(top, base, outcome, error)
         else:
             yield DiskReport(top, base, DiskOutcome(report.outcome), report)
 
@@ -297,14 +285,3 @@ def _with_warnings(outcome: DiskReport, more: Sequence[str]) -> DiskReport:
         return outcome
     warnings = (*outcome.report.warnings, *more)
     return replace(outcome, report=replace(outcome.report, warnings=warnings))
-
-
-def _failed(top: str, base: str, outcome: DiskOutcome, error: ChainmergeError) -> DiskReport:
-    why = DiskError(error.code, error.sentence, error.advice)
-    return DiskReport(top, base, outcome, None, why)
-
-
-def _note_done(base: Path, entry: DiskEntry) -> None:
-    # If it cannot be noted, a rerun finds out.
-    with contextlib.suppress(ChainmergeError):
-        keep_entry(base, msgspec.structs.replace(entry, done=True))

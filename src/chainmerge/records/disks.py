@@ -24,10 +24,10 @@ from chainmerge.records.files import (
     write_state,
 )
 from chainmerge.records.identity import BlockDevices, ImageIdentity
-from chainmerge.records.request import RecordedRequest, command_of
+from chainmerge.records.request import RecordedRequest, command_of, live_command_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 # Tops are called as they were named.
@@ -51,10 +51,20 @@ class DiskEntry(msgspec.Struct, frozen=True):
 
     @property
     def finishing_command(self) -> str | None:
-        """What does the merges of all disks, as far as they are not done."""
+        """What does the merges of all disks, closed, as far as they are not done."""
         if self.request is None:
             return self.command or None
         return command_of(self.request)
+
+    @property
+    def live_request(self) -> RecordedRequest | None:
+        """What was asked for of all disks of a running VM; None if they are closed images."""
+        return self.request if self.request is not None and self.request.is_live else None
+
+    @property
+    def live_command(self) -> str | None:
+        """What does them in the running VM; None if they were not begun in one."""
+        return None if self.live_request is None else live_command_of(self.live_request)
 
 
 def keep_entry(base: Path, entry: DiskEntry) -> None:
@@ -63,6 +73,26 @@ def keep_entry(base: Path, entry: DiskEntry) -> None:
     Raises chainmerge.errors.Failed where the file system has no room, StateDirectoryUnusable.
     """
     write_state(DISK_ENTRY.place(base), entry)
+
+
+def keep_entries(bases: Sequence[Path], entries: Sequence[DiskEntry]) -> None:
+    """Have the entries of all disks durable, or none.
+
+    Raises what :func:`keep_entry` raises.
+    """
+    try:
+        for base, entry in zip(bases, entries, strict=True):
+            keep_entry(base, entry)
+    except ChainmergeError:
+        for base in bases:
+            forget_entry(base)
+        raise
+
+
+def note_done(base: Path, entry: DiskEntry) -> None:
+    """Note that a disk is merged. If that cannot be noted, a rerun finds out."""
+    with contextlib.suppress(ChainmergeError):
+        keep_entry(base, msgspec.structs.replace(entry, done=True))
 
 
 def read_entry(file: Path, devices: BlockDevices) -> DiskEntry | None:

@@ -173,6 +173,19 @@ def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> 
     return shell_line(["chainmerge", "live", "resume", *place, *pace])
 
 
+def live_command_of(request: RecordedRequest) -> str | None:
+    """What asks for the same merge of all its disks in the VM, as one types it into a shell.
+
+    None if the record has what is not known here.
+    """
+    access, options = access_of(request), _filled_in(LiveOptions, request.options)
+    if access is None or options is None:
+        return None
+    place = _lasting_address(request.address)
+    words = ["live", "merge", *place, *_words(options), *_words(access), *_images(request)]
+    return shell_line(["chainmerge", *words])
+
+
 def shell_line(words: Iterable[str]) -> str:
     """Words as one types them into a shell, whatever is in them."""
     return " ".join(_quoted(word) for word in words)
@@ -217,6 +230,16 @@ def _lasting_name_of(node: str, device: int) -> str:
             except OSError:
                 continue
     return node
+
+
+def joint_address(addresses: Iterable[Sequence[str]]) -> list[str]:
+    """The options that lead to several disks of a VM, in their order.
+
+    Args:
+        addresses: the options that lead to each; what leads to the VM is the same in all.
+    """
+    pairs = (pair for one in addresses for pair in zip(one[::2], one[1::2], strict=True))
+    return [word for pair in dict.fromkeys(pairs) for word in pair]
 
 
 def _lasting_address(address: Sequence[str]) -> Iterator[str]:

@@ -296,6 +296,8 @@ def _files(directory: Path, named: Sequence[Path]) -> list[Path]:
 def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerge:
     """One merge of which two files tell; *first* has the say."""
     holds = first.base_holds_data
+    # Then both warn of the command that is for the other case, and one of them is for all disks.
+    is_live = bool(second.disks and second.warnings)
     return replace(
         first,
         top=first.top or second.top,
@@ -305,7 +307,7 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
         command=second.command if second.disks else first.command or second.command,
         disks=first.disks or second.disks,
         files=(*first.files, *second.files),
-        warnings=(*first.warnings, *second.warnings),
+        warnings=second.warnings if is_live else (*first.warnings, *second.warnings),
         noted_at=max(first.noted_at or 0, second.noted_at or 0) or None,
         process=first.process or second.process,
     )
@@ -484,11 +486,10 @@ def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
     where = _where_is(journal.base, journal.request)
     there = where is not None
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
-    resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
-    command, warnings = cold, (f"if the VM still runs, continue with `{resume}`",)
-    if there and _is_locked(Path(base)):
-        command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
+    resume = resume_command_of(journal.known_request)
+    in_use = there and _is_locked(Path(base))
+    command, warning = _cold_or_live(cold, resume, in_use=in_use)
     holds, progress = journal.took_effect if there else None, _LIVE_PROGRESS[journal.state]
     told = _told_by(
         file,
@@ -501,7 +502,14 @@ def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
         ways=of_live_journal(journal, where),
         by=_doer_of(journal.request),
     )
-    return replace(told, warnings=warnings)
+    return replace(told, warnings=(warning,))
+
+
+def _cold_or_live(cold: str | None, live: str, *, in_use: bool) -> tuple[str | None, str]:
+    """Which command finishes a merge in a VM, and when the other one does, in a sentence."""
+    if in_use:
+        return live, f"if the VM does not run, finish with `{cold}`"
+    return cold, f"if the VM still runs, continue with `{live}`"
 
 
 def _of_live_pull(file: Path, journal: LiveJournal) -> UnfinishedMerge:
@@ -597,9 +605,14 @@ def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
         return None
     progress = f"it is one of {len(entry.disks)} disks merged together, and is not finished"
     ways, by = of_disk(entry), _doer_of(entry.request)
-    command = entry.finishing_command
+    command, in_vm = entry.finishing_command, entry.live_command
+    warnings: tuple[str, ...] = ()
+    if in_vm is not None:
+        in_use = _is_locked(Path(entry.base))
+        command, warning = _cold_or_live(command, in_vm, in_use=in_use)
+        warnings = (warning,)
     told = _told_by(file, entry.base, entry.top, progress, command, ways=ways, by=by)
-    return replace(told, disks=tuple(entry.disks))
+    return replace(told, disks=tuple(entry.disks), warnings=warnings)
 
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:

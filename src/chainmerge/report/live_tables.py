@@ -13,6 +13,7 @@ from chainmerge.report.text import human_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.documents.repair import VmLeftover, VmRepairReport
     from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 
 
@@ -53,3 +54,46 @@ def _job(merge: LiveMergeStatus) -> str:
         return "there is none"
     copied = f"{human_size(merge.bytes_done)} of {human_size(merge.bytes_total)}"
     return f"{merge.job}, {copied} copied"
+
+
+def vm_repair_report(report: VmRepairReport) -> Block:
+    """What jobs have left in a VM: what goes, or is gone, and what stays for which reason."""
+    if not report.leftovers:
+        return words(f"{report.vm}: no backup or other job has left anything", layout.GOOD)
+    verb = "to remove" if report.dry_run else "removed"
+    going = [one for one in report.leftovers if one.action is not None]
+    return stack(
+        words(f"Left by backups and other jobs in {report.vm}", layout.TITLE),
+        layout.indented(
+            layout.listing(
+                ("what", "name", "on", "state", "verdict"),
+                (_leftover_row(one, verb) for one in report.leftovers),
+            )
+        ),
+        *(part for one in report.leftovers for part in _why_it_stays(one)),
+        *(() if going else (words("Nothing can be removed here.", layout.CAUTION),)),
+    )
+
+
+def _leftover_row(one: VmLeftover, verb: str) -> tuple[Words, ...]:
+    if one.action is None:
+        verdict = words("stays", layout.CAUTION)
+    elif one.done or verb == "to remove":
+        verdict = words(verb, layout.GOOD)
+    else:
+        verdict = words("NOT removed", layout.BAD)
+    return (
+        words(one.kind),
+        words(one.name or "(none)"),
+        words(one.image or one.node or ""),
+        words(one.state),
+        verdict,
+    )
+
+
+def _why_it_stays(one: VmLeftover) -> Iterator[Words]:
+    if one.done:
+        return
+    advice = f": {one.advice}" if one.advice else ""
+    called = f"{one.kind} {one.name}" if one.name else f"{one.kind} of {one.image or one.node}"
+    yield words(f"{called}: {one.reason}{advice}", layout.QUIET)

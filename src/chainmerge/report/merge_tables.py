@@ -11,11 +11,18 @@ from chainmerge.documents.merge import MergeOutcome, MergeReport
 from chainmerge.documents.plan import MUST_NOT_BE_USED, MergePlan, Role
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Stack, Words, stack, words
-from chainmerge.report.names import ImageNames, listed, names_in, names_of_plan, users_line
+from chainmerge.report.names import (
+    ImageNames,
+    disks_left_out,
+    listed,
+    names_in,
+    names_of_plan,
+    users_line,
+)
 from chainmerge.report.text import rough_size, short_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from chainmerge.documents.bitmaps import BitmapResult
     from chainmerge.documents.disks import DiskReport, DisksReport
@@ -46,6 +53,16 @@ def live_merge_details(report: MergeReport) -> Block:
 
 def disks_report(report: DisksReport) -> Block:
     """What happened to each of several disks, in one table; what is to be done, below."""
+    merged = [disk.report for disk in report.disks if disk.report is not None]
+    return stack(*_disks_lines(report), *_new_leaves(merged), *_the_rest(report))
+
+
+def live_disks_report(report: DisksReport) -> Block:
+    """The same of disks of a running VM, which reads base by now, if it read top before."""
+    return stack(*_disks_lines(report), *_the_rest(report))
+
+
+def _disks_lines(report: DisksReport) -> Iterator[Block]:
     names = names_in([path for disk in report.disks for path in (_top_of(disk), disk.base)])
     done = sum(disk.is_done for disk in report.disks)
     table = layout.listing(
@@ -54,29 +71,36 @@ def disks_report(report: DisksReport) -> Block:
         right=("copied", "frees"),
     )
     summary = f"{done} of {counted(len(report.disks), 'disk')} merged{names.place}"
-    parts: list[Block] = [
-        words(summary, layout.GOOD if done == len(report.disks) else layout.BAD),
-        layout.indented(table),
-    ]
+    yield words(summary, layout.GOOD if done == len(report.disks) else layout.BAD)
+    yield layout.indented(table)
+    yield from disks_left_out(report.left_out)
     merged = [disk.report for disk in report.disks if disk.report is not None]
-    parts += _left_behind(merged, names)
+    yield from _left_behind(merged, names)
     for disk in report.disks:
-        parts += _why_not_done(disk, names)
+        yield from _why_not_done(disk, names)
     for one in merged:
-        parts += _warnings(one, names)
-    parts += _new_leaves(merged)
-    if done < len(report.disks):
-        parts.append(words("The same command does the rest."))
-    return stack(*parts)
+        yield from _warnings(one, names)
+
+
+def _the_rest(report: DisksReport) -> Iterator[Block]:
+    if not all(disk.is_done for disk in report.disks):
+        yield words("The same command does the rest.")
 
 
 def disks_details(report: DisksReport) -> Block:
     """The same as :func:`disks_report`, and everything else that was found of each disk."""
-    parts: list[Block] = [disks_report(report)]
+    return stack(disks_report(report), *_each_disk(report, merge_details))
+
+
+def live_disks_details(report: DisksReport) -> Block:
+    """The same as :func:`live_disks_report`, and everything else that was found of each disk."""
+    return stack(live_disks_report(report), *_each_disk(report, live_merge_details))
+
+
+def _each_disk(report: DisksReport, details: Callable[[MergeReport], Block]) -> Iterator[Block]:
     for disk in report.disks:
         if disk.report is not None:
-            parts += [words(""), words(disk.top, layout.TITLE), merge_details(disk.report)]
-    return stack(*parts)
+            yield from (words(""), words(disk.top, layout.TITLE), details(disk.report))
 
 
 def _disklisted(disk: DiskReport, names: ImageNames) -> tuple[Words, ...]:

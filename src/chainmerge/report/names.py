@@ -10,11 +10,13 @@ from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.images import LEVELS
+from chainmerge.report import layout
 from chainmerge.report.layout import Words, words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from chainmerge.documents.disks import DiskLeftOut
     from chainmerge.documents.images import Searched
     from chainmerge.documents.plan import MergePlan
 
@@ -116,3 +118,9 @@ def _places(searched: Searched, home: str) -> Iterator[str]:
     yield from (f"all below {called(place)}" for place in searched.named)
     yield from (called(place) for place in searched.directories if place not in deeper)
     yield from (f"{LEVELS} levels below {called(place)}" for place in searched.around)
+
+
+def disks_left_out(left_out: Sequence[DiskLeftOut]) -> Iterator[Words]:
+    """The disks of a VM that have nothing to merge, with the reasons."""
+    for disk in left_out:
+        yield words(f"Left out: {disk.disk}: {disk.reason}", layout.QUIET)

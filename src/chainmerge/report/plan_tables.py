@@ -22,6 +22,7 @@ from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, joined, stack, words
 from chainmerge.report.names import (
     ImageNames,
+    disks_left_out,
     listed,
     names_in,
     names_of_plan,
@@ -293,6 +294,7 @@ def disks_answer(plan: DisksPlan, names: ImageNames, command: str) -> Iterator[B
     others = {users_found(disk, names): None for disk in plan.disks}
     others = {one: None for one in others if one != "none found"} or {"none found": None}
     yield words(f"Other users: {', '.join(others)}; {'; '.join(searched)}")
+    yield from disks_left_out(plan.left_out)
     if plan.feasible:
         yield from _command(Progress.NEW, command)
         return

@@ -29,7 +29,7 @@ from chainmerge.documents.images import BackingReport, ChainReport, CheckResult,
 from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
-from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport
+from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport, VmRepairReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
 from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
 from chainmerge.report.json import ErrorReport
@@ -60,6 +60,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"cancel-{REPORT_VERSION}": CancelReport,
         f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
+        f"live-repair-{REPORT_VERSION}": VmRepairReport,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )

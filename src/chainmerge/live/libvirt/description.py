@@ -80,6 +80,13 @@ def disks_of(domain: str) -> dict[str, list[DiskLayer]]:
     return {target: list(_descend(disk, target)) for target, disk in targets}
 
 
+def read_only_targets(domain: str) -> frozenset[str]:
+    """The targets of the disks that the guest can only read, such as CD-ROMs."""
+    disks = ET.fromstring(domain).findall("./devices/disk")  # noqa: S314  # libvirt's own
+    only_read = (disk for disk in disks if disk.find("readonly") is not None)
+    return frozenset(_attribute(disk, "target", "dev") or "?" for disk in only_read)
+
+
 def described_targets(disks: Mapping[str, Sequence[DiskLayer]]) -> str:
     """The disks with their active images, for a sentence."""
     known = (

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from chainmerge.live.nodes import BlockGraph, BlockNode, NodeBitmap, NodeUser, UserKind
+from chainmerge.live.port import GuestDisk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ def block_node(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -
         file=children.get("file"),
         users=tuple(edges.users[name]),
         bitmaps=tuple(_bitmaps_of(info)),
+        nameless_bitmaps=sum(not one.get("name") for one in info.get("dirty-bitmaps", ())),
     )
 
 
@@ -98,6 +100,23 @@ def described_disks(disks: Sequence[dict[str, Any]], nodes: Mapping[str, BlockNo
         if "inserted" in disk and any(_names_of(disk))
     ]
     return ", ".join(f"{name} ({image})" for name, image in sorted(known)) or "none"
+
+
+def guest_disks(disks: Sequence[dict[str, Any]]) -> Iterator[GuestDisk]:
+    """The guest's disks, as ``query-block`` says, each by the name that people gave it."""
+    for disk in disks:
+        names = list(_names_of(disk))
+        if not names:
+            continue
+        # What QEMU has made up is a path.
+        given = [name for name in names if not name.startswith("/")]
+        yield GuestDisk((given or names)[-1], _unsuited(disk.get("inserted")))
+
+
+def _unsuited(inserted: dict[str, Any] | None) -> str | None:
+    if inserted is None:
+        return "it has no medium"
+    return "it is read-only" if inserted["ro"] else None
 
 
 def described_nodes(nodes: Mapping[str, BlockNode]) -> str:

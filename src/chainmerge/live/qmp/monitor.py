@@ -23,7 +23,7 @@ _ANSWER_SECONDS: Final = 120.0
 
 
 class Monitor:
-    """The QMP socket of a VM; a context manager.
+    """The QMP socket of a VM, at ``path``; a context manager. Messages call the VM ``name``.
 
     QEMU serves one client of a monitor at a time, and managers such as Proxmox VE have no other.
     So the connection is given up where others are let in, and taken up again by the next command.
@@ -41,7 +41,7 @@ class Monitor:
             VmUnreachable: nobody answers there, or somebody else is connected.
         """
         self.name = f"the VM at {path}"
-        self._path = path
+        self.path = path
         self._hold_seconds = hold_seconds
         self._listener: int | None = None
         self._process: int | None = None
@@ -54,7 +54,7 @@ class Monitor:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(socket.socket(socket.AF_UNIX))
             try:
-                _connect(connection, self._path)
+                _connect(connection, self.path)
             except OSError as error:
                 raise VmUnreachable(self.name, error.strerror or str(error)) from error
             except ValueError as error:

@@ -75,11 +75,11 @@ class QmpVm:
     Its methods are those of :class:`chainmerge.live.port.LiveVm`, and are described there.
 
     Args:
-        socket: path of the socket.
+        socket: path of the socket, or the connection to it that several disks of the VM share.
         device: the id of the guest's device, or of its drive.
         node: the node name of the disk's active image; instead of *device*.
         monitor_hold: seconds that the socket is kept from others at a time while there is nothing
-            to do but to wait.
+            to do but to wait; a connection that is shared has that already.
 
     Raises:
         VmUnreachable: there is no VM at the socket, or somebody else is connected.
@@ -91,16 +91,15 @@ class QmpVm:
 
     def __init__(
         self,
-        socket: str,
+        socket: str | Monitor,
         *,
         device: str | None = None,
         node: str | None = None,
         monitor_hold: float = DEFAULT_HOLD_SECONDS,
     ) -> None:
-        self._monitor = Monitor(socket, monitor_hold)
+        self._monitor = socket if isinstance(socket, Monitor) else Monitor(socket, monitor_hold)
         self._device = device
         self._node = node
-        self._socket = socket
         self._chain: tuple[str, ...] = ()
         try:
             self._own_cwd = self._monitor.working_directory
@@ -114,7 +113,10 @@ class QmpVm:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Disconnect; the VM goes on with whatever it does."""
+        """Disconnect; the VM goes on with whatever it does.
+
+        A connection that is shared is made again by whoever asks next.
+        """
         self._monitor.close()
 
     @property
@@ -124,7 +126,7 @@ class QmpVm:
     @property
     def address(self) -> tuple[str, ...]:
         disk = ("--device", self._device) if self._device is not None else ("--node", self._node)
-        return ("--qmp", self._socket, *(str(part) for part in disk))
+        return ("--qmp", self._monitor.path, *(str(part) for part in disk))
 
     @property
     def process(self) -> int | None:
