@@ -112,6 +112,9 @@ class CommitOrder(Struct, frozen=True):
         base: The node that is merged into.
         backing_name: What the header of the image above top is to say of its new backing file;
             None where top is the active image.
+        base_format: What base is read as.
+        base_driver: QEMU's name of its node's driver: another one where a raw image is read
+            without a node of that format.
     """
 
     job: str
@@ -119,6 +122,8 @@ class CommitOrder(Struct, frozen=True):
     top: str
     base: str
     backing_name: str | None
+    base_format: str
+    base_driver: str
 
 
 class DiskLimits(Struct, frozen=True):

@@ -98,6 +98,8 @@ class MonitorDriver(LiveDriver[LiveVm]):
             top=nodes.overlays[-1].name,
             base=nodes.base.name,
             backing_name=self.journal.backing_name,
+            base_format=nodes.base.format,
+            base_driver=nodes.base.driver,
         )
         try:
             self.disk.change_bitmaps(disable_actions(self.journal, nodes.base))

@@ -32,6 +32,7 @@ from chainmerge.live.qmp.block_graph import (
     root_above,
 )
 from chainmerge.live.qmp.monitor import Monitor
+from chainmerge.live.qmp.qmp_schema import takes_argument
 from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ _SLOWEST: Final = 1
 DEFAULT_HOLD_SECONDS: Final = 1.0
 _PROBE: Final = "chainmerge-probe"
 """The node by which it is found out whether QEMU can write to a file."""
+_COMMIT: Final = "block-commit"
+_MASK_PROTOCOL: Final = "backing-mask-protocol"
 _AUTOMATIC: Final = "#"
 """What node names begin with that QEMU made up."""
 
@@ -261,7 +264,14 @@ class QmpVm:
         }
         if order.backing_name is not None:
             arguments["backing-file"] = order.backing_name
-        self._monitor.execute("block-commit", arguments)
+            # Otherwise QEMU would declare the name of a protocol as base's format.
+            if order.base_format != order.base_driver and self._offers(_COMMIT, _MASK_PROTOCOL):
+                arguments[_MASK_PROTOCOL] = True
+        self._monitor.execute(_COMMIT, arguments)
+
+    def _offers(self, command: str, argument: str) -> bool:
+        """Whether this QEMU's command takes an argument."""
+        return takes_argument(self._monitor.execute("query-qmp-schema"), command, argument)
 
     def job(self, job: str) -> JobState | None:
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
