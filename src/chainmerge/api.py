@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         bitmaps_remove_all,
     )
     from chainmerge.bitmaps.listing import bitmaps_list, bitmaps_list_disks
-    from chainmerge.bitmaps.pruning import prune
+    from chainmerge.bitmaps.pruning import prune, prune_disks, prune_whole_disks
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
@@ -71,6 +71,8 @@ __all__ = [
     "plan_flatten_disks",
     "plan_repair",
     "prune",
+    "prune_disks",
+    "prune_whole_disks",
     "relink",
     "repair",
     "status",
@@ -105,6 +107,8 @@ _MODULES: Final = MappingProxyType(
         "plan_flatten_disks": "chainmerge.merging.flattening",
         "plan_repair": "chainmerge.repairing.mending",
         "prune": "chainmerge.bitmaps.pruning",
+        "prune_disks": "chainmerge.bitmaps.pruning",
+        "prune_whole_disks": "chainmerge.bitmaps.pruning",
         "relink": "chainmerge.repairing.relinking",
         "repair": "chainmerge.repairing.mending",
         "status": "chainmerge.records.unfinished",

@@ -172,6 +172,24 @@ class TestDomain:
         """A word for the block job that there may be."""
         return ["running"] if self.domain.blockJobInfo(TARGET) else []
 
+    @contextlib.contextmanager
+    def exported(self) -> Iterator[NbdClient]:
+        """A guest for a while. A QEMU has one NBD server, and backups need it too."""
+        self.export()
+        try:
+            with self.client() as guest:
+                yield guest
+        finally:
+            self.execute("nbd-server-stop")
+
+    def forget_backing_store(self) -> None:
+        """Have libvirt find out again what the disk stands on: a snapshot has written that down."""
+        root = ET.fromstring(self.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+        for disk in root.iter("disk"):
+            for known in disk.findall("backingStore"):
+                disk.remove(known)
+        self.connection.defineXML(ET.tostring(root, encoding="unicode"))
+
     def kill(self) -> None:
         """As a crash of the machine, as far as its memory goes."""
         self.domain.destroy()
@@ -227,6 +245,25 @@ def running_domain(directory: Path, uri: str, images: Sequence[Path]) -> Iterato
         finally:
             if vm.alive:
                 vm.kill()
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def defined_domain(directory: Path, uri: str, images: Sequence[Path]) -> Iterator[TestDomain]:
+    """The same without a guest, known to libvirt also while it does not run, as are checkpoints."""
+    directory.mkdir(parents=True, exist_ok=True)
+    connection = libvirt.open(uri)
+    try:
+        domain = connection.defineXML(_described(f"vm{next(_numbers)}", images))
+        vm = TestDomain(directory, uri, connection, domain)
+        try:
+            domain.create()
+            yield vm
+        finally:
+            if vm.alive:
+                vm.kill()
+            domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
     finally:
         connection.close()
 

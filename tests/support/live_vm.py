@@ -200,7 +200,7 @@ def running_qemu(directory: Path, disks: Sequence[str]) -> Iterator[LiveTestVm]:
     qmp, test, nbd = (directory / name for name in ("qmp", "test", "nbd"))
     with contextlib.ExitStack() as stack:
         # QEMU is given sockets that listen already: there is nothing to wait for.
-        sockets = [stack.enter_context(_listening(path)) for path in (qmp, test)]
+        sockets = [stack.enter_context(listening(path)) for path in (qmp, test)]
         process = subprocess.Popen(
             [
                 "setpriv", "--pdeathsig", "KILL", "--",
@@ -219,7 +219,8 @@ def running_qemu(directory: Path, disks: Sequence[str]) -> Iterator[LiveTestVm]:
         yield LiveTestVm(directory, process, monitor, qmp, nbd)
 
 
-def _listening(path: Path) -> socket.socket:
+def listening(path: Path) -> socket.socket:
+    """A socket that listens at a path, to be handed on."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     # Names of sockets are short, those of directories for tests are not.

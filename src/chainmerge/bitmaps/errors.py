@@ -203,3 +203,18 @@ class MergeToFinishFirst(Refused):
     image: str
     base: str
     command: str
+
+
+class DisksShareBitmaps(Refused):
+    """Two of several disks have an image in common whose bitmaps would change."""
+
+    code: ClassVar[str] = "disks-share-bitmaps"
+    template: ClassVar[str] = "bitmaps of {image} would be pruned for {first} and for {second}"
+    hint: ClassVar[str] = "name each disk once, and disks that share a backing file one by one"
+    explanation: ClassVar[str] = (
+        "Several disks are pruned as one operation only if they are independent of each other: "
+        "what is planned for one must still hold after another was changed. Nothing was changed."
+    )
+    image: str
+    first: str
+    second: str

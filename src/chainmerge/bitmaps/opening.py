@@ -33,7 +33,7 @@ from chainmerge.chain.unseen_users import unseen_users
 from chainmerge.documents.bitmaps import BitmapChange
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.engines.metadata.bitmap_set import AnyBitmap, KeptBitmap, StoredBitmap
-from chainmerge.engines.metadata.replacement import replace_bitmaps
+from chainmerge.engines.metadata.replacement import replace_bitmaps, require_replaceable
 from chainmerge.errors import Refused
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.records.unfinished import status
@@ -164,6 +164,11 @@ class BitmapEdit(Struct, frozen=True):
             holders = [str(image.path) for image in others if image.has_bitmap(name)]
             if holders:
                 raise ClearingUnsafe(str(self.info.path), name, ", ".join(holders))
+
+    def require_replaceable_by(self, bitmaps: Sequence[AnyBitmap]) -> None:
+        """Raise what :meth:`replace_by` would refuse, as far as that can be known before."""
+        assert self.opened.image is not None
+        require_replaceable(self.opened.image, bitmaps)
 
     def replace_by(
         self, bitmaps: Sequence[AnyBitmap], action: str, names: tuple[str, ...]

@@ -7,7 +7,12 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
+from msgspec.structs import replace
+
+from chainmerge.bitmaps.errors import DisksShareBitmaps
 from chainmerge.bitmaps.gathering import gather_bitmaps
+from chainmerge.bitmaps.listing import bitmaps_list_disks
 from chainmerge.bitmaps.opening import (
     BitmapEdit,
     locked_to_drop_bitmaps,
@@ -22,8 +27,9 @@ from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import identity_at
 from chainmerge.chain.target import Target, find_target, metadata_policy_of, relatives_of
 from chainmerge.chain.unseen_users import unseen_users
-from chainmerge.documents.bitmaps import PrunedBitmap, PruneReport
+from chainmerge.documents.bitmaps import PrunedBitmap, PruneOfDisks, PruneReport
 from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.engines.metadata.bitmap_set import AnyBitmap
 from chainmerge.options import Access
 from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.storage.files import drop_cached
@@ -37,6 +43,38 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Chain, ChainPolicy, ImageInfo
 
 _BEGIN_ABOVE: Final = "give as --base the lowest image in the directory of the active one"
+
+
+class _Change(Struct, frozen=True):
+    """The bitmaps that an image gets, and what of it that removes."""
+
+    edit: BitmapEdit
+    bitmaps: tuple[AnyBitmap, ...]
+    names: tuple[str, ...]
+    removed: tuple[PrunedBitmap, ...]
+
+
+class _Planned(Struct, frozen=True):
+    """A pruning of images that are locked, in the order of its changes."""
+
+    base: Path
+    top: Path
+    locked: frozenset[Path]
+    changes: tuple[_Change, ...]
+    kept: tuple[str, ...]
+    tombstones: tuple[str, ...]
+
+    @property
+    def report(self) -> PruneReport:
+        """What will have been done."""
+        return PruneReport(
+            version=REPORT_VERSION,
+            base=str(self.base),
+            top=str(self.top),
+            removed=tuple(one for change in self.changes for one in change.removed),
+            kept=self.kept,
+            tombstones=self.tombstones,
+        )
 
 
 def prune(
@@ -54,65 +92,149 @@ def prune(
         Refused: nothing was changed.
     """
     access = access or Access()
-    if access.active is not None:
-        policy = metadata_policy_of(access, top, base)
-        return _prune_chain(Path(access.active), Path(base) if base else None, access, policy)
-    return _prune_base(Path(top), Path(base) if base else None, access)
+    lowest = Path(base) if base is not None else None
+    with contextlib.ExitStack() as stack:
+        if access.active is not None:
+            policy = metadata_policy_of(access, top, base)
+            planned = _plan_for_chain(stack, Path(access.active), lowest, access, policy)
+        else:
+            planned = _plan_for_base(stack, Path(top), lowest, access)
+        _carry_out([planned])
+    return planned.report
 
 
-def _prune_base(top: Path, base: Path | None, access: Access) -> PruneReport:
+def prune_disks(tops: Sequence[str | Path], access: Access | None = None) -> PruneOfDisks:
+    """As :func:`prune` of each, for the disks of a VM: all are planned before one is changed.
+
+    Args:
+        tops: the top end of each disk's chain; what is stale goes from its backing file.
+        access: how images may be found and reached.
+
+    Raises:
+        Refused: nothing was changed, on any disk.
+        BitmapsChanged: disks were changed before one that cannot be.
+    """
+    access = access or Access()
+    with contextlib.ExitStack() as stack:
+        planned: list[_Planned] = []
+        for top in map(Path, tops):
+            planned.append(_plan_for_base(stack, top, None, access, planned))
+        _carry_out(planned)
+    return _of_disks(planned, access)
+
+
+def prune_whole_disks(leaves: Sequence[str | Path], access: Access | None = None) -> PruneOfDisks:
+    """As :func:`prune_disks`, where what is broken goes from all images of each disk.
+
+    Args:
+        leaves: the active image of each disk.
+        access: how images may be found and reached.
+
+    Raises what :func:`prune_disks` raises.
+    """
+    access = access or Access()
+    with contextlib.ExitStack() as stack:
+        planned: list[_Planned] = []
+        for leaf in map(Path, leaves):
+            active = replace(access, active=str(leaf))
+            policy = metadata_policy_of(active, leaf)
+            planned.append(_plan_for_chain(stack, leaf, None, active, policy, planned))
+        _carry_out(planned)
+    return _of_disks(planned, access)
+
+
+def _of_disks(planned: Sequence[_Planned], access: Access) -> PruneOfDisks:
+    left = bitmaps_list_disks([one.top for one in planned], access)
+    disks = tuple(one.report for one in planned)
+    return PruneOfDisks(REPORT_VERSION, disks, left.checkpoints)
+
+
+def _carry_out(planned: Sequence[_Planned]) -> None:
+    """Change what is planned, once nothing is known that any image would refuse.
+
+    Raises BitmapsChanged where one refuses after another one was changed.
+    """
+    changes = [change for one in planned for change in one.changes]
+    for change in changes[1:]:
+        change.edit.require_replaceable_by(change.bitmaps)
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            change.edit.replace_by(change.bitmaps, "prune", change.names)
+            # From here on no other image can be refused as if nothing had been changed.
+            stack.enter_context(refusals_after_a_change_of(change.edit.info))
+
+
+def _locked_for_one(
+    images: Sequence[ImageInfo], top: Path, beside: Sequence[_Planned]
+) -> frozenset[Path]:
+    """The files of images that are going to be locked for one disk.
+
+    Raises DisksShareBitmaps where they are locked for another one of *beside* already.
+    """
+    files = frozenset(image.real_path for image in images)
+    for other in beside:
+        for shared in files & other.locked:
+            raise DisksShareBitmaps(str(shared), str(other.top), str(top))
+    return files
+
+
+def _plan_for_base(
+    stack: contextlib.ExitStack,
+    top: Path,
+    base: Path | None,
+    access: Access,
+    beside: Sequence[_Planned] = (),
+) -> _Planned:
+    """What is stale in base, which is locked until *stack* is left."""
     target = find_target(top, base, access)
+    locked = _locked_for_one([target.base], top, beside)
     require_support(target.base)
-    with (
-        held_by_this_host([target.base.path], access),
-        lock_image(target.base.path, LockMode.WRITER, access.lock_wait),
-    ):
-        require_alone([target.base.path])
-        drop_cached(target.base.path)
-        target = find_target(top, base, access)
-        with open_chain(target.chain) as opened:
-            decisions = gather_bitmaps(
-                target, opened, load_saved_bitmaps(target.base.real_path), top_stays=True
-            ).decisions
-            edit = BitmapEdit(opened.images[target.base_index], target.relatives)
-            before = bitmaps_of(edit.opened).occurrences
-            stale = {
-                d.name: d
-                for d in decisions
-                if d.fate is Fate.PRUNE and not _is_part_of_another(d.name, before, target)
-            }
-            # Unlike in a merge, the images between stay, and a guest may go on from one of them.
-            between = target.chain.middle(target.base_index)
-            tombstones = {
-                name
-                for name, decision in stale.items()
-                if decision.tombstone or any(image.has_bitmap(name) for image in between)
-            }
-            removed = tuple(
-                PrunedBitmap(
-                    str(target.base.path),
-                    name,
-                    before[name].state,
-                    tombstone=name in tombstones,
-                    reason=decision.reason,
-                )
-                for name, decision in stale.items()
-                if not (before[name].is_tombstone and name in tombstones)
-            )
-            if removed:
-                require_users_known(target)
-                edit.replace_by(
-                    (*edit.stored_but(list(stale)), *edit.tombstones(sorted(tombstones))),
-                    "prune",
-                    tuple(stale),
-                )
-    return PruneReport(
-        version=REPORT_VERSION,
-        base=str(target.base.path),
-        top=str(target.chain.top.path),
-        removed=removed,
-        kept=tuple(sorted(before.keys() - stale.keys())),
-        tombstones=tuple(sorted(tombstones)),
+    stack.enter_context(held_by_this_host([target.base.path], access))
+    stack.enter_context(lock_image(target.base.path, LockMode.WRITER, access.lock_wait))
+    require_alone([target.base.path])
+    drop_cached(target.base.path)
+    target = find_target(top, base, access)
+    opened = stack.enter_context(open_chain(target.chain))
+    decisions = gather_bitmaps(
+        target, opened, load_saved_bitmaps(target.base.real_path), top_stays=True
+    ).decisions
+    edit = BitmapEdit(opened.images[target.base_index], target.relatives)
+    before = bitmaps_of(edit.opened).occurrences
+    stale = {
+        d.name: d
+        for d in decisions
+        if d.fate is Fate.PRUNE and not _is_part_of_another(d.name, before, target)
+    }
+    # Unlike in a merge, the images between stay, and a guest may go on from one of them.
+    between = target.chain.middle(target.base_index)
+    tombstones = sorted(
+        name
+        for name, decision in stale.items()
+        if decision.tombstone or any(image.has_bitmap(name) for image in between)
+    )
+    removed = tuple(
+        PrunedBitmap(
+            str(target.base.path),
+            name,
+            before[name].state,
+            tombstone=name in tombstones,
+            reason=decision.reason,
+        )
+        for name, decision in stale.items()
+        if not (before[name].is_tombstone and name in tombstones)
+    )
+    changes: tuple[_Change, ...] = ()
+    if removed:
+        require_users_known(target)
+        bitmaps = (*edit.stored_but(list(stale)), *edit.tombstones(tombstones))
+        changes = (_Change(edit, bitmaps, tuple(stale), removed),)
+    return _Planned(
+        target.base.path,
+        target.chain.top.path,
+        locked,
+        changes,
+        tuple(sorted(before.keys() - stale.keys())),
+        tuple(tombstones),
     )
 
 
@@ -122,54 +244,56 @@ def _is_part_of_another(name: str, in_base: Mapping[str, Occurrence], target: Ta
     return is_valid and bool(target.relatives.branches_with(name))
 
 
-def _prune_chain(
-    active: Path, base: Path | None, access: Access, policy: ChainPolicy
-) -> PruneReport:
+def _plan_for_chain(
+    stack: contextlib.ExitStack,
+    active: Path,
+    base: Path | None,
+    access: Access,
+    policy: ChainPolicy,
+    beside: Sequence[_Planned] = (),
+) -> _Planned:
+    """What is broken in a chain, whose images are locked until *stack* is left."""
     chain = discover(active, policy)
     lowest = 0 if base is None else chain.index_of(base)
     relatives = relatives_of(chain, 0, access, policy)
     outsiders = (*relatives.siblings, *relatives.middle_children, *relatives.children)
     first = max(lowest, first_above_branches(chain, outsiders))
-    removed: list[PrunedBitmap] = []
-    with contextlib.ExitStack() as stack:
-        locks = stack.enter_context(locked_to_drop_bitmaps(chain, chain.images[first:], access))
-        opened = stack.enter_context(open_chain(discover(active, policy), locks))
-        layers = [bitmaps_of(one) for one in opened.images]
-        broken = _broken_names(layers)
-        concerned = [
-            image
-            for image, layer in zip(chain.images[first:-1], layers[first:-1], strict=True)
-            if broken.keys() & layer.occurrences.keys()
-        ]
-        for refusal in unseen_users(concerned, chain.top, relatives, _BEGIN_ABOVE):
-            raise refusal
-        for index in range(len(opened.images) - 1, first - 1, -1):
-            here = [name for name in broken if name in layers[index].occurrences]
-            if not here:
-                continue
-            edit = BitmapEdit(opened.images[index], relatives)
-            edit.replace_by(edit.stored_but(here), "prune", tuple(here))
-            # From here on no other image can be refused as if nothing had been changed.
-            stack.enter_context(refusals_after_a_change_of(edit.info))
-            removed += [
-                PrunedBitmap(
-                    str(edit.info.path),
-                    name,
-                    layers[index].state(name),
-                    tombstone=False,
-                    reason=broken[name],
-                )
-                for name in here
-            ]
-    names = {name for layer in layers for name in layer.occurrences}
-    return PruneReport(
-        version=REPORT_VERSION,
-        base=str(chain.images[first].path),
-        top=str(active),
-        removed=tuple(removed),
-        kept=tuple(sorted(names - broken.keys())),
-        tombstones=(),
+    locked = _locked_for_one(chain.images[first:], active, beside)
+    locks = stack.enter_context(locked_to_drop_bitmaps(chain, chain.images[first:], access))
+    opened = stack.enter_context(open_chain(discover(active, policy), locks))
+    layers = [bitmaps_of(one) for one in opened.images]
+    broken = _broken_names(layers)
+    concerned = [
+        image
+        for image, layer in zip(chain.images[first:-1], layers[first:-1], strict=True)
+        if broken.keys() & layer.occurrences.keys()
+    ]
+    for refusal in unseen_users(concerned, chain.top, relatives, _BEGIN_ABOVE):
+        raise refusal
+    edits = [BitmapEdit(one, relatives) for one in opened.images[first:]]
+    changes = (
+        _without(edit, layer, broken)
+        for edit, layer in reversed(list(zip(edits, layers[first:], strict=True)))
     )
+    names = {name for layer in layers for name in layer.occurrences}
+    return _Planned(
+        chain.images[first].path,
+        active,
+        locked,
+        tuple(change for change in changes if change.names),
+        tuple(sorted(names - broken.keys())),
+        (),
+    )
+
+
+def _without(edit: BitmapEdit, layer: LayerBitmaps, broken: Mapping[str, str]) -> _Change:
+    """An image without the names that are broken in its chain, for the reasons given."""
+    path, here = str(edit.info.path), [name for name in broken if name in layer.occurrences]
+    removed = (
+        PrunedBitmap(path, name, layer.state(name), tombstone=False, reason=broken[name])
+        for name in here
+    )
+    return _Change(edit, edit.stored_but(here) if here else (), tuple(here), tuple(removed))
 
 
 def _broken_names(layers: Sequence[LayerBitmaps]) -> dict[str, str]:

@@ -18,10 +18,8 @@ from chainmerge.cli.options import (
     access_options,
     base_option,
     image_argument,
-    images_argument,
     json_option,
     outcome_options,
-    top_argument,
 )
 from chainmerge.cli.output import show_before_asking
 from chainmerge.cli.params import IMAGE, SIZE
@@ -34,6 +32,10 @@ if TYPE_CHECKING:
     from chainmerge.options import Access
 
 
+domain_option = click.option(
+    "--domain", metavar="NAME", help="All disks of this libvirt domain that can have bitmaps."
+)
+connect_option = click.option("--connect", metavar="URI", help="The libvirt that knows the domain.")
 force_option = click.option(
     "--force", is_flag=True, help="Go on even if that makes a broken checkpoint look valid."
 )
@@ -47,16 +49,43 @@ def bitmaps() -> None:
     """
 
 
+def require_images_or_domain(
+    images: tuple[str, ...], domain: str | None, connect: str | None
+) -> None:
+    """Raise UsageError unless either images are named, or a domain."""
+    if bool(images) == (domain is not None):
+        raise click.UsageError("name either images, or a domain with --domain")
+    if connect is not None and domain is None:
+        raise click.UsageError("--connect needs --domain")
+
+
 @bitmaps.command("list", cls=Command)
-@images_argument
+@click.argument("images", metavar="[IMAGE]...", type=IMAGE, nargs=-1)
+@domain_option
+@connect_option
 @access_options
 @json_option
-def list_(*, images: tuple[str, ...], access: Access, output: Output) -> None:
+def list_(
+    *,
+    images: tuple[str, ...],
+    domain: str | None,
+    connect: str | None,
+    access: Access,
+    output: Output,
+) -> None:
     """Show all bitmaps of IMAGE and the images below, and which of them a backup can use.
 
-    Of several disks of a VM: which checkpoints a backup of all of them can use.
+    Of several disks, or of a libvirt domain, running or not: which checkpoints a backup of all
+    its disks can use.
     """
-    if len(images) == 1:
+    require_images_or_domain(images, domain, connect)
+    if domain is not None:
+        # Few machines have libvirt, and few commands need it.
+        from chainmerge import live  # noqa: PLC0415
+
+        found = live.bitmaps_list_domain(domain, connect or live.DEFAULT_URI, access)
+        output.document(found, tables.bitmaps_of_disks)
+    elif len(images) == 1:
         output.document(api.bitmaps_list(images[0], access), tables.bitmap_listing)
     else:
         output.document(api.bitmaps_list_disks(images, access), tables.bitmaps_of_disks)
@@ -159,16 +188,40 @@ def clear(
 
 
 @bitmaps.command(cls=Command)
-@top_argument
+@click.argument("tops", metavar="[TOP]...", type=IMAGE, nargs=-1)
 @base_option
+@domain_option
+@connect_option
 @access_options
 @outcome_options
-def prune(*, top: str, base: str | None, access: Access, output: Output) -> None:
+def prune(
+    *,
+    tops: tuple[str, ...],
+    base: str | None,
+    domain: str | None,
+    connect: str | None,
+    access: Access,
+    output: Output,
+) -> None:
     """Remove stale and broken bitmaps from BASE up to TOP.
 
-    With --active LEAF, broken names are removed from the whole chain, the active image first.
+    With --active LEAF, broken names are removed from the whole chain, the active image first. Of
+    several disks, nothing is changed on any unless all can be pruned. With --domain, which must
+    not run, broken names are removed from the chains of all its disks.
     """
-    output.document(api.prune(top, base, access), tables.prune_report)
+    require_images_or_domain(tops, domain, connect)
+    if len(tops) != 1 and (base or access.active):
+        raise click.UsageError("--base and --active are for one disk")
+    if domain is not None:
+        # As above.
+        from chainmerge import live  # noqa: PLC0415
+
+        done = live.prune_domain(domain, connect or live.DEFAULT_URI, access)
+        output.document(done, tables.prune_of_disks)
+    elif len(tops) == 1:
+        output.document(api.prune(tops[0], base, access), tables.prune_report)
+    else:
+        output.document(api.prune_disks(tops, access), tables.prune_of_disks)
 
 
 @bitmaps.command(cls=Command)

@@ -84,7 +84,6 @@ dry_run_option: Final = click.option(
 
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
-images_argument = click.argument("images", metavar="IMAGE...", type=IMAGE, nargs=-1, required=True)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
 tops_to_find_argument = click.argument("tops", metavar="[TOP]...", type=IMAGE, nargs=-1)
 bases_option = click.option(

@@ -147,6 +147,20 @@ class PruneReport(Struct, frozen=True):
     tombstones: tuple[str, ...]
 
 
+class PruneOfDisks(Struct, frozen=True):
+    """What ``bitmaps prune`` did on several disks, and which checkpoints are left for all of them.
+
+    Attributes:
+        version: Version of this document.
+        disks: What was done on each.
+        checkpoints: The names that are left, and whether a backup of all disks can use each.
+    """
+
+    version: int
+    disks: tuple[PruneReport, ...]
+    checkpoints: tuple[SharedCheckpoint, ...]
+
+
 class UnusableBitmap(Struct, frozen=True):
     """A bitmap that no backup of this chain can use.
 

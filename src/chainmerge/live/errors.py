@@ -510,3 +510,17 @@ class NoSuchDomain(VmUnavailable, Misuse):
     )
     domain: str
     known: str
+
+
+class UnknownDomain(VmUnavailable, Misuse):
+    """libvirt knows no such domain, running or not."""
+
+    code: ClassVar[str] = "vm-unknown-domain"
+    template: ClassVar[str] = "libvirt knows no domain {domain!r}; it knows: {known}"
+    hint: ClassVar[str] = "name one of those with --domain; --connect names another libvirt"
+    explanation: ClassVar[str] = (
+        "The disks of a domain are found in its description, whether it runs or not. --connect "
+        "takes the URI of another libvirt than qemu:///system."
+    )
+    domain: str
+    known: str

@@ -116,7 +116,12 @@ class BlockNode(Struct, frozen=True):
     @property
     def format(self) -> str:
         """The image's format: a protocol node that is used as an image is a raw one."""
-        return "raw" if self.driver in PLAIN_PROTOCOLS else self.driver
+        return "raw" if self.lacks_format_node else self.driver
+
+    @property
+    def lacks_format_node(self) -> bool:
+        """Whether it is a raw image that is read without a node of that format."""
+        return self.driver in PLAIN_PROTOCOLS
 
     def bitmap(self, name: str) -> NodeBitmap | None:
         """The bitmap of that name."""

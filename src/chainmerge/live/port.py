@@ -112,6 +112,7 @@ class CommitOrder(Struct, frozen=True):
         base: The node that is merged into.
         backing_name: What the header of the image above top is to say of its new backing file;
             None where top is the active image.
+        lacks_format_node: Whether base is a raw image without a node of that format.
     """
 
     job: str
@@ -119,6 +120,7 @@ class CommitOrder(Struct, frozen=True):
     top: str
     base: str
     backing_name: str | None
+    lacks_format_node: bool
 
 
 class PullOrder(Struct, frozen=True):
@@ -129,12 +131,14 @@ class PullOrder(Struct, frozen=True):
         top: The node that gets what it lacks, itself and no filter on it.
         onto: The node that it stands on afterwards, or the uppermost filter on that; None for none.
         backing_name: What its header is to say of that; None for none.
+        lacks_format_node: Whether that is a raw image without a node of that format.
     """
 
     job: str
     top: str
     onto: str | None
     backing_name: str | None
+    lacks_format_node: bool
 
 
 class DiskLimits(Struct, frozen=True):

@@ -21,6 +21,7 @@ from chainmerge.documents.bitmaps import (
     BitmapListing,
     BitmapsOfDisks,
     BitmapsRepairReport,
+    PruneOfDisks,
     PruneReport,
 )
 from chainmerge.documents.chains import ChainsReport
@@ -52,6 +53,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"bitmaps-list-disks-{REPORT_VERSION}": BitmapsOfDisks,
         f"bitmaps-change-{REPORT_VERSION}": BitmapChange,
         f"bitmaps-prune-{REPORT_VERSION}": PruneReport,
+        f"bitmaps-prune-disks-{REPORT_VERSION}": PruneOfDisks,
         f"bitmaps-repair-{REPORT_VERSION}": BitmapsRepairReport,
         f"backing-{REPORT_VERSION}": BackingReport,
         f"relink-{REPORT_VERSION}": RelinkReport,

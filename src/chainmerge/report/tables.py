@@ -16,14 +16,16 @@ from chainmerge.report.plan_details import search_lines
 from chainmerge.report.text import exact_size, human_size, moment, short_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from chainmerge.documents.bitmaps import (
         BitmapChange,
         BitmapListing,
         BitmapsOfDisks,
         PrunedBitmap,
+        PruneOfDisks,
         PruneReport,
+        SharedCheckpoint,
     )
     from chainmerge.documents.images import (
         BackingReport,
@@ -105,6 +107,13 @@ def bitmap_listing(listing: BitmapListing) -> Block:
 
 def bitmaps_of_disks(found: BitmapsOfDisks) -> Block:
     """The bitmaps of each disk, and which checkpoints a backup of all of them can use."""
+    disks = map(bitmap_listing, found.disks)
+    return stack(*disks, *_shared_checkpoints(found.checkpoints))
+
+
+def _shared_checkpoints(checkpoints: Sequence[SharedCheckpoint]) -> Iterator[Block]:
+    if not checkpoints:
+        return
     usable, unusable = words("usable", layout.GOOD), words("unusable", layout.BAD)
     table = layout.listing(
         ("name", "for a backup of all disks", "why not"),
@@ -114,13 +123,10 @@ def bitmaps_of_disks(found: BitmapsOfDisks) -> Block:
                 usable if one.usable else unusable,
                 words("; ".join(f"{gap.image}: {gap.reason}" for gap in one.gaps)),
             )
-            for one in found.checkpoints
+            for one in checkpoints
         ),
     )
-    disks = (bitmap_listing(disk) for disk in found.disks)
-    if not found.checkpoints:
-        return stack(*disks)
-    return stack(*disks, layout.section("Checkpoints of all disks", table))
+    yield layout.section("Checkpoints of all disks", table)
 
 
 def bitmap_change(change: BitmapChange) -> Block:
@@ -144,6 +150,11 @@ def prune_report(report: PruneReport) -> Block:
         *(part for image, bitmaps in by_image for part in (words(image), _pruned_table(bitmaps))),
         words(summary, layout.QUIET),
     )
+
+
+def prune_of_disks(report: PruneOfDisks) -> Block:
+    """What was pruned on each disk, and which checkpoints are left for all of them."""
+    return stack(*map(prune_report, report.disks), *_shared_checkpoints(report.checkpoints))
 
 
 def repair_report(report: RepairReport) -> Block:

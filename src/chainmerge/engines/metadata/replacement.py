@@ -136,17 +136,32 @@ def replace_bitmaps(port: Port, bitmaps: Sequence[AnyBitmap]) -> RewriteOutcome:
         SwitchUnknown: the image has the old set or the new one.
         ReleaseFailed: the image has the new set, and leaked clusters.
     """
-    image = Qcow2Image(port)
+    rewrite = _planned_safely(Qcow2Image(port), bitmaps)
+    reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
+    written = write_steps(port, rewrite.steps)
+    freed = ranges_of(runs_of(rewrite.released), rewrite.cluster_size)
+    return RewriteOutcome(rewrite.required_size, written, freed)
+
+
+def require_replaceable(image: Qcow2Image, bitmaps: Sequence[AnyBitmap]) -> None:
+    """Make sure that :func:`replace_bitmaps` would not refuse this set, without a write.
+
+    Whether a file system has room for it is not known before.
+
+    Raises:
+        ImageDirty, ImageCorrupt, ImageDamaged: the image must be repaired first.
+        BitmapSetUnfit, HeaderFull, RefcountTableFull: the image cannot hold this set.
+    """
+    _planned_safely(image, bitmaps)
+
+
+def _planned_safely(image: Qcow2Image, bitmaps: Sequence[AnyBitmap]) -> MetadataRewrite:
     bitmaps_sound = require_sound(image)
     if not bitmaps_sound:
         # Of bitmaps that contradict the refcounts nothing is known to be theirs alone.
         bitmaps = [_copied(image, bitmap) for bitmap in bitmaps]
     old = bitmap_clusters(image, names_kept(bitmaps)) if bitmaps_sound else NO_CLUSTERS
-    rewrite = _planned(image, bitmaps, old)
-    reserve(port, rewrite.required_size, ranges_of(rewrite.allocated, rewrite.cluster_size))
-    written = write_steps(port, rewrite.steps)
-    freed = ranges_of(runs_of(rewrite.released), rewrite.cluster_size)
-    return RewriteOutcome(rewrite.required_size, written, freed)
+    return _planned(image, bitmaps, old)
 
 
 def _copied(image: Qcow2Image, bitmap: AnyBitmap) -> StoredBitmap:

@@ -11,11 +11,19 @@ import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
-from chainmerge.live.errors import LibvirtMissing, NoSuchDomain, VmRefused, VmUnreachable
+from chainmerge.live.errors import (
+    LibvirtMissing,
+    NoSuchDomain,
+    UnknownDomain,
+    VmRefused,
+    VmUnreachable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
+
+    from chainmerge.errors import ChainmergeError
 
 DEFAULT_URI: Final = "qemu:///system"
 
@@ -49,21 +57,30 @@ class DomainConnection:
         except ValueError as error:
             raise VmUnreachable(self.name, f"{uri!r} is not a URI: {error}") from error
         try:
-            self.domain: Any = self._running(domain)
+            self.domain: Any = self._found(domain)
         except BaseException:
             self.close()
             raise
 
-    def _running(self, domain: str) -> Any:  # the package has no types
+    def _found(self, domain: str) -> Any:  # the package has no types
         try:
             found = self._looked_up(domain)
-            if found is not None and found.isActive():
+            if found is not None and self._is_suitable(found):
                 return found
-            only_running = self.library.VIR_CONNECT_LIST_DOMAINS_ACTIVE
-            running = [each.name() for each in self._connection.listAllDomains(only_running)]
+            names = [each.name() for each in self._connection.listAllDomains(self._which())]
         except self.library.libvirtError as error:
             raise VmUnreachable(self.name, _message(error)) from error
-        raise NoSuchDomain(domain, ", ".join(sorted(running)) or "none")
+        raise self._none_such(domain, ", ".join(sorted(names)) or "none")
+
+    def _is_suitable(self, domain: Any) -> bool:
+        return bool(domain.isActive())
+
+    def _which(self) -> int:
+        """Which domains are named where there is no such one, as libvirt's flags."""
+        return int(self.library.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+
+    def _none_such(self, domain: str, known: str) -> ChainmergeError:
+        return NoSuchDomain(domain, known)
 
     def _looked_up(self, domain: str) -> Any:
         """The domain, whether or not it runs; None where there is no such one."""
@@ -128,6 +145,24 @@ class DomainConnection:
             return not self._connection.isAlive() or not self.domain.isActive()
         except library.libvirtError:
             return True
+
+
+class AnyDomainConnection(DomainConnection):
+    """The same of a domain that need not run.
+
+    Raises:
+        LibvirtMissing, VmUnreachable: see :class:`DomainConnection`.
+        UnknownDomain: there is no such domain.
+    """
+
+    def _is_suitable(self, domain: Any) -> bool:  # noqa: ARG002  # whatever it does
+        return True
+
+    def _which(self) -> int:
+        return 0
+
+    def _none_such(self, domain: str, known: str) -> ChainmergeError:
+        return UnknownDomain(domain, known)
 
 
 def _ignored(_context: object, _error: object) -> None:

@@ -87,6 +87,27 @@ def read_only_targets(domain: str) -> frozenset[str]:
     return frozenset(_attribute(disk, "target", "dev") or "?" for disk in only_read)
 
 
+def targets_with_bitmaps(domain: str) -> dict[str, Path]:
+    """The disks of a domain that can have bitmaps, by their targets: their active images.
+
+    Those are disks of qcow2 images that the guest can write to; no backup asks others for any.
+
+    Args:
+        domain: its description.
+    """
+    disks = ET.fromstring(domain).findall("./devices/disk")  # noqa: S314  # libvirt's own
+    writable = {
+        _attribute(disk, "target", "dev")
+        for disk in disks
+        if disk.get("device", "disk") == "disk" and disk.find("readonly") is None
+    }
+    return {
+        target: layers[0].path
+        for target, layers in disks_of(domain).items()
+        if target in writable and layers and layers[0].path and layers[0].format == "qcow2"
+    }
+
+
 def described_targets(disks: Mapping[str, Sequence[DiskLayer]]) -> str:
     """The disks with their active images, for a sentence."""
     known = (

@@ -49,6 +49,7 @@ class CommitDriver(MonitorDriver):
             top=nodes.merged[-1].name,
             base=nodes.result.name,
             backing_name=self.journal.backing_name,
+            lacks_format_node=nodes.result.lacks_format_node,
         )
         try:
             self.disk.change_bitmaps(disable_actions(self.journal, nodes.result))

@@ -42,6 +42,7 @@ class PullDriver(MonitorDriver):
             # With the filters that lie on it, which it keeps.
             onto=nodes.merged[0].backing,
             backing_name=self.journal.backing_name,
+            lacks_format_node=nodes.below is not None and nodes.below.lacks_format_node,
         )
         try:
             self.disk.start_pull(order)

@@ -33,6 +33,7 @@ from chainmerge.live.qmp.block_graph import (
     root_above,
 )
 from chainmerge.live.qmp.monitor import Monitor
+from chainmerge.live.qmp.qmp_schema import takes_argument
 from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ _SLOWEST: Final = 1
 DEFAULT_HOLD_SECONDS: Final = 1.0
 _PROBE: Final = "chainmerge-probe"
 """The node by which it is found out whether QEMU can write to a file."""
+_COMMIT: Final = "block-commit"
+_STREAM: Final = "block-stream"
+_MASK_PROTOCOL: Final = "backing-mask-protocol"
 _AUTOMATIC: Final = "#"
 """What node names begin with that QEMU made up."""
 
@@ -265,7 +269,15 @@ class QmpVm:
         }
         if order.backing_name is not None:
             arguments["backing-file"] = order.backing_name
-        self._monitor.execute("block-commit", arguments)
+            arguments |= self._masking(_COMMIT, order)
+        self._monitor.execute(_COMMIT, arguments)
+
+    def _masking(self, command: str, order: CommitOrder | PullOrder) -> dict[str, object]:
+        """What keeps QEMU from declaring the name of a protocol as a format, if it can be kept."""
+        if not order.lacks_format_node:
+            return {}
+        schema = self._monitor.execute("query-qmp-schema")
+        return {_MASK_PROTOCOL: True} if takes_argument(schema, command, _MASK_PROTOCOL) else {}
 
     def start_pull(self, order: PullOrder) -> None:
         arguments: dict[str, object] = {
@@ -281,7 +293,8 @@ class QmpVm:
         if order.onto is not None:
             arguments["base-node"] = order.onto
             arguments["backing-file"] = order.backing_name
-        self._monitor.execute("block-stream", arguments)
+            arguments |= self._masking(_STREAM, order)
+        self._monitor.execute(_STREAM, arguments)
 
     def job(self, job: str) -> JobState | None:
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
