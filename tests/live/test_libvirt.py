@@ -88,7 +88,7 @@ def run_and_die(vm: TestDomain, scenario: LiveScenario, call: int, moment: Momen
     """Run a manager that dies at a call, if it comes to that."""
     command = (
         sys.executable, "-m", "tests.support.domain_vm", str(vm.directory), vm.uri, vm.name,
-        str(scenario.top), str(scenario.base), str(call), moment,
+        str(scenario.top), str(scenario.base), str(call), moment, "commit",
     )  # fmt: skip
     result = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False

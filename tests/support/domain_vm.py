@@ -317,10 +317,13 @@ def let_die(disk: live.DomainDisk, call: int, moment: Moment, die: Callable[[], 
 
 def main() -> None:
     """A manager that kills itself at a call, as that of :mod:`tests.support.dying`."""
-    directory, uri, domain, top, base, call, moment = sys.argv[1:]
+    directory, uri, domain, top, base, call, moment, direction = sys.argv[1:]
     with DiskOfGuest(Path(directory), domain, uri) as disk:
         let_die(disk, int(call), cast("Moment", moment), kill_ourselves)
-        live.merge(disk, top, base, options=LiveOptions(delete=True, bandwidth=64 << 20))
+        options = LiveOptions(
+            delete=True, bandwidth=64 << 20, direction="pull" if direction == "pull" else "commit"
+        )
+        live.merge(disk, top, base, options=options)
 
 
 if __name__ == "__main__":

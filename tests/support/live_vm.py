@@ -365,10 +365,15 @@ class Guest:
 
     def dirty(self, granularity: int) -> set[int]:
         """The granules that were written to."""
-        return {
-            granule
-            for one in self.journal
-            for granule in range(
-                one.offset // granularity, -(-(one.offset + one.length) // granularity)
-            )
-        }
+        return granules_of(self.journal, granularity)
+
+
+def granules_of(writes: Sequence[Written], granularity: int) -> set[int]:
+    """The granules that some writes touch."""
+    return {
+        granule
+        for one in writes
+        for granule in range(
+            one.offset // granularity, -(-(one.offset + one.length) // granularity)
+        )
+    }

@@ -112,6 +112,7 @@ class LiveMergeStatus(Struct, frozen=True):
         guest_waits: Whether the guest's requests wait for the merge to continue.
         error: Why the job failed, None if it did not.
         command: What continues the merge, for a shell.
+        direction: Which way it goes: ``pull`` merges base, and what is between, into top.
     """
 
     base: str
@@ -125,6 +126,7 @@ class LiveMergeStatus(Struct, frozen=True):
     guest_waits: bool
     error: str | None
     command: str
+    direction: str = "commit"
 
 
 class LiveStatusReport(Struct, frozen=True):

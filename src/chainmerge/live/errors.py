@@ -72,7 +72,7 @@ class VmLost(VmUnavailable, OutcomeUnknown):
 
     code: ClassVar[str] = "vm-lost"
     template: ClassVar[str] = (
-        "the connection to {vm} was lost while {top} was being merged into {base}: {reason}; "
+        "the connection to {vm} was lost while {top} and {base} were being merged: {reason}; "
         "whether its last step took effect is not known"
     )
     hint: ClassVar[str] = "if the VM runs: {resume}; if it does not: {cold}"
@@ -312,7 +312,7 @@ class LiveNotStarted(Refused):
     """The VM did not begin the merge at all."""
 
     code: ClassVar[str] = "live-not-started"
-    template: ClassVar[str] = "{vm} refuses to start merging {top} into {base}: {reason}"
+    template: ClassVar[str] = "{vm} refuses to start merging {top} and {base}: {reason}"
     hint: ClassVar[str] = (
         "fix the cause that the message names, then run the same command again; or stop "
         "the VM and use `chainmerge merge`"
@@ -334,7 +334,7 @@ class LiveMergeFailed(Failed):
 
     code: ClassVar[str] = "live-merge-failed"
     template: ClassVar[str] = (
-        "merging {top} into {base} in {vm} failed: {reason}; the VM reads {top} as before"
+        "merging {top} and {base} in {vm} failed: {reason}; the VM reads {top} as before"
     )
     hint: ClassVar[str] = (
         "fix the cause that the message names, without changing images or bitmaps by hand, then "
@@ -356,7 +356,7 @@ class LiveMergeStalled(Failed):
 
     code: ClassVar[str] = "live-merge-stalled"
     template: ClassVar[str] = (
-        "merging {top} into {base} did not catch up with what the guest writes: {remaining} bytes "
+        "merging {top} and {base} did not catch up with what the guest writes: {remaining} bytes "
         "were left after {seconds:.0f} s; it was undone"
     )
     hint: ClassVar[str] = (

@@ -204,9 +204,10 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
         bytes_total=0 if job is None else job.total,
         merged=nodes is not None and nodes.is_merged,
         guest_waits=journal.guest_to_resume
-        or (journal.is_active and job is not None and job.phase == "held"),
+        or (journal.is_active and not journal.pulls and job is not None and job.phase == "held"),
         error=None if job is None else job.error,
         command=_command_of(vm, journal),
+        direction=journal.direction,
     )
 
 

@@ -190,6 +190,10 @@ class InspectedVm(Protocol):
     def pulls_into_middle(self) -> bool:
         """Whether an image that the guest does not write to can get what it lacks."""
 
+    @property
+    def qemu_version(self) -> tuple[int, int, int]:
+        """The version of the VM's QEMU."""
+
     def graph(self) -> BlockGraph:
         """The block graph as it is now."""
 

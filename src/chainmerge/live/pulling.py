@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from chainmerge.live.target import LiveTarget
     from chainmerge.options import LiveOptions
     from chainmerge.planning.facts import MergeFacts
+
+
+_COPIES_INTO_SUBCLUSTERS: Final = (8, 2, 0)
 
 
 def decide_to_pull(live: LiveTarget, layers: Sequence[LayerBitmaps]) -> tuple[Decision, ...]:
@@ -100,6 +103,7 @@ def obstacles_to_pull(
     if not (live.is_active or vm.pulls_into_middle):
         reason = "libvirt pulls into the active image alone"
         yield LiveUnsuited(vm.name, str(live.target.chain.top.path), reason)
+    yield from _subclusters(vm, live)
     yield from left_writable(vm, live)
     yield from _other_users(vm, live)
     pulled = live.nodes[live.target.base_index : -1]
@@ -109,6 +113,23 @@ def obstacles_to_pull(
     yield from bitmap_obstacles(vm, live, opened)
     yield from _uneven(vm, live, decisions)
     yield from _stripped_from_others(vm, live, decisions)
+
+
+def _subclusters(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """Top has extended L2 entries: by copying on read into them older QEMUs end (7.2).
+
+    "bdrv_co_do_copy_on_readv: Assertion `skip_bytes < pnum' failed".
+    """
+    top = live.target.chain.top
+    if top.header is None or not top.header.extended_l2:
+        return
+    version = vm.qemu_version
+    if version < _COPIES_INTO_SUBCLUSTERS:
+        reason = (
+            f"it has extended L2 entries, and QEMU {'.'.join(map(str, version))} can crash when "
+            "it copies into such an image; QEMU 8.2 and newer do not"
+        )
+        yield LiveUnsuited(vm.name, str(top.path), reason)
 
 
 def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
@@ -231,5 +252,6 @@ def journal_of_pull(
         delete=options.delete,
         full_verify=options.verify == "full" and not has_encrypted(target.chain),
         direction=Direction.PULL,
+        base_format=target.base.format,
         onto=identify(target.chain.images[first - 1].real_path) if first else None,
     )

@@ -238,9 +238,10 @@ def _is_qcow2(image: Path) -> bool:
 
 
 def _formats_given(journal: LiveJournal) -> Mapping[Path, str]:
-    """The formats that the user has named: of what the VM does not have open any more."""
+    """The formats of what the VM may not have open any more: those that were given, and base's."""
     access = access_of(journal.known_request) or Access()
-    return policy_of(access).formats
+    base = {Path(journal.base.path): journal.base_format} if journal.base_format else {}
+    return {**policy_of(access).formats, **base}
 
 
 def _expected(journal: LiveJournal, opened: OpenChain, base: OpenImage) -> Iterator[StoredBitmap]:

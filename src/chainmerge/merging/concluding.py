@@ -108,6 +108,8 @@ def settle_to_the_end(
     warnings += give_back(steps.result, base.format, request.options, steps.shrink_to)
     forget_journal(base.real_path)
     forget_live_journal(base.real_path)
+    # There is nothing to pull into top any more.
+    forget_live_pull(steps.top.real_path)
     return build_report(
         steps.result,
         base.format,

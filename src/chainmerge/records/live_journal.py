@@ -135,6 +135,8 @@ class LiveJournal(msgspec.Struct, frozen=True):
     """What was asked for, where that is recorded."""
     direction: Direction = Direction.COMMIT
     onto: ImageIdentity | None = None
+    base_format: str = ""
+    """As what base is read, of a pull: afterwards neither the VM nor a header tells."""
 
     @property
     def known_request(self) -> RecordedRequest:

@@ -31,10 +31,16 @@ def live_status_report(report: LiveStatusReport) -> Block:
 
 def _parts(merge: LiveMergeStatus) -> Iterator[Block]:
     yield layout.EMPTY_LINE
-    yield words(f"{merge.top} into {merge.base}", layout.TITLE)
+    yield words(_title(merge), layout.TITLE)
     yield layout.indented(layout.pairs(_facts(merge), layout.QUIET))
     yield layout.indented(words("to continue, run", layout.QUIET))
     yield layout.command(f"    {merge.command}")
+
+
+def _title(merge: LiveMergeStatus) -> str:
+    if merge.direction == "pull":
+        return f"{merge.base} up into {merge.top}"
+    return f"{merge.top} into {merge.base}"
 
 
 def _facts(merge: LiveMergeStatus) -> Iterator[tuple[Words, Words]]:

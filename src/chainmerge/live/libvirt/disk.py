@@ -134,6 +134,12 @@ class DomainDisk:
         """The id of the domain's QEMU on this machine; None where that cannot be told."""
         return qemu_of_domain(self._ask("virDomainGetUUIDString", self._domain.UUIDString))
 
+    @property
+    def qemu_version(self) -> tuple[int, int, int]:
+        """That of the QEMU with which libvirt starts domains now; it knows of no other."""
+        found = int(self._ask("virConnectGetVersion", self._domain.connect().getVersion))
+        return found // 1_000_000, found // 1000 % 1000, found % 1000
+
     # The chain
 
     def layout(self) -> BlockGraph:

@@ -136,6 +136,11 @@ class QmpVm:
     def process(self) -> int | None:
         return self._monitor.process
 
+    @property
+    def qemu_version(self) -> tuple[int, int, int]:
+        found = self._monitor.execute("query-version")["qemu"]
+        return found["major"], found["minor"], found["micro"]
+
     def graph(self) -> BlockGraph:
         infos = self._node_infos()
         edges = self._edges()
