@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(180)
 
 ROOT = Path(__file__).parents[2]
-# Three disks are looked at, then merged, each in about 40 calls.
+# To look at three disks and merge them takes about 160 calls, more where it takes longer.
 LATEST_CALL = 190
 
 
