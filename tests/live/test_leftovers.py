@@ -13,7 +13,7 @@ from msgspec.structs import replace
 import chainmerge
 from chainmerge import live
 from chainmerge.errors import ExitCode
-from chainmerge.live.errors import LiveUnsuited, NoSuchLeftover
+from chainmerge.live.errors import LiveJobRunning, LiveUnsuited, NoSuchLeftover
 from tests.support.cli import chainmerge as command
 from tests.support.live_scenario import DISK
 from tests.support.live_vm import running_vm
@@ -128,7 +128,7 @@ def test_what_nobody_uses_goes_and_checkpoints_stay(
     assert set(bitmap_names(images[1])) == {"checkpoint"}
 
 
-def test_a_backup_whose_target_is_gone(vm: LiveTestVm, tmp_path: Path) -> None:
+def test_a_backup_whose_target_is_gone(vm: LiveTestVm, images: list[Path], tmp_path: Path) -> None:
     failing_target(vm, tmp_path)
     arguments = {"device": "image1", "target": "target", "sync": "full"}
     vm.execute(
@@ -142,6 +142,10 @@ def test_a_backup_whose_target_is_gone(vm: LiveTestVm, tmp_path: Path) -> None:
     assert "--cancel-job backup" in job.advice
     assert ("bitmap", "") in found(before)
     assert vm.jobs() == ["paused"]
+    with vm.disk() as disk, pytest.raises(LiveJobRunning) as raised:
+        live.plan(disk, images[1])
+    assert "backup (backup, stopped by an error)" in raised.value.sentence
+    assert "`chainmerge live repair`" in raised.value.advice
     with live.QmpMachine(str(vm.qmp)) as machine, pytest.raises(NoSuchLeftover):
         live.repair(machine, jobs=["another"])
     done = repaired(vm, jobs=["backup"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 
 import chainmerge
 from chainmerge import live
@@ -26,7 +27,8 @@ from chainmerge.live.errors import (
 )
 from chainmerge.merging.errors import DisksShareImage
 from chainmerge.options import MergeOptions
-from chainmerge.records.disks import disk_file
+from chainmerge.records.disks import disk_file, keep_entry, load_entry
+from chainmerge.storage.errors import ImageLocked
 from tests.conftest import SOAK
 from tests.support.cli import chainmerge as command
 from tests.support.cli import environment
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(180)
 
 ROOT = Path(__file__).parents[2]
-# Three disks are looked at, then merged, each in about 40 calls.
+# To look at three disks and merge them takes about 160 calls, more where it takes longer.
 LATEST_CALL = 190
 
 
@@ -309,23 +311,56 @@ def test_stopped_in_the_middle(tmp_path: Path, scenarios: list[LiveScenario]) ->
     assert_right(scenarios, guests)
 
 
-def test_what_was_stopped_is_finished_once_the_vm_has_ended(
-    tmp_path: Path, scenarios: list[LiveScenario]
-) -> None:
-    tops, bases = tops_of(scenarios), bases_of(scenarios)
+def stopped_after_the_first(vm: LiveTestVm, scenarios: Sequence[LiveScenario]) -> None:
     stop = False
 
     def watch(event: ProgressEvent) -> None:
         nonlocal stop
-        stop = stop or (event.top == str(tops[0]) and event.stage is Stage.SETTLE)
+        stop = stop or (event.top == str(scenarios[0].top) and event.stage is Stage.SETTLE)
 
+    with live.QmpMachine(str(vm.qmp)) as machine:
+        report = live.merge_disks(
+            [machine.disk(device(number)) for number in range(DISKS)],
+            tops_of(scenarios),
+            bases_of(scenarios),
+            options=OPTIONS,
+            on_progress=watch,
+            should_stop=lambda: stop,
+        )
+    assert [one.outcome for one in report.disks[1:]] == [DiskOutcome.NOT_BEGUN] * 2
+
+
+def test_what_has_not_begun_is_cancelled_while_the_vm_runs(
+    tmp_path: Path, scenarios: list[LiveScenario]
+) -> None:
     with running_disks(tmp_path / "vm", scenarios) as (vm, disks):
-        with writing_guests(disks, 8) as guests, live.QmpMachine(str(vm.qmp)) as machine:
-            opened = [machine.disk(device(number)) for number in range(DISKS)]
-            report = live.merge_disks(
-                opened, tops, bases, options=OPTIONS, on_progress=watch, should_stop=lambda: stop
-            )
-            assert [one.outcome for one in report.disks[1:]] == [DiskOutcome.NOT_BEGUN] * 2
+        stopped_after_the_first(vm, scenarios)
+        # This process has asked for it, and might be at work.
+        with pytest.raises(ImageLocked):
+            chainmerge.cancel(scenarios[1].top)
+        for scenario in scenarios[1:]:
+            entry = load_entry(scenario.base)
+            assert entry is not None
+            assert entry.request is not None
+            keep_entry(scenario.base, replace(entry, request=replace(entry.request, by=None)))
+        found = chainmerge.status([tmp_path / "chains"]).merges
+        assert [one.cancel_command is not None for one in found] == [True, True]
+        before = disks[1].chain()
+        assert chainmerge.cancel(scenarios[1].top).base == str(scenarios[1].base)
+        (left,) = chainmerge.status([tmp_path / "chains"]).merges
+        assert left.base == str(scenarios[2].base)
+        assert chainmerge.cancel(scenarios[2].base).freed_bytes == 0
+        assert chainmerge.status([tmp_path / "chains"]).merges == ()
+        assert disks[1].chain() == before
+    assert not any(disk_file(scenario.base).exists() for scenario in scenarios)
+
+
+def test_what_was_stopped_is_finished_once_the_vm_has_ended(
+    tmp_path: Path, scenarios: list[LiveScenario]
+) -> None:
+    with running_disks(tmp_path / "vm", scenarios) as (vm, disks):
+        with writing_guests(disks, 8) as guests:
+            stopped_after_the_first(vm, scenarios)
         vm.quit()
     (first, second) = chainmerge.status([tmp_path / "chains"]).merges
     assert first.command == second.command

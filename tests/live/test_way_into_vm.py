@@ -16,8 +16,9 @@ import pytest
 from chainmerge.errors import ExitCode
 from chainmerge.live.found_vm import vm_that_has_open
 from tests.support.cli import chainmerge
+from tests.support.disks_vm import build_disks
 from tests.support.live_scenario import build
-from tests.support.live_vm import DEVICE, one_drive, running_vm, separate_nodes
+from tests.support.live_vm import DEVICE, disk_of_nodes, one_drive, running_vm, separate_nodes
 from tests.support.qemu import create
 
 if TYPE_CHECKING:
@@ -92,6 +93,26 @@ def test_the_line_from_the_message_works(
         merged = chainmerge(*words[1:])
         assert merged.status == ExitCode.DONE, merged.err
         assert not scenario.top.exists()
+
+
+def test_the_line_for_several_disks(directory: Path) -> None:
+    scenarios = build_disks(directory, 3, kinds=(False, True))
+    disks = [
+        word
+        for number, scenario in enumerate(scenarios)
+        for word in disk_of_nodes(scenario.images, f"disk{number}", f"d{number}-")
+    ]
+    tops = [scenario.top for scenario in scenarios]
+    with started(directory, "web", *QMP, *disks):
+        cold = chainmerge("merge", "--delete", *tops)
+        assert cold.status == ExitCode.REFUSED
+        found = re.search(r"`(chainmerge live merge .*?)`;", cold.err)
+        assert found is not None, cold.err
+        plans = chainmerge("plan", "--delete", "--json", *tops).json["disks"]
+        assert all(found[1] in plan["refusals"][0]["hint"] for plan in plans)
+        merged = chainmerge(*shlex.split(found[1])[1:])
+        assert merged.status == ExitCode.DONE, merged.err
+        assert not any(top.exists() for top in tops)
 
 
 def test_what_is_not_found_is_not_guessed(directory: Path, scenario: LiveScenario) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import re
 import sys
 import threading
 from dataclasses import dataclass
@@ -67,8 +68,7 @@ class TestDomain:
 
     def export(self) -> None:
         """Let an NBD client be the guest, on the node that the disk reads now."""
-        address = {"type": "unix", "data": {"path": str(self.nbd)}}
-        self.execute("nbd-server-start", addr=address)
+        self.serve_nbd()
         (disk,) = self.execute("query-block")
         self.execute(
             "block-export-add",
@@ -78,6 +78,11 @@ class TestDomain:
             writable=True,
             node_name=disk["inserted"]["node-name"],
         )
+
+    def serve_nbd(self) -> None:
+        """Have exports served at the socket ``nbd``."""
+        address = {"type": "unix", "data": {"path": str(self.nbd)}}
+        self.execute("nbd-server-start", addr=address)
 
     @property
     def nbd(self) -> Path:
@@ -222,8 +227,8 @@ class DomainGuest(Guest):
 class DiskOfGuest(live.DomainDisk):
     """Suspends the writer of the test with the domain's own processor."""
 
-    def __init__(self, vm_directory: Path, domain: str, uri: str) -> None:
-        super().__init__(domain, TARGET, uri)
+    def __init__(self, vm_directory: Path, domain: str, uri: str, target: str = TARGET) -> None:
+        super().__init__(domain, target, uri)
         self._vm_directory = vm_directory
 
     def suspend(self) -> None:
@@ -234,13 +239,20 @@ class DiskOfGuest(live.DomainDisk):
 @contextlib.contextmanager
 def running_domain(directory: Path, uri: str, images: Sequence[Path]) -> Iterator[TestDomain]:
     """A domain whose disk is the chain *images*, root first; it is destroyed at the end."""
+    with running_domain_with(directory, uri, [disk_described(TARGET, images[-1])]) as vm:
+        vm.export()
+        yield vm
+
+
+@contextlib.contextmanager
+def running_domain_with(directory: Path, uri: str, disks: Sequence[str]) -> Iterator[TestDomain]:
+    """A domain with disks as libvirt has them described; it is destroyed at the end."""
     directory.mkdir(parents=True, exist_ok=True)
     connection = libvirt.open(uri)
     try:
-        domain = connection.createXML(_described(f"vm{next(_numbers)}", images))
+        domain = connection.createXML(_described(f"vm{next(_numbers)}", disks))
         vm = TestDomain(directory, uri, connection, domain)
         try:
-            vm.export()
             yield vm
         finally:
             if vm.alive:
@@ -255,7 +267,9 @@ def defined_domain(directory: Path, uri: str, images: Sequence[Path]) -> Iterato
     directory.mkdir(parents=True, exist_ok=True)
     connection = libvirt.open(uri)
     try:
-        domain = connection.defineXML(_described(f"vm{next(_numbers)}", images))
+        domain = connection.defineXML(
+            _described(f"vm{next(_numbers)}", [disk_described(TARGET, images[-1])])
+        )
         vm = TestDomain(directory, uri, connection, domain)
         try:
             domain.create()
@@ -268,8 +282,32 @@ def defined_domain(directory: Path, uri: str, images: Sequence[Path]) -> Iterato
         connection.close()
 
 
-def _described(name: str, images: Sequence[Path]) -> str:
-    kind, attribute = ("block", "dev") if images[-1].is_block_device() else ("file", "file")
+def disk_described(target: str, image: Path) -> str:
+    """A disk with that target, which another writer may write to as well."""
+    kind, attribute = ("block", "dev") if image.is_block_device() else ("file", "file")
+    return f"""
+    <disk type='{kind}' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source {attribute}='{escape(str(image))}'/>
+      <target dev='{target}' bus='virtio'/>
+      <alias name='{alias_of(target)}'/>
+    </disk>"""
+
+
+def alias_of(target: str) -> str:
+    """What QEMU calls the device of a disk."""
+    return f"ua-{target}"
+
+
+def _described(name: str, disks: Sequence[str]) -> str:
+    described = "".join(disks)
+    shared = "".join(
+        f"""
+    <qemu:device alias='{alias}'><qemu:frontend>
+      <qemu:property name='share-rw' type='bool' value='true'/>
+    </qemu:frontend></qemu:device>"""
+        for alias in re.findall(r"<alias name='([^']+)'", described)
+    )
     return f"""
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
@@ -277,26 +315,28 @@ def _described(name: str, images: Sequence[Path]) -> str:
   <on_poweroff>destroy</on_poweroff>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
-    <disk type='{kind}' device='disk'>
-      <driver name='qemu' type='qcow2' discard='unmap'/>
-      <source {attribute}='{escape(str(images[-1]))}'/>
-      <target dev='{TARGET}' bus='virtio'/>
-      <alias name='ua-disk'/>
-    </disk>
+    {described}
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
   </devices>
   <qemu:override>
-    <qemu:device alias='ua-disk'><qemu:frontend>
-      <qemu:property name='share-rw' type='bool' value='true'/>
-    </qemu:frontend></qemu:device>
+{shared}
   </qemu:override>
 </domain>"""
 
 
-def let_die(disk: live.DomainDisk, call: int, moment: Moment, die: Callable[[], None]) -> None:
-    """Have *die* called before or after the public call to *disk* with the number *call*."""
-    numbers = itertools.count(1)
+def let_die(
+    disk: live.DomainDisk,
+    call: int,
+    moment: Moment,
+    die: Callable[[], None],
+    numbers: Iterator[int] | None = None,
+) -> None:
+    """Have *die* called before or after the public call to *disk* with the number *call*.
+
+    Several disks may share the *numbers* of their calls.
+    """
+    numbers = numbers or itertools.count(1)
 
     def watched(passed_on: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,12 @@ from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live import merging
 from chainmerge.live.advice import advice_for_running_vm, for_running_vm
 from chainmerge.live.driving import LiveDisk
-from chainmerge.live.errors import LiveDisksMismatched, VmLost, VmUnreachable
+from chainmerge.live.errors import (
+    LiveDisksMismatched,
+    UnfinishedMergeFound,
+    VmLost,
+    VmUnreachable,
+)
 from chainmerge.live.inspection import locate
 from chainmerge.live.planning import plan_live
 from chainmerge.live.preparing import left_behind
@@ -38,7 +43,7 @@ from chainmerge.merging.errors import DiskGone, DisksMismatched, DisksShareImage
 from chainmerge.options import Access, LiveOptions
 from chainmerge.records.disks import DiskEntry, forget_entry, keep_entries, note_done
 from chainmerge.records.identity import identify
-from chainmerge.records.live_journal import LiveJournal
+from chainmerge.records.live_journal import LiveJournal, live_journal_file
 from chainmerge.records.merged_record import MergedRecord
 from chainmerge.records.request import joint_address, live_command_of, recorded
 from chainmerge.storage.errors import system_errors_as_ours
@@ -90,7 +95,8 @@ def plan_disks(
         options: how to merge each.
 
     Raises:
-        DisksMismatched: the numbers of disks, tops and bases differ.
+        LiveDisksMismatched, DisksMismatched: the numbers of disks, tops and bases differ.
+        UnfinishedMergeFound: one of the merges was begun.
         ChainmergeError: the VM does not answer, a chain cannot be read, or the VM's is another.
     """
     disks = _paired(vms, tops, bases)
@@ -102,8 +108,12 @@ def plan_merges(disks: Sequence[DiskMerge], access: Access, options: LiveOptions
     plans, targets = [], []
     claims: Counter[str] = Counter()
     for disk in disks:
-        if isinstance(merging.earlier_run(disk.vm, disk.top, disk.base, options), MergedRecord):
-            continue
+        match merging.earlier_run(disk.vm, disk.top, disk.base, options):
+            case MergedRecord():
+                continue
+            case LiveJournal() as begun:
+                file = live_journal_file(Path(begun.base.path))
+                raise UnfinishedMergeFound(begun.base.path, str(file))
         with advice_for_running_vm():
             live = locate(disk.vm, disk.top, disk.base, access)
             targets.append(live)
@@ -159,7 +169,7 @@ def merge_disks(
     Returns: What happened to each disk, failures included.
 
     Raises:
-        DisksMismatched: the numbers of disks, tops and bases differ.
+        LiveDisksMismatched, DisksMismatched: the numbers of disks, tops and bases differ.
         Refused: nothing was changed.
         Interrupted: *should_stop* said yes before anything was changed.
     """
@@ -244,7 +254,8 @@ def _planned(
         case MergedRecord():
             return _Planned(disk, Path(earlier.base), None, done=True)
         case LiveJournal():
-            return _Planned(disk, Path(earlier.base.path), None)
+            with sole_manager(earlier.base):
+                return _Planned(disk, Path(earlier.base.path), None)
     live = locate(disk.vm, disk.top, disk.base, access)
     base = live.target.base.real_path
     with sole_manager(identify(live.result(options).real_path)):

@@ -22,7 +22,7 @@ from chainmerge.documents.versions import STATUS_VERSION
 from chainmerge.errors import ChainmergeError
 from chainmerge.records import files as state_files
 from chainmerge.records.changes import is_there, what_stands_at
-from chainmerge.records.disks import DiskEntry
+from chainmerge.records.disks import DISK_ENTRY, DiskEntry, load_entry
 from chainmerge.records.identity import BlockDevices, Sameness
 from chainmerge.records.live_journal import LiveJournal, LiveState
 from chainmerge.records.merge_journal import (
@@ -249,15 +249,21 @@ def _in_use(merge: UnfinishedMerge) -> UnfinishedMerge:
     who = "base is open in another process: the merge or a VM may be running"
     if process is not None and process.running:
         who = f"the merge is running (pid {process.pid})"
+    told = replace(merge, base_is_locked=True, vm_may_start=False, vm_reason=who)
+    if waits_in_vm(told):
+        return told
     cancel_reason = merge.cancel_reason if merge.cancel_command is None else who
-    return replace(
-        merge,
-        base_is_locked=True,
-        vm_may_start=False,
-        vm_reason=who,
-        cancel_command=None,
-        cancel_reason=cancel_reason,
-    )
+    return replace(told, cancel_command=None, cancel_reason=cancel_reason)
+
+
+def waits_in_vm(merge: UnfinishedMerge) -> bool:
+    """Whether it is one of several in a running VM that has not begun, and nobody is at work."""
+    if not all(DISK_ENTRY.is_called(Path(file).name) for file in merge.files):
+        return False
+    if merge.process is not None and merge.process.running:
+        return False
+    entry = load_entry(Path(merge.base))
+    return entry is not None and entry.live_request is not None
 
 
 def _idle(merge: UnfinishedMerge) -> UnfinishedMerge:

@@ -43,7 +43,7 @@ from chainmerge.records.merged_record import (
 )
 from chainmerge.records.request import shell_line
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
-from chainmerge.records.unfinished import how_far, status, where_base_is
+from chainmerge.records.unfinished import how_far, status, waits_in_vm, where_base_is
 from chainmerge.repairing.errors import CannotCancel, NothingToCancel
 from chainmerge.storage.files import FileReadable, WritablePort, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image
@@ -84,6 +84,8 @@ def cancel(
     cannot = unfinished.cancel_command is None and not unfinished.base_is_locked
     if cannot or any(LIVE_JOURNAL.is_called(Path(file).name) for file in unfinished.files):
         raise _refusal(unfinished)
+    if unfinished.base_is_locked and waits_in_vm(unfinished):
+        return _taken_out(unfinished)
     written = _written_by(unfinished)
     with (
         held_by_this_host([written], access),
@@ -104,6 +106,20 @@ def cancel(
         remains=tuple(_remains(undoable, written, shrink=shrink)),
         verified=given_back.verified,
         warnings=given_back.warnings,
+    )
+
+
+def _taken_out(unfinished: UnfinishedMerge) -> CancelReport:
+    """Take a merge that has not begun out of those of a VM, which goes on using the images."""
+    base = Path(unfinished.base)
+    removed = tuple(_forget(_Undoable(base, None)))
+    return CancelReport(
+        version=REPORT_VERSION,
+        base=unfinished.base,
+        top=unfinished.top,
+        image=unfinished.base,
+        freed_bytes=0,
+        removed=removed,
     )
 
 

@@ -319,7 +319,11 @@ class QmpVm:
 
     def described_job(self, job: str) -> str:
         found = _with_id(self._monitor.execute("query-jobs"), "id", job)
-        return job if found is None else f"{job} ({found['type']})"
+        if found is None:
+            return job
+        state = self.job(job)
+        stopped = state is not None and state.stopped_by_error
+        return f"{job} ({found['type']}{', stopped by an error' if stopped else ''})"
 
     def pause(self, job: str) -> None:
         self._monitor.execute("job-pause", {"id": job})
