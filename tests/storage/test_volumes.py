@@ -24,12 +24,11 @@ from chainmerge.storage.volume_errors import (
     NotALogicalVolume,
     VolumeGroupFull,
 )
+from chainmerge.storage.volume_facts import VolumeFacts, VolumeKind
 from chainmerge.storage.volumes import (
     BlockVolume,
     FileVolume,
     LvmVolume,
-    VolumeFacts,
-    VolumeKind,
     open_lvm_volume,
     open_volume,
 )

@@ -31,6 +31,7 @@ from chainmerge.planning.leaks import to_note
 from chainmerge.planning.movement import measure_guest_bytes, movement_of
 from chainmerge.planning.plan import make_plan
 from chainmerge.planning.refusals import find_refusals
+from chainmerge.planning.removals import Removals, volumes_of
 from chainmerge.planning.space.live import survey_for_live
 from chainmerge.planning.space.need import BitmapShape
 from chainmerge.qcow2.bitmaps import storable_granularity
@@ -38,7 +39,8 @@ from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
-from chainmerge.storage.volumes import VolumeKind, volume_at
+from chainmerge.storage.volume_facts import VolumeKind
+from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -136,6 +138,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         snapshots=snapshots,
         leaks=survey.leaks.facts,
         occupied=bytes_occupied(target.chain),
+        removals=Removals({}, {}, {}, {}, volumes_of(live.merged_images if options.delete else ())),
     )
     plan = _as_it_grows(make_plan(facts, asked))
     journal = _journal(vm, live, decisions, options, plan)

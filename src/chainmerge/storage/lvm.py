@@ -22,10 +22,10 @@ from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogic
 
 _REPORT: Final = ("--reportformat", "json", "--units", "b", "--nosuffix")
 # Without these, lvm leaves out groups of other hosts, and shared ones if lvmlockd is not up.
-_OF_ANY_HOST: Final = ("--foreign", "--shared")
+OF_ANY_HOST: Final = ("--foreign", "--shared")
 _FIELDS: Final = (
     "vg_name", "vg_uuid", "lv_name", "lv_uuid", "lv_size", "vg_extent_size", "vg_free",
-    "segtype", "stripes", "seg_start",
+    "segtype", "stripes", "seg_start", "pool_lv",
 )  # fmt: skip
 
 # "vg_all" are the fields that this lvm knows: an old one refuses the names of those it does not.
@@ -37,6 +37,8 @@ _SYSTEM_ID_LABEL: Final = "system ID:"
 
 # The types that lvextend enlarges by taking free extents of the volume group and nothing else.
 _EXTENSIBLE: Final = frozenset({"linear", "striped"})
+
+_THIN: Final = "thin"
 
 _DM_PREFIX: Final = "LVM-"
 _UUID_LENGTH: Final = 32
@@ -54,6 +56,7 @@ class LogicalVolume(Struct, frozen=True):
         vg_free: unallocated space of the volume group.
         segment_type: of its last segment, which lvextend continues: ``linear``, ``thin``, ...
         stripes: of the last segment.
+        pool: the name of the thin pool that its space comes from; empty if it is not a thin one.
     """
 
     name: str
@@ -65,6 +68,7 @@ class LogicalVolume(Struct, frozen=True):
     vg_free: int
     segment_type: str
     stripes: int
+    pool: str = ""
 
     @property
     def growth_unit(self) -> int:
@@ -112,12 +116,24 @@ class VolumeSharing(Struct, frozen=True):
     exclusive: bool
 
 
+class VolumeUuids(Struct, frozen=True):
+    """What no two logical volumes have in common: their UUIDs, without dashes."""
+
+    group: str
+    volume: str
+
+
 class DeviceMapperName(Struct, frozen=True):
     """What sysfs tells of a logical volume's device."""
 
     name: str
     vg_uuid: str
     lv_uuid: str
+
+    @property
+    def uuids(self) -> VolumeUuids:
+        """Those of the group and of the volume."""
+        return VolumeUuids(self.vg_uuid, self.lv_uuid)
 
 
 def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperName | None:
@@ -128,11 +144,19 @@ def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperN
         name = (directory / "name").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    # "LVM-", the two UUIDs without dashes, and a suffix on the hidden parts of a volume.
-    uuids = uuid.removeprefix(_DM_PREFIX)
-    if uuids == uuid or len(uuids) != 2 * _UUID_LENGTH:
+    uuids = uuids_in(uuid)
+    return None if uuids is None else DeviceMapperName(name, uuids.group, uuids.volume)
+
+
+def uuids_in(dm_uuid: str) -> VolumeUuids | None:
+    """The UUIDs of a logical volume in what the device mapper has as its UUID; None if it is none.
+
+    That is "LVM-", the two UUIDs without dashes, and a suffix on the hidden parts of a volume.
+    """
+    uuids = dm_uuid.removeprefix(_DM_PREFIX)
+    if uuids == dm_uuid or len(uuids) != 2 * _UUID_LENGTH:
         return None
-    return DeviceMapperName(name, uuids[:_UUID_LENGTH], uuids[_UUID_LENGTH:])
+    return VolumeUuids(uuids[:_UUID_LENGTH], uuids[_UUID_LENGTH:])
 
 
 def find_by_device(image: str, device: DeviceMapperName) -> LogicalVolume:
@@ -156,7 +180,7 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
         LvmMissing
     """
     try:
-        rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
+        rows = report(image, "lvs", *OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     if not rows:
@@ -173,6 +197,7 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
             vg_free=int(last["vg_free"]),
             segment_type=last["segtype"],
             stripes=max(int(last["stripes"]), 1),
+            pool=last.get("pool_lv", "") if last["segtype"] == _THIN else "",
         )
     except (KeyError, ValueError) as error:
         reason = f"the report of 'lvm lvs' cannot be read: {error!r}"
@@ -193,7 +218,7 @@ def sharing_of(image: str, device: DeviceMapperName) -> VolumeSharing:
     """
     path = f"/dev/mapper/{device.name}"
     try:
-        rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
+        rows = report(image, "lvs", *OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
         found = next((row for row in rows if _lv_uuid_in(row) == device.lv_uuid), None)
         if found is None:
             raise NotALogicalVolume(image, f"{path} is not in the report of 'lvm lvs'")
@@ -243,7 +268,7 @@ def _version(image: str) -> tuple[int, ...]:
         LvmMissing, LvmFailed
     """
     try:
-        found = re.search(r"LVM version:\s*(\d+)\.(\d+)\.(\d+)", _run(image, "version"))
+        found = re.search(r"LVM version:\s*(\d+)\.(\d+)\.(\d+)", run_command(image, "version"))
     except LvmUnfinished as error:
         raise LvmFailed(image, error.command, -signal.SIGTERM, error.sentence) from error
     return () if found is None else tuple(map(int, found.groups()))
@@ -262,7 +287,7 @@ def system_id(image: str) -> str:
         LvmMissing
     """
     try:
-        output = _run(image, "systemid")
+        output = run_command(image, "systemid")
     except (LvmFailed, LvmUnfinished) as error:
         raise NotALogicalVolume(image, error.sentence) from error
     _, _, name = output.partition(_SYSTEM_ID_LABEL)
@@ -277,7 +302,7 @@ def is_active(image: str, path: str) -> bool:
         LvmMissing, LvmFailed: there is no report.
     """
     try:
-        rows = _report(image, "lvs", "-o", "lv_active", "--", path)
+        rows = report(image, "lvs", "-o", "lv_active", "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     return any(row.get("lv_active") for row in rows)
@@ -291,7 +316,7 @@ def activate(image: str, path: str) -> None:
     """
     # -K also brings up thin snapshots, which else are left out; -aey keeps other hosts out where a
     # group is shared, and is no other than -ay where it is not.
-    _run(image, "lvchange", "-aey", "-K", "--", path)
+    run_command(image, "lvchange", "-aey", "-K", "--", path)
 
 
 def deactivate(image: str, path: str) -> None:
@@ -300,7 +325,7 @@ def deactivate(image: str, path: str) -> None:
     Raises:
         LvmMissing, LvmFailed, LvmUnfinished: it is not down.
     """
-    _run(image, "lvchange", "-an", "--", path)
+    run_command(image, "lvchange", "-an", "--", path)
 
 
 def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
@@ -309,7 +334,7 @@ def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    rows = _report(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
+    rows = report(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
     return [
         row["lv_path"]
         for row in rows
@@ -328,7 +353,7 @@ def extend(image: str, volume: LogicalVolume, size: int) -> None:
         LvmMissing, LvmFailed: it has its old size.
         LvmUnfinished: it has its old or its new size.
     """
-    _run(image, "lvextend", "-L", f"{size}b", "--", volume.name)
+    run_command(image, "lvextend", "-L", f"{size}b", "--", volume.name)
 
 
 def reduce(image: str, volume: LogicalVolume, size: int) -> None:
@@ -341,23 +366,23 @@ def reduce(image: str, volume: LogicalVolume, size: int) -> None:
         LvmUnfinished: it has its old or its new size.
     """
     # -f answers the question whether the data behind the new end may be destroyed.
-    _run(image, "lvreduce", "-f", "-L", f"{size}b", "--", volume.name)
+    run_command(image, "lvreduce", "-f", "-L", f"{size}b", "--", volume.name)
 
 
-def make_metadata_durable(image: str, volume: LogicalVolume) -> None:
-    """Return when the sizes in the volume group's metadata will survive a power cut.
+def make_metadata_durable(image: str, group: str) -> None:
+    """Return when what the metadata of a volume group says will survive a power cut.
 
-    lvextend returns before that: it writes the metadata, but does not make the physical
-    volumes empty their caches.
+    lvm returns before that: it writes the metadata, but does not make the physical volumes empty
+    their caches.
 
     Raises:
         LvmMissing, LvmFailed: the physical volumes are not known.
         CannotOpen, FlushFailed: one of them could not be made to.
     """
-    rows = _report(image, "pvs", "-o", "pv_name,vg_name")
-    devices = sorted({row["pv_name"] for row in rows if row.get("vg_name") == volume.vg_name})
+    rows = report(image, "pvs", "-o", "pv_name,vg_name")
+    devices = sorted({row["pv_name"] for row in rows if row.get("vg_name") == group})
     if not devices:
-        raise LvmFailed(image, "lvm pvs", 0, f"no physical volume of {volume.vg_name} in it")
+        raise LvmFailed(image, "lvm pvs", 0, f"no physical volume of {group} in it")
     for device in devices:
         _flush_device(device)
 
@@ -378,10 +403,14 @@ def _flush_device(path: str) -> None:
         os.close(fd)
 
 
-def _report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
-    """The rows of a report, values as strings."""
+def report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
+    """The rows of a report, values as strings.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
     try:
-        output = _run(image, command, *_REPORT, *arguments)
+        output = run_command(image, command, *_REPORT, *arguments)
     except LvmUnfinished as error:
         # A report changes nothing, so there is no outcome to be unsure of.
         reason = f"it had not ended after {error.seconds} seconds"
@@ -398,7 +427,8 @@ def _as_strings(row: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in row.items()}
 
 
-def _run(image: str, command: str, *arguments: str) -> str:
+def run_command(image: str, command: str, *arguments: str) -> str:
+    """As :func:`chainmerge.storage.lvm_process.run_lvm`."""
     # Imported where it is used: most images lie in files.
     from chainmerge.storage.lvm_process import run_lvm  # noqa: PLC0415
 

@@ -275,12 +275,22 @@ class MonitorDriver(LiveDriver[LiveVm]):
             try:
                 for unused in (*filters, node):
                     self.disk.forget_node(unused.name)
+                self._close_file_of(node)
             except VmRefused as refused:
                 self.warnings.append(
                     f"the VM keeps {node.filename or node.name} open: {refused.reason}"
                 )
         # Closing top has changed it. Whatever else does from now on is no doing of this merge.
         self.note(top_since=data_changed(Path(self.top)))
+
+    def _close_file_of(self, node: BlockNode) -> None:
+        """Have the VM close what a node that is gone stood on, if it was made as a node of its own.
+
+        Until then the space of a file is not free, and a volume cannot be removed.
+        """
+        file = self.disk.layout().nodes.get(node.file or "")
+        if file is not None and not file.users:
+            self.disk.forget_node(file.name)
 
     def _name_base(self) -> None:
         """Have the image above name base, where QEMU did not: it stops at a filter between them."""
