@@ -252,7 +252,8 @@ def _links(goes: Going) -> list[DoomedLink]:
 def keep_backing_reachable(steps: SettleSteps) -> None:
     """Change a backing name in base that counts from base's directory to count from anywhere.
 
-    Where base will be reached from the same directory, it stays as it is.
+    Where base will be reached from the same directory, it stays as it is; and that of a volume
+    wherever it leads to the same place from each: links elsewhere can have the volumes' names.
     """
     base, top = steps.base, steps.top
     # The result is reached by the names that top had, of which a relative one counts from each.
@@ -263,10 +264,13 @@ def keep_backing_reachable(steps: SettleSteps) -> None:
         *(one.backing for one in steps.above if one.backing and one.identity != top.identity),
     ]
     places = {os.path.realpath(name.parent) for name in names}
-    stays = places == {os.path.realpath(base.path.parent)}
-    if base.backing is not None and base.backing_name and not stays:
+    if base.backing is not None and base.backing_name:
         stored = base.backing_name.removeprefix("file:")
-        if not stored.startswith("/"):
+        stays = places == {os.path.realpath(base.path.parent)}
+        if base.is_block_device:
+            leads_to = {os.path.realpath(os.path.join(place, stored)) for place in places}  # noqa: PTH118
+            stays = leads_to == {os.path.realpath(base.backing)}
+        if not (stays or stored.startswith("/")):
             header = base.header
             assert header is not None
             with open_for_writing(base) as port:

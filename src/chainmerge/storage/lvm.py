@@ -12,13 +12,17 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 
 from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.storage.errors import CannotOpen, FlushFailed, reason_of
 from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogicalVolume
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 _REPORT: Final = ("--reportformat", "json", "--units", "b", "--nosuffix")
 # Without these, lvm leaves out groups of other hosts, and shared ones if lvmlockd is not up.
@@ -35,8 +39,23 @@ _WITHOUT_CLVMD: Final = (2, 3)
 _ASKS_LVMLOCKD: Final = (2, 3, 18)
 _SYSTEM_ID_LABEL: Final = "system ID:"
 
-# The types that lvextend enlarges by taking free extents of the volume group and nothing else.
-_EXTENSIBLE: Final = frozenset({"linear", "striped"})
+# The types that lvextend (2.03.16) enlarges by taking free extents of the volume group and nothing
+# else, and how many of so many stripes hold data of their own. Of a cached volume LVM does not say
+# what its origin is; one on several stripes takes more than is counted, and lvextend refuses that.
+_DATA_STRIPES: Final[Mapping[str, Callable[[int], int]]] = MappingProxyType(
+    {
+        "linear": lambda stripes: stripes,
+        "striped": lambda stripes: stripes,
+        "cache": lambda stripes: stripes,
+        "mirror": lambda _stripes: 1,
+        "raid0": lambda stripes: stripes,
+        "raid1": lambda _stripes: 1,
+        "raid4": lambda stripes: stripes - 1,
+        "raid5": lambda stripes: stripes - 1,
+        "raid6": lambda stripes: stripes - 2,
+        "raid10": lambda stripes: stripes // 2,
+    }
+)
 
 _THIN: Final = "thin"
 
@@ -55,7 +74,7 @@ class LogicalVolume(Struct, frozen=True):
         extent_size: of the volume group; sizes are multiples of it.
         vg_free: unallocated space of the volume group.
         segment_type: of its last segment, which lvextend continues: ``linear``, ``thin``, ...
-        stripes: of the last segment.
+        stripes: of the last segment, those with copies and parity included.
         pool: the name of the thin pool that its space comes from; empty if it is not a thin one.
     """
 
@@ -72,18 +91,31 @@ class LogicalVolume(Struct, frozen=True):
 
     @property
     def growth_unit(self) -> int:
-        """What it grows by: an extent on every stripe."""
-        return self.extent_size * self.stripes
+        """What it grows by: an extent on every stripe that holds data of its own."""
+        data_of = _DATA_STRIPES.get(self._kind)
+        data_stripes = self.stripes if data_of is None else data_of(self.stripes)
+        return self.extent_size * max(data_stripes, 1)
+
+    @property
+    def is_extensible(self) -> bool:
+        """Whether lvextend makes such a volume larger, as far as that is known beforehand."""
+        return self._kind in _DATA_STRIPES or self.segment_type == _THIN
 
     @property
     def largest_size(self) -> int:
         """What it can be extended to as long as nobody else takes space from the volume group.
 
-        How the free extents lie on the physical volumes can make it less for a striped one.
+        How the free extents lie on the physical volumes can make it less for one on several
+        stripes.
         """
-        if self.segment_type not in _EXTENSIBLE:
+        if self._kind not in _DATA_STRIPES:
             return self.size
-        return self.size + self.vg_free // self.growth_unit * self.growth_unit
+        return self.size + self.vg_free // (self.extent_size * self.stripes) * self.growth_unit
+
+    @property
+    def _kind(self) -> str:
+        """Its type, whatever the layout of its parity (``raid5_ls``, ``raid6_zr``, ...)."""
+        return self.segment_type.partition("_")[0]
 
     def size_after_growth(self, required: int) -> int:
         """The size that lvextend makes it when *required* is asked for; never less than now."""

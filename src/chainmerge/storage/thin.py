@@ -51,18 +51,37 @@ class ThinPool(Struct, frozen=True):
     vg_free: int
     extent_size: int
 
+    def beside(self, taken: int) -> ThinPool:
+        """The same, once others have taken so many bytes of data."""
+        metadata = self._metadata_of(taken)
+        of_group = self.lacks(taken).of_group
+        return ThinPool(
+            self.name,
+            self.uuid,
+            self.chunk,
+            self.size,
+            max(0, self.free - taken),
+            self.metadata_size,
+            max(0, self.metadata_free - metadata),
+            max(0, self.vg_free - of_group),
+            self.extent_size,
+        )
+
+    def _metadata_of(self, allocates: int) -> int:
+        if not allocates:
+            return 0
+        return divide_up(allocates, self.chunk) * _BYTES_PER_CHUNK + _COPIED_NODES
+
     def lacks(self, allocates: int) -> PoolShortage:
         """What is not there of what *allocates* bytes of chunks take."""
-        metadata = divide_up(allocates, self.chunk) * _BYTES_PER_CHUNK
-        metadata += _COPIED_NODES if allocates else 0
         return PoolShortage(
             max(0, round_up(allocates, self.chunk) - self.free),
-            max(0, metadata - self.metadata_free),
+            max(0, self._metadata_of(allocates) - self.metadata_free),
         )
 
     def remedy(self, allocates: int) -> str:
         """What to do where it does not have what *allocates* bytes take."""
-        by = self.extension(allocates).total
+        by = self.extension(allocates).of_group
         if by <= self.vg_free:
             return (
                 f"have the pool extended (--extend-pool), which takes {by} bytes of the volume "
@@ -90,6 +109,11 @@ class PoolShortage(Struct, frozen=True):
     def total(self) -> int:
         """Of both."""
         return self.data + self.metadata
+
+    @property
+    def of_group(self) -> int:
+        """What the volume group gives for it: LVM keeps a spare as large as the metadata."""
+        return self.data + 2 * self.metadata
 
 
 NOTHING_LACKS: Final = PoolShortage(0, 0)

@@ -152,12 +152,31 @@ class VolumeGroupFull(CannotGrow):
     )
     explanation: ClassVar[str] = (
         "The logical volume is extended to what the operation needs at its peak before anything is "
-        "written, and its volume group does not have that much free space. Only linear and striped "
-        "volumes are extended; a volume of another type (thin, mirrored, cached, ...) must be "
-        "extended by hand first if it holds a qcow2 image. Never do that with a raw image: the "
-        "guest would read what lies behind its present end (pull instead, with --direction pull). "
-        "The image was not changed."
+        "written, and its volume group does not have that much free space. On a volume with copies "
+        "or parity (raid, mirror) each byte takes more than one. The image was not changed."
     )
+
+
+class VolumeNotExtensible(CannotGrow):
+    """LVM does not extend logical volumes of this type."""
+
+    code: ClassVar[str] = "volume-not-extensible"
+    template: ClassVar[str] = (
+        "{image}: the logical volume of {size} bytes must have {required}: {missing} bytes more; "
+        "it is of the type {type}, and chainmerge has LVM extend none of these"
+    )
+    hint: ClassVar[str] = (
+        "if the image is qcow2, extend the volume by {missing} bytes by hand ('lvextend'), as far "
+        "as LVM does that; or make it a type that LVM extends ('lvconvert')"
+    )
+    explanation: ClassVar[str] = (
+        "Linear, striped, mirrored, raid, cached and thin volumes are extended to what the "
+        "operation needs at its peak. Of other types (writecache, VDO, LVM snapshots, raid with "
+        "integrity) LVM extends some in some versions, or not while they are in use. Never extend "
+        "a volume with a raw image by hand: the guest would read what lies behind its present end "
+        "(pull instead, with --direction pull). The image was not changed."
+    )
+    type: str
 
 
 class ThinPoolFull(CannotGrow):

@@ -21,6 +21,7 @@ from chainmerge.storage.volume_errors import (
     FileSystemFull,
     ThinPoolFull,
     VolumeGroupFull,
+    VolumeNotExtensible,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class VolumeFacts(Struct, frozen=True):
             for it. Empty if it has all it will ever have.
         thin: the pool of a thin volume.
         extends_pool: whether that may be extended.
+        unit_cost: bytes of the volume group that one *growth_unit* takes, copies and parity
+            included; 0 where it is what it gives.
+        fixed_type: the type of a logical volume that lvextend does not make larger; else empty.
     """
 
     path: str
@@ -78,6 +82,8 @@ class VolumeFacts(Struct, frozen=True):
     reserved: int = 0
     thin: ThinPool | None = None
     extends_pool: bool = False
+    unit_cost: int = 0
+    fixed_type: str = ""
 
     @property
     def takes_as_written(self) -> bool:
@@ -100,9 +106,7 @@ class VolumeFacts(Struct, frozen=True):
             return self
         free, limit = self.free_bytes, self.capacity_limit
         if self.thin is not None:
-            thin = self.thin
-            room = max(0, thin.free - taken), max(0, thin.vg_free - max(0, taken - thin.free))
-            return replace(self, thin=replace(thin, free=room[0], vg_free=room[1]))
+            return replace(self, thin=self.thin.beside(taken))
         if self.kind is VolumeKind.LVM and limit is not None:
             limit = max(self.size, limit - taken)
         return replace(
@@ -114,6 +118,8 @@ class VolumeFacts(Struct, frozen=True):
     def claim(self, required: int, allocates: int | None = None) -> dict[str, int]:
         """What it takes from its pool to hold *required* bytes; *allocates* as in growth."""
         growth = max(0, self.growth(required).size_after - self.size)
+        if self.unit_cost:
+            growth = growth // self.growth_unit * self.unit_cost
         if self.takes_as_written and allocates is not None:
             growth = allocates
         return {self.pool: growth} if self.pool and growth else {}
@@ -151,6 +157,9 @@ class VolumeFacts(Struct, frozen=True):
                 error = FileLimitReached
             case VolumeKind.BLOCK:
                 error = DeviceTooSmall
+            case VolumeKind.LVM if self.fixed_type:
+                facts = (self.path, self.kind.value, self.size, required, self.size, missing)
+                return VolumeNotExtensible(*facts, self.fixed_type)
             case VolumeKind.LVM:
                 error = VolumeGroupFull
         return error(self.path, self.kind.value, self.size, required, self.capacity_limit, missing)
@@ -177,7 +186,7 @@ class VolumeFacts(Struct, frozen=True):
         assert self.thin is not None
         if not self.extends_pool:
             return self.thin.lacks(allocates).total
-        return max(0, self.thin.extension(allocates).total - self.thin.vg_free)
+        return max(0, self.thin.extension(allocates).of_group - self.thin.vg_free)
 
     def _over_limit(self, required: int) -> int:
         if self.capacity_limit is None or required <= self.size:

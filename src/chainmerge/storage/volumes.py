@@ -342,6 +342,8 @@ class LvmVolume(Struct, frozen=True):
             pool,
             thin=thin,
             extends_pool=self.extends_pool,
+            unit_cost=known.extent_size * known.stripes,
+            fixed_type="" if known.is_extensible else known.segment_type,
         )
 
     def _reported(self) -> lvm.LogicalVolume:

@@ -103,7 +103,7 @@ class FakeLvm:
     def add_pool(
         self, group: str, name: str, extents: int, used: float, chunk: int = 64 << 10
     ) -> None:
-        """Add a thin pool, *used* of which (percent, of metadata too) are taken."""
+        """Add a thin pool, *used* of which (percent) are taken, and little of its metadata."""
         state = self._read()
         state["volumes"].append(
             {
@@ -118,9 +118,9 @@ class FakeLvm:
                 "active": "exclusive",
                 "attributes": "twi-aotz--",
                 "kept_open": [],
-                "metadata_extents": 1,
+                "metadata_extents": 2,
                 "used": used,
-                "metadata_used": used,
+                "metadata_used": 12.0,
                 "chunk": chunk,
             }
         )
@@ -132,6 +132,14 @@ class FakeLvm:
         for volume in state["volumes"]:
             if volume["name"] == name:
                 volume |= {"segment_type": "thin", "stripes": 0, "pool": pool}
+        self._write(state)
+
+    def set_pool(self, name: str, **changes: float) -> None:
+        """Have a pool used in another way: ``used`` and ``metadata_used``, in percent."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume.update(changes)
         self._write(state)
 
     @contextmanager
