@@ -110,8 +110,9 @@ class MergeOptions(Struct, frozen=True):
             bitmaps and refcounts only.
         delete: Delete the merged images once the result is verified; with them their external
             data files, if nobody else uses those, and the links by which they were reached.
-        keep_name: Give the result the name of top (files only): after a commit base takes
-            the place of top's file. Nothing else is deleted without ``delete``.
+        keep_name: Give the result the name of top: after a commit base takes the place of top's
+            file, or top's logical volume is removed and base's renamed. Nothing else is deleted
+            without ``delete``.
         drop_bitmaps: Go on even if base cannot hold bitmaps and valid ones will be lost.
         drop_snapshots: Delete the internal snapshots that would show other data afterwards, and
             those of images that are deleted.
@@ -129,6 +130,8 @@ class MergeOptions(Struct, frozen=True):
         size_limit: Bytes that base's file must not grow past, as if it were a volume of
             that size; None for no limit.
         volume: What kind of volume base lies on; ``auto`` finds out.
+        extend_pool: Extend the pool of a thin volume beforehand if it may not have what the merge
+            writes.
         shrink: Reduce a logical volume afterwards to what the merge needed at most, and *leave*.
         leave: Bytes that a reduced volume keeps beyond that; None for ``LEFT_TO_A_GUEST`` if the
         guest writes to the result, and for none if images are above it.
@@ -152,6 +155,7 @@ class MergeOptions(Struct, frozen=True):
     bandwidth: ByteCount | None = None
     size_limit: ByteCount | None = None
     volume: VolumeChoice = "auto"
+    extend_pool: bool = False
     shrink: bool = False
     leave: int | None = None
     discard: bool = False

@@ -21,7 +21,7 @@ from chainmerge.planning.placement import (
     prunes_first,
     required_bytes,
 )
-from chainmerge.storage.volumes import VolumeFacts
+from chainmerge.storage.volume_facts import VolumeFacts
 from tests.support.merge_facts import (
     FILE,
     FILE_SIZE,

@@ -87,6 +87,7 @@ OPTIONS = st.builds(
     bandwidth=SIZES,
     size_limit=SIZES,
     volume=st.sampled_from(get_args(VolumeChoice)),
+    extend_pool=st.booleans(),
     shrink=st.booleans(),
     leave=SIZES,
     discard=st.booleans(),

@@ -145,7 +145,7 @@ class TestReports:
         for devices in ([{"pv_name": "[unknown]", "vg_name": "vg-1"}], []):
             fake_lvm.break_command("pvs", 0, "", json.dumps({"report": [{"pv": devices}]}))
             with pytest.raises((CannotOpen, LvmFailed)):
-                lvm.make_metadata_durable("image", base)
+                lvm.make_metadata_durable("image", base.vg_name)
 
     @staticmethod
     def _let_lvm_say(fake_lvm: FakeLvm, report: dict[str, Any]) -> None:
@@ -177,4 +177,4 @@ class TestCommandsThatDoNotEnd:
     def test_a_report(self, base: LogicalVolume, fake_lvm: FakeLvm) -> None:
         fake_lvm.hang_command("pvs", stubborn=False)
         with pytest.raises(LvmFailed):
-            lvm.make_metadata_durable("image", base)
+            lvm.make_metadata_durable("image", base.vg_name)

@@ -23,13 +23,13 @@ from chainmerge.storage.volume_errors import (
     LvmMissing,
     NotALogicalVolume,
     VolumeGroupFull,
+    VolumeNotExtensible,
 )
+from chainmerge.storage.volume_facts import VolumeFacts, VolumeKind
 from chainmerge.storage.volumes import (
     BlockVolume,
     FileVolume,
     LvmVolume,
-    VolumeFacts,
-    VolumeKind,
     open_lvm_volume,
     open_volume,
 )
@@ -377,6 +377,7 @@ class TestLogicalVolume:
             None,
             EXTENT,
             volume.facts().pool,
+            unit_cost=EXTENT,
         )
         assert volume.facts().pool.startswith("volume group ")
 
@@ -448,23 +449,37 @@ class TestLogicalVolume:
             volume.grow_to(4 * EXTENT)
 
 
+# A type, its stripes, and how many of them hold data of their own: as lvs 2.03.16 reports them.
+LAYOUTS = [
+    *(("striped", stripes, stripes) for stripes in range(1, 5)),
+    ("linear", 1, 1), ("cache", 1, 1), ("mirror", 2, 1), ("raid0", 3, 3), ("raid1", 3, 1),
+    ("raid4", 3, 2), ("raid5_ls", 4, 3), ("raid6_zr", 5, 3), ("raid10", 4, 2),
+]  # fmt: skip
+
+
 class TestLvmGroups:
     @settings(max_examples=10)
-    @given(extents=st.integers(2, 8), stripes=st.integers(1, 4), required=st.integers(0, 40 * 4096))
+    @given(
+        extents=st.integers(2, 8),
+        layout=st.sampled_from(LAYOUTS),
+        required=st.integers(0, 40 * 4096),
+    )
     def test_growth_is_predicted_to_the_byte(
         self,
         tmp_path_factory: pytest.TempPathFactory,
         extents: int,
-        stripes: int,
+        layout: tuple[str, int, int],
         required: int,
     ) -> None:
+        segment_type, stripes, with_data = layout
         scratch = tmp_path_factory.mktemp("lvm")
         with pytest.MonkeyPatch.context() as monkeypatch:
             fake = FakeLvm(scratch)
             fake.install(monkeypatch)
-            fake.add_group("vg", 30, [], 4096)
-            path = make_file(scratch / "lv", extents * stripes * 4096)
-            fake.add_volume("vg", "lv", path, "striped", stripes, segments=2)
+            fake.add_group("vg", 40, [], 4096)
+            path = make_file(scratch / "lv", extents * with_data * 4096)
+            segments = 2 if segment_type == "striped" else 1
+            fake.add_volume("vg", "lv", path, segment_type, stripes, segments)
             volume = open_lvm_volume(path)
             facts = volume.facts()
             expected = facts.growth(required)
@@ -477,7 +492,7 @@ class TestLvmGroups:
                 volume.grow_to(required)
                 assert volume.size == expected.size_after
 
-    @pytest.mark.parametrize("segment_type", ["thin", "raid1", "cache", "mirror"])
+    @pytest.mark.parametrize("segment_type", ["writecache", "vdo", "snapshot", "unknown"])
     def test_other_types_are_not_extended(
         self, tmp_path: Path, fake_lvm: FakeLvm, segment_type: str
     ) -> None:
@@ -486,8 +501,25 @@ class TestLvmGroups:
         fake_lvm.add_volume("vg", "lv", path, segment_type)
         volume = open_lvm_volume(path)
         assert volume.facts().capacity_limit == EXTENT
-        with pytest.raises(VolumeGroupFull):
+        with pytest.raises(VolumeNotExtensible, match=segment_type) as caught:
             volume.grow_to(EXTENT + 1)
+        assert caught.value.missing == 1
+        assert fake_lvm.calls("lvextend") == []
+
+    def test_copies_and_parity_take_space_too(self, tmp_path: Path, fake_lvm: FakeLvm) -> None:
+        """Of 10 extents 2 are taken by each of two mirrored volumes of one."""
+        fake_lvm.add_group("vg", 10, [], EXTENT)
+        volumes = []
+        for name in ("one", "two"):
+            path = make_file(tmp_path / name, EXTENT)
+            fake_lvm.add_volume("vg", name, path, "raid1", 2)
+            volumes.append(open_lvm_volume(path))
+        first, second = (volume.facts() for volume in volumes)
+        assert first.capacity_limit == 4 * EXTENT
+        (claim,) = first.claim(3 * EXTENT).items()
+        assert claim[1] == 4 * EXTENT
+        beside = second.beside(dict([claim]))
+        assert beside.refusal(4 * EXTENT) is not None
 
     def test_every_physical_volume_is_flushed(self, tmp_path: Path, fake_lvm: FakeLvm) -> None:
         """One of two devices has data in its cache that cannot be written: that must come out."""

@@ -42,7 +42,7 @@ from chainmerge.qcow2.features import (
 )
 from chainmerge.qcow2.header import V3_HEADER_LENGTH, Header
 from chainmerge.qcow2.runs import NO_RUNS
-from chainmerge.storage.volumes import VolumeFacts, VolumeKind
+from chainmerge.storage.volume_facts import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,12 +8,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import Struct
+
 from chainmerge.chain.allowed_places import allowed_places_of, reached
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.errors import BackingFileMissing
 from chainmerge.errors import ChainmergeError, Failed, Refused
 from chainmerge.storage import lvm
 from chainmerge.storage.errors import ImageMissing
+from chainmerge.storage.lvm import VolumeUuids
+from chainmerge.storage.lvm_volumes import find_volume, uuids_at
 from chainmerge.storage.volume_errors import LvmFailed, VolumeNotActivated
 
 if TYPE_CHECKING:
@@ -55,9 +59,8 @@ def volumes_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple[st
     """
     with _deactivated_afterwards() as activated:
         while (path := _inactive(Path(top).absolute(), policy)) is not None:
-            _activate(path)
-            activated.append(path)
-        yield tuple(activated)
+            activated.append(_activate(path))
+        yield tuple(volume.path for volume in activated)
 
 
 @contextlib.contextmanager
@@ -74,39 +77,59 @@ def neighbours_activated(top: str | Path, policy: ChainPolicy) -> Iterator[tuple
     with _deactivated_afterwards() as activated:
         for neighbour in inactive_neighbours(discover(Path(top), policy)):
             with contextlib.suppress(ChainmergeError):
-                lvm.activate(str(neighbour), str(neighbour))
-                activated.append(str(neighbour))
-        yield tuple(activated)
+                activated.append(_activate(str(neighbour)))
+        yield tuple(volume.path for volume in activated)
 
 
 @contextlib.contextmanager
-def _deactivated_afterwards() -> Iterator[list[str]]:
+def _deactivated_afterwards() -> Iterator[list[_Activated]]:
     """Gives a list of volumes, of which those that are in it then are deactivated at the end.
+
+    Those that are removed by then are left out, whatever has their name.
 
     Raises:
         VolumeStaysActive: one cannot be.
     """
-    activated: list[str] = []
+    activated: list[_Activated] = []
     try:
         yield activated
     except BaseException:
-        for path in reversed(activated):
+        for volume in reversed(activated):
             with contextlib.suppress(ChainmergeError):
-                lvm.deactivate(path, path)
+                _deactivate(volume)
         raise
-    for path in reversed(activated):
+    for volume in reversed(activated):
         try:
-            lvm.deactivate(path, path)
+            _deactivate(volume)
         except ChainmergeError as error:
             reason = str(getattr(error, "reason", error.sentence))
-            raise VolumeStaysActive(path, reason) from error
+            raise VolumeStaysActive(volume.path, reason) from error
 
 
-def _activate(path: str) -> None:
+class _Activated(Struct, frozen=True):
+    """A volume by the name by which it was activated; and its UUIDs, where they are known."""
+
+    path: str
+    uuids: VolumeUuids | None
+
+
+def _activate(path: str) -> _Activated:
     try:
         lvm.activate(path, path)
     except LvmFailed as error:
         raise VolumeNotActivated(path, error.reason) from error
+    return _Activated(path, uuids_at(Path(path)))
+
+
+def _deactivate(volume: _Activated) -> None:
+    """Deactivate it, whatever it is called by now; nothing happens if it is gone."""
+    path = volume.path
+    if volume.uuids is not None and uuids_at(Path(path)) != volume.uuids:
+        found = find_volume(path, volume.uuids)
+        if found is None:
+            return
+        path = str(found.path)
+    lvm.deactivate(path, path)
 
 
 def _inactive(top: Path, policy: ChainPolicy) -> str | None:

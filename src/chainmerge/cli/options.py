@@ -294,6 +294,11 @@ _MERGE_OPTIONS: Final = (
         help="What kind of volume base lies on.",
     ),
     merging_option(
+        "--extend-pool",
+        is_flag=True,
+        help="Extend the pool of a thin volume first if it may not have what the merge writes.",
+    ),
+    merging_option(
         "--shrink",
         is_flag=True,
         help="Reduce the logical volume afterwards to what the merge needed, and --leave.",

@@ -146,6 +146,19 @@ class PlannedSnapshots(Struct, frozen=True):
     freed: int
 
 
+class PlannedPool(Struct, frozen=True):
+    """The pool of a thin volume, in bytes.
+
+    ``free`` and ``metadata_free`` are what it has left, ``extend_by`` what it is extended by before
+    anything is written: its data, and what notes where that is.
+    """
+
+    name: str
+    free: int
+    metadata_free: int
+    extend_by: int
+
+
 class SpacePlan(Struct, frozen=True):
     """Base's volume: what it is, what it must be, what it may become.
 
@@ -155,8 +168,9 @@ class SpacePlan(Struct, frozen=True):
     have to make room first, by a switch of their own. ``grow_to`` is the size that the volume
     will be extended to, None if it is large enough. ``missing`` is what cannot be had; a plan
     with a missing byte is refused. ``allocates`` is what the file system has to give a file:
-    behind its end, in holes that are written to, and for blocks that other files share; None for
-    a volume, and where it is not known.
+    behind its end, in holes that are written to, and for blocks that other files share, and what
+    the pool has to give a thin volume at most; None for another volume, and where it is not known.
+    ``pool`` is the pool of a thin volume.
     """
 
     kind: str
@@ -172,6 +186,7 @@ class SpacePlan(Struct, frozen=True):
     placement: Placement
     required_by_placement: dict[str, int]
     prune_first: bool
+    pool: PlannedPool | None = None
 
 
 class Repoint(Struct, frozen=True):

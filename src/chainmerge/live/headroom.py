@@ -17,7 +17,8 @@ from msgspec import Struct, field
 
 from chainmerge.arithmetic.rounding import round_up
 from chainmerge.live.port import WatchedVm
-from chainmerge.storage.volumes import Volume, VolumeKind
+from chainmerge.storage.volume_facts import VolumeKind
+from chainmerge.storage.volumes import Volume
 
 # How many seconds of writing an extension is to be ahead of.
 LEAD_SECONDS: Final = 10.0

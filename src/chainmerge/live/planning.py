@@ -42,6 +42,7 @@ from chainmerge.planning.leaks import to_note
 from chainmerge.planning.movement import measure_guest_bytes, movement_of
 from chainmerge.planning.plan import make_plan
 from chainmerge.planning.refusals import find_refusals
+from chainmerge.planning.removals import Removals, volumes_of
 from chainmerge.planning.space.figures import SpaceSurvey
 from chainmerge.planning.space.live import survey_for_live
 from chainmerge.planning.space.live_pull import survey_pull_for_live
@@ -51,7 +52,8 @@ from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
-from chainmerge.storage.volumes import VolumeKind, volume_at
+from chainmerge.storage.volume_facts import VolumeKind
+from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -148,6 +150,7 @@ def _plan(
         leaks=way.survey.leaks.facts,
         guest_writes=options.pulls and live.is_active,
         occupied=bytes_occupied(target.chain),
+        removals=Removals({}, {}, {}, {}, volumes_of(live.images_deleted(options))),
     )
     plan = _as_it_grows(make_plan(facts, asked))
     if options.pulls:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.merging.deleting import delete_recorded, not_deleted
+from chainmerge.errors import ChainmergeError
+from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
+from chainmerge.merging.live_remains import merged_images
 from chainmerge.records.identity import same_image
 from chainmerge.records.merged_record import (
     DoomedImage,
@@ -24,7 +26,6 @@ from chainmerge.records.merged_record import (
 )
 
 if TYPE_CHECKING:
-    from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.live_journal import LiveJournal
 
 
@@ -45,17 +46,19 @@ def _record_of(journal: LiveJournal) -> MergedRecord:
         result_format="qcow2",
         result_identity=journal.top,
         keep_name=False,
-        delete=[DoomedImage(one.path, one) for one in _doomed(journal)],
+        delete=_doomed(journal),
         pulled=Pulled(journal.backing_name, journal.onto, journal.leaked_before, journal.base),
         request=journal.request,
     )
 
 
-def _doomed(journal: LiveJournal) -> list[ImageIdentity]:
-    """What is to be deleted, upper ones first. Block devices are left, and so are all then."""
-    if not journal.delete or any(Path(one.path).is_block_device() for one in journal.merged):
-        return []
-    return list(reversed(journal.merged))
+def _doomed(journal: LiveJournal) -> list[DoomedImage]:
+    """What is to be deleted, upper ones first.
+
+    Block devices that are no logical volumes are left, and so are all then.
+    """
+    merged = merged_images(journal)
+    return merged if journal.delete and deletable(merged) == merged else []
 
 
 def forget_pull(journal: LiveJournal) -> None:
@@ -84,15 +87,17 @@ def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
     """
     if not journal.delete:
         return ()
-    devices = [one.path for one in journal.merged if Path(one.path).is_block_device()]
+    merged = merged_images(journal)
+    devices = [one.path for one in merged if one not in deletable(merged)]
     if devices:
         warnings.append(f"block devices are not deleted: {', '.join(devices)}")
         return ()
     record = _record_of(journal)
     try:
         deleted = delete_recorded(record)
-    except OSError as error:
-        warnings.append(f"not all merged images could be deleted: {error}")
+    except (OSError, ChainmergeError) as error:
+        reason = error.sentence if isinstance(error, ChainmergeError) else str(error)
+        warnings.append(f"not all merged images could be deleted: {reason}")
         return ()
     warnings += not_deleted(record)
     return deleted

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from chainmerge.chain.model import ImageFormat
 from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.documents.progress import Stage
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.pull_record import delete_pulled, note_settled
 from chainmerge.live.reporting import LiveOutcome
 from chainmerge.live.verifying import verify_in_vm, verify_on_disk
-from chainmerge.merging.deleting import delete_recorded, not_deleted
+from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
 from chainmerge.merging.live_remains import merged_images
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same
@@ -27,6 +28,7 @@ from chainmerge.records.merged_record import (
     record_merged,
 )
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.lvm_volumes import lasting_path
 
 if TYPE_CHECKING:
     from chainmerge.live.driver import LiveDriver
@@ -67,7 +69,9 @@ def _settled(journal: LiveJournal, warnings: list[str], *, is_closed: bool) -> t
 
 
 def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
-    """Delete the merged images, upper ones first. Block devices are left, and so are all then.
+    """Delete the merged images, upper ones first.
+
+    Block devices that are no logical volumes are left, and so are all then.
 
     Args:
         journal: of the merge, whose images the VM has closed.
@@ -77,7 +81,7 @@ def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]
         What was deleted.
     """
     doomed = merged_images(journal)
-    devices = [one.path for one in doomed if Path(one.path).is_block_device()]
+    devices = [one.path for one in doomed if one not in deletable(doomed)]
     if devices:
         warnings.append(f"block devices are not deleted: {', '.join(devices)}")
         return _record_superseded(journal)
@@ -85,8 +89,9 @@ def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]
     record_merged(Path(journal.top.path), record)
     try:
         deleted = delete_recorded(record)
-    except OSError as error:
-        warnings.append(f"not all merged images could be deleted: {error}")
+    except (OSError, ChainmergeError) as error:
+        reason = error.sentence if isinstance(error, ChainmergeError) else str(error)
+        warnings.append(f"not all merged images could be deleted: {reason}")
         return ()
     warnings += (left := list(not_deleted(record)))
     if not left:
@@ -109,10 +114,15 @@ def _record_superseded(journal: LiveJournal) -> tuple[()]:
 def _merged_record(
     journal: LiveJournal, doomed: list[DoomedImage], superseded: Superseded | None
 ) -> MergedRecord:
+    base = Path(journal.base.path)
+    top, base = (
+        doomed[0].path if doomed else journal.top.path,
+        lasting_path(base) if doomed else base,
+    )
     return MergedRecord(
-        top=journal.top.path,
-        base=journal.base.path,
-        result=journal.base.path,
+        top=top,
+        base=str(base),
+        result=str(base),
         result_format=_format_of(Path(journal.base.path)),
         result_identity=journal.base,
         keep_name=False,

@@ -68,6 +68,14 @@ class LiveTarget(Struct, frozen=True):
         """The image that is written: base, or top in a pull."""
         return self.target.chain.top if options.pulls else self.target.base
 
+    def images_deleted(self, options: LiveOptions) -> tuple[ImageInfo, ...]:
+        """The images that nothing is left to be read of, if they are to go."""
+        if not options.delete:
+            return ()
+        if options.pulls:
+            return self.target.chain.images[self.target.base_index : -1]
+        return self.merged_images
+
     def images_written(self, options: LiveOptions) -> tuple[Path, ...]:
         """Base, the merged images, whose bitmaps may go, and the one that is put on base.
 

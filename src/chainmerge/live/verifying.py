@@ -30,6 +30,7 @@ from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.request import access_of
 from chainmerge.records.saved_bitmaps import load_saved_bitmaps
 from chainmerge.storage.files import FileReadable
+from chainmerge.storage.lvm_volumes import lasting_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -127,7 +128,8 @@ def _verify_base(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]:
     top = Path(journal.top.path)
     if not top.exists() or not may_be_same(identify(top), journal.top):
         return
-    with open_chain(discover(top, _trusting(layout, journal))) as opened:
+    # Relative names do not count from where the nodes of volumes are.
+    with open_chain(discover(lasting_path(top), _trusting(layout, journal))) as opened:
         index = _index_of_base(opened, journal)
         base = opened.images[index]
         if base.image is not None:

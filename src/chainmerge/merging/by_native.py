@@ -38,7 +38,7 @@ from chainmerge.planning.space.native import mapped_disk
 from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.allocation import STAT_BLOCK
 from chainmerge.storage.transfer.copying import ReadBack, ZeroedSpace, transfer_into
-from chainmerge.storage.volumes import VolumeKind
+from chainmerge.storage.volume_facts import VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ from chainmerge.merging.deleting import delete_recorded, give_back, gives_back
 from chainmerge.merging.journal import record_switched
 from chainmerge.merging.live_remains import forget_live_pull
 from chainmerge.merging.reporting import build_report
-from chainmerge.merging.settling import SettleSteps, settle
+from chainmerge.merging.settling import SettleSteps, release_volumes, settle
 from chainmerge.merging.tombstones import drop_tombstones
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import deleted_images, going
@@ -35,6 +35,7 @@ def _settle_pull(job: Job, merged: Merged) -> MergeReport:
     deleted: tuple[str, ...] = ()
     if record is not None:
         held = frozenset(image.identity for image in job.facts.merged_images)
+        release_volumes(job.facts.merged_images if record.delete else (), job.locks)
         deleted = delete_recorded(record, held)
         note_deleted(top.real_path, record)
     forget_live_pull(top.real_path)
@@ -69,6 +70,7 @@ def conclude(job: Job, merged: Merged) -> MergeReport:
         going=going(facts, request.options),
         spent=spent_names(job.bitmaps),
         shrink_to=plan.space.shrink_to,
+        locks=job.locks,
     )
     return settle_to_the_end(
         request,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are deleted at the end of a merge, whatever kind of merge it is."""
+"""Files and volumes that are deleted at the end of a merge, whatever kind of merge it is."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from chainmerge.records.changes import is_there, what_stands_at
 from chainmerge.records.identity import Sameness
 from chainmerge.storage.files import FileReadable, fsync_directory
 from chainmerge.storage.locks import LockMode, contentions
+from chainmerge.storage.lvm_volumes import remove_volume, rename_volume
 from chainmerge.storage.removal import removal_obstacle
-from chainmerge.storage.volumes import VolumeKind, volume_at
+from chainmerge.storage.volume_facts import VolumeKind
+from chainmerge.storage.volumes import volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.chain.model import Identity
     from chainmerge.options import Access, MergeOptions
-    from chainmerge.records.merged_record import DoomedLink, MergedRecord
+    from chainmerge.records.merged_record import DoomedImage, DoomedLink, MergedRecord
     from chainmerge.storage.volumes import Volume
 
 
@@ -46,7 +48,8 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
     if options.delete and record.superseded is not None:
         doomed += record.superseded.images
     paths = [Path(one.path) for one in doomed if is_there(one.identity)]
-    for path in (*paths, *(Path(link.path) for link in record.links if _is_still_there(link))):
+    files = [path for path in paths if not path.is_block_device()]
+    for path in (*files, *(Path(link.path) for link in record.links if _is_still_there(link))):
         obstacle = removal_obstacle(path)
         if obstacle is not None:
             raise CannotTakeAway(str(path), "--delete", obstacle)
@@ -67,25 +70,40 @@ def require_no_users(base: str, doomed: Sequence[Path], access: Access) -> None:
 def delete_recorded(
     record: MergedRecord, held: frozenset[Identity] = frozenset()
 ) -> tuple[str, ...]:
-    """Delete the files that a record names, each only if it is certainly the same, then the links.
+    """Delete the images that a record names, each only if it is certainly the same, then the links.
 
-    *held* are those that the caller has had open all the time.
+    Before the links, the volume of base gets the name of top's, where the record says so. *held*
+    are the files that the caller has had open all the time; volumes that go must not be open.
+
+    Raises OSError, FlushFailed, VolumeNotRemoved, VolumeNotRenamed, and what else lvm leads to.
     """
     deleted = []
     for doomed in record.delete:
         path = Path(doomed.path)
+        if doomed.volume is not None:
+            if remove_volume(doomed.path, doomed.volume):
+                deleted.append(doomed.path)
+            continue
         answer = what_stands_at(path, doomed.identity)
         is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
         if answer is Sameness.SAME or is_held:
             path.unlink()
             fsync_directory(path.parent)
             deleted.append(doomed.path)
+    _rename_volume(record)
     for link in record.links:
         if _leads_nowhere(link):
             Path(link.path).unlink()
             fsync_directory(Path(link.path).parent)
             deleted.append(link.path)
     return tuple(deleted)
+
+
+def _rename_volume(record: MergedRecord) -> None:
+    """Give base's volume, which is open, the name of top's, where a record says so."""
+    volume = record.renames_volume
+    if volume is not None:
+        rename_volume(record.base, volume, Path(record.result).name)
 
 
 def _leads_nowhere(link: DoomedLink) -> bool:
@@ -112,9 +130,13 @@ def delete_superseded(record: MergedRecord) -> tuple[str, ...]:
     """Delete what a live merge has left in place, as if its deletion had been requested then."""
     if record.superseded is None:
         return ()
-    devices = {one.path for one in record.superseded.images if Path(one.path).is_block_device()}
-    doomed = [one for one in record.superseded.images if one.path not in devices]
+    doomed = deletable(record.superseded.images)
     return delete_recorded(msgspec.structs.replace(record, delete=doomed))
+
+
+def deletable(images: Sequence[DoomedImage]) -> list[DoomedImage]:
+    """Those that can be deleted: files and logical volumes."""
+    return [one for one in images if one.volume is not None or not Path(one.path).is_block_device()]
 
 
 def gives_back(result_format: str, options: MergeOptions) -> bool:

@@ -32,7 +32,7 @@ from chainmerge.planning.aftermath import snapshots_to_remove
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.records.remains import read_remains
 from chainmerge.storage.volume_errors import CannotGrow, ExtensionRefused
-from chainmerge.storage.volumes import VolumeKind
+from chainmerge.storage.volume_facts import VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,7 +16,8 @@ from chainmerge.planning.choices import shares_extents
 from chainmerge.planning.space.raw import data_in_place
 from chainmerge.storage.file_space import space_of
 from chainmerge.storage.files import WritablePort
-from chainmerge.storage.volumes import FileVolume, VolumeKind, volume_at
+from chainmerge.storage.volume_facts import VolumeKind
+from chainmerge.storage.volumes import FileVolume, LvmVolume, volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,10 +38,14 @@ def extended(job: Job) -> Iterator[None]:
 def _grown(job: Job) -> Iterator[None]:
     """Make base's volume, or the space behind the end of its file, as large as the merge needs."""
     grows = job.plan.space.grow_to is not None
-    if not grows and job.facts.end_before is None:
+    extends_pool = job.plan.space.pool is not None and job.plan.space.pool.extend_by > 0
+    if not (grows or extends_pool) and job.facts.end_before is None:
         yield
         return
     volume = volume_at(job.result.real_path, job.request.options)
+    if extends_pool and isinstance(volume, LvmVolume):
+        job.request.announce(Stage.EXTEND)
+        volume.extend_pool(job.plan.space.allocates or 0)
     if grows:
         job.request.announce(Stage.EXTEND)
         volume.grow_to(job.plan.space.required)

@@ -45,7 +45,7 @@ def finished_before(
         return False
     result = what_stands_at(record.result, record.result_identity)
     if result is Sameness.OTHER:
-        return False
+        return is_to_be_renamed(record)
     if record.pulled is not None:
         drop_cached(record.result)
         if not is_pulled(record, record.pulled, top):
@@ -61,6 +61,13 @@ def finished_before(
         in_base = active is not None and os.path.realpath(active) == record.base
         return is_superseded(record.superseded, top, in_base=in_base)
     return True
+
+
+def is_to_be_renamed(record: MergedRecord) -> bool:
+    """Whether nothing has the name of top, as its volume is gone, and base has yet to get it."""
+    if record.renames_volume is None or os.path.lexists(record.result):
+        return False
+    return what_stands_at(record.base, record.result_identity) is Sameness.SAME
 
 
 def is_superseded(superseded: Superseded, top: Path, *, in_base: bool) -> bool:

@@ -24,14 +24,15 @@ from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.deleting import delete_recorded, require_no_users
+from chainmerge.merging.deleting import deletable, delete_recorded, require_no_users
 from chainmerge.merging.reporting import build_report
+from chainmerge.merging.settling import release_volumes
 from chainmerge.merging.verifying import verify_soundness
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
 from chainmerge.planning.pivot import base_was_written_last, pivot_unclear, require_base_as_result
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.changes import data_changed
+from chainmerge.records.changes import data_changed, is_there
 from chainmerge.records.identity import identify, may_be_same, same_image
 from chainmerge.records.live_journal import (
     LiveJournal,
@@ -47,17 +48,24 @@ from chainmerge.records.merged_record import (
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.storage.files import WritablePort
+from chainmerge.storage.lvm_volumes import lasting_path
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.target import Target
     from chainmerge.documents.merge import MergeReport
     from chainmerge.merging.job import Request
+    from chainmerge.storage.locks import ImageLock
 
 
 def merged_images(journal: LiveJournal) -> list[DoomedImage]:
     """The images that a live merge makes superfluous, in the order in which they are deleted."""
-    return [DoomedImage(one.path, one) for one in reversed(journal.overlays)]
+    return [
+        DoomedImage(str(lasting_path(Path(one.path))) if is_there(one) else one.path, one)
+        for one in reversed(journal.merged)
+    ]
 
 
 def require_clear(request: Request, record: MergedRecord | None) -> None:
@@ -81,7 +89,9 @@ def forget_left_behind(record: MergedRecord) -> None:
     journal = load_live_journal(base)
     if journal is None or not same_image(journal.base, record.result_identity):
         return
-    if journal.top.path == record.top:
+    if record.top in (journal.top.path, merged_images(journal)[0].path) or any(
+        same_image(one.identity, journal.top) for one in record.delete
+    ):
         forget_saved_bitmaps(base)
         forget_live_journal(base)
 
@@ -133,9 +143,15 @@ def require_same_content(request: Request, target: Target, opened: OpenChain) ->
 
 
 def finish_pivot(
-    request: Request, journal: LiveJournal, target: Target, opened: OpenChain
+    request: Request,
+    journal: LiveJournal,
+    target: Target,
+    opened: OpenChain,
+    locks: Sequence[ImageLock],
 ) -> MergeReport:
     """Finish an active merge that took effect in its VM: nothing is copied.
+
+    *locks* are held on the images.
 
     Raises what verifying and deleting raise.
     """
@@ -153,7 +169,10 @@ def finish_pivot(
     # Where nothing is deleted the record only warns who comes later.
     with contextlib.nullcontext() if record.delete else contextlib.suppress(ChainmergeError):
         record_merged(target.chain.top.real_path, record)
-    held = frozenset(one.identity for one in target.chain.images[target.base_index + 1 :])
+    overlays = target.chain.images[target.base_index + 1 :]
+    held = frozenset(one.identity for one in overlays)
+    if record.delete:
+        release_volumes(overlays, locks)
     deleted = delete_recorded(record, held)
     forget_saved_bitmaps(base.real_path)
     forget_live_journal(base.real_path)
@@ -176,18 +195,19 @@ def _record_of_pivot(request: Request, journal: LiveJournal, target: Target) -> 
     """What is to be deleted, or, as nothing may be merged from it any more, is left."""
     base, top = target.base, target.chain.top.real_path
     merged = merged_images(journal)
+    doomed = deletable(merged) if request.options.delete or journal.delete else []
+    names = [str(lasting_path(path) if doomed else path) for path in (top, base.real_path)]
     record = MergedRecord(
-        top=str(top),
-        base=str(base.real_path),
-        result=str(base.real_path),
+        top=names[0],
+        base=names[1],
+        result=names[1],
         result_format=base.format,
         result_identity=identify(base.real_path),
         keep_name=False,
         delete=[],
         request=request.recorded(base.path),
     )
-    doomed = [one for one in merged if not Path(one.path).is_block_device()]
-    if doomed and (request.options.delete or journal.delete):
+    if doomed:
         return msgspec.structs.replace(record, delete=doomed)
     superseded = Superseded(merged, data_changed(top))
     return msgspec.structs.replace(record, superseded=superseded)

@@ -165,7 +165,7 @@ def _find(request: Request, look: Look) -> Target | Prepared:
     ):
         require_unused(record, request.access, request.options)
         finish_deleting = partial(finish_recorded_merge, request, record)
-        return Prepared(Path(record.base), None, {}, _doomed_of(record), {}, finish_deleting)
+        return Prepared(record.beside, None, {}, _doomed_of(record), {}, finish_deleting)
     require_clear(request, record)
     request.announce(Stage.LOCK)
     try:
@@ -205,11 +205,11 @@ def _prepare_locked(
     opened = stack.enter_context(open_target(target, locks))
     match find_ending(request, target, opened, remains):
         case TookEffectInVm(journal):
-            finish = partial(finish_pivot, request, journal, target, opened)
+            finish = partial(finish_pivot, request, journal, target, opened, locks)
             return Prepared(base, None, {}, images, seen, finish)
         case HoldsEverything(journal):
             require_removable(request, target, journal)
-            finish = partial(finish_journalled, request, target, journal)
+            finish = partial(finish_journalled, request, target, journal, locks)
             return Prepared(base, None, {}, images, seen, finish)
         case ToBeMerged() as ending:
             pass

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from chainmerge.records.identity import ImageIdentity
     from chainmerge.records.merged_record import MergedRecord
     from chainmerge.records.remains import Remains
+    from chainmerge.storage.locks import ImageLock
 
 
 class TookEffectInVm(Struct, frozen=True):
@@ -169,10 +170,12 @@ def _is_as_left(journal: Journal, request: Request, target: Target) -> bool:
     )
 
 
-def finish_journalled(request: Request, target: Target, journal: Journal) -> MergeReport:
+def finish_journalled(
+    request: Request, target: Target, journal: Journal, locks: tuple[ImageLock, ...]
+) -> MergeReport:
     """Finish a merge of which *journal* says that base holds everything.
 
-    Raises what settling a merge raises.
+    *locks* are held on its images. Raises what settling a merge raises.
     """
     request.begin_to_settle(str(target.base.path))
     base = target.base
@@ -184,7 +187,8 @@ def finish_journalled(request: Request, target: Target, journal: Journal) -> Mer
                 reclaim_leaks(port, everywhere_but(kept))
         with FileReadable(base.real_path) as readable:
             verified.append(verify_metadata(Qcow2Image(readable), kept))
-    return settle_to_the_end(request, steps_left(request, target, journal), journal, verified)
+    steps = msgspec.structs.replace(steps_left(request, target, journal), locks=locks)
+    return settle_to_the_end(request, steps, journal, verified)
 
 
 def require_removable(request: Request, target: Target, journal: Journal) -> None:
@@ -238,7 +242,7 @@ def finish_recorded(request: Request, record: MergedRecord) -> Iterator[str]:
     Top, or what is left of it, can vouch for nothing any more. So base is only touched as far
     as the journal vouches for it, and what cannot be had is left.
     """
-    base, result = Path(record.base), Path(record.result)
+    base, result = record.beside, Path(record.result)
     if record.pulled is not None:
         yield from _give_back_after_pull(request, record)
         return

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 
-from chainmerge.chain.model import ImageInfo
+from chainmerge.chain.model import ImageInfo, identity_of
 from chainmerge.chain.reading import open_for_writing
 from chainmerge.documents.plan import Repoint
 from chainmerge.engines.metadata.backing import change_backing
@@ -40,10 +41,10 @@ from chainmerge.records.merged_record import (
 )
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps
 from chainmerge.storage.files import fsync_directory, take_on_access
+from chainmerge.storage.locks import ImageLock
+from chainmerge.storage.lvm_volumes import lasting_path
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from chainmerge.chain.model import Identity
     from chainmerge.options import MergeOptions
     from chainmerge.planning.facts import MergeFacts
@@ -56,7 +57,8 @@ class SettleSteps(Struct, frozen=True):
     ``doomed`` are the images to be deleted, in that order, ``going`` what goes after them. With
     ``keep_name`` base takes the name of top. ``above`` are the images that ``repoint`` may name,
     all of them locked. ``spent`` are the names of tombstones that only top needs, ``shrink_to`` is
-    the size that was planned for the volume of the result, if any.
+    the size that was planned for the volume of the result, if any. ``locks`` are those that the
+    caller holds on the images: a volume that is open cannot be removed.
     """
 
     base: ImageInfo
@@ -68,11 +70,20 @@ class SettleSteps(Struct, frozen=True):
     going: Going
     spent: Collection[str]
     shrink_to: int | None
+    locks: tuple[ImageLock, ...] = ()
 
     @property
     def result(self) -> Path:
-        """Where the merged image is in the end."""
-        return self.top.real_path if self.keep_name else self.base.real_path
+        """Where the merged image is in the end. A volume has its node under any name."""
+        renames_file = self.keep_name and not self.base.is_block_device
+        return self.top.real_path if renames_file else self.base.real_path
+
+    @property
+    def removed(self) -> tuple[ImageInfo, ...]:
+        """The images that are removed as such: a file that base takes the place of is not."""
+        if self.keep_name and self.base.is_block_device:
+            return (self.top, *self.doomed)
+        return self.doomed
 
 
 class SettledMerge(Struct, frozen=True):
@@ -102,10 +113,13 @@ def settle(
     warnings: tuple[str, ...] = ()
     if steps.keep_name:
         journal = enter_state(journal, JournalState.RENAME)
-        warnings = rename_base(steps)
+        keep_backing_reachable(steps)
+        if not steps.base.is_block_device:
+            warnings = rename_base(steps)
     deleted: tuple[str, ...] = ()
     if record is not None:
         journal = enter_state(journal, JournalState.DELETE)
+        release_volumes(steps.removed, steps.locks)
         deleted = delete_recorded(record, held=_identities(steps.doomed))
     # Not before: as long as top stands on images that lack what base has now, a rerun needs
     # to be told that this is not a gap.
@@ -135,6 +149,14 @@ def _identities(images: Sequence[ImageInfo]) -> frozenset[Identity]:
     return frozenset(image.identity for image in images)
 
 
+def release_volumes(images: Collection[ImageInfo], locks: Sequence[ImageLock]) -> None:
+    """Let go of those images that are volumes: none that is open can be removed."""
+    volumes = {image.identity for image in images if image.is_block_device}
+    for lock in locks:
+        if lock.fileno() >= 0 and identity_of(os.fstat(lock.fileno())) in volumes:
+            lock.release()
+
+
 def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord | None:
     """Record what is going to be renamed and deleted; None if nothing is."""
     top = steps.top.real_path
@@ -143,6 +165,9 @@ def record_intent(steps: SettleSteps, request: RecordedRequest | None) -> Merged
         forget_merged_record(top)
         return None
     record = _record_of(steps, request)
+    if record.renames_volume is not None:
+        # What is recorded of base as the top of an older merge would hide this.
+        forget_merged_record(steps.base.real_path)
     record_merged(top, record)
     return record
 
@@ -162,14 +187,17 @@ def record_left(steps: SettleSteps, request: RecordedRequest | None) -> None:
 
 
 def _record_of(steps: SettleSteps, request: RecordedRequest | None) -> MergedRecord:
+    top, base = steps.top.real_path, steps.base.real_path
+    if steps.removed:
+        top, base = lasting_path(top), lasting_path(base)
     return MergedRecord(
-        top=str(steps.top.real_path),
-        base=str(steps.base.real_path),
-        result=str(steps.result),
+        top=str(top),
+        base=str(base),
+        result=str(top if steps.keep_name else base),
         result_format=steps.base.format,
         result_identity=identify(steps.base.real_path),
         keep_name=steps.keep_name,
-        delete=_doomed(steps.doomed, steps.going),
+        delete=_doomed(steps.removed, steps.going),
         links=_links(steps.going),
         request=request,
     )
@@ -207,39 +235,55 @@ def record_pull(
 
 def _doomed(images: Sequence[ImageInfo], goes: Going) -> list[DoomedImage]:
     files = (*(image.real_path for image in images), *goes.data_files)
-    return [DoomedImage(str(file), identify(file)) for file in files]
+    return [DoomedImage(str(lasting_path(file)), identify(file)) for file in files]
 
 
 def _links(goes: Going) -> list[DoomedLink]:
     return [
-        DoomedLink(str(link), os.readlink(link), os.path.realpath(link))  # noqa: PTH115
+        DoomedLink(
+            str(link),
+            os.readlink(link),  # noqa: PTH115
+            str(lasting_path(Path(os.path.realpath(link)))),
+        )
         for link in goes.links
     ]
+
+
+def keep_backing_reachable(steps: SettleSteps) -> None:
+    """Change a backing name in base that counts from base's directory to count from anywhere.
+
+    Where base will be reached from the same directory, it stays as it is; and that of a volume
+    wherever it leads to the same place from each: links elsewhere can have the volumes' names.
+    """
+    base, top = steps.base, steps.top
+    # The result is reached by the names that top had, of which a relative one counts from each.
+    names = [
+        # The node of a volume is nobody's name for it.
+        *(() if top.is_block_device else (top.real_path,)),
+        top.path,
+        *(one.backing for one in steps.above if one.backing and one.identity != top.identity),
+    ]
+    places = {os.path.realpath(name.parent) for name in names}
+    if base.backing is not None and base.backing_name:
+        stored = base.backing_name.removeprefix("file:")
+        stays = places == {os.path.realpath(base.path.parent)}
+        if base.is_block_device:
+            leads_to = {os.path.realpath(os.path.join(place, stored)) for place in places}  # noqa: PTH118
+            stays = leads_to == {os.path.realpath(base.backing)}
+        if not (stays or stored.startswith("/")):
+            header = base.header
+            assert header is not None
+            with open_for_writing(base) as port:
+                backing = lasting_path(base.backing.resolve())
+                change_backing(port, str(backing), header.backing_format)
 
 
 def rename_base(steps: SettleSteps) -> tuple[str, ...]:
     """Give base the name of top, whose file this deletes, with who may use top's file.
 
-    A backing name in base that counts from base's directory is first changed to count from
-    anywhere. Returns warnings.
+    Returns warnings.
     """
-    base, top = steps.base, steps.top
-    target = top.real_path
-    # The result is reached by the names that top had, of which a relative one counts from each.
-    names = [
-        target,
-        top.path,
-        *(one.backing for one in steps.above if one.backing and one.identity != top.identity),
-    ]
-    places = {os.path.realpath(name.parent) for name in names}
-    stays = places == {os.path.realpath(base.path.parent)}
-    if base.backing is not None and base.backing_name and not stays:
-        stored = base.backing_name.removeprefix("file:")
-        if not stored.startswith("/"):
-            header = base.header
-            assert header is not None
-            with open_for_writing(base) as port:
-                change_backing(port, str(base.backing.resolve()), header.backing_format)
+    base, target = steps.base, steps.top.real_path
     with open_for_writing(base) as port:
         lacking = take_on_access(port, target)
     base.real_path.rename(target)

@@ -104,6 +104,9 @@ def planned_deletions(facts: MergeFacts, options: MergeOptions) -> tuple[str, ..
 
 def _file_of(image: ImageInfo, facts: MergeFacts) -> Path:
     """An image's path, or, where that is a link, what it leads to."""
+    volume = facts.removals.volumes.get(image.identity)
+    if volume is not None:
+        return volume.path
     known = facts.removals.belongings.get(image.identity)
     return image.real_path if known is not None and known.links else image.path
 

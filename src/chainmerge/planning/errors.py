@@ -263,14 +263,17 @@ class CannotDeleteVolume(Refused):
     """--delete or --keep-name was asked for on a block device."""
 
     code: ClassVar[str] = "volume-not-a-file"
-    template: ClassVar[str] = "{image} is a block device: {option} works on files only"
+    template: ClassVar[str] = (
+        "{image} is a block device: {option} works on files and logical volumes only"
+    )
     hint: ClassVar[str] = (
         "merge without {option}; once the merge is done and verified, remove or rename the volume "
-        "with your volume manager"
+        "with the tool that made it"
     )
     explanation: ClassVar[str] = (
-        "Removing or renaming a device node does not delete or rename its volume; the volume "
-        "manager does that, and other hosts may have it active."
+        "Removing or renaming a device node does not delete or rename its volume. chainmerge has "
+        "LVM do that for logical volumes; of other block devices it does not know how. Nothing was "
+        "changed."
     )
     image: str
     option: str
@@ -285,6 +288,23 @@ class CannotRename(Refused):
     explanation: ClassVar[str] = (
         "A file can take over another file's name atomically only within one file system. Copying "
         "base to the other one would need space there and a second verification."
+    )
+    base: str
+    top: str
+
+
+class CannotRenameVolume(Refused):
+    """--keep-name would have to move base to another volume group."""
+
+    code: ClassVar[str] = "rename-across-groups"
+    template: ClassVar[str] = (
+        "{base} cannot get the name {top}: they are not logical volumes of one volume group"
+    )
+    hint: ClassVar[str] = "merge without --keep-name"
+    explanation: ClassVar[str] = (
+        "A logical volume can take over another one's name only within its volume group, and a "
+        "file's never. Copying base would need the space once more, and a second verification. "
+        "Nothing was changed."
     )
     base: str
     top: str
@@ -319,8 +339,9 @@ class CannotTakeAway(Refused):
         "which leaves all files where they are"
     )
     explanation: ClassVar[str] = (
-        "The merge as requested ends by deleting or renaming files. The directory may not be "
-        "written to, or the file is protected (immutable, append-only, in a sticky directory). "
+        "The merge as requested ends by deleting or renaming files or logical volumes. The "
+        "directory may not be written to, the file is protected (immutable, append-only, in a "
+        "sticky directory), or the volume has LVM snapshots, which would go with it. "
         "This is checked before anything is written. Nothing was changed."
     )
     path: str

@@ -19,7 +19,7 @@ from chainmerge.options import Direction, Placement
 from chainmerge.planning.removals import NOTHING_GOES, Removals
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
-from chainmerge.storage.volumes import VolumeFacts
+from chainmerge.storage.volume_facts import VolumeFacts
 
 
 class SpaceFacts(Struct, frozen=True):

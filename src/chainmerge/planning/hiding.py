@@ -14,7 +14,8 @@ from chainmerge.options import Direction
 from chainmerge.planning.facts import HidingFacts
 from chainmerge.planning.space.errors import OldBytesBehindEnd
 from chainmerge.qcow2.check import check
-from chainmerge.storage.volumes import VolumeFacts, VolumeKind, open_volume
+from chainmerge.storage.volume_facts import VolumeFacts, VolumeKind
+from chainmerge.storage.volumes import open_volume
 
 if TYPE_CHECKING:
     from chainmerge.chain.opening import OpenChain

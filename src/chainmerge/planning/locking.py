@@ -83,9 +83,13 @@ def locks_needed(target: Target, options: MergeOptions) -> Iterator[tuple[ImageI
 
 
 def images_written(target: Target, options: MergeOptions) -> tuple[Path, ...]:
-    """The images that a merge may write to, and so must not be used from anywhere else."""
-    locks = locks_needed(target, options)
-    return tuple(image.path for image, mode in locks if mode is LockMode.WRITER)
+    """The images that a merge may write to or remove: nobody else may use them."""
+    goes = {wanted.path for wanted in images_wanted(target, options) if wanted.dies}
+    return tuple(
+        image.path
+        for image, mode in locks_needed(target, options)
+        if mode is LockMode.WRITER or image.path in goes
+    )
 
 
 def _holds_snapshots(target: Target, index: int) -> bool:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.arithmetic.rounding import round_up
-from chainmerge.documents.plan import SpacePlan
+from chainmerge.documents.plan import PlannedPool, SpacePlan
 from chainmerge.options import LEFT_TO_A_GUEST, Placement
-from chainmerge.storage.volumes import VolumeFacts, VolumeKind
+from chainmerge.storage.volume_facts import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
     from chainmerge.options import MergeOptions
@@ -34,7 +34,7 @@ def choose_placement(facts: MergeFacts, options: MergeOptions) -> Placement:
 
 
 def _is_there(required: int, allocates: int | None, volume: VolumeFacts) -> bool:
-    if volume.kind is VolumeKind.FILE:
+    if volume.takes_as_written:
         return not volume.growth(required, allocates).missing
     return required <= volume.size
 
@@ -79,7 +79,7 @@ def planned_space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
             growth.size_after if growth.size_after > volume.size and not growth.missing else None
         ),
         missing=growth.missing,
-        allocates=allocates if volume.kind is VolumeKind.FILE else None,
+        allocates=allocates if volume.takes_as_written else None,
         breakdown=dict(space.breakdown),
         shrink_to=_shrink_to(facts, options, growth.size_after),
         placement=choose_placement(facts, options),
@@ -87,7 +87,16 @@ def planned_space(facts: MergeFacts, options: MergeOptions) -> SpacePlan:
             str(placement): one.least for placement, one in sorted(facts.spaces.items())
         },
         prune_first=prunes_first(facts, options),
+        pool=_planned_pool(volume, allocates),
     )
+
+
+def _planned_pool(volume: VolumeFacts, allocates: int | None) -> PlannedPool | None:
+    pool = volume.thin
+    if pool is None:
+        return None
+    extend_by = volume.pool_extension(allocates).total
+    return PlannedPool(pool.name, pool.free, pool.metadata_free, extend_by)
 
 
 def _shrink_to(facts: MergeFacts, options: MergeOptions, size: int) -> int | None:

@@ -27,6 +27,7 @@ from chainmerge.planning.errors import (
     BaseNewer,
     CannotDeleteVolume,
     CannotRename,
+    CannotRenameVolume,
     CannotTakeAway,
     CheckpointOfOthers,
     ChildSeesMore,
@@ -44,7 +45,7 @@ from chainmerge.planning.placement import allocated_bytes, required_bytes
 from chainmerge.planning.wording import first_few, local_time, names_of, quoted
 from chainmerge.records.files import StateDirectoryUnusable
 from chainmerge.storage.volume_errors import CannotGrow, RawDeviceTooSmall
-from chainmerge.storage.volumes import VolumeKind
+from chainmerge.storage.volume_facts import VolumeKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -223,7 +224,7 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
     option = "--delete" if options.delete else "--keep-name"
     doomed = removed_images(facts, options)
     for image in (*doomed, *((facts.base,) if renames else ())):
-        if image.is_block_device:
+        if image.is_block_device and image.identity not in facts.removals.volumes:
             yield CannotDeleteVolume(str(image.path), option)
     if renames:
         yield from _rename_refusals(facts)
@@ -231,12 +232,23 @@ def _settle_refusals(facts: MergeFacts, options: MergeOptions) -> Iterator[Chain
     for path in (*files, *going(facts, options).paths):
         if path in facts.removals.obstacles:
             yield CannotTakeAway(str(path), option, facts.removals.obstacles[path])
+    for image in doomed:
+        volume = facts.removals.volumes.get(image.identity)
+        if volume is not None and volume.obstacle_to_removal is not None:
+            yield CannotTakeAway(str(volume.path), option, volume.obstacle_to_removal)
 
 
 def _rename_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
     base, top, mounts = facts.base, facts.top, facts.removals.mounts
     here, there = base.real_path.parent, top.real_path.parent
-    if base.identity[0] != top.identity[0] or mounts.get(here) != mounts.get(there):
+    devices = [one for one in (base, top) if one.is_block_device]
+    volumes = [facts.removals.volumes.get(one.identity) for one in devices]
+    if devices:
+        # Devices that are no logical volumes are refused as that.
+        groups = {"" if volume is None else volume.group for volume in volumes}
+        if "" not in groups and (len(devices) == 1 or len(groups) > 1):
+            yield CannotRenameVolume(str(base.path), str(top.path))
+    elif base.identity[0] != top.identity[0] or mounts.get(here) != mounts.get(there):
         yield CannotRename(str(base.path), str(top.path))
     if facts.relatives.siblings:
         others = names_of(facts.relatives.siblings)
@@ -309,7 +321,7 @@ def _hiding_refusals(facts: MergeFacts) -> Iterator[ChainmergeError]:
     volume = hiding.volume
     if volume.kind is not VolumeKind.FILE:
         # Only what is merged into is extended.
-        volume = replace(volume, kind=VolumeKind.BLOCK, capacity_limit=volume.size)
+        volume = replace(volume, kind=VolumeKind.BLOCK, capacity_limit=volume.size, thin=None)
     refusal = volume.refusal(hiding.required)
     if refusal is not None:
         yield refusal

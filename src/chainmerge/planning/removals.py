@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is removed when an image is deleted or renamed: examined before anything is written.
 
-With the file of an image, two kinds of things lose their meaning: the symbolic links by which it
-was reached, which would lead nowhere, and its external data file, which nothing else opens.
+With the file or the logical volume of an image, two kinds of things lose their meaning: the
+symbolic links by which it was reached, which would lead nowhere, and its external data file, which
+nothing else opens. The names below ``/dev`` are the system's, which takes them away itself.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
@@ -19,7 +21,9 @@ from chainmerge.chain.data_files import find_data_file_users
 from chainmerge.chain.model import Identity
 from chainmerge.chain.reading import identity_at
 from chainmerge.errors import ChainmergeError
+from chainmerge.storage.lvm_volumes import KnownVolume, find_volume, uuids_at
 from chainmerge.storage.removal import creation_obstacle, mount_of, removal_obstacle
+from chainmerge.storage.volume_names import is_device_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 # As many as the kernel follows.
 _MOST_LINKS: Final = 40
+NO_VOLUMES: Final[Mapping[Identity, KnownVolume]] = MappingProxyType({})
 
 
 class Belongings(Struct, frozen=True):
@@ -53,12 +58,14 @@ class Removals(Struct, frozen=True):
         obstacles: why a path cannot be removed or replaced, in words.
         closed: why no file can be made in a directory, in words.
         mounts: the mount that an image's directory is on.
+        volumes: the logical volumes that images are on, by the image.
     """
 
     belongings: Mapping[Identity, Belongings]
     obstacles: Mapping[Path, str]
     closed: Mapping[Path, str]
     mounts: Mapping[Path, int | None]
+    volumes: Mapping[Identity, KnownVolume] = NO_VOLUMES
 
 
 NOTHING_GOES: Final = Removals({}, {}, {}, {})
@@ -79,14 +86,17 @@ class Going(Struct, frozen=True):
 def look_at_removals(
     chain: Chain, base_index: int, access: Access, options: MergeOptions
 ) -> Removals:
-    """Look at everything that a merge may delete or rename, and at where it keeps its records."""
+    """Look at everything that a merge may delete or rename, and at where it keeps its records.
+
+    Raises LvmMissing, LvmFailed where an image lies on a logical volume.
+    """
     images = chain.images[base_index:]
     places = {image.real_path.parent for image in (images[0], images[-1])}
     closed = {place: reason for place in places if (reason := creation_obstacle(place)) is not None}
     if not (options.delete or options.keep_name):
         return Removals({}, {}, closed, {})
     belongings = {image.identity: belongings_of(image, chain, access) for image in images}
-    paths = {image.real_path for image in images}
+    paths = {image.real_path for image in images if not image.is_block_device}
     for one in belongings.values():
         paths.update(one.links)
         if one.data_file is not None:
@@ -99,12 +109,28 @@ def look_at_removals(
         if image.extents
     }
     mounts = {place: mount_of(place) for place in places}
-    return Removals(belongings, obstacles, closed, mounts)
+    return Removals(belongings, obstacles, closed, mounts, volumes_of(images))
+
+
+def volumes_of(images: Sequence[ImageInfo]) -> Mapping[Identity, KnownVolume]:
+    """The logical volumes that images are on, by the image.
+
+    Raises LvmMissing, LvmFailed.
+    """
+    volumes = {}
+    for image in images:
+        uuids = uuids_at(image.real_path) if image.is_block_device else None
+        volume = None if uuids is None else find_volume(str(image.path), uuids)
+        if volume is not None:
+            volumes[image.identity] = volume
+    return volumes
 
 
 def belongings_of(image: ImageInfo, chain: Chain, access: Access) -> Belongings:
     """Find what is of no use without *image*, one of those of *chain*."""
-    links = () if image.is_block_device else tuple(islice(_links(image.path), _MOST_LINKS))
+    links = tuple(islice(_links(image.path), _MOST_LINKS))
+    if image.is_block_device:
+        links = tuple(takewhile(lambda link: not is_device_name(link), links))
     if image.data_file is None:
         return Belongings(links)
     data_file = Path(os.path.realpath(image.data_file))

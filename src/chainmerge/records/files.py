@@ -3,8 +3,9 @@
 
 They lie beside the image, so that any host that sees the image sees them; for block devices they
 lie in :data:`STATE_DIRECTORY`, named after the device's identity and not after its number or its
-node, which another volume can have after the next boot. Each holds one document as a line of JSON,
-written to a temporary name, synced and renamed.
+node, which another volume can have after the next boot. What is recorded of a logical volume that
+is about to be removed is named after its name: it is all that is known of it then. Each holds one
+document as a line of JSON, written to a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from chainmerge.records.identity import (
 )
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.files import FileReadable, fsync_directory, write_file_durably
+from chainmerge.storage.lvm_volumes import lasting_path
+from chainmerge.storage.volume_names import mapper_name_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,29 +92,49 @@ class StateFile(Struct, Generic[Kept], frozen=True):
 
     def _place(self, real: Path) -> Path:
         if not real.is_block_device():
-            return real.parent / f".{_short(real.name)}.{self.suffix}"
+            return self.place_of_volume(real) or self._beside(real)
         unique = device_identity(real.stat().st_rdev)
         name = _file_name(unique) if unique else _name_of_node(real)
         return STATE_DIRECTORY / f"{name}.{self.suffix}"
 
     def place_of_link(self, link: Path) -> Path:
         """As :meth:`place`, for the name of a symbolic link itself, wherever it leads."""
-        return link.with_name(f".{_short(link.name)}.{self.suffix}")
+        return self._beside(link)
+
+    def place_of_volume(self, path: Path) -> Path | None:
+        """As :meth:`place`, for the name of a logical volume, which may be gone; else None."""
+        name = mapper_name_in(path)
+        return (
+            None
+            if name is None
+            else STATE_DIRECTORY / f"{_file_name(f'volume-{name}')}.{self.suffix}"
+        )
+
+    def _beside(self, file: Path) -> Path:
+        return file.with_name(f".{_short(file.name)}.{self.suffix}")
 
     def found(self, image: Path) -> Path:
         """Where the file of *image* stands, whether or not there is one.
 
-        As :meth:`place`, but where earlier versions put what is there, if it is *image*'s: they
-        filed the state of a block device under the name of its node. Raises what ``read`` raises.
+        As :meth:`place`, but elsewhere if what is there is *image*'s: under the name that a
+        logical volume has taken over, or under the name of a block device's node, where earlier
+        versions put its state. Raises what ``read`` raises.
         """
         real = _real(image)
         file = self._place(real)
         if not real.is_block_device() or file.exists():
             return file
-        old = STATE_DIRECTORY / f"{_name_of_node(real)}.{self.suffix}"
-        kept = None if old == file else self.read(old, BlockDevices())
+        by_name = self.place_of_volume(lasting_path(real))
+        by_node = STATE_DIRECTORY / f"{_name_of_node(real)}.{self.suffix}"
+        return next(
+            (one for one in (by_name, by_node) if one is not None and self._is_of(one, real)), file
+        )
+
+    def _is_of(self, file: Path, image: Path) -> bool:
+        """Whether what is in *file* says that it is *image*'s. Raises what ``read`` raises."""
+        kept = self.read(file, BlockDevices())
         of = None if kept is None else self.owner(kept)
-        return old if of is not None and may_be_same(of, identify(real)) else file
+        return of is not None and may_be_same(of, identify(image))
 
     def load(self, image: Path) -> Kept | None:
         """What an earlier run has left for *image*; None if that is nothing.

@@ -27,19 +27,31 @@ from chainmerge.records.files import (
 )
 from chainmerge.records.identity import BlockDevices, ImageIdentity, Sameness, identify, may_be_same
 from chainmerge.records.request import RecordedRequest
+from chainmerge.storage.lvm import uuids_in
+from chainmerge.storage.volume_names import mapper_name_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from chainmerge.storage.lvm import VolumeUuids
 
 
 _PLACES: Final = frozenset({"top", "base", "result", "path", "file"})
 
 
 class DoomedImage(msgspec.Struct, frozen=True):
-    """An image that is to be deleted, if it is still the same."""
+    """An image that is to be deleted, if it is still the same.
+
+    A logical volume has as its ``path`` the name that it has wherever it is active.
+    """
 
     path: str
     identity: ImageIdentity
+
+    @property
+    def volume(self) -> VolumeUuids | None:
+        """The logical volume that it is; None if it is a file."""
+        return uuids_in(self.identity.birth) if self.identity.kind == "block" else None
 
 
 class DoomedLink(msgspec.Struct, frozen=True):
@@ -100,6 +112,9 @@ class MergedRecord(msgspec.Struct, frozen=True):
     """A merge whose top is about to be deleted or replaced, or of no use any more.
 
     ``delete`` are the images that are still to be deleted: once that is done the list is empty.
+    A top on a logical volume is among them if base takes over its name, which is free only then.
+    Where volumes are removed, ``top``, ``base`` and ``result`` are names as in
+    :class:`DoomedImage`.
     ``left`` is top, where nothing is deleted or renamed. ``request`` is what was asked for, where
     that is recorded.
     """
@@ -120,7 +135,11 @@ class MergedRecord(msgspec.Struct, frozen=True):
     def names_base(self, path: Path) -> bool:
         """Whether *path* is base's, or that of a link to it that was deleted with it."""
         known = {self.base, *(link.path for link in self.links if link.file == self.base)}
-        if not {os.path.realpath(path), os.path.abspath(path)} & known:  # noqa: PTH100
+        volume = mapper_name_in(Path(self.base))
+        if volume is not None:
+            known.add(os.path.realpath(self.base))
+        names = {os.path.realpath(path), os.path.abspath(path)}  # noqa: PTH100
+        if not (names & known or (volume is not None and volume == mapper_name_in(path))):
             return False
         # The number of a volume that is gone is another one's by now.
         pulled_from = None if self.pulled is None else self.pulled.base
@@ -129,6 +148,22 @@ class MergedRecord(msgspec.Struct, frozen=True):
         except (OSError, ValueError):
             return True
         return pulled_from is None or may_be_same(there, pulled_from)
+
+    @property
+    def renames_volume(self) -> VolumeUuids | None:
+        """The logical volume that takes over the name of top; None if none does."""
+        if not self.keep_name or self.result_identity.kind != "block":
+            return None
+        return uuids_in(self.result_identity.birth)
+
+    @property
+    def beside(self) -> Path:
+        """The name by which what else is kept of base is found.
+
+        That of a file stays where it was when the file is renamed, that of a volume goes with it.
+        """
+        is_volume = self.pulled is None and self.result_identity.kind == "block"
+        return Path(self.result_identity.path if is_volume else self.base)
 
     @property
     def known_request(self) -> RecordedRequest:
@@ -151,12 +186,14 @@ def _owner(record: MergedRecord) -> ImageIdentity | None:
         return record.superseded.images[0].identity
     if record.left is not None:
         return record.left.identity
-    return None if record.pulled is None else record.result_identity
+    # Base is what has the name of top afterwards.
+    is_result = record.pulled is not None or record.renames_volume is not None
+    return record.result_identity if is_result else None
 
 
 def record_merged(top: Path, record: MergedRecord) -> None:
     """Record, durably, that *top* has been merged, before its file goes."""
-    write_state(MERGED_RECORD.place(top), record)
+    write_state(MERGED_RECORD.place_of_volume(Path(record.top)) or MERGED_RECORD.place(top), record)
     for link in record.links:
         # With the link gone, its name is all that the same command has.
         if link.file == record.top:

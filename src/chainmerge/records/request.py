@@ -96,6 +96,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "on_stall": Spelling("--on-stall"),
         "size_limit": Spelling("--size-limit"),
         "volume": Spelling("--volume"),
+        "extend_pool": Spelling("--extend-pool"),
         "shrink": Spelling("--shrink"),
         "leave": Spelling("--leave"),
         "discard": Spelling("--discard"),

@@ -50,6 +50,7 @@ _REQUIRED = {
     EngineName.QEMU: "while merging, at most",
 }
 _SNAPSHOTS_LISTED: Final = 20
+_OF_POOL = "at most: what the volume has already counts too, as LVM snapshots may share it"
 _HIDDEN = "behind base's end, with zeros in the overlay, before the volume is extended"
 _PRUNED_FIRST = "stale bitmaps are removed first, in a switch of their own, to make room"
 
@@ -230,6 +231,12 @@ def _space(plan: MergePlan) -> Stack:
     if space.grow_to is not None:
         by = f"{human_size(space.grow_to - space.size)} more, before anything is written"
         rows.append(("will be extended to", space.grow_to, by))
+    if space.pool is not None:
+        rows.append(("taken of the pool", space.allocates, _OF_POOL))
+        rows.append(("free in the pool", space.pool.free, space.pool.name))
+        rows.append(("free for its metadata", space.pool.metadata_free, ""))
+        if space.pool.extend_by:
+            rows.append(("pool extended by", space.pool.extend_by, "before anything is written"))
     if space.missing:
         rows.append(("MISSING", space.missing, ""))
     if space.shrink_to is not None:
@@ -265,4 +272,4 @@ def _afterwards(plan: MergePlan) -> Iterator[str]:
         yield f"{path} is deleted"
     if plan.rename is not None:
         old, new = plan.rename
-        yield f"{old} is renamed to {new}, and replaces that file"
+        yield f"{old} is renamed to {new}, and takes its place"

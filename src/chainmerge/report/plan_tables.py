@@ -15,8 +15,10 @@ from chainmerge.documents.plan import (
     Finding,
     MergePlan,
     PlannedImage,
+    PlannedPool,
     Progress,
     Role,
+    SpacePlan,
 )
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, joined, stack, words
@@ -142,11 +144,21 @@ def _needs(plan: MergePlan) -> str:
         if space.limit is None:
             return needed
         return f"{needed}, {short_size(max(0, space.limit - space.size))} free"
+    if space.pool is not None:
+        return _needs_of_pool(space, space.pool)
     has = f"of the volume's {short_size(space.size)}"
     needed = f"needs {most}{short_size(space.required)} {has} while merging"
     if space.grow_to is None:
         return needed
     return f"{needed}: it is extended to {short_size(space.grow_to)} first"
+
+
+def _needs_of_pool(space: SpacePlan, pool: PlannedPool) -> str:
+    takes = f"takes at most {short_size(space.allocates or 0)} of the thin pool's"
+    needed = f"{takes} {short_size(pool.free)} free while merging"
+    if not pool.extend_by:
+        return needed
+    return f"{needed}: the pool is extended by {short_size(pool.extend_by)} first"
 
 
 def _frees(plan: MergePlan, names: ImageNames) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of a regular file have space of their own, and what writing to others takes.
+"""Which parts of a file or a thin volume have space of their own; what writing to others takes.
 
 A write into a hole takes space from the file system, and so does one to blocks that another file
-shares, or on a file system that never writes to the old place (Btrfs). All are in bytes.
+shares, or on a file system that never writes to the old place (Btrfs). Of a thin volume nothing
+counts as its own (:mod:`chainmerge.storage.thin`). All are in bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import BoolArray, I64Array
 from chainmerge.arithmetic.distinct import distinct
-from chainmerge.storage import allocation
+from chainmerge.arithmetic.rounding import divide_up
+from chainmerge.storage import allocation, lvm
 from chainmerge.storage.extents import raw_data_extents
+from chainmerge.storage.thin import pool_of
 from chainmerge.storage.transfer import offload
 
 if TYPE_CHECKING:
@@ -91,16 +94,22 @@ class FileSpace(Struct, frozen=True):
     Attributes:
         own: Where writing takes no space of the file system.
         held: Where it has space, its own or shared. Elsewhere are holes.
+        unit: Bytes that are given at once.
 
     Both reach beyond the file's end where something is reserved there.
     """
 
     own: ByteRanges
     held: ByteRanges
+    unit: int = 1
 
     def missing(self, written: ByteRanges) -> int:
-        """Bytes that the file system has to give for what is going to be written."""
-        return written.without(self.own).total
+        """Bytes that have to be given for what is going to be written."""
+        lacking = written.without(self.own)
+        if self.unit == 1:
+            return lacking.total
+        start = lacking.start // self.unit * self.unit
+        return united([(start, divide_up(lacking.end, self.unit) * self.unit)]).total
 
     def holes(self, ranges: ByteRanges) -> ByteRanges:
         """What of *ranges* is holes."""
@@ -132,6 +141,21 @@ def space_of(file: AnyFile) -> FileSpace | None:
     )
     held = _ranges((start, end) for start, end, _ in extents)
     return FileSpace(own, held)
+
+
+def space_to_count(file: AnyFile) -> FileSpace | None:
+    """What of a file, or of a thin volume, takes no space when it is written to.
+
+    None of another block device, which has all its space.
+
+    Raises:
+        ReadFailed, NotALogicalVolume, LvmMissing, LvmFailed: nobody tells.
+    """
+    if not file.is_block_device:
+        return space_of(file)
+    device = lvm.device_mapper_name(os.fstat(file.fd).st_rdev)
+    pool = None if device is None else pool_of(file.name, lvm.find_by_device(file.name, device))
+    return None if pool is None else FileSpace(NO_RANGES, NO_RANGES, pool.chunk)
 
 
 def _ranges(pairs: Iterable[tuple[int, int]]) -> ByteRanges:

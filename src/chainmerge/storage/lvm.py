@@ -12,7 +12,8 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 
@@ -20,12 +21,15 @@ from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.storage.errors import CannotOpen, FlushFailed, reason_of
 from chainmerge.storage.volume_errors import LvmFailed, LvmUnfinished, NotALogicalVolume
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
 _REPORT: Final = ("--reportformat", "json", "--units", "b", "--nosuffix")
 # Without these, lvm leaves out groups of other hosts, and shared ones if lvmlockd is not up.
-_OF_ANY_HOST: Final = ("--foreign", "--shared")
+OF_ANY_HOST: Final = ("--foreign", "--shared")
 _FIELDS: Final = (
     "vg_name", "vg_uuid", "lv_name", "lv_uuid", "lv_size", "vg_extent_size", "vg_free",
-    "segtype", "stripes", "seg_start",
+    "segtype", "stripes", "seg_start", "pool_lv",
 )  # fmt: skip
 
 # "vg_all" are the fields that this lvm knows: an old one refuses the names of those it does not.
@@ -35,8 +39,25 @@ _WITHOUT_CLVMD: Final = (2, 3)
 _ASKS_LVMLOCKD: Final = (2, 3, 18)
 _SYSTEM_ID_LABEL: Final = "system ID:"
 
-# The types that lvextend enlarges by taking free extents of the volume group and nothing else.
-_EXTENSIBLE: Final = frozenset({"linear", "striped"})
+# The types that lvextend (2.03.16) enlarges by taking free extents of the volume group and nothing
+# else, and how many of so many stripes hold data of their own. Of a cached volume LVM does not say
+# what its origin is; one on several stripes takes more than is counted, and lvextend refuses that.
+_DATA_STRIPES: Final[Mapping[str, Callable[[int], int]]] = MappingProxyType(
+    {
+        "linear": lambda stripes: stripes,
+        "striped": lambda stripes: stripes,
+        "cache": lambda stripes: stripes,
+        "mirror": lambda _stripes: 1,
+        "raid0": lambda stripes: stripes,
+        "raid1": lambda _stripes: 1,
+        "raid4": lambda stripes: stripes - 1,
+        "raid5": lambda stripes: stripes - 1,
+        "raid6": lambda stripes: stripes - 2,
+        "raid10": lambda stripes: stripes // 2,
+    }
+)
+
+_THIN: Final = "thin"
 
 _DM_PREFIX: Final = "LVM-"
 _UUID_LENGTH: Final = 32
@@ -53,7 +74,8 @@ class LogicalVolume(Struct, frozen=True):
         extent_size: of the volume group; sizes are multiples of it.
         vg_free: unallocated space of the volume group.
         segment_type: of its last segment, which lvextend continues: ``linear``, ``thin``, ...
-        stripes: of the last segment.
+        stripes: of the last segment, those with copies and parity included.
+        pool: the name of the thin pool that its space comes from; empty if it is not a thin one.
     """
 
     name: str
@@ -65,21 +87,35 @@ class LogicalVolume(Struct, frozen=True):
     vg_free: int
     segment_type: str
     stripes: int
+    pool: str = ""
 
     @property
     def growth_unit(self) -> int:
-        """What it grows by: an extent on every stripe."""
-        return self.extent_size * self.stripes
+        """What it grows by: an extent on every stripe that holds data of its own."""
+        data_of = _DATA_STRIPES.get(self._kind)
+        data_stripes = self.stripes if data_of is None else data_of(self.stripes)
+        return self.extent_size * max(data_stripes, 1)
+
+    @property
+    def is_extensible(self) -> bool:
+        """Whether lvextend makes such a volume larger, as far as that is known beforehand."""
+        return self._kind in _DATA_STRIPES or self.segment_type == _THIN
 
     @property
     def largest_size(self) -> int:
         """What it can be extended to as long as nobody else takes space from the volume group.
 
-        How the free extents lie on the physical volumes can make it less for a striped one.
+        How the free extents lie on the physical volumes can make it less for one on several
+        stripes.
         """
-        if self.segment_type not in _EXTENSIBLE:
+        if self._kind not in _DATA_STRIPES:
             return self.size
-        return self.size + self.vg_free // self.growth_unit * self.growth_unit
+        return self.size + self.vg_free // (self.extent_size * self.stripes) * self.growth_unit
+
+    @property
+    def _kind(self) -> str:
+        """Its type, whatever the layout of its parity (``raid5_ls``, ``raid6_zr``, ...)."""
+        return self.segment_type.partition("_")[0]
 
     def size_after_growth(self, required: int) -> int:
         """The size that lvextend makes it when *required* is asked for; never less than now."""
@@ -112,12 +148,24 @@ class VolumeSharing(Struct, frozen=True):
     exclusive: bool
 
 
+class VolumeUuids(Struct, frozen=True):
+    """What no two logical volumes have in common: their UUIDs, without dashes."""
+
+    group: str
+    volume: str
+
+
 class DeviceMapperName(Struct, frozen=True):
     """What sysfs tells of a logical volume's device."""
 
     name: str
     vg_uuid: str
     lv_uuid: str
+
+    @property
+    def uuids(self) -> VolumeUuids:
+        """Those of the group and of the volume."""
+        return VolumeUuids(self.vg_uuid, self.lv_uuid)
 
 
 def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperName | None:
@@ -128,11 +176,19 @@ def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperN
         name = (directory / "name").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    # "LVM-", the two UUIDs without dashes, and a suffix on the hidden parts of a volume.
-    uuids = uuid.removeprefix(_DM_PREFIX)
-    if uuids == uuid or len(uuids) != 2 * _UUID_LENGTH:
+    uuids = uuids_in(uuid)
+    return None if uuids is None else DeviceMapperName(name, uuids.group, uuids.volume)
+
+
+def uuids_in(dm_uuid: str) -> VolumeUuids | None:
+    """The UUIDs of a logical volume in what the device mapper has as its UUID; None if it is none.
+
+    That is "LVM-", the two UUIDs without dashes, and a suffix on the hidden parts of a volume.
+    """
+    uuids = dm_uuid.removeprefix(_DM_PREFIX)
+    if uuids == dm_uuid or len(uuids) != 2 * _UUID_LENGTH:
         return None
-    return DeviceMapperName(name, uuids[:_UUID_LENGTH], uuids[_UUID_LENGTH:])
+    return VolumeUuids(uuids[:_UUID_LENGTH], uuids[_UUID_LENGTH:])
 
 
 def find_by_device(image: str, device: DeviceMapperName) -> LogicalVolume:
@@ -156,7 +212,7 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
         LvmMissing
     """
     try:
-        rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
+        rows = report(image, "lvs", *OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     if not rows:
@@ -173,6 +229,7 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
             vg_free=int(last["vg_free"]),
             segment_type=last["segtype"],
             stripes=max(int(last["stripes"]), 1),
+            pool=last.get("pool_lv", "") if last["segtype"] == _THIN else "",
         )
     except (KeyError, ValueError) as error:
         reason = f"the report of 'lvm lvs' cannot be read: {error!r}"
@@ -193,7 +250,7 @@ def sharing_of(image: str, device: DeviceMapperName) -> VolumeSharing:
     """
     path = f"/dev/mapper/{device.name}"
     try:
-        rows = _report(image, "lvs", *_OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
+        rows = report(image, "lvs", *OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
         found = next((row for row in rows if _lv_uuid_in(row) == device.lv_uuid), None)
         if found is None:
             raise NotALogicalVolume(image, f"{path} is not in the report of 'lvm lvs'")
@@ -243,7 +300,7 @@ def _version(image: str) -> tuple[int, ...]:
         LvmMissing, LvmFailed
     """
     try:
-        found = re.search(r"LVM version:\s*(\d+)\.(\d+)\.(\d+)", _run(image, "version"))
+        found = re.search(r"LVM version:\s*(\d+)\.(\d+)\.(\d+)", run_command(image, "version"))
     except LvmUnfinished as error:
         raise LvmFailed(image, error.command, -signal.SIGTERM, error.sentence) from error
     return () if found is None else tuple(map(int, found.groups()))
@@ -262,7 +319,7 @@ def system_id(image: str) -> str:
         LvmMissing
     """
     try:
-        output = _run(image, "systemid")
+        output = run_command(image, "systemid")
     except (LvmFailed, LvmUnfinished) as error:
         raise NotALogicalVolume(image, error.sentence) from error
     _, _, name = output.partition(_SYSTEM_ID_LABEL)
@@ -277,7 +334,7 @@ def is_active(image: str, path: str) -> bool:
         LvmMissing, LvmFailed: there is no report.
     """
     try:
-        rows = _report(image, "lvs", "-o", "lv_active", "--", path)
+        rows = report(image, "lvs", "-o", "lv_active", "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     return any(row.get("lv_active") for row in rows)
@@ -291,7 +348,7 @@ def activate(image: str, path: str) -> None:
     """
     # -K also brings up thin snapshots, which else are left out; -aey keeps other hosts out where a
     # group is shared, and is no other than -ay where it is not.
-    _run(image, "lvchange", "-aey", "-K", "--", path)
+    run_command(image, "lvchange", "-aey", "-K", "--", path)
 
 
 def deactivate(image: str, path: str) -> None:
@@ -300,7 +357,7 @@ def deactivate(image: str, path: str) -> None:
     Raises:
         LvmMissing, LvmFailed, LvmUnfinished: it is not down.
     """
-    _run(image, "lvchange", "-an", "--", path)
+    run_command(image, "lvchange", "-an", "--", path)
 
 
 def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
@@ -309,7 +366,7 @@ def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    rows = _report(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
+    rows = report(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
     return [
         row["lv_path"]
         for row in rows
@@ -328,7 +385,7 @@ def extend(image: str, volume: LogicalVolume, size: int) -> None:
         LvmMissing, LvmFailed: it has its old size.
         LvmUnfinished: it has its old or its new size.
     """
-    _run(image, "lvextend", "-L", f"{size}b", "--", volume.name)
+    run_command(image, "lvextend", "-L", f"{size}b", "--", volume.name)
 
 
 def reduce(image: str, volume: LogicalVolume, size: int) -> None:
@@ -341,23 +398,23 @@ def reduce(image: str, volume: LogicalVolume, size: int) -> None:
         LvmUnfinished: it has its old or its new size.
     """
     # -f answers the question whether the data behind the new end may be destroyed.
-    _run(image, "lvreduce", "-f", "-L", f"{size}b", "--", volume.name)
+    run_command(image, "lvreduce", "-f", "-L", f"{size}b", "--", volume.name)
 
 
-def make_metadata_durable(image: str, volume: LogicalVolume) -> None:
-    """Return when the sizes in the volume group's metadata will survive a power cut.
+def make_metadata_durable(image: str, group: str) -> None:
+    """Return when what the metadata of a volume group says will survive a power cut.
 
-    lvextend returns before that: it writes the metadata, but does not make the physical
-    volumes empty their caches.
+    lvm returns before that: it writes the metadata, but does not make the physical volumes empty
+    their caches.
 
     Raises:
         LvmMissing, LvmFailed: the physical volumes are not known.
         CannotOpen, FlushFailed: one of them could not be made to.
     """
-    rows = _report(image, "pvs", "-o", "pv_name,vg_name")
-    devices = sorted({row["pv_name"] for row in rows if row.get("vg_name") == volume.vg_name})
+    rows = report(image, "pvs", "-o", "pv_name,vg_name")
+    devices = sorted({row["pv_name"] for row in rows if row.get("vg_name") == group})
     if not devices:
-        raise LvmFailed(image, "lvm pvs", 0, f"no physical volume of {volume.vg_name} in it")
+        raise LvmFailed(image, "lvm pvs", 0, f"no physical volume of {group} in it")
     for device in devices:
         _flush_device(device)
 
@@ -378,10 +435,14 @@ def _flush_device(path: str) -> None:
         os.close(fd)
 
 
-def _report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
-    """The rows of a report, values as strings."""
+def report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
+    """The rows of a report, values as strings.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
     try:
-        output = _run(image, command, *_REPORT, *arguments)
+        output = run_command(image, command, *_REPORT, *arguments)
     except LvmUnfinished as error:
         # A report changes nothing, so there is no outcome to be unsure of.
         reason = f"it had not ended after {error.seconds} seconds"
@@ -398,7 +459,8 @@ def _as_strings(row: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in row.items()}
 
 
-def _run(image: str, command: str, *arguments: str) -> str:
+def run_command(image: str, command: str, *arguments: str) -> str:
+    """As :func:`chainmerge.storage.lvm_process.run_lvm`."""
     # Imported where it is used: most images lie in files.
     from chainmerge.storage.lvm_process import run_lvm  # noqa: PLC0415
 

@@ -152,12 +152,57 @@ class VolumeGroupFull(CannotGrow):
     )
     explanation: ClassVar[str] = (
         "The logical volume is extended to what the operation needs at its peak before anything is "
-        "written, and its volume group does not have that much free space. Only linear and striped "
-        "volumes are extended; a volume of another type (thin, mirrored, cached, ...) must be "
-        "extended by hand first if it holds a qcow2 image. Never do that with a raw image: the "
-        "guest would read what lies behind its present end (pull instead, with --direction pull). "
-        "The image was not changed."
+        "written, and its volume group does not have that much free space. On a volume with copies "
+        "or parity (raid, mirror) each byte takes more than one. The image was not changed."
     )
+
+
+class VolumeNotExtensible(CannotGrow):
+    """LVM does not extend logical volumes of this type."""
+
+    code: ClassVar[str] = "volume-not-extensible"
+    template: ClassVar[str] = (
+        "{image}: the logical volume of {size} bytes must have {required}: {missing} bytes more; "
+        "it is of the type {type}, and chainmerge has LVM extend none of these"
+    )
+    hint: ClassVar[str] = (
+        "if the image is qcow2, extend the volume by {missing} bytes by hand ('lvextend'), as far "
+        "as LVM does that; or make it a type that LVM extends ('lvconvert')"
+    )
+    explanation: ClassVar[str] = (
+        "Linear, striped, mirrored, raid, cached and thin volumes are extended to what the "
+        "operation needs at its peak. Of other types (writecache, VDO, LVM snapshots, raid with "
+        "integrity) LVM extends some in some versions, or not while they are in use. Never extend "
+        "a volume with a raw image by hand: the guest would read what lies behind its present end "
+        "(pull instead, with --direction pull). The image was not changed."
+    )
+    type: str
+
+
+class ThinPoolFull(CannotGrow):
+    """The pool of a thin volume may not have what the merge writes."""
+
+    code: ClassVar[str] = "thin-pool-full"
+    template: ClassVar[str] = (
+        "{image}: the merge may take {takes} bytes of the thin pool {pool}, which has {free} bytes "
+        "free, and {metadata_free} of metadata: {missing} bytes more are needed"
+    )
+    hint: ClassVar[str] = (
+        "{remedy}; or discard what nobody needs from other volumes of the pool ('fstrim' in their "
+        "guests); then run the same command again"
+    )
+    explanation: ClassVar[str] = (
+        "A thin volume takes its space from a pool as it is written to. A pool that runs full "
+        "fails the writes of all its volumes, those of running guests too. What the merge writes "
+        "is counted in whole chunks, as an upper bound: which chunks the volume has already, and "
+        "which of them an LVM snapshot shares so that writing takes new ones, LVM does not say. "
+        "Each chunk also takes metadata of the pool. The image was not changed."
+    )
+    pool: str
+    takes: int
+    free: int
+    metadata_free: int
+    remedy: str
 
 
 class ExtensionRefused(NoSpace, Refused):
@@ -194,6 +239,45 @@ class VolumeNotActivated(ImageUnavailable, Refused):
         "changed, and what was activated for this command has been deactivated again."
     )
     volume: str
+    reason: str
+
+
+class VolumeNotRemoved(StorageFailed, Failed):
+    """LVM did not remove a logical volume that nobody needs any more."""
+
+    code: ClassVar[str] = "volume-not-removed"
+    template: ClassVar[str] = (
+        "{volume} was not removed: {reason}; the merge itself is done and verified"
+    )
+    hint: ClassVar[str] = (
+        "find out who has it open (`lsof {volume}`, 'lvm lvs -o +devices'); then run the same "
+        "command again, which removes what is left"
+    )
+    explanation: ClassVar[str] = (
+        "The merge was to end with the removal of logical volumes. LVM removes none that is open, "
+        "and chainmerge none that has LVM snapshots. The volume is there as it was; all of its "
+        "data is in the merged image too."
+    )
+    volume: str
+    reason: str
+
+
+class VolumeNotRenamed(StorageFailed, Failed):
+    """LVM did not give the merged image's volume the name of top's."""
+
+    code: ClassVar[str] = "volume-not-renamed"
+    template: ClassVar[str] = (
+        "{volume} was not renamed to {name}: {reason}; it holds everything, verified"
+    )
+    hint: ClassVar[str] = (
+        "fix the cause that lvm names, then run the same command again before the VM is started"
+    )
+    explanation: ClassVar[str] = (
+        "The merge was to end with the merged image's logical volume taking the name of top's, "
+        "which is removed by then. The data is complete and verified, under the volume's old name."
+    )
+    volume: str
+    name: str
     reason: str
 
 

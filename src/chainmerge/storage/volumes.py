@@ -3,8 +3,8 @@
 
 A volume knows how large it is and may become; it is made to hold more before a merge and can
 give space back after it. All sizes are in bytes. Objects keep nothing open: every question is
-answered from the storage as it is then. :class:`VolumeFacts` is a snapshot of the answers, from
-which planning goes on without I/O.
+answered from the storage as it is then. Planning goes by a snapshot of the answers
+(:mod:`chainmerge.storage.volume_facts`).
 """
 
 from __future__ import annotations
@@ -12,152 +12,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.storage import allocation, block, lvm
 from chainmerge.storage.errors import WriteFailed, reason_of
 from chainmerge.storage.files import FileReadable, WritablePort
+from chainmerge.storage.thin import extend_pool, pool_of
 from chainmerge.storage.volume_errors import (
-    CannotGrow,
     CannotShrink,
-    DeviceTooSmall,
     DiscardFailed,
     ExtensionRefused,
-    FileLimitReached,
     FileSystemFull,
     LvmFailed,
     NotALogicalVolume,
-    VolumeGroupFull,
 )
+from chainmerge.storage.volume_facts import VolumeFacts, VolumeKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from chainmerge.options import MergeOptions
     from chainmerge.storage.files import StrPath
-
-
-class VolumeKind(StrEnum):
-    """What sort of storage it is."""
-
-    FILE = "file"
-    BLOCK = "block"
-    LVM = "lvm"
-
-
-class Growth(Struct, frozen=True):
-    """What becomes of a volume that is to hold *required* bytes.
-
-    Attributes:
-        required: bytes that are to fit.
-        size_after: the volume's size once they do. A file gets there as it is written to.
-        missing: bytes that cannot be had; 0 where it can be done.
-    """
-
-    required: int
-    size_after: int
-    missing: int
-
-
-class VolumeFacts(Struct, frozen=True):
-    """A volume as it was at one moment.
-
-    Attributes:
-        path: the volume.
-        kind: what it is.
-        size: bytes that it has.
-        capacity_limit: bytes that it can have at most; None if no limit is known.
-        free_bytes: bytes by which the file system would let it grow, an estimate: others write
-            too, and metadata takes its share. None for what does not lie on a file system.
-        growth_unit: sizes change by multiples of it.
-        reserved: bytes of ``free_bytes`` that are the file's already, behind its end.
-        pool: what it takes space from that it does not have yet; volumes of one pool compete
-            for it. Empty if it has all it will ever have.
-    """
-
-    path: str
-    kind: VolumeKind
-    size: int
-    capacity_limit: int | None
-    free_bytes: int | None
-    growth_unit: int
-    pool: str = ""
-    reserved: int = 0
-
-    def beside(self, claims: Mapping[str, int]) -> VolumeFacts:
-        """The same, with what others are going to take from its pool (bytes) left out."""
-        taken = claims.get(self.pool, 0) if self.pool else 0
-        if not taken:
-            return self
-        free, limit = self.free_bytes, self.capacity_limit
-        if self.kind is VolumeKind.LVM and limit is not None:
-            limit = max(self.size, limit - taken)
-        return replace(
-            self,
-            free_bytes=None if free is None else max(0, free - taken),
-            capacity_limit=limit,
-        )
-
-    def claim(self, required: int, allocates: int | None = None) -> dict[str, int]:
-        """What it takes from its pool to hold *required* bytes; *allocates* as in growth."""
-        growth = max(0, self.growth(required).size_after - self.size)
-        if self.kind is VolumeKind.FILE and allocates is not None:
-            growth = allocates
-        return {self.pool: growth} if self.pool and growth else {}
-
-    def growth(self, required: int, allocates: int | None = None) -> Growth:
-        """What it takes to hold *required* bytes.
-
-        Args:
-            required: bytes.
-            allocates: bytes that the file system has to give a file for it, holes that are
-                written to included; None for what lies behind its end.
-        """
-        units = max(divide_up(required - self.size, self.growth_unit), 0)
-        return Growth(
-            required,
-            self.size + units * self.growth_unit,
-            max(self._over_limit(required), self._over_free_space(required, allocates)),
-        )
-
-    def refusal(self, required: int, allocates: int | None = None) -> CannotGrow | None:
-        """The error that says why it cannot hold *required* bytes; None if it can.
-
-        *allocates* as in :meth:`growth`.
-        """
-        missing = self.growth(required, allocates).missing
-        if not missing:
-            return None
-        error: type[CannotGrow]
-        match self.kind:
-            case VolumeKind.FILE if self._over_free_space(required, allocates) == missing:
-                error = FileSystemFull
-            case VolumeKind.FILE:
-                error = FileLimitReached
-            case VolumeKind.BLOCK:
-                error = DeviceTooSmall
-            case VolumeKind.LVM:
-                error = VolumeGroupFull
-        return error(self.path, self.kind.value, self.size, required, self.capacity_limit, missing)
-
-    def _over_limit(self, required: int) -> int:
-        if self.capacity_limit is None or required <= self.size:
-            return 0
-        return max(required - self.capacity_limit, 0)
-
-    def _over_free_space(self, required: int, allocates: int | None) -> int:
-        if self.free_bytes is None:
-            return 0
-        if allocates is None:
-            return max(required - self.size - self.free_bytes, 0) if required > self.size else 0
-        # What is reserved already is not among that.
-        return max(allocates - max(self.free_bytes - self.reserved, 0), 0)
 
 
 class Volume(Protocol):
@@ -376,10 +254,12 @@ class LvmVolume(Struct, frozen=True):
     Attributes:
         path: the name by which it is opened.
         device: as the device mapper knows it; None for one that LVM is to know by *path*.
+        extends_pool: whether the pool of a thin volume may be extended.
     """
 
     path: str
     device: lvm.DeviceMapperName | None = None
+    extends_pool: bool = False
 
     @property
     def kind(self) -> VolumeKind:
@@ -417,7 +297,7 @@ class LvmVolume(Struct, frozen=True):
 
     def make_growth_durable(self) -> None:
         """See :class:`Volume`."""
-        lvm.make_metadata_durable(self.path, self._reported())
+        lvm.make_metadata_durable(self.path, self._reported().vg_name)
 
     def release_reservation(self) -> None:
         """See :class:`Volume`; nothing is reserved beyond the volume's size."""
@@ -437,10 +317,34 @@ class LvmVolume(Struct, frozen=True):
         """See :class:`Volume`; whole sectors only."""
         _discard(self.path, offset, length)
 
+    def extend_pool(self, allocates: int) -> None:
+        """Extend the pool of a thin volume, durably, so that it can give *allocates* bytes.
+
+        Raises:
+            ExtensionRefused: LVM did not extend it.
+            Failed, OutcomeUnknown: the storage reported an error.
+        """
+        known = self._reported()
+        extend_pool(self.path, known, allocates)
+        lvm.make_metadata_durable(self.path, known.vg_name)
+
     def _facts_from(self, known: lvm.LogicalVolume) -> VolumeFacts:
-        pool = f"volume group {known.vg_uuid}"
-        unit = known.growth_unit
-        return VolumeFacts(self.path, self.kind, known.size, known.largest_size, None, unit, pool)
+        thin = pool_of(self.path, known)
+        pool = f"volume group {known.vg_uuid}" if thin is None else f"thin pool {thin.uuid}"
+        return VolumeFacts(
+            self.path,
+            self.kind,
+            known.size,
+            # The size of a thin volume is but a number.
+            known.largest_size if thin is None else None,
+            None,
+            known.growth_unit,
+            pool,
+            thin=thin,
+            extends_pool=self.extends_pool,
+            unit_cost=known.extent_size * known.stripes,
+            fixed_type="" if known.is_extensible else known.segment_type,
+        )
 
     def _reported(self) -> lvm.LogicalVolume:
         size = self.size
@@ -532,8 +436,11 @@ def volume_at(path: Path, options: MergeOptions) -> Volume:
     """What an image lies on, as the options say or as it looks."""
     match options.volume:
         case "lvm":
-            return open_lvm_volume(path)
+            return replace(open_lvm_volume(path), extends_pool=options.extend_pool)
         case "file":
             return FileVolume(str(path), options.size_limit)
         case _:
-            return open_volume(path, options.size_limit)
+            volume = open_volume(path, options.size_limit)
+            if isinstance(volume, LvmVolume):
+                return replace(volume, extends_pool=options.extend_pool)
+            return volume

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from chainmerge.documents.plan import EngineName
 from chainmerge.options import Direction
 from chainmerge.planning.removals import Belongings
+from chainmerge.storage.lvm_volumes import KnownVolume
 from tests.planning.situations.rows import (
     AWAY,
     CHILD,
@@ -41,6 +42,14 @@ from tests.support.merge_facts import (
 )
 
 BASE_AWAY: Final = with_searched(with_base(MERGE, **AWAY), sole_user=True)
+ON_VOLUMES: Final = with_base(with_top(MERGE, **DEVICE), **DEVICE)
+TOP_ID, BASE_ID = ON_VOLUMES.top.identity, ON_VOLUMES.base.identity
+
+
+def volume(group: str, attributes: str = "-wi-a-----") -> KnownVolume:
+    return KnownVolume(group, "name", "uuid", attributes)
+
+
 SETTLING: Final = [
     Row(
         "top is a device",
@@ -53,6 +62,36 @@ SETTLING: Final = [
         with_base(with_top(MERGE, **DEVICE), **DEVICE),
         ("volume-not-a-file", "volume-not-a-file"),
         options=KEEP_NAME,
+    ),
+    Row(
+        "both are logical volumes, of one group",
+        with_removals(ON_VOLUMES, volumes={TOP_ID: volume("vg"), BASE_ID: volume("vg")}),
+        options=KEEP_NAME,
+        spares="rename-across-groups",
+    ),
+    Row(
+        "of two groups",
+        with_removals(ON_VOLUMES, volumes={TOP_ID: volume("vg"), BASE_ID: volume("other")}),
+        ("rename-across-groups",),
+        options=KEEP_NAME,
+    ),
+    Row(
+        "a file is to get the name of a volume",
+        with_removals(with_top(MERGE, **DEVICE), volumes={TOP_ID: volume("vg")}),
+        ("rename-across-groups",),
+        options=KEEP_NAME,
+    ),
+    Row(
+        "a logical volume is removed",
+        with_removals(with_top(MERGE, **DEVICE), volumes={TOP_ID: volume("vg")}),
+        options=DELETE,
+        spares="volume-not-a-file",
+    ),
+    Row(
+        "one with LVM snapshots is not",
+        with_removals(with_top(MERGE, **DEVICE), volumes={TOP_ID: volume("vg", "owi-aos---")}),
+        ("cannot-take-away",),
+        options=DELETE,
     ),
     Row("it stays", with_top(MERGE, **DEVICE), spares="volume-not-a-file"),
     Row(

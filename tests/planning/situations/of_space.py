@@ -29,7 +29,7 @@ from tests.support.merge_facts import (
 )
 
 if TYPE_CHECKING:
-    from chainmerge.storage.volumes import VolumeFacts
+    from chainmerge.storage.volume_facts import VolumeFacts
 
 
 def on(volume: VolumeFacts, required: int = 6 * GIB) -> MergeFacts:

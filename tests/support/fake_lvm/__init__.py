@@ -2,8 +2,9 @@
 """An ``lvm`` command for machines without device mapper.
 
 The executable ``lvm`` beside this file keeps volume groups and volumes in a JSON file, and its
-volumes are regular files or loop devices that it resizes. Its arithmetic, exit statuses and
-messages are those that LVM 2.03.16 was seen to give. :class:`FakeLvm` sets the scene.
+volumes are regular files or loop devices that it resizes, links to, and forgets when they are
+removed. Its arithmetic, exit statuses and messages are those that LVM 2.03.16 was seen to give.
+:class:`FakeLvm` sets the scene.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,9 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import NAMESPACE_URL, uuid5
 
+from chainmerge.records import identity
 from chainmerge.storage import lvm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pytest
 
 _STATE_VARIABLE: Final = "FAKE_LVM_STATE"
@@ -88,8 +94,102 @@ class FakeLvm:
                 "stripes": stripes,
                 "segments": segments,
                 "active": "exclusive",
+                "attributes": "-wi-a-----",
+                "kept_open": [],
             }
         )
+        self._write(state)
+
+    def add_pool(
+        self, group: str, name: str, extents: int, used: float, chunk: int = 64 << 10
+    ) -> None:
+        """Add a thin pool, *used* of which (percent) are taken, and little of its metadata."""
+        state = self._read()
+        state["volumes"].append(
+            {
+                "group": group,
+                "name": name,
+                "path": "",
+                "uuid": _uuid(f"{group}/{name}"),
+                "extents": extents,
+                "segment_type": "thin-pool",
+                "stripes": 1,
+                "segments": 1,
+                "active": "exclusive",
+                "attributes": "twi-aotz--",
+                "kept_open": [],
+                "metadata_extents": 2,
+                "used": used,
+                "metadata_used": 12.0,
+                "chunk": chunk,
+            }
+        )
+        self._write(state)
+
+    def make_thin(self, name: str, pool: str) -> None:
+        """Have a volume take its space from a pool."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume |= {"segment_type": "thin", "stripes": 0, "pool": pool}
+        self._write(state)
+
+    def set_pool(self, name: str, **changes: float) -> None:
+        """Have a pool used in another way: ``used`` and ``metadata_used``, in percent."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume.update(changes)
+        self._write(state)
+
+    @contextmanager
+    def names_in_dev(self) -> Iterator[None]:
+        """Have ``/dev/GROUP/VOLUME`` lead to the volumes, as long as they are called so.
+
+        What this process has open of them by now does not count as their use.
+        """
+        state = self._read()
+        for volume in (one for one in state["volumes"] if one["path"]):
+            link = Path("/dev", volume["group"], volume["name"])
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(volume["path"])
+            volume["kept_open"] = _descriptors_of(volume["path"])
+        self._write(state)
+        try:
+            yield
+        finally:
+            for group in state["groups"]:
+                shutil.rmtree(Path("/dev", group), ignore_errors=True)
+
+    def set_attributes(self, name: str, attributes: str) -> None:
+        """Have ``lv_attr`` of a volume say something else than that it is a plain one."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume["attributes"] = attributes
+        self._write(state)
+
+    def names(self, group: str) -> dict[str, str]:
+        """The volumes that a group has now: their UUIDs by their names."""
+        volumes = self._read()["volumes"]
+        return {one["name"]: one["uuid"] for one in volumes if one["group"] == group}
+
+    def make_anew(self, group: str, name: str, path: Path, time: str = "again") -> None:
+        """Another volume of a name that is free, on another device."""
+        self.add_volume(group, name, path)
+        state = self._read()
+        volume = state["volumes"][-1]
+        volume["uuid"] = _uuid(f"{group}/{name} {time}")
+        volume["kept_open"] = _descriptors_of(volume["path"])
+        Path("/dev", group, name).symlink_to(path)
+        self._write(state)
+
+    def move(self, name: str, group: str) -> None:
+        """Have a volume in another group."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume["group"] = group
         self._write(state)
 
     def share_group(
@@ -123,15 +223,23 @@ class FakeLvm:
         """Let the volumes that are block devices look like those of the device mapper."""
         sysfs = self.directory / "sys"
         state = self._read()
-        for volume in state["volumes"]:
+        for volume in (one for one in state["volumes"] if one["path"]):
             device = Path(volume["path"]).stat().st_rdev
             place = sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}" / "dm"
             place.mkdir(parents=True, exist_ok=True)
             uuids = state["groups"][volume["group"]]["uuid"] + volume["uuid"]
             (place / "uuid").write_text(f"LVM-{uuids.replace('-', '')}\n", encoding="ascii")
-            (place / "name").write_text(f"{volume['group']}-{volume['name']}\n", encoding="utf-8")
+            name = "-".join(volume[part].replace("-", "--") for part in ("group", "name"))
+            (place / "name").write_text(f"{name}\n", encoding="utf-8")
         shown = partial(lvm.device_mapper_name, sysfs=sysfs)
         monkeypatch.setattr(lvm, "device_mapper_name", shown)
+        real_node = identity._node
+
+        def node(device: int) -> Path:
+            own = sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}"
+            return own if own.exists() else real_node(device)
+
+        monkeypatch.setattr(identity, "_node", node)
 
     def break_command(self, command: str, status: int, message: str, output: str = "") -> None:
         """From now on *command* does nothing but say *message* and exit with *status*."""
@@ -140,6 +248,10 @@ class FakeLvm:
     def hang_command(self, command: str, *, stubborn: bool) -> None:
         """From now on *command* never ends; a stubborn one not even on SIGTERM."""
         self._break(command, {"hang": "stubborn" if stubborn else "patient"})
+
+    def kill_before(self, command: str) -> None:
+        """From now on whoever calls *command* is killed before it does anything."""
+        self._break(command, {"kills": True, "spared": True})
 
     def kill_after(self, command: str) -> None:
         """From now on whoever calls *command* is killed as soon as it has taken effect."""
@@ -168,6 +280,12 @@ class FakeLvm:
 
     def _write(self, state: dict[str, Any]) -> None:
         (self.directory / "state").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _descriptors_of(device: str) -> list[int]:
+    """Those that this process has of a device."""
+    here = Path("/proc/self/fd")
+    return [int(fd.name) for fd in here.iterdir() if os.path.realpath(fd) == device]
 
 
 def _uuid(name: str) -> str:

@@ -58,6 +58,14 @@ class Group:
     def size_of(self, volume: str) -> int:
         return int(self._report(volume, "lv_size"))
 
+    def uuids(self) -> dict[str, str]:
+        """Those of all volumes, by their names."""
+        return {row["lv_name"]: row["lv_uuid"] for row in self._rows("lv_name,lv_uuid")}
+
+    def sizes(self) -> dict[str, int]:
+        """Those of all volumes in bytes, by their UUIDs."""
+        return {row["lv_uuid"]: int(row["lv_size"]) for row in self._rows("lv_uuid,lv_size")}
+
     def is_active(self, volume: str) -> bool:
         return self._report(volume, "lv_active") == "active"
 
@@ -74,6 +82,13 @@ class Group:
     def remove_volumes(self) -> None:
         """All of them, whatever state they are in."""
         run("lvremove", "-q", "-f", "-y", self.name)
+
+    def _rows(self, fields: str) -> list[dict[str, str]]:
+        out = run(
+            "lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, self.name
+        ).stdout
+        rows: list[dict[str, str]] = json.loads(out)["report"][0]["lv"]
+        return rows
 
     def _report(self, volume: str, field: str) -> str:
         out = run(

@@ -210,6 +210,27 @@ CASES: Final[Mapping[str, PowerCase]] = {
         "base",
         {"both": (*_IN_BASE, *_IN_TOP)},
     ),
+    "merged volumes removed": PowerCase(
+        _chain(stale=_STALE)[:2],
+        _merge("{top}", "--delete"),
+        "base",
+        _DIRTY,
+        gone=("top",),
+    ),
+    "base takes top's name on volumes": PowerCase(
+        (
+            Image("base", 6 * MIB, _BASE_WRITES, ("both",), _STALE),
+            Image("first", 2 * MIB, ("write -P 7 2M 512k",), ("both",)),
+            Image("top", 4 * MIB, _TOP_WRITES, ("both", "new")),
+        ),
+        _merge(
+            "{top}", "--base", "{base}", "--keep-name", "--delete", "--direction", "commit"
+        ),
+        "base",
+        {"both": (*_IN_BASE, *_IN_TOP, (2 * MIB, 512 * KIB)), "new": _IN_TOP},
+        final_name="top",
+        gone=("base", "first"),
+    ),
     "a raw base": PowerCase(
         (
             Image("base", DISK, ("write -P 1 0 2M",), options=None),

@@ -316,7 +316,10 @@ class VolumesJudge(Judge):
     def can_run_again(self, images: Images) -> bool:
         # That a pull is done, and which names base did not have before a range was merged into
         # it, is noted in /var/lib, which is on none of the volumes.
-        is_new = images.root(self.case.result) == self.final.root(self.case.result)
+        # So is what was recorded before a volume was removed or renamed.
+        if len(images.contents) < len(self.case.images):
+            return False
+        is_new = images.root(self.case.result) == self.final.root(self.final_name)
         spans_levels = "--base" in self.case.command
         return not (is_new and ("pull" in self.case.command or spans_levels))
 
@@ -331,7 +334,8 @@ class VolumesJudge(Judge):
             volumes = volumes_on(medium)
         except NoMetadata:
             return None
-        contents = {image.name: volumes[image.name].content(medium) for image in self.case.images}
+        names = [image.name for image in self.case.images if image.name in volumes]
+        contents = {name: volumes[name].content(medium) for name in names}
         return Images(contents, _raw_images(self.case))
 
     @contextmanager

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from chainmerge.engines.metadata.bitmap_set import StoredBitmap
+    from chainmerge.live.nodes import BlockNode
     from chainmerge.qcow2.image import Qcow2Image
 
 # Nothing but a few requests is to end; a storage that hangs can keep it waiting.
@@ -206,11 +207,21 @@ class MonitorDriver(LiveDriver[LiveVm]):
             try:
                 for unused in (*filters, node):
                     self.disk.forget_node(unused.name)
+                self._close_file_of(node)
             except VmRefused as refused:
                 if told:
                     self.warnings.append(
                         f"the VM keeps {node.filename or node.name} open: {refused.reason}"
                     )
+
+    def _close_file_of(self, node: BlockNode) -> None:
+        """Have the VM close what a node that is gone stood on, if it was made as a node of its own.
+
+        Until then the space of a file is not free, and a volume cannot be removed.
+        """
+        file = self.disk.layout().nodes.get(node.file or "")
+        if file is not None and not file.users:
+            self.disk.forget_node(file.name)
 
     def verify_stored(
         self, result: Qcow2Image, kept: Sequence[StoredBitmap], tombstones: Sequence[StoredBitmap]

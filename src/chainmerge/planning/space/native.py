@@ -35,7 +35,7 @@ from chainmerge.planning.facts import SpaceFacts
 from chainmerge.planning.space.errors import CannotGrowBase
 from chainmerge.qcow2.header import L1_ENTRY_BYTES, MAX_L1_BYTES
 from chainmerge.qcow2.references import ReferenceCounts
-from chainmerge.storage.file_space import FileSpace, space_of, united
+from chainmerge.storage.file_space import FileSpace, space_to_count, united
 from chainmerge.storage.locks import AnyFile
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class _FileSpace(Struct, frozen=True):
     @staticmethod
     def of(target: Target, opened: OpenChain, direction: Direction) -> _FileSpace:
         readable = opened.images[target.result_index(direction)].readable
-        space = space_of(readable) if isinstance(readable, AnyFile) else None
+        space = space_to_count(readable) if isinstance(readable, AnyFile) else None
         return _FileSpace(space, shares_extents(opened, target.base_index, direction))
 
     def missing(self, tree: NewTree, placed: PlacedTree) -> int | None:

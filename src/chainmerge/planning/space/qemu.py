@@ -31,7 +31,7 @@ from chainmerge.qcow2.lookup import lookup
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.qcow2.runs import runs_of
-from chainmerge.storage.file_space import ByteRanges, space_of, united
+from chainmerge.storage.file_space import ByteRanges, space_to_count, united
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.volumes import open_volume
 
@@ -61,12 +61,12 @@ def allocated_by_qemu(target: Target, opened: OpenChain, space: SpaceFacts) -> i
     """
     base = opened.images[target.base_index]
     assert base.image is not None
-    on_file = space_of(base.readable) if isinstance(base.readable, AnyFile) else None
+    on_file = space_to_count(base.readable) if isinstance(base.readable, AnyFile) else None
     if on_file is None:
         return None
     size, cluster = base.info.file_size, base.image.header.cluster_size
     grows = max(space.required - size, 0)
-    new = (space.new_clusters + space.new_l2_tables) * cluster
+    new = (space.new_clusters + space.new_l2_tables) * max(cluster, on_file.unit)
     over_old = 0
     if base.info.data_file is None:
         over_old = on_file.missing(_written_over(target, opened))

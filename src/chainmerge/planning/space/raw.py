@@ -12,7 +12,7 @@ from chainmerge.options import Placement
 from chainmerge.planning.space.figures import SpaceSurvey, facts_of_need
 from chainmerge.planning.space.need import raw_space_need
 from chainmerge.qcow2.mapping import Kind
-from chainmerge.storage.file_space import ByteRanges, space_of
+from chainmerge.storage.file_space import ByteRanges, space_to_count
 from chainmerge.storage.locks import AnyFile
 
 if TYPE_CHECKING:
@@ -40,5 +40,5 @@ def data_in_place(target: Target, opened: OpenChain, *, shares: bool) -> ByteRan
 def missing_in_place(target: Target, opened: OpenChain, *, shares: bool) -> int | None:
     """Bytes that the file system has to give for :func:`data_in_place`; None for a device."""
     source = opened.images[target.base_index].layer.source
-    space = space_of(source) if isinstance(source, AnyFile) else None
+    space = space_to_count(source) if isinstance(source, AnyFile) else None
     return None if space is None else space.missing(data_in_place(target, opened, shares=shares))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logical volumes by their UUIDs: found whatever they are called, removed, renamed.
+
+A volume that was removed and made again has the same name and another UUID. Checked with LVM
+2.03.16.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from chainmerge.storage import lvm
+from chainmerge.storage.volume_errors import LvmFailed, VolumeNotRemoved, VolumeNotRenamed
+from chainmerge.storage.volume_names import volume_path
+
+if TYPE_CHECKING:
+    from chainmerge.storage.lvm import VolumeUuids
+
+_FIELDS: Final = "vg_name,vg_uuid,lv_name,lv_uuid,lv_attr"
+# The first letter of lv_attr: a volume with LVM snapshots, which may be merging into it.
+_ORIGINS: Final = ("o", "O")
+
+
+class KnownVolume(Struct, frozen=True):
+    """A logical volume as LVM reports it now.
+
+    Attributes:
+        group: the name of its volume group.
+        own_name: its name in the group.
+        uuid: its UUID, with dashes.
+        attributes: ``lv_attr``.
+    """
+
+    group: str
+    own_name: str
+    uuid: str
+    attributes: str
+
+    @property
+    def name(self) -> str:
+        """The argument by which LVM knows it."""
+        return f"{self.group}/{self.own_name}"
+
+    @property
+    def path(self) -> Path:
+        """What it is called wherever it is active."""
+        return Path("/dev") / self.group / self.own_name
+
+    @property
+    def obstacle_to_removal(self) -> str | None:
+        """Why it must not be removed, in words."""
+        if self.attributes.startswith(_ORIGINS):
+            return "it has LVM snapshots, which would be removed with it"
+        return None
+
+
+def lasting_path(path: Path) -> Path:
+    """``/dev/GROUP/VOLUME`` of a path that leads to a logical volume; else the path itself.
+
+    Raises OSError if there is nothing.
+    """
+    name = lvm.device_mapper_name(path.stat().st_rdev) if path.is_block_device() else None
+    return path if name is None else volume_path(name.name) or path
+
+
+def uuids_at(path: Path) -> VolumeUuids | None:
+    """Those of the logical volume that a path leads to; None if it leads to something else."""
+    try:
+        name = lvm.device_mapper_name(path.stat().st_rdev) if path.is_block_device() else None
+    except OSError:
+        return None
+    return None if name is None else name.uuids
+
+
+def find_volume(image: str, uuids: VolumeUuids) -> KnownVolume | None:
+    """The volume with these UUIDs; None if there is none any more.
+
+    *image* is what messages call it.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
+    for row in lvm.report(image, "lvs", *lvm.OF_ANY_HOST, "-o", _FIELDS):
+        found = row.get("vg_uuid", "").replace("-", ""), row.get("lv_uuid", "").replace("-", "")
+        if found == (uuids.group, uuids.volume):
+            return KnownVolume(row["vg_name"], row["lv_name"], row["lv_uuid"], row["lv_attr"])
+    return None
+
+
+def remove_volume(image: str, uuids: VolumeUuids) -> bool:
+    """Remove the volume with these UUIDs, durably, and no other one of its name.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        VolumeNotRemoved: it is still there.
+        LvmMissing, LvmFailed: nobody knows whether it is.
+        LvmUnfinished: it may be removed yet.
+        CannotOpen, FlushFailed: it is removed, and may be there again after a power cut.
+    """
+    volume = find_volume(image, uuids)
+    if volume is None:
+        return False
+    if volume.obstacle_to_removal is not None:
+        raise VolumeNotRemoved(str(volume.path), volume.obstacle_to_removal)
+    reason = "lvm says nothing of it"
+    try:
+        # By both: under its name there could be another one by now. -y answers the question
+        # whether an active volume may be removed; one that is open is not.
+        lvm.run_command(image, "lvremove", "-y", "-S", f"lv_uuid={volume.uuid}", "--", volume.name)
+    except LvmFailed as error:
+        reason = error.reason
+    if find_volume(image, uuids) is not None:
+        raise VolumeNotRemoved(str(volume.path), reason)
+    lvm.make_metadata_durable(image, volume.group)
+    return True
+
+
+def rename_volume(image: str, uuids: VolumeUuids, own_name: str) -> bool:
+    """Give the volume with these UUIDs another name in its group, durably.
+
+    lvrename knows a volume by its name alone, so the caller has it open: as long as it is, nobody
+    can remove it and make another one of its name.
+
+    Returns:
+        Whether it had another one.
+
+    Raises:
+        VolumeNotRenamed: it has not got the name.
+        LvmMissing, LvmFailed: nobody knows whether it has.
+        LvmUnfinished: it may get it yet.
+        CannotOpen, FlushFailed: it has it, and may have the old one after a power cut.
+    """
+    volume = find_volume(image, uuids)
+    if volume is None:
+        raise VolumeNotRenamed(image, own_name, "lvm does not know the volume any more")
+    if volume.own_name == own_name:
+        return False
+    reason = "lvm says nothing of it"
+    try:
+        lvm.run_command(image, "lvrename", "--", volume.group, volume.own_name, own_name)
+    except LvmFailed as error:
+        reason = error.reason
+    renamed = find_volume(image, uuids)
+    if renamed is None or renamed.own_name != own_name:
+        raise VolumeNotRenamed(str(volume.path), own_name, reason)
+    lvm.make_metadata_durable(image, volume.group)
+    return True
