@@ -12,7 +12,7 @@ Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 
 from __future__ import annotations
 
-from chainmerge.live import domain_bitmaps, merging
+from chainmerge.live import vm_bitmaps, merging
 from chainmerge.live.driving import LiveDisk
 from chainmerge.live.libvirt.connection import DEFAULT_URI
 from chainmerge.live.libvirt.disk import DomainDisk
@@ -21,8 +21,8 @@ from chainmerge.live.qmp.vm import DEFAULT_HOLD_SECONDS, QmpVm
 from chainmerge.options import LiveOptions
 from chainmerge.storage.boundary import at_the_boundary
 
-bitmaps_list_domain = at_the_boundary(domain_bitmaps.list_bitmaps_of_domain)
-prune_domain = at_the_boundary(domain_bitmaps.prune_disks_of_domain)
+bitmaps_list_domain = at_the_boundary(vm_bitmaps.list_bitmaps_of_domain)
+prune_domain = at_the_boundary(vm_bitmaps.prune_disks_of_domain)
 merge = at_the_boundary(merging.merge)
 plan = at_the_boundary(merging.plan)
 resume = at_the_boundary(merging.resume)
