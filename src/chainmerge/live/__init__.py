@@ -12,7 +12,7 @@ Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 
 from __future__ import annotations
 
-from chainmerge.live import vm_bitmaps, merging
+from chainmerge.live import merging, vm_bitmaps
 from chainmerge.live.driving import LiveDisk
 from chainmerge.live.libvirt.connection import DEFAULT_URI
 from chainmerge.live.libvirt.disk import DomainDisk
@@ -22,6 +22,7 @@ from chainmerge.options import LiveOptions
 from chainmerge.storage.boundary import at_the_boundary
 
 bitmaps_list_domain = at_the_boundary(vm_bitmaps.list_bitmaps_of_domain)
+bitmaps_list_vm = at_the_boundary(vm_bitmaps.list_bitmaps_of_vm)
 prune_domain = at_the_boundary(vm_bitmaps.prune_disks_of_domain)
 merge = at_the_boundary(merging.merge)
 plan = at_the_boundary(merging.plan)
@@ -37,6 +38,7 @@ __all__ = [
     "LiveVm",
     "QmpVm",
     "bitmaps_list_domain",
+    "bitmaps_list_vm",
     "merge",
     "plan",
     "prune_domain",
