@@ -128,8 +128,10 @@ def test_qemu_says_why_it_cannot_be_read(tmp_path: Path) -> None:
     root = described(image, "vdi")
     assert root.foreign
     assert root.guest_size is None
-    with pytest.raises(ForeignUnreadable, match="VDI"):
+    with pytest.raises(ForeignUnreadable, match="VDI") as caught:
         _ = root.virtual_size
+    assert "json:" not in caught.value.reason
+    assert str(image) in caught.value.reason
     assert any("its size is not known" in note for note in root.notes)
 
 
