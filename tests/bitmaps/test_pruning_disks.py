@@ -148,6 +148,8 @@ def test_options_that_are_for_one_disk(disks: list[Disk]) -> None:
         ("prune", disks[0][1], "--domain", "vm"),
         ("list",),
         ("list", disks[0][1], "--domain", "vm"),
+        ("list", disks[0][1], "--qmp", "socket"),
+        ("list", "--domain", "vm", "--qmp", "socket"),
         ("list", disks[0][1], "--connect", "test:///default"),
     )
     for words in wrong:

@@ -286,7 +286,7 @@ def test_images_above_are_found_from_the_active_one(images: Path, tmp_path: Path
     found = relatives_of(images / "top", active=active, policy=policy)
     assert above(found.above) == [("x", []), ("active", ["x"])]
     assert names(found.children) == ["x"]
-    assert found.children[0].path == tmp_path / "n" / ".." / "m" / "x"
+    assert found.children[0].path == tmp_path / "m" / "x"
     error = refusal(BackingFileOutside, tmp_path, lambda: find_relatives(chain, 1, active=active))
     assert error.image == str(active)
 

@@ -11,6 +11,7 @@ import pytest
 from chainmerge import live
 from chainmerge.options import LiveOptions
 from chainmerge.planning.errors import BaseForeign
+from tests.support.domain_vm import running_domain
 from tests.support.foreign import DISK, FEW_KINDS, Kind, foreign_image
 from tests.support.live_vm import DEVICE, running_vm
 from tests.support.qemu import assert_clean, content, create, info, qemu_io
@@ -65,3 +66,19 @@ def test_images_above_are_merged(tmp_path: Path, kind: Kind, is_active: bool) ->
     assert_clean(result)
     assert info(lower)["backing-filename-format"] == kind.format
     assert not top.exists()
+
+
+@pytest.mark.parametrize("kind", FEW_KINDS[::2], ids=lambda kind: kind.name)
+def test_in_a_domain_of_libvirt(tmp_path: Path, uri: str, kind: Kind) -> None:
+    root = foreign_image(tmp_path, kind)
+    lower = create(tmp_path / "lower.qcow2", backing=root, backing_format=kind.format)
+    top = create(tmp_path / "top.qcow2", backing=lower, cluster_size=4096)
+    qemu_io(top, "write -q -P 0x55 4k 4k", "write -q -P 0x56 3M 8k")
+    leaf = create(tmp_path / "leaf.qcow2", backing=top)
+    before = content(leaf)
+    with running_domain(tmp_path / "vm", uri, [root, lower, top, leaf]) as vm:
+        with vm.guest(1, DISK) as guest, vm.disk() as disk:
+            live.merge(disk, top, options=LiveOptions(delete=True))
+        vm.quit()
+    assert content(leaf) == guest.applied_to(before)
+    assert info(lower)["backing-filename-format"] == kind.format

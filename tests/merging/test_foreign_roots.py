@@ -119,6 +119,16 @@ def test_its_data_is_pulled_up(tmp_path: Path, kind: Kind) -> None:
     assert info(lower)["backing-filename-format"] == kind.format
 
 
+def test_it_goes_where_it_may(tmp_path: Path) -> None:
+    root = foreign_image(tmp_path, Kind("vdi"))
+    lower, upper = stand(root, Kind("vdi"), UNEVEN)
+    before = content(upper)
+    report = chainmerge.flatten(upper, options=MergeOptions(delete=True))
+    assert set(report.deleted) == {str(root), str(lower)}
+    assert content(upper) == before
+    assert not root.exists()
+
+
 def test_zeros_are_not_pulled_up_as_data(tmp_path: Path) -> None:
     # QEMU's vhdx driver does not tell of any.
     for kind in FEW_KINDS[:-1]:

@@ -29,6 +29,7 @@ from chainmerge.repairing.errors import (
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.support.cli import chainmerge as run
+from tests.support.foreign import Kind, foreign_image
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, qemu_io
 
 MIB = 1 << 20
@@ -130,6 +131,30 @@ def test_what_the_image_hides_does_not_count_but_for_its_snapshots(
     with pytest.raises(RelinkChangesContent) as caught:
         chainmerge.relink(with_snapshot, other)
     assert "internal snapshot" in caught.value.sentence
+
+
+def test_a_copy_of_an_image_of_another_format(tmp_path: Path) -> None:
+    old = foreign_image(tmp_path, Kind("vdi"))
+    leaf = create(tmp_path / "leaf.qcow2", backing=old, backing_format="vdi")
+    before = content(leaf)
+    copy = tmp_path / "copy.qcow2"
+    qemu_img("convert", "-f", "vdi", "-O", "qcow2", old, copy)
+    other = tmp_path / "other.qcow2"
+    shutil.copy(copy, other)
+    qemu_io(other, "write -q -P 9 7M 512")
+    access = Access(formats={str(copy): "qcow2", str(other): "qcow2", str(old): "vdi"})
+    with pytest.raises(RelinkChangesContent):
+        chainmerge.relink(leaf, other, access)
+    assert chainmerge.relink(leaf, copy, access).verified
+    assert info(leaf)["backing-filename-format"] == "qcow2"
+    assert content(leaf) == before
+    assert chainmerge.relink(leaf, old, access).verified
+    assert info(leaf)["backing-filename-format"] == "vdi"
+    with old.open("r+b") as file:
+        file.seek(0x40)
+        file.write(b"nope")
+    with pytest.raises(RelinkUncheckable, match="the vdi image"):
+        chainmerge.relink(leaf, copy, access)
 
 
 def test_a_lost_backing_file_is_found_and_linked(chain: tuple[Path, Path]) -> None:

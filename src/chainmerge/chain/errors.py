@@ -248,8 +248,8 @@ class ForeignFormat(ChainUnusable, Refused):
     )
     hint: ClassVar[str] = (
         "copy it with `qemu-img convert -O qcow2` to a new file, and make that the backing file of "
-        "its child: `chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until "
-        "you have checked the disk"
+        "its child: `chainmerge relink CHILD --backing NEW --format NEW=qcow2 --unchecked`; keep "
+        "the old file until you have checked the disk"
     )
     explanation: ClassVar[str] = (
         "chainmerge reads the qcow2 and raw formats itself, to plan and to verify, and has QEMU "
@@ -270,8 +270,8 @@ class ForeignUnreadable(ChainUnusable, Refused):
         "`qemu-img info {image}` shows what QEMU makes of it; if it keeps data in other files, and "
         "they may be used: --allow-backing with their directory; otherwise copy it with `qemu-img "
         "convert -O qcow2` to a new file, and make that the backing file of its child: "
-        "`chainmerge relink CHILD --backing NEW --unchecked`; keep the old file until you have "
-        "checked the disk"
+        "`chainmerge relink CHILD --backing NEW --format NEW=qcow2 --unchecked`; keep the old file "
+        "until you have checked the disk"
     )
     explanation: ClassVar[str] = (
         "Images of the vmdk, vdi, vhdx, vpc, qed and parallels formats are read by QEMU: qemu-img "

@@ -49,12 +49,20 @@ def bitmaps() -> None:
     """
 
 
-def require_images_or_domain(
-    images: tuple[str, ...], domain: str | None, connect: str | None
+qmp_option = click.option(
+    "--qmp",
+    type=click.Path(),
+    metavar="SOCKET",
+    help="All disks of the running VM with this QMP socket that can have bitmaps.",
+)
+
+
+def require_one_way(
+    images: tuple[str, ...], domain: str | None, connect: str | None, qmp: str | None = None
 ) -> None:
-    """Raise UsageError unless either images are named, or a domain."""
-    if bool(images) == (domain is not None):
-        raise click.UsageError("name either images, or a domain with --domain")
+    """Raise UsageError unless either images are named, or one VM."""
+    if [bool(images), domain is not None, qmp is not None].count(True) != 1:
+        raise click.UsageError("name either images or one VM")
     if connect is not None and domain is None:
         raise click.UsageError("--connect needs --domain")
 
@@ -63,6 +71,7 @@ def require_images_or_domain(
 @click.argument("images", metavar="[IMAGE]...", type=IMAGE, nargs=-1)
 @domain_option
 @connect_option
+@qmp_option
 @access_options
 @json_option
 def list_(
@@ -70,20 +79,24 @@ def list_(
     images: tuple[str, ...],
     domain: str | None,
     connect: str | None,
+    qmp: str | None,
     access: Access,
     output: Output,
 ) -> None:
     """Show all bitmaps of IMAGE and the images below, and which of them a backup can use.
 
-    Of several disks, or of a libvirt domain, running or not: which checkpoints a backup of all
-    its disks can use.
+    Of several disks, of a libvirt domain, running or not, or of a running VM: which checkpoints a
+    backup of all its disks can use.
     """
-    require_images_or_domain(images, domain, connect)
-    if domain is not None:
-        # Few machines have libvirt, and few commands need it.
+    require_one_way(images, domain, connect, qmp)
+    if domain is not None or qmp is not None:
+        # Few commands need a running VM.
         from chainmerge import live  # noqa: PLC0415
 
-        found = live.bitmaps_list_domain(domain, connect or live.DEFAULT_URI, access)
+        if domain is not None:
+            found = live.bitmaps_list_domain(domain, connect or live.DEFAULT_URI, access)
+        else:
+            found = live.bitmaps_list_vm(str(qmp))
         output.document(found, tables.bitmaps_of_disks)
     elif len(images) == 1:
         output.document(api.bitmaps_list(images[0], access), tables.bitmap_listing)
@@ -209,7 +222,7 @@ def prune(
     several disks, nothing is changed on any unless all can be pruned. With --domain, which must
     not run, broken names are removed from the chains of all its disks.
     """
-    require_images_or_domain(tops, domain, connect)
+    require_one_way(tops, domain, connect)
     if len(tops) != 1 and (base or access.active):
         raise click.UsageError("--base and --active are for one disk")
     if domain is not None:

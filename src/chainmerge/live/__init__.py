@@ -17,7 +17,7 @@ Another way to reach a VM is another class with the methods of :class:`LiveVm`.
 
 from __future__ import annotations
 
-from chainmerge.live import disks, domain_bitmaps, merging, whole_vm
+from chainmerge.live import disks, merging, vm_bitmaps, whole_vm
 from chainmerge.live.driving import LiveDisk
 from chainmerge.live.libvirt.connection import DEFAULT_URI
 from chainmerge.live.libvirt.disk import DomainDisk
@@ -29,8 +29,9 @@ from chainmerge.live.qmp.vm import DEFAULT_HOLD_SECONDS, QmpVm
 from chainmerge.options import LiveOptions
 from chainmerge.storage.boundary import at_the_boundary
 
-bitmaps_list_domain = at_the_boundary(domain_bitmaps.list_bitmaps_of_domain)
-prune_domain = at_the_boundary(domain_bitmaps.prune_disks_of_domain)
+bitmaps_list_domain = at_the_boundary(vm_bitmaps.list_bitmaps_of_domain)
+bitmaps_list_vm = at_the_boundary(vm_bitmaps.list_bitmaps_of_vm)
+prune_domain = at_the_boundary(vm_bitmaps.prune_disks_of_domain)
 merge = at_the_boundary(merging.merge)
 plan = at_the_boundary(merging.plan)
 merge_all_disks = at_the_boundary(whole_vm.merge_all_disks)
@@ -53,6 +54,7 @@ __all__ = [
     "QmpMachine",
     "QmpVm",
     "bitmaps_list_domain",
+    "bitmaps_list_vm",
     "merge",
     "merge_all_disks",
     "merge_disks",

@@ -243,9 +243,10 @@ def _verify(compared: _Comparison) -> Iterator[str]:
         if one.info.encrypted:
             reason = f"{one.info.path} is encrypted"
             raise RelinkUncheckable(compared.path, reason)
-        if one.info.foreign:
+        if one.info.guest_size is None:
             reason = f"{one.info.path} is of the format {one.info.format!r}"
-            raise RelinkUncheckable(compared.path, reason)
+            problem = one.info.size_problem
+            raise RelinkUncheckable(compared.path, problem.sentence if problem else reason)
     size = compared.image.info.virtual_size
     offset = compared.difference(compared.old.view(), compared.new.view(), size)
     if offset is not None:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -16,6 +18,7 @@ from chainmerge.chain.foreign.content import ForeignContent
 from chainmerge.chain.model import ChainPolicy, ImageInfo
 from chainmerge.chain.opening import open_chain
 from chainmerge.storage.errors import ReadFailed
+from tests.support.cli import environment
 from tests.support.foreign import (
     DISK,
     FEW_KINDS,
@@ -39,10 +42,10 @@ def described(image: Path, fmt: str) -> ImageInfo:
     return discover(image, ChainPolicy(formats={image: fmt})).root
 
 
-def servers() -> set[str]:
-    """The processes of qemu-nbd."""
+def servers(parent: int | None = None) -> set[str]:
+    """The processes of qemu-nbd that a process has started, by default this one."""
     found = subprocess.run(
-        ["pgrep", "-P", str(os.getpid()), "-x", "qemu-nbd"],
+        ["pgrep", "-P", str(parent or os.getpid()), "-x", "qemu-nbd"],
         capture_output=True,
         text=True,
         check=False,
@@ -125,8 +128,10 @@ def test_qemu_says_why_it_cannot_be_read(tmp_path: Path) -> None:
     root = described(image, "vdi")
     assert root.foreign
     assert root.guest_size is None
-    with pytest.raises(ForeignUnreadable, match="VDI"):
+    with pytest.raises(ForeignUnreadable, match="VDI") as caught:
         _ = root.virtual_size
+    assert "json:" not in caught.value.reason
+    assert str(image) in caught.value.reason
     assert any("its size is not known" in note for note in root.notes)
 
 
@@ -178,6 +183,40 @@ def test_data_that_cannot_be_unpacked(tmp_path: Path) -> None:
         file.write(b"\xff" * 64 * KIB)
     with ForeignContent(root) as shown, pytest.raises(ReadFailed, match="qemu-nbd"):
         shown.read(0, DISK)
+
+
+READ_AND_WAIT: Final = """
+import sys
+from pathlib import Path
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.foreign.content import ForeignContent
+from chainmerge.chain.model import ChainPolicy
+image = Path(sys.argv[1])
+with ForeignContent(discover(image, ChainPolicy(formats={image: "vdi"})).root) as shown:
+    shown.read(0, 1)
+    print("read", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_qemu_ends_with_the_process_that_reads(tmp_path: Path) -> None:
+    image = foreign_image(tmp_path, Kind("vdi"))
+    with subprocess.Popen(
+        [sys.executable, "-c", READ_AND_WAIT, image],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(),
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"read\n"
+        (server,) = servers(reader.pid)
+        watched = os.pidfd_open(int(server))
+        try:
+            assert select.select([watched], [], [], 0) == ([], [], [])
+            reader.kill()
+            assert select.select([watched], [], [], 30) == ([watched], [], [])
+        finally:
+            os.close(watched)
 
 
 def test_another_image_under_its_name(tmp_path: Path) -> None:

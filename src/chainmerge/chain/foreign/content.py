@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from chainmerge.chain.foreign.formats import (
+    QemuName,
     not_started,
     opened_for_qemu,
-    said_by,
     unreadable,
 )
 from chainmerge.chain.foreign.nbd import NbdClient, NbdFailed
@@ -128,8 +128,8 @@ class ForeignContent:
             messages = undo.enter_context(tempfile.TemporaryFile())
             listening, connection = _connected_sockets()
             undo.callback(connection.close)
-            with listening:
-                process = self._started(listening, messages.fileno())
+            with listening, opened_for_qemu(self._image) as name:
+                process = self._started(name, listening, messages.fileno())
             undo.callback(_end, process)
             # Done first: it is what ends the process.
             undo.callback(connection.close)
@@ -138,31 +138,32 @@ class ForeignContent:
             except NbdFailed as error:
                 _end(process)
                 messages.seek(0)
-                said = said_by(messages.read(_MESSAGE_BYTES))
-                raise unreadable(self._image, f"qemu-nbd: {said}") from error
+                said = name.said(messages.read(_MESSAGE_BYTES))
+                raise unreadable(self._image, said) from error
             if client.size != self.size:
                 reason = f"its disk has {client.size} bytes now, and had {self.size}"
                 raise unreadable(self._image, reason)
             self._undo = undo.pop_all()
             return client
 
-    def _started(self, listening: socket.socket, messages: int) -> subprocess.Popen[bytes]:
+    def _started(
+        self, name: QemuName, listening: socket.socket, messages: int
+    ) -> subprocess.Popen[bytes]:
         program = shutil.which(_PROGRAM)
         if program is None:
             raise unreadable(self._image, f"{_PROGRAM}, which reads it, is not installed")
-        with opened_for_qemu(self._image) as name:
-            try:
-                return subprocess.Popen(
-                    ["sh", "-c", _AS_SERVICE, "sh", program, "--read-only", name.filename],
-                    stdin=listening.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=messages,
-                    pass_fds=name.descriptors,
-                    # A Ctrl-C on the terminal is for us.
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise not_started(self._image, _PROGRAM, error) from error
+        try:
+            return subprocess.Popen(
+                ["sh", "-c", _AS_SERVICE, "sh", program, "--read-only", name.filename],
+                stdin=listening.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=messages,
+                pass_fds=name.descriptors,
+                # A Ctrl-C on the terminal is for us.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise not_started(self._image, _PROGRAM, error) from error
 
 
 def _connected_sockets() -> tuple[socket.socket, socket.socket]:

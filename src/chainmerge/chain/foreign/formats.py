@@ -30,6 +30,13 @@ class QemuName(Struct, frozen=True):
 
     filename: str
     descriptors: tuple[int, ...]
+    path: str
+
+    def said(self, messages: bytes) -> str:
+        """What a program has said on standard error, as the end of a sentence."""
+        text = messages.decode(errors="replace").replace(self.filename, self.path)
+        lines = (line.strip() for line in text.splitlines())
+        return "; ".join(filter(None, lines)) or "it did not say why"
 
 
 @contextmanager
@@ -50,7 +57,7 @@ def opened_for_qemu(image: ImageInfo) -> Iterator[QemuName]:
             path.encode()
         except UnicodeEncodeError as error:
             raise unreadable(image, "its name is not valid UTF-8") from error
-        yield QemuName(f"json:{json.dumps(_options(image, path))}", (readable.fd,))
+        yield QemuName(f"json:{json.dumps(_options(image, path))}", (readable.fd,), str(image.path))
 
 
 def _options(image: ImageInfo, path: str) -> dict[str, object]:
@@ -78,9 +85,3 @@ def unreadable(image: ImageInfo, reason: str) -> ForeignUnreadable:
 def not_started(image: ImageInfo, program: str, error: OSError) -> ForeignUnreadable:
     """The refusal where a program of QEMU does not start."""
     return unreadable(image, f"{program} does not start: {reason_of(error)}")
-
-
-def said_by(messages: bytes) -> str:
-    """What a program has said on standard error, as the end of a sentence."""
-    lines = messages.decode(errors="replace").splitlines()
-    return "; ".join(line.strip() for line in lines if line.strip()) or "it did not say why"

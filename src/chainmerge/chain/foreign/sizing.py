@@ -16,7 +16,6 @@ from chainmerge.chain.foreign.formats import (
     FOREIGN_FORMATS,
     not_started,
     opened_for_qemu,
-    said_by,
     unreadable,
 )
 from chainmerge.chain.reading import open_image
@@ -104,7 +103,7 @@ def _told_by_qemu(image: ImageInfo) -> dict[str, Any]:
         except OSError as error:
             raise not_started(image, _PROGRAM, error) from error
     if done.returncode != 0:
-        raise unreadable(image, said_by(done.stderr))
+        raise unreadable(image, name.said(done.stderr))
     try:
         told = json.loads(done.stdout)
     except ValueError:

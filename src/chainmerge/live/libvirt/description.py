@@ -44,8 +44,11 @@ class DiskLayer(Struct, frozen=True):
         return self.target + _PROTOCOL_SUFFIX
 
     def virtual_size(self) -> int:
-        """Bytes of the guest's disk that it has, as its header says now."""
-        if self.path is None:
+        """Bytes of the guest's disk that it has, as its header says now; 0 if nobody asks.
+
+        Images of other formats than qcow2 and raw are the lowest ones, and are not written to.
+        """
+        if self.path is None or self.format not in {"qcow2", "raw"}:
             return 0
         with FileReadable(self.path) as readable:
             if self.format == "qcow2":

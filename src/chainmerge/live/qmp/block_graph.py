@@ -91,6 +91,12 @@ def active_nodes(disks: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def writable_disks(disks: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What the disks are known by that the guest can write to, as ``query-block`` says."""
+    writable = (disk for disk in disks if not disk.get("inserted", {"ro": True})["ro"])
+    return tuple(list(_names_of(disk))[-1] for disk in writable if any(_names_of(disk)))
+
+
 def described_disks(disks: Sequence[dict[str, Any]], nodes: Mapping[str, BlockNode]) -> str:
     """The disks with their images, for a sentence, as ``query-block`` says."""
     known = [

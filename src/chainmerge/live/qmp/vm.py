@@ -31,6 +31,7 @@ from chainmerge.live.qmp.block_graph import (
     described_disks,
     described_nodes,
     root_above,
+    writable_disks,
 )
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.live.qmp.qmp_schema import takes_argument
@@ -397,6 +398,19 @@ class QmpVm:
 
     def let_others_in(self) -> None:
         self._monitor.let_others_in()
+
+
+def devices_in(socket: str) -> tuple[str, ...]:
+    """The ids of a VM's disks that the guest can write to.
+
+    Raises:
+        VmUnreachable: there is no VM at the socket, or somebody else is connected.
+    """
+    monitor = Monitor(socket, DEFAULT_HOLD_SECONDS)
+    try:
+        return writable_disks(monitor.execute("query-block"))
+    finally:
+        monitor.close()
 
 
 def _with_id(found: Sequence[dict[str, Any]], key: str, value: str) -> dict[str, Any] | None:

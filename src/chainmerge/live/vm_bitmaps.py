@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bitmaps of all disks of a libvirt domain, whether it runs or not."""
+"""The bitmaps of all disks of a running VM, or of a libvirt domain that need not run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.live.libvirt.connection import DEFAULT_URI, AnyDomainConnection
 from chainmerge.live.libvirt.description import targets_with_bitmaps
 from chainmerge.live.libvirt.disk import DomainDisk
+from chainmerge.live.qmp.vm import QmpVm, devices_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from chainmerge.live.nodes import BlockGraph, BlockNode
@@ -48,8 +49,21 @@ def list_bitmaps_of_domain(
     runs, images = _disks_of(domain, uri)
     if not runs:
         return bitmaps_list_disks(tuple(images.values()), access)
-    disks = tuple(_listing_in_vm(domain, target, uri) for target in images)
-    return BitmapsOfDisks(REPORT_VERSION, disks, shared_checkpoints(disks))
+    return _of_disks(_graph_of(DomainDisk(domain, target, uri)) for target in images)
+
+
+def list_bitmaps_of_vm(socket: str) -> BitmapsOfDisks:
+    """The bitmaps of a running VM's disks, and which checkpoints serve a backup of all of them.
+
+    They are as the VM has them in memory. Disks that cannot have bitmaps are left out.
+
+    Args:
+        socket: path of the VM's QMP socket.
+
+    Raises:
+        VmUnreachable: there is no VM at the socket, or somebody else is connected.
+    """
+    return _of_disks(_graph_of(QmpVm(socket, device=device)) for device in devices_in(socket))
 
 
 def prune_disks_of_domain(
@@ -80,9 +94,17 @@ def _disks_of(domain: str, uri: str) -> tuple[bool, dict[str, Path]]:
     return runs, targets_with_bitmaps(described)
 
 
-def _listing_in_vm(domain: str, target: str, uri: str) -> BitmapListing:
-    with DomainDisk(domain, target, uri) as disk:
-        graph = disk.graph()
+def _graph_of(disk: QmpVm | DomainDisk) -> BlockGraph:
+    with disk:
+        return disk.graph()
+
+
+def _of_disks(graphs: Iterable[BlockGraph]) -> BitmapsOfDisks:
+    disks = tuple(_listing(graph) for graph in graphs if graph.chain()[0].driver == "qcow2")
+    return BitmapsOfDisks(REPORT_VERSION, disks, shared_checkpoints(disks))
+
+
+def _listing(graph: BlockGraph) -> BitmapListing:
     chain = graph.chain()
     rows = tuple(row for node in chain for row in _rows_of(node, graph))
     return BitmapListing(REPORT_VERSION, _path_of(chain[0], graph), rows, tuple(_verdicts(chain)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bitmaps of all disks of a domain of a real libvirt, while it runs and when it does not."""
+"""The bitmaps of all disks of a VM: of a real libvirt's, running or not, and of a real QEMU's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from chainmerge.documents.bitmaps import BitmapsOfDisks, PruneOfDisks
 from chainmerge.errors import ExitCode
 from chainmerge.live.errors import UnknownDomain
 from tests.support.cli import chainmerge as command
+from tests.support.live_scenario import build
+from tests.support.live_vm import running_vm
 from tests.support.qemu import bitmap_names, create, qemu_img
 
 if TYPE_CHECKING:
@@ -117,3 +119,25 @@ def test_a_domain_that_there_is_not(uri: str, domain: Any) -> None:
         live.bitmaps_list_domain("another", uri)
     ran = command("bitmaps", "list", "--domain", "another", "--connect", uri)
     assert ran.status == ExitCode.USAGE
+
+
+def test_a_running_vm_tells_what_it_has_in_memory(tmp_path: Path) -> None:
+    scenario = build(tmp_path / "chain", 1, levels=1, active=True)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        ran = command("bitmaps", "list", "--json", "--qmp", vm.qmp)
+        on_disk = command("bitmaps", "list", "--json", scenario.images[-1])
+        vm.quit()
+    assert ran.status == 0, ran.err
+    found = msgspec.json.decode(ran.out, type=BitmapsOfDisks)
+    (disk,) = found.disks
+    assert disk.image == str(scenario.images[-1])
+    assert {one.name: one.passes for one in disk.verdicts} == {
+        "everywhere": True,
+        "in-top": True,
+        "stale-0": False,
+        "stale-1": False,
+        "stale-2": False,
+    }
+    # What is on disk meanwhile says that nothing can be used.
+    assert not any(one["passes"] for one in on_disk.json["verdicts"])
+    assert {one.name for one in found.checkpoints if one.usable} == {"everywhere", "in-top"}
