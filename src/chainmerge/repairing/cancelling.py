@@ -41,9 +41,10 @@ from chainmerge.records.merged_record import (
     is_pulled,
     load_merged_record,
 )
+from chainmerge.records.progress import how_far, where_base_is
 from chainmerge.records.request import shell_line
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
-from chainmerge.records.unfinished import how_far, status, waits_in_vm, where_base_is
+from chainmerge.records.unfinished import status, waits_in_vm
 from chainmerge.repairing.errors import CannotCancel, NothingToCancel
 from chainmerge.storage.files import FileReadable, WritablePort, drop_cached
 from chainmerge.storage.locks import LockMode, lock_image

@@ -24,8 +24,8 @@ from chainmerge.records import merge_journal
 from chainmerge.records.identity import identify, same_image
 from chainmerge.records.live_journal import LiveState, live_journal_file, save_live_journal
 from chainmerge.records.merge_journal import JournalState, journal_file, load_journal
+from chainmerge.records.progress import UNKNOWN
 from chainmerge.records.saved_bitmaps import saved_bitmaps_file
-from chainmerge.records.unfinished import UNKNOWN
 from tests.merging.journal.killed import (
     AFTER_SWITCH,
     MIB,
