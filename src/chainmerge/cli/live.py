@@ -27,7 +27,7 @@ from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan
 from chainmerge.cli.signals import stopped_by_signals
 from chainmerge.cli.typed import PlanningCommand, same_with
 from chainmerge.options import (
-    LiveDirectionChoice,
+    DirectionChoice,
     LiveOptions,
     StallChoice,
     VerifyLevel,
@@ -176,7 +176,7 @@ def result_options(function: Function[R]) -> Function[R]:
     )
     @merging_option(
         "--direction",
-        type=click.Choice(get_args(LiveDirectionChoice)),
+        type=click.Choice(get_args(DirectionChoice)),
         default=defaults.direction,
         show_default=True,
         help="Move TOP's data down into BASE (commit), or what TOP lacks up from BASE (pull), "

@@ -102,7 +102,7 @@ def merge(
         and finished_before(record, Path(top), _path(base), options.as_merge, active=record.base)
     ):
         return report_done_before(vm, record, caller)
-    unfinished = _journal_for(vm, Path(top), _path(base), options.direction)
+    unfinished = _journal_for(vm, Path(top), _path(base), options)
     if unfinished is not None:
         return _carry_on(vm, unfinished, access, options, caller)
     with advice_for_running_vm():
@@ -226,10 +226,12 @@ def _journals(vm: LiveDisk) -> Iterator[LiveJournal]:
             yield journal
 
 
-def _journal_for(vm: LiveDisk, top: Path, base: Path | None, direction: str) -> LiveJournal | None:
+def _journal_for(
+    vm: LiveDisk, top: Path, base: Path | None, options: LiveOptions
+) -> LiveJournal | None:
     """The journal of the merge that is asked for, if it was begun before."""
     for journal in _journals(vm):
-        if journal.top.path != str(top.resolve()) or journal.direction != direction:
+        if journal.top.path != str(top.resolve()) or journal.pulls is not options.pulls:
             continue
         if base is None or journal.base.path == str(base.resolve()):
             return journal

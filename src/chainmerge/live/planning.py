@@ -122,7 +122,7 @@ def _plan(vm: InspectedVm, live: LiveTarget, options: LiveOptions) -> LivePlan:
         volume=volume_at(result.real_path, asked).facts(),
         engine=EngineName.QEMU,
         engine_reason=_REASON,
-        direction=Direction(options.direction),
+        direction=Direction.PULL if options.pulls else Direction.COMMIT,
         pull_obstacle=_why_not_pulled(vm, live),
         spaces=way.survey.spaces,
         obstacles=way.obstacles,

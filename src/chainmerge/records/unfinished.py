@@ -479,50 +479,29 @@ def _may_be_at(path: str, identity: ImageIdentity) -> bool:
 
 
 def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
-    if journal.pulls:
-        return _of_live_pull(file, journal)
     where = _where_is(journal.base, journal.request)
-    there = where is not None
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
+    if journal.pulls:
+        # It writes to top, and base may be gone already.
+        there, written = _may_be_at(top, journal.top), top
+        ways, progress = of_live_pull(journal, there=there), _LIVE_PULL_PROGRESS[journal.state]
+    else:
+        there, written = where is not None, base
+        ways, progress = of_live_journal(journal, where), _LIVE_PROGRESS[journal.state]
     resume = resume_command_of(journal.known_request)
     cold = command_of(journal.known_request) if there else None
     command, warnings = cold, (f"if the VM still runs, continue with `{resume}`",)
-    if there and _is_locked(Path(base)):
+    if there and _is_locked(Path(written)):
         command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
-    holds, progress = journal.took_effect if there else None, _LIVE_PROGRESS[journal.state]
     told = _told_by(
         file,
         base,
         top,
         progress,
         command,
-        holds=holds,
+        holds=journal.took_effect and not journal.pulls if there else None,
         state=journal.state,
-        ways=of_live_journal(journal, where),
-        by=_doer_of(journal.request),
-    )
-    return replace(told, warnings=warnings)
-
-
-def _of_live_pull(file: Path, journal: LiveJournal) -> UnfinishedMerge:
-    """It writes to top, and base may be gone already."""
-    top = _top_name(journal)
-    there = _may_be_at(top, journal.top)
-    base = _name_of(journal.base, () if journal.request is None else journal.request.bases)
-    resume = resume_command_of(journal.known_request)
-    cold = command_of(journal.known_request) if there else None
-    command, warnings = cold, (f"if the VM still runs, continue with `{resume}`",)
-    if there and _is_locked(Path(top)):
-        command, warnings = resume, (f"if the VM does not run, finish with `{cold}`",)
-    told = _told_by(
-        file,
-        base,
-        top,
-        _LIVE_PULL_PROGRESS[journal.state],
-        command,
-        holds=False if there else None,
-        state=journal.state,
-        ways=of_live_pull(journal, Path(top) if there else None),
+        ways=ways,
         by=_doer_of(journal.request),
     )
     return replace(told, warnings=warnings)
@@ -532,14 +511,7 @@ def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:
     request = saved.request
     if request is not None and saved.is_of_pull:
         words = "data was being copied up into top by a VM; top's bitmaps are saved"
-        return _told_by(
-            file,
-            request.bases[0],
-            saved.base.path,
-            words,
-            command_of(request),
-            by=_doer_of(request),
-        )
+        return _told_by(file, request.bases[0], saved.base.path, words, command_of(request))
     copying = f"data was being copied below {saved.overlay.path}; base's bitmaps are saved"
     if request is None:
         copying += ": the interrupted command finishes the merge"
