@@ -25,7 +25,6 @@ EngineChoice = Literal["auto", "native", "qemu"]
 DataChoice = Literal["auto", "cow", "in-place"]
 DirectionChoice = Literal["auto", "commit", "pull"]
 VolumeChoice = Literal["auto", "file", "block", "lvm"]
-LiveDirectionChoice = Literal["commit", "pull"]
 StallChoice = Literal["wait", "throttle", "abort"]
 # Known by these names to what checks values by their annotations.
 FileName: TypeAlias = str
@@ -180,7 +179,7 @@ class LiveOptions(Struct, frozen=True):
         delete: Delete the merged images once the VM has closed them and all is verified.
         drop_bitmaps: Go on even if base cannot hold bitmaps and valid ones will be lost.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
-            base (``pull``).
+            base (``pull``); ``auto`` is ``commit``.
         bandwidth: Limit for the copy in bytes per second; None for no limit.
         deadline: Seconds in which the copy is to catch up with what the guest writes; None for
             no limit. What happens then is up to ``on_stall``.
@@ -193,7 +192,7 @@ class LiveOptions(Struct, frozen=True):
     verify: VerifyLevel = "full"
     delete: bool = False
     drop_bitmaps: bool = False
-    direction: LiveDirectionChoice = "commit"
+    direction: DirectionChoice = "auto"
     bandwidth: ByteCount | None = None
     deadline: Seconds | None = None
     on_stall: StallChoice = "wait"
@@ -217,7 +216,7 @@ class LiveOptions(Struct, frozen=True):
             delete=self.delete,
             drop_bitmaps=self.drop_bitmaps,
             engine="qemu",
-            direction=self.direction,
+            direction="pull" if self.pulls else "commit",
             bandwidth=self.bandwidth,
             size_limit=self.size_limit,
             volume=self.volume,
@@ -368,7 +367,6 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "EngineChoice": partial(require_choice, choices=get_args(EngineChoice)),
         "DataChoice": partial(require_choice, choices=get_args(DataChoice)),
         "DirectionChoice": partial(require_choice, choices=get_args(DirectionChoice)),
-        "LiveDirectionChoice": partial(require_choice, choices=get_args(LiveDirectionChoice)),
         "VolumeChoice": partial(require_choice, choices=get_args(VolumeChoice)),
         "StallChoice": partial(require_choice, choices=get_args(StallChoice)),
         "Access": partial(require_instance, kind=Access),

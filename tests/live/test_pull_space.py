@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -83,7 +83,7 @@ def test_a_device_that_is_too_small_is_refused(tmp_path: Path, kind: str) -> Non
     assert refused.value.facts["required"] > 40 * MIB
 
 
-CLUSTERS: Final[dict[str, dict[str, str | int]]] = {
+CLUSTERS: Final[dict[str, dict[str, Any]]] = {
     "small clusters": {"cluster_size": 4096},
     "large clusters": {"cluster_size": 2 * MIB},
     "version 2": {"compat": "0.10"},

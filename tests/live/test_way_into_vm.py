@@ -115,6 +115,16 @@ def test_the_line_for_several_disks(directory: Path) -> None:
         assert not any(top.exists() for top in tops)
 
 
+def test_the_line_goes_the_way_that_was_asked_for(directory: Path, scenario: LiveScenario) -> None:
+    with started(directory, "web", *QMP, *separate_nodes(scenario.images)):
+        cold = chainmerge("merge", "--direction", "pull", scenario.top)
+        found = re.search(r"`(chainmerge live merge .*?)`;", cold.err)
+        assert found is not None, cold.err
+        merged = chainmerge(*shlex.split(found[1])[1:])
+        assert merged.status == ExitCode.DONE, merged.err
+        assert f"is pulled up into {scenario.top.name}" in merged.out
+
+
 def test_what_is_not_found_is_not_guessed(directory: Path, scenario: LiveScenario) -> None:
     with running_vm(directory / "vm", scenario.images):
         cold = chainmerge("merge", scenario.top)

@@ -98,6 +98,7 @@ LIVE_OPTIONS = st.builds(
     verify=st.sampled_from(get_args(VerifyLevel)),
     delete=st.booleans(),
     drop_bitmaps=st.booleans(),
+    direction=st.sampled_from(get_args(DirectionChoice)),
     bandwidth=SIZES,
     deadline=st.one_of(st.none(), SECONDS),
     on_stall=st.sampled_from(get_args(StallChoice)),

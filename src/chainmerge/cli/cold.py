@@ -26,7 +26,7 @@ class ColdMergeCommand(PlanningCommand):
         if not isinstance(error, ImageLocked):
             return error
         with ctx.scope(cleanup=False):
-            way = way_into_vm(ctx.params["tops"], ctx.params["direction"])
+            way = way_into_vm(ctx.params["tops"])
         return error.advised(way) if way else error
 
 
@@ -35,7 +35,7 @@ def with_way_into_vm(plan: MergePlan) -> MergePlan:
     if not any(one.code == ImageLocked.code for one in plan.refusals):
         return plan
     context = click.get_current_context()
-    way = way_into_vm(context.params["tops"], context.params["direction"])
+    way = way_into_vm(context.params["tops"])
     refusals = tuple(
         replace(one, hint=way + one.hint) if one.code == ImageLocked.code else one
         for one in plan.refusals
@@ -48,13 +48,11 @@ def all_with_way_into_vm(plan: DisksPlan) -> DisksPlan:
     return replace(plan, disks=tuple(map(with_way_into_vm, plan.disks)))
 
 
-def way_into_vm(tops: tuple[str, ...], direction: str) -> str:
+def way_into_vm(tops: tuple[str, ...]) -> str:
     """The beginning of a hint: the command that merges in the VM that has the image open.
 
-    Empty if there is none, or the images are open in more than one: VMs merge downwards.
+    Empty if there is none, or the images are open in more than one.
     """
-    if direction == "pull":
-        return ""
     # Imported where it is used: few merges meet a running VM.
     from chainmerge.live.found_vm import vm_that_has_open  # noqa: PLC0415
 

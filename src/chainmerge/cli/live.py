@@ -31,7 +31,7 @@ from chainmerge.cli.typed import PlanningCommand, same_with
 from chainmerge.cli.vm_disks import OneDisk, disk_options, disks_options, vm_options
 from chainmerge.errors import ExitCode
 from chainmerge.options import (
-    LiveDirectionChoice,
+    DirectionChoice,
     LiveOptions,
     StallChoice,
     VerifyLevel,
@@ -118,7 +118,7 @@ def result_options(function: Function[R]) -> Function[R]:
     )
     @merging_option(
         "--direction",
-        type=click.Choice(get_args(LiveDirectionChoice)),
+        type=click.Choice(get_args(DirectionChoice)),
         default=defaults.direction,
         show_default=True,
         help="Move TOP's data down into BASE (commit), or what TOP lacks up from BASE (pull), "

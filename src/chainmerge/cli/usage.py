@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _ALIKE: Final = 0.7
 
 _PULL: Final = (
-    "`chainmerge merge --direction pull TOP` does that, and `chainmerge flatten TOP` down to the "
-    "end of the chain"
+    "`chainmerge merge --direction pull TOP` does that, `chainmerge flatten TOP` down to the end "
+    "of the chain, and `chainmerge live merge --direction pull TOP` while the VM runs"
 )
 _LIST_CHAINS: Final = (
     "`chainmerge list DIR` lists the chains of a directory, and what each would free"
@@ -46,7 +46,7 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "chainmerge": {
             "add": _ADD,
             "block-commit": _LIVE,
-            "block-stream": "`chainmerge live merge TOP` merges in a running VM",
+            "block-stream": "`chainmerge live merge --direction pull TOP` does that",
             "blockcommit": _MERGE_OR_LIVE,
             "blockpull": _PULL,
             "clear": "`chainmerge bitmaps clear IMAGE NAME` does that",

@@ -123,7 +123,7 @@ def earlier_run(
     Raises LeftoverUnclear, LiveJournalDamaged.
     """
     # Which is removed last of all: what is deleted may be half done by then.
-    journal = journal_for(vm, top, base, options.direction)
+    journal = journal_for(vm, top, base, options)
     if journal is not None:
         return journal
     record = load_merged_record(top)
@@ -252,10 +252,12 @@ def unfinished_in(vm: LiveDisk) -> Iterator[LiveJournal]:
             yield journal
 
 
-def journal_for(vm: LiveDisk, top: Path, base: Path | None, direction: str) -> LiveJournal | None:
+def journal_for(
+    vm: LiveDisk, top: Path, base: Path | None, options: LiveOptions
+) -> LiveJournal | None:
     """The journal of the merge that is asked for, if it was begun before."""
     for journal in unfinished_in(vm):
-        if journal.top.path != str(top.resolve()) or journal.direction != direction:
+        if journal.top.path != str(top.resolve()) or journal.pulls is not options.pulls:
             continue
         if base is None or journal.base.path == str(base.resolve()):
             return journal

@@ -118,7 +118,8 @@ def _plan(
     others = others_beside(vm, live, options)
     target = replace(live.target, relatives=_relatives(live))
     live = replace(live, target=target)
-    require_format_to_write(target, Direction(options.direction))
+    direction = Direction.PULL if options.pulls else Direction.COMMIT
+    require_format_to_write(target, direction)
     with open_chain(target.chain) as opened:
         require_readable(target, opened)
         volumes = measure_guest_bytes(target, opened)
@@ -141,7 +142,7 @@ def _plan(
         volume=volume_at(result.real_path, asked).facts().beside(claims),
         engine=EngineName.QEMU,
         engine_reason=_REASON,
-        direction=Direction(options.direction),
+        direction=direction,
         pull_obstacle=_why_not_pulled(vm, live),
         spaces=way.survey.spaces,
         obstacles=way.obstacles,

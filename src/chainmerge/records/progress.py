@@ -270,25 +270,27 @@ def _may_be_at(path: str, identity: ImageIdentity) -> bool:
 
 
 def _of_live_merge(file: Path, journal: LiveJournal) -> UnfinishedMerge:
-    if journal.pulls:
-        return _of_live_pull(file, journal)
     where = _where_is(journal.base, journal.request)
-    there = where is not None
     base, top = _base_name(journal.base, where, journal.request), _top_name(journal)
-    cold = command_of(journal.known_request) if there else None
+    if journal.pulls:
+        # It writes to top, and base may be gone already.
+        there, written = _may_be_at(top, journal.top), top
+        ways, progress = of_live_pull(journal, there=there), _LIVE_PULL_PROGRESS[journal.state]
+    else:
+        there, written = where is not None, base
+        ways, progress = of_live_journal(journal, where), _LIVE_PROGRESS[journal.state]
     resume = resume_command_of(journal.known_request)
-    in_use = there and is_locked(Path(base))
-    command, warning = _cold_or_live(cold, resume, in_use=in_use)
-    holds, progress = journal.took_effect if there else None, _LIVE_PROGRESS[journal.state]
+    cold = command_of(journal.known_request) if there else None
+    command, warning = _cold_or_live(cold, resume, in_use=there and is_locked(Path(written)))
     told = _told_by(
         file,
         base,
         top,
         progress,
         command,
-        holds=holds,
+        holds=journal.took_effect and not journal.pulls if there else None,
         state=journal.state,
-        ways=of_live_journal(journal, where),
+        ways=ways,
         by=_doer_of(journal.request),
     )
     return replace(told, warnings=(warning,))
@@ -299,28 +301,6 @@ def _cold_or_live(cold: str | None, live: str, *, in_use: bool) -> tuple[str | N
     if in_use:
         return live, f"if the VM does not run, finish with `{cold}`"
     return cold, f"if the VM still runs, continue with `{live}`"
-
-
-def _of_live_pull(file: Path, journal: LiveJournal) -> UnfinishedMerge:
-    """It writes to top, and base may be gone already."""
-    top = _top_name(journal)
-    there = _may_be_at(top, journal.top)
-    base = _name_of(journal.base, () if journal.request is None else journal.request.bases)
-    resume = resume_command_of(journal.known_request)
-    cold = command_of(journal.known_request) if there else None
-    command, warning = _cold_or_live(cold, resume, in_use=there and is_locked(Path(top)))
-    told = _told_by(
-        file,
-        base,
-        top,
-        _LIVE_PULL_PROGRESS[journal.state],
-        command,
-        holds=False if there else None,
-        state=journal.state,
-        ways=of_live_pull(journal, Path(top) if there else None),
-        by=_doer_of(journal.request),
-    )
-    return replace(told, warnings=(warning,))
 
 
 def _of_saved(file: Path, saved: SavedBitmaps) -> UnfinishedMerge:

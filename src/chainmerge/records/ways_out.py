@@ -146,12 +146,12 @@ def of_live_journal(journal: LiveJournal, base: Path | None) -> WaysOut:
     return WaysOut(start, no_cancel=_BEGUN_IN_VM)
 
 
-def of_live_pull(journal: LiveJournal, top: Path | None) -> WaysOut:
-    """Of a pull in a VM that does not run, into *top*, where it is now; None if it is not there."""
-    if top is None:
+def of_live_pull(journal: LiveJournal, *, there: bool) -> WaysOut:
+    """Of a pull in a VM that does not run; *there* says whether top is where it was."""
+    if not there:
         return WaysOut(NOT_KNOWN.start, no_cancel=_BEGUN_IN_VM)
     above = journal.above
-    image = str(top) if above is None else above.path
+    image = journal.top.path if above is None else above.path
     return WaysOut(_yes(image, "top shows the same all the time"), no_cancel=_BEGUN_IN_VM)
 
 
