@@ -127,7 +127,14 @@ class MonitorDriver(LiveDriver[LiveVm]):
 
     def _release(self) -> None:
         self.stop_if_asked()
-        self.disk.limit(self.journal.job, self.options.bandwidth)
+        try:
+            self.disk.limit(self.journal.job, self.options.bandwidth)
+        except VmRefused:
+            # With next to nothing to copy it has come to its end before it was paused.
+            job = self.disk.job(self.journal.job)
+            if job is not None and job.phase not in (JobPhase.HELD, JobPhase.ENDING, JobPhase.DONE):
+                raise
+            return
         if self._looked_at_job().phase is JobPhase.PAUSED:
             self.disk.resume(self.journal.job)
 
