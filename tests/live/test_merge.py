@@ -105,3 +105,19 @@ def test_a_disk_that_has_grown(tmp_path: Path, kind: str) -> None:
     if kind == "active":
         wanted |= guest.dirty(COARSE)
     assert stored_bits(base) == {"everywhere": wanted}
+
+
+def test_images_with_nothing_in_them(tmp_path: Path) -> None:
+    """The job has often come to its end before it is told anything."""
+    images = [create(tmp_path / "base.qcow2", DISK)]
+    qemu_io(images[0], "write -q -P 1 0 1M")
+    before = content(images[0])
+    for number in range(8):
+        images.append(create(tmp_path / f"{number}.qcow2", backing=images[-1].name))
+    with running_vm(tmp_path / "vm", images) as vm:
+        with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+            for top in images[1:]:
+                live.merge(disk, top, images[0], options=LiveOptions(delete=True))
+        assert vm.chain() == ["base.qcow2"]
+        vm.quit()
+    assert content(images[0]) == before
