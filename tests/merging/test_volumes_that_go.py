@@ -148,6 +148,47 @@ def test_a_volume_made_anew_under_the_name_stays(
     assert middle.read_bytes()[:65536] == bytes([77]) * 65536
 
 
+@pytest.mark.parametrize("options", [DELETE, KEEP_NAME], ids=["delete", "keep-name"])
+def test_a_top_that_is_not_active_is_not_taken_for_gone(
+    volumes: Volumes, shown: Callable[..., list[Path]], options: MergeOptions
+) -> None:
+    """A guest may have written to it since, on another host or before it was deactivated."""
+    base, top = shown("base-0", "top-1")
+    die_at(volumes, "lvremove", "before")
+    assert killed(lambda: chainmerge.merge(top, base, DEVICES, options))
+    volumes.lvm.mend("lvremove")
+    qemu_io(top, "write -q -P 55 3M 64k")
+    expected = content(top)
+    device = Path(os.path.realpath(top))
+    volumes.lvm.take_down("top-1")
+    with pytest.raises(ImageMissing):
+        chainmerge.merge(top, base, DEVICES, options)
+    assert volumes.names() == volumes.uuids
+    top.symlink_to(device)
+    volumes.show()
+    chainmerge.merge(top, base, DEVICES, options)
+    assert content(top if options.keep_name else base) == expected
+
+
+def test_a_merged_volume_that_is_not_active_is_left(
+    volumes: Volumes, shown: Callable[..., list[Path]]
+) -> None:
+    base, middle, top = shown("base-0", "middle-1", "top-2")
+    die_at(volumes, "lvremove", "after")
+    assert killed(lambda: chainmerge.merge(top, base, DEVICES, DELETE))
+    volumes.lvm.mend("lvremove")
+    device = Path(os.path.realpath(middle))
+    volumes.lvm.take_down("middle-1")
+    report = chainmerge.merge(top, base, DEVICES, DELETE)
+    assert [str(middle) in warning for warning in report.warnings] == [True]
+    assert set(volumes.names()) == {"base-0", "middle-1"}
+    middle.symlink_to(device)
+    volumes.show()
+    report = chainmerge.merge(top, base, DEVICES, DELETE)
+    assert (report.deleted, report.warnings) == ((str(middle),), ())
+    assert set(volumes.names()) == {"base-0"}
+
+
 def test_a_volume_that_is_in_use_stays(volumes: Volumes, shown: Callable[..., list[Path]]) -> None:
     base, top = shown("base-0", "top-1")
     expected = content(top)

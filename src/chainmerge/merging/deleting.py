@@ -21,7 +21,7 @@ from chainmerge.records.changes import is_there, what_stands_at
 from chainmerge.records.identity import Sameness
 from chainmerge.storage.files import FileReadable, fsync_directory
 from chainmerge.storage.locks import LockMode, contentions
-from chainmerge.storage.lvm_volumes import remove_volume, rename_volume
+from chainmerge.storage.lvm_volumes import find_volume, remove_volume, rename_volume
 from chainmerge.storage.removal import removal_obstacle
 from chainmerge.storage.volume_facts import VolumeKind
 from chainmerge.storage.volumes import volume_at
@@ -80,11 +80,12 @@ def delete_recorded(
     deleted = []
     for doomed in record.delete:
         path = Path(doomed.path)
+        answer = what_stands_at(path, doomed.identity)
         if doomed.volume is not None:
-            if remove_volume(doomed.path, doomed.volume):
+            # Of one that is not active nobody has looked who needs it by now.
+            if answer is Sameness.SAME and remove_volume(doomed.path, doomed.volume):
                 deleted.append(doomed.path)
             continue
-        answer = what_stands_at(path, doomed.identity)
         is_held = answer is Sameness.UNKNOWN and identity_of(path.stat()) in held
         if answer is Sameness.SAME or is_held:
             path.unlink()
@@ -119,7 +120,14 @@ def _is_still_there(link: DoomedLink) -> bool:
 def not_deleted(record: MergedRecord) -> Iterator[str]:
     """Images that a record names and that nobody can identify any more, a warning each."""
     for doomed in record.delete:
-        if what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
+        if doomed.volume is not None:
+            left = find_volume(doomed.path, doomed.volume)
+            if left is not None:
+                yield (
+                    f"{doomed.path} was to be removed, but is not active, or called {left.path} by "
+                    "now: it was left"
+                )
+        elif what_stands_at(doomed.path, doomed.identity) is Sameness.UNKNOWN:
             yield (
                 f"{doomed.path} was to be deleted, but nothing shows whether the file there now is "
                 "still that image: it was left"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chainmerge.records.changes import data_changed, what_stands_at
@@ -11,10 +12,10 @@ from chainmerge.records.errors import LeftoverUnclear
 from chainmerge.records.identity import Sameness, identify, same_image
 from chainmerge.records.merged_record import MergedRecord, Superseded, is_pulled, merged_record_file
 from chainmerge.storage.files import drop_cached
+from chainmerge.storage.lvm_volumes import is_name_taken
+from chainmerge.storage.volume_names import mapper_name_in
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from chainmerge.options import MergeOptions
 
 
@@ -36,12 +37,15 @@ def finished_before(
 
     Raises:
         LeftoverUnclear: nothing tells whether the result is still the image that it was.
+        LvmMissing, LvmFailed: nothing tells whether top is gone.
     """
     if record is None:
         return False
     if record.pulled is not None and not _may_pull(options):
         return False
     if base is not None and not record.names_base(base):
+        return False
+    if is_top_inactive(record):
         return False
     result = what_stands_at(record.result, record.result_identity)
     if result is Sameness.OTHER:
@@ -61,6 +65,17 @@ def finished_before(
         in_base = active is not None and os.path.realpath(active) == record.base
         return is_superseded(record.superseded, top, in_base=in_base)
     return True
+
+
+def is_top_inactive(record: MergedRecord) -> bool:
+    """Whether a volume has the name of top that is not active: the same one still, or another.
+
+    Raises LvmMissing, LvmFailed.
+    """
+    top = Path(record.top)
+    if mapper_name_in(top) is None or os.path.lexists(top):
+        return False
+    return is_name_taken(record.top, top)
 
 
 def is_to_be_renamed(record: MergedRecord) -> bool:

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from chainmerge.storage import lvm
 from chainmerge.storage.volume_errors import LvmFailed, VolumeNotRemoved, VolumeNotRenamed
-from chainmerge.storage.volume_names import volume_path
+from chainmerge.storage.volume_names import mapper_name_in, volume_path
 
 if TYPE_CHECKING:
     from chainmerge.storage.lvm import VolumeUuids
@@ -60,10 +60,19 @@ class KnownVolume(Struct, frozen=True):
 def lasting_path(path: Path) -> Path:
     """``/dev/GROUP/VOLUME`` of a path that leads to a logical volume; else the path itself.
 
-    Raises OSError if there is nothing.
+    Where no udev makes such names, as in a container, that in ``/dev/mapper``. Raises OSError if
+    there is nothing.
     """
-    name = lvm.device_mapper_name(path.stat().st_rdev) if path.is_block_device() else None
-    return path if name is None else volume_path(name.name) or path
+    if not path.is_block_device():
+        return path
+    device = path.stat().st_rdev
+    name = lvm.device_mapper_name(device)
+    if name is None:
+        return path
+    for other in (volume_path(name.name), Path("/dev/mapper", name.name)):
+        if other is not None and other.is_block_device() and other.stat().st_rdev == device:
+            return other
+    return path
 
 
 def uuids_at(path: Path) -> VolumeUuids | None:
@@ -88,6 +97,21 @@ def find_volume(image: str, uuids: VolumeUuids) -> KnownVolume | None:
         if found == (uuids.group, uuids.volume):
             return KnownVolume(row["vg_name"], row["lv_name"], row["lv_uuid"], row["lv_attr"])
     return None
+
+
+def is_name_taken(image: str, path: Path) -> bool:
+    """Whether LVM has a volume of the name that *path* spells, active or not.
+
+    *image* is what messages call it.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
+    wanted = mapper_name_in(path)
+    rows = lvm.report(image, "lvs", *lvm.OF_ANY_HOST, "-o", "vg_name,lv_name")
+    return any(
+        mapper_name_in(Path("/dev", row["vg_name"], row["lv_name"])) == wanted for row in rows
+    )
 
 
 def remove_volume(image: str, uuids: VolumeUuids) -> bool:

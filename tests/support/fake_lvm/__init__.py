@@ -161,6 +161,16 @@ class FakeLvm:
             for group in state["groups"]:
                 shutil.rmtree(Path("/dev", group), ignore_errors=True)
 
+    def take_down(self, name: str) -> None:
+        """Have a volume that is linked to not active any more: the kernel does not know it."""
+        self.activate_as(name, "")
+        for volume in self._read()["volumes"]:
+            if volume["name"] == name:
+                Path("/dev", volume["group"], name).unlink()
+                device = Path(volume["path"]).stat().st_rdev
+                number = f"{os.major(device)}:{os.minor(device)}"
+                shutil.rmtree(self.directory / "sys" / "dev" / "block" / number)
+
     def set_attributes(self, name: str, attributes: str) -> None:
         """Have ``lv_attr`` of a volume say something else than that it is a plain one."""
         state = self._read()
