@@ -13,7 +13,7 @@ import pytest
 from chainmerge import live
 from chainmerge.documents.bitmaps import BitmapsOfDisks, PruneOfDisks
 from chainmerge.errors import ExitCode
-from chainmerge.live.errors import UnknownDomain
+from chainmerge.live.errors import NoSuchDomain, UnknownDomain
 from tests.support.cli import chainmerge as command
 from tests.support.live_scenario import build
 from tests.support.live_vm import running_vm
@@ -96,6 +96,8 @@ def test_which_checkpoints_a_backup_can_use(
     uri: str, domain: Any, disks: dict[str, Path], tmp_path: Path
 ) -> None:
     assert usable(uri) == {"stale": False}
+    with pytest.raises(NoSuchDomain, match="it runs: none"):
+        live.DomainDisk(NAME, "vda", uri)
     domain.create()
     checkpoint(domain, "all", "vda", "vdb")
     checkpoint(domain, "one", "vda")

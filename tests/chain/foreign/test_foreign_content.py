@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -34,7 +35,6 @@ from tests.support.qemu import content, create, qemu_img, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 def described(image: Path, fmt: str) -> ImageInfo:
@@ -115,6 +115,16 @@ def test_a_device(tmp_path: Path) -> None:
         ForeignContent(described(device, "vdi")) as shown,
     ):
         assert shown.read(7 * MIB, 4) == b"\x33" * 4
+
+
+def test_qemu_has_so_much_memory_and_no_more(tmp_path: Path) -> None:
+    image = foreign_image(tmp_path, Kind("vdi"))
+    with ForeignContent(described(image, "vdi")) as shown:
+        shown.read(0, 1)
+        (server,) = servers()
+        limits = Path("/proc", server, "limits").read_text(encoding="ascii")
+    (line,) = [one for one in limits.splitlines() if one.startswith("Max address space")]
+    assert line.split()[3] == str(16 << 30)
 
 
 # What goes wrong

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from chainmerge.chain.foreign.formats import (
+    LIMITS_TO_READ,
     QemuName,
     not_started,
     opened_for_qemu,
@@ -152,9 +153,10 @@ class ForeignContent:
         program = shutil.which(_PROGRAM)
         if program is None:
             raise unreadable(self._image, f"{_PROGRAM}, which reads it, is not installed")
+        serve = [*LIMITS_TO_READ, program, "--read-only", name.filename]
         try:
             return subprocess.Popen(
-                ["sh", "-c", _AS_SERVICE, "sh", program, "--read-only", name.filename],
+                ["sh", "-c", _AS_SERVICE, "sh", *serve],
                 stdin=listening.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=messages,

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 FOREIGN_FORMATS: Final = frozenset({"parallels", "qed", "vdi", "vhdx", "vmdk", "vpc"})
 """What the lowest image of a chain may be, besides qcow2 and raw."""
 
+# By an image that its guest, or who uploaded it, may have written, QEMU is not to be made to take
+# more: of memory in bytes, where each of its threads reserves more than it uses, of processor time
+# in seconds.
+LIMITS_TO_LOOK: Final = ("prlimit", f"--as={4 << 30}", "--cpu=60")
+LIMITS_TO_READ: Final = ("prlimit", f"--as={16 << 30}")
+
 # Those that can have a backing file of their own, which is not to be opened.
 _COW_FORMATS: Final = frozenset({"qed", "vmdk"})
 

@@ -14,6 +14,7 @@ from chainmerge.chain.allowed_places import reached, resolved
 from chainmerge.chain.foreign.extents import NotUnderstood, extents_of
 from chainmerge.chain.foreign.formats import (
     FOREIGN_FORMATS,
+    LIMITS_TO_LOOK,
     not_started,
     opened_for_qemu,
     unreadable,
@@ -90,7 +91,7 @@ def _told_by_qemu(image: ImageInfo) -> dict[str, Any]:
     with opened_for_qemu(image) as name:
         try:
             done = subprocess.run(
-                [program, "info", "--output=json", name.filename],
+                [*LIMITS_TO_LOOK, program, "info", "--output=json", name.filename],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 pass_fds=name.descriptors,
