@@ -82,14 +82,12 @@ class ThinPool(Struct, frozen=True):
     def remedy(self, allocates: int) -> str:
         """What to do where it does not have what *allocates* bytes take."""
         by = self.extension(allocates).of_group
+        extend = "extend the pool ('lvextend'; a cold merge does it with --extend-pool)"
         if by <= self.vg_free:
-            return (
-                f"have the pool extended (--extend-pool), which takes {by} bytes of the volume "
-                "group's free space"
-            )
+            return f"{extend}, which takes {by} bytes of the volume group's free space"
         return (
             f"add a physical volume to the volume group ('vgextend'), of which the pool needs {by} "
-            f"bytes and {self.vg_free} are free; then have the pool extended (--extend-pool)"
+            f"bytes and {self.vg_free} are free; then {extend}"
         )
 
     def extension(self, allocates: int) -> PoolShortage:
