@@ -244,6 +244,29 @@ def test_long_chains_in_one_table(tmp_path: Path) -> None:
     assert all((a.freed_bytes or 0) > (b.freed_bytes or 0) for a, b in pairwise(found))
 
 
+def printed_plan(*words: str | Path) -> list[str]:
+    """The words of the plan that a list prints, behind the program's name."""
+    lines = command("list", *words).out.splitlines()
+    (line,) = [one for one in lines if one.startswith("Frees most:")]
+    program, *rest = shlex.split(line.partition(":")[2])
+    assert program == "chainmerge"
+    return rest
+
+
+def test_the_printed_plan_reaches_what_the_list_has_reached(tmp_path: Path) -> None:
+    golden = tmp_path / "golden images"
+    golden.mkdir()
+    root = create(golden / "root.qcow2", DISK)
+    images = [create(tmp_path / "disk-0.qcow2", backing=root)]
+    images.append(create(tmp_path / "disk-1.qcow2", backing=images[0]))
+    for image in images:
+        qemu_io(image, "write -P 1 0 8M")
+    words = printed_plan("--allow-backing", golden, tmp_path)
+    assert ["--allow-backing", str(golden)] == words[words.index("--allow-backing") :][:2]
+    plan = command("plan", "--json", *words[1:]).json
+    assert {one["code"] for one in plan["refusals"]} <= {"users-unknown"}
+
+
 def test_the_printed_plan_may_use_the_data_files(tmp_path: Path) -> None:
     data = tmp_path / "its data"
     base = create(tmp_path / "disk-0.qcow2", DISK, data_file=str(data))
@@ -252,11 +275,7 @@ def test_the_printed_plan_may_use_the_data_files(tmp_path: Path) -> None:
     qemu_io(top, "write -P 2 0 8M")
     (chain,) = chainmerge.list_chains(tmp_path).chains
     assert chain.data_files == (str(data),)
-    (line,) = [
-        one for one in command("list", tmp_path).out.splitlines() if one.startswith("Frees most:")
-    ]
-    program, *words = shlex.split(line.partition(":")[2])
-    assert program == "chainmerge"
+    words = printed_plan(tmp_path)
     assert "--allow-data-file" in words
     assert command(*words).status == ExitCode.DONE
     without = [word for word in words if word not in {"--allow-data-file", str(data)}]

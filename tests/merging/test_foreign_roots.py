@@ -130,11 +130,12 @@ def test_it_goes_where_it_may(tmp_path: Path) -> None:
 
 
 def test_zeros_are_not_pulled_up_as_data(tmp_path: Path) -> None:
-    # QEMU's vhdx driver does not tell of any.
-    for kind in FEW_KINDS[:-1]:
+    for kind in FEW_KINDS:
         root = foreign_image(tmp_path, kind, kind.name)
         leaf = create(tmp_path / f"{kind.name}.qcow2", backing=root, backing_format=kind.format)
-        chainmerge.flatten(leaf)
+        # QEMU's vhdx driver does not tell of any.
+        options = MergeOptions(detect_zeroes=kind.format == "vhdx")
+        chainmerge.flatten(leaf, options=options)
         assert content(leaf) == content(root, kind.format)
         assert leaf.stat().st_blocks * 512 < DISK - MIB, kind
 

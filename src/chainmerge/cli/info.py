@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +12,7 @@ import click
 from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import access_options, image_argument, json_option
+from chainmerge.records.request import words_of
 from chainmerge.report.chains_table import chains_report
 from chainmerge.report.tables import chain_report
 
@@ -30,6 +32,7 @@ def info(*, image: str, access: Access, output: Output) -> None:
     """
     # Unlike Path.is_dir, it has an answer for names that no file can have.
     if os.path.isdir(image):  # noqa: PTH112
-        output.document(api.list_chains(image, access), chains_report)
+        table = partial(chains_report, options=words_of(access))
+        output.document(api.list_chains(image, access), table)
         return
     output.document(api.inspect(image, access), chain_report)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +13,7 @@ from chainmerge.cli.commands import Command
 from chainmerge.cli.options import json_option, named_places_options
 from chainmerge.cli.params import DIRECTORY
 from chainmerge.options import Access
+from chainmerge.records.request import words_of
 from chainmerge.report.chains_table import chains_report
 
 if TYPE_CHECKING:
@@ -37,4 +39,5 @@ def list_chains(
     [default: the current directory]
     """
     access = Access(formats=dict(formats), allow_backing=allow_backing)
-    output.document(api.list_chains(directory, access), chains_report)
+    table = partial(chains_report, options=words_of(access))
+    output.document(api.list_chains(directory, access), table)

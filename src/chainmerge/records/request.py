@@ -155,7 +155,7 @@ def command_of(request: RecordedRequest) -> str | None:
     access, options = access_of(request), options_of(request)
     if access is None or options is None:
         return None
-    words = ["merge", *_words(options), *_words(access), *_images(request)]
+    words = ["merge", *words_of(options), *words_of(access), *_images(request)]
     return shell_line(["chainmerge", *words])
 
 
@@ -282,7 +282,8 @@ def _filled_in(kind: Any, said: Mapping[str, Any]) -> Any:
         return None
 
 
-def _words(options: Access | MergeOptions | LiveOptions) -> list[str]:
+def words_of(options: Access | MergeOptions | LiveOptions) -> list[str]:
+    """What is typed for options that are not at their default; paths are absolute."""
     return [word for name, value in _said(options) for word in _say(name, value)]
 
 

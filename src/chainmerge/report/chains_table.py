@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from chainmerge.documents.chains import ChainsReport, ChainSummary
 
 
-def chains_report(report: ChainsReport) -> Block:
-    """A line for each chain of a directory, those that free most first."""
+def chains_report(report: ChainsReport, options: Sequence[str] = ()) -> Block:
+    """A line for each chain of a directory, those that free most first.
+
+    Args:
+        report: the chains.
+        options: how their images were reached, as it is typed.
+    """
     if not report.chains:
         return words(f"no qcow2 images in {report.directory}", layout.QUIET)
     names = ImageNames(f"{report.directory.rstrip('/')}/")
     return stack(
         words(_headline(report), layout.TITLE),
-        *_first_steps(report),
+        *_first_steps(report, options),
         layout.EMPTY_LINE,
         _table(report.chains, names),
         *_problems(report.chains, names),
@@ -43,7 +48,7 @@ def _headline(report: ChainsReport) -> str:
     )
 
 
-def _first_steps(report: ChainsReport) -> Iterator[Words]:
+def _first_steps(report: ChainsReport, options: Sequence[str]) -> Iterator[Words]:
     """What to do about what was not finished, and the command for what frees most."""
     if any(chain.unfinished for chain in report.chains):
         yield layout.command_line(
@@ -57,7 +62,8 @@ def _first_steps(report: ChainsReport) -> Iterator[Words]:
             word if word.startswith("--") else shlex.quote(_short(word))
             for word in (*allowed, *images)
         ]
-        command = ["chainmerge", "plan", "--delete", "--keep-name", *words_typed]
+        reached = map(shlex.quote, options)
+        command = ["chainmerge", "plan", "--delete", "--keep-name", *reached, *words_typed]
         yield layout.command_line("Frees most: ", " ".join(command))
         return
 
