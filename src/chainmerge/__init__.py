@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         bitmaps_repair,
         cancel,
         check_image,
+        domain_disks,
         explain,
         find_backing,
         flatten,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
         prune,
         relink,
         repair,
+        save_scan,
+        scan,
         status,
         undo_repair,
     )
@@ -119,6 +122,14 @@ if TYPE_CHECKING:
         RepairReport,
         UndoReport,
     )
+    from chainmerge.documents.scan import (
+        DomainDisk,
+        ScanFinding,
+        ScannedBitmap,
+        ScannedImage,
+        ScanReport,
+        Severity,
+    )
     from chainmerge.documents.status import (
         LiveMergeStatus,
         LiveStatusReport,
@@ -152,6 +163,7 @@ if TYPE_CHECKING:
         Access,
         LiveOptions,
         MergeOptions,
+        ScanOptions,
     )
 
 __all__ = [
@@ -181,6 +193,7 @@ __all__ = [
     "DiskReport",
     "DisksPlan",
     "DisksReport",
+    "DomainDisk",
     "EngineName",
     "ExitCode",
     "Failed",
@@ -223,7 +236,13 @@ __all__ = [
     "RepairReport",
     "Repoint",
     "Role",
+    "ScanFinding",
+    "ScanOptions",
+    "ScanReport",
+    "ScannedBitmap",
+    "ScannedImage",
     "Searched",
+    "Severity",
     "SharedCheckpoint",
     "ShouldStop",
     "SnapshotsAtRisk",
@@ -247,6 +266,7 @@ __all__ = [
     "bitmaps_repair",
     "cancel",
     "check_image",
+    "domain_disks",
     "explain",
     "find_backing",
     "flatten",
@@ -265,6 +285,8 @@ __all__ = [
     "prune",
     "relink",
     "repair",
+    "save_scan",
+    "scan",
     "status",
     "undo_repair",
 ]
@@ -340,6 +362,14 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "RepairReport",
             "UndoReport",
         ),
+        "chainmerge.documents.scan": (
+            "DomainDisk",
+            "ScanFinding",
+            "ScanReport",
+            "ScannedBitmap",
+            "ScannedImage",
+            "Severity",
+        ),
         "chainmerge.documents.status": (
             "LiveMergeStatus",
             "LiveStatusReport",
@@ -373,6 +403,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Access",
             "LiveOptions",
             "MergeOptions",
+            "ScanOptions",
         ),
     }
 )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that are damaged, leak, or cannot be read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from chainmerge.documents.scan import ScanFinding, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from chainmerge.inventory.findings.scene import Scene
+    from chainmerge.inventory.found import FoundImage
+
+_NOT_DAMAGE: Final = frozenset(
+    {"access-denied", "cannot-open", "image-missing", "wrong-file-type", "unsupported-feature"}
+)
+
+
+def damaged_images(scene: Scene) -> Iterator[ScanFinding]:
+    """Findings about single images."""
+    for image in scene.graph.images.values():
+        yield from _unreadable(scene, image)
+        if scene.is_idle(image):
+            yield from _marked(scene, image)
+        yield from _checked(scene, image)
+
+
+def other_troubles(scene: Scene, told: Collection[str]) -> Iterator[ScanFinding]:
+    """What keeps a chain from being read that nothing else tells.
+
+    Args:
+        scene: what was found.
+        told: images of which something is told that may be the reason.
+    """
+    for leaf in scene.graph.leaves:
+        facts = scene.chains.get(leaf.identity)
+        if facts is None or facts.trouble is None or facts.problem is None:
+            continue
+        line = {image.path for image in scene.graph.down_from(leaf)}
+        if not facts.members and not line.isdisjoint(told):
+            continue
+        damaged = bool(facts.members) and facts.trouble not in _NOT_DAMAGE
+        yield ScanFinding(
+            code=facts.trouble,
+            severity=Severity.CRITICAL if damaged else Severity.WARNING,
+            image=leaf.path,
+            sentence=facts.problem,
+            evidence={"images": len(line)},
+            command=scene.command_for(leaf, "check" if damaged else "info"),
+        )
+
+
+def _unreadable(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
+    problem = image.content.problem
+    if problem is None:
+        return
+    damaged = problem.code not in _NOT_DAMAGE
+    yield ScanFinding(
+        code=problem.code,
+        severity=Severity.CRITICAL if damaged else Severity.WARNING,
+        image=image.path,
+        sentence=problem.sentence,
+        evidence={"file_bytes": image.stamp.size},
+        command=scene.command_for(image, "repair" if damaged else "info"),
+    )
+
+
+def _marked(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
+    repair = scene.command_for(image, "repair")
+    if image.content.corrupt:
+        sentence = f"QEMU has marked {image.path} corrupt, and does not open it for writing"
+        yield ScanFinding("corrupt-bit", Severity.CRITICAL, image.path, sentence, {}, repair)
+    if image.content.dirty:
+        sentence = f"{image.path} was not closed properly (dirty bit): refcounts may be stale"
+        yield ScanFinding("dirty-bit", Severity.WARNING, image.path, sentence, {}, repair)
+
+
+def _checked(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
+    checked = image.content.checked
+    if checked is None:
+        return
+    if checked.corruptions:
+        yield ScanFinding(
+            code="corruption",
+            severity=Severity.CRITICAL,
+            image=image.path,
+            sentence=f"the tables of {image.path} contradict themselves: {checked.first}",
+            evidence={"corruptions": checked.corruptions},
+            command=scene.command_for(image, "check"),
+        )
+    if checked.leaked_bytes:
+        yield ScanFinding(
+            code="leaked-clusters",
+            severity=Severity.INFO,
+            image=image.path,
+            sentence=f"{image.path} has {checked.leaked_bytes} leaked bytes, which nothing uses",
+            evidence={"leaked_bytes": checked.leaked_bytes},
+            command=scene.command_for(image, "repair"),
+        )

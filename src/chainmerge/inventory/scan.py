@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is found in some places: images, chains, and what is wrong with them.
+
+Reads only, and locks nothing: VMs may run meanwhile. No image is open for longer than it takes to
+read its tables.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
+
+from chainmerge.chain.allowed_places import Directories, allowed_places_of
+from chainmerge.chain.information import users_of
+from chainmerge.chain.model import ChainPolicy, ImageFormat, identity_of
+from chainmerge.documents.progress import OnProgress, ProgressEvent, Stage, unheard
+from chainmerge.documents.scan import DomainDisk, ScannedBitmap, ScannedImage, ScanReport
+from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.errors import ChainmergeError
+from chainmerge.inventory.findings.all import find_all
+from chainmerge.inventory.findings.scene import FileSystemRoom, Scene, Usage
+from chainmerge.inventory.found import FoundImage, ImageContent, Stamp, problem_of
+from chainmerge.inventory.graph import ImageGraph
+from chainmerge.inventory.places import Places, one_in_each_directory, places_of
+from chainmerge.inventory.scanning import (
+    Surveyor,
+    as_found,
+    content_below,
+    content_of,
+    stamp_of,
+)
+from chainmerge.inventory.summary import (
+    ChainFacts,
+    chain_facts,
+    images_of_merges,
+    most_freed_first,
+    summary_of,
+)
+from chainmerge.options import Access, ScanOptions, require_instance
+from chainmerge.records.files import STATE_DIRECTORY
+from chainmerge.records.unfinished import status
+from chainmerge.storage.bystanders import openers_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from chainmerge.chain.model import Identity
+    from chainmerge.documents.status import UnfinishedMerge
+    from chainmerge.storage.bystanders import Openers
+
+_IMAGE_SUFFIXES: Final = (".qcow2", ".qcow")
+_TOLD_EVERY: Final = 64
+_NANOSECONDS: Final = 10**9
+_MOST_LEFT_OUT: Final = 40
+
+
+def scan(
+    paths: Sequence[str | Path] = (),
+    access: Access | None = None,
+    options: ScanOptions | None = None,
+    domains: tuple[DomainDisk, ...] | None = None,
+    on_progress: OnProgress = unheard,
+) -> ScanReport:
+    """Look at all images in some places, and say what is wrong with them and their chains.
+
+    Args:
+        paths: directories, with everything below them; images; names of volume groups. By
+            default the disks in *domains*, and without those the current directory.
+        access: where backing files may lie outside of these places.
+        options: from when on something is said.
+        domains: the disks of all domains, as :func:`chainmerge.domain_disks` returns them; an
+            image that is neither one of them nor below one is reported as unused.
+        on_progress: told how far it has come.
+
+    Raises:
+        PlaceUnreadable, PlaceTooLarge
+    """
+    access, options = access or Access(), options or ScanOptions()
+    if domains is not None:
+        require_instance("domains", domains, tuple)
+        for disk in domains:
+            require_instance("domains", disk, DomainDisk)
+    now_ns = time.time_ns()
+    there, lost = _disks_that_are_there(domains or ())
+    wanted = (*paths, *there) if paths or domains is not None else (".",)
+    places = places_of(
+        wanted,
+        one_file_system=options.one_file_system,
+        told=lambda count: on_progress(ProgressEvent(Stage.FIND, done=count)),
+    )
+    reach = replace(access, allow_backing=(*access.allow_backing, *map(str, places.roots)))
+    survey = _Survey(places, reach, on_progress)
+    graph = ImageGraph(survey.images())
+    openers = openers_of(Path(image.path) for image in graph.images.values())
+    in_use = frozenset(
+        image.identity for image in graph.images.values() if openers.processes.get(Path(image.path))
+    )
+    if options.check:
+        graph = ImageGraph(survey.checked(graph, in_use))
+    merges = _merges_in(places)
+    chains = dict(_chains_of(graph, reach, on_progress))
+    usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), merges)
+    scene = Scene(graph, chains, usage, _rooms_of(graph), options, now_ns)
+    left_out = (*places.left_out, *lost, *survey.left_out)
+    return _report(scene, openers, places.named, left_out)
+
+
+class _Survey:
+    """Reads images, and those that they stand on."""
+
+    def __init__(self, places: Places, access: Access, on_progress: OnProgress) -> None:
+        policy = ChainPolicy(allow_backing=tuple(map(Path, access.allow_backing)))
+        allowed = allowed_places_of(one_in_each_directory(places.files), policy)
+        self._surveyor = Surveyor(allowed, Directories())
+        self._files = places.files
+        self._on_progress = on_progress
+        self.left_out: list[str] = []
+
+    def images(self) -> Iterator[FoundImage]:
+        """All of them, each once."""
+        known: dict[Identity, FoundImage] = {}
+        for number, path in enumerate(self._files):
+            self._tell(number)
+            image = self._named(path, known)
+            if image is not None:
+                known[image.identity] = image
+                yield image
+        pending = list(known.values())
+        while pending:
+            image = self._below(pending.pop(), known)
+            if image is not None:
+                known[image.identity] = image
+                pending.append(image)
+                yield image
+        self._tell(len(self._files))
+
+    def checked(self, graph: ImageGraph, in_use: frozenset[Identity]) -> Iterator[FoundImage]:
+        """The same images, with the refcounts of those checked that nobody has open."""
+        for number, image in enumerate(graph.images.values()):
+            self._tell(number)
+            if image.identity in in_use or image.content.problem or not image.content.cluster_size:
+                yield image
+                continue
+            try:
+                content = content_of(image.path, thoroughly=True)
+            except ChainmergeError as error:
+                content = replace(image.content, problem=problem_of(error))
+            yield image if content is None else replace(image, content=content)
+
+    def _tell(self, number: int) -> None:
+        total = len(self._files)
+        if number % _TOLD_EVERY == 0 or number == total:
+            self._on_progress(ProgressEvent(Stage.IMAGES, done=min(number, total), total=total))
+
+    def _named(self, path: str, known: dict[Identity, FoundImage]) -> FoundImage | None:
+        try:
+            stamp = stamp_of(path)
+        except OSError:
+            # It is gone, or a link that leads nowhere.
+            return None
+        if stamp is None or stamp.identity in known:
+            return None
+        try:
+            content = self._content(path, stamp)
+        except ChainmergeError as error:
+            if path.endswith(_IMAGE_SUFFIXES):
+                content = ImageContent(ImageFormat.QCOW2, problem=problem_of(error))
+            else:
+                # What nobody can read may be anything.
+                self._leave_out(error.sentence)
+                return None
+        if content is None:
+            return None
+        return as_found(path, stamp, content, self._surveyor, named=True)
+
+    def _content(self, path: str, stamp: Stamp) -> ImageContent | None:
+        del stamp
+        return content_of(path, thoroughly=False)
+
+    def _below(self, image: FoundImage, known: dict[Identity, FoundImage]) -> FoundImage | None:
+        """The image that one stands on, if it is not known yet and may be looked at."""
+        link = image.link
+        if link is None or link.problem is not None or link.path is None:
+            return None
+        path = os.path.abspath(link.path)  # noqa: PTH100
+        try:
+            stamp = stamp_of(path)
+        except (OSError, ValueError):
+            return None
+        if stamp is None or stamp.identity in known or stamp.identity not in link.identities:
+            return None
+        content = content_below(path, image.content.backing_format, stamp.size)
+        return as_found(path, stamp, content, self._surveyor, named=False)
+
+    def _leave_out(self, sentence: str) -> None:
+        if len(self.left_out) < _MOST_LEFT_OUT:
+            self.left_out.append(sentence)
+
+
+def _disks_that_are_there(domains: Iterable[DomainDisk]) -> tuple[list[str], list[str]]:
+    """The paths of disks, and what is to be said of those that are not there."""
+    there, lost = [], []
+    for disk in domains:
+        try:
+            os.stat(disk.path)  # noqa: PTH116
+        except (OSError, ValueError):
+            lost.append(f"{disk.path}, disk {disk.target} of domain {disk.domain}, is not there")
+        else:
+            there.append(disk.path)
+    return there, lost
+
+
+def _identities_at(paths: Iterable[str]) -> frozenset[Identity]:
+    found = set()
+    for path in paths:
+        try:
+            found.add(identity_of(os.stat(path)))  # noqa: PTH116
+        except OSError:
+            continue
+    return frozenset(found)
+
+
+def _merges_in(places: Places) -> tuple[UnfinishedMerge, ...]:
+    """Unfinished merges of which something was seen, or which are about devices."""
+    has_devices = any(path.startswith("/dev/") for path in (*places.files, *places.named))
+    directories = [*places.records, *((STATE_DIRECTORY,) if has_devices else ())]
+    merges = {
+        (merge.base, merge.top): merge
+        for directory in directories
+        if directory.is_dir()
+        for merge in status([directory]).merges
+    }
+    return tuple(merges.values())
+
+
+def _chains_of(
+    graph: ImageGraph, access: Access, on_progress: OnProgress
+) -> Iterator[tuple[Identity, ChainFacts]]:
+    total = len(graph.leaves)
+    for number, leaf in enumerate(graph.leaves):
+        if number % _TOLD_EVERY == 0:
+            on_progress(ProgressEvent(Stage.CHAINS, done=number, total=total))
+        yield leaf.identity, chain_facts(Path(leaf.path), access, graph.users)
+    on_progress(ProgressEvent(Stage.CHAINS, done=total, total=total))
+
+
+def _rooms_of(graph: ImageGraph) -> dict[int, FileSystemRoom]:
+    rooms: dict[int, FileSystemRoom] = {}
+    for image in graph.images.values():
+        device = image.stamp.device
+        if image.stamp.is_device or device in rooms:
+            continue
+        try:
+            found = os.statvfs(os.path.realpath(image.path))
+        except OSError:
+            continue
+        rooms[device] = FileSystemRoom(
+            found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+        )
+    return rooms
+
+
+def _report(
+    scene: Scene, openers: Openers, places: tuple[str, ...], left_out: tuple[str, ...]
+) -> ScanReport:
+    graph = scene.graph
+    unfinished = images_of_merges(scene.usage.merges)
+    chains = [
+        summary_of(Path(leaf.path), scene.chains[leaf.identity], openers, unfinished)
+        for leaf in graph.leaves
+    ]
+    return ScanReport(
+        version=REPORT_VERSION,
+        scanned_at=scene.now_ns // _NANOSECONDS,
+        places=places,
+        images=tuple(
+            _scanned(scene, image, openers)
+            for image in sorted(graph.images.values(), key=lambda image: image.path)
+        ),
+        chains=tuple(sorted(chains, key=most_freed_first)),
+        findings=find_all(scene),
+        occupied_bytes=sum(image.stamp.occupied for image in graph.images.values()),
+        freed_bytes=sum(chain.freed_bytes or 0 for chain in chains),
+        left_out=left_out,
+    )
+
+
+def _scanned(scene: Scene, image: FoundImage, openers: Openers) -> ScannedImage:
+    stamp, content = image.stamp, image.content
+    base = scene.graph.base_of(image)
+    return ScannedImage(
+        path=image.path,
+        format=content.format,
+        virtual_size=content.virtual_size,
+        file_size=stamp.size,
+        occupied_bytes=None if stamp.is_device else stamp.occupied,
+        written_at=None if stamp.is_device else stamp.written_ns // _NANOSECONDS,
+        backing=content.backing_name,
+        parent=None if base is None else base.path,
+        children=len(scene.graph.children_of(image)),
+        depth=scene.graph.depths[image.identity],
+        bitmaps=tuple(
+            ScannedBitmap(
+                one.name, str(one.state), one.granularity, one.stored_bytes, one.tombstone
+            )
+            for one in content.bitmaps
+        ),
+        snapshots=content.snapshots,
+        users=users_of(Path(image.path), openers),
+        may_be_stale=not scene.is_idle(image),
+        problem=None if content.problem is None else content.problem.sentence,
+    )
