@@ -123,7 +123,7 @@ if TYPE_CHECKING:
         UndoReport,
     )
     from chainmerge.documents.scan import (
-        DomainDisk,
+        DefinedDisk,
         ScanFinding,
         ScannedBitmap,
         ScannedImage,
@@ -185,6 +185,7 @@ __all__ = [
     "ChainsReport",
     "CheckResult",
     "CheckpointsAtRisk",
+    "DefinedDisk",
     "DirectionCost",
     "Directions",
     "DiskError",
@@ -193,7 +194,6 @@ __all__ = [
     "DiskReport",
     "DisksPlan",
     "DisksReport",
-    "DomainDisk",
     "EngineName",
     "ExitCode",
     "Failed",
@@ -363,7 +363,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "UndoReport",
         ),
         "chainmerge.documents.scan": (
-            "DomainDisk",
+            "DefinedDisk",
             "ScanFinding",
             "ScanReport",
             "ScannedBitmap",

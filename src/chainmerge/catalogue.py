@@ -412,11 +412,11 @@ FINDINGS: Final = _by_code(
         f"{_MERGE}, which needs room itself: see its plan; or enlarge the file system",
     ),
     _finding(
-        "volume-filling",
-        "a volume has little room behind the end of its image",
-        "An image on a block device grows within it. Whoever manages the volume has to extend it "
-        "in time: when it is full, the guest stops.",
-        f"extend the volume; or {_MERGE}",
+        "device-filling",
+        "an image has nearly filled the block device that it lies on",
+        "An image on a block device grows within it, up to its end. Whoever manages the volume has "
+        "to extend it in time: when it is full, the guest stops.",
+        f"extend the device; or {_MERGE}",
     ),
     _finding(
         "unused-image",

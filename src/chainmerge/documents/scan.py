@@ -24,7 +24,7 @@ class Severity(StrEnum):
         return list(Severity).index(self)
 
 
-class DomainDisk(Struct, frozen=True):
+class DefinedDisk(Struct, frozen=True):
     """A disk of a domain of libvirt.
 
     Attributes:

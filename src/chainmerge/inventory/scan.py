@@ -18,7 +18,7 @@ from chainmerge.chain.allowed_places import Directories, allowed_places_of
 from chainmerge.chain.information import users_of
 from chainmerge.chain.model import ChainPolicy, ImageFormat, identity_of
 from chainmerge.documents.progress import OnProgress, ProgressEvent, Stage, unheard
-from chainmerge.documents.scan import DomainDisk, ScannedBitmap, ScannedImage, ScanReport
+from chainmerge.documents.scan import DefinedDisk, ScannedBitmap, ScannedImage, ScanReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError
 from chainmerge.inventory.findings.all import find_all
@@ -30,7 +30,7 @@ from chainmerge.inventory.scanning import (
     Surveyor,
     as_found,
     content_below,
-    content_of,
+    image_content,
     stamp_of,
 )
 from chainmerge.inventory.summary import (
@@ -62,7 +62,7 @@ def scan(
     paths: Sequence[str | Path] = (),
     access: Access | None = None,
     options: ScanOptions | None = None,
-    domains: tuple[DomainDisk, ...] | None = None,
+    domains: tuple[DefinedDisk, ...] | None = None,
     on_progress: OnProgress = unheard,
 ) -> ScanReport:
     """Look at all images in some places, and say what is wrong with them and their chains.
@@ -83,7 +83,7 @@ def scan(
     if domains is not None:
         require_instance("domains", domains, tuple)
         for disk in domains:
-            require_instance("domains", disk, DomainDisk)
+            require_instance("domains", disk, DefinedDisk)
     now_ns = time.time_ns()
     there, lost = _disks_that_are_there(domains or ())
     wanted = (*paths, *there) if paths or domains is not None else (".",)
@@ -146,7 +146,7 @@ class _Survey:
                 yield image
                 continue
             try:
-                content = content_of(image.path, thoroughly=True)
+                content = image_content(image.path, thoroughly=True)
             except ChainmergeError as error:
                 content = replace(image.content, problem=problem_of(error))
             yield image if content is None else replace(image, content=content)
@@ -179,7 +179,7 @@ class _Survey:
 
     def _content(self, path: str, stamp: Stamp) -> ImageContent | None:
         del stamp
-        return content_of(path, thoroughly=False)
+        return image_content(path, thoroughly=False)
 
     def _below(self, image: FoundImage, known: dict[Identity, FoundImage]) -> FoundImage | None:
         """The image that one stands on, if it is not known yet and may be looked at."""
@@ -201,7 +201,7 @@ class _Survey:
             self.left_out.append(sentence)
 
 
-def _disks_that_are_there(domains: Iterable[DomainDisk]) -> tuple[list[str], list[str]]:
+def _disks_that_are_there(domains: Iterable[DefinedDisk]) -> tuple[list[str], list[str]]:
     """The paths of disks, and what is to be said of those that are not there."""
     there, lost = [], []
     for disk in domains:

@@ -104,7 +104,7 @@ def _device_size(device: int) -> int:
         return 0
 
 
-def content_of(path: str, *, thoroughly: bool) -> ImageContent | None:
+def image_content(path: str, *, thoroughly: bool) -> ImageContent | None:
     """What is in an image; None if it does not begin like qcow2.
 
     Args:
@@ -129,7 +129,7 @@ def content_below(path: str, declared: str | None, size: int) -> ImageContent:
     Only a raw image is not looked into.
     """
     try:
-        content = content_of(path, thoroughly=False)
+        content = image_content(path, thoroughly=False)
     except ChainmergeError as error:
         return ImageContent(declared or ImageFormat.RAW, problem=problem_of(error))
     meant = None if declared is None else format_meant_by(declared)

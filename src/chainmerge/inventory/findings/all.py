@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.inventory.findings.checkpoints import bitmap_troubles
 from chainmerge.inventory.findings.damage import damaged_images, other_troubles
@@ -16,14 +16,22 @@ if TYPE_CHECKING:
     from chainmerge.documents.scan import ScanFinding
     from chainmerge.inventory.findings.scene import Scene
 
+_NO_OBSTACLES: Final = frozenset(
+    {
+        "base-created-later", "base-larger", "base-written-later", "broken-bitmap", "corrupt-bit",
+        "dirty-bit", "format-not-declared", "leaked-clusters", "qcow-read-as-raw",
+        "unusable-bitmap", "unusable-checkpoint",
+    }
+)  # fmt: skip
+"""With these, a chain can be read all the same."""
+
 
 def find_all(scene: Scene) -> tuple[ScanFinding, ...]:
     """What is wrong with what was found, the most severe first."""
-    found = [*damaged_images(scene), *broken_links(scene)]
-    told = {finding.image for finding in found}
+    found = [*damaged_images(scene), *broken_links(scene), *bitmap_troubles(scene)]
+    told = {finding.image for finding in found if finding.code not in _NO_OBSTACLES}
     found += other_troubles(scene, told)
     for family in (
-        bitmap_troubles,
         storage_running_full,
         unfinished_merges,
         chains_to_merge,

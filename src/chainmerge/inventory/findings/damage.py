@@ -34,22 +34,27 @@ def other_troubles(scene: Scene, told: Collection[str]) -> Iterator[ScanFinding]
         scene: what was found.
         told: images of which something is told that may be the reason.
     """
+    found: dict[tuple[str, str], ScanFinding] = {}
     for leaf in scene.graph.leaves:
         facts = scene.chains.get(leaf.identity)
         if facts is None or facts.trouble is None or facts.problem is None:
             continue
-        line = {image.path for image in scene.graph.down_from(leaf)}
-        if not facts.members and not line.isdisjoint(told):
+        line = list(scene.graph.down_from(leaf))
+        if not facts.members and any(image.path in told for image in line):
             continue
+        culprit = next((image for image in line if image.path in facts.problem), leaf)
         damaged = bool(facts.members) and facts.trouble not in _NOT_DAMAGE
-        yield ScanFinding(
+        finding = ScanFinding(
             code=facts.trouble,
             severity=Severity.CRITICAL if damaged else Severity.WARNING,
-            image=leaf.path,
+            image=culprit.path,
             sentence=facts.problem,
             evidence={"images": len(line)},
-            command=scene.command_for(leaf, "check" if damaged else "info"),
+            command=scene.command_for(culprit, "check" if damaged else "info"),
         )
+        # Many chains can stand on one that is damaged.
+        found.setdefault((finding.code, finding.image), finding)
+    yield from found.values()
 
 
 def _unreadable(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:

@@ -67,11 +67,13 @@ def _old(
 ) -> Iterator[ScanFinding]:
     """The oldest overlay of a chain, which is as old as its base has not been written.
 
-    A base with several overlays is there to stay.
+    A base with several overlays is there to stay, with all that is below it.
     """
     oldest: tuple[int, FoundImage] | None = None
     for overlay, base in itertools.pairwise(line):
-        if base.stamp.is_device or len(scene.graph.children_of(base)) > 1:
+        if len(scene.graph.children_of(base)) > 1:
+            break
+        if base.stamp.is_device:
             continue
         age = scene.now_ns - base.stamp.written_ns
         if oldest is None or age > oldest[0]:

@@ -30,10 +30,11 @@ _NOT_KNOWN: Final = frozenset(_SEVERITIES) - {"backing-file-missing"}
 
 def broken_links(scene: Scene) -> Iterator[ScanFinding]:
     """Findings about images and what they stand on."""
+    looping = {image.identity for loop in scene.graph.loops for image in loop}
     for image in scene.graph.images.values():
         yield from _not_followed(scene, image)
         base = scene.graph.base_of(image)
-        if base is not None:
+        if base is not None and image.identity not in looping:
             yield from _format_differs(scene, image, base)
             yield from _size_differs(scene, image, base)
             yield from _times_differ(scene, image, base)

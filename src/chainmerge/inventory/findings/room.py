@@ -63,7 +63,7 @@ def _volume(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
     if severity is None:
         return
     yield ScanFinding(
-        code="volume-filling",
+        code="device-filling",
         severity=severity,
         image=leaf.path,
         sentence=(

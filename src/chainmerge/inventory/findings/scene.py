@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from chainmerge.documents.scan import DomainDisk
+from chainmerge.documents.scan import DefinedDisk
 from chainmerge.documents.status import UnfinishedMerge
 from chainmerge.records.request import shell_line
 
@@ -45,7 +45,7 @@ class Usage(Struct, frozen=True):
 
     in_use: frozenset[tuple[int, int]]
     all_seen: bool
-    domains: tuple[DomainDisk, ...] | None
+    domains: tuple[DefinedDisk, ...] | None
     of_domains: frozenset[tuple[int, int]]
     merges: tuple[UnfinishedMerge, ...]
 

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from chainmerge.documents.scan import DomainDisk
+from chainmerge.documents.scan import DefinedDisk
 from chainmerge.live.errors import LibvirtMissing, VmUnreachable
 from chainmerge.live.libvirt.connection import DEFAULT_URI, message_of, quiet_about_errors
 from chainmerge.live.libvirt.description import disks_of
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def domain_disks(uri: str = DEFAULT_URI) -> tuple[DomainDisk, ...]:
+def domain_disks(uri: str = DEFAULT_URI) -> tuple[DefinedDisk, ...]:
     """The active image of each disk that is a file or a block device, of all domains.
 
     Of a domain that does not run, its next start counts.
@@ -49,9 +49,9 @@ def domain_disks(uri: str = DEFAULT_URI) -> tuple[DomainDisk, ...]:
             connection.close()
 
 
-def _disks(connection: Any) -> Iterator[DomainDisk]:
+def _disks(connection: Any) -> Iterator[DefinedDisk]:
     for domain in connection.listAllDomains():
         running = bool(domain.isActive())
         for target, layers in sorted(disks_of(domain.XMLDesc()).items()):
             if layers and layers[0].path is not None:
-                yield DomainDisk(str(domain.name()), target, str(layers[0].path), running)
+                yield DefinedDisk(str(domain.name()), target, str(layers[0].path), running)
