@@ -47,7 +47,7 @@ class CheckFacts(Struct, frozen=True):
 
 
 class ImageContent(Struct, frozen=True):
-    """What is in an image, wherever it lies and whatever its name is.
+    """What is in an image, whatever its name is; the same for as long as its stamp is.
 
     Attributes:
         format: As :class:`chainmerge.documents.scan.ScannedImage` has it.
@@ -60,6 +60,7 @@ class ImageContent(Struct, frozen=True):
         snapshots: The number of its internal snapshots.
         dirty: Whether the header has the dirty bit.
         corrupt: Whether the header has the corrupt bit.
+        born_ns: When its file was created, in nanoseconds since 1970; None if nothing tells.
         end: Of a device, where its last cluster in use ends, in bytes; else None.
         checked: What a check found, if there was one.
         problem: Why the header cannot be read.
@@ -75,6 +76,7 @@ class ImageContent(Struct, frozen=True):
     snapshots: int = 0
     dirty: bool = False
     corrupt: bool = False
+    born_ns: int | None = None
     end: int | None = None
     checked: CheckFacts | None = None
     problem: Problem | None = None
@@ -124,7 +126,6 @@ class FoundImage(Struct, frozen=True):
         stamp: What it was when it was read.
         content: What it holds.
         link: Where its backing name leads; None for a root.
-        born_ns: When its file was created, in nanoseconds since 1970; None if nothing tells.
         named: Whether it lies where was looked; else an image that does has led to it.
     """
 
@@ -132,7 +133,6 @@ class FoundImage(Struct, frozen=True):
     stamp: Stamp
     content: ImageContent
     link: BackingLink | None
-    born_ns: int | None
     named: bool
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,10 +50,18 @@ class ImageGraph:
 
     def base_of(self, image: FoundImage) -> FoundImage | None:
         """The image that one stands on; None for a root, and where the way down is not known."""
-        if image.link is None or image.link.problem is not None:
-            return None
-        found = (self.images.get(identity) for identity in image.link.identities)
-        return next((base for base in found if base is not None), None)
+        return self._bases.get(image.identity)
+
+    @cached_property
+    def _bases(self) -> Mapping[Identity, FoundImage]:
+        bases: dict[Identity, FoundImage] = {}
+        for image in self.images.values():
+            if image.link is None or image.link.problem is not None:
+                continue
+            known = (one for one in image.link.identities if one in self.images)
+            for identity in islice(known, 1):
+                bases[image.identity] = self.images[identity]
+        return bases
 
     @cached_property
     def leaves(self) -> tuple[FoundImage, ...]:
@@ -107,7 +116,7 @@ class ImageGraph:
             if at is not None and at.identity in line:
                 members = list(line.values())
                 loops.append(tuple(members[list(line).index(at.identity) :]))
-            done |= line.keys()
+            done.update(line)
         return tuple(loops)
 
 

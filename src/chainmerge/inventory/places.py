@@ -22,7 +22,7 @@ from chainmerge.storage.errors import reason_of
 from chainmerge.storage.volume_errors import LvmFailed, LvmMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 MAX_FILES_OF_A_SCAN: Final = 1_000_000
 """Files that are looked at."""
@@ -39,6 +39,8 @@ class Places(Struct, frozen=True):
         named: What was asked for: absolute paths, and names of volume groups.
         roots: The directories of these, which count with everything below.
         files: What may be an image, each name once; links after what is none.
+        loose: Those of the files that are links, or were named themselves: what they stand on
+            need not lie below a root.
         records: Directories that have files of unfinished merges.
         left_out: What is not looked at, and why; a sentence each.
     """
@@ -46,6 +48,7 @@ class Places(Struct, frozen=True):
     named: tuple[str, ...]
     roots: tuple[Path, ...]
     files: tuple[str, ...]
+    loose: tuple[str, ...]
     records: tuple[Path, ...]
     left_out: tuple[str, ...]
 
@@ -82,7 +85,7 @@ class _Walk:
         self._named: dict[str, None] = {}
         self._roots: dict[Path, None] = {}
         self._files: dict[str, None] = {}
-        self._links: dict[str, None] = {}
+        self._loose: dict[str, None] = {}
         self._records: dict[Path, None] = {}
         self._left_out: list[str] = []
         self._seen: set[str] = set()
@@ -94,7 +97,8 @@ class _Walk:
         return Places(
             tuple(self._named),
             tuple(self._roots),
-            tuple(self._files | self._links),
+            tuple(self._files | self._loose),
+            tuple(self._loose),
             tuple(self._records),
             tuple(self._left_out),
         )
@@ -116,7 +120,7 @@ class _Walk:
             return
         path = os.path.abspath(named)  # noqa: PTH100
         self._named[path] = None
-        self._files[path] = None
+        self._loose[path] = None
         if _has_records(os.path.dirname(path)):  # noqa: PTH120
             self._records[Path(path).parent] = None
 
@@ -149,11 +153,11 @@ class _Walk:
                 found.append((entry.path, entry.is_symlink()))
                 if kind_of(entry.name) is not None:
                     self._records[Path(directory)] = None
-                if len(found) + len(self._files) + len(self._links) > MAX_FILES_OF_A_SCAN:
+                if len(found) + len(self._files) + len(self._loose) > MAX_FILES_OF_A_SCAN:
                     raise PlaceTooLarge(root, "files", MAX_FILES_OF_A_SCAN)
         for path, is_link in sorted(found):
-            (self._links if is_link else self._files)[path] = None
-        self._told(len(self._files) + len(self._links))
+            (self._loose if is_link else self._files)[path] = None
+        self._told(len(self._files) + len(self._loose))
 
     def _may_enter(self, directory: str, device: int) -> bool:
         if directory in _OF_THE_KERNEL:
@@ -188,7 +192,7 @@ class _Walk:
         self._named.setdefault(name, None)
         for volume in volumes:
             if volume.active:
-                self._links[volume.path] = None
+                self._loose[volume.path] = None
             else:
                 self._left_out.append(f"{volume.path} is not active")
         return True
@@ -200,13 +204,3 @@ def _has_records(directory: str) -> bool:
             return any(kind_of(entry.name) is not None for entry in entries)
     except OSError:
         return False
-
-
-def one_in_each_directory(files: Iterable[str]) -> tuple[Path, ...]:
-    """Files that stand for the directories of all of them; links, which lead away, all."""
-    found: dict[str, Path] = {}
-    for file in files:
-        directory = os.path.dirname(file)  # noqa: PTH120
-        key = file if directory in found and os.path.islink(file) else directory  # noqa: PTH114
-        found.setdefault(key, Path(file))
-    return tuple(found.values())

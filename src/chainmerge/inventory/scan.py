@@ -7,6 +7,7 @@ read its tables.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -21,11 +22,13 @@ from chainmerge.documents.progress import OnProgress, ProgressEvent, Stage, unhe
 from chainmerge.documents.scan import DefinedDisk, ScannedBitmap, ScannedImage, ScanReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError
+from chainmerge.inventory.cache import Forgetful, Memory, key_of_chain, remembered
 from chainmerge.inventory.findings.all import find_all
 from chainmerge.inventory.findings.scene import FileSystemRoom, Scene, Usage
 from chainmerge.inventory.found import FoundImage, ImageContent, Stamp, problem_of
+from chainmerge.inventory.gain import first_own_index
 from chainmerge.inventory.graph import ImageGraph
-from chainmerge.inventory.places import Places, one_in_each_directory, places_of
+from chainmerge.inventory.places import Places, places_of
 from chainmerge.inventory.scanning import (
     Surveyor,
     as_found,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from chainmerge.chain.model import Identity
+    from chainmerge.documents.images import ImageUser
     from chainmerge.documents.status import UnfinishedMerge
     from chainmerge.storage.bystanders import Openers
 
@@ -93,30 +97,37 @@ def scan(
         told=lambda count: on_progress(ProgressEvent(Stage.FIND, done=count)),
     )
     reach = replace(access, allow_backing=(*access.allow_backing, *map(str, places.roots)))
-    survey = _Survey(places, reach, on_progress)
-    graph = ImageGraph(survey.images())
-    openers = openers_of(Path(image.path) for image in graph.images.values())
-    in_use = frozenset(
-        image.identity for image in graph.images.values() if openers.processes.get(Path(image.path))
-    )
-    if options.check:
-        graph = ImageGraph(survey.checked(graph, in_use))
-    merges = _merges_in(places)
-    chains = dict(_chains_of(graph, reach, on_progress))
-    usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), merges)
+    with remembered() if options.cache else contextlib.nullcontext(Forgetful()) as memory:
+        survey = _Survey(places, reach, memory, on_progress)
+        graph = ImageGraph(survey.images())
+        openers = openers_of(Path(image.path) for image in graph.images.values())
+        in_use = frozenset(_open_ones(graph, openers))
+        if options.check:
+            graph = ImageGraph(survey.checked(graph, in_use))
+        chains = dict(survey.chains(graph))
+    usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), _merges_in(places))
     scene = Scene(graph, chains, usage, _rooms_of(graph), options, now_ns)
     left_out = (*places.left_out, *lost, *survey.left_out)
     return _report(scene, openers, places.named, left_out)
 
 
+def _open_ones(graph: ImageGraph, openers: Openers) -> Iterator[Identity]:
+    is_open = {str(path) for path, processes in openers.processes.items() if processes}
+    return (image.identity for image in graph.images.values() if image.path in is_open)
+
+
 class _Survey:
     """Reads images, and those that they stand on."""
 
-    def __init__(self, places: Places, access: Access, on_progress: OnProgress) -> None:
+    def __init__(
+        self, places: Places, access: Access, memory: Memory, on_progress: OnProgress
+    ) -> None:
         policy = ChainPolicy(allow_backing=tuple(map(Path, access.allow_backing)))
-        allowed = allowed_places_of(one_in_each_directory(places.files), policy)
+        allowed = allowed_places_of(map(Path, places.loose), policy)
         self._surveyor = Surveyor(allowed, Directories())
         self._files = places.files
+        self._access = access
+        self._memory = memory
         self._on_progress = on_progress
         self.left_out: list[str] = []
 
@@ -151,6 +162,32 @@ class _Survey:
                 content = replace(image.content, problem=problem_of(error))
             yield image if content is None else replace(image, content=content)
 
+    def chains(self, graph: ImageGraph) -> Iterator[tuple[Identity, ChainFacts]]:
+        """What is in the chain of each leaf."""
+        total = len(graph.leaves)
+        for number, leaf in enumerate(graph.leaves):
+            if number % _TOLD_EVERY == 0:
+                self._on_progress(ProgressEvent(Stage.CHAINS, done=number, total=total))
+            yield leaf.identity, self._facts(graph, leaf)
+        self._on_progress(ProgressEvent(Stage.CHAINS, done=total, total=total))
+
+    def _facts(self, graph: ImageGraph, leaf: FoundImage) -> ChainFacts:
+        line = list(graph.down_from(leaf))
+        identities = [image.identity for image in reversed(line)]
+        first = first_own_index(identities, graph.users)
+        key = key_of_chain(line, first, self._access)
+        known = self._memory.facts(key)
+        if known is not None:
+            return known
+        facts = chain_facts(Path(leaf.path), self._access, graph.users)
+        if [member.identity for member in facts.members] != identities:
+            return facts
+        if facts.base is not None:
+            # By the name that it was found by, not by the way down from the leaf.
+            facts = replace(facts, base=graph.images[identities[first]].path)
+        self._memory.keep_facts(key, facts)
+        return facts
+
     def _tell(self, number: int) -> None:
         total = len(self._files)
         if number % _TOLD_EVERY == 0 or number == total:
@@ -178,8 +215,14 @@ class _Survey:
         return as_found(path, stamp, content, self._surveyor, named=True)
 
     def _content(self, path: str, stamp: Stamp) -> ImageContent | None:
-        del stamp
-        return image_content(path, thoroughly=False)
+        """Raises ChainmergeError."""
+        known = self._memory.content(stamp)
+        if known is not None:
+            return known
+        content = image_content(path, thoroughly=False)
+        if content is not None:
+            self._memory.keep_content(stamp, content)
+        return content
 
     def _below(self, image: FoundImage, known: dict[Identity, FoundImage]) -> FoundImage | None:
         """The image that one stands on, if it is not known yet and may be looked at."""
@@ -237,17 +280,6 @@ def _merges_in(places: Places) -> tuple[UnfinishedMerge, ...]:
     return tuple(merges.values())
 
 
-def _chains_of(
-    graph: ImageGraph, access: Access, on_progress: OnProgress
-) -> Iterator[tuple[Identity, ChainFacts]]:
-    total = len(graph.leaves)
-    for number, leaf in enumerate(graph.leaves):
-        if number % _TOLD_EVERY == 0:
-            on_progress(ProgressEvent(Stage.CHAINS, done=number, total=total))
-        yield leaf.identity, chain_facts(Path(leaf.path), access, graph.users)
-    on_progress(ProgressEvent(Stage.CHAINS, done=total, total=total))
-
-
 def _rooms_of(graph: ImageGraph) -> dict[int, FileSystemRoom]:
     rooms: dict[int, FileSystemRoom] = {}
     for image in graph.images.values():
@@ -269,6 +301,8 @@ def _report(
 ) -> ScanReport:
     graph = scene.graph
     unfinished = images_of_merges(scene.usage.merges)
+    users = {str(path): users_of(path, openers) for path in openers.processes}
+    nobody = () if openers.all_seen else None
     chains = [
         summary_of(Path(leaf.path), scene.chains[leaf.identity], openers, unfinished)
         for leaf in graph.leaves
@@ -278,7 +312,7 @@ def _report(
         scanned_at=scene.now_ns // _NANOSECONDS,
         places=places,
         images=tuple(
-            _scanned(scene, image, openers)
+            _scanned(scene, image, users.get(image.path, nobody))
             for image in sorted(graph.images.values(), key=lambda image: image.path)
         ),
         chains=tuple(sorted(chains, key=most_freed_first)),
@@ -289,7 +323,7 @@ def _report(
     )
 
 
-def _scanned(scene: Scene, image: FoundImage, openers: Openers) -> ScannedImage:
+def _scanned(scene: Scene, image: FoundImage, users: tuple[ImageUser, ...] | None) -> ScannedImage:
     stamp, content = image.stamp, image.content
     base = scene.graph.base_of(image)
     return ScannedImage(
@@ -310,7 +344,7 @@ def _scanned(scene: Scene, image: FoundImage, openers: Openers) -> ScannedImage:
             for one in content.bitmaps
         ),
         snapshots=content.snapshots,
-        users=users_of(Path(image.path), openers),
+        users=users,
         may_be_stale=not scene.is_idle(image),
         problem=None if content.problem is None else content.problem.sentence,
     )

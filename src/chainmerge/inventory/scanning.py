@@ -19,7 +19,7 @@ from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.bitmaps.rules import BitmapState
 from chainmerge.bitmaps.stored import state_of
 from chainmerge.chain.allowed_places import AllowedPlaces, Directories
-from chainmerge.chain.model import ImageFormat, format_meant_by, identity_of
+from chainmerge.chain.model import Identity, ImageFormat, format_meant_by, identity_of
 from chainmerge.chain.names import backing_path, possible_backing_paths
 from chainmerge.chain.reading import begins_as_qcow2, identity_at
 from chainmerge.chain.relatives import REMOVABLE_MAJORS, is_suspended
@@ -48,7 +48,6 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.refcounts import end_of_use
 from chainmerge.records.identity import birth_time
 from chainmerge.storage.allocation import STAT_BLOCK
-from chainmerge.storage.errors import reason_of
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -69,6 +68,14 @@ class Surveyor(Struct, frozen=True):
 
     allowed: AllowedPlaces
     directories: Directories
+
+    def may_follow_to(self, path: Path) -> bool:
+        """Whether a backing file may be what *path* names, and what that leads to."""
+        reached = self.directories.reached(path)
+        if not self.allowed.holds(reached):
+            return False
+        resolved = self.directories.resolved(path)
+        return resolved == reached or self.allowed.holds(resolved)
 
 
 def stamp_of(path: str) -> Stamp | None:
@@ -118,7 +125,7 @@ def image_content(path: str, *, thoroughly: bool) -> ImageContent | None:
         if not begins_as_qcow2(readable):
             return None
         try:
-            return _qcow2_content(Qcow2Image(readable), thoroughly=thoroughly)
+            return _qcow2_content(readable, thoroughly=thoroughly)
         except ChainmergeError as error:
             return ImageContent(ImageFormat.QCOW2, problem=problem_of(error))
 
@@ -146,17 +153,16 @@ def as_found(
     """An image with where its backing name leads; nothing that it names is opened."""
     name = content.backing_name
     link = None if name is None else _link(Path(path), name, surveyor)
-    return FoundImage(path, stamp, content, link, _born(path, stamp), named)
+    return FoundImage(path, stamp, content, link, named)
 
 
-def _born(path: str, stamp: Stamp) -> int | None:
-    if stamp.is_device:
-        return None
-    seconds, _, rest = birth_time(Path(path)).partition(".")
+def _born(readable: FileReadable) -> int | None:
+    seconds, _, rest = birth_time(Path(readable.name)).partition(".")
     return int(seconds) * _NANOSECONDS + int(rest) if seconds else None
 
 
-def _qcow2_content(image: Qcow2Image, *, thoroughly: bool) -> ImageContent:
+def _qcow2_content(readable: FileReadable, *, thoroughly: bool) -> ImageContent:
+    image = Qcow2Image(readable)
     header = image.header
     bitmaps: tuple[FoundBitmap, ...] = ()
     trouble: Problem | None = None
@@ -164,8 +170,6 @@ def _qcow2_content(image: Qcow2Image, *, thoroughly: bool) -> ImageContent:
         bitmaps = tuple(_bitmaps(image))
     except FormatError as error:
         trouble = problem_of(error)
-    readable = image.readable
-    is_device = isinstance(readable, FileReadable) and readable.is_block_device
     return ImageContent(
         format=ImageFormat.QCOW2,
         virtual_size=header.virtual_size,
@@ -177,7 +181,8 @@ def _qcow2_content(image: Qcow2Image, *, thoroughly: bool) -> ImageContent:
         snapshots=header.snapshot_count,
         dirty=header.dirty,
         corrupt=header.corrupt,
-        end=end_of_use(image) if is_device else None,
+        born_ns=None if readable.is_block_device else _born(readable),
+        end=end_of_use(image) if readable.is_block_device else None,
         checked=_checked(image) if thoroughly else None,
     )
 
@@ -218,42 +223,31 @@ def _bits(image: Qcow2Image, entry: BitmapEntry) -> tuple[int, bool]:
 
 
 def _link(path: Path, name: str, surveyor: Surveyor) -> BackingLink:
-    identities = tuple(
-        identity
-        for possible in possible_backing_paths(path, name)
-        if (identity := _identity(possible)) is not None
-    )
     try:
         target = backing_path(path, name)
     except ChainmergeError as error:
-        return BackingLink(None, identities, problem_of(error))
-    return BackingLink(target, identities, _why_not_followed(path, name, target, surveyor))
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        return identity_at(path)
-    except OSError:
-        return None
-
-
-def _why_not_followed(path: Path, name: str, target: Path, surveyor: Surveyor) -> Problem | None:
-    reached = surveyor.directories.reached(target)
-    resolved = surveyor.directories.resolved(target)
-    if not (surveyor.allowed.holds(reached) and surveyor.allowed.holds(resolved)):
+        # It may be used all the same: another program follows such a name.
+        possible = map(_identity, possible_backing_paths(path, name))
+        return BackingLink(None, tuple(filter(None, possible)), problem_of(error))
+    identity = _identity(target)
+    identities = () if identity is None else (identity,)
+    if not surveyor.may_follow_to(target):
         sentence = (
             f"{path} names the backing file {name!r}, which lies outside the places that were "
             "scanned, so it was not looked at"
         )
-        return Problem("backing-file-outside", sentence)
+        return BackingLink(target, identities, Problem("backing-file-outside", sentence))
+    if identity is None:
+        sentence = f"{path} names the backing file {name!r}, and there is no such file"
+        return BackingLink(target, (), Problem("backing-file-missing", sentence))
+    return BackingLink(target, identities, None)
+
+
+def _identity(path: Path) -> Identity | None:
     try:
-        if identity_at(target) is None:
-            sentence = f"{path} names the backing file {name!r}, and there is no such file"
-            return Problem("backing-file-missing", sentence)
-    except OSError as error:
-        sentence = f"{path} names the backing file {name!r}: {reason_of(error)}"
-        return Problem("backing-file-missing", sentence)
-    return None
+        return identity_at(path)
+    except OSError:
+        return None
 
 
 def largest_size(content: ImageContent) -> int:

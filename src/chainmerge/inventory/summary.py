@@ -81,7 +81,7 @@ def chain_facts(leaf: Path, access: Access, users: Mapping[Identity, int]) -> Ch
         for image in chain.images
     )
     known = ChainFacts(members, chain.top.guest_size, None, None, None, _mark_of_corruption(chain))
-    first = first_own_index(chain, users)
+    first = first_own_index([image.identity for image in chain.images], users)
     try:
         with open_chain(chain) as opened:
             gain = gain_of(opened, first)

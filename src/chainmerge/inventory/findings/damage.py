@@ -73,6 +73,8 @@ def _unreadable(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
 
 
 def _marked(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
+    if not (image.content.corrupt or image.content.dirty):
+        return
     repair = scene.command_for(image, "repair")
     if image.content.corrupt:
         sentence = f"QEMU has marked {image.path} corrupt, and does not open it for writing"

@@ -56,17 +56,17 @@ def _not_followed(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
     problem = None if image.link is None else image.link.problem
     if problem is None or image.link is None:
         return
-    command = scene.command_for(image, "relink")
+    words: tuple[str, ...] = ("relink",)
     if problem.code == "backing-file-outside" and image.link.path is not None:
         directory = str(image.link.path.parent)
-        command = scene.command_for(image, "info", "--allow-backing", directory)
+        words = ("info", "--allow-backing", directory)
     yield ScanFinding(
         code=problem.code,
         severity=_SEVERITIES.get(problem.code, Severity.WARNING),
         image=image.path,
         sentence=problem.sentence,
         evidence={},
-        command=command,
+        command=scene.command_for(image, *words),
     )
 
 
@@ -93,7 +93,6 @@ def _without_root(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
 
 def _format_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterator[ScanFinding]:
     declared, actual = image.content.backing_format, base.content.format
-    relink = scene.command_for(image, "relink", "--backing", base.path)
     if declared is None:
         is_raw = actual != ImageFormat.QCOW2
         yield ScanFinding(
@@ -105,7 +104,7 @@ def _format_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterat
                 "libvirt does not start a VM with it"
             ),
             evidence={},
-            command=relink,
+            command=scene.command_for(image, "relink", "--backing", base.path),
         )
         return
     meant = format_meant_by(declared)
@@ -171,10 +170,10 @@ def _times_differ(scene: Scene, image: FoundImage, base: FoundImage) -> Iterator
             evidence={"seconds": later // 10**9},
             command=scene.command_for(image, "plan"),
         )
-    elif is_later(base.born_ns, image.born_ns):
-        assert base.born_ns is not None
-        assert image.born_ns is not None
-        later = base.born_ns - image.born_ns
+    elif is_later(base.content.born_ns, image.content.born_ns):
+        assert base.content.born_ns is not None
+        assert image.content.born_ns is not None
+        later = base.content.born_ns - image.content.born_ns
         yield ScanFinding(
             code="base-created-later",
             severity=Severity.INFO,
