@@ -61,8 +61,8 @@ class Memory(Protocol):
     def facts(self, key: str) -> ChainFacts | None:
         """What is in a chain, by what :func:`key_of_chain` says; None if that is not known."""
 
-    def keep_facts(self, key: str, facts: ChainFacts) -> None:
-        """Know that from now on."""
+    def keep_facts(self, key: str, line: Sequence[FoundImage], facts: ChainFacts) -> None:
+        """Know that from now on; *line* has the images of the chain."""
 
 
 class Forgetful:
@@ -81,7 +81,7 @@ class Forgetful:
         del key
         return None
 
-    def keep_facts(self, key: str, facts: ChainFacts) -> None:
+    def keep_facts(self, key: str, line: Sequence[FoundImage], facts: ChainFacts) -> None:
         """As in :class:`Memory`."""
 
 
@@ -110,9 +110,10 @@ class StoredMemory:
         """As in :class:`Memory`."""
         return self._known(_CHAINS, key, ChainFacts) if key else None
 
-    def keep_facts(self, key: str, facts: ChainFacts) -> None:
+    def keep_facts(self, key: str, line: Sequence[FoundImage], facts: ChainFacts) -> None:
         """As in :class:`Memory`."""
-        if key and facts.problem is None:
+        settled = all(self._is_settled(image.stamp) for image in line)
+        if key and settled and facts.problem is None:
             self._keep(_CHAINS, key, facts)
 
     def flush(self) -> None:

@@ -185,7 +185,7 @@ class _Survey:
         if facts.base is not None:
             # By the name that it was found by, not by the way down from the leaf.
             facts = replace(facts, base=graph.images[identities[first]].path)
-        self._memory.keep_facts(key, facts)
+        self._memory.keep_facts(key, line, facts)
         return facts
 
     def _tell(self, number: int) -> None:
