@@ -105,9 +105,10 @@ def scan(
         if options.check:
             graph = ImageGraph(survey.checked(graph, in_use))
         chains = dict(survey.chains(graph))
-    usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), _merges_in(places))
+    merges, not_searched = _merges_in(places)
+    usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), merges)
     scene = Scene(graph, chains, usage, _rooms_of(graph), options, now_ns)
-    left_out = (*places.left_out, *lost, *survey.left_out)
+    left_out = (*places.left_out, *lost, *survey.left_out, *not_searched)
     return _report(scene, openers, places.named, left_out)
 
 
@@ -160,7 +161,11 @@ class _Survey:
                 content = image_content(image.path, thoroughly=True)
             except ChainmergeError as error:
                 content = replace(image.content, problem=problem_of(error))
-            yield image if content is None else replace(image, content=content)
+            if content is None or not _is_still(image):
+                # Somebody writes to it, so what was found may mean nothing.
+                yield image
+                continue
+            yield replace(image, content=content)
 
     def chains(self, graph: ImageGraph) -> Iterator[tuple[Identity, ChainFacts]]:
         """What is in the chain of each leaf."""
@@ -244,6 +249,14 @@ class _Survey:
             self.left_out.append(sentence)
 
 
+def _is_still(image: FoundImage) -> bool:
+    """Whether an image is what it was when it was found."""
+    try:
+        return stamp_of(image.path) == image.stamp
+    except OSError:
+        return False
+
+
 def _disks_that_are_there(domains: Iterable[DefinedDisk]) -> tuple[list[str], list[str]]:
     """The paths of disks, and what is to be said of those that are not there."""
     there, lost = [], []
@@ -267,17 +280,22 @@ def _identities_at(paths: Iterable[str]) -> frozenset[Identity]:
     return frozenset(found)
 
 
-def _merges_in(places: Places) -> tuple[UnfinishedMerge, ...]:
-    """Unfinished merges of which something was seen, or which are about devices."""
-    has_devices = any(path.startswith("/dev/") for path in (*places.files, *places.named))
-    directories = [*places.records, *((STATE_DIRECTORY,) if has_devices else ())]
-    merges = {
-        (merge.base, merge.top): merge
-        for directory in directories
-        if directory.is_dir()
-        for merge in status([directory]).merges
-    }
-    return tuple(merges.values())
+def _merges_in(places: Places) -> tuple[tuple[UnfinishedMerge, ...], tuple[str, ...]]:
+    """Unfinished merges of which something was seen, or which are about devices.
+
+    And what was not looked at for that.
+    """
+    has_devices = any(path.startswith("/dev/") for path in (*places.loose, *places.named))
+    records = {*places.records, *((STATE_DIRECTORY,) if has_devices else ())}
+    # What is below another one is looked at with it.
+    highest = [place for place in records if records.isdisjoint(place.parents) and place.is_dir()]
+    if not highest:
+        return (), ()
+    try:
+        report = status(sorted(highest))
+    except ChainmergeError as error:
+        return (), (f"unfinished merges are not known: {error.sentence}",)
+    return report.merges, report.not_searched
 
 
 def _rooms_of(graph: ImageGraph) -> dict[int, FileSystemRoom]:

@@ -42,6 +42,9 @@ def other_troubles(scene: Scene, told: Collection[str]) -> Iterator[ScanFinding]
         line = list(scene.graph.down_from(leaf))
         if not facts.members and any(image.path in told for image in line):
             continue
+        if not all(map(scene.is_idle, line)):
+            # A table that is being written may be half of it.
+            continue
         culprit = next((image for image in line if image.path in facts.problem), leaf)
         damaged = bool(facts.members) and facts.trouble not in _NOT_DAMAGE
         finding = ScanFinding(
