@@ -122,6 +122,7 @@ class FoundImage(Struct, frozen=True):
     """An image and what it stands on.
 
     Attributes:
+        identity: Of its file or device.
         path: Its absolute path, as it was found.
         stamp: What it was when it was read.
         content: What it holds.
@@ -129,16 +130,12 @@ class FoundImage(Struct, frozen=True):
         named: Whether it lies where was looked; else an image that does has led to it.
     """
 
+    identity: Identity
     path: str
     stamp: Stamp
     content: ImageContent
     link: BackingLink | None
     named: bool
-
-    @property
-    def identity(self) -> Identity:
-        """Of its file or device."""
-        return self.stamp.identity
 
     @property
     def is_overlay(self) -> bool:

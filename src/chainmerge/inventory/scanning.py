@@ -153,7 +153,7 @@ def as_found(
     """An image with where its backing name leads; nothing that it names is opened."""
     name = content.backing_name
     link = None if name is None else _link(Path(path), name, surveyor)
-    return FoundImage(path, stamp, content, link, named)
+    return FoundImage(stamp.identity, path, stamp, content, link, named)
 
 
 def _born(readable: FileReadable) -> int | None:

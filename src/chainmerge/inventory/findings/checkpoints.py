@@ -33,6 +33,8 @@ def bitmap_troubles(scene: Scene) -> Iterator[ScanFinding]:
     busy: set[Identity] = set()
     for leaf in scene.graph.leaves:
         line = list(scene.graph.down_from(leaf))
+        if not any(image.content.bitmaps for image in line):
+            continue
         if not (is_root(line[-1]) and all(map(scene.is_idle, line))):
             # What such a line needs is not known.
             busy |= {image.identity for image in line}
