@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import libvirt
@@ -15,6 +16,7 @@ from tests.inventory.findings.building import chain
 from tests.support.cli import chainmerge as command
 from tests.support.domain_vm import TARGET, running_domain
 from tests.support.libvirtd import libvirtd
+from tests.support.qemu import qemu_img
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +38,10 @@ def test_running_and_idle_domains(tmp_path: Path) -> None:
     home.mkdir()
     running, idle = chain(home, "running", 2), chain(home, "idle", 2)
     unused = chain(home, "unused", 1)[0]
+    for image in running:
+        # While the VM runs, that of the active image is marked as in use.
+        qemu_img("bitmap", "--add", image, "daily")
+        os.utime(image)
     with (
         libvirtd(tmp_path / "libvirt") as uri,
         running_domain(tmp_path / "vm", uri, running) as domain,
@@ -49,6 +55,7 @@ def test_running_and_idle_domains(tmp_path: Path) -> None:
         }
         report = chainmerge.scan([home], options=ScanOptions(cache=False), domains=disks)
         assert [(one.code, one.image) for one in report.findings] == [("unused-image", str(unused))]
+        assert qemu_img("info", "-U", running[-1]).count("in-use") == 1
         by_path = {image.path: image for image in report.images}
         assert by_path[str(running[-1])].may_be_stale
         assert not by_path[str(idle[-1])].may_be_stale

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
@@ -20,6 +20,12 @@ class Problem(Struct, frozen=True):
 
     code: str
     sentence: str
+
+
+NOT_DAMAGE: Final = frozenset(
+    {"access-denied", "cannot-open", "image-missing", "wrong-file-type", "unsupported-feature"}
+)
+"""Codes of problems that say nothing of what is in an image."""
 
 
 def problem_of(error: ChainmergeError) -> Problem:

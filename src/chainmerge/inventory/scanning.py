@@ -7,6 +7,7 @@ knows who has the image open. One that cannot be read is a record as well, which
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -48,6 +49,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.qcow2.refcounts import end_of_use
 from chainmerge.records.identity import birth_time
 from chainmerge.storage.allocation import STAT_BLOCK
+from chainmerge.storage.errors import reason_of
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
 
 _NANOSECONDS: Final = 10**9
 _MOST_TABLE_BYTES: Final = 256 << 20
+_NOTHING_THERE: Final = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
+)
 
 
 class Surveyor(Struct, frozen=True):
@@ -238,9 +243,20 @@ def _link(path: Path, name: str, surveyor: Surveyor) -> BackingLink:
         )
         return BackingLink(target, identities, Problem("backing-file-outside", sentence))
     if identity is None:
-        sentence = f"{path} names the backing file {name!r}, and there is no such file"
-        return BackingLink(target, (), Problem("backing-file-missing", sentence))
+        return BackingLink(target, (), _why_not_there(path, name, target))
     return BackingLink(target, identities, None)
+
+
+def _why_not_there(path: Path, name: str, target: Path) -> Problem:
+    named = f"{path} names the backing file {name!r}"
+    try:
+        target.stat()
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            return Problem("cannot-open", f"{named}, which cannot be looked at: {reason_of(error)}")
+    except ValueError:
+        pass
+    return Problem("backing-file-missing", f"{named}, and there is no such file")
 
 
 def _identity(path: Path) -> Identity | None:

@@ -164,6 +164,20 @@ def after_a_merge_that_kept_the_name(home: Path) -> None:
 
 
 @situation()
+def data_in_another_file(home: Path) -> None:
+    base = create(home / "disk.qcow2", DISK, data_file=str(home / "disk.raw"))
+    qemu_io(base, "write -P 1 0 1M")
+    create(home / "over.qcow2", backing=base)
+
+
+@situation()
+def encrypted_data(home: Path) -> None:
+    secret = ("--object", "secret,id=key,data=secret", "-o", "encrypt.format=luks")
+    key = ("-o", "encrypt.key-secret=key,encrypt.iter-time=10")
+    qemu_img("create", "-q", "-f", "qcow2", *secret, *key, home / "disk.qcow2", str(DISK))
+
+
+@situation()
 def two_disks(home: Path) -> None:
     chain(home, "system", 2)
     chain(home, "data", 3)

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from chainmerge.documents.scan import ScanFinding, Severity
+from chainmerge.inventory.found import NOT_DAMAGE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from chainmerge.inventory.findings.scene import Scene
     from chainmerge.inventory.found import FoundImage
-
-_NOT_DAMAGE: Final = frozenset(
-    {"access-denied", "cannot-open", "image-missing", "wrong-file-type", "unsupported-feature"}
-)
 
 
 def damaged_images(scene: Scene) -> Iterator[ScanFinding]:
@@ -46,7 +43,7 @@ def other_troubles(scene: Scene, told: Collection[str]) -> Iterator[ScanFinding]
             # A table that is being written may be half of it.
             continue
         culprit = next((image for image in line if image.path in facts.problem), leaf)
-        damaged = bool(facts.members) and facts.trouble not in _NOT_DAMAGE
+        damaged = bool(facts.members) and facts.trouble not in NOT_DAMAGE
         finding = ScanFinding(
             code=facts.trouble,
             severity=Severity.CRITICAL if damaged else Severity.WARNING,
@@ -64,7 +61,7 @@ def _unreadable(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
     problem = image.content.problem
     if problem is None:
         return
-    damaged = problem.code not in _NOT_DAMAGE
+    damaged = problem.code not in NOT_DAMAGE
     yield ScanFinding(
         code=problem.code,
         severity=Severity.CRITICAL if damaged else Severity.WARNING,

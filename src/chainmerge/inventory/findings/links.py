@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.model import ImageFormat, format_meant_by
 from chainmerge.documents.scan import ScanFinding, Severity
+from chainmerge.inventory.found import NOT_DAMAGE
 from chainmerge.inventory.graph import is_root
 from chainmerge.planning.facts import is_later
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _SEVERITIES: Final = {
     "backing-file-missing": Severity.CRITICAL,
     "backing-file-outside": Severity.WARNING,
+    "cannot-open": Severity.WARNING,
     "backing-name-unusable": Severity.WARNING,
     "backing-name-json": Severity.INFO,
     "backing-name-remote": Severity.INFO,
@@ -77,6 +79,8 @@ def _without_root(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
     problem = None if last.link is None else last.link.problem
     is_a_loop = problem is None and last.is_overlay and last.content.problem is None
     if last is leaf or is_root(last) or (problem is not None and problem.code in _NOT_KNOWN):
+        return
+    if last.content.problem is not None and last.content.problem.code in NOT_DAMAGE:
         return
     where = "stand on each other in a loop" if is_a_loop else f"end at {last.path}"
     yield ScanFinding(
@@ -164,8 +168,8 @@ def _times_differ(scene: Scene, image: FoundImage, base: FoundImage) -> Iterator
             severity=Severity.INFO if base.is_overlay else Severity.WARNING,
             image=image.path,
             sentence=(
-                f"{base.path} was written {counted(later // 10**9, 'second')} after {image.path}, "
-                "which stands on it: if somebody used it alone, the overlay shows wrong data"
+                f"{base.path} was written {_lapse(later)} after {image.path}, which stands on it: "
+                "if somebody used it alone, the overlay shows wrong data"
             ),
             evidence={"seconds": later // 10**9},
             command=scene.command_for(image, "plan"),
@@ -179,9 +183,19 @@ def _times_differ(scene: Scene, image: FoundImage, base: FoundImage) -> Iterator
             severity=Severity.INFO,
             image=image.path,
             sentence=(
-                f"{base.path} was created {counted(later // 10**9, 'second')} after {image.path}, "
-                "which stands on it: it was copied, restored or exchanged"
+                f"{base.path} was created {_lapse(later)} after {image.path}, which stands on it: "
+                "it was copied, restored or exchanged"
             ),
             evidence={"seconds": later // 10**9},
             command=scene.command_for(image, "plan"),
         )
+
+
+def _lapse(nanoseconds: int) -> str:
+    seconds = nanoseconds // 10**9
+    if seconds < 1:
+        return "less than a second"
+    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * length:
+            return counted(seconds // length, unit)
+    return counted(seconds, "second")
