@@ -77,6 +77,7 @@ SHARED_NAMES: Final = {
         "live/qmp/repairing.py",
         "repairing/mending.py",
     },
+    "scan": {"cli/scan.py", "inventory/scan.py"},
     "resume": {"cli/live.py", "live/__init__.py", "live/merging.py"},
     "status": {
         "cli/live.py",

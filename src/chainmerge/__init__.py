@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         bitmaps_repair,
         cancel,
         check_image,
+        domain_disks,
         explain,
         find_backing,
         flatten,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
         prune_whole_disks,
         relink,
         repair,
+        save_scan,
+        scan,
         status,
         undo_repair,
     )
@@ -125,6 +128,14 @@ if TYPE_CHECKING:
         VmLeftover,
         VmRepairReport,
     )
+    from chainmerge.documents.scan import (
+        DefinedDisk,
+        ScanFinding,
+        ScannedBitmap,
+        ScannedImage,
+        ScanReport,
+        Severity,
+    )
     from chainmerge.documents.status import (
         LiveMergeStatus,
         LiveStatusReport,
@@ -158,6 +169,7 @@ if TYPE_CHECKING:
         Access,
         LiveOptions,
         MergeOptions,
+        ScanOptions,
     )
 
 __all__ = [
@@ -179,6 +191,7 @@ __all__ = [
     "ChainsReport",
     "CheckResult",
     "CheckpointsAtRisk",
+    "DefinedDisk",
     "DirectionCost",
     "Directions",
     "DiskError",
@@ -231,7 +244,13 @@ __all__ = [
     "RepairReport",
     "Repoint",
     "Role",
+    "ScanFinding",
+    "ScanOptions",
+    "ScanReport",
+    "ScannedBitmap",
+    "ScannedImage",
     "Searched",
+    "Severity",
     "SharedCheckpoint",
     "ShouldStop",
     "SnapshotsAtRisk",
@@ -257,6 +276,7 @@ __all__ = [
     "bitmaps_repair",
     "cancel",
     "check_image",
+    "domain_disks",
     "explain",
     "find_backing",
     "flatten",
@@ -277,6 +297,8 @@ __all__ = [
     "prune_whole_disks",
     "relink",
     "repair",
+    "save_scan",
+    "scan",
     "status",
     "undo_repair",
 ]
@@ -356,6 +378,14 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "VmLeftover",
             "VmRepairReport",
         ),
+        "chainmerge.documents.scan": (
+            "DefinedDisk",
+            "ScanFinding",
+            "ScanReport",
+            "ScannedBitmap",
+            "ScannedImage",
+            "Severity",
+        ),
         "chainmerge.documents.status": (
             "LiveMergeStatus",
             "LiveStatusReport",
@@ -389,6 +419,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Access",
             "LiveOptions",
             "MergeOptions",
+            "ScanOptions",
         ),
     }
 )

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
+    from chainmerge.inventory.scan import scan
+    from chainmerge.inventory.tables import save_scan
+    from chainmerge.live.libvirt.domains import domain_disks
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
         flatten,
@@ -55,6 +58,7 @@ __all__ = [
     "bitmaps_repair",
     "cancel",
     "check_image",
+    "domain_disks",
     "explain",
     "find_backing",
     "flatten",
@@ -75,6 +79,8 @@ __all__ = [
     "prune_whole_disks",
     "relink",
     "repair",
+    "save_scan",
+    "scan",
     "status",
     "undo_repair",
 ]
@@ -91,6 +97,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
+        "domain_disks": "chainmerge.live.libvirt.domains",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.repairing.relinking",
         "flatten": "chainmerge.merging.flattening",
@@ -111,6 +118,8 @@ _MODULES: Final = MappingProxyType(
         "prune_whole_disks": "chainmerge.bitmaps.pruning",
         "relink": "chainmerge.repairing.relinking",
         "repair": "chainmerge.repairing.mending",
+        "save_scan": "chainmerge.inventory.tables",
+        "scan": "chainmerge.inventory.scan",
         "status": "chainmerge.records.unfinished",
         "undo_repair": "chainmerge.repairing.mending",
     }

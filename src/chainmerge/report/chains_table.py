@@ -33,7 +33,7 @@ def chains_report(report: ChainsReport, options: Sequence[str] = ()) -> Block:
         words(_headline(report), layout.TITLE),
         *_first_steps(report, options),
         layout.EMPTY_LINE,
-        _table(report.chains, names),
+        chains_listing(report.chains, names),
         *_problems(report.chains, names),
     )
 
@@ -78,7 +78,8 @@ def _short(path: str) -> str:
     return here if len(here) < len(path) else path
 
 
-def _table(chains: Sequence[ChainSummary], names: ImageNames) -> Block:
+def chains_listing(chains: Sequence[ChainSummary], names: ImageNames) -> Block:
+    """A line for each chain."""
     headings = ("leaf", "images", "disk", "on disk", "frees", "copies", "state")
     return layout.listing(
         headings,
