@@ -183,7 +183,7 @@ def live_command_of(request: RecordedRequest) -> str | None:
     if access is None or options is None:
         return None
     place = _lasting_address(request.address)
-    words = ["live", "merge", *place, *_words(options), *_words(access), *_images(request)]
+    words = ["live", "merge", *place, *words_of(options), *words_of(access), *_images(request)]
     return shell_line(["chainmerge", *words])
 
 
