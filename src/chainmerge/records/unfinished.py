@@ -38,7 +38,7 @@ from chainmerge.records.merged_record import (
     is_pulled,
     merged_record_file,
 )
-from chainmerge.records.remains import KINDS, kind_of, read_leftover
+from chainmerge.records.remains import KINDS, is_of_pull, kind_of, read_leftover
 from chainmerge.records.request import command_of, resume_command_of, shell_line
 from chainmerge.records.saved_bitmaps import SavedBitmaps, load_saved_bitmaps
 from chainmerge.records.ways_out import (
@@ -236,7 +236,8 @@ def _found_in(search: _Search, devices: BlockDevices) -> Iterator[UnfinishedMerg
     for file in sorted(files, key=_rank):
         merge = _read(file, devices)
         if merge is not None:
-            key = _base_of(file, merge)
+            several = is_of_pull(file, devices)
+            key = f"{merge.base}\0{merge.top}" if several else _base_of(file, merge)
             before = by_base.get(key)
             by_base[key] = merge if before is None else _together(before, merge)
     for merge in by_base.values():
