@@ -105,6 +105,7 @@ if TYPE_CHECKING:
         PlannedBitmap,
         PlannedHiding,
         PlannedImage,
+        PlannedPool,
         PlannedSnapshots,
         Progress,
         Repoint,
@@ -218,6 +219,7 @@ __all__ = [
     "PlannedBitmap",
     "PlannedHiding",
     "PlannedImage",
+    "PlannedPool",
     "PlannedSnapshots",
     "Progress",
     "ProgressEvent",
@@ -340,6 +342,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Progress",
             "Repoint",
             "Role",
+            "PlannedPool",
             "SpacePlan",
         ),
         "chainmerge.documents.progress": (
