@@ -108,6 +108,7 @@ if TYPE_CHECKING:
         PlannedBitmap,
         PlannedHiding,
         PlannedImage,
+        PlannedPool,
         PlannedSnapshots,
         Progress,
         Repoint,
@@ -231,6 +232,7 @@ __all__ = [
     "PlannedBitmap",
     "PlannedHiding",
     "PlannedImage",
+    "PlannedPool",
     "PlannedSnapshots",
     "Progress",
     "ProgressEvent",
@@ -362,6 +364,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Progress",
             "Repoint",
             "Role",
+            "PlannedPool",
             "SpacePlan",
         ),
         "chainmerge.documents.progress": (

@@ -11,7 +11,7 @@ import chainmerge
 from chainmerge import live
 from chainmerge.documents.progress import Stage
 from chainmerge.errors import ExitCode, Interrupted
-from chainmerge.live.errors import UnfinishedMergeFound
+from chainmerge.live.errors import LiveVerificationFailed, UnfinishedMergeFound
 from chainmerge.options import LiveOptions, MergeOptions
 from tests.live.test_pull_deaths import pull_until_it_dies
 from tests.support.cli import chainmerge as command
@@ -19,12 +19,13 @@ from tests.support.domain_vm import running_domain
 from tests.support.live_scenario import DISK, leftovers_in
 from tests.support.live_vm import Guest, running_vm
 from tests.support.pull_scenario import assert_pulled_right, build_pull
-from tests.support.qemu import content
+from tests.support.qemu import content, create, qemu_io
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chainmerge.documents.progress import ProgressEvent
+    from tests.support.live_vm import LiveTestVm
     from tests.support.pull_scenario import PullScenario
 
 pytestmark = pytest.mark.timeout(120)
@@ -92,7 +93,7 @@ def test_what_is_unfinished_is_shown_and_stands_in_the_way(tmp_path: Path, kind:
     with running_vm(tmp_path / "vm", scenario.images) as vm:
         with Guest(vm, 4, DISK) as guest:
             with vm.disk() as disk:
-                pull_and_die(disk, scenario)
+                pull_and_die(disk, scenario.top, scenario.base)
             shown = command("live", "status", *vm.arguments)
             assert f"{scenario.base} up into {scenario.top}" in shown.out
             (cold,) = chainmerge.status([tmp_path / "chain"]).merges
@@ -108,7 +109,9 @@ def test_what_is_unfinished_is_shown_and_stands_in_the_way(tmp_path: Path, kind:
     assert_pulled_right(scenario, guest, deleted=True)
 
 
-def pull_and_die(disk: live.QmpVm, scenario: PullScenario) -> None:
+def pull_and_die(disk: live.QmpVm, top: Path, base: Path, options: LiveOptions = OPTIONS) -> None:
+    """What a manager does that is killed while data is copied."""
+
     class Lost(Exception):
         """The process of the manager is gone."""
 
@@ -117,7 +120,47 @@ def pull_and_die(disk: live.QmpVm, scenario: PullScenario) -> None:
             raise Lost
 
     with pytest.raises(Lost):
-        live.merge(disk, scenario.top, scenario.base, options=OPTIONS, on_progress=look)
+        live.merge(disk, top, base, options=options, on_progress=look)
+
+
+def test_somebody_else_lets_the_job_take_effect(tmp_path: Path) -> None:
+    """No checkpoint may look complete without what the images below had of it."""
+    scenario = build_pull(tmp_path / "chain", 8, levels=3, active=True)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        with Guest(vm, 8, DISK) as guest:
+            with vm.disk() as disk:
+                pull_and_die(disk, scenario.top, scenario.base)
+            finalize(vm)
+            guest.wait_for(len(guest.journal) + 5)
+            with vm.disk() as disk:
+                live.resume(disk)
+        vm.quit()
+    assert_pulled_right(scenario, guest, deleted=True)
+
+
+def test_and_what_cannot_be_united_is_switched_off(tmp_path: Path) -> None:
+    scenario = build_pull(tmp_path / "chain", 9, levels=2, active=False)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+        with vm.disk() as disk:
+            pull_and_die(disk, scenario.top, scenario.base)
+        finalize(vm)
+        with vm.disk() as disk, pytest.raises(LiveVerificationFailed, match="switched off"):
+            live.resume(disk)
+        found = vm.bitmaps(scenario.top.name)
+        assert {name for name, one in found.items() if one["recording"]} == {"in-top"}
+        vm.quit()
+    assert all(image.exists() for image in scenario.images)
+    assert content(scenario.images[-1]) == scenario.before
+
+
+def finalize(vm: LiveTestVm) -> None:
+    """What an operator does who finds a job that waits."""
+    (job,) = vm.execute("query-jobs")
+    vm.execute("block-job-set-speed", device=job["id"], speed=0)
+    while vm.jobs() != ["pending"]:
+        vm.monitor.wait_for_event(0.2)
+    vm.execute("job-finalize", id=job["id"])
+    assert vm.jobs() == []
 
 
 def test_a_commit_instead_goes_past_a_pull_of_the_active_image_that_died(tmp_path: Path) -> None:
@@ -135,4 +178,29 @@ def test_a_commit_instead_goes_past_a_pull_of_the_active_image_that_died(tmp_pat
     assert guest.may_be(scenario.before, wanted)
     chainmerge.merge(scenario.top, scenario.base, options=MergeOptions(delete=True))
     assert content(scenario.base) == wanted
+    assert chainmerge.status([tmp_path / "chain"]).merges == ()
+
+
+def test_pulls_from_one_base_are_told_apart(tmp_path: Path) -> None:
+    """A template has many clones, and each may be pulled up at the same time."""
+    first = build_pull(tmp_path / "chain", 3, levels=1, active=True)
+    other = create(first.top.with_name("other.qcow2"), backing=first.base.name)
+    qemu_io(other, "write -q -P 5 0 1M")
+    wanted = content(other)
+    options = LiveOptions(direction="pull", bandwidth=8 << 20)
+    with (
+        running_vm(tmp_path / "vm-1", first.images) as vm,
+        running_vm(tmp_path / "vm-2", (*first.images[:-1], other)) as beside,
+    ):
+        for one, top in ((vm, first.top), (beside, other)):
+            with one.disk() as disk:
+                pull_and_die(disk, top, first.base, options)
+        found = chainmerge.status([tmp_path / "chain"]).merges
+        assert {merge.top for merge in found} == {str(first.top), str(other)}
+        for one in (vm, beside):
+            with one.disk() as disk:
+                live.resume(disk)
+            one.quit()
+    assert content(first.top) == first.before
+    assert content(other) == wanted
     assert chainmerge.status([tmp_path / "chain"]).merges == ()

@@ -241,8 +241,10 @@ class LiveUnsuited(Refused):
     explanation: ClassVar[str] = (
         "A running QEMU cannot resize an image that has inconsistent bitmaps, merge bitmaps of "
         "disks of different sizes, or handle names that are not valid UTF-8; and when it enlarges "
-        "base to the size of top, the guest sees what base's storage holds beyond the old end. A "
-        "merge of closed images has none of these limits. Do not enlarge base by other means."
+        "base to the size of top, the guest sees what base's storage holds beyond the old end. "
+        "Before version 8.2 it cannot pull into an image with extended L2 entries; libvirt pulls "
+        "into the active image alone. A merge of closed images has none of these limits. Do not "
+        "enlarge base by other means."
     )
     vm: str
     image: str

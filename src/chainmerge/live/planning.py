@@ -11,7 +11,6 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.bitmaps.gathering import names_above
 from chainmerge.bitmaps.rules import BitmapState, Decision, Fate, LayerBitmaps, decide
 from chainmerge.chain.opening import open_chain
@@ -46,7 +45,7 @@ from chainmerge.planning.removals import Removals, volumes_of
 from chainmerge.planning.space.figures import SpaceSurvey
 from chainmerge.planning.space.live import survey_for_live
 from chainmerge.planning.space.live_pull import survey_pull_for_live
-from chainmerge.planning.space.need import BitmapShape
+from chainmerge.planning.space.need import BitmapShape, shape_of_kept, shape_of_tombstone
 from chainmerge.qcow2.bitmaps import storable_granularity
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.qcow2.errors import FormatError
@@ -320,25 +319,14 @@ def _shapes(
     assert header is not None
     size = max(live.base.virtual_size, live.top.virtual_size)
     for decision in decisions:
-        length = len(decision.name.encode("utf-8", "surrogateescape"))
         if decision.fate is Fate.KEEP:
             assert decision.granularity is not None
             bits = known.get(decision.name)
-            if bits is None:
-                # The guest can write anywhere until the end.
-                whole = BitSet(size, decision.granularity).packed_size
-                clusters = divide_up(whole, header.cluster_size)
-            else:
-                clusters = len(bits.dirty_parts(header.cluster_size))
-            yield BitmapShape(length, decision.granularity, clusters)
+            yield shape_of_kept(
+                decision.name, decision.granularity, bits, size, header.cluster_size
+            )
         elif decision.tombstone_while_top_exists:
-            yield BitmapShape(length, _granularity_of(decision.name, live, size))
-
-
-def _granularity_of(name: str, live: LiveTarget, size: int) -> int:
-    """The granularity that a name has in the chain, for its tombstone."""
-    found = (bitmap.granularity for node in live.nodes if (bitmap := node.bitmap(name)))
-    return storable_granularity(size, next(found, 1 << 16))
+            yield shape_of_tombstone(decision.name, live.granularity_of(decision.name))
 
 
 def _warnings(live: LiveTarget, options: LiveOptions) -> Iterator[str]:
@@ -366,7 +354,6 @@ def _journal(
     plan: MergePlan,
 ) -> LiveJournal:
     first = live.target.base_index + 1
-    size = max(live.base.virtual_size, live.top.virtual_size)
     holds = live.target.base.supports_bitmaps
     base_states = {d.name: d.states[live.target.base_index] for d in decisions}
     above = live.above[0] if live.above else None
@@ -392,7 +379,7 @@ def _journal(
         tombstones=[
             TombstoneName(
                 name=decision.name,
-                granularity=_granularity_of(decision.name, live, size),
+                granularity=live.granularity_of(decision.name),
                 in_base=live.base.bitmap(decision.name) is not None,
             )
             for decision in decisions

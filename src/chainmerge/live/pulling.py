@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from chainmerge.arithmetic.rounding import divide_up
 from chainmerge.bitmaps.rules import Decision, Fate, LayerBitmaps, decide
 from chainmerge.live.errors import LiveImageInUse, LiveNotWritable, LiveUnsuited
 from chainmerge.live.inspection import bitmap_obstacles, copied_before_write, left_writable
@@ -15,8 +14,7 @@ from chainmerge.live.nodes import UserKind
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import new_backing
 from chainmerge.planning.encryption import has_encrypted
-from chainmerge.planning.space.need import BitmapShape
-from chainmerge.qcow2.bitmaps import storable_granularity
+from chainmerge.planning.space.need import BitmapShape, shape_of_kept, shape_of_tombstone
 from chainmerge.qcow2.bits import BitSet, union_all
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import VERSION, KeptName, LiveJournal, TombstoneName
@@ -76,24 +74,13 @@ def shapes_of_pulled(
     header, size = live.target.chain.top.header, live.top.virtual_size
     assert header is not None
     for decision in decisions:
-        length = len(decision.name.encode("utf-8", "surrogateescape"))
         if decision.granularity is not None:
             bits = known.get(decision.name)
-            if bits is None:
-                # The guest can write anywhere until the end.
-                whole = BitSet(size, decision.granularity).packed_size
-                clusters = divide_up(whole, header.cluster_size)
-            else:
-                clusters = len(bits.dirty_parts(header.cluster_size))
-            yield BitmapShape(length, decision.granularity, clusters)
+            yield shape_of_kept(
+                decision.name, decision.granularity, bits, size, header.cluster_size
+            )
         elif decision.tombstone:
-            yield BitmapShape(length, _granularity_of(decision.name, live))
-
-
-def _granularity_of(name: str, live: LiveTarget) -> int:
-    """The granularity that a name has in the chain, for its tombstone."""
-    found = (bitmap.granularity for node in live.nodes if (bitmap := node.bitmap(name)))
-    return storable_granularity(live.top.virtual_size, next(found, 1 << 16))
+            yield shape_of_tombstone(decision.name, live.granularity_of(decision.name))
 
 
 def obstacles_to_pull(
@@ -221,7 +208,7 @@ def journal_of_pull(
     tombstones = [
         TombstoneName(
             name=decision.name,
-            granularity=_granularity_of(decision.name, live),
+            granularity=live.granularity_of(decision.name),
             in_base=live.top.bitmap(decision.name) is not None,
         )
         for decision in decisions

@@ -10,6 +10,7 @@ from msgspec import Struct
 from chainmerge.chain.model import ImageInfo
 from chainmerge.chain.target import Target
 from chainmerge.live.nodes import BlockGraph, BlockNode
+from chainmerge.qcow2.bitmaps import storable_granularity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +64,12 @@ class LiveTarget(Struct, frozen=True):
     def merged_images(self) -> tuple[ImageInfo, ...]:
         """The merged images, lowest first."""
         return self.target.chain.images[self.target.base_index + 1 :]
+
+    def granularity_of(self, name: str) -> int:
+        """The granularity that a name has in the chain, in bytes, for a tombstone of it."""
+        size = max(self.base.virtual_size, self.top.virtual_size)
+        found = (bitmap.granularity for node in self.nodes if (bitmap := node.bitmap(name)))
+        return storable_granularity(size, next(found, 1 << 16))
 
     def result(self, options: LiveOptions) -> ImageInfo:
         """The image that is written: base, or top in a pull."""

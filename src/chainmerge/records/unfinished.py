@@ -26,7 +26,7 @@ from chainmerge.records.merged_record import (
     merged_record_file,
 )
 from chainmerge.records.progress import UNKNOWN, is_locked, merge_told_by, rank_of
-from chainmerge.records.remains import kind_of
+from chainmerge.records.remains import is_of_pull, kind_of
 from chainmerge.storage.errors import ImageMissing, reason_of
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def _found_in(search: _Search, devices: BlockDevices) -> Iterator[UnfinishedMerg
     for file in sorted(files, key=rank_of):
         merge = merge_told_by(file, devices)
         if merge is not None:
-            key = _base_of(file, merge)
+            several = is_of_pull(file, devices)
+            key = f"{merge.base}\0{merge.top}" if several else _base_of(file, merge)
             before = by_base.get(key)
             by_base[key] = merge if before is None else _together(before, merge)
     for merge in by_base.values():

@@ -26,13 +26,7 @@ _SECONDS_BETWEEN_SHORT_LOOKS: Final = 0.02
 class DomainCommitDriver(DomainDriver):
     """A commit that is driven through libvirt."""
 
-    def _merge(self) -> None:
-        if self.journal.state is LiveState.UNDOING:
-            raise self.failed("an earlier run had given it up")
-        begun = self.journal.state is not LiveState.PREPARING
-        if not begun:
-            self._prune()
-            self.enter(LiveState.COPYING)
+    def _carry_out(self, *, begun: bool) -> None:
         while not self.nodes().is_merged:
             # The chain is what counts: an earlier run may have come further than the domain did.
             self.enter(LiveState.COPYING)

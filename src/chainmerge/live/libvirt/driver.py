@@ -54,11 +54,28 @@ class DomainDriver(LiveDriver[DomainDisk]):
                 raise self.failed(failure.reason) from failure
             raise
 
+    def _merge(self) -> None:
+        if self.journal.state is LiveState.UNDOING:
+            raise self.failed("an earlier run had given it up")
+        begun = self.journal.state is not LiveState.PREPARING
+        if not begun:
+            self._prune()
+            self._before_the_job()
+            self.enter(LiveState.COPYING)
+        self._carry_out(begun=begun)
+
     # What each direction has for itself
 
+    def _before_the_job(self) -> None:
+        """Do what has to be done before the job is started for the first time."""
+
     @abstractmethod
-    def _merge(self) -> None:
-        """Bring the domain to where the merge has taken effect, or raise why it does not."""
+    def _carry_out(self, *, begun: bool) -> None:
+        """Have the job run, and take effect.
+
+        Args:
+            begun: Whether a job may have been started before, and ended in the meantime.
+        """
 
     @abstractmethod
     def _is_ours(self, job: DomainJob) -> bool:

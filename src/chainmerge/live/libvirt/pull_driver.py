@@ -14,21 +14,16 @@ from chainmerge.live.errors import VmRefused
 from chainmerge.live.libvirt.disk import DomainJob, DomainJobKind
 from chainmerge.live.libvirt.driver import DomainDriver
 from chainmerge.live.pull_record import forget_pull, record_live_pull
-from chainmerge.records.live_journal import LiveState
 
 
 @dataclass(kw_only=True)
 class DomainPullDriver(DomainDriver):
     """A pull that is driven through libvirt."""
 
-    def _merge(self) -> None:
-        if self.journal.state is LiveState.UNDOING:
-            raise self.failed("an earlier run had given it up")
-        begun = self.journal.state is not LiveState.PREPARING
-        if not begun:
-            self._prune()
-            record_live_pull(self.journal)
-            self.enter(LiveState.COPYING)
+    def _before_the_job(self) -> None:
+        record_live_pull(self.journal)
+
+    def _carry_out(self, *, begun: bool) -> None:
         self._copy(begun=begun)
 
     def _undo(self) -> None:

@@ -160,6 +160,20 @@ def pull_actions(
     return tuple(tuple(actions) for actions in (first, second) if actions)
 
 
+def switch_off_actions(journal: LiveJournal, top: BlockNode) -> tuple[BitmapAction, ...]:
+    """Have no bitmap of top pass for complete that lacks what images below had of it.
+
+    Top may be open for reading only.
+    """
+    lacking = [one.name for one in journal.kept if one.sources]
+    lacking += [*journal.stale, *(one.name for one in journal.tombstones)]
+    return tuple(
+        DisableBitmap(top.name, name)
+        for name in lacking
+        if (bitmap := top.bitmap(name)) is not None and bitmap.recording
+    )
+
+
 def faults(journal: LiveJournal, result: BlockNode) -> Iterator[str]:
     """How the bitmaps of *result* differ from what they should be once all is done.
 

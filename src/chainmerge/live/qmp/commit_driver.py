@@ -147,7 +147,7 @@ class CommitDriver(MonitorDriver):
             with contextlib.suppress(VmRefused):
                 self.disk.make_read_only(base.name)
 
-    def _name_backing_file(self) -> None:
+    def _complete_effect(self) -> None:
         """Have the image above name base, where QEMU did not: it stops at a filter between them."""
         graph, name = self.disk.layout(), self.journal.backing_name
         nodes = self.merged_nodes(graph)

@@ -95,14 +95,17 @@ class MonitorDriver(LiveDriver[LiveVm]):
         """
 
     @abstractmethod
-    def _name_backing_file(self) -> None:
-        """See that the header says what the chain is now, where QEMU did not."""
+    def _complete_effect(self) -> None:
+        """See to what does not come with the end of the job by itself.
+
+        Raises LiveVerificationFailed.
+        """
 
     def until_merged(self) -> None:
         while True:
             step = next_step(self._look())
             if step is LiveStep.SETTLE:
-                self._name_backing_file()
+                self._complete_effect()
                 return
             if step is LiveStep.RESTORE:
                 raise self._restored()

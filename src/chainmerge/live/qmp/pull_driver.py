@@ -18,14 +18,15 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.live.errors import VmRefused
 from chainmerge.live.port import JobPhase, PullOrder
 from chainmerge.live.pull_record import forget_pull, record_live_pull
-from chainmerge.live.qmp.bitmap_actions import faults, pull_actions
+from chainmerge.live.qmp.bitmap_actions import faults, pull_actions, switch_off_actions
 from chainmerge.live.qmp.driver import MonitorDriver
 from chainmerge.records.live_journal import LiveState, forget_live_journal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from chainmerge.live.merge_nodes import MergeNodes
+    from chainmerge.live.nodes import BlockNode
 
 
 @dataclass(kw_only=True)
@@ -59,8 +60,7 @@ class PullDriver(MonitorDriver):
         self.announce(Stage.BITMAPS)
         nodes = self.nodes()
         try:
-            for actions in pull_actions(self.journal, nodes.result, nodes.merged):
-                self.disk.change_bitmaps(actions)
+            self._unite(nodes.result, nodes.merged)
         except VmRefused as refused:
             raise self.failed(refused.reason) from refused
         self.stop_if_asked()
@@ -72,6 +72,13 @@ class PullDriver(MonitorDriver):
             raise self.failed(error.sentence) from error
         self.disk.finalize(self.journal.job)
         self._wait_while(JobPhase.HELD, JobPhase.ENDING)
+
+    def _unite(self, top: BlockNode, merged: Sequence[BlockNode]) -> None:
+        """Have top's bitmaps as they are to be; raises VmRefused."""
+        if len(merged) < len(self.journal.merged):
+            raise VmRefused(self.disk.name, "transaction", "the VM has closed images already")
+        for actions in pull_actions(self.journal, top, merged):
+            self.disk.change_bitmaps(actions)
 
     def _undo(self) -> None:
         self.disk.cancel(self.journal.job)
@@ -98,8 +105,22 @@ class PullDriver(MonitorDriver):
         found = (top.bitmap(kept.name) for kept in self.journal.kept)
         return any(bitmap is not None and bitmap.inconsistent for bitmap in found)
 
-    def _name_backing_file(self) -> None:
-        """QEMU writes it in any case, whatever filters there are."""
+    def _complete_effect(self) -> None:
+        """Unite the bitmaps if somebody else has let the job take effect before that was done.
+
+        Else a checkpoint would look complete without what the images below had of it.
+        """
+        if self.journal.took_effect:
+            return
+        nodes = self.nodes()
+        try:
+            self._unite(nodes.result, nodes.still_open[::-1])
+        except VmRefused as refused:
+            self.disk.change_bitmaps(switch_off_actions(self.journal, nodes.result))
+            raise self.differs(
+                "the job took effect before its bitmaps were united with those of the images "
+                f"below, which cannot be done any more ({refused.reason}): they are switched off"
+            ) from refused
 
     def verify_bitmaps(self, nodes: MergeNodes) -> Iterator[str]:
         for fault in faults(self.journal, nodes.result):

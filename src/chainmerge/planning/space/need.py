@@ -41,7 +41,7 @@ from chainmerge.engines.qemu.granules import may_detect_zeroes
 from chainmerge.planning.space.arrivals import Arrivals, l1_entries
 from chainmerge.planning.space.clusters import HostLayout, place_clusters, release
 from chainmerge.qcow2.bitmaps import TABLE_ENTRY_SIZE, directory_entry_size
-from chainmerge.qcow2.bits import packed_size
+from chainmerge.qcow2.bits import BitSet, packed_size
 from chainmerge.qcow2.header import L1_ENTRY_BYTES, SECTOR, Header
 from chainmerge.qcow2.runs import Runs
 
@@ -58,6 +58,29 @@ class BitmapShape(Struct, frozen=True):
     name_bytes: int
     granularity: int
     data_clusters: int = 0
+
+
+def shape_of_kept(
+    name: str, granularity: int, bits: BitSet | None, disk_size: int, cluster_size: int
+) -> BitmapShape:
+    """What a bitmap takes that is kept.
+
+    *bits* is None where the guest may write anywhere until it is stored. Sizes are in bytes.
+    """
+    if bits is None:
+        clusters = divide_up(packed_size(disk_size, granularity), cluster_size)
+    else:
+        clusters = len(bits.dirty_parts(cluster_size))
+    return BitmapShape(_length_of(name), granularity, clusters)
+
+
+def shape_of_tombstone(name: str, granularity: int) -> BitmapShape:
+    """What a tombstone takes; *granularity* is in bytes."""
+    return BitmapShape(_length_of(name), granularity)
+
+
+def _length_of(name: str) -> int:
+    return len(name.encode("utf-8", "surrogateescape"))
 
 
 class MergeDemand(Struct, frozen=True):
