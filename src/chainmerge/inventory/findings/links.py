@@ -100,6 +100,7 @@ def _format_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterat
     declared, actual = image.content.backing_format, base.content.format
     if declared is None:
         is_raw = actual != ImageFormat.QCOW2
+        as_raw = ("--format", f"{base.path}={ImageFormat.RAW}") if is_raw else ()
         yield ScanFinding(
             code="backing-format-missing" if is_raw else "format-not-declared",
             severity=Severity.WARNING,
@@ -109,7 +110,7 @@ def _format_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterat
                 "libvirt does not start a VM with it"
             ),
             evidence={},
-            command=scene.command_for(image, "relink", "--backing", base.path),
+            command=scene.command_for(image, "relink", "--backing", base.path, *as_raw),
         )
         return
     meant = format_meant_by(declared)
