@@ -23,29 +23,33 @@ if TYPE_CHECKING:
     from chainmerge.cli.output import Output
 
 _DEFAULTS: Final = ScanOptions()
-_from_when_on: Final = partial(
-    click.option, cls=PanelOption, panel="From when on something is said", show_default=True
-)
+_looking_option: Final = partial(click.option, cls=PanelOption, panel="Where to look")
+_threshold_option: Final = partial(click.option, cls=PanelOption, panel="Thresholds")
 _COUNT: Final = click.IntRange(min=1)
 _PERCENT: Final = click.IntRange(0, 100)
+_GIB: Final = 1 << 30
 _THRESHOLDS: Final = (
-    ("length_info", _COUNT, "Images of a chain that are many."),
-    ("length_warning", _COUNT, "Images of a chain that deserve a warning."),
-    ("length_critical", _COUNT, "Images of a chain that are critical."),
-    ("length_limit", _COUNT, "Images of a chain of which libvirt takes no more."),
-    ("old_days", _COUNT, "Days that an overlay may be old."),
-    ("hidden", SIZE, "Bytes that a merge must free to be worth while, such as 500M."),
-    ("free_warning", _PERCENT, "Percent free that a file system or a volume should have."),
-    ("free_critical", _PERCENT, "Percent free below which it is critical."),
-)
+    ("--length-info", _COUNT, "N", _DEFAULTS.length_info, "Images in a chain that is long."),
+    ("--length-warning", _COUNT, "N", _DEFAULTS.length_warning, "Images in a chain that is too long."),
+    ("--length-critical", _COUNT, "N", _DEFAULTS.length_critical, "Images in a chain that is critical."),
+    ("--length-limit", _COUNT, "N", _DEFAULTS.length_limit, "Images in a chain that libvirt refuses."),
+    ("--old-days", _COUNT, "DAYS", _DEFAULTS.old_days, "Age at which an overlay is old."),
+    ("--hidden", SIZE, "SIZE", f"{_DEFAULTS.hidden // _GIB}G", "What a merge frees at least."),
+    ("--free-warning", _PERCENT, "PERCENT", _DEFAULTS.free_warning,
+     "What a file system or device should have free."),
+    ("--free-critical", _PERCENT, "PERCENT", _DEFAULTS.free_critical,
+     "What it must have free."),
+)  # fmt: skip
 
 
 def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for name, kind, text in reversed(_THRESHOLDS):
-        option = _from_when_on(
-            f"--{name.replace('_', '-')}",
+    for name, kind, metavar, default, text in reversed(_THRESHOLDS):
+        option = _threshold_option(
+            name,
             type=kind,
-            default=getattr(_DEFAULTS, name),
+            metavar=metavar,
+            default=default,
+            show_default=True,
             help=text,
         )
         function = option(function)
@@ -54,11 +58,11 @@ def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, type=IMAGE, metavar="[PATH]...")
-@click.option("--domains", is_flag=True, help="Also the disks of all domains of libvirt.")
-@click.option(
+@_looking_option("--domains", is_flag=True, help="Also the disks of all domains of libvirt.")
+@_looking_option(
     "--connect", metavar="URI", default="qemu:///system", show_default=True, help="Which libvirt."
 )
-@click.option(
+@_looking_option(
     "--one-file-system/--all-file-systems",
     default=True,
     help="Whether to leave out what is mounted below a PATH.  [default: leave it out]",
