@@ -27,7 +27,6 @@ from chainmerge.chain.errors import (
     ImageReplaced,
     TopFormatUnknown,
 )
-from chainmerge.chain.foreign.sizing import sized_by_qemu
 from chainmerge.chain.model import (
     Chain,
     ChainPolicy,
@@ -74,7 +73,10 @@ def discover(top: Path, policy: ChainPolicy, headers: KnownHeaders | None = None
     path = without_detours(top.absolute())
     allowed = allowed_places_of([path], policy)
     images = list(walk_down(path, policy, allowed, headers))
-    if not policy.metadata_only:
+    if images[-1].foreign and not policy.metadata_only:
+        # Few chains stand on such an image, and no other needs what starts processes.
+        from chainmerge.chain.foreign.sizing import sized_by_qemu  # noqa: PLC0415
+
         images[-1] = sized_by_qemu(images[-1], allowed)
     noted = [_with_size_note(child, backing) for child, backing in pairwise(images)]
     return Chain((images[-1], *reversed(noted)))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from chainmerge.chain.allowed_places import allowed_places_of
 from chainmerge.chain.discovery import discover
-from chainmerge.chain.foreign.sizing import sized_by_qemu
 from chainmerge.chain.model import Chain
 from chainmerge.chain.opening import OpenImage, open_chain
 from chainmerge.chain.reading import identity_at
@@ -68,6 +67,11 @@ def inspect(image: str | Path, access: Access | None = None) -> ChainReport:
 
 def _with_size_of_root(chain: Chain, policy: ChainPolicy) -> Chain:
     root, *others = chain.images
+    if not root.foreign:
+        return chain
+    # As in discovery: few chains need it.
+    from chainmerge.chain.foreign.sizing import sized_by_qemu  # noqa: PLC0415
+
     return Chain((sized_by_qemu(root, allowed_places_of([chain.top.path], policy)), *others))
 
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
-from chainmerge.chain.foreign.content import ForeignContent
-from chainmerge.chain.foreign.layers import ForeignLayer, MappedForeignLayer
 from chainmerge.chain.layers import Layer, layer_of_qcow2, layer_of_raw
 from chainmerge.chain.model import Chain, Identity, ImageInfo, identity_of
 from chainmerge.chain.reading import open_image
@@ -75,8 +73,15 @@ class OpenChain(Struct, frozen=True):
     def with_mapped_root(self) -> OpenChain:
         """The same, where QEMU is asked what of a foreign root is zeros: its data is to move."""
         root, *others = self.images
-        if not isinstance(root.layer, ForeignLayer):
+        if not root.info.foreign:
             return self
+        # As where it is opened.
+        from chainmerge.chain.foreign.layers import (  # noqa: PLC0415
+            ForeignLayer,
+            MappedForeignLayer,
+        )
+
+        assert isinstance(root.layer, ForeignLayer)
         mapped = replace(root, layer=MappedForeignLayer(root.layer.source))
         return OpenChain((mapped, *others), self.memory)
 
@@ -122,6 +127,10 @@ def _open(
     lock = locked.get(info.identity)
     readable = stack.enter_context(open_image(info)) if lock is None else lock.reader()
     if info.foreign:
+        # Few chains stand on such an image, and no other needs what starts processes.
+        from chainmerge.chain.foreign.content import ForeignContent  # noqa: PLC0415
+        from chainmerge.chain.foreign.layers import ForeignLayer  # noqa: PLC0415
+
         content = stack.enter_context(ForeignContent(info))
         return OpenImage(info, readable, None, ForeignLayer(content), {})
     if info.header is None:
