@@ -74,7 +74,7 @@ def discover(top: Path, policy: ChainPolicy, headers: KnownHeaders | None = None
     allowed = allowed_places_of([path], policy)
     images = list(walk_down(path, policy, allowed, headers))
     if images[-1].foreign and not policy.metadata_only:
-        # Imported where it is used: few chains stand on an image of another format.
+        # Few chains stand on such an image, and no other needs what starts processes.
         from chainmerge.chain.foreign.sizing import sized_by_qemu  # noqa: PLC0415
 
         images[-1] = sized_by_qemu(images[-1], allowed)

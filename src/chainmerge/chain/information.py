@@ -69,7 +69,7 @@ def _with_size_of_root(chain: Chain, policy: ChainPolicy) -> Chain:
     root, *others = chain.images
     if not root.foreign:
         return chain
-    # Imported where it is used: few chains stand on an image of another format.
+    # As in discovery: few chains need it.
     from chainmerge.chain.foreign.sizing import sized_by_qemu  # noqa: PLC0415
 
     return Chain((sized_by_qemu(root, allowed_places_of([chain.top.path], policy)), *others))

@@ -75,9 +75,14 @@ class OpenChain(Struct, frozen=True):
         root, *others = self.images
         if not root.info.foreign:
             return self
-        from chainmerge.chain.foreign.layers import mapped_layer  # noqa: PLC0415 (few chains)
+        # As where it is opened.
+        from chainmerge.chain.foreign.layers import (  # noqa: PLC0415
+            ForeignLayer,
+            MappedForeignLayer,
+        )
 
-        mapped = replace(root, layer=mapped_layer(root.layer))
+        assert isinstance(root.layer, ForeignLayer)
+        mapped = replace(root, layer=MappedForeignLayer(root.layer.source))
         return OpenChain((mapped, *others), self.memory)
 
 
@@ -122,7 +127,7 @@ def _open(
     lock = locked.get(info.identity)
     readable = stack.enter_context(open_image(info)) if lock is None else lock.reader()
     if info.foreign:
-        # Imported where it is used: few chains stand on an image of another format.
+        # Few chains stand on such an image, and no other needs what starts processes.
         from chainmerge.chain.foreign.content import ForeignContent  # noqa: PLC0415
         from chainmerge.chain.foreign.layers import ForeignLayer  # noqa: PLC0415
 

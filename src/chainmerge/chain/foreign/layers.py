@@ -71,9 +71,3 @@ def _extents(runs: list[tuple[int, int, bool]]) -> Extents:
     kind = np.where(zero, np.uint8(Kind.ZERO), np.uint8(Kind.DATA))
     host = np.where(zero, np.uint64(0), start)
     return Extents(start, end - start, kind, host, np.zeros(len(runs), np.uint32))
-
-
-def mapped_layer(layer: object) -> MappedForeignLayer:
-    """The layer of a foreign image whose data moves, in place of *layer*, which is one already."""
-    assert isinstance(layer, ForeignLayer)
-    return MappedForeignLayer(layer.source)
