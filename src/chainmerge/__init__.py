@@ -47,10 +47,12 @@ if TYPE_CHECKING:
         plan_flatten,
         plan_flatten_disks,
         plan_repair,
+        plan_thin_out,
         prune,
         relink,
         repair,
         status,
+        thin_out,
         undo_repair,
     )
     from chainmerge.documents.bitmaps import (
@@ -119,6 +121,12 @@ if TYPE_CHECKING:
         RepairReport,
         UndoReport,
     )
+    from chainmerge.documents.retention import (
+        RetentionRule,
+        SnapshotFate,
+        ThinOutPlan,
+        ThinOutReport,
+    )
     from chainmerge.documents.status import (
         LiveMergeStatus,
         LiveStatusReport,
@@ -152,6 +160,7 @@ if TYPE_CHECKING:
         Access,
         LiveOptions,
         MergeOptions,
+        Retention,
     )
 
 __all__ = [
@@ -222,15 +231,20 @@ __all__ = [
     "RepairFinding",
     "RepairReport",
     "Repoint",
+    "Retention",
+    "RetentionRule",
     "Role",
     "Searched",
     "SharedCheckpoint",
     "ShouldStop",
+    "SnapshotFate",
     "SnapshotsAtRisk",
     "SpacePlan",
     "Stage",
     "StatusReport",
     "StorageFailed",
+    "ThinOutPlan",
+    "ThinOutReport",
     "UndoReport",
     "UnfinishedMerge",
     "UnusableBitmap",
@@ -262,10 +276,12 @@ __all__ = [
     "plan_flatten",
     "plan_flatten_disks",
     "plan_repair",
+    "plan_thin_out",
     "prune",
     "relink",
     "repair",
     "status",
+    "thin_out",
     "undo_repair",
 ]
 
@@ -340,6 +356,12 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "RepairReport",
             "UndoReport",
         ),
+        "chainmerge.documents.retention": (
+            "RetentionRule",
+            "SnapshotFate",
+            "ThinOutPlan",
+            "ThinOutReport",
+        ),
         "chainmerge.documents.status": (
             "LiveMergeStatus",
             "LiveStatusReport",
@@ -373,6 +395,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Access",
             "LiveOptions",
             "MergeOptions",
+            "Retention",
         ),
     }
 )

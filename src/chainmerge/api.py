@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
+    from chainmerge.inventory.thin_out import thin_out
+    from chainmerge.inventory.thinning import plan_thin_out
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
         flatten,
@@ -70,10 +72,12 @@ __all__ = [
     "plan_flatten",
     "plan_flatten_disks",
     "plan_repair",
+    "plan_thin_out",
     "prune",
     "relink",
     "repair",
     "status",
+    "thin_out",
     "undo_repair",
 ]
 
@@ -104,10 +108,12 @@ _MODULES: Final = MappingProxyType(
         "plan_flatten": "chainmerge.merging.flattening",
         "plan_flatten_disks": "chainmerge.merging.flattening",
         "plan_repair": "chainmerge.repairing.mending",
+        "plan_thin_out": "chainmerge.inventory.thinning",
         "prune": "chainmerge.bitmaps.pruning",
         "relink": "chainmerge.repairing.relinking",
         "repair": "chainmerge.repairing.mending",
         "status": "chainmerge.records.unfinished",
+        "thin_out": "chainmerge.inventory.thin_out",
         "undo_repair": "chainmerge.repairing.mending",
     }
 )

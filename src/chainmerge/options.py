@@ -31,6 +31,7 @@ FileName: TypeAlias = str
 CommandLine: TypeAlias = str
 Seconds: TypeAlias = float
 ByteCount: TypeAlias = int
+Count: TypeAlias = int
 
 
 class Direction(StrEnum):
@@ -211,7 +212,30 @@ class LiveOptions(Struct, frozen=True):
         )
 
 
-def _require_fitting_fields(options: Access | MergeOptions | LiveOptions) -> None:
+class Retention(Struct, frozen=True):
+    """Which snapshots of a chain stay: those that any of the rules keeps.
+
+    Attributes:
+        keep_last: this many, the uppermost ones; 0 for none.
+        keep_within: those that are not older than this, in seconds.
+        keep: those whose image has a file name like one of these patterns, as a shell matches them
+            (``daily-*``).
+        keep_checkpoints: besides these, those at which a checkpoint begins that backups can use.
+    """
+
+    keep_last: Count | None = None
+    keep_within: Seconds | None = None
+    keep: tuple[str, ...] = ()
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise NoRetentionRule, or OptionUnusable if a rule has an impossible value."""
+        _require_fitting_fields(self)
+        if self.keep_last is None and self.keep_within is None and not self.keep:
+            raise NoRetentionRule
+
+
+def _require_fitting_fields(options: Access | MergeOptions | LiveOptions | Retention) -> None:
     for name, kind in type(options).__annotations__.items():
         require_fitting(name, getattr(options, name), kind)
 
@@ -237,6 +261,18 @@ class OptionUnusable(Misuse):
     allowed: str
 
 
+class NoRetentionRule(Misuse):
+    """Snapshots were to be thinned out, and nothing says which of them stay."""
+
+    code: ClassVar[str] = "no-retention-rule"
+    template: ClassVar[str] = "nothing says which snapshots stay"
+    hint: ClassVar[str] = "give at least one of --keep-last, --keep-within and --keep"
+    explanation: ClassVar[str] = (
+        "Thinning out keeps the snapshots that a rule keeps and merges the others away, so without "
+        "a rule it would merge all of them. Nothing was read and nothing was changed."
+    )
+
+
 def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Raise OptionUnusable unless *value* is one of *choices*."""
     known = tuple(choices)
@@ -254,6 +290,12 @@ def require_integer(option: str, value: object) -> None:
     """Raise OptionUnusable unless *value* is a whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise _unusable(option, value, "a whole number")
+
+
+def require_count(option: str, value: object) -> None:
+    """Raise OptionUnusable unless *value* is a whole number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _unusable(option, value, "a whole number, 0 or more")
 
 
 def require_bytes(option: str, value: object) -> None:
@@ -342,6 +384,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "bool": require_flag,
         "int": require_integer,
         "ByteCount": require_bytes,
+        "Count": require_count,
         "Seconds": require_seconds,
         "str": require_text,
         "Sequence[str]": require_texts,
@@ -360,6 +403,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "Access": partial(require_instance, kind=Access),
         "MergeOptions": partial(require_instance, kind=MergeOptions),
         "LiveOptions": partial(require_instance, kind=LiveOptions),
+        "Retention": partial(require_instance, kind=Retention),
     }
 )
 

@@ -41,6 +41,7 @@ from chainmerge.records.merged_record import (
 from chainmerge.records.remains import KINDS, kind_of, read_leftover
 from chainmerge.records.request import command_of, resume_command_of, shell_line
 from chainmerge.records.saved_bitmaps import SavedBitmaps, load_saved_bitmaps
+from chainmerge.records.thinning import Thinning
 from chainmerge.records.ways_out import (
     NOT_KNOWN,
     WaysOut,
@@ -50,6 +51,7 @@ from chainmerge.records.ways_out import (
     of_pull,
     of_record,
     of_saved_bitmaps,
+    of_thinning,
 )
 from chainmerge.storage.errors import ImageMissing, reason_of
 from chainmerge.storage.locks import LockMode, contentions
@@ -287,9 +289,10 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
         top=first.top or second.top,
         progress=second.progress if first.state == second.state == UNKNOWN else first.progress,
         base_holds_data=second.base_holds_data if holds is None else holds,
-        # What finishes all of several disks finishes this one too.
-        command=second.command if second.disks else first.command or second.command,
+        # What finishes all of several merges finishes this one too.
+        command=second.command if second.is_one_of_several else first.command or second.command,
         disks=first.disks or second.disks,
+        leaf=first.leaf or second.leaf,
         files=(*first.files, *second.files),
         warnings=(*first.warnings, *second.warnings),
         noted_at=max(first.noted_at or 0, second.noted_at or 0) or None,
@@ -311,6 +314,8 @@ def _read(file: Path, devices: BlockDevices) -> UnfinishedMerge | None:
                 return _of_saved(file, saved)
             case DiskEntry() as entry:
                 return _of_disk(file, entry)
+            case Thinning() as thinning:
+                return _of_thinning(file, thinning)
             case None:
                 return None
     except ChainmergeError as error:
@@ -550,6 +555,28 @@ def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
     command = entry.finishing_command
     told = _told_by(file, entry.base, entry.top, progress, command, ways=ways, by=by)
     return replace(told, disks=tuple(entry.disks))
+
+
+def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
+    """The merge that is next where snapshots are thinned out; its own files say more of it."""
+    if not thinning.pending or not thinning.is_of_its_leaf():
+        return None
+    current = thinning.pending[0]
+    number = 1 + sum(one.done for one in thinning.ranges)
+    progress = (
+        f"snapshots of {thinning.leaf} are being thinned out, and merge {number} of "
+        f"{len(thinning.ranges)} is not finished"
+    )
+    told = _told_by(
+        file,
+        current.base_identity.path,
+        current.top_identity.path,
+        progress,
+        thinning.command,
+        ways=of_thinning(thinning),
+        by=_doer_of(thinning.request),
+    )
+    return replace(told, leaf=thinning.leaf)
 
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:

@@ -61,9 +61,9 @@ def disks_report(report: DisksReport) -> Block:
     merged = [disk.report for disk in report.disks if disk.report is not None]
     parts += _left_behind(merged, names)
     for disk in report.disks:
-        parts += _why_not_done(disk, names)
+        parts += reasons_not_done(disk, names)
     for one in merged:
-        parts += _warnings(one, names)
+        parts += warnings_of(one, names)
     parts += _new_leaves(merged)
     if done < len(report.disks):
         parts.append(words("The same command does the rest."))
@@ -94,7 +94,8 @@ def _top_of(disk: DiskReport) -> str:
     return disk.top if plan is None else plan.top
 
 
-def _why_not_done(disk: DiskReport, names: ImageNames) -> Iterator[Block]:
+def reasons_not_done(disk: DiskReport, names: ImageNames) -> Iterator[Block]:
+    """Why a merge that is one of several was not done, if it was not."""
     if disk.error is not None:
         yield words(f"{names.of(disk.top)}: {disk.error.message}", layout.BAD)
         yield from layout.way_out(disk.error.hint, disk.error.code)
@@ -125,7 +126,7 @@ def _merge_lines(report: MergeReport, names: ImageNames) -> Iterator[Block]:
     yield from _left_behind([report], names)
     if report.plan is not None:
         yield users_line(report.plan, names)
-    yield from _warnings(report, names)
+    yield from warnings_of(report, names)
 
 
 def _first_two(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -201,7 +202,8 @@ def _left_behind(reports: Sequence[MergeReport], names: ImageNames) -> Iterator[
         )
 
 
-def _warnings(report: MergeReport, names: ImageNames) -> Iterator[Words]:
+def warnings_of(report: MergeReport, names: ImageNames) -> Iterator[Words]:
+    """What a report warns of, but for what is said of images that are left behind."""
     # What must not be used any more is among what is left behind.
     told = [warning for warning in report.warnings if MUST_NOT_BE_USED not in warning]
     # In full: nobody can ask for them again.

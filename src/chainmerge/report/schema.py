@@ -30,6 +30,7 @@ from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
 from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport
+from chainmerge.documents.retention import ThinOutPlan, ThinOutReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
 from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
 from chainmerge.report.json import ErrorReport
@@ -57,6 +58,8 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"relink-{REPORT_VERSION}": RelinkReport,
         f"repair-{REPORT_VERSION}": RepairReport,
         f"repair-undo-{REPORT_VERSION}": UndoReport,
+        f"plan-thin-out-{REPORT_VERSION}": ThinOutPlan,
+        f"thin-out-{REPORT_VERSION}": ThinOutReport,
         f"cancel-{REPORT_VERSION}": CancelReport,
         f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
@@ -73,6 +76,7 @@ _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
         MergeReport: "report",
         DisksReport: "report",
         RelinkReport: "report",
+        ThinOutReport: "report",
         ErrorReport: "error",
     }
 )
