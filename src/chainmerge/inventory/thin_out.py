@@ -22,7 +22,12 @@ from chainmerge.documents.retention import ThinOutReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
 from chainmerge.inventory.errors import ThinningUnfinished
-from chainmerge.inventory.thinning import chain_access, plan_chain, range_options
+from chainmerge.inventory.thinning import (
+    chain_access,
+    options_of_range,
+    plan_chain,
+    range_options,
+)
 from chainmerge.merging.job import Request
 from chainmerge.merging.merge import merge
 from chainmerge.merging.preparing import prepare, require_no_others
@@ -120,7 +125,7 @@ def _require_all(
             top=top,
             base=base,
             access=access,
-            options=options,
+            options=options_of_range(planned.chain, span, options),
             report=_of_range(report, str(top)),
             should_stop=stop,
             started=time.monotonic(),
@@ -146,6 +151,7 @@ def _begun(
                 top=str(planned.chain.images[span.top].path),
                 base_identity=identify(planned.chain.images[span.base].real_path),
                 top_identity=identify(planned.chain.images[span.top].real_path),
+                direction=options_of_range(planned.chain, span, options).direction,
             )
             for span in planned.spans
         ],
@@ -209,7 +215,9 @@ def _merged(
     stop: ShouldStop,
 ) -> DiskReport:
     with system_errors_as_ours():
-        done = merge(one.top, one.base, access, options, report, stop)
+        # Once base is gone nothing else tells which way it went.
+        going = replace(options, direction=one.direction)
+        done = merge(one.top, one.base, access, going, report, stop)
     return DiskReport(one.top, one.base, DiskOutcome(done.outcome), done)
 
 

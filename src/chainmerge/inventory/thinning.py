@@ -92,6 +92,18 @@ def chain_access(leaf: str | Path, access: Access | None) -> Access:
     return replace(access, active=str(leaf))
 
 
+def options_of_range(chain: Chain, span: Span, options: MergeOptions) -> MergeOptions:
+    """How one range is merged: its result keeps the format of its top as it keeps the name.
+
+    A commit into a raw image would leave raw data under a name that everybody, the VM's
+    configuration included, takes for a qcow2 image.
+    """
+    base, top = chain.images[span.base], chain.images[span.top]
+    if options.direction == "auto" and base.format != top.format:
+        return replace(options, direction="pull")
+    return options
+
+
 class PlannedThinning(Struct, frozen=True):
     """What is to be done, and the images that it is about.
 
@@ -163,7 +175,7 @@ def _plan_spans(
         base, top = chain.images[span.base], chain.images[span.top]
         target = find_target(top.path, base.path, access, look)
         claims.append(dict(taken))
-        one = plan_beside(target, access, options, dict(taken))
+        one = plan_beside(target, access, options_of_range(chain, span, options), dict(taken))
         planned.append(one)
         taken.update(_taken_for_good(one, target))
     return tuple(planned), tuple(claims)

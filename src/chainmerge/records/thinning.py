@@ -15,6 +15,7 @@ import msgspec
 
 from chainmerge.documents.retention import SnapshotFate
 from chainmerge.errors import ChainmergeError
+from chainmerge.options import DirectionChoice
 from chainmerge.records.changes import what_stands_at
 from chainmerge.records.files import StateFile, UnusableState, is_path, read_state, write_state
 from chainmerge.records.identity import BlockDevices, ImageIdentity, Sameness
@@ -34,6 +35,7 @@ class ThinnedRange(msgspec.Struct, frozen=True):
     top: str
     base_identity: ImageIdentity
     top_identity: ImageIdentity
+    direction: DirectionChoice = "auto"
     done: bool = False
 
 
