@@ -73,6 +73,7 @@ SHARED_NAMES: Final = {
         "live/merging.py",
         "records/unfinished.py",
     },
+    "thin_out": {"cli/thin_out.py", "inventory/thin_out.py"},
     # Variables of types.
     "Function": {"cli/live.py", "cli/options.py"},
     "P": {"cli/live.py", "cli/options.py", "storage/boundary.py"},

@@ -171,14 +171,15 @@ def test_nothing_goes_that_anybody_needs(facts: list[Snapshot], retention: Reten
     times = times_of(facts)
     for index, (one, fate) in enumerate(zip(facts, fates, strict=True)):
         name = one.path.removeprefix("/i/")
-        needed = one.branches or one.in_use or one.not_removable
-        needed = needed or index >= len(facts) - (retention.keep_last or 0)
-        needed = needed or (retention.keep_checkpoints and one.checkpoints)
-        within = retention.keep_within
-        time = times[index]
-        needed = needed or (within is not None and (time is None or time >= NOW - within))
-        needed = needed or ("daily-*" in retention.keep and name.startswith("daily-"))
-        if needed:
+        within, time = retention.keep_within, times[index]
+        needed = (
+            bool(one.branches or one.in_use or one.not_removable),
+            index >= len(facts) - (retention.keep_last or 0),
+            retention.keep_checkpoints and bool(one.checkpoints),
+            within is not None and (time is None or time >= NOW - within),
+            "daily-*" in retention.keep and name.startswith("daily-"),
+        )
+        if any(needed):
             assert fate.stays
     for span in spans_of(fates):
         touched = facts[span.base : span.top + 1]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -32,8 +33,6 @@ def spelled_duration(seconds: float) -> str:
 
     A part of a second counts as a whole one.
     """
-    whole = -int(-seconds // 1)
-    unit = next(unit for unit, size in SECONDS_IN.items() if whole % size == 0 or size == 1)
-    if not whole:
-        return "0s"
+    whole = math.ceil(seconds)
+    unit = next(unit for unit, size in SECONDS_IN.items() if whole % size == 0)
     return f"{whole // SECONDS_IN[unit]}{unit}"

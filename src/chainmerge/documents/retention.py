@@ -83,15 +83,9 @@ class ThinOutPlan(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         """Have what is said of all ranges follow from their plans."""
-        force_setattr(self, "bytes_to_copy", sum(map(bytes_copied_by, self.ranges)))
+        force_setattr(self, "bytes_to_copy", sum(plan.bytes_copied for plan in self.ranges))
         force_setattr(self, "freed_bytes", sum(plan.freed_bytes for plan in self.ranges))
         force_setattr(self, "feasible", not self.refusals)
-
-
-def bytes_copied_by(plan: MergePlan) -> int:
-    """Bytes that a merge copies in the direction that it takes; what is shared is left out."""
-    cost = plan.directions.pull if plan.pulls else plan.directions.commit
-    return max(0, cost.bytes_to_copy - plan.shared_bytes)
 
 
 class ThinOutReport(Struct, frozen=True):

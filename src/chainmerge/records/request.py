@@ -9,6 +9,7 @@ command can be run from anywhere; block devices are named by what stays theirs a
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import stat
@@ -139,7 +140,12 @@ def recorded(
 def recorded_thinning(
     leaf: str | Path, retention: Retention, access: Access, options: MergeOptions
 ) -> RecordedRequest:
-    """A request to thin out the snapshots below *leaf*, as it is recorded."""
+    """A request to thin out the snapshots below *leaf*, as it is recorded.
+
+    Parts of a second, which no command can say, are recorded as a whole one.
+    """
+    if retention.keep_within is not None:
+        retention = msgspec.structs.replace(retention, keep_within=math.ceil(retention.keep_within))
     said = dict(_said(retention))
     return msgspec.structs.replace(recorded([leaf], [], access, options), retention=said)
 

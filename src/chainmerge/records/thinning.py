@@ -59,6 +59,15 @@ class Thinning(msgspec.Struct, frozen=True):
         return command_of(self.request)
 
     @property
+    def progress(self) -> str:
+        """How far it came, in a sentence."""
+        number = 1 + len(self.ranges) - len(self.pending)
+        return (
+            f"snapshots of {self.leaf} are being thinned out, and merge {number} of "
+            f"{len(self.ranges)} is not finished"
+        )
+
+    @property
     def pending(self) -> tuple[ThinnedRange, ...]:
         """The merges that are not known to be done."""
         return tuple(one for one in self.ranges if not one.done)

@@ -562,16 +562,11 @@ def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
     if not thinning.pending or not thinning.is_of_its_leaf():
         return None
     current = thinning.pending[0]
-    number = 1 + sum(one.done for one in thinning.ranges)
-    progress = (
-        f"snapshots of {thinning.leaf} are being thinned out, and merge {number} of "
-        f"{len(thinning.ranges)} is not finished"
-    )
     told = _told_by(
         file,
         current.base_identity.path,
         current.top_identity.path,
-        progress,
+        thinning.progress,
         thinning.command,
         ways=of_thinning(thinning),
         by=_doer_of(thinning.request),

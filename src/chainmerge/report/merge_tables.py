@@ -83,7 +83,7 @@ def _disklisted(disk: DiskReport, names: ImageNames) -> tuple[Words, ...]:
     style = layout.GOOD if disk.is_done else layout.BAD
     copied = freed = ""
     if disk.report is not None:
-        copied = short_size(_copied(disk.report))
+        copied = short_size(bytes_moved(disk.report))
         freed = "" if disk.report.plan is None else short_size(disk.report.plan.freed_bytes)
     disk_and_base = words(names.of(_top_of(disk))), words(names.of(disk.base))
     return *disk_and_base, words(disk.outcome, style), words(copied), words(freed)
@@ -149,14 +149,15 @@ def _headline(report: MergeReport, names: ImageNames) -> str:
     return f"Done: {top} is merged into {base}{names.place}"
 
 
-def _copied(report: MergeReport) -> int:
+def bytes_moved(report: MergeReport) -> int:
+    """Bytes that a merge has copied; what the result shares is left out."""
     shared = 0 if report.plan is None else report.plan.shared_bytes
     return max(0, report.bytes_copied - shared)
 
 
 def _speed(report: MergeReport) -> str:
     """How much was copied at which rate, what verified it, and how long all of it took."""
-    copied = _copied(report)
+    copied = bytes_moved(report)
     shared = report.bytes_copied - copied
     said = [f"{short_size(shared)} shared"] if shared else []
     if copied or not shared:

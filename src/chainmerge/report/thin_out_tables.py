@@ -6,19 +6,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.retention import bytes_copied_by
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, stack, words
-from chainmerge.report.merge_tables import merge_details, reasons_not_done, warnings_of
+from chainmerge.report.merge_tables import bytes_moved, merge_details, reasons_not_done, warnings_of
 from chainmerge.report.names import ImageNames, names_in, users_line
 from chainmerge.report.plan_details import plan_details
+from chainmerge.report.plan_tables import refused
 from chainmerge.report.text import short_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from chainmerge.documents.disks import DiskReport
-    from chainmerge.documents.plan import Finding, MergePlan
+    from chainmerge.documents.plan import MergePlan
     from chainmerge.documents.retention import SnapshotFate, ThinOutPlan, ThinOutReport
 
 _DAY = 86_400
@@ -108,16 +108,11 @@ def _answer(plan: ThinOutPlan, names: ImageNames, command: str) -> Iterator[Bloc
         yield users_line(plan.ranges[0], names)
     if plan.refusals:
         for refusal in plan.refusals:
-            yield from _refused(refusal)
+            yield from refused(refusal)
     elif plan.ranges:
         yield layout.command_line("Do it: ", command)
     else:
         yield words("Nothing to do", layout.GOOD)
-
-
-def _refused(refusal: Finding) -> Iterator[Block]:
-    yield layout.joined(words("REFUSED: ", layout.BAD), words(refusal.sentence))
-    yield from layout.way_out(refusal.hint, refusal.code)
 
 
 def _snapshots(snapshots: Sequence[SnapshotFate], now: int, names: ImageNames) -> Iterator[Block]:
@@ -163,13 +158,13 @@ def _planned_ranges(plans: Sequence[MergePlan], names: ImageNames) -> Iterator[B
             words(names.of(plan.top)),
             words(str(_images_in(plan))),
             words("up" if plan.pulls else "down"),
-            words(short_size(bytes_copied_by(plan))),
+            words(short_size(plan.bytes_copied)),
             words(short_size(plan.freed_bytes)),
             words("REFUSED", layout.BAD) if plan.refusals else words("merge", layout.GOOD),
         )
         for plan in plans
     ]
-    headings = ("from", "become", "images", "data goes", "copies", "frees", "verdict")
+    headings = ("from", "up to", "images", "data goes", "copies", "frees", "verdict")
     yield layout.EMPTY_LINE
     yield layout.listing(headings, rows, right=("images", "copies", "frees"))
 
@@ -184,7 +179,7 @@ def _merged_ranges(ranges: Sequence[DiskReport], names: ImageNames) -> Iterator[
         return
     yield layout.EMPTY_LINE
     yield layout.listing(
-        ("from", "become", "outcome", "copied", "frees"),
+        ("from", "up to", "outcome", "copied", "frees"),
         [_merged_range(one, names) for one in ranges],
         right=("copied", "frees"),
     )
@@ -193,10 +188,8 @@ def _merged_ranges(ranges: Sequence[DiskReport], names: ImageNames) -> Iterator[
 def _merged_range(one: DiskReport, names: ImageNames) -> tuple[Words, ...]:
     copied = freed = ""
     if one.report is not None:
-        plan = one.report.plan
-        shared = 0 if plan is None else plan.shared_bytes
-        copied = short_size(max(0, one.report.bytes_copied - shared))
-        freed = "" if plan is None else short_size(plan.freed_bytes)
+        copied = short_size(bytes_moved(one.report))
+        freed = "" if one.report.plan is None else short_size(one.report.plan.freed_bytes)
     style = layout.GOOD if one.is_done else layout.BAD
     ends = words(names.of(one.base)), words(names.of(one.top))
     return *ends, words(one.outcome, style), words(copied), words(freed)
