@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from chainmerge.arithmetic.durations import SECONDS_IN, seconds_of, spelled_duration
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
 from chainmerge.documents.retention import RetentionRule, SnapshotFate
-from chainmerge.inventory.retention import Snapshot, Span, judge, spans_of, times_of
+from chainmerge.inventory.retention import Span, ViewFacts, ages_of, judge, spans_of
 from chainmerge.inventory.thinning import checkpoints_by_snapshot
 from chainmerge.options import NoRetentionRule, OptionUnusable, Retention
 
@@ -23,10 +23,10 @@ DAY = 86_400
 RULES = RetentionRule
 
 
-def snapshots(count: int = 5) -> list[Snapshot]:
+def snapshots(count: int = 5) -> list[ViewFacts]:
     """One a day, the uppermost one from a day ago."""
     return [
-        Snapshot(f"/images/s{number}.qcow2", written=NOW - (count - number) * DAY)
+        ViewFacts(f"/images/s{number}.qcow2", written=NOW - (count - number) * DAY)
         for number in range(count)
     ]
 
@@ -38,11 +38,11 @@ class Row:
     about: str
     retention: Retention
     rules: str
-    changes: dict[int, Snapshot] = field(default_factory=dict)
+    changes: dict[int, ViewFacts] = field(default_factory=dict)
     held: dict[int, str] = field(default_factory=dict)
 
 
-def changed(number: int, **facts: object) -> dict[int, Snapshot]:
+def changed(number: int, **facts: object) -> dict[int, ViewFacts]:
     return {number: replace(snapshots()[number], **facts)}
 
 
@@ -146,7 +146,7 @@ def test_each_that_goes_is_in_one_range_and_all_that_stay_are_shown(
 
 FACTS = st.lists(
     st.builds(
-        Snapshot,
+        ViewFacts,
         path=st.sampled_from(("/i/daily-1.qcow2", "/i/weekly-1.qcow2", "/i/x.raw")),
         written=st.one_of(st.none(), st.floats(0, NOW)),
         branches=st.sampled_from(((), (), ("/i/other.qcow2",))),
@@ -166,9 +166,9 @@ RETENTION = st.builds(
 
 
 @given(FACTS, RETENTION)
-def test_nothing_goes_that_anybody_needs(facts: list[Snapshot], retention: Retention) -> None:
+def test_nothing_goes_that_anybody_needs(facts: list[ViewFacts], retention: Retention) -> None:
     fates = judge(facts, retention, NOW)
-    times = times_of(facts)
+    times = ages_of(facts)
     for index, (one, fate) in enumerate(zip(facts, fates, strict=True)):
         name = one.path.removeprefix("/i/")
         within, time = retention.keep_within, times[index]
@@ -187,7 +187,7 @@ def test_nothing_goes_that_anybody_needs(facts: list[Snapshot], retention: Reten
 
 
 @given(FACTS, RETENTION, RETENTION)
-def test_more_rules_keep_more(facts: list[Snapshot], one: Retention, other: Retention) -> None:
+def test_more_rules_keep_more(facts: list[ViewFacts], one: Retention, other: Retention) -> None:
     both = Retention(
         keep_last=max(one.keep_last or 0, other.keep_last or 0),
         keep_within=max(
@@ -202,13 +202,13 @@ def test_more_rules_keep_more(facts: list[Snapshot], one: Retention, other: Rete
     assert {i for i in alone - kept if not _is_beside_one_in_use(facts, i)} == set()
 
 
-def _is_beside_one_in_use(facts: list[Snapshot], index: int) -> bool:
+def _is_beside_one_in_use(facts: list[ViewFacts], index: int) -> bool:
     return any(one.in_use for one in facts[index + 1 :])
 
 
 @given(FACTS)
-def test_none_is_younger_than_the_next_one(facts: list[Snapshot]) -> None:
-    times = times_of(facts)
+def test_none_is_younger_than_the_next_one(facts: list[ViewFacts]) -> None:
+    times = ages_of(facts)
     for lower, upper in itertools.pairwise(times):
         assert upper is None or (lower is not None and lower <= upper)
 

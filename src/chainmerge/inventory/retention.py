@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NOTHING_HELD: Final[Mapping[int, str]] = MappingProxyType({})
 
 
-class Snapshot(Struct, frozen=True):
+class ViewFacts(Struct, frozen=True):
     """An image below the leaf, and what decides on it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Span(Struct, frozen=True):
 
 
 def judge(
-    snapshots: Sequence[Snapshot],
+    snapshots: Sequence[ViewFacts],
     retention: Retention,
     now: float,
     held: Mapping[int, str] = NOTHING_HELD,
@@ -72,7 +72,7 @@ def judge(
         held: by index, snapshots whose merge would lose a checkpoint that backups can use, and
             why, in a sentence.
     """
-    times = times_of(snapshots)
+    times = ages_of(snapshots)
     fates = [
         _judged(index, snapshot, times[index], len(snapshots), retention, now, held.get(index))
         for index, snapshot in enumerate(snapshots)
@@ -86,7 +86,7 @@ def judge(
     return tuple(fates)
 
 
-def times_of(snapshots: Sequence[Snapshot]) -> tuple[float | None, ...]:
+def ages_of(snapshots: Sequence[ViewFacts]) -> tuple[float | None, ...]:
     """How old each is, as seconds since 1970: when it was last written, as far as that is known.
 
     None of them is younger than the next one, which was made after it. So one that a merge has
@@ -104,7 +104,7 @@ def _earlier(above: float | None, below: float | None) -> float | None:
 
 def _judged(
     index: int,
-    snapshot: Snapshot,
+    snapshot: ViewFacts,
     written: float | None,
     count: int,
     retention: Retention,
@@ -120,7 +120,7 @@ _GOES: Final = (RetentionRule.NO_RULE, "no rule keeps it")
 
 
 def _fate(
-    snapshot: Snapshot, written: float | None, rule: RetentionRule, reason: str
+    snapshot: ViewFacts, written: float | None, rule: RetentionRule, reason: str
 ) -> SnapshotFate:
     return SnapshotFate(
         image=snapshot.path,
@@ -134,7 +134,7 @@ def _fate(
 
 def _kept_by_rules(
     index: int,
-    snapshot: Snapshot,
+    snapshot: ViewFacts,
     written: float | None,
     count: int,
     retention: Retention,
@@ -160,7 +160,7 @@ def _kept_by_rules(
         yield RetentionRule.AGE_UNKNOWN, "nothing tells how old it is"
 
 
-def _kept_anyway(snapshot: Snapshot, held: str | None) -> Iterator[tuple[RetentionRule, str]]:
+def _kept_anyway(snapshot: ViewFacts, held: str | None) -> Iterator[tuple[RetentionRule, str]]:
     if snapshot.branches:
         first, *more = snapshot.branches
         others = f" and {counted(len(more), 'more image')}" if more else ""

@@ -25,7 +25,7 @@ from chainmerge.documents.plan import Finding
 from chainmerge.documents.retention import ThinOutPlan
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
-from chainmerge.inventory.retention import Snapshot, Span, judge, spans_of
+from chainmerge.inventory.retention import Span, ViewFacts, judge, spans_of
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import Planned, beside_others, plan_beside
 from chainmerge.planning.errors import BaseCannotHoldBitmaps, UnguardedBitmaps
@@ -202,7 +202,7 @@ def _losing_checkpoints(
                 yield span.base, refusal.sentence
 
 
-def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> list[Snapshot]:
+def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> list[ViewFacts]:
     branches = _branches(relatives)
     # Who has the leaf open has all of them open, which says nothing of any.
     users = _users_of(chain.images[:-1]) if leaf_is_free else {}
@@ -211,7 +211,7 @@ def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> 
     for index, image in enumerate(chain.images[:-1]):
         occupied, written = on_disk(image)
         found.append(
-            Snapshot(
+            ViewFacts(
                 path=str(image.path),
                 written=written,
                 occupied=occupied,
