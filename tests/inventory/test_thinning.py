@@ -28,6 +28,7 @@ from tests.chain.unchanged import unchanged
 from tests.inventory.trees import DAY, view_of
 from tests.records.killed import chain, die, killed, killed_at, run_verbatim
 from tests.support.cli import chainmerge as command
+from tests.support.live_vm import running_vm
 from tests.support.qemu import assert_clean, bitmap_names, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
@@ -141,6 +142,17 @@ def test_a_leaf_that_is_open_refuses_all(images: list[Path]) -> None:
         with pytest.raises(ImageLocked):
             chainmerge.thin_out(images[-1], TWO_RANGES, Access(lock_wait=0))
     assert load_thinning(images[-1]) is None
+
+
+def test_a_running_vm_is_named_with_what_can_be_done_in_it(images: list[Path]) -> None:
+    directory = images[0].parent
+    with running_vm(directory.parent / "vm", images):
+        for dry in ((), ("--dry-run",)):
+            ran = command("thin-out", *dry, "--lock-wait", "0", "--keep-last", "1", images[-1])
+            assert ran.status == 3
+            said = " ".join((ran.out + ran.err).split())
+            assert "`chainmerge live merge --qmp SOCKET --device disk0 --base BASE TOP`" in said
+            assert str(images[0 if not dry else -1]) in said
 
 
 def test_a_refusal_of_the_last_range_leaves_the_first_one_alone(images: list[Path]) -> None:

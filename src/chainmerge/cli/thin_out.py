@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
+from msgspec.structs import replace
 
 from chainmerge import api
 from chainmerge.cli.commands import PanelOption
@@ -34,6 +35,7 @@ from chainmerge.storage.errors import ImageLocked
 
 if TYPE_CHECKING:
     from chainmerge.cli.output import Output
+    from chainmerge.documents.retention import ThinOutPlan
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import Access, MergeOptions
 
@@ -51,7 +53,20 @@ class ThinOutCommand(PlanningCommand):
         return error.advised(way) if way else error
 
 
+def _with_way_into_vm(plan: ThinOutPlan, leaf: str) -> ThinOutPlan:
+    """The same plan; where an image is locked, the hint begins as that of the error does."""
+    if not any(one.code == ImageLocked.code for one in plan.refusals):
+        return plan
+    way = _way_into_vm(leaf)
+    refusals = tuple(
+        replace(one, hint=way + one.hint) if one.code == ImageLocked.code else one
+        for one in plan.refusals
+    )
+    return replace(plan, refusals=refusals)
+
+
 def _way_into_vm(leaf: str) -> str:
+    """The beginning of a hint: what merges in the VM that has the leaf open; empty without one."""
     # Imported where it is used: few runs meet a running VM.
     from chainmerge.live.found_vm import vm_that_has_open  # noqa: PLC0415
 
@@ -141,7 +156,7 @@ def _show(
     *,
     verbose: bool,
 ) -> ExitCode:
-    decided = api.plan_thin_out(leaf, retention, access, options)
+    decided = _with_way_into_vm(api.plan_thin_out(leaf, retention, access, options), leaf)
     table = thin_out_plan_details if verbose else thin_out_plan
     command = same_with("chainmerge", "thin-out")
     status = ExitCode.DONE if decided.feasible else ExitCode.REFUSED
