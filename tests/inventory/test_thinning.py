@@ -311,23 +311,31 @@ def dies_at_call(number: int) -> Callable[[], None]:
     return patch
 
 
-def thinned_until(patch: Callable[[], None], images: list[Path]) -> None:
+def thinned_until(
+    patch: Callable[[], None], images: list[Path], options: MergeOptions | None = None
+) -> None:
     def work() -> None:
         patch()
-        chainmerge.thin_out(images[-1], TWO_RANGES)
+        chainmerge.thin_out(images[-1], TWO_RANGES, options=options)
 
     killed(work)
 
 
-@pytest.mark.parametrize("call", [2, 3])
-def test_killed_after_a_range(images: list[Path], call: int) -> None:
-    """Before that is noted: the first range is done, and perhaps the last one."""
+@pytest.mark.parametrize(
+    ("call", "direction", "said"),
+    [(2, "pull", "--direction pull "), (3, "commit", "--direction commit "), (3, "auto", "")],
+)
+def test_killed_after_a_range(images: list[Path], call: int, direction: Any, said: str) -> None:
+    """Before that is noted: the first range is done, and perhaps the last one.
+
+    By a commit the leaf has become the file of another image.
+    """
     before = views(images)
-    thinned_until(dies_at_call(call), images)
+    thinned_until(dies_at_call(call), images, MergeOptions(direction=direction))
     (merge,) = chainmerge.status([images[-1]]).merges
     assert merge.leaf == str(images[-1])
     assert merge.vm_may_start
-    assert merge.command == f"chainmerge thin-out --keep 's2.*' -- {images[-1]}"
+    assert merge.command == f"chainmerge thin-out --keep 's2.*' {said}-- {images[-1]}"
     other = Retention(keep_last=3)
     with unchanged(images[0].parent):
         for function in (chainmerge.plan_thin_out, chainmerge.thin_out):

@@ -131,9 +131,8 @@ def plan_chain(
     now = time.time() if now is None else now
     chain = discover(leaf, policy_of(access, leaf))
     if len(chain.images) < 2:
-        return PlannedThinning(
-            ThinOutPlan(REPORT_VERSION, str(leaf), int(now), (), (), ()), chain, (), ()
-        )
+        nothing = ThinOutPlan(REPORT_VERSION, str(chain.top.path), int(now), (), (), ())
+        return PlannedThinning(nothing, chain, (), ())
     look = Look()
     relatives = relatives_of(chain, 0, access, look=look)
     for child in relatives.children:

@@ -68,7 +68,8 @@ def cancel(
 
     Args:
         image: top or base of the merge. What is top of one merge and base of another one stands
-            for the former.
+            for the former. Of snapshots that are thinned out, also the leaf: what has not begun
+            is forgotten, what is merged stays.
         access: how long to wait for the image that the merge wrote to.
         shrink: reduce the logical volume of that image to what it needs, and 1 GiB.
 
