@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -20,19 +20,16 @@ from chainmerge.errors import ExitCode, Interrupted, Refused
 from chainmerge.inventory import thin_out as thinning_out
 from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
 from chainmerge.merging import by_native, settling
-from chainmerge.records.thinning import THINNING, keep_thinning, load_thinning
+from chainmerge.records.thinning import THINNING, load_thinning
 from chainmerge.repairing.errors import CannotCancel
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.chain.unchanged import unchanged
 from tests.inventory.trees import DAY, view_of
-from tests.records.killed import chain, die, killed, killed_at, run_verbatim
+from tests.records.killed import chain, killed_at, killed_at_call, run_verbatim
 from tests.support.cli import chainmerge as command
 from tests.support.live_vm import running_vm
 from tests.support.qemu import assert_clean, bitmap_names, content, create, qemu_img, qemu_io
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ONE = Retention(keep_last=1)
 TWO_RANGES = Retention(keep=("s2.*",))
@@ -293,32 +290,14 @@ def test_wrong_usage(images: list[Path]) -> None:
 # What is finished, and what is undone
 
 
-def dies_at_call(number: int) -> Callable[[], None]:
-    """Have a process die when it notes that a range is done."""
-
-    def patch() -> None:
-        left = number
-
-        def note(*arguments: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                die()
-            keep_thinning(*arguments)
-
-        vars(thinning_out)["keep_thinning"] = note
-
-    return patch
-
-
-def thinned_until(
-    patch: Callable[[], None], images: list[Path], options: MergeOptions | None = None
-) -> None:
-    def work() -> None:
-        patch()
-        chainmerge.thin_out(images[-1], TWO_RANGES, options=options)
-
-    killed(work)
+def killed_at_note(number: int, images: list[Path], options: MergeOptions | None = None) -> None:
+    """Before what is recorded is written for that time: the first one is of its beginning."""
+    killed_at_call(
+        thinning_out,
+        "keep_thinning",
+        number,
+        lambda: chainmerge.thin_out(images[-1], TWO_RANGES, options=options),
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +310,7 @@ def test_killed_after_a_range(images: list[Path], call: int, direction: Any, sai
     By a commit the leaf has become the file of another image.
     """
     before = views(images)
-    thinned_until(dies_at_call(call), images, MergeOptions(direction=direction))
+    killed_at_note(call, images, MergeOptions(direction=direction))
     (merge,) = chainmerge.status([images[-1]]).merges
     assert merge.leaf == str(images[-1])
     assert merge.vm_may_start
@@ -371,20 +350,7 @@ def test_killed_in_the_middle_and_cancelled(images: list[Path], keep_last: int) 
 def test_cancelled_between_ranges(images: list[Path]) -> None:
     before = views(images)
 
-    def work() -> None:
-        real, calls = vars(thinning_out)["merge"], 0
-
-        def merge(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                die()
-            return real(*arguments)
-
-        vars(thinning_out)["merge"] = merge
-        chainmerge.thin_out(images[-1], TWO_RANGES)
-
-    killed(work)
+    killed_at_call(thinning_out, "merge", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES))
     (merge,) = chainmerge.status([images[-1]]).merges
     assert (merge.base, merge.top) == (str(images[0]), str(images[2]))
     assert merge.cancel_command == f"chainmerge cancel {images[-1]}"
@@ -457,7 +423,7 @@ def test_a_range_that_fails_keeps_the_next_one_from_being_begun(
 
 
 def test_a_record_of_another_image_under_the_name_of_the_leaf(images: list[Path]) -> None:
-    thinned_until(dies_at_call(2), images)
+    killed_at_note(2, images)
     for image in images:
         image.unlink(missing_ok=True)
     others = chain(images[0].parent, *NAMES)
@@ -471,7 +437,7 @@ def test_a_record_of_another_image_under_the_name_of_the_leaf(images: list[Path]
 
 
 def test_a_record_that_makes_no_sense(images: list[Path]) -> None:
-    thinned_until(dies_at_call(2), images)
+    killed_at_note(2, images)
     file = THINNING.found(images[-1])
     whole = json.loads(file.read_bytes())
     for spoilt in (

@@ -15,7 +15,7 @@ from chainmerge.merging import by_qemu, journal
 from chainmerge.options import MergeOptions
 from chainmerge.records.errors import BitmapsSetAside, MergedBefore
 from chainmerge.records.merged_record import merged_record_file
-from tests.records.killed import DELETE, chain, die, killed, killed_at
+from tests.records.killed import DELETE, chain, killed_at, killed_at_call
 from tests.support.cli import chainmerge as command
 from tests.support.qemu import content, create, dirty_ranges, qemu_img, qemu_io
 
@@ -136,20 +136,7 @@ def test_a_pull_that_is_finished_after_its_switch_leaves_nothing_unfinished(tmp_
     pull = MergeOptions(direction="pull", delete=True)
     expected = content(top)
 
-    def work() -> None:
-        real, notes = vars(journal)["record_pull"], 0
-
-        def note(*arguments: Any) -> None:
-            nonlocal notes
-            notes += 1
-            if notes == 2:
-                die()
-            real(*arguments)
-
-        vars(journal)["record_pull"] = note
-        chainmerge.merge(top, options=pull)
-
-    killed(work)
+    killed_at_call(journal, "record_pull", 2, lambda: chainmerge.merge(top, options=pull))
     assert len(chainmerge.status([tmp_path]).merges) == 1
     chainmerge.merge(top, root, options=pull)
     assert chainmerge.status([tmp_path]).merges == ()
