@@ -207,7 +207,7 @@ def test_the_layers_are_those_of_the_contract() -> None:
 
 def test_every_command_is_described() -> None:
     described = "\n".join(row[0] for row in _rows(DOCS / "commands.md", "# Commands"))
-    found = set(re.findall(r"`chainmerge (\w+)", described))
+    found = set(re.findall(r"`chainmerge ([\w-]+)", described))
     assert found == set(_COMMANDS)
 
 

@@ -86,6 +86,7 @@ SHARED_NAMES: Final = {
         "live/merging.py",
         "records/unfinished.py",
     },
+    "thin_out": {"cli/thin_out.py", "inventory/thin_out.py"},
     # Variables of types.
     "Function": {"cli/live.py", "cli/options.py", "cli/vm_disks.py"},
     "P": {"cli/live.py", "cli/options.py", "cli/vm_disks.py", "storage/boundary.py"},

@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "recipes.md"
 _BLOCK: Final = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_DAY: Final = 86_400
 _SEARCHED: Final = re.compile(r"\bsearched .*$", re.MULTILINE)
 _ALONE: Final = ("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 _VARIES: Final = (
@@ -81,6 +83,16 @@ def _place(images: Path, **called: str) -> Place:
 @contextlib.contextmanager
 def _chain_of_four(directory: Path) -> Iterator[Place]:
     chain(directory)
+    yield _place(directory)
+
+
+@contextlib.contextmanager
+def _snapshots_of_days(directory: Path) -> Iterator[Place]:
+    images = chain(directory, ["base", "mon", "tue", "wed", "thu", "fri", "active"])
+    for number, image in enumerate(reversed(images[:-1]), start=1):
+        written = time.time() - number * _DAY - 60
+        os.utime(image, (written, written))
+    create(directory / "clone.qcow2", backing="tue.qcow2")
     yield _place(directory)
 
 
@@ -155,6 +167,7 @@ def _moved(directory: Path) -> Iterator[Place]:
 RECIPES: Final[dict[str, Callable[[Path], contextlib.AbstractContextManager[Place]]]] = {
     "Delete one snapshot": _chain_of_four,
     "Keep only the disk": _chain_of_four,
+    "Thin out snapshots": _snapshots_of_days,
     "Which chain first": _several_chains,
     "What needs attention": _chains_with_troubles,
     "Linked clones": _linked_clones,

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         plan_flatten,
         plan_flatten_disks,
         plan_repair,
+        plan_thin_out,
         prune,
         prune_disks,
         prune_whole_disks,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         save_scan,
         scan,
         status,
+        thin_out,
         undo_repair,
     )
     from chainmerge.documents.bitmaps import (
@@ -129,6 +131,12 @@ if TYPE_CHECKING:
         VmLeftover,
         VmRepairReport,
     )
+    from chainmerge.documents.retention import (
+        RetentionRule,
+        SnapshotFate,
+        ThinOutPlan,
+        ThinOutReport,
+    )
     from chainmerge.documents.scan import (
         DefinedDisk,
         ScanFinding,
@@ -170,6 +178,7 @@ if TYPE_CHECKING:
         Access,
         LiveOptions,
         MergeOptions,
+        Retention,
         ScanOptions,
     )
 
@@ -245,6 +254,8 @@ __all__ = [
     "RepairFinding",
     "RepairReport",
     "Repoint",
+    "Retention",
+    "RetentionRule",
     "Role",
     "ScanFinding",
     "ScanOptions",
@@ -255,11 +266,14 @@ __all__ = [
     "Severity",
     "SharedCheckpoint",
     "ShouldStop",
+    "SnapshotFate",
     "SnapshotsAtRisk",
     "SpacePlan",
     "Stage",
     "StatusReport",
     "StorageFailed",
+    "ThinOutPlan",
+    "ThinOutReport",
     "UndoReport",
     "UnfinishedMerge",
     "UnusableBitmap",
@@ -294,6 +308,7 @@ __all__ = [
     "plan_flatten",
     "plan_flatten_disks",
     "plan_repair",
+    "plan_thin_out",
     "prune",
     "prune_disks",
     "prune_whole_disks",
@@ -302,6 +317,7 @@ __all__ = [
     "save_scan",
     "scan",
     "status",
+    "thin_out",
     "undo_repair",
 ]
 
@@ -389,6 +405,12 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "ScannedImage",
             "Severity",
         ),
+        "chainmerge.documents.retention": (
+            "RetentionRule",
+            "SnapshotFate",
+            "ThinOutPlan",
+            "ThinOutReport",
+        ),
         "chainmerge.documents.status": (
             "LiveMergeStatus",
             "LiveStatusReport",
@@ -422,6 +444,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Access",
             "LiveOptions",
             "MergeOptions",
+            "Retention",
             "ScanOptions",
         ),
     }

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from chainmerge.inventory.overview import list_chains
     from chainmerge.inventory.scan import scan
     from chainmerge.inventory.tables import save_scan
+    from chainmerge.inventory.thin_out import thin_out
+    from chainmerge.inventory.thinning import plan_thin_out
     from chainmerge.live.libvirt.domains import domain_disks
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
@@ -74,6 +76,7 @@ __all__ = [
     "plan_flatten",
     "plan_flatten_disks",
     "plan_repair",
+    "plan_thin_out",
     "prune",
     "prune_disks",
     "prune_whole_disks",
@@ -82,6 +85,7 @@ __all__ = [
     "save_scan",
     "scan",
     "status",
+    "thin_out",
     "undo_repair",
 ]
 
@@ -113,6 +117,7 @@ _MODULES: Final = MappingProxyType(
         "plan_flatten": "chainmerge.merging.flattening",
         "plan_flatten_disks": "chainmerge.merging.flattening",
         "plan_repair": "chainmerge.repairing.mending",
+        "plan_thin_out": "chainmerge.inventory.thinning",
         "prune": "chainmerge.bitmaps.pruning",
         "prune_disks": "chainmerge.bitmaps.pruning",
         "prune_whole_disks": "chainmerge.bitmaps.pruning",
@@ -121,6 +126,7 @@ _MODULES: Final = MappingProxyType(
         "save_scan": "chainmerge.inventory.tables",
         "scan": "chainmerge.inventory.scan",
         "status": "chainmerge.records.unfinished",
+        "thin_out": "chainmerge.inventory.thin_out",
         "undo_repair": "chainmerge.repairing.mending",
     }
 )

@@ -33,6 +33,7 @@ Seconds: TypeAlias = float
 ByteCount: TypeAlias = int
 Count: TypeAlias = int
 Percentage: TypeAlias = int
+Threshold: TypeAlias = int
 
 
 class Direction(StrEnum):
@@ -250,11 +251,11 @@ class ScanOptions(Struct, frozen=True):
     one_file_system: bool = True
     check: bool = False
     cache: bool = True
-    length_info: Count = 25
-    length_warning: Count = 30
-    length_critical: Count = 100
-    length_limit: Count = 200
-    old_days: Count = 30
+    length_info: Threshold = 25
+    length_warning: Threshold = 30
+    length_critical: Threshold = 100
+    length_limit: Threshold = 200
+    old_days: Threshold = 30
     hidden: ByteCount = 1 << 30
     free_warning: Percentage = 10
     free_critical: Percentage = 2
@@ -264,7 +265,32 @@ class ScanOptions(Struct, frozen=True):
         _require_fitting_fields(self)
 
 
-def _require_fitting_fields(options: Access | MergeOptions | LiveOptions | ScanOptions) -> None:
+class Retention(Struct, frozen=True):
+    """Which snapshots of a chain stay: those that any of the rules keeps.
+
+    Attributes:
+        keep_last: this many, the uppermost ones; 0 for none.
+        keep_within: those that are not older than this, in seconds.
+        keep: those whose image has a file name like one of these patterns, as a shell matches them
+            (``daily-*``).
+        keep_checkpoints: besides these, those at which a checkpoint begins that backups can use.
+    """
+
+    keep_last: Count | None = None
+    keep_within: Seconds | None = None
+    keep: tuple[str, ...] = ()
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise NoRetentionRule, or OptionUnusable if a rule has an impossible value."""
+        _require_fitting_fields(self)
+        if self.keep_last is None and self.keep_within is None and not self.keep:
+            raise NoRetentionRule
+
+
+def _require_fitting_fields(
+    options: Access | MergeOptions | LiveOptions | ScanOptions | Retention,
+) -> None:
     for name, kind in type(options).__annotations__.items():
         require_fitting(name, getattr(options, name), kind)
 
@@ -290,6 +316,18 @@ class OptionUnusable(Misuse):
     allowed: str
 
 
+class NoRetentionRule(Misuse):
+    """Snapshots were to be thinned out, and nothing says which of them stay."""
+
+    code: ClassVar[str] = "no-retention-rule"
+    template: ClassVar[str] = "nothing says which snapshots stay"
+    hint: ClassVar[str] = "give at least one of --keep-last, --keep-within and --keep"
+    explanation: ClassVar[str] = (
+        "Thinning out keeps the snapshots that a rule keeps and merges the others away, so without "
+        "a rule it would merge all of them. Nothing was read and nothing was changed."
+    )
+
+
 def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Raise OptionUnusable unless *value* is one of *choices*."""
     known = tuple(choices)
@@ -309,13 +347,19 @@ def require_integer(option: str, value: object) -> None:
         raise _unusable(option, value, "a whole number")
 
 
+def require_count(option: str, value: object) -> None:
+    """Raise OptionUnusable unless *value* is a whole number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _unusable(option, value, "a whole number, 0 or more")
+
+
 def require_bytes(option: str, value: object) -> None:
     """Raise OptionUnusable unless *value* is a number of bytes that is not 0."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         raise _unusable(option, value, f"a whole number of bytes from 1 to {LARGEST}")
 
 
-def require_count(option: str, value: object) -> None:
+def require_threshold(option: str, value: object) -> None:
     """Raise OptionUnusable unless *value* is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         raise _unusable(option, value, "a whole number from 1 on")
@@ -409,6 +453,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "ByteCount": require_bytes,
         "Count": require_count,
         "Percentage": require_percentage,
+        "Threshold": require_threshold,
         "Seconds": require_seconds,
         "str": require_text,
         "Sequence[str]": require_texts,
@@ -428,6 +473,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "MergeOptions": partial(require_instance, kind=MergeOptions),
         "LiveOptions": partial(require_instance, kind=LiveOptions),
         "ScanOptions": partial(require_instance, kind=ScanOptions),
+        "Retention": partial(require_instance, kind=Retention),
     }
 )
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -58,6 +58,21 @@ def killed_at(owner: object, name: str, work: Callable[[], object]) -> None:
     """Do it in a process that kills itself instead of calling what *name* is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, die)
+        killed(work)
+
+
+def killed_at_call(owner: object, name: str, number: int, work: Callable[[], object]) -> None:
+    """The same, in place of one of its calls, counted from 1."""
+    real: Any = getattr(owner, name)
+    left = number
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        return real(*arguments, **options) if left else die()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
         killed(work)
 
 

@@ -11,11 +11,11 @@ import pytest
 import chainmerge
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import Refused
-from chainmerge.merging import by_qemu
+from chainmerge.merging import by_qemu, journal
 from chainmerge.options import MergeOptions
 from chainmerge.records.errors import BitmapsSetAside, MergedBefore
 from chainmerge.records.merged_record import merged_record_file
-from tests.records.killed import DELETE, chain, killed_at
+from tests.records.killed import DELETE, chain, killed_at, killed_at_call
 from tests.support.cli import chainmerge as command
 from tests.support.qemu import content, create, dirty_ranges, qemu_img, qemu_io
 
@@ -127,6 +127,20 @@ def test_a_later_pull_of_another_image_under_the_same_name(tmp_path: Path) -> No
     assert report.outcome is MergeOutcome.MERGED
     assert not root.exists()
     assert moved.exists()
+    assert content(top) == expected
+
+
+def test_a_pull_that_is_finished_after_its_switch_leaves_nothing_unfinished(tmp_path: Path) -> None:
+    """Killed when it was about to note that nothing of it is leaked, with its images to delete."""
+    root, top = chain(tmp_path, "root", "top")
+    pull = MergeOptions(direction="pull", delete=True)
+    expected = content(top)
+
+    killed_at_call(journal, "record_pull", 2, lambda: chainmerge.merge(top, options=pull))
+    assert len(chainmerge.status([tmp_path]).merges) == 1
+    chainmerge.merge(top, root, options=pull)
+    assert chainmerge.status([tmp_path]).merges == ()
+    assert not root.exists()
     assert content(top) == expected
 
 

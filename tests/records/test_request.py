@@ -24,6 +24,7 @@ from chainmerge.options import (
     EngineChoice,
     LiveOptions,
     MergeOptions,
+    Retention,
     StallChoice,
     VerifyLevel,
     VolumeChoice,
@@ -39,6 +40,7 @@ from chainmerge.records.request import (
     live_command_of,
     options_of,
     recorded,
+    recorded_thinning,
     resume_command_of,
     shell_line,
 )
@@ -105,6 +107,13 @@ LIVE_OPTIONS = st.builds(
     size_limit=SIZES,
     volume=st.sampled_from(get_args(VolumeChoice)),
 )
+RETENTION = st.builds(
+    Retention,
+    keep_last=st.integers(0, 10**6),
+    keep_within=st.one_of(st.none(), st.integers(0, 10**9)),
+    keep=st.lists(NAMES.filter(bool), max_size=3).map(tuple),
+    keep_checkpoints=st.booleans(),
+)
 ADDRESSES = st.one_of(
     st.tuples(st.just("--qmp"), PATHS, st.sampled_from(("--device", "--node")), NAMES),
     st.tuples(st.just("--domain"), NAMES, st.just("--disk"), NAMES),
@@ -139,7 +148,10 @@ def asked_again(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> tuple[Any,
         asked.append(arguments if lock_command is None else (*arguments, lock_command))
         raise Asked
 
-    for owner, names in ((api, ("merge", "merge_disks")), (live, ("merge_disks", "resume"))):
+    for owner, names in (
+        (api, ("merge", "merge_disks", "thin_out")),
+        (live, ("merge_disks", "resume")),
+    ):
         for name in names:
             monkeypatch.setattr(owner, name, ask, raising=False)
     monkeypatch.setattr(live, "DomainDisk", _Disk)
@@ -194,6 +206,32 @@ def test_a_merge_is_asked_for_again(tops: list[str], access: Access, options: Me
         assert found == (tuple(tops), tuple(bases), access, options)
 
 
+@given(leaf=PATHS, retention=RETENTION, access=ACCESS, options=OPTIONS)
+def test_thinning_out_is_asked_for_again(
+    leaf: str, retention: Retention, access: Access, options: MergeOptions
+) -> None:
+    request = through_a_file(recorded_thinning(leaf, retention, access, options))
+    with pytest.MonkeyPatch.context() as patch:
+        found = asked_again(patch, words_of(command_of(request)))
+    assert found == (leaf, retention, access, options)
+
+
+def test_rules_that_are_not_known_here_give_no_command() -> None:
+    request = recorded_thinning("/a", Retention(keep_last=1), Access(), MergeOptions())
+    assert command_of(request) == "chainmerge thin-out --keep-last 1 -- /a"
+    for unknown in ({"keep_first": 1}, {"keep_checkpoints": True}, {"keep_last": -1}):
+        assert command_of(msgspec.structs.replace(request, retention=unknown)) is None
+
+
+def test_parts_of_a_second_are_no_other_rule() -> None:
+    half, whole = (
+        recorded_thinning("/a", Retention(keep_within=age), Access(), MergeOptions())
+        for age in (59.5, 60)
+    )
+    assert half.retention == whole.retention
+    assert command_of(half) == "chainmerge thin-out --keep-within 1m -- /a"
+
+
 @given(top=PATHS, access=ACCESS, options=LIVE_OPTIONS, address=ADDRESSES)
 def test_a_live_merge_is_carried_on_and_asked_for_again_cold(
     top: str, access: Access, options: LiveOptions, address: tuple[str, ...]
@@ -234,7 +272,7 @@ def test_a_live_merge_of_several_disks_is_asked_for_again(
     assert rest[:4] == [tuple(tops), tuple(bases), access, options]
 
 
-@pytest.mark.parametrize("kind", [Access, MergeOptions, LiveOptions])
+@pytest.mark.parametrize("kind", [Access, MergeOptions, LiveOptions, Retention])
 def test_every_field_has_a_spelling(kind: Any) -> None:
     assert set(kind.__struct_fields__) <= SPELLINGS.keys()
 
@@ -250,6 +288,10 @@ def test_every_spelling_is_an_option_of_a_command() -> None:
     resumable = options_in(resume)
     pace = {name for name in LiveOptions.__struct_fields__ if SPELLINGS[name].option in resumable}
     assert pace == {"bandwidth", "deadline", "on_stall", "volume"}
+    thinning = cli.get_command(None, "thin-out")  # type: ignore[arg-type]
+    assert thinning is not None
+    retaining = {*Retention.__struct_fields__, *merging}
+    assert {SPELLINGS[name].option for name in retaining} <= options_in(thinning)
 
 
 def options_in(command: click.Command) -> set[str]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 def cancel(*, image: str, shrink: bool, access: Access, output: Output) -> None:
     """Undo an interrupted merge that has not taken effect. IMAGE is its top or its base.
 
+    Of snapshots that are thinned out it may be the leaf; what is merged already stays merged.
+
     Gives back the space that it took. No data changes. A merge that has taken effect is refused,
     with the command that finishes it; `chainmerge status` tells which.
     """

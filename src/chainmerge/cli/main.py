@@ -30,6 +30,7 @@ _COMMANDS: Final = MappingProxyType(
         "plan": ("chainmerge.cli.plan", "plan"),
         "merge": ("chainmerge.cli.merge", "merge"),
         "flatten": ("chainmerge.cli.flatten", "flatten"),
+        "thin-out": ("chainmerge.cli.thin_out", "thin_out"),
         "live": ("chainmerge.cli.live", "live"),
         "status": ("chainmerge.cli.status", "status"),
         "cancel": ("chainmerge.cli.cancel", "cancel"),

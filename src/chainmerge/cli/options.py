@@ -194,7 +194,8 @@ def _activate_volumes(
     from chainmerge.chain.activation import neighbours_activated, volumes_activated  # noqa: PLC0415
     from chainmerge.chain.target import metadata_policy_of  # noqa: PLC0415
 
-    tops = arguments.get("tops") or tuple(filter(None, (arguments.get("top"),)))
+    top = arguments.get("top") or arguments.get("leaf")
+    tops = arguments.get("tops") or tuple(filter(None, (top,)))
     named = (*tops, *arguments.get("bases", ()), arguments.get("base"))
     policy = metadata_policy_of(access, *named)
     images = arguments.get("images") or tuple(filter(None, (arguments.get("image"),)))

@@ -127,10 +127,10 @@ def show_before_asking(report: Report, table: Callable[[Report], Block]) -> None
 
 
 def _warnings_of(report: Any) -> Iterator[str]:
-    """What a report warns of, those of its disks included."""
+    """What a report warns of, those of the merges that it is about included."""
     yield from getattr(report, "warnings", ())
-    for disk in getattr(report, "disks", ()):
-        # A plan of several disks has plans, their report reports with what became of each.
+    for disk in (*getattr(report, "disks", ()), *getattr(report, "ranges", ())):
+        # A plan of several merges has plans, their report reports with what became of each.
         for sentence in _warnings_of(getattr(disk, "report", disk)):
             yield f"{disk.top}: {sentence}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from chainmerge.arithmetic.durations import seconds_of
 from chainmerge.options import ANY_IMAGE
 
 if TYPE_CHECKING:
@@ -40,6 +41,26 @@ class Size(click.ParamType[int]):
         if len(number) > 19 or size > _LARGEST:
             self.fail(f"{value!r} is larger than any image can be", param, ctx)
         return size
+
+
+class Duration(click.ParamType[int]):
+    """A number of seconds, written with a unit: ``90m``, ``12h``, ``7d``, ``4w``."""
+
+    name = "duration"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        seconds = seconds_of(value)
+        if seconds is None:
+            self.fail(
+                f"{value!r} is not a duration: write a whole number and a unit, like 12h, 7d or 4w",
+                param,
+                ctx,
+            )
+        return seconds
 
 
 class PathFormat(click.ParamType[tuple[str, str]]):
@@ -110,6 +131,7 @@ class Directory(click.Path):
 
 SIZE: Final = Size()
 KEY_FILE: Final = KeyFile()
+DURATION: Final = Duration()
 PATH_FORMAT: Final = PathFormat()
 IMAGE: Final = Image(readable=False)
 DIRECTORY: Final = Directory()

@@ -267,6 +267,12 @@ class MergePlan(Struct, frozen=True):
         return self.directions.chosen == Direction.PULL
 
     @property
+    def bytes_copied(self) -> int:
+        """Guest bytes that are read and written, not only shared."""
+        cost = self.directions.pull if self.pulls else self.directions.commit
+        return max(0, cost.bytes_to_copy - self.shared_bytes)
+
+    @property
     def result(self) -> str:
         """The path of the image that is written, and holds everything afterwards."""
         return self.top if self.pulls else self.base

@@ -54,6 +54,8 @@ class UnfinishedMerge(Struct, frozen=True):
         rate: Bytes per second that the copy has come to until then, None as above.
         noted_at: When one of its files was written last, in seconds since 1970 (UTC).
         process: Who does it, or did; None if no file says.
+        leaf: The uppermost image of the chain whose snapshots are thinned out, where the merge is
+            one of those that this takes.
     """
 
     base: str
@@ -76,6 +78,12 @@ class UnfinishedMerge(Struct, frozen=True):
     rate: int | None = None
     noted_at: int | None = None
     process: MergeProcess | None = None
+    leaf: str | None = None
+
+    @property
+    def is_one_of_several(self) -> bool:
+        """Whether it is done together with other merges, by one command."""
+        return bool(self.disks) or self.leaf is not None
 
 
 class StatusReport(Struct, frozen=True):

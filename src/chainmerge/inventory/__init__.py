@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is on this host, and what could be gained: many chains at a glance. Reads only."""
+"""What there is on this host, what could be gained, and what may go: chains at a glance.
+
+All but :mod:`chainmerge.inventory.thin_out` only read.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from chainmerge.errors import Failed, ImageUnavailable, Refused
+from chainmerge.errors import Failed, ImageUnavailable, Misuse, Refused
 
 
 class DirectoryUnreadable(ImageUnavailable, Refused):
@@ -79,3 +79,47 @@ class TablesNotWritten(Failed):
     )
     file: str
     reason: str
+
+
+class NotLeaf(Misuse):
+    """Snapshots were to be thinned out below an image that is not the leaf of its chain."""
+
+    code: ClassVar[str] = "not-leaf"
+    template: ClassVar[str] = "{image} is not the leaf of its chain: {child} stands on it"
+    hint: ClassVar[str] = "name the image that the guest writes to: chainmerge info {child}"
+    explanation: ClassVar[str] = (
+        "Which snapshots are the last ones is counted from the leaf down, and the leaf is the one "
+        "image that always stays. Of an image that others stand on, both would be wrong. Nothing "
+        "was changed."
+    )
+    image: str
+    child: str
+
+
+class ActiveIsNotLeaf(Misuse):
+    """Another image was named as the upper end of a chain than as its leaf."""
+
+    code: ClassVar[str] = "active-is-not-leaf"
+    template: ClassVar[str] = "--active names {active}, which is another image than {leaf}"
+    hint: ClassVar[str] = "leave out --active: the leaf of a chain is its active layer"
+    explanation: ClassVar[str] = (
+        "Snapshots are thinned out below the leaf of a chain, which is what the guest writes to. "
+        "There is no other image above it. Nothing was changed."
+    )
+    leaf: str
+    active: str
+
+
+class ThinningUnfinished(Refused):
+    """An earlier run that thins out the same chain was interrupted."""
+
+    code: ClassVar[str] = "thin-out-unfinished"
+    template: ClassVar[str] = "an interrupted run has not finished thinning out {leaf}"
+    hint: ClassVar[str] = "finish it: {command}; or undo what can be undone: chainmerge cancel"
+    explanation: ClassVar[str] = (
+        "What an interrupted run has decided on is finished by the command that began it, with the "
+        "same rules. Only after that is the chain one on which other rules can decide. Nothing was "
+        "changed."
+    )
+    leaf: str
+    command: str

@@ -17,7 +17,7 @@ from chainmerge.merging.live_remains import forget_left_behind
 from chainmerge.merging.reporting import build_report, verified_before
 from chainmerge.merging.resuming import finish_recorded
 from chainmerge.records.identity import same_image
-from chainmerge.records.merged_record import MergedRecord, note_deleted
+from chainmerge.records.merged_record import MergedRecord, load_merged_record, note_deleted
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_hosts import held_by_this_host
@@ -42,7 +42,8 @@ def finish_recorded_merge(request: Request, record: MergedRecord) -> MergeReport
     forget_left_behind(record)
     warnings = (*not_deleted(record), *finish_recorded(request, record))
     if not any(not_deleted(record)):
-        note_deleted(request.top, record)
+        # Of a pull it says by now that nothing of it is leaked any more.
+        note_deleted(request.top, load_merged_record(request.top) or record)
     images = (record.top, record.base) if record.pulled is None else (record.base, record.top)
     verified = (verified_before(*images),)
     result = Path(record.result)

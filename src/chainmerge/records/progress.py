@@ -33,6 +33,7 @@ from chainmerge.records.merged_record import (
 from chainmerge.records.remains import KINDS, read_leftover
 from chainmerge.records.request import command_of, resume_command_of, shell_line
 from chainmerge.records.saved_bitmaps import SavedBitmaps, load_saved_bitmaps
+from chainmerge.records.thinning import Thinning
 from chainmerge.records.ways_out import (
     NOT_KNOWN,
     WaysOut,
@@ -43,6 +44,7 @@ from chainmerge.records.ways_out import (
     of_pull,
     of_record,
     of_saved_bitmaps,
+    of_thinning,
 )
 from chainmerge.storage.locks import LockMode, contentions
 
@@ -111,6 +113,8 @@ def merge_told_by(file: Path, devices: BlockDevices) -> UnfinishedMerge | None:
                 return _of_saved(file, saved)
             case DiskEntry() as entry:
                 return _of_disk(file, entry)
+            case Thinning() as thinning:
+                return _of_thinning(file, thinning)
             case None:
                 return None
     except ChainmergeError as error:
@@ -380,6 +384,23 @@ def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
         warnings = (warning,)
     told = _told_by(file, entry.base, entry.top, progress, command, ways=ways, by=by)
     return replace(told, disks=tuple(entry.disks), warnings=warnings)
+
+
+def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
+    """The merge that is next where snapshots are thinned out; its own files say more of it."""
+    if not thinning.pending or not thinning.is_of_its_leaf():
+        return None
+    current = thinning.pending[0]
+    told = _told_by(
+        file,
+        current.base_identity.path,
+        current.top_identity.path,
+        thinning.progress,
+        thinning.command,
+        ways=of_thinning(thinning),
+        by=_doer_of(thinning.request),
+    )
+    return replace(told, leaf=thinning.leaf)
 
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:

@@ -29,19 +29,21 @@ from chainmerge.records.saved_bitmaps import (
     SavedBitmapsDamaged,
     load_saved_bitmaps,
 )
+from chainmerge.records.thinning import THINNING, Thinning
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from chainmerge.records.files import StateFile
 
-Leftover: TypeAlias = Journal | LiveJournal | MergedRecord | SavedBitmaps | DiskEntry
+Leftover: TypeAlias = Journal | LiveJournal | MergedRecord | SavedBitmaps | DiskEntry | Thinning
 KINDS: Final[tuple[StateFile[Any], ...]] = (
     MERGE_JOURNAL,
     LIVE_JOURNAL,
     MERGED_RECORD,
     SAVED_BITMAPS,
     DISK_ENTRY,
+    THINNING,
 )
 """All kinds of state files. Journals come first: they say the most."""
 

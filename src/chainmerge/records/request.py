@@ -9,6 +9,7 @@ command can be run from anywhere; block devices are named by what stays theirs a
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import stat
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
-from chainmerge.options import ANY_IMAGE, Access, LiveOptions, MergeOptions
+from chainmerge.arithmetic.durations import spelled_duration
+from chainmerge.errors import Misuse
+from chainmerge.options import ANY_IMAGE, Access, LiveOptions, MergeOptions, Retention
 from chainmerge.records.doing import Doer, this_process
 
 if TYPE_CHECKING:
@@ -34,8 +37,9 @@ class RecordedRequest(msgspec.Struct, frozen=True):
     ``tops`` and ``bases`` are those of all disks that are merged together. ``access`` and
     ``options`` have the fields of :class:`Access` and of :class:`MergeOptions` that are not at
     their default. Of a live merge they have those of :class:`LiveOptions`, and ``address`` the
-    options of ``chainmerge live`` that lead to the disk. ``by`` is the process that was asked,
-    where that is recorded.
+    options of ``chainmerge live`` that lead to the disk. Where snapshots are thinned out, ``tops``
+    has the leaf, ``bases`` nothing, and ``retention`` the fields of :class:`Retention`. ``by`` is
+    the process that was asked, where that is recorded.
     """
 
     tops: list[str]
@@ -44,6 +48,7 @@ class RecordedRequest(msgspec.Struct, frozen=True):
     options: dict[str, Any]
     address: list[str] = []
     by: Doer | None = None
+    retention: dict[str, Any] = {}
 
     @property
     def is_live(self) -> bool:
@@ -101,9 +106,15 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "leave": Spelling("--leave"),
         "discard": Spelling("--discard"),
         "key_files": Spelling("--key-file", _Paths.BOTH),
+        # Retention
+        "keep_last": Spelling("--keep-last"),
+        "keep_within": Spelling("--keep-within"),
+        "keep": Spelling("--keep"),
+        "keep_checkpoints": Spelling("--keep-checkpoints"),
     }
 )
-"""How each field of :class:`Access`, :class:`MergeOptions` and :class:`LiveOptions` is said."""
+"""How each field of :class:`Access`, :class:`MergeOptions`, :class:`LiveOptions` and
+:class:`Retention` is said."""
 
 _OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume", "lock_command"})
 """What ``chainmerge live resume`` is told again. The journal knows the rest."""
@@ -125,6 +136,19 @@ def recorded(
         address=list(_lasting_address(address)),
         by=this_process(),
     )
+
+
+def recorded_thinning(
+    leaf: str | Path, retention: Retention, access: Access, options: MergeOptions
+) -> RecordedRequest:
+    """A request to thin out the snapshots below *leaf*, as it is recorded.
+
+    Parts of a second, which no command can say, are recorded as a whole one.
+    """
+    if retention.keep_within is not None:
+        retention = msgspec.structs.replace(retention, keep_within=math.ceil(retention.keep_within))
+    said = dict(_said(retention))
+    return msgspec.structs.replace(recorded([leaf], [], access, options), retention=said)
 
 
 def access_of(request: RecordedRequest) -> Access | None:
@@ -155,7 +179,25 @@ def command_of(request: RecordedRequest) -> str | None:
     access, options = access_of(request), options_of(request)
     if access is None or options is None:
         return None
+    if request.retention:
+        return _thinning_command(request, access, options)
     words = ["merge", *words_of(options), *words_of(access), *_images(request)]
+    return shell_line(["chainmerge", *words])
+
+
+def _thinning_command(
+    request: RecordedRequest, access: Access, options: MergeOptions
+) -> str | None:
+    retention: Retention | None = _filled_in(Retention, request.retention)
+    if retention is None:
+        return None
+    words = [
+        "thin-out",
+        *words_of(retention),
+        *words_of(options),
+        *words_of(access),
+        *_images(request),
+    ]
     return shell_line(["chainmerge", *words])
 
 
@@ -251,13 +293,15 @@ def _lasting_address(address: Sequence[str]) -> Iterator[str]:
         before = word
 
 
-def _said(options: Access | MergeOptions | LiveOptions) -> Iterator[tuple[str, Any]]:
+def _said(options: Access | MergeOptions | LiveOptions | Retention) -> Iterator[tuple[str, Any]]:
     """The fields that are not at their default, as they are recorded."""
-    usual = type(options)()
-    for name in options.__struct_fields__:
-        value = getattr(options, name)
-        if value != getattr(usual, name):
-            yield name, _recordable(value, SPELLINGS[name].paths)
+    for field in msgspec.structs.fields(options):
+        usual = field.default
+        if field.default_factory is not msgspec.NODEFAULT:
+            usual = field.default_factory()
+        value = getattr(options, field.name)
+        if value != usual:
+            yield field.name, _recordable(value, SPELLINGS[field.name].paths)
 
 
 def _recordable(value: Any, paths: _Paths) -> Any:
@@ -278,11 +322,11 @@ def _filled_in(kind: Any, said: Mapping[str, Any]) -> Any:
         return None
     try:
         return msgspec.convert(dict(said), type=kind)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, Misuse):
         return None
 
 
-def words_of(options: Access | MergeOptions | LiveOptions) -> list[str]:
+def words_of(options: Access | MergeOptions | LiveOptions | Retention) -> list[str]:
     """What is typed for options that are not at their default; paths are absolute."""
     return [word for name, value in _said(options) for word in _say(name, value)]
 
@@ -298,6 +342,8 @@ def _say(name: str, value: Any) -> Iterator[str]:
         case list():
             for one in value:
                 yield from (option, str(one))
+        case _ if name == "keep_within":
+            yield from (option, spelled_duration(value))
         case _:
             yield from (option, str(value))
 

@@ -235,9 +235,10 @@ def _together(first: UnfinishedMerge, second: UnfinishedMerge) -> UnfinishedMerg
         top=first.top or second.top,
         progress=second.progress if first.state == second.state == UNKNOWN else first.progress,
         base_holds_data=second.base_holds_data if holds is None else holds,
-        # What finishes all of several disks finishes this one too.
-        command=second.command if second.disks else first.command or second.command,
+        # What finishes all of several merges finishes this one too.
+        command=second.command if second.is_one_of_several else first.command or second.command,
         disks=first.disks or second.disks,
+        leaf=first.leaf or second.leaf,
         files=(*first.files, *second.files),
         warnings=second.warnings if is_live else (*first.warnings, *second.warnings),
         noted_at=max(first.noted_at or 0, second.noted_at or 0) or None,

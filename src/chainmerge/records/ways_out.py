@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from chainmerge.records.merge_journal import Journal
     from chainmerge.records.merged_record import MergedRecord, Pulled
     from chainmerge.records.saved_bitmaps import SavedBitmaps
+    from chainmerge.records.thinning import Thinning
 
 
 class VmStart(Struct, frozen=True):
@@ -203,6 +204,13 @@ def of_disk(entry: DiskEntry) -> WaysOut:
         return WaysOut(NOT_KNOWN.start, cancel=entry.base)
     start = _yes(entry.top, "nothing is half done")
     return WaysOut(start, cancel=entry.top)
+
+
+def of_thinning(thinning: Thinning) -> WaysOut:
+    """Of snapshots that are thinned out, as long as none of the merges is half done."""
+    if not os.path.exists(thinning.leaf):  # noqa: PTH110 (any name will do)
+        return WaysOut(NOT_KNOWN.start, cancel=thinning.leaf)
+    return WaysOut(_yes(thinning.leaf, "nothing is half done"), cancel=thinning.leaf)
 
 
 def _yes(image: str, reason: str) -> VmStart:

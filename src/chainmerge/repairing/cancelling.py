@@ -44,6 +44,7 @@ from chainmerge.records.merged_record import (
 from chainmerge.records.progress import how_far, where_base_is
 from chainmerge.records.request import shell_line
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
+from chainmerge.records.thinning import forget_thinning
 from chainmerge.records.unfinished import status, waits_in_vm
 from chainmerge.repairing.errors import CannotCancel, NothingToCancel
 from chainmerge.storage.files import FileReadable, WritablePort, drop_cached
@@ -68,7 +69,8 @@ def cancel(
 
     Args:
         image: top or base of the merge. What is top of one merge and base of another one stands
-            for the former.
+            for the former. Of snapshots that are thinned out, also the leaf: what has not begun
+            is forgotten, what is merged stays.
         access: how long to wait for the image that the merge wrote to.
         shrink: reduce the logical volume of that image to what it needs, and 1 GiB.
 
@@ -131,6 +133,8 @@ class _Undoable(Struct, frozen=True):
     top: Path | None
     journal: Journal | None = None
     record: MergedRecord | None = None
+    leaf: Path | None = None
+    """That of the chain whose snapshots are thinned out by it."""
 
     @property
     def has_begun(self) -> bool:
@@ -148,21 +152,29 @@ def _unfinished_of(image: Path) -> UnfinishedMerge:
     merges = status([image]).merges
     as_top = [one for one in merges if one.top is not None and _is_same(Path(one.top), image)]
     as_base = [one for one in merges if _is_same(Path(one.base), image)]
-    for merge in (*as_top, *as_base):
+    as_leaf = [one for one in merges if one.leaf is not None and _is_same(Path(one.leaf), image)]
+    for merge in (*as_top, *as_leaf, *as_base):
         return merge
     raise NothingToCancel(str(image))
 
 
 def _written_by(unfinished: UnfinishedMerge) -> Path:
     """The image that a merge writes to."""
-    if unfinished.top is not None and _pull_into(Path(unfinished.top)) is not None:
+    if unfinished.top is not None and _pull_of(unfinished) is not None:
         return Path(os.path.realpath(unfinished.top))
+    if unfinished.leaf is not None and not os.path.lexists(unfinished.base):
+        return Path(os.path.realpath(unfinished.leaf))
     return Path(os.path.realpath(unfinished.base))
 
 
-def _pull_into(top: Path) -> MergedRecord | None:
-    record = load_merged_record(top)
-    return None if record is None or record.pulled is None else record
+def _pull_of(unfinished: UnfinishedMerge) -> MergedRecord | None:
+    """The record of the pull that a merge is; None if it is none, or has not begun."""
+    record = None if unfinished.top is None else load_merged_record(Path(unfinished.top))
+    if record is None or record.pulled is None:
+        return None
+    # An earlier pull into the same image may have left it.
+    is_another = unfinished.leaf is not None and not record.names_base(Path(unfinished.base))
+    return None if is_another else record
 
 
 def _refusal(unfinished: UnfinishedMerge) -> CannotCancel:
@@ -177,22 +189,23 @@ def _undoable(unfinished: UnfinishedMerge) -> _Undoable:
     Raises CannotCancel, MergeJournalDamaged, SavedBitmapsDamaged.
     """
     base, top = Path(unfinished.base), None if unfinished.top is None else Path(unfinished.top)
-    journal, record = load_journal(base), None if top is None else _pull_into(top)
+    leaf = None if unfinished.leaf is None else Path(unfinished.leaf)
+    journal, record = load_journal(base), _pull_of(unfinished)
     saved = load_saved_bitmaps(base)
     if record is not None and record.pulled is not None:
         if is_pulled(record, record.pulled, Path(record.known_request.tops[0])):
             raise _refusal(unfinished)
-        return _Undoable(base, top, record=record)
+        return _Undoable(base, top, record=record, leaf=leaf)
     if journal is None:
-        if saved is not None or load_entry(base) is None:
+        if saved is not None or (load_entry(base) is None and leaf is None):
             raise _refusal(unfinished)
-        return _Undoable(base, top)
+        return _Undoable(base, top, leaf=leaf)
     where = where_base_is(journal)
     by_qemu = journal.engine == EngineName.QEMU
     holds = None if where is None or by_qemu else how_far(journal, where)[0]
     if not is_without_effect(journal, saved, holds=holds):
         raise _refusal(unfinished)
-    return _Undoable(base, top, journal=journal)
+    return _Undoable(base, top, journal=journal, leaf=leaf)
 
 
 class _GivenBack(Struct, frozen=True):
@@ -235,6 +248,9 @@ def _forget(undoable: _Undoable) -> Iterator[str]:
     if load_entry(base) is not None:
         _leave_disks(base)
         yield "its entry among several disks"
+    if undoable.leaf is not None:
+        forget_thinning(undoable.leaf)
+        yield "the record of the snapshots that were to go"
     if undoable.record is not None:
         forget_merged_record(Path(undoable.record.top))
         yield "the record of the pull"

@@ -77,9 +77,9 @@ def _disks_lines(report: DisksReport) -> Iterator[Block]:
     merged = [disk.report for disk in report.disks if disk.report is not None]
     yield from _left_behind(merged, names)
     for disk in report.disks:
-        yield from _why_not_done(disk, names)
+        yield from reasons_not_done(disk, names)
     for one in merged:
-        yield from _warnings(one, names)
+        yield from warnings_of(one, names)
 
 
 def _the_rest(report: DisksReport) -> Iterator[Block]:
@@ -107,7 +107,7 @@ def _disklisted(disk: DiskReport, names: ImageNames) -> tuple[Words, ...]:
     style = layout.GOOD if disk.is_done else layout.BAD
     copied = freed = ""
     if disk.report is not None:
-        copied = short_size(_copied(disk.report))
+        copied = short_size(bytes_moved(disk.report))
         freed = "" if disk.report.plan is None else short_size(disk.report.plan.freed_bytes)
     disk_and_base = words(names.of(_top_of(disk))), words(names.of(disk.base))
     return *disk_and_base, words(disk.outcome, style), words(copied), words(freed)
@@ -118,7 +118,8 @@ def _top_of(disk: DiskReport) -> str:
     return disk.top if plan is None else plan.top
 
 
-def _why_not_done(disk: DiskReport, names: ImageNames) -> Iterator[Block]:
+def reasons_not_done(disk: DiskReport, names: ImageNames) -> Iterator[Block]:
+    """Why a merge that is one of several was not done, if it was not."""
     if disk.error is not None:
         yield words(f"{names.of(disk.top)}: {disk.error.message}", layout.BAD)
         yield from layout.way_out(disk.error.hint, disk.error.code)
@@ -149,7 +150,7 @@ def _merge_lines(report: MergeReport, names: ImageNames) -> Iterator[Block]:
     yield from _left_behind([report], names)
     if report.plan is not None:
         yield users_line(report.plan, names)
-    yield from _warnings(report, names)
+    yield from warnings_of(report, names)
 
 
 def _first_two(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,14 +173,15 @@ def _headline(report: MergeReport, names: ImageNames) -> str:
     return f"Done: {top} is merged into {base}{names.place}"
 
 
-def _copied(report: MergeReport) -> int:
+def bytes_moved(report: MergeReport) -> int:
+    """Bytes that a merge has copied; what the result shares is left out."""
     shared = 0 if report.plan is None else report.plan.shared_bytes
     return max(0, report.bytes_copied - shared)
 
 
 def _speed(report: MergeReport) -> str:
     """How much was copied at which rate, what verified it, and how long all of it took."""
-    copied = _copied(report)
+    copied = bytes_moved(report)
     shared = report.bytes_copied - copied
     said = [f"{short_size(shared)} shared"] if shared else []
     if copied or not shared:
@@ -225,7 +227,8 @@ def _left_behind(reports: Sequence[MergeReport], names: ImageNames) -> Iterator[
         )
 
 
-def _warnings(report: MergeReport, names: ImageNames) -> Iterator[Words]:
+def warnings_of(report: MergeReport, names: ImageNames) -> Iterator[Words]:
+    """What a report warns of, but for what is said of images that are left behind."""
     # What must not be used any more is among what is left behind.
     told = [warning for warning in report.warnings if MUST_NOT_BE_USED not in warning]
     # In full: nobody can ask for them again.

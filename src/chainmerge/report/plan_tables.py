@@ -74,7 +74,7 @@ def answer(plan: MergePlan, names: ImageNames, command: str) -> Iterator[Block]:
     yield words(_frees(plan, names))
     yield users_line(plan, names)
     if plan.refusals:
-        yield from (part for refusal in plan.refusals for part in _refused(refusal))
+        yield from (part for refusal in plan.refusals for part in refused(refusal))
     else:
         yield from _command(plan.progress, command)
 
@@ -84,7 +84,8 @@ def _command(progress: Progress, command: str) -> Iterator[Block]:
     yield layout.command_line(verb, command)
 
 
-def _refused(refusal: Finding) -> Iterator[Block]:
+def refused(refusal: Finding) -> Iterator[Block]:
+    """What refuses a merge, and what to do about it."""
     yield joined(words("REFUSED: ", layout.BAD), words(refusal.sentence))
     yield from layout.way_out(refusal.hint, refusal.code)
 
@@ -117,17 +118,11 @@ def _gone(plan: MergePlan, names: ImageNames) -> str:
 def _copies(plan: MergePlan) -> str:
     if plan.progress is Progress.MERGED:
         return "Copies nothing"
-    copied = bytes_copied(plan)
+    copied = plan.bytes_copied
     if not plan.shared_bytes:
         return f"Copies {short_size(copied)}" if copied else "Copies nothing"
     rest = f"copies {short_size(copied)}" if copied else "copies nothing"
     return f"Shares {short_size(plan.shared_bytes)}, {rest}"
-
-
-def bytes_copied(plan: MergePlan) -> int:
-    """Guest bytes that are read and written, not only shared."""
-    cost = plan.directions.pull if plan.pulls else plan.directions.commit
-    return max(0, cost.bytes_to_copy - plan.shared_bytes)
 
 
 def bytes_needed(plan: MergePlan) -> int:
@@ -329,13 +324,13 @@ def _disks_table(plan: DisksPlan, names: ImageNames) -> Block:
         _disk_row(
             words(names.of(disk.top), ROLE_STYLES[Role.TOP]),
             words(names.of(disk.base), ROLE_STYLES[Role.BASE]),
-            (bytes_copied(disk), disk.shared_bytes, bytes_needed(disk), disk.freed_bytes),
+            (disk.bytes_copied, disk.shared_bytes, bytes_needed(disk), disk.freed_bytes),
             _verdict(disk),
         )
         for disk in plan.disks
     ]
     sums = (
-        sum(map(bytes_copied, plan.disks)),
+        sum(disk.bytes_copied for disk in plan.disks),
         plan.shared_bytes,
         sum(map(bytes_needed, plan.disks)),
         plan.freed_bytes,

@@ -31,6 +31,7 @@ from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
 from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport, VmRepairReport
+from chainmerge.documents.retention import ThinOutPlan, ThinOutReport
 from chainmerge.documents.scan import ScanReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
 from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
@@ -61,6 +62,8 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"relink-{REPORT_VERSION}": RelinkReport,
         f"repair-{REPORT_VERSION}": RepairReport,
         f"repair-undo-{REPORT_VERSION}": UndoReport,
+        f"plan-thin-out-{REPORT_VERSION}": ThinOutPlan,
+        f"thin-out-{REPORT_VERSION}": ThinOutReport,
         f"cancel-{REPORT_VERSION}": CancelReport,
         f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
@@ -79,6 +82,7 @@ _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
         DisksReport: "report",
         RelinkReport: "report",
         ScanReport: "report",
+        ThinOutReport: "report",
         ErrorReport: "error",
     }
 )
