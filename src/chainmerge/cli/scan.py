@@ -24,31 +24,35 @@ if TYPE_CHECKING:
 
 _DEFAULTS: Final = ScanOptions()
 _looking_option: Final = partial(click.option, cls=PanelOption, panel="Where to look")
-_threshold_option: Final = partial(click.option, cls=PanelOption, panel="Thresholds")
-_COUNT: Final = click.IntRange(min=1)
-_PERCENT: Final = click.IntRange(0, 100)
-_GIB: Final = 1 << 30
+_KINDS: Final = {
+    "N": click.IntRange(min=1),
+    "DAYS": click.IntRange(min=1),
+    "PERCENT": click.IntRange(0, 100),
+    "SIZE": SIZE,
+}
 _THRESHOLDS: Final = (
-    ("--length-info", _COUNT, "N", _DEFAULTS.length_info, "Images in a chain that is long."),
-    ("--length-warning", _COUNT, "N", _DEFAULTS.length_warning, "Images in a chain that is too long."),
-    ("--length-critical", _COUNT, "N", _DEFAULTS.length_critical, "Images in a chain that is critical."),
-    ("--length-limit", _COUNT, "N", _DEFAULTS.length_limit, "Images in a chain that libvirt refuses."),
-    ("--old-days", _COUNT, "DAYS", _DEFAULTS.old_days, "Age at which an overlay is old."),
-    ("--hidden", SIZE, "SIZE", f"{_DEFAULTS.hidden // _GIB}G", "What a merge frees at least."),
-    ("--free-warning", _PERCENT, "PERCENT", _DEFAULTS.free_warning,
-     "What a file system or device should have free."),
-    ("--free-critical", _PERCENT, "PERCENT", _DEFAULTS.free_critical,
-     "What it must have free."),
-)  # fmt: skip
+    ("length_info", "N", "Images in a chain that is long."),
+    ("length_warning", "N", "Images in a chain that is too long."),
+    ("length_critical", "N", "Images in a chain that is critical."),
+    ("length_limit", "N", "Images in a chain that libvirt refuses."),
+    ("old_days", "DAYS", "Age at which an overlay is old."),
+    ("hidden", "SIZE", "What a merge frees at least."),
+    ("free_warning", "PERCENT", "What a file system or device should have free."),
+    ("free_critical", "PERCENT", "What it must have free."),
+)
+_GIB: Final = 1 << 30
 
 
-def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for name, kind, metavar, default, text in reversed(_THRESHOLDS):
-        option = _threshold_option(
-            name,
-            type=kind,
+def _with_thresholds(function: Callable[..., Any]) -> Callable[..., Any]:
+    for name, metavar, text in reversed(_THRESHOLDS):
+        default = getattr(_DEFAULTS, name)
+        option = click.option(
+            f"--{name.replace('_', '-')}",
+            cls=PanelOption,
+            panel="Thresholds",
+            type=_KINDS[metavar],
             metavar=metavar,
-            default=default,
+            default=f"{default // _GIB}G" if metavar == "SIZE" else default,
             show_default=True,
             help=text,
         )
@@ -79,7 +83,7 @@ def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="End with exit status 5 if a finding is that severe.",
 )
 @click.option("--sqlite", metavar="FILE", type=click.Path(), help="Also write it as tables.")
-@_threshold_options
+@_with_thresholds
 @named_places_options
 @outcome_options
 def scan(
