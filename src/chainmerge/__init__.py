@@ -376,6 +376,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "PlannedBitmap",
             "PlannedHiding",
             "PlannedImage",
+            "PlannedPool",
             "PlannedSnapshots",
             "Progress",
             "Repoint",
