@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from chainmerge.catalogue import explain
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
+    from chainmerge.inventory.pictures import disk_map, picture_chain, picture_chains
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
         flatten,
@@ -55,6 +56,7 @@ __all__ = [
     "bitmaps_repair",
     "cancel",
     "check_image",
+    "disk_map",
     "explain",
     "find_backing",
     "flatten",
@@ -64,6 +66,8 @@ __all__ = [
     "measure",
     "merge",
     "merge_disks",
+    "picture_chain",
+    "picture_chains",
     "plan",
     "plan_bitmaps_repair",
     "plan_disks",
@@ -89,6 +93,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
+        "disk_map": "chainmerge.inventory.pictures",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.repairing.relinking",
         "flatten": "chainmerge.merging.flattening",
@@ -98,6 +103,8 @@ _MODULES: Final = MappingProxyType(
         "measure": "chainmerge.planning.dry_run",
         "merge": "chainmerge.merging.merge",
         "merge_disks": "chainmerge.merging.disks",
+        "picture_chain": "chainmerge.inventory.pictures",
+        "picture_chains": "chainmerge.inventory.pictures",
         "plan": "chainmerge.planning.dry_run",
         "plan_bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "plan_disks": "chainmerge.merging.disks",

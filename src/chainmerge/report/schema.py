@@ -23,6 +23,7 @@ from chainmerge.documents.bitmaps import (
     BitmapsRepairReport,
     PruneReport,
 )
+from chainmerge.documents.chain_pictures import ChainsPictures
 from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
@@ -46,6 +47,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"plan-disks-{REPORT_VERSION}": DisksPlan,
         f"info-{REPORT_VERSION}": ChainReport,
         f"chains-{REPORT_VERSION}": ChainsReport,
+        f"pictures-{REPORT_VERSION}": ChainsPictures,
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,
