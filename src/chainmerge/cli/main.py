@@ -37,6 +37,7 @@ _COMMANDS: Final = MappingProxyType(
         "relink": ("chainmerge.cli.relink", "relink"),
         "repair": ("chainmerge.cli.repair", "repair"),
         "list": ("chainmerge.cli.list_chains", "list_chains"),
+        "report": ("chainmerge.cli.report", "report"),
         "info": ("chainmerge.cli.info", "info"),
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +17,7 @@ from chainmerge.cli.options import (
     bases_option,
     json_option,
     merge_options,
+    report_option,
     tops_argument,
     verbose_option,
 )
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @bases_option
 @merge_options
 @access_options
+@report_option
 @verbose_option
 @json_option
 def plan(
@@ -47,6 +49,7 @@ def plan(
     bases: tuple[str, ...],
     options: MergeOptions,
     access: Access,
+    report_file: str | None,
     verbose: bool,
     output: Output,
 ) -> ExitCode:
@@ -55,7 +58,7 @@ def plan(
     Several TOPs are the disks of one virtual machine. The exit status is 3 if the merge would be
     refused.
     """
-    return show_plan_of(tops, bases, access, options, output, PLANS_TO_SHOW[verbose])
+    return show_plan_of(tops, bases, access, options, output, PLANS_TO_SHOW[verbose], report_file)
 
 
 class PlanTables(Struct, frozen=True):
@@ -81,15 +84,30 @@ def show_plan_of(
     options: MergeOptions,
     output: Output,
     tables: PlanTables,
+    report_file: str | None = None,
 ) -> ExitCode:
     """Show what a merge would do; the status says whether it would be refused."""
     command = same_with("chainmerge", "merge")
     if len(tops) > 1:
-        return show_plans(api.plan_disks(tops, bases, access, options), command, output, tables)
+        disks = api.plan_disks(tops, bases, access, options)
+        _draw(disks.disks, access, command, report_file)
+        return show_plans(disks, command, output, tables)
     if len(bases) > 1:
         raise DisksMismatched(len(tops), len(bases))
-    decided = api.plan(tops[0], bases[0] if bases else None, access, options)
-    return show_plan(with_way_into_vm(decided), command, output, tables)
+    decided = with_way_into_vm(api.plan(tops[0], bases[0] if bases else None, access, options))
+    _draw((decided,), access, command, report_file)
+    return show_plan(decided, command, output, tables)
+
+
+def _draw(
+    plans: Sequence[MergePlan], access: Access, command: str, report_file: str | None
+) -> None:
+    if report_file is None:
+        return
+    # Imported where it is used: few plans are drawn.
+    from chainmerge.cli.merge_pictures import draw_plans  # noqa: PLC0415
+
+    draw_plans(plans, access, command, report_file)
 
 
 def show_plan(decided: MergePlan, command: str, output: Output, tables: PlanTables) -> ExitCode:

@@ -13,7 +13,6 @@ from msgspec import Struct
 from chainmerge.bitmaps.listing import listing_of, next_backup_bytes
 from chainmerge.chain.discovery import discover
 from chainmerge.chain.disk_map import count_deciders, draw_map
-from chainmerge.chain.information import plain_path
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.target import metadata_policy_of
 from chainmerge.documents.chain_pictures import (
@@ -183,7 +182,7 @@ def _outlook(leaf: Path, base: Path | None, access: Access) -> _Outlook:
 
 
 def _pictured(chain: Chain, outlook: _Outlook) -> ChainPictures:
-    paths = [str(plain_path(one.path)) for one in chain.images]
+    paths = [str(one.path) for one in chain.images]
     with open_chain(chain) as opened:
         view = opened.view()
         deciders = count_deciders(view, MOST_COLUMNS)
