@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from chainmerge.bitmaps.listing import bitmaps_list, bitmaps_list_disks
     from chainmerge.bitmaps.pruning import prune
     from chainmerge.catalogue import explain
+    from chainmerge.chain.disk_map import disk_map
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
-    from chainmerge.inventory.pictures import disk_map, picture_chain, picture_chains
+    from chainmerge.inventory.pictures import picture_chain, picture_chains
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
         flatten,
@@ -93,7 +94,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
-        "disk_map": "chainmerge.inventory.pictures",
+        "disk_map": "chainmerge.chain.disk_map",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.repairing.relinking",
         "flatten": "chainmerge.merging.flattening",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -10,13 +11,18 @@ from msgspec import Struct
 
 from chainmerge.arithmetic.arrays import I64Array
 from chainmerge.arithmetic.rounding import divide_up, round_up
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.opening import open_chain
+from chainmerge.chain.target import metadata_policy_of
 from chainmerge.chain.view import NO_LAYER
-from chainmerge.documents.disk_map import DiskMap, MapColumn
+from chainmerge.documents.disk_map import MOST_COLUMNS, DiskMap, MapColumn
+from chainmerge.options import Access
 from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.header import SECTOR
 
 if TYPE_CHECKING:
     from chainmerge.arithmetic.arrays import BoolArray
+    from chainmerge.chain.model import Chain
     from chainmerge.chain.view import GuestView, Resolved
 
 _ZEROS: Final = 1
@@ -35,6 +41,39 @@ class Deciders(Struct, frozen=True):
     column_bytes: int
     data: I64Array
     zeros: I64Array
+
+
+def disk_map(
+    image: str | Path, access: Access | None = None, columns: int = MOST_COLUMNS
+) -> DiskMap:
+    """Say which image of a chain decides which part of the disk that a guest of *image* sees.
+
+    Nothing is locked.
+
+    Args:
+        image: the chain's upper end.
+        access: how images may be reached.
+        columns: of the map, at most.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    with open_chain(readable_chain(image, access or Access())) as opened:
+        view = opened.view()
+        return draw_map(view, count_deciders(view, columns))
+
+
+def readable_chain(image: str | Path, access: Access) -> Chain:
+    """Find a chain of which all images are of formats that are read here.
+
+    Raises:
+        ForeignFormat: one is not.
+        ChainmergeError: it cannot be found.
+    """
+    chain = discover(Path(image), metadata_policy_of(access, image))
+    for one in chain.images:
+        _ = one.virtual_size  # which is not known of a foreign format
+    return chain
 
 
 def count_deciders(view: GuestView, most_columns: int) -> Deciders:

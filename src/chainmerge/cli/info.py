@@ -11,6 +11,7 @@ import click
 from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import access_options, image_argument, json_option
+from chainmerge.cli.strip import map_for_strip
 from chainmerge.report.chains_table import chains_report
 from chainmerge.report.tables import chain_report
 
@@ -32,4 +33,7 @@ def info(*, image: str, access: Access, output: Output) -> None:
     if os.path.isdir(image):  # noqa: PTH112
         output.document(api.list_chains(image, access), chains_report)
         return
-    output.document(api.inspect(image, access), chain_report)
+    output.document(
+        api.inspect(image, access),
+        lambda report: chain_report(report, map_for_strip(image, access)),
+    )

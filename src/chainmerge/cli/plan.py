@@ -21,9 +21,11 @@ from chainmerge.cli.options import (
     tops_argument,
     verbose_option,
 )
+from chainmerge.cli.strip import map_for_strip
 from chainmerge.cli.typed import same_with
+from chainmerge.documents.disk_map import DiskMap
 from chainmerge.documents.disks import DisksPlan
-from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.errors import ExitCode
 from chainmerge.merging.errors import DisksMismatched
 from chainmerge.report.layout import Block
@@ -64,7 +66,7 @@ def plan(
 class PlanTables(Struct, frozen=True):
     """How plans are shown: with what function the plan of one disk, and with which of several."""
 
-    one: Callable[[MergePlan, str], Block]
+    one: Callable[[MergePlan, str, DiskMap | None], Block]
     several: Callable[[DisksPlan, str], Block]
 
 
@@ -96,7 +98,7 @@ def show_plan_of(
         raise DisksMismatched(len(tops), len(bases))
     decided = with_way_into_vm(api.plan(tops[0], bases[0] if bases else None, access, options))
     _draw((decided,), access, command, report_file)
-    return show_plan(decided, command, output, tables)
+    return _show(decided, output, lambda plan: tables.one(plan, command, _map_of(plan, access)))
 
 
 def _draw(
@@ -112,9 +114,21 @@ def _draw(
 
 def show_plan(decided: MergePlan, command: str, output: Output, tables: PlanTables) -> ExitCode:
     """Show a plan that *command* carries out; the status says whether it would be refused."""
+    return _show(decided, output, lambda plan: tables.one(plan, command, None))
+
+
+def _show(decided: MergePlan, output: Output, table: Callable[[MergePlan], Block]) -> ExitCode:
     status = ExitCode.DONE if decided.feasible else ExitCode.REFUSED
-    output.document(decided, lambda plan: tables.one(plan, command), status)
+    output.document(decided, table, status)
     return status
+
+
+def _map_of(plan: MergePlan, access: Access) -> DiskMap | None:
+    """The map of the disk that its guest sees, as far as that is known."""
+    if plan.progress is Progress.MERGED:
+        return None
+    leaf = plan.leaves[0] if len(plan.leaves) == 1 else plan.top
+    return map_for_strip(leaf, access)
 
 
 def show_plans(disks: DisksPlan, command: str, output: Output, tables: PlanTables) -> ExitCode:

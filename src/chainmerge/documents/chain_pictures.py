@@ -11,8 +11,6 @@ from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.disk_map import DiskMap
 from chainmerge.documents.plan import MergePlan
 
-MOST_COLUMNS: Final = 1000
-"""Columns of the map of a disk, at most."""
 MOST_CHECKPOINTS: Final = 100
 """Checkpoints of a chain that are pictured, at most."""
 

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from msgspec import Struct
+
+MOST_COLUMNS: Final = 1000
+"""Columns of a map, at most, if nobody says how many."""
 
 
 class MapColumn(Struct, frozen=True):

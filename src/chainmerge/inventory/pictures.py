@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from chainmerge.bitmaps.listing import listing_of, next_backup_bytes
-from chainmerge.chain.discovery import discover
-from chainmerge.chain.disk_map import count_deciders, draw_map
+from chainmerge.chain.disk_map import count_deciders, draw_map, readable_chain
 from chainmerge.chain.opening import open_chain
-from chainmerge.chain.target import metadata_policy_of
 from chainmerge.documents.chain_pictures import (
     MOST_CHECKPOINTS,
-    MOST_COLUMNS,
     ChainPictures,
     ChainsPictures,
     CheckpointCell,
     PicturedCheckpoint,
 )
 from chainmerge.documents.chains import ChainSummary
+from chainmerge.documents.disk_map import MOST_COLUMNS
 from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError
@@ -40,30 +38,10 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Chain
     from chainmerge.chain.opening import OpenChain
     from chainmerge.documents.bitmaps import BitmapListing, BitmapRow, BitmapVerdict
-    from chainmerge.documents.disk_map import DiskMap
 
 DEFAULT_CHAINS: Final = 20
 """Chains that are pictured, if nobody says how many."""
 _AS_LIST_ADVISES: Final = MergeOptions(delete=True)
-
-
-def disk_map(
-    image: str | Path, access: Access | None = None, columns: int = MOST_COLUMNS
-) -> DiskMap:
-    """Say which image of a chain decides which part of the disk that a guest of *image* sees.
-
-    Args:
-        image: the chain's upper end.
-        access: how images may be reached.
-        columns: of the map, at most.
-
-    Raises:
-        ChainmergeError: the chain cannot be found or read.
-    """
-    chain = _chain_of(image, access or Access())
-    with open_chain(chain) as opened:
-        view = opened.view()
-        return draw_map(view, count_deciders(view, columns))
 
 
 def picture_chain(
@@ -79,7 +57,7 @@ def picture_chain(
     Raises:
         ChainmergeError: the chain cannot be found or read.
     """
-    return _pictured(_chain_of(image, access or Access()), _Outlook(decided))
+    return _pictured(readable_chain(image, access or Access()), _Outlook(decided))
 
 
 def picture_chains(
@@ -125,14 +103,6 @@ class _Outlook(Struct, frozen=True):
     problem: str | None = None
 
 
-def _chain_of(image: str | Path, access: Access) -> Chain:
-    chain = discover(Path(image), metadata_policy_of(access, image))
-    for one in chain.images:
-        # Raises for a format that only QEMU knows: of those nobody can say what is where.
-        _ = one.virtual_size
-    return chain
-
-
 def _each_once(
     directories: Sequence[str | Path], access: Access, without: frozenset[str]
 ) -> list[ChainSummary]:
@@ -158,7 +128,7 @@ def _tried(summary: ChainSummary, access: Access) -> ChainPictures | str:
 
 def _base_below(leaf: Path, access: Access) -> Path | None:
     """The lowest image of a chain that only *leaf* uses, as far as its directory tells."""
-    chain = _chain_of(leaf, access)
+    chain = readable_chain(leaf, access)
     try:
         users: Mapping[tuple[int, int], int] = images_in(chain.top.real_path.parent).users
     except ChainmergeError:
@@ -169,7 +139,7 @@ def _base_below(leaf: Path, access: Access) -> Path | None:
 
 
 def _with_plan(leaf: Path, base: Path | None, access: Access) -> ChainPictures:
-    return _pictured(_chain_of(leaf, access), _outlook(leaf, base, access))
+    return _pictured(readable_chain(leaf, access), _outlook(leaf, base, access))
 
 
 def _outlook(leaf: Path, base: Path | None, access: Access) -> _Outlook:
