@@ -120,6 +120,19 @@ def test_a_merge_is_drawn_before_and_after(chain: list[Path], tmp_path: Path) ->
     assert "1 image, a disk of 16 MiB: 4 MiB of data that the guest sees, 0 B hidden" in page
 
 
+def test_what_stands_on_the_images_is_drawn_too(chain: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "merge.html"
+    ran = chainmerge("plan", chain[1], "--report", file)
+    assert ran.status == 0
+    assert "gets base.qcow2 as its backing file" in file.read_text()
+    ran = chainmerge("merge", chain[1], "--delete", "--report", file)
+    assert ran.status == 0
+    page = file.read_text()
+    assert "3 images, a disk of 16 MiB" in page
+    assert "2 images, a disk of 16 MiB" in page
+    assert page.count("active.qcow2") > 4
+
+
 def test_several_disks_are_drawn(chain: list[Path], tmp_path: Path) -> None:
     other = create(tmp_path / "other.qcow2", 16 * MIB)
     top = create(tmp_path / "other-top.qcow2", backing=other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMANDS: Final = ("chromium", "chromium-browser", "google-chrome")
-SECONDS_TO_ANSWER: Final = 60
+SECONDS_TO_END: Final = 60
+_OF_THE_BROWSER: Final = 5
+"""Descriptors below this one."""
 
 
 class BrowserFailed(AssertionError):
@@ -115,12 +118,21 @@ class Browser:
             if one.get("method") == "Log.entryAdded"
         ]
 
-    def screenshot(self, file: Path, height: int) -> None:
-        """Write a picture of the page's upper part."""
-        width = self.evaluate("innerWidth")
+    def screenshot(self, file: Path) -> None:
+        """Write a picture of the whole page."""
+        width, height = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         taken = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(taken["data"]))
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are none of the descriptors that the browser uses."""
+    ends = os.pipe()
+    higher = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _OF_THE_BROWSER) for end in ends)
+    for end in ends:
+        os.close(end)
+    return higher[0], higher[1]
 
 
 @contextlib.contextmanager
@@ -129,16 +141,17 @@ def running_browser() -> Iterator[Browser]:
     command = next(filter(None, map(shutil.which, COMMANDS)), None)
     if command is None:
         raise BrowserFailed("there is no chromium: apt-get install chromium")
-    to_browser, write = os.pipe()
-    read, from_browser = os.pipe()
+    to_browser, write = _pipe()
+    read, from_browser = _pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # The protocol is spoken over descriptors 3 and 4.
         process = subprocess.Popen(
             [
-                "/bin/sh",
+                # Unlike others, this shell knows descriptors of more than one digit.
+                "bash",
                 "-c",
                 f'exec "$@" 3<&{to_browser} 4>&{from_browser}',
-                "sh",
+                "bash",
                 command,
                 "--headless=new",
                 "--remote-debugging-pipe",
@@ -149,6 +162,7 @@ def running_browser() -> Iterator[Browser]:
                 "--disable-background-networking",
                 "--disable-component-update",
                 "--force-color-profile=srgb",
+                "--disable-lcd-text",
                 f"--user-data-dir={profile}",
             ],
             stdin=subprocess.DEVNULL,
@@ -163,7 +177,7 @@ def running_browser() -> Iterator[Browser]:
         finally:
             os.close(write)
             try:
-                process.wait(SECONDS_TO_ANSWER)
+                process.wait(SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -11,6 +11,7 @@ from msgspec import Struct
 from chainmerge import api
 from chainmerge.cli.errors import ReportFileNotWritten
 from chainmerge.cli.report_file import write_report_file
+from chainmerge.cli.strip import upper_end
 from chainmerge.documents.chain_pictures import ChainPictures
 from chainmerge.documents.disks import DisksReport
 from chainmerge.errors import ChainmergeError
@@ -32,11 +33,11 @@ class DiskBefore(Struct, frozen=True):
     """A disk as it was when a merge began.
 
     Attributes:
-        top: The image merged, as it was named.
+        end: The upper end of its chain.
         pictures: Of its chain with the plan; or why there are none.
     """
 
-    top: str
+    end: str
     pictures: ChainPictures | str
 
 
@@ -46,7 +47,7 @@ def draw_plans(plans: Sequence[MergePlan], access: Access, command: str, file: s
     Raises:
         ChainmergeError: an image cannot be read, or the file not be written.
     """
-    pictures = [api.picture_chain(plan.top, access, plan) for plan in plans]
+    pictures = [api.picture_chain(upper_end(plan), access, plan) for plan in plans]
     write_report_file(file, html_of_plans(pictures, command, int(time.time())))
 
 
@@ -78,7 +79,7 @@ def draw_after(
     else:
         reports, said = [report], merge_report(report)
     disks = [
-        DiskChange(one.pictures, "" if of_disk is None else _after(of_disk, one.top, access))
+        DiskChange(one.pictures, "" if of_disk is None else _after(of_disk, one.end, access))
         for one, of_disk in zip(before, reports, strict=True)
     ]
     try:
@@ -107,12 +108,15 @@ def _before(
     tops: Sequence[str], plans: Sequence[MergePlan | None], access: Access
 ) -> Iterator[DiskBefore]:
     for top, plan in zip(tops, plans, strict=True):
-        yield DiskBefore(top, _pictures_or_why_not(top, access, plan))
+        end = top if plan is None else upper_end(plan)
+        yield DiskBefore(end, _pictures_or_why_not(end, access, plan))
 
 
-def _after(report: MergeReport, top: str, access: Access) -> ChainPictures | str:
-    result = top if report.plan is None else report.plan.result
-    return _pictures_or_why_not(report.renamed[1] if report.renamed else result, access, None)
+def _after(report: MergeReport, end: str, access: Access) -> ChainPictures | str:
+    """The disk by its upper end, which is the result if the image merged was that."""
+    if report.plan is not None and end == report.plan.top:
+        end = report.renamed[1] if report.renamed else report.plan.result
+    return _pictures_or_why_not(end, access, None)
 
 
 def _pictures_or_why_not(image: str, access: Access, plan: MergePlan | None) -> ChainPictures | str:

@@ -21,7 +21,7 @@ from chainmerge.cli.options import (
     tops_argument,
     verbose_option,
 )
-from chainmerge.cli.strip import map_for_strip
+from chainmerge.cli.strip import map_for_strip, upper_end
 from chainmerge.cli.typed import same_with
 from chainmerge.documents.disk_map import DiskMap
 from chainmerge.documents.disks import DisksPlan
@@ -127,8 +127,7 @@ def _map_of(plan: MergePlan, access: Access) -> DiskMap | None:
     """The map of the disk that its guest sees, as far as that is known."""
     if plan.progress is Progress.MERGED:
         return None
-    leaf = plan.leaves[0] if len(plan.leaves) == 1 else plan.top
-    return map_for_strip(leaf, access)
+    return map_for_strip(upper_end(plan), access)
 
 
 def show_plans(disks: DisksPlan, command: str, output: Output, tables: PlanTables) -> ExitCode:

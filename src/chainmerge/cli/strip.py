@@ -10,7 +10,13 @@ from chainmerge.errors import ChainmergeError
 
 if TYPE_CHECKING:
     from chainmerge.documents.disk_map import DiskMap
+    from chainmerge.documents.plan import MergePlan
     from chainmerge.options import Access
+
+
+def upper_end(plan: MergePlan) -> str:
+    """Return the image that the guest uses, as far as that is known; else the one merged."""
+    return plan.leaves[0] if len(plan.leaves) == 1 else plan.top
 
 
 def map_for_strip(image: str, access: Access) -> DiskMap | None:
