@@ -19,6 +19,7 @@ from benchmarks import (
     many,
     plans,
     report,
+    scans,
     scattered,
     startup,
     volumes,
@@ -50,6 +51,7 @@ BENCHMARKS: Final[tuple[Benchmark, ...]] = (
     plans.plan_of_1_tib_shuffled,
     plans.plan_of_10_tib,
     plans.plan_of_10_tib_shuffled,
+    scans.scan_of_ten_thousand_images,
 )
 # Ignored by git, and on the disk that the repository is on: /tmp may be in memory.
 _BUILD: Final = Path(__file__).parent.parent / "build"

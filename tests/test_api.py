@@ -20,14 +20,20 @@ import chainmerge
 from chainmerge import api, live
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import ChainmergeError, ExitCode
-from chainmerge.options import Access, LiveOptions, MergeOptions, OptionUnusable
+from chainmerge.options import (
+    Access,
+    LiveOptions,
+    MergeOptions,
+    OptionUnusable,
+    ScanOptions,
+)
 from tests.support.qemu import content, create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 MIB = 1 << 20
-RECORDS = (Access, MergeOptions, LiveOptions)
+RECORDS = (Access, MergeOptions, LiveOptions, ScanOptions)
 FUNCTIONS = {
     **{name: getattr(api, name) for name in api.__all__},
     **{f"live.{name}": getattr(live, name) for name in ("merge", "plan", "resume", "status")},
@@ -121,6 +127,11 @@ def test_options_are_usable_or_refused(record: type[Any], field: str, value: obj
         (Access, "active", "a\0b"),
         (Access, "formats", {"a\0b": "raw"}),
         (LiveOptions, "deadline", math.nan),
+        (ScanOptions, "hidden", 0),
+        (ScanOptions, "length_info", 0),
+        (ScanOptions, "old_days", 1.5),
+        (ScanOptions, "free_warning", 101),
+        (ScanOptions, "check", "yes"),
         (LiveOptions, "bandwidth", 0),
         (LiveOptions, "on_stall", "explode"),
     ],

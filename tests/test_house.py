@@ -65,6 +65,7 @@ SHARED_NAMES: Final = {
     "prune": {"bitmaps/pruning.py", "cli/bitmaps.py"},
     "relink": {"cli/relink.py", "repairing/relinking.py"},
     "repair": {"cli/bitmaps.py", "cli/repair.py", "repairing/mending.py"},
+    "scan": {"cli/scan.py", "inventory/scan.py"},
     "resume": {"cli/live.py", "live/__init__.py", "live/merging.py"},
     "status": {
         "cli/live.py",

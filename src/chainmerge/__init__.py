@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         cancel,
         check_image,
         disk_map,
+        domain_disks,
         explain,
         find_backing,
         flatten,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
         prune,
         relink,
         repair,
+        save_scan,
+        scan,
         status,
         undo_repair,
     )
@@ -130,6 +133,14 @@ if TYPE_CHECKING:
         RepairReport,
         UndoReport,
     )
+    from chainmerge.documents.scan import (
+        DefinedDisk,
+        ScanFinding,
+        ScannedBitmap,
+        ScannedImage,
+        ScanReport,
+        Severity,
+    )
     from chainmerge.documents.status import (
         LiveMergeStatus,
         LiveStatusReport,
@@ -163,6 +174,7 @@ if TYPE_CHECKING:
         Access,
         LiveOptions,
         MergeOptions,
+        ScanOptions,
     )
 
 __all__ = [
@@ -187,6 +199,7 @@ __all__ = [
     "CheckResult",
     "CheckpointCell",
     "CheckpointsAtRisk",
+    "DefinedDisk",
     "DirectionCost",
     "Directions",
     "DiskError",
@@ -241,7 +254,13 @@ __all__ = [
     "RepairReport",
     "Repoint",
     "Role",
+    "ScanFinding",
+    "ScanOptions",
+    "ScanReport",
+    "ScannedBitmap",
+    "ScannedImage",
     "Searched",
+    "Severity",
     "SharedCheckpoint",
     "ShouldStop",
     "SnapshotsAtRisk",
@@ -266,6 +285,7 @@ __all__ = [
     "cancel",
     "check_image",
     "disk_map",
+    "domain_disks",
     "explain",
     "find_backing",
     "flatten",
@@ -286,6 +306,8 @@ __all__ = [
     "prune",
     "relink",
     "repair",
+    "save_scan",
+    "scan",
     "status",
     "undo_repair",
 ]
@@ -369,6 +391,14 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "RepairReport",
             "UndoReport",
         ),
+        "chainmerge.documents.scan": (
+            "DefinedDisk",
+            "ScanFinding",
+            "ScanReport",
+            "ScannedBitmap",
+            "ScannedImage",
+            "Severity",
+        ),
         "chainmerge.documents.status": (
             "LiveMergeStatus",
             "LiveStatusReport",
@@ -402,6 +432,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "Access",
             "LiveOptions",
             "MergeOptions",
+            "ScanOptions",
         ),
     }
 )

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
     from chainmerge.inventory.pictures import picture_chain, picture_chains
+    from chainmerge.inventory.scan import scan
+    from chainmerge.inventory.tables import save_scan
+    from chainmerge.live.libvirt.domains import domain_disks
     from chainmerge.merging.disks import merge_disks, plan_disks
     from chainmerge.merging.flattening import (
         flatten,
@@ -58,6 +61,7 @@ __all__ = [
     "cancel",
     "check_image",
     "disk_map",
+    "domain_disks",
     "explain",
     "find_backing",
     "flatten",
@@ -78,6 +82,8 @@ __all__ = [
     "prune",
     "relink",
     "repair",
+    "save_scan",
+    "scan",
     "status",
     "undo_repair",
 ]
@@ -95,6 +101,7 @@ _MODULES: Final = MappingProxyType(
         "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
         "disk_map": "chainmerge.chain.disk_map",
+        "domain_disks": "chainmerge.live.libvirt.domains",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.repairing.relinking",
         "flatten": "chainmerge.merging.flattening",
@@ -115,6 +122,8 @@ _MODULES: Final = MappingProxyType(
         "prune": "chainmerge.bitmaps.pruning",
         "relink": "chainmerge.repairing.relinking",
         "repair": "chainmerge.repairing.mending",
+        "save_scan": "chainmerge.inventory.tables",
+        "scan": "chainmerge.inventory.scan",
         "status": "chainmerge.records.unfinished",
         "undo_repair": "chainmerge.repairing.mending",
     }

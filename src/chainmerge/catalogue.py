@@ -70,7 +70,7 @@ class Subject(Struct, frozen=True):
     def text(self) -> str:
         """The long form, in paragraphs."""
         kind = (
-            "found by check, repair or bitmaps list"
+            "found by check, repair, bitmaps list or scan"
             if self.exit_code is None
             else f"exit status {self.exit_code:d}, {MEANINGS[self.exit_code]}"
         )
@@ -223,6 +223,7 @@ _DROP: Final = (
 _REPAIR: Final = (
     "`chainmerge repair IMAGE` shows what would be done, `chainmerge repair --yes IMAGE` does it"
 )
+_MERGE: Final = "`chainmerge plan LEAF` shows what a merge needs and gives back"
 FINDINGS: Final = _by_code(
     _finding(
         "broken-bitmap",
@@ -326,5 +327,103 @@ FINDINGS: Final = _by_code(
         "program to guess. A repair leaves it alone.",
         "restore the image from a backup; `chainmerge check IMAGE` lists what is wrong",
     ),
+    _finding(
+        "long-chain",
+        "an image stands on a long chain",
+        "What a guest reads is looked for in one image after the other, each takes memory of QEMU, "
+        "and backups have to follow them all. libvirt before 12.0 does not start a domain whose "
+        "chain has 25 images, and no libvirt takes more than 200.",
+        _MERGE,
+    ),
+    _finding(
+        "old-overlay",
+        "an overlay has been there for long",
+        "Its base has not been written for so long, so it is that old: an overlay that was meant "
+        "for a day and forgotten grows as long as the guest writes. A base that several overlays "
+        "stand on is there to stay, and is not told of.",
+        _MERGE,
+    ),
+    _finding(
+        "hidden-bytes",
+        "images hold data that images above hide",
+        "Nobody can see it any more, and it takes space until the images are merged. The number is "
+        "exact as far as data goes; tables and bitmaps of images that a merge deletes come on top.",
+        _MERGE,
+    ),
+    _finding(
+        "orphan",
+        "an image stands on a chain that has no root",
+        "An image below it has lost its backing file, cannot be read, or stands on one above it. "
+        "What the guest had there is missing. Overlays alone are worth nothing without it.",
+        "find the lost image: `chainmerge relink IMAGE` names files that could be it; otherwise "
+        "restore the chain from a backup",
+    ),
+    _finding(
+        "format-not-declared",
+        "an image does not declare the format of its backing file",
+        "QEMU then finds it out from the first bytes, which a guest may have written. libvirt does "
+        "not start a domain with such an image.",
+        "`chainmerge relink IMAGE --backing BASE` stores the format with the name",
+    ),
+    _finding(
+        "qcow-read-as-raw",
+        "an image is declared as raw, and begins like a qcow2 image",
+        "The guest sees header and tables in place of its disk, unless it has a qcow2 image on its "
+        "raw disk on purpose. Mostly the format was mistaken when the overlay was made.",
+        "if it was: `chainmerge relink IMAGE --backing BASE` with `--format BASE=qcow2`",
+    ),
+    _finding(
+        "base-larger",
+        "a base has a larger disk than the overlay on it",
+        "The base was resized after the overlay was made, or another image has its name. The guest "
+        "sees the smaller disk. A base that is smaller than its overlay is nothing unusual.",
+        "`chainmerge plan OVERLAY` compares both, and says what speaks against them",
+    ),
+    _finding(
+        "base-written-later",
+        "a base was written after the overlay on it",
+        "An overlay holds what differs from a base that does not change. If the base was used "
+        "alone, started as a VM for instance, the overlay shows wrong data by now, and one of the "
+        "two is to be given up. A restore, a copy or a change of bitmaps would also explain it; "
+        "and so does a merge further down, if the base has a backing file itself.",
+        "`chainmerge plan OVERLAY` compares both, and says what speaks against them",
+    ),
+    _finding(
+        "base-created-later",
+        "a base is younger than the overlay on it",
+        "The file that has the base's name was created after the overlay. It was copied, moved "
+        "between file systems or restored from a backup, or exchanged for another one.",
+        "`chainmerge plan OVERLAY` compares both, and says what speaks against them",
+    ),
+    _finding(
+        "unusable-checkpoint",
+        "a checkpoint is recorded, and no backup can use it",
+        "A backup needs a bitmap of the same name in every image from the checkpoint up to the "
+        "active one. This name is valid in the active image, but has a gap below it, or is broken "
+        "there, so libvirt refuses it and the next backup is a full one.",
+        _DROP,
+    ),
+    _finding(
+        "file-system-filling",
+        "a file system has little room for what its images may grow",
+        "Overlays grow with every write of their guests, up to the size of the disk. When the file "
+        "system is full, the guests stop or see errors. What is free and what they may grow "
+        "together is in the evidence.",
+        f"{_MERGE}, which needs room itself: see its plan; or enlarge the file system",
+    ),
+    _finding(
+        "device-filling",
+        "an image has nearly filled the block device that it lies on",
+        "An image on a block device grows within it, up to its end. Whoever manages the volume has "
+        "to extend it in time: when it is full, the guest stops.",
+        f"extend the device; or {_MERGE}",
+    ),
+    _finding(
+        "unused-image",
+        "an image is used by nobody",
+        "No domain of this libvirt has it as a disk, no process has it open, and no image that was "
+        "found stands on it. Domains of other hosts, backups and templates are not known here.",
+        "find out whose it was; `chainmerge info IMAGE` shows what it stands on",
+    ),
 )
-"""What `check`, `repair` and `bitmaps list` may find, besides errors."""
+"""What `check`, `repair`, `bitmaps list` and `scan` may find, besides errors."""

@@ -31,6 +31,8 @@ FileName: TypeAlias = str
 CommandLine: TypeAlias = str
 Seconds: TypeAlias = float
 ByteCount: TypeAlias = int
+Count: TypeAlias = int
+Percentage: TypeAlias = int
 
 
 class Direction(StrEnum):
@@ -211,7 +213,46 @@ class LiveOptions(Struct, frozen=True):
         )
 
 
-def _require_fitting_fields(options: Access | MergeOptions | LiveOptions) -> None:
+class ScanOptions(Struct, frozen=True):
+    """Where a scan looks, and from when on it says something.
+
+    Attributes:
+        one_file_system: Whether directories on other file systems than the place itself are left
+            out. Pseudo file systems always are.
+        check: Whether the refcounts of every image that nobody has open are checked, as ``check``
+            does: for leaks and damage that nothing else shows. It reads all tables.
+        cache: Whether what is known of images that have not changed since the last scan is used,
+            and kept for the next one.
+        length_info: Images in a chain from which it is long. libvirt before 12.0 does not start
+            a domain with 25.
+        length_warning: Images from which it is too long.
+        length_critical: Images from which it has to be merged soon.
+        length_limit: Images from which libvirt refuses the next snapshot.
+        old_days: Days since a base was written last, from which its overlay is an old one.
+        hidden: Bytes that a merge would free, from which it is worth while.
+        free_warning: Percent of a file system or volume that have to be free, if images on it may
+            grow beyond.
+        free_critical: As ``free_warning``, below which it is critical.
+    """
+
+    one_file_system: bool = True
+    check: bool = False
+    cache: bool = True
+    length_info: Count = 25
+    length_warning: Count = 30
+    length_critical: Count = 100
+    length_limit: Count = 200
+    old_days: Count = 30
+    hidden: ByteCount = 1 << 30
+    free_warning: Percentage = 10
+    free_critical: Percentage = 2
+
+    def __post_init__(self) -> None:
+        """Raise OptionUnusable if an option has an impossible value."""
+        _require_fitting_fields(self)
+
+
+def _require_fitting_fields(options: Access | MergeOptions | LiveOptions | ScanOptions) -> None:
     for name, kind in type(options).__annotations__.items():
         require_fitting(name, getattr(options, name), kind)
 
@@ -260,6 +301,18 @@ def require_bytes(option: str, value: object) -> None:
     """Raise OptionUnusable unless *value* is a number of bytes that is not 0."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         raise _unusable(option, value, f"a whole number of bytes from 1 to {LARGEST}")
+
+
+def require_count(option: str, value: object) -> None:
+    """Raise OptionUnusable unless *value* is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        raise _unusable(option, value, "a whole number from 1 on")
+
+
+def require_percentage(option: str, value: object) -> None:
+    """Raise OptionUnusable unless *value* is a whole number of percents."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100:
+        raise _unusable(option, value, "a whole number from 0 to 100")
 
 
 def require_seconds(option: str, value: object) -> None:
@@ -342,6 +395,8 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "bool": require_flag,
         "int": require_integer,
         "ByteCount": require_bytes,
+        "Count": require_count,
+        "Percentage": require_percentage,
         "Seconds": require_seconds,
         "str": require_text,
         "Sequence[str]": require_texts,
@@ -360,6 +415,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = MappingProxyType(
         "Access": partial(require_instance, kind=Access),
         "MergeOptions": partial(require_instance, kind=MergeOptions),
         "LiveOptions": partial(require_instance, kind=LiveOptions),
+        "ScanOptions": partial(require_instance, kind=ScanOptions),
     }
 )
 

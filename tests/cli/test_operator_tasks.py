@@ -272,6 +272,7 @@ def test_13_on_any_terminal(images: Path, width: int) -> None:
     for arguments in (
         ("-V",),
         ("list",),
+        ("scan", "--no-cache", "--hidden", "1"),
         ("plan", "snap1.qcow2"),
         ("merge", "--delete", "snap1.qcow2"),
         ("status",),

@@ -194,8 +194,19 @@ def test_a_chain_that_cannot_be_read_is_a_problem_and_not_the_end(tmp_path: Path
     assert [one.image for one in found.pictures] == [str(sound[-1])]
     assert "lost.qcow2" in found.problems[0]
     assert len(found.chains) == 2
+    assert str(orphan) in {one.image for one in found.findings}
     with pytest.raises(ChainmergeError):
-        chainmerge.picture_chains([orphan])
+        chainmerge.picture_chain(orphan)
+
+
+def test_an_image_may_stand_on_one_of_another_place(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    root = create(tmp_path / "there" / "root.qcow2", DISK)
+    leaf = create(tmp_path / "here" / "leaf.qcow2", backing=root)
+    found = chainmerge.picture_chains([tmp_path / "here", tmp_path / "there"])
+    assert [one.image for one in found.pictures] == [str(leaf)]
+    assert found.problems == ()
 
 
 def test_a_format_that_only_qemu_knows_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from chainmerge.report import merge_tables, tables
 from chainmerge.report.chains_table import chains_report
 from chainmerge.report.plan_details import disks_plan_details, plan_details
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
+from chainmerge.report.scan_table import scan_report
 from chainmerge.report.status_table import status_report
 from chainmerge.report.styled import styled
 from tests.support import reports
@@ -57,6 +58,7 @@ HOSTILE_REPORTS: dict[str, Callable[[str], Block]] = {
     ),
     "info": lambda t: tables.chain_report(reports.chain_report(image=t, words=t)),
     "chains": lambda t: chains_report(reports.chains_report(directory=t, words=t)),
+    "scan": lambda t: scan_report(reports.scan_report(directory=t, words=t)),
     "check": lambda t: tables.check_report(reports.check_result(image=t, words=t)),
     "measure": lambda t: tables.measurement_report(reports.measurement(base=t, top=t)),
     "list": lambda t: tables.bitmap_listing(reports.bitmap_listing(image=t, name=t, words=t)),

@@ -12,6 +12,7 @@ from chainmerge.documents.chain_pictures import (
 )
 from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.disk_map import DiskMap, MapColumn
+from chainmerge.documents.scan import ScanFinding, Severity
 from chainmerge.documents.versions import REPORT_VERSION
 from tests.support import reports
 
@@ -49,6 +50,11 @@ def chains_pictures(
         places=(f"/disks/{name}",),
         made_at=1_700_000_000,
         chains=tuple(_summary(f"/disks/{name}-{n}.qcow2", n, name) for n in range(chains)),
+        findings=tuple(
+            ScanFinding(name, severity, f"/disks/{name}", f"{name} is bad", {name: 1}, command)
+            for severity in Severity
+            for command in (f"chainmerge repair {name}", None)
+        ),
         pictures=(chain_pictures(name, images, checkpoints),),
         problems=(f"{name} cannot be read",),
     )

@@ -35,6 +35,13 @@ from chainmerge.documents.plan import (
     SpacePlan,
 )
 from chainmerge.documents.repair import RepairFinding, RepairReport, UndoReport
+from chainmerge.documents.scan import (
+    ScanFinding,
+    ScannedBitmap,
+    ScannedImage,
+    ScanReport,
+    Severity,
+)
 from chainmerge.documents.status import MergeProcess, StatusReport, UnfinishedMerge
 from chainmerge.documents.versions import REPORT_VERSION, STATUS_VERSION
 from chainmerge.options import Placement
@@ -176,6 +183,42 @@ def chains_report(*, directory: str = "/disks", words: str = "odd") -> ChainsRep
         )
 
     return ChainsReport(REPORT_VERSION, directory, (one(5 * MIB), one(None)), 24 * MIB, 5 * MIB)
+
+
+def scan_report(*, directory: str = "/disks", words: str = "odd") -> ScanReport:
+    image = ScannedImage(
+        path=f"{directory}/{words}",
+        format="qcow2",
+        virtual_size=1024 * MIB,
+        file_size=12 * MIB,
+        occupied_bytes=12 * MIB,
+        written_at=7,
+        backing=words,
+        parent=None,
+        children=1,
+        depth=None,
+        bitmaps=(ScannedBitmap(words, "valid", 65536, 65536, tombstone=False),),
+        snapshots=0,
+        users=None,
+        may_be_stale=False,
+        problem=words,
+    )
+    findings = tuple(
+        ScanFinding(words, severity, image.path, words, {words: 7}, f"chainmerge info {words}")
+        for severity in reversed(Severity)
+    )
+    chains = chains_report(directory=directory, words=words).chains
+    return ScanReport(
+        version=REPORT_VERSION,
+        scanned_at=7,
+        places=(directory,),
+        images=(image,),
+        chains=chains,
+        findings=findings,
+        occupied_bytes=12 * MIB,
+        freed_bytes=5 * MIB,
+        left_out=(words,),
+    )
 
 
 def check_result(*, image: str = "/disks/top.qcow2", words: str = "odd") -> CheckResult:

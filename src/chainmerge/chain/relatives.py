@@ -38,8 +38,8 @@ from chainmerge.storage.files import FileReadable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# Floppy and CD-ROM drives: nothing of a chain is there, and they are slow to say so.
-_REMOVABLE = {2, 11}
+REMOVABLE_MAJORS = {2, 11}
+"""Floppy and CD-ROM drives: nothing of a chain is there, and they are slow to say so."""
 _LOOP = 7
 _NOTHING_THERE = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOMEDIUM, errno.ENODEV}
 
@@ -332,9 +332,9 @@ def _backing_name(path: Path, status: os.stat_result) -> str | None:
         ChainmergeError: the file cannot be read, or begins as qcow2 but is damaged.
     """
     if stat.S_ISBLK(status.st_mode):
-        if os.major(status.st_rdev) in _REMOVABLE:
+        if os.major(status.st_rdev) in REMOVABLE_MAJORS:
             return None
-        if _is_suspended(status.st_rdev):
+        if is_suspended(status.st_rdev):
             raise OSError(errno.EBUSY, "the device is suspended")
     elif not _begins_as_image(path):
         return None
@@ -390,7 +390,7 @@ def _below(identity: Identity) -> Identity:
         return identity
 
 
-def _is_suspended(device: int) -> bool:
+def is_suspended(device: int) -> bool:
     """Whether a device-mapper device is suspended: reading it would block until it is resumed."""
     state = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm/suspended")
     try:

@@ -102,6 +102,8 @@ def explained_candidates(
 ) -> list[CompletionItem[str]]:
     """Return the codes that ``explain`` knows."""
     del ctx, param
-    from chainmerge.catalogue import known_errors  # noqa: PLC0415 (loads the whole package)
+    from chainmerge.catalogue import known_subjects  # noqa: PLC0415 (loads the whole package)
 
-    return [CompletionItem(code) for code in known_errors() if code.startswith(incomplete.lower())]
+    return [
+        CompletionItem(code) for code in known_subjects() if code.startswith(incomplete.lower())
+    ]

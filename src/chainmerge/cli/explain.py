@@ -92,7 +92,7 @@ def _groups(summaries: tuple[ErrorSummary, ...]) -> Block:
         title = f"Exit status {status:d}: {meaning}"
         blocks += [words(title, layout.TITLE), _list(rows), layout.EMPTY_LINE]
     found = tuple(one for one in summaries if one.exit_status is None)
-    title = "Findings of check, repair and bitmaps list"
+    title = "Findings of check, repair, bitmaps list and scan"
     return stack(*blocks, words(title, layout.TITLE), _list(found))
 
 

@@ -36,6 +36,7 @@ _COMMANDS: Final = MappingProxyType(
         "bitmaps": ("chainmerge.cli.bitmaps", "bitmaps"),
         "relink": ("chainmerge.cli.relink", "relink"),
         "repair": ("chainmerge.cli.repair", "repair"),
+        "scan": ("chainmerge.cli.scan", "scan"),
         "list": ("chainmerge.cli.list_chains", "list_chains"),
         "report": ("chainmerge.cli.report", "report"),
         "info": ("chainmerge.cli.info", "info"),
@@ -57,7 +58,8 @@ _OBJECTS_BEFORE_COLLECTION: Final = 100_000
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit status: 0 done and verified, 1 failed, 2 wrong usage, 3 refused and nothing "
-        "changed, 4 outcome unknown, 5 something is unfinished (status), 130 interrupted."
+        "changed, 4 outcome unknown, 5 something needs attention (status, scan --fail-on), 130 "
+        "interrupted."
     ),
 )
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")

@@ -10,7 +10,7 @@ import click
 
 from chainmerge import api
 from chainmerge.cli.commands import Command
-from chainmerge.cli.options import json_option, named_places_options
+from chainmerge.cli.options import named_places_options, outcome_options
 from chainmerge.cli.output import JsonOutput
 from chainmerge.cli.params import IMAGE
 from chainmerge.options import Access
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     help="Draw the N chains whose merge frees most; all are listed.",
 )
 @named_places_options
-@json_option
+@outcome_options
 def report(
     *,
     places: tuple[str, ...],
@@ -54,18 +54,19 @@ def report(
 ) -> None:
     """Draw the chains of each PATH in one HTML file.
 
-    A PATH is a directory, or the upper end of a chain. Images are only read, also while virtual
-    machines use them. The file needs no network and has no scripts.
+    A PATH is a directory with everything below, an image, or a volume group. Images are only
+    read, also while virtual machines use them. The file needs no network and has no scripts.
     [default: the current directory]
     """
     if report_file is None and not isinstance(output, JsonOutput):
         raise click.UsageError("name the file to write: --output chains.html")
     access = Access(formats=dict(formats), allow_backing=allow_backing)
-    found = api.picture_chains(places or (".",), access, most)
+    with output.progress() as display:
+        found = api.picture_chains(places, access, most, display.update)
     if report_file is not None:
         # Imported where they are used: templates take longer to import than a small merge takes.
         from chainmerge.cli.report_file import write_report_file  # noqa: PLC0415
         from chainmerge.report.html.pages import html_of_chains  # noqa: PLC0415
 
         write_report_file(report_file, html_of_chains(found))
-    output.document(found, partial(pictures_report, file=report_file or ""))
+    output.last_event(found, partial(pictures_report, file=report_file or ""))

@@ -24,6 +24,7 @@ _PULL: Final = (
 _LIST_CHAINS: Final = (
     "`chainmerge list DIR` lists the chains of a directory, and what each would free"
 )
+_SCAN: Final = "`chainmerge scan PATH` finds all images, and what is wrong with them"
 _INFO: Final = (
     "`chainmerge info IMAGE` lists the images of a chain, `chainmerge bitmaps list IMAGE` its "
     "bitmaps"
@@ -45,6 +46,7 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "chainmerge": {
             "add": _ADD,
+            "audit": _SCAN,
             "block-commit": _LIVE,
             "block-stream": "`chainmerge live merge TOP` merges in a running VM",
             "blockcommit": _MERGE_OR_LIVE,
@@ -58,7 +60,9 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "dry-run": "`chainmerge plan TOP` shows what a merge would do",
             "finish": _FINISH,
             "fix": "`chainmerge repair IMAGE` shows what is wrong and what it would do about it",
+            "health": _SCAN,
             "help": "see `chainmerge --help`, or `chainmerge explain` for the errors",
+            "inventory": _SCAN,
             "ls": _LIST_CHAINS,
             "map": _INFO,
             "prune": "`chainmerge bitmaps prune TOP` does that",
@@ -67,7 +71,6 @@ WORDS_OF_OTHERS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "remove": "`chainmerge bitmaps remove IMAGE NAME` removes a bitmap, `chainmerge merge "
             "--delete TOP` a snapshot",
             "resume": _FINISH,
-            "scan": _LIST_CHAINS,
             "rm": "`chainmerge merge --delete TOP` merges a snapshot and deletes its file",
             "show": _INFO,
             "stream": _PULL,

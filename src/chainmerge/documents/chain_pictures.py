@@ -10,6 +10,7 @@ from msgspec import Struct
 from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.disk_map import DiskMap
 from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.scan import ScanFinding
 
 MOST_CHECKPOINTS: Final = 100
 """Checkpoints of a chain that are pictured, at most."""
@@ -106,16 +107,18 @@ class ChainsPictures(Struct, frozen=True):
 
     Attributes:
         version: Version of this document.
-        places: The directories and images that were asked for.
-        made_at: When, in seconds since 1970 (UTC).
+        places: Where was looked, as absolute paths; volume groups by their names.
+        made_at: When the scan began, in seconds since 1970 (UTC).
         chains: All chains; those whose merge would free most first, those that cannot be read last.
+        findings: What a scan has found that somebody should know, the most severe first.
         pictures: Those of the first of them.
-        problems: What could not be pictured, and why; a sentence each.
+        problems: What could not be pictured, or was not looked at, and why; a sentence each.
     """
 
     version: int
     places: tuple[str, ...]
     made_at: int
     chains: tuple[ChainSummary, ...]
+    findings: tuple[ScanFinding, ...]
     pictures: tuple[ChainPictures, ...]
     problems: tuple[str, ...]

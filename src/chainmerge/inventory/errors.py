@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why the chains of a directory cannot be listed."""
+"""Why chains cannot be listed, and places not scanned."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from chainmerge.errors import ImageUnavailable, Refused
+from chainmerge.errors import Failed, ImageUnavailable, Refused
 
 
 class DirectoryUnreadable(ImageUnavailable, Refused):
@@ -35,3 +35,47 @@ class DirectoryTooLarge(Refused):
     )
     directory: str
     limit: int
+
+
+class PlaceUnreadable(ImageUnavailable, Refused):
+    """A place that was to be scanned is not there, or cannot be listed."""
+
+    code: ClassVar[str] = "place-unreadable"
+    template: ClassVar[str] = "cannot scan {place}: {reason}"
+    hint: ClassVar[str] = "name an image, a directory or a volume group of this host"
+    explanation: ClassVar[str] = (
+        "A scan looks at images, at directories with everything below them, and at the volumes of "
+        "volume groups. This place is none of these, or may not be read by this user. Nothing was "
+        "changed."
+    )
+    place: str
+    reason: str
+
+
+class PlaceTooLarge(Refused):
+    """A place that was to be scanned has more in it than is looked at."""
+
+    code: ClassVar[str] = "place-too-large"
+    template: ClassVar[str] = "{place} has more than {limit} {what}, which are not looked at"
+    hint: ClassVar[str] = "scan a part of it: chainmerge scan DIRECTORY"
+    explanation: ClassVar[str] = (
+        "A scan that stopped at some limit could take an image for the end of its chain while "
+        "another one stands on it, so none is made. Nothing was changed."
+    )
+    place: str
+    what: str
+    limit: int
+
+
+class TablesNotWritten(Failed):
+    """The tables of a scan could not be written."""
+
+    code: ClassVar[str] = "tables-not-written"
+    template: ClassVar[str] = "{file} was not written: {reason}"
+    hint: ClassVar[str] = "name a file in a directory that this user may write to, with free space"
+    explanation: ClassVar[str] = (
+        "A scan can be written as tables of SQLite. They are written beside their place and "
+        "renamed, so what was there before is as it was. No image was changed."
+    )
+    file: str
+    reason: str

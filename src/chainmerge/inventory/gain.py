@@ -11,10 +11,10 @@ from chainmerge.qcow2.extents import Kind
 from chainmerge.qcow2.mapping import DEFAULT_WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from chainmerge.chain.layers import Layer
-    from chainmerge.chain.model import Chain, Identity
+    from chainmerge.chain.model import Identity
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.view import Resolved
 
@@ -29,15 +29,15 @@ class Gain(Struct, frozen=True):
     to_copy: int
 
 
-def first_own_index(chain: Chain, users: Mapping[Identity, int]) -> int:
+def first_own_index(images: Sequence[Identity], users: Mapping[Identity, int]) -> int:
     """The lowest image of a chain below which, and at which, nothing but this chain branches off.
 
     Args:
-        chain: of a leaf.
+        images: of a chain, from its root up to its leaf.
         users: how many images have each one as their backing file.
     """
-    for index in range(len(chain.images) - 2, -1, -1):
-        if users.get(chain.images[index].identity, 0) > 1:
+    for index in range(len(images) - 2, -1, -1):
+        if users.get(images[index], 0) > 1:
             return index + 1
     return 0
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from chainmerge.bitmaps.listing import listing_of, next_backup_bytes
 from chainmerge.chain.disk_map import count_deciders, draw_map, readable_chain
@@ -20,15 +20,15 @@ from chainmerge.documents.chain_pictures import (
     CheckpointCell,
     PicturedCheckpoint,
 )
-from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.disk_map import MOST_COLUMNS
-from chainmerge.documents.plan import MergePlan, Progress
+from chainmerge.documents.plan import MergePlan
+from chainmerge.documents.progress import OnProgress, unheard
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError
 from chainmerge.inventory.gain import first_own_index
 from chainmerge.inventory.layer_space import layer_space
 from chainmerge.inventory.leaves import images_in
-from chainmerge.inventory.overview import list_chains
+from chainmerge.inventory.scan import scan
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import plan
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Chain
     from chainmerge.chain.opening import OpenChain
     from chainmerge.documents.bitmaps import BitmapListing, BitmapRow, BitmapVerdict
+    from chainmerge.documents.chains import ChainSummary
 
 DEFAULT_CHAINS: Final = 20
 """Chains that are pictured, if nobody says how many."""
@@ -61,38 +62,40 @@ def picture_chain(
 
 
 def picture_chains(
-    places: Sequence[str | Path], access: Access | None = None, most: int = DEFAULT_CHAINS
+    places: Sequence[str | Path] = (),
+    access: Access | None = None,
+    most: int = DEFAULT_CHAINS,
+    on_progress: OnProgress = unheard,
 ) -> ChainsPictures:
-    """Find out what the pictures of all chains of some places show.
+    """Scan some places, and find out what the pictures of their chains show.
 
-    Each is drawn with a merge of all images that only its leaf uses. A chain that cannot be read
+    Each chain is drawn with a merge of all images that only its leaf uses. One that cannot be read
     is a line, and a problem.
 
     Args:
-        places: directories, whose chains are meant, and upper ends of chains.
+        places: as of :func:`chainmerge.scan`.
         access: how images may be reached.
         most: so many chains are pictured, of which a merge would free most; all are listed.
+        on_progress: told how far the scan has come.
 
     Raises:
-        DirectoryUnreadable, DirectoryTooLarge
-        ChainmergeError: a chain whose upper end was named cannot be found or read.
+        PlaceUnreadable, PlaceTooLarge
     """
     access = access or Access()
-    directories = [place for place in places if os.path.isdir(place)]  # noqa: PTH112 (odd names)
-    named = [
-        _with_plan(Path(place), _base_below(Path(place), access), access)
-        for place in places
-        if place not in directories
-    ]
-    found = _each_once(directories, access, frozenset(one.image for one in named))
-    tried = [_tried(one, access) for one in found[: max(0, most - len(named))]]
+    found = scan(places, access, on_progress=on_progress)
+    named = {os.path.abspath(place) for place in places}  # noqa: PTH100 (links stay links)
+    # As in the scan: an image of one place may stand on one of another.
+    roots = (place for place in found.places if os.path.isdir(place))  # noqa: PTH112 (odd names)
+    reach = replace(access, allow_backing=(*access.allow_backing, *roots))
+    tried = [_tried(one, reach, is_named=one.leaf in named) for one in found.chains[:most]]
     return ChainsPictures(
         version=REPORT_VERSION,
-        places=tuple(os.path.abspath(place) for place in places),  # noqa: PTH100 (links stay)
-        made_at=int(time.time()),
-        chains=tuple(sorted((*map(_summary_of, named), *found), key=_rank)),
-        pictures=(*named, *(one for one in tried if isinstance(one, ChainPictures))),
-        problems=tuple(one for one in tried if isinstance(one, str)),
+        places=found.places,
+        made_at=found.scanned_at,
+        chains=found.chains,
+        findings=found.findings,
+        pictures=tuple(one for one in tried if isinstance(one, ChainPictures)),
+        problems=(*(one for one in tried if isinstance(one, str)), *found.left_out),
     )
 
 
@@ -103,25 +106,13 @@ class _Outlook(Struct, frozen=True):
     problem: str | None = None
 
 
-def _each_once(
-    directories: Sequence[str | Path], access: Access, without: frozenset[str]
-) -> list[ChainSummary]:
-    """The chains of directories, in the order in which they are listed."""
-    summaries: dict[str, ChainSummary] = {}
-    for directory in directories:
-        summaries |= {one.leaf: one for one in list_chains(directory, access).chains}
-    return sorted((one for leaf, one in summaries.items() if leaf not in without), key=_rank)
-
-
-def _rank(summary: ChainSummary) -> tuple[bool, int, str]:
-    return summary.freed_bytes is None, -(summary.freed_bytes or 0), summary.leaf
-
-
-def _tried(summary: ChainSummary, access: Access) -> ChainPictures | str:
+def _tried(summary: ChainSummary, access: Access, *, is_named: bool) -> ChainPictures | str:
     """The pictures of a chain, or why there are none."""
+    leaf = Path(summary.leaf)
     base = None if summary.base is None else Path(summary.base)
     try:
-        return _with_plan(Path(summary.leaf), base, access)
+        # Around an image that was named nobody has looked for others that use the same ones.
+        return _with_plan(leaf, _base_below(leaf, access) if is_named else base, access)
     except ChainmergeError as error:
         return error.sentence
 
@@ -134,7 +125,7 @@ def _base_below(leaf: Path, access: Access) -> Path | None:
     except ChainmergeError:
         # A plan looks for them as well, and refuses what others need.
         users = {}
-    first = first_own_index(chain, users)
+    first = first_own_index([image.identity for image in chain.images], users)
     return chain.images[first].path if first < len(chain.images) - 1 else None
 
 
@@ -193,23 +184,3 @@ def _checkpoints(
                 for row in reversed(rows[verdict.name])
             ),
         )
-
-
-def _summary_of(pictures: ChainPictures) -> ChainSummary:
-    """The line of a chain whose upper end was named."""
-    decided = pictures.plan
-    bases = [layer.path for layer in pictures.layers]
-    first = bases.index(decided.base) if decided and decided.base in bases else len(bases)
-    cost = decided.directions if decided else None
-    return ChainSummary(
-        leaf=pictures.image,
-        images=len(pictures.layers),
-        virtual_size=pictures.map.virtual_size,
-        occupied_bytes=sum(layer.occupied_bytes or 0 for layer in pictures.layers),
-        base=decided.base if decided else None,
-        freed_bytes=sum(layer.hidden_bytes for layer in pictures.layers[first:]),
-        bytes_to_copy=min(cost.commit.bytes_to_copy, cost.pull.bytes_to_copy) if cost else 0,
-        unfinished=decided is not None and decided.progress is Progress.INTERRUPTED,
-        users=None,
-        problem=pictures.problem,
-    )

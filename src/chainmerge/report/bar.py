@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from chainmerge.documents.text import printable
-from chainmerge.report.progress import STAGE_WORDS, Clock, Pace, left_of
-from chainmerge.report.text import rough_size
+from chainmerge.report.progress import STAGE_WORDS, Clock, Pace, amount_of, left_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,5 +82,5 @@ def _figures(event: ProgressEvent) -> tuple[str, ...]:
     left = left_of(event)
     behind = f", {left}" if left else ""
     percent = f" {100 * event.done // event.total} %"
-    amount = f" {rough_size(event.done)} of {rough_size(event.total)}"
+    amount = f" {amount_of(event)}"
     return f"{amount}{behind}", f"{percent}{behind}", percent

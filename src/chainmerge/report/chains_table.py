@@ -28,7 +28,7 @@ def chains_report(report: ChainsReport) -> Block:
         words(_headline(report), layout.TITLE),
         *_first_steps(report),
         layout.EMPTY_LINE,
-        _table(report.chains, names),
+        chains_listing(report.chains, names),
         *_problems(report.chains, names),
     )
 
@@ -68,7 +68,8 @@ def _short(path: str) -> str:
     return here if len(here) < len(path) else path
 
 
-def _table(chains: Sequence[ChainSummary], names: ImageNames) -> Block:
+def chains_listing(chains: Sequence[ChainSummary], names: ImageNames) -> Block:
+    """A line for each chain."""
     headings = ("leaf", "images", "disk", "on disk", "frees", "copies", "state")
     return layout.listing(
         headings,

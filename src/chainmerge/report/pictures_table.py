@@ -20,6 +20,6 @@ def pictures_report(found: ChainsPictures, file: str) -> Block:
     if drawn == "listed":
         drawn = f"{len(found.pictures)} of them drawn"
     return stack(
-        words(f"{file}: {listed}, {drawn}", layout.GOOD),
+        words(f"{file}: {listed}, {drawn}; {counted(len(found.findings), 'finding')}", layout.GOOD),
         *layout.warnings_section(found.problems),
     )

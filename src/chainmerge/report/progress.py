@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Showing how far a merge has come: plain lines, or lines of JSON.
+"""Showing how far a merge or a scan has come: plain lines, or lines of JSON.
 
 Whoever watches may go away in the middle of a merge (a closed pipe, a terminal that hung up), and
 the merge must not stop for that: that is what :class:`ForgivingStream` is for.
@@ -14,7 +14,8 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Final, Protocol, Self, TextIO
 
-from chainmerge.documents.progress import ProgressEvent, Stage
+from chainmerge.arithmetic.counting import counted
+from chainmerge.documents.progress import COUNTED, ProgressEvent, Stage
 from chainmerge.documents.text import printable
 from chainmerge.report.text import rough_size
 
@@ -34,6 +35,9 @@ STAGE_WORDS: Final[Mapping[str, str]] = MappingProxyType(
         Stage.BITMAPS: "storing bitmaps",
         Stage.VERIFY: "verifying",
         Stage.SETTLE: "finishing",
+        Stage.FIND: "looking for images",
+        Stage.IMAGES: "reading images",
+        Stage.CHAINS: "reading chains",
     }
 )
 
@@ -42,6 +46,14 @@ def words_for(event: ProgressEvent) -> str:
     """What is going on, and with which disk where there are several."""
     stage = STAGE_WORDS.get(event.stage, event.stage)
     return f"{printable(event.top)}: {stage}" if event.top else stage
+
+
+def amount_of(event: ProgressEvent) -> str:
+    """How much of a stage is done; empty for one without a measure."""
+    noun = COUNTED.get(event.stage)
+    if noun is None:
+        return f"{rough_size(event.done)} of {rough_size(event.total)}" if event.total else ""
+    return f"{event.done} of {counted(event.total, noun)}" if event.total else str(event.done)
 
 
 def left_of(event: ProgressEvent) -> str:
@@ -118,7 +130,7 @@ class LineProgress:
         line = words_for(event)
         if event.total:
             percent = 100 * event.done // event.total
-            line += f": {rough_size(event.done)} of {rough_size(event.total)} ({percent} %)"
+            line += f": {amount_of(event)} ({percent} %)"
         if event.rate:
             line += f", {left_of(event)}"
         self._stream.write(f"{line}\n")

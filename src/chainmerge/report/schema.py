@@ -31,6 +31,7 @@ from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
 from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport
+from chainmerge.documents.scan import ScanReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
 from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
 from chainmerge.report.json import ErrorReport
@@ -48,6 +49,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"info-{REPORT_VERSION}": ChainReport,
         f"chains-{REPORT_VERSION}": ChainsReport,
         f"pictures-{REPORT_VERSION}": ChainsPictures,
+        f"scan-{REPORT_VERSION}": ScanReport,
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
         f"bitmaps-list-{REPORT_VERSION}": BitmapListing,
@@ -75,6 +77,8 @@ _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
         MergeReport: "report",
         DisksReport: "report",
         RelinkReport: "report",
+        ScanReport: "report",
+        ChainsPictures: "report",
         ErrorReport: "error",
     }
 )

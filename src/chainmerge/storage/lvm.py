@@ -40,6 +40,7 @@ _EXTENSIBLE: Final = frozenset({"linear", "striped"})
 
 _DM_PREFIX: Final = "LVM-"
 _UUID_LENGTH: Final = 32
+_GROUP_NAME: Final = re.compile(r"[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}")
 
 
 class LogicalVolume(Struct, frozen=True):
@@ -316,6 +317,32 @@ def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
         if row.get("vg_uuid", "").replace("-", "") in vg_uuids
         and row.get("lv_path")
         and not row.get("lv_active")
+    ]
+
+
+class ListedVolume(Struct, frozen=True):
+    """A volume of a group: the path that it has when it is active, and whether it is."""
+
+    path: str
+    active: bool
+
+
+def is_group_name(name: str) -> bool:
+    """Whether a volume group could have the name (lvm(8), "Valid names")."""
+    return _GROUP_NAME.fullmatch(name) is not None and name not in {".", ".."}
+
+
+def volumes_in(group: str) -> list[ListedVolume]:
+    """The volumes of a group that have a name in the file system; none if there is no such group.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
+    rows = _report(group, "lvs", *_OF_ANY_HOST, "-o", "vg_name,lv_path,lv_active")
+    return [
+        ListedVolume(row["lv_path"], bool(row.get("lv_active")))
+        for row in rows
+        if row.get("vg_name") == group and row.get("lv_path")
     ]
 
 

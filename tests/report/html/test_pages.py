@@ -44,7 +44,7 @@ hostile = st.text(st.characters(exclude_categories=())) | st.sampled_from(EVIL)
 TAGS: Final = {
     "html", "head", "meta", "title", "style", "body", "main", "header", "section", "div", "svg",
     "defs", "pattern", "rect", "circle", "line", "path", "polyline", "h1", "h2", "h3", "p", "ul",
-    "li", "table", "thead", "tbody", "tr", "th", "td", "span", "bdi", "strong",
+    "li", "code", "table", "thead", "tbody", "tr", "th", "td", "span", "bdi", "strong",
 }  # fmt: skip
 ATTRIBUTES_THAT_LOAD: Final = {"href", "src", "xlink:href", "action", "data", "poster", "srcset"}
 
@@ -114,7 +114,7 @@ def test_what_is_there_is_said() -> None:
         "4 images, a disk of 1000 MiB", "10 MiB of data that the guest sees, 6 MiB hidden",
         "because of daily-1", "unusable", "usable", "7 more checkpoints not shown",
         "Finish it: chainmerge merge --delete --base /disks/daily-0.qcow2 /disks/daily-3.qcow2",
-        "daily is wrong", "250 MiB", "Map of the disk",
+        "daily is wrong", "250 MiB", "Map of the disk", "chainmerge repair daily",
     ):  # fmt: skip
         assert said in text, said
 
@@ -127,6 +127,14 @@ def test_lengths_are_counted() -> None:
     ):  # fmt: skip
         assert said in text
     assert "26 to 30" not in text
+
+
+def test_findings_are_told_by_severity() -> None:
+    text = " ".join(Read(html_of_chains(chains_pictures())).text)
+    places = [
+        text.index(f"2 {said}") for said in ("critical", "to be warned of", "for information")
+    ]
+    assert places == sorted(places)
 
 
 def test_before_and_after() -> None:

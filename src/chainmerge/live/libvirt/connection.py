@@ -40,12 +40,11 @@ class DomainConnection:
             self.library: Any = importlib.import_module("libvirt")
         except ImportError as error:
             raise LibvirtMissing(str(error)) from error
-        # By default it prints every error to standard error as well.
-        self.library.registerErrorHandler(_ignored, None)
+        quiet_about_errors(self.library)
         try:
             self._connection: Any = self.library.open(uri)
         except self.library.libvirtError as error:
-            raise VmUnreachable(self.name, _message(error)) from error
+            raise VmUnreachable(self.name, message_of(error)) from error
         except ValueError as error:
             raise VmUnreachable(self.name, f"{uri!r} is not a URI: {error}") from error
         try:
@@ -62,7 +61,7 @@ class DomainConnection:
             only_running = self.library.VIR_CONNECT_LIST_DOMAINS_ACTIVE
             running = [each.name() for each in self._connection.listAllDomains(only_running)]
         except self.library.libvirtError as error:
-            raise VmUnreachable(self.name, _message(error)) from error
+            raise VmUnreachable(self.name, message_of(error)) from error
         raise NoSuchDomain(domain, ", ".join(sorted(running)) or "none")
 
     def _looked_up(self, domain: str) -> Any:
@@ -105,8 +104,8 @@ class DomainConnection:
             return request()
         except self.library.libvirtError as error:
             if self._is_gone(error):
-                raise VmUnreachable(self.name, _message(error)) from error
-            raise VmRefused(self.name, what, _message(error)) from error
+                raise VmUnreachable(self.name, message_of(error)) from error
+            raise VmRefused(self.name, what, message_of(error)) from error
 
     def domain_stats(self) -> dict[str, Any]:
         """What libvirt counts for the domain's disks, all layers of them included."""
@@ -130,9 +129,15 @@ class DomainConnection:
             return True
 
 
+def quiet_about_errors(library: Any) -> None:
+    """Have the module ``libvirt`` raise errors only; by default it prints each as well."""
+    library.registerErrorHandler(_ignored, None)
+
+
 def _ignored(_context: object, _error: object) -> None:
     """Errors are raised as well."""
 
 
-def _message(error: Any) -> str:
+def message_of(error: Any) -> str:
+    """What an error of libvirt says."""
     return str(error.get_error_message() or error)

@@ -10,15 +10,30 @@ from markupsafe import Markup
 from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
+from chainmerge.documents.scan import Severity
 from chainmerge.report.html.drawings import Part, bar
 from chainmerge.report.text import short_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from chainmerge.documents.chain_pictures import ChainsPictures
     from chainmerge.documents.chains import ChainSummary
+    from chainmerge.documents.scan import ScanFinding
 
 _WORST: Final = 20
+_FINDINGS: Final = 100
+"""Of each severity."""
+_LOOKS: Final[Mapping[Severity, str]] = {
+    Severity.INFO: "quiet",
+    Severity.WARNING: "caution",
+    Severity.CRITICAL: "bad",
+}
+_SAID: Final[Mapping[Severity, str]] = {
+    Severity.INFO: "for information",
+    Severity.WARNING: "to be warned of",
+    Severity.CRITICAL: "critical",
+}
 _LENGTHS: Final = (1, 2, 5, 10, 25, 30, 100, 200)
 """The most images of a chain that each bar counts; one more bar has the longer ones.
 
@@ -45,6 +60,24 @@ class WorstRow(Struct, frozen=True):
     state: str
 
 
+class FindingRow(Struct, frozen=True):
+    """Something that is wrong with an image."""
+
+    image: str
+    sentence: str
+    code: str
+    command: str
+
+
+class FindingGroup(Struct, frozen=True):
+    """The findings of one severity: how many, and the first of them."""
+
+    heading: str
+    look: str
+    rows: tuple[FindingRow, ...]
+    left_out: str
+
+
 class OverviewView(Struct, frozen=True):
     """The part of a page about all chains."""
 
@@ -52,16 +85,13 @@ class OverviewView(Struct, frozen=True):
     lengths: tuple[BarRow, ...]
     worst: tuple[WorstRow, ...]
     left_out: str
+    findings: tuple[FindingGroup, ...]
     problems: tuple[str, ...]
 
 
-def overview_view(chains: Sequence[ChainSummary], problems: Sequence[str]) -> OverviewView:
-    """What to show of all chains.
-
-    Args:
-        chains: those whose merge would free most first.
-        problems: what could not be read, a sentence each.
-    """
+def overview_view(found: ChainsPictures) -> OverviewView:
+    """What to show of all chains, and of what is wrong with them."""
+    chains = found.chains
     freed = sum(chain.freed_bytes or 0 for chain in chains)
     rest = len(chains) - _WORST
     return OverviewView(
@@ -69,14 +99,27 @@ def overview_view(chains: Sequence[ChainSummary], problems: Sequence[str]) -> Ov
         lengths=tuple(_lengths(chains)),
         worst=tuple(_worst(chains[:_WORST])),
         left_out=f"{counted(rest, 'more chain')} not shown" if rest > 0 else "",
-        problems=tuple(dict.fromkeys((*problems, *_problems(chains)))),
+        findings=tuple(_findings(found.findings)),
+        problems=tuple(dict.fromkeys(found.problems)),
     )
 
 
-def _problems(chains: Sequence[ChainSummary]) -> Iterator[str]:
-    for chain in chains:
-        if chain.problem is not None:
-            yield chain.problem
+def _findings(findings: Sequence[ScanFinding]) -> Iterator[FindingGroup]:
+    """By severity, the worst first."""
+    for severity in reversed(Severity):
+        rows = [
+            FindingRow(one.image, one.sentence, one.code, one.command or "")
+            for one in findings
+            if one.severity is severity
+        ]
+        if rows:
+            rest = len(rows) - _FINDINGS
+            yield FindingGroup(
+                heading=f"{len(rows)} {_SAID[severity]}",
+                look=_LOOKS[severity],
+                rows=tuple(rows[:_FINDINGS]),
+                left_out=f"{counted(rest, 'more finding')} not shown" if rest > 0 else "",
+            )
 
 
 def _lengths(chains: Sequence[ChainSummary]) -> Iterator[BarRow]:

@@ -49,7 +49,7 @@ def html_of_chains(found: ChainsPictures) -> str:
             title=f"Chains of {', '.join(found.places)}",
             made=_made(found.made_at),
             said=(),
-            overview=overview_view(found.chains, found.problems),
+            overview=overview_view(found),
             chains=tuple(
                 chain_view(one, "", _answer(one.plan, command_for(one.plan)) if one.plan else ())
                 for one in found.pictures
