@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chainmerge.documents.trends import TrendPoint
 from chainmerge.report.html.pages import DiskChange, html_of_chains, html_of_merge, html_of_plans
 from chainmerge.report.layout import words
 from tests.support.pictures import chain_pictures, chains_pictures
@@ -135,6 +136,16 @@ def test_findings_are_told_by_severity() -> None:
         text.index(f"2 {said}") for said in ("critical", "to be warned of", "for information")
     ]
     assert places == sorted(places)
+
+
+def test_trends_are_drawn_from_two_scans_on() -> None:
+    points = [TrendPoint(day * 86400, day + 1, day * 4096, 4096) for day in range(3)]
+    assert "Trend" not in html_of_chains(chains_pictures(), points[:1])
+    page = html_of_chains(chains_pictures(), points)
+    assert page.count("<polyline") == page.count("Trend: ") == 3
+    text = " ".join(Read(page).text)
+    for said in ("1 image, 1970-01-01", "3 images, 1970-01-03", "8 KiB, 1970-01-03"):
+        assert said in text
 
 
 def test_before_and_after() -> None:

@@ -11,15 +11,16 @@ from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.scan import Severity
-from chainmerge.report.html.drawings import Part, bar
-from chainmerge.report.text import short_size
+from chainmerge.report.html.drawings import Moment, Part, bar, trend
+from chainmerge.report.text import moment, short_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from chainmerge.documents.chain_pictures import ChainsPictures
     from chainmerge.documents.chains import ChainSummary
     from chainmerge.documents.scan import ScanFinding
+    from chainmerge.documents.trends import TrendPoint
 
 _WORST: Final = 20
 _FINDINGS: Final = 100
@@ -78,10 +79,20 @@ class FindingGroup(Struct, frozen=True):
     left_out: str
 
 
+class TrendRow(Struct, frozen=True):
+    """How a figure changed: what it is, its curve, and both of its ends."""
+
+    heading: str
+    curve: Markup
+    first: str
+    last: str
+
+
 class OverviewView(Struct, frozen=True):
     """The part of a page about all chains."""
 
     summary: str
+    trends: tuple[TrendRow, ...]
     lengths: tuple[BarRow, ...]
     worst: tuple[WorstRow, ...]
     left_out: str
@@ -89,19 +100,42 @@ class OverviewView(Struct, frozen=True):
     problems: tuple[str, ...]
 
 
-def overview_view(found: ChainsPictures) -> OverviewView:
-    """What to show of all chains, and of what is wrong with them."""
+def overview_view(found: ChainsPictures, trends: Sequence[TrendPoint]) -> OverviewView:
+    """What to show of all chains, and of what is wrong with them.
+
+    Args:
+        found: what there is.
+        trends: what earlier scans have found, in the order of time.
+    """
     chains = found.chains
     freed = sum(chain.freed_bytes or 0 for chain in chains)
     rest = len(chains) - _WORST
     return OverviewView(
         summary=f"{counted(len(chains), 'chain')}; merging frees about {short_size(freed)}",
+        trends=tuple(_trends(trends)),
         lengths=tuple(_lengths(chains)),
         worst=tuple(_worst(chains[:_WORST])),
         left_out=f"{counted(rest, 'more chain')} not shown" if rest > 0 else "",
         findings=tuple(_findings(found.findings)),
         problems=tuple(dict.fromkeys(found.problems)),
     )
+
+
+def _trends(points: Sequence[TrendPoint]) -> Iterator[TrendRow]:
+    """Nothing for fewer than two points, between which there is no change."""
+    if len(points) < 2:
+        return
+    for heading, value_of, said in _FIGURES:
+        moments = [Moment(point.at, value_of(point)) for point in points]
+        first, last = (f"{said(one.value)}, {moment(one.at)}" for one in (moments[0], moments[-1]))
+        yield TrendRow(heading, trend(moments, f"from {first} to {last}"), first, last)
+
+
+_FIGURES: Final[tuple[tuple[str, Callable[[TrendPoint], int], Callable[[int], str]], ...]] = (
+    ("what files take", lambda point: point.occupied_bytes, short_size),
+    ("what merging would free", lambda point: point.freed_bytes, short_size),
+    ("the longest chain", lambda point: point.longest, lambda images: counted(images, "image")),
+)
 
 
 def _findings(findings: Sequence[ScanFinding]) -> Iterator[FindingGroup]:
