@@ -16,7 +16,7 @@ import pytest
 import chainmerge
 from chainmerge import Access, ProgressEvent, ScanOptions, ScanReport, Severity, Stage
 from chainmerge.errors import ExitCode
-from chainmerge.inventory import places
+from chainmerge.inventory import places, scanning
 from chainmerge.inventory.errors import PlaceTooLarge, PlaceUnreadable, TablesNotWritten
 from chainmerge.inventory.tables import TABLES_VERSION
 from chainmerge.options import OptionUnusable
@@ -370,6 +370,17 @@ def test_a_hostile_header_is_a_finding(home: Path) -> None:
     report = scanned(home)
     assert names(report) == ["0.qcow2", "1.qcow2", "2.qcow2"]
     assert [finding.severity for finding in report.findings] == [Severity.CRITICAL] * 3
+
+
+def test_bitmaps_are_looked_at_up_to_a_limit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = chain(home, "disk", 1)[0]
+    for number in range(3):
+        qemu_img("bitmap", "--add", image, f"{number}")
+    assert len(scanned(home).images[0].bitmaps) == 3
+    monkeypatch.setattr(scanning, "MOST_BITMAPS_OF_A_SCAN", 2)
+    report = scanned(home)
+    assert report.images[0].bitmaps == ()
+    assert report.left_out == (f"{image} has 3 bitmaps, which were not looked at",)
 
 
 def test_names_that_are_no_text(home: Path) -> None:

@@ -23,29 +23,37 @@ if TYPE_CHECKING:
     from chainmerge.cli.output import Output
 
 _DEFAULTS: Final = ScanOptions()
-_from_when_on: Final = partial(
-    click.option, cls=PanelOption, panel="From when on something is said", show_default=True
-)
-_COUNT: Final = click.IntRange(min=1)
-_PERCENT: Final = click.IntRange(0, 100)
+_looking_option: Final = partial(click.option, cls=PanelOption, panel="Where to look")
+_KINDS: Final = {
+    "N": click.IntRange(min=1),
+    "DAYS": click.IntRange(min=1),
+    "PERCENT": click.IntRange(0, 100),
+    "SIZE": SIZE,
+}
 _THRESHOLDS: Final = (
-    ("length_info", _COUNT, "Images of a chain that are many."),
-    ("length_warning", _COUNT, "Images of a chain that deserve a warning."),
-    ("length_critical", _COUNT, "Images of a chain that are critical."),
-    ("length_limit", _COUNT, "Images of a chain of which libvirt takes no more."),
-    ("old_days", _COUNT, "Days that an overlay may be old."),
-    ("hidden", SIZE, "Bytes that a merge must free to be worth while, such as 500M."),
-    ("free_warning", _PERCENT, "Percent free that a file system or a volume should have."),
-    ("free_critical", _PERCENT, "Percent free below which it is critical."),
+    ("length_info", "N", "Images in a chain that is long."),
+    ("length_warning", "N", "Images in a chain that is too long."),
+    ("length_critical", "N", "Images in a chain that is critical."),
+    ("length_limit", "N", "Images in a chain that libvirt refuses."),
+    ("old_days", "DAYS", "Age at which an overlay is old."),
+    ("hidden", "SIZE", "What a merge frees at least."),
+    ("free_warning", "PERCENT", "What a file system or device should have free."),
+    ("free_critical", "PERCENT", "What it must have free."),
 )
+_GIB: Final = 1 << 30
 
 
-def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for name, kind, text in reversed(_THRESHOLDS):
-        option = _from_when_on(
+def _with_thresholds(function: Callable[..., Any]) -> Callable[..., Any]:
+    for name, metavar, text in reversed(_THRESHOLDS):
+        default = getattr(_DEFAULTS, name)
+        option = click.option(
             f"--{name.replace('_', '-')}",
-            type=kind,
-            default=getattr(_DEFAULTS, name),
+            cls=PanelOption,
+            panel="Thresholds",
+            type=_KINDS[metavar],
+            metavar=metavar,
+            default=f"{default // _GIB}G" if metavar == "SIZE" else default,
+            show_default=True,
             help=text,
         )
         function = option(function)
@@ -54,11 +62,11 @@ def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, type=IMAGE, metavar="[PATH]...")
-@click.option("--domains", is_flag=True, help="Also the disks of all domains of libvirt.")
-@click.option(
+@_looking_option("--domains", is_flag=True, help="Also the disks of all domains of libvirt.")
+@_looking_option(
     "--connect", metavar="URI", default="qemu:///system", show_default=True, help="Which libvirt."
 )
-@click.option(
+@_looking_option(
     "--one-file-system/--all-file-systems",
     default=True,
     help="Whether to leave out what is mounted below a PATH.  [default: leave it out]",
@@ -75,7 +83,7 @@ def _threshold_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="End with exit status 5 if a finding is that severe.",
 )
 @click.option("--sqlite", metavar="FILE", type=click.Path(), help="Also write it as tables.")
-@_threshold_options
+@_with_thresholds
 @named_places_options
 @outcome_options
 def scan(

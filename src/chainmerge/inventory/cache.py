@@ -46,7 +46,7 @@ CREATE TABLE IF NOT EXISTS scan_chains_1 (key TEXT PRIMARY KEY, value BLOB, used
 _IMAGES: Final = "scan_images_1"
 _CHAINS: Final = "scan_chains_1"
 
-T = TypeVar("T", bound=Struct)
+_Known = TypeVar("_Known", bound=Struct)
 
 
 class Memory(Protocol):
@@ -159,7 +159,7 @@ class StoredMemory:
         last = max(stamp.written_ns, stamp.changed_ns)
         return not stamp.is_device and last < self._now_ns - _SETTLED_NS
 
-    def _known(self, table: str, key: str, kind: type[T]) -> T | None:
+    def _known(self, table: str, key: str, kind: type[_Known]) -> _Known | None:
         if self._database is None:
             return None
         try:

@@ -63,6 +63,7 @@ class ImageContent(Struct, frozen=True):
         backing_format: As stored.
         bitmaps: Those in its directory.
         bitmaps_problem: Why that cannot be read.
+        unread_bitmaps: How many there are, if they are more than are looked at.
         snapshots: The number of its internal snapshots.
         dirty: Whether the header has the dirty bit.
         corrupt: Whether the header has the corrupt bit.
@@ -79,6 +80,7 @@ class ImageContent(Struct, frozen=True):
     backing_format: str | None = None
     bitmaps: tuple[FoundBitmap, ...] = ()
     bitmaps_problem: Problem | None = None
+    unread_bitmaps: int = 0
     snapshots: int = 0
     dirty: bool = False
     corrupt: bool = False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.allowed_places import Directories, allowed_places_of
 from chainmerge.chain.information import users_of
 from chainmerge.chain.model import ChainPolicy, ImageFormat, identity_of
@@ -140,6 +141,7 @@ class _Survey:
             image = self._named(path, known)
             if image is not None:
                 known[image.identity] = image
+                self._tell_of_bitmaps(image)
                 yield image
         pending = list(known.values())
         while pending:
@@ -243,6 +245,11 @@ class _Survey:
             return None
         content = content_below(path, image.content.backing_format, stamp.size)
         return as_found(path, stamp, content, self._surveyor, named=False)
+
+    def _tell_of_bitmaps(self, image: FoundImage) -> None:
+        if image.content.unread_bitmaps:
+            count = counted(image.content.unread_bitmaps, "bitmap")
+            self._leave_out(f"{image.path} has {count}, which were not looked at")
 
     def _leave_out(self, sentence: str) -> None:
         if len(self.left_out) < _MOST_LEFT_OUT:

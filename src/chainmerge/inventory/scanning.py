@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+MOST_BITMAPS_OF_A_SCAN: Final = 1024
+"""Bitmaps of an image that are looked at: a hostile one has 65,535 with names of a KiB each."""
 _NANOSECONDS: Final = 10**9
 _MOST_TABLE_BYTES: Final = 256 << 20
 _NOTHING_THERE: Final = frozenset(
@@ -171,8 +173,10 @@ def _qcow2_content(readable: FileReadable, *, thoroughly: bool) -> ImageContent:
     header = image.header
     bitmaps: tuple[FoundBitmap, ...] = ()
     trouble: Problem | None = None
+    count = 0 if header.bitmaps is None else header.bitmaps.count
     try:
-        bitmaps = tuple(_bitmaps(image))
+        if count <= MOST_BITMAPS_OF_A_SCAN:
+            bitmaps = tuple(_bitmaps(image))
     except FormatError as error:
         trouble = problem_of(error)
     return ImageContent(
@@ -183,6 +187,7 @@ def _qcow2_content(readable: FileReadable, *, thoroughly: bool) -> ImageContent:
         backing_format=header.backing_format,
         bitmaps=bitmaps,
         bitmaps_problem=trouble,
+        unread_bitmaps=count if count > MOST_BITMAPS_OF_A_SCAN else 0,
         snapshots=header.snapshot_count,
         dirty=header.dirty,
         corrupt=header.corrupt,

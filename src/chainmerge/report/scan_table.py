@@ -85,10 +85,21 @@ def _findings(report: ScanReport, names: ImageNames) -> Iterator[Block]:
 
 def _lines(finding: ScanFinding, names: ImageNames) -> Iterator[Block]:
     code = words(finding.code, _STYLES[finding.severity])
-    sentence = words(f": {names.left_out_of(finding.sentence)}")
+    sentence = words(f": {names.left_out_of(finding.sentence)}{_figures(finding)}")
     yield layout.joined(code, sentence)
     if finding.command is not None:
         yield layout.indented(layout.command(finding.command))
+
+
+def _figures(finding: ScanFinding) -> str:
+    """The sizes that show it; other figures are in the sentence."""
+    sizes = (
+        f"{name.removesuffix('_bytes').removeprefix('bytes_').replace('_', ' ')} {short_size(size)}"
+        for name, size in finding.evidence.items()
+        if "bytes" in name
+    )
+    text = ", ".join(sizes)
+    return f" ({text})" if text else ""
 
 
 def _left_out(report: ScanReport) -> tuple[Block, ...]:

@@ -17,6 +17,7 @@ from chainmerge.catalogue import FINDINGS, explain
 from chainmerge.cli import main
 from tests.inventory.findings import zoo
 from tests.inventory.findings.situations import SITUATIONS, Situation
+from tests.support.cli import chainmerge as cli
 
 DOCUMENTED: Final = Path(__file__).parents[3] / "docs" / "scan.md"
 # What has a test of its own, as it needs more than files.
@@ -75,3 +76,35 @@ def test_each_finding_of_a_scan_is_there_twice(code: str) -> None:
 
 def test_severities_have_an_order() -> None:
     assert [one.rank for one in (Severity.INFO, Severity.WARNING, Severity.CRITICAL)] == [0, 1, 2]
+
+
+# What a command leaves out on purpose: plans are looked at first, and questions are asked.
+_DONE_BY: Final = {"plan": "merge", "repair": "repair --yes", "bitmaps repair": "bitmaps repair -y"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a_long_chain", "hidden_data", "hidden_data_above_a_branch", "the_oldest_of_several",
+        "formats_that_nobody_declares", "raw_bases_that_nobody_declares",
+        "a_stale_bitmap", "a_bitmap_in_use", "a_gap", "a_gap_in_one_branch",
+        "a_program_that_knows_no_bitmaps", "a_lost_directory_of_bitmaps",
+        "a_lost_directory_of_an_overlay", "leaks", "leaks_of_an_overlay", "lost_refcounts",
+        "both_marks", "marks_in_headers",
+    ],
+)  # fmt: skip
+def test_the_command_mends_it(name: str, tmp_path: Path) -> None:
+    (one,) = [one for one in SITUATIONS if one.name == name]
+    home = tmp_path / "images"
+    home.mkdir()
+    one.build(home)
+    for finding in chainmerge.scan([home], options=one.options).findings:
+        assert finding.command is not None
+        command = finding.command.removeprefix("chainmerge ").replace("check ", "repair ", 1)
+        said = next((said for said in _DONE_BY if command.startswith(f"{said} ")), "")
+        if said:
+            command = _DONE_BY[said] + command.removeprefix(said)
+        ran = cli(*shlex.split(command))
+        assert ran.status == 0, (command, ran.out, ran.err)
+    left = {finding.code for finding in chainmerge.scan([home], options=one.options).findings}
+    assert left.isdisjoint(code for code, _ in one.expected), left

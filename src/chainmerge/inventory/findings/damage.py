@@ -102,7 +102,7 @@ def _checked(scene: Scene, image: FoundImage) -> Iterator[ScanFinding]:
             code="leaked-clusters",
             severity=Severity.INFO,
             image=image.path,
-            sentence=f"{image.path} has {checked.leaked_bytes} leaked bytes, which nothing uses",
+            sentence=f"{image.path} has leaked clusters, which nothing uses",
             evidence={"leaked_bytes": checked.leaked_bytes},
             command=scene.command_for(image, "repair"),
         )

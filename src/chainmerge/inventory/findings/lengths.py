@@ -105,8 +105,8 @@ def _hidden(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
         severity=Severity.INFO,
         image=leaf.path,
         sentence=(
-            f"images below {leaf.path} hold {hidden} bytes that images above hide: merging them "
-            f"copies {copied} bytes and gives that back"
+            f"images below {leaf.path} hold data that images above hide: merging them gives that "
+            "back"
         ),
         evidence={"hidden_bytes": hidden, "bytes_to_copy": copied},
         command=scene.plan_command(leaf),

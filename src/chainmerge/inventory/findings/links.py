@@ -82,14 +82,15 @@ def _without_root(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
         return
     if last.content.problem is not None and last.content.problem.code in NOT_DAMAGE:
         return
-    where = "stand on each other in a loop" if is_a_loop else f"end at {last.path}"
+    if is_a_loop:
+        why = "which stands on itself"
+    else:
+        why = "which has lost its base" if problem is not None else "which cannot be read"
     yield ScanFinding(
         code="orphan",
         severity=Severity.CRITICAL,
         image=leaf.path,
-        sentence=(
-            f"{leaf.path} has no root: the images below it {where}, which is not the end of a chain"
-        ),
+        sentence=f"{leaf.path} stands on {last.path}, {why}: its disk cannot be read any more",
         evidence={"images": len(line)},
         command=scene.command_for(last, "relink" if last.is_overlay else "repair"),
     )
@@ -99,6 +100,7 @@ def _format_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterat
     declared, actual = image.content.backing_format, base.content.format
     if declared is None:
         is_raw = actual != ImageFormat.QCOW2
+        as_raw = ("--format", f"{base.path}={ImageFormat.RAW}") if is_raw else ()
         yield ScanFinding(
             code="backing-format-missing" if is_raw else "format-not-declared",
             severity=Severity.WARNING,
@@ -108,7 +110,7 @@ def _format_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterat
                 "libvirt does not start a VM with it"
             ),
             evidence={},
-            command=scene.command_for(image, "relink", "--backing", base.path),
+            command=scene.command_for(image, "relink", "--backing", base.path, *as_raw),
         )
         return
     meant = format_meant_by(declared)
@@ -147,8 +149,8 @@ def _size_differs(scene: Scene, image: FoundImage, base: FoundImage) -> Iterator
         severity=Severity.WARNING,
         image=image.path,
         sentence=(
-            f"{base.path} has a larger disk ({below} bytes) than {image.path} ({above} bytes), "
-            "which stands on it: it was resized under its overlay, or another image has its name"
+            f"{base.path} has a larger disk than {image.path}, which stands on it: it was resized "
+            "under its overlay, or another image has its name"
         ),
         evidence={"base_bytes": below, "overlay_bytes": above},
         command=scene.command_for(image, "plan"),

@@ -46,8 +46,8 @@ def _file_system(scene: Scene, device: int, leaves: list[FoundImage]) -> Iterato
         severity=severity,
         image=most.path,
         sentence=(
-            f"the file system of {most.path} has {room.free} bytes free, and images on it may grow "
-            f"by {may_grow} bytes"
+            f"the file system of {most.path} has little free, and images on it may grow beyond "
+            "that: their guests stop when it is full"
         ),
         evidence={"free_bytes": room.free, "size_bytes": room.size, "may_grow_bytes": may_grow},
         command=scene.plan_command(most),
@@ -67,8 +67,8 @@ def _volume(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
         severity=severity,
         image=leaf.path,
         sentence=(
-            f"{leaf.path} has {free} bytes left behind the image's end, which may grow by "
-            f"{may_grow} bytes: the guest stops when it is full"
+            f"{leaf.path} has little room left behind the image's end, which may grow beyond "
+            "that: the guest stops when it is full"
         ),
         evidence={"free_bytes": free, "size_bytes": size, "may_grow_bytes": may_grow},
         command=scene.plan_command(leaf),
