@@ -20,13 +20,16 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-vm soak fuzz fuzz-guided bench lint format schema clean
+.PHONY: help setup demo quick test test-browser test-vm soak fuzz fuzz-guided bench lint format \
+	schema screenshots clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
 	@echo 'make quick   the tests of a change: the pure ones, and one of each kind of real one'
 	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
+	@echo 'make test-browser'
+	@echo '             reports in a real browser, which it installs'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
 	@echo 'make soak    the test suite with its long runs'
 	@echo 'make fuzz    all commands on damaged images (FUZZ_ARGS="--minutes 60 --seed 1")'
@@ -36,6 +39,8 @@ help:
 	@echo 'make lint    style, types, layers'
 	@echo 'make format  rewrite the sources in the project'\''s style'
 	@echo 'make schema  rewrite docs/schema from the types'
+	@echo 'make screenshots'
+	@echo '             rewrite the pictures in docs'
 	@echo 'make clean   remove what the targets made'
 
 setup:
@@ -50,6 +55,11 @@ quick: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(PYTEST_ARGS)
+
+# Not a part of the set-up of all: a browser is 80 MB to fetch, for what few changes touch.
+test-browser:
+	@scripts/setup chromium:chromium
+	@$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 # First what only the machine's kernel can do, then what is judged outside of it.
 test-vm: setup
@@ -87,6 +97,10 @@ format: setup
 
 schema: setup
 	@$(BIN)/python -m chainmerge.report.schema docs/schema
+
+screenshots:
+	@scripts/setup chromium:chromium
+	@$(BIN)/python -m tests.browser.screenshots docs/pictures
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from chainmerge.bitmaps.listing import bitmaps_list, bitmaps_list_disks
     from chainmerge.bitmaps.pruning import prune, prune_disks, prune_whole_disks
     from chainmerge.catalogue import explain
+    from chainmerge.chain.disk_map import disk_map
     from chainmerge.chain.information import inspect
     from chainmerge.inventory.overview import list_chains
+    from chainmerge.inventory.pictures import picture_chain, picture_chains
     from chainmerge.inventory.scan import scan
     from chainmerge.inventory.tables import save_scan
     from chainmerge.inventory.thin_out import thin_out
@@ -60,6 +62,7 @@ __all__ = [
     "bitmaps_repair",
     "cancel",
     "check_image",
+    "disk_map",
     "domain_disks",
     "explain",
     "find_backing",
@@ -70,6 +73,8 @@ __all__ = [
     "measure",
     "merge",
     "merge_disks",
+    "picture_chain",
+    "picture_chains",
     "plan",
     "plan_bitmaps_repair",
     "plan_disks",
@@ -101,6 +106,7 @@ _MODULES: Final = MappingProxyType(
         "bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "cancel": "chainmerge.repairing.cancelling",
         "check_image": "chainmerge.repairing.checking",
+        "disk_map": "chainmerge.chain.disk_map",
         "domain_disks": "chainmerge.live.libvirt.domains",
         "explain": "chainmerge.catalogue",
         "find_backing": "chainmerge.repairing.relinking",
@@ -111,6 +117,8 @@ _MODULES: Final = MappingProxyType(
         "measure": "chainmerge.planning.dry_run",
         "merge": "chainmerge.merging.merge",
         "merge_disks": "chainmerge.merging.disks",
+        "picture_chain": "chainmerge.inventory.pictures",
+        "picture_chains": "chainmerge.inventory.pictures",
         "plan": "chainmerge.planning.dry_run",
         "plan_bitmaps_repair": "chainmerge.repairing.bitmap_repair",
         "plan_disks": "chainmerge.merging.disks",

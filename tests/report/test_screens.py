@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
+from chainmerge.documents.disk_map import DiskMap, MapColumn
 from chainmerge.documents.disks import DiskOutcome, DiskReport, DisksPlan, DisksReport
 from chainmerge.documents.images import Searched
 from chainmerge.documents.plan import EngineName, Finding, MergePlan, Progress, Repoint, Role
@@ -88,6 +89,12 @@ def _role(at: int, top: int, base: int) -> Role:
 
 
 FOUR: Final = plan_of(("base", "snap1", "snap2", "active"), 1)
+MAP: Final = DiskMap(
+    48,
+    1,
+    tuple(image.path for image in FOUR.images),
+    tuple(MapColumn(column % 4 if column else None, 1, 1, 0) for column in range(48)),
+)
 FORTY: Final = plan_of([f"snap{number}" for number in range(39)] + ["active"], 39)
 FORTY_IN_THE_MIDDLE: Final = plan_of([f"snap{number}" for number in range(40)], 25, 15)
 DISKS: Final = tuple(plan_of((f"disk{n}", f"disk{n}-snap"), 1) for n in range(3))
@@ -127,7 +134,7 @@ def screen(block: Block, width: int) -> list[str]:
         pytest.param(
             plan_report(replace(FOUR, refusals=(REFUSAL,)), COMMAND), 18, id="four images, refused"
         ),
-        pytest.param(plan_report(FORTY, COMMAND), 25, id="forty images"),
+        pytest.param(plan_report(FORTY, COMMAND, MAP), 25, id="forty images"),
         pytest.param(plan_report(FORTY_IN_THE_MIDDLE, COMMAND), 25, id="forty images, some merged"),
         pytest.param(disks_plan_report(THREE, COMMAND), 25, id="three disks"),
         pytest.param(disks_plan_report(REFUSED, COMMAND), 25, id="three disks, refused"),
@@ -155,6 +162,15 @@ def test_the_answer_comes_first(refusals: tuple[Finding, ...], width: int) -> No
         assert words in said
     assert ("REFUSED: 7 bytes are missing" in said) == bool(refusals)
     assert (COMMAND in said) != bool(refusals)
+
+
+@WIDTHS
+@pytest.mark.parametrize("plan", [FOUR, replace(FOUR, refusals=(REFUSAL,))])
+def test_a_map_takes_two_lines(plan: MergePlan, width: int) -> None:
+    without = screen(plan_report(plan, COMMAND), width)
+    drawn = screen(plan_report(plan, COMMAND, MAP), width)
+    assert len(drawn) == len(without) + 2
+    assert len(drawn) <= 18 or width < 80
 
 
 def test_the_five_lines_of_an_answer() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from chainmerge.bitmaps.rules import LayerBitmaps, chain_test
 from chainmerge.bitmaps.stored import bitmap_results, bitmaps_of
 from chainmerge.chain.discovery import discover
-from chainmerge.chain.opening import OpenImage, open_chain
+from chainmerge.chain.opening import OpenChain, OpenImage, open_chain
 from chainmerge.chain.target import metadata_policy_of
 from chainmerge.documents.bitmaps import (
     BitmapListing,
@@ -21,6 +21,8 @@ from chainmerge.documents.bitmaps import (
 )
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.options import Access
+from chainmerge.qcow2.bitmaps import storable_granularity
+from chainmerge.qcow2.bits import union_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,10 +38,34 @@ def bitmaps_list(image: str | Path, access: Access | None = None) -> BitmapListi
     policy = metadata_policy_of(access, image)
     chain = discover(Path(access.active or image), policy)
     with open_chain(chain) as opened:
-        leaf_first = tuple(reversed(opened.images))
-        rows = tuple(row for one in leaf_first for row in _rows(one))
-        layers = tuple(bitmaps_of(one) for one in leaf_first)
-    return BitmapListing(REPORT_VERSION, str(image), rows, tuple(_verdicts(layers)))
+        return listing_of(opened, str(image))
+
+
+def listing_of(opened: OpenChain, image: str) -> BitmapListing:
+    """As :func:`bitmaps_list`, of a chain that is open; it is called *image*."""
+    leaf_first = tuple(reversed(opened.images))
+    rows = tuple(row for one in leaf_first for row in _rows(one))
+    layers = tuple(bitmaps_of(one) for one in leaf_first)
+    return BitmapListing(REPORT_VERSION, image, rows, tuple(_verdicts(layers)))
+
+
+def next_backup_bytes(opened: OpenChain, usable: str) -> int:
+    """What an incremental backup since a checkpoint copies, in guest bytes.
+
+    As backup programs do it, the bits of all bitmaps of that name are united, at the finest of
+    their granularities.
+
+    Args:
+        opened: the chain that the backup reads.
+        usable: a name that passes the chain test, so that each image that has it counts.
+
+    Raises:
+        FormatError: a bitmap's table is damaged.
+    """
+    sources = [one.bits(usable) for one in opened.images if one.entry(usable) is not None]
+    size = opened.images[-1].layer.virtual_size
+    finest = min(bits.granularity for bits in sources)
+    return union_all(sources, size, storable_granularity(size, finest)).dirty_bytes()
 
 
 def bitmaps_list_disks(

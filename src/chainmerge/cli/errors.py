@@ -86,3 +86,50 @@ class NotConfirmed(Refused):
         "--yes. The answer was no."
     )
     image: str
+
+
+class NotAReport(Refused):
+    """A report was to be written over a file that is something else."""
+
+    code: ClassVar[str] = "not-a-report"
+    template: ClassVar[str] = "{file} is there already, and is not a report of chainmerge"
+    hint: ClassVar[str] = "name another file for the report"
+    explanation: ClassVar[str] = (
+        "A report replaces an older report of the same name, and an empty file, but nothing else: "
+        "the name of an image in the wrong place must not cost its data. Nothing was changed."
+    )
+    file: str
+
+
+class ReportFileUnusable(Refused):
+    """A report cannot be written to its file."""
+
+    code: ClassVar[str] = "report-file-unusable"
+    template: ClassVar[str] = "the report cannot be written to {file}: {reason}"
+    hint: ClassVar[str] = "name a file in a directory that you can write to, with room for it"
+    explanation: ClassVar[str] = (
+        "The file of a report is written as a whole, beside an older one of that name, which it "
+        "then replaces. The directory does not allow that, or is not there, or is full. A merge "
+        "writes its report for the first time before it changes anything, so nothing was changed."
+    )
+    file: str
+    reason: str
+
+
+class ReportFileNotWritten(Failed):
+    """The work is done, but its report cannot be written to its file."""
+
+    code: ClassVar[str] = "report-file-not-written"
+    template: ClassVar[str] = (
+        "the merge has ended as it was said, but its report {file} could not be written: {reason}"
+    )
+    hint: ClassVar[str] = (
+        "make room there; `chainmerge report -o FILE IMAGE` draws what the images are now"
+    )
+    explanation: ClassVar[str] = (
+        "The report was written when the merge began, and could not be replaced when it had ended, "
+        "for example because the file system has become full. What became of the merge is in what "
+        "the command has printed. The report still shows the state before it."
+    )
+    file: str
+    reason: str

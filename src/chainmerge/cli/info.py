@@ -12,6 +12,7 @@ import click
 from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import access_options, image_argument, json_option
+from chainmerge.cli.strip import map_for_strip
 from chainmerge.records.request import words_of
 from chainmerge.report.chains_table import chains_report
 from chainmerge.report.tables import chain_report
@@ -35,4 +36,7 @@ def info(*, image: str, access: Access, output: Output) -> None:
         table = partial(chains_report, options=words_of(access))
         output.document(api.list_chains(image, access), table)
         return
-    output.document(api.inspect(image, access), chain_report)
+    output.document(
+        api.inspect(image, access),
+        lambda report: chain_report(report, map_for_strip(image, access)),
+    )

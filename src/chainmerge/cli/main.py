@@ -39,6 +39,7 @@ _COMMANDS: Final = MappingProxyType(
         "repair": ("chainmerge.cli.repair", "repair"),
         "scan": ("chainmerge.cli.scan", "scan"),
         "list": ("chainmerge.cli.list_chains", "list_chains"),
+        "report": ("chainmerge.cli.report", "report"),
         "info": ("chainmerge.cli.info", "info"),
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),

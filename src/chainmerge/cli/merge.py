@@ -15,6 +15,7 @@ from chainmerge.cli.options import (
     dry_run_option,
     merge_options,
     outcome_options,
+    report_option,
     tops_argument,
     verbose_option,
 )
@@ -29,7 +30,11 @@ from chainmerge.report.merge_tables import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chainmerge.cli.output import Output
+    from chainmerge.documents.disks import DisksReport
+    from chainmerge.documents.merge import MergeReport
     from chainmerge.options import Access, MergeOptions
 
 
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 @dry_run_option
 @merge_options
 @access_options
+@report_option
 @verbose_option
 @outcome_options
 def merge(
@@ -48,6 +54,7 @@ def merge(
     dry_run: bool,
     options: MergeOptions,
     access: Access,
+    report_file: str | None,
     verbose: bool,
     output: Output,
 ) -> ExitCode:
@@ -63,20 +70,45 @@ def merge(
         # Imported where it is used, as most merges are to be done.
         from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan_of  # noqa: PLC0415
 
-        return show_plan_of(tops, bases, access, options, output, PLANS_TO_SHOW[verbose])
+        tables = PLANS_TO_SHOW[verbose]
+        return show_plan_of(tops, bases, access, options, output, tables, report_file)
+    if len(tops) == 1 and len(bases) > 1:
+        raise DisksMismatched(len(tops), len(bases))
+    draw_result = (
+        _undrawn if report_file is None else _drawing(tops, bases, access, options, report_file)
+    )
     if len(tops) > 1:
         with stopped_by_signals() as should_stop, output.progress() as progress:
             disks = api.merge_disks(
                 tops, bases, access, options, on_progress=progress.update, should_stop=should_stop
             )
         output.last_event(disks, disks_details if verbose else disks_report, disks.exit_code)
+        draw_result(disks)
         return disks.exit_code
-    if len(bases) > 1:
-        raise DisksMismatched(len(tops), len(bases))
     base = bases[0] if bases else None
     with stopped_by_signals() as should_stop, output.progress() as progress:
         report = api.merge(
             tops[0], base, access, options, on_progress=progress.update, should_stop=should_stop
         )
     output.last_event(report, merge_details if verbose else merge_report)
+    draw_result(report)
     return ExitCode.DONE
+
+
+def _undrawn(report: MergeReport | DisksReport) -> None:
+    del report
+
+
+def _drawing(
+    tops: tuple[str, ...],
+    bases: tuple[str, ...],
+    access: Access,
+    options: MergeOptions,
+    file: str,
+) -> Callable[[MergeReport | DisksReport], None]:
+    """Draw the disks as they are, and return what draws them beside that once they are merged."""
+    # Imported where it is used: few merges are drawn.
+    from chainmerge.cli.merge_pictures import draw_after, draw_before  # noqa: PLC0415
+
+    before = draw_before(tops, bases, access, options, file)
+    return lambda report: draw_after(before, report, access, file)

@@ -82,6 +82,14 @@ dry_run_option: Final = click.option(
     "-n", "--dry-run", is_flag=True, help="Show the plan and change nothing."
 )
 
+report_option: Final = click.option(
+    "--report",
+    "report_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Also draw it in this HTML file; an older report of that name is replaced.",
+)
+
 top_argument = click.argument("top", type=IMAGE)
 image_argument = click.argument("image", type=IMAGE)
 tops_argument = click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 
 # What tables draw with, for an output that is not Unicode.
 _PLAIN: Final[Mapping[str, str]] = MappingProxyType(
-    {"◉": "*", "●": "o", "━": "=", "│": "|", "├": "|", "─": "-"}
+    {
+        "◉": "*",
+        "●": "o",
+        "━": "=",
+        "│": "|",
+        "├": "|",
+        "─": "-",
+        "█": "#",
+        "▓": "%",
+        "▒": "=",
+        "░": "-",
+        "·": ".",
+    }
 )
 _ERROR_HANDLER: Final = "chainmerge-plain"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _TYPED: Final = "chainmerge.typed"
 # What says how to show something is of no use to what does it.
-_ONLY_SHOWN: Final = frozenset({"output", "verbose", "quiet", "dry_run"})
+_ONLY_SHOWN: Final = frozenset({"output", "verbose", "quiet", "dry_run", "report_file"})
 
 
 class PlanningCommand(Command):

@@ -56,7 +56,7 @@ def gain_of(opened: OpenChain, first: int) -> Gain:
     view = opened.view(first)
     if len(view.layers) < 2:
         return Gain(0, 0)
-    stored = sum(_stored_in(layer) for layer in view.layers)
+    stored = sum(stored_in(layer) for layer in view.layers)
     top = len(view.layers) - 1
     seen = down = up = 0
     for runs in view.resolve():
@@ -66,7 +66,12 @@ def gain_of(opened: OpenChain, first: int) -> Gain:
     return Gain(max(0, stored - seen), min(down, up))
 
 
-def _stored_in(layer: Layer) -> int:
+def stored_in(layer: Layer) -> int:
+    """Guest bytes of data that a layer holds, whoever sees them.
+
+    Raises:
+        FormatError: tables are damaged.
+    """
     total = 0
     for extents in layer.iter_extents(0, layer.virtual_size, DEFAULT_WINDOW):
         is_data = (extents.kind == Kind.DATA) | (extents.kind == Kind.COMPRESSED)

@@ -17,6 +17,7 @@ from chainmerge.documents.plan import (
 from chainmerge.options import Placement
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Stack, Words, joined, stack, words
+from chainmerge.report.map_strip import strip_of_plan
 from chainmerge.report.names import names_in, names_of_plan
 from chainmerge.report.plan_tables import (
     ROLE_STYLES,
@@ -29,6 +30,7 @@ from chainmerge.report.text import exact_size, human_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from chainmerge.documents.disk_map import DiskMap
     from chainmerge.documents.disks import DisksPlan
     from chainmerge.documents.images import Searched
 
@@ -55,9 +57,13 @@ _HIDDEN = "behind base's end, with zeros in the overlay, before the volume is ex
 _PRUNED_FIRST = "stale bitmaps are removed first, in a switch of their own, to make room"
 
 
-def plan_details(plan: MergePlan, command: str) -> Block:
-    """The answer of a plan, and then everything that it says."""
-    return stack(*answer(plan, names_of_plan(plan), command), *_sections(plan))
+def plan_details(plan: MergePlan, command: str, drawn: DiskMap | None = None) -> Block:
+    """The answer of a plan, and then everything that it says; arguments as of its first screen."""
+    return stack(
+        *answer(plan, names_of_plan(plan), command),
+        *((layout.pairs(strip_of_plan(drawn, plan), layout.TITLE),) if drawn else ()),
+        *_sections(plan),
+    )
 
 
 def disks_plan_details(plan: DisksPlan, command: str) -> Block:

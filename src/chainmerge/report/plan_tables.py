@@ -22,6 +22,7 @@ from chainmerge.documents.plan import (
 )
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, joined, stack, words
+from chainmerge.report.map_strip import strip_of_plan
 from chainmerge.report.names import (
     ImageNames,
     disks_left_out,
@@ -38,6 +39,7 @@ from chainmerge.report.text import short_size, shortened
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from chainmerge.documents.disk_map import DiskMap
     from chainmerge.documents.disks import DisksPlan
 
 ROLE_STYLES: Final[Mapping[Role, str]] = {
@@ -52,15 +54,23 @@ _FEWEST_HIDDEN: Final = 4
 _MORE: Final = "-v shows exact bytes, reasons and warnings in full"
 
 
-def plan_report(plan: MergePlan, command: str) -> Block:
-    """What would be merged, what that takes, and the command that does it; then the chain."""
+def plan_report(plan: MergePlan, command: str, drawn: DiskMap | None = None) -> Block:
+    """What would be merged, what that takes, and the command that does it; then the chain.
+
+    Args:
+        plan: the plan.
+        command: what carries it out.
+        drawn: the map of the disk, if there is one.
+    """
     names = names_of_plan(plan)
     return stack(
         *answer(plan, names, command),
         layout.EMPTY_LINE,
         words("Chain, leaf first", layout.TITLE),
         layout.indented(_chain(plan, names)),
-        layout.pairs(_rest(plan, names), layout.TITLE),
+        layout.pairs(
+            (*(strip_of_plan(drawn, plan) if drawn else ()), *_rest(plan, names)), layout.TITLE
+        ),
         *((words(_MORE, layout.QUIET),) if plan.feasible else ()),
     )
 

@@ -24,6 +24,7 @@ from chainmerge.documents.bitmaps import (
     PruneOfDisks,
     PruneReport,
 )
+from chainmerge.documents.chain_pictures import ChainsPictures
 from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
@@ -49,6 +50,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"plan-disks-{REPORT_VERSION}": DisksPlan,
         f"info-{REPORT_VERSION}": ChainReport,
         f"chains-{REPORT_VERSION}": ChainsReport,
+        f"pictures-{REPORT_VERSION}": ChainsPictures,
         f"scan-{REPORT_VERSION}": ScanReport,
         f"check-{REPORT_VERSION}": CheckResult,
         f"measure-{REPORT_VERSION}": Measurement,
@@ -83,6 +85,7 @@ _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
         RelinkReport: "report",
         ScanReport: "report",
         ThinOutReport: "report",
+        ChainsPictures: "report",
         ErrorReport: "error",
     }
 )

@@ -12,6 +12,7 @@ from chainmerge.documents.repair import NO_DAMAGE, RepairFinding, RepairReport, 
 from chainmerge.report import layout
 from chainmerge.report.bitmap_tables import bitmap_table, held_bitmaps
 from chainmerge.report.layout import Block, Stack, Table, Words, joined, stack, words
+from chainmerge.report.map_strip import strip_of_chain
 from chainmerge.report.plan_details import search_lines
 from chainmerge.report.text import exact_size, human_size, moment, short_size
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         PruneReport,
         SharedCheckpoint,
     )
+    from chainmerge.documents.disk_map import DiskMap
     from chainmerge.documents.images import (
         BackingReport,
         ChainReport,
@@ -37,11 +39,12 @@ if TYPE_CHECKING:
     from chainmerge.documents.merge import Measurement
 
 
-def chain_report(report: ChainReport) -> Block:
-    """An image, the images below it, and other images that use them."""
+def chain_report(report: ChainReport, drawn: DiskMap | None = None) -> Block:
+    """An image, the images below it, and other images that use them; and the map of its disk."""
     nodes = [_node(image, report.image) for image in report.images]
     return stack(
         layout.tree(nodes),
+        *((layout.pairs(strip_of_chain(drawn), layout.TITLE),) if drawn else ()),
         layout.section("Other images that use these", *search_lines(report.searched)),
         *layout.warnings_section(report.warnings),
     )
