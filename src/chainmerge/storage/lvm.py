@@ -213,7 +213,7 @@ def find_by_path(image: str, path: str) -> LogicalVolume:
         LvmMissing
     """
     try:
-        rows = report(image, "lvs", *OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
+        rows = rows_told(image, "lvs", *OF_ANY_HOST, "-o", ",".join(_FIELDS), "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     if not rows:
@@ -251,7 +251,7 @@ def sharing_of(image: str, device: DeviceMapperName) -> VolumeSharing:
     """
     path = f"/dev/mapper/{device.name}"
     try:
-        rows = report(image, "lvs", *OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
+        rows = rows_told(image, "lvs", *OF_ANY_HOST, "-o", _SHARING_FIELDS, "--", path)
         found = next((row for row in rows if _lv_uuid_in(row) == device.lv_uuid), None)
         if found is None:
             raise NotALogicalVolume(image, f"{path} is not in the report of 'lvm lvs'")
@@ -335,7 +335,7 @@ def is_active(image: str, path: str) -> bool:
         LvmMissing, LvmFailed: there is no report.
     """
     try:
-        rows = report(image, "lvs", "-o", "lv_active", "--", path)
+        rows = rows_told(image, "lvs", "-o", "lv_active", "--", path)
     except LvmFailed as error:
         raise NotALogicalVolume(image, error.reason) from error
     return any(row.get("lv_active") for row in rows)
@@ -367,7 +367,7 @@ def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    rows = report(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
+    rows = rows_told(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
     return [
         row["lv_path"]
         for row in rows
@@ -395,7 +395,7 @@ def volumes_in(group: str) -> list[ListedVolume]:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    rows = report(group, "lvs", *OF_ANY_HOST, "-o", "vg_name,lv_path,lv_active")
+    rows = rows_told(group, "lvs", *OF_ANY_HOST, "-o", "vg_name,lv_path,lv_active")
     return [
         ListedVolume(row["lv_path"], bool(row.get("lv_active")))
         for row in rows
@@ -438,7 +438,7 @@ def make_metadata_durable(image: str, group: str) -> None:
         LvmMissing, LvmFailed: the physical volumes are not known.
         CannotOpen, FlushFailed: one of them could not be made to.
     """
-    rows = report(image, "pvs", "-o", "pv_name,vg_name")
+    rows = rows_told(image, "pvs", "-o", "pv_name,vg_name")
     devices = sorted({row["pv_name"] for row in rows if row.get("vg_name") == group})
     if not devices:
         raise LvmFailed(image, "lvm pvs", 0, f"no physical volume of {group} in it")
@@ -462,7 +462,7 @@ def _flush_device(path: str) -> None:
         os.close(fd)
 
 
-def report(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
+def rows_told(image: str, command: str, *arguments: str) -> list[dict[str, str]]:
     """The rows of a report, values as strings.
 
     Raises:

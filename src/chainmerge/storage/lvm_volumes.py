@@ -92,7 +92,7 @@ def find_volume(image: str, uuids: VolumeUuids) -> KnownVolume | None:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    for row in lvm.report(image, "lvs", *lvm.OF_ANY_HOST, "-o", _FIELDS):
+    for row in lvm.rows_told(image, "lvs", *lvm.OF_ANY_HOST, "-o", _FIELDS):
         found = row.get("vg_uuid", "").replace("-", ""), row.get("lv_uuid", "").replace("-", "")
         if found == (uuids.group, uuids.volume):
             return KnownVolume(row["vg_name"], row["lv_name"], row["lv_uuid"], row["lv_attr"])
@@ -108,7 +108,7 @@ def is_name_taken(image: str, path: Path) -> bool:
         LvmMissing, LvmFailed: there is no report.
     """
     wanted = mapper_name_in(path)
-    rows = lvm.report(image, "lvs", *lvm.OF_ANY_HOST, "-o", "vg_name,lv_name")
+    rows = lvm.rows_told(image, "lvs", *lvm.OF_ANY_HOST, "-o", "vg_name,lv_name")
     return any(
         mapper_name_in(Path("/dev", row["vg_name"], row["lv_name"])) == wanted for row in rows
     )

@@ -127,7 +127,7 @@ def pool_of(image: str, volume: lvm.LogicalVolume) -> ThinPool | None:
     if not volume.pool:
         return None
     name = f"{volume.vg_name}/{volume.pool}"
-    rows = lvm.report(image, "lvs", *lvm.OF_ANY_HOST, "-o", _FIELDS, "--", name)
+    rows = lvm.rows_told(image, "lvs", *lvm.OF_ANY_HOST, "-o", _FIELDS, "--", name)
     try:
         (row,) = rows
         size, metadata_size = int(row["lv_size"]), int(row["lv_metadata_size"])
