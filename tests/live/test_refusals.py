@@ -375,7 +375,10 @@ def test_a_base_in_another_directory_that_others_may_use(tmp_path: Path) -> None
     ):
         plan = live.plan(disk, top, base, access=Access(allow_backing=allowed))
         assert [one.code for one in plan.refusals] == ["users-unknown"]
-        assert "--direction" not in plan.refusals[0].hint
+        assert plan.refusals[0].hint.startswith("pull instead (--direction pull)")
+        pulling = LiveOptions(direction="pull")
+        planned = live.plan(disk, top, base, Access(allow_backing=allowed), pulling)
+        assert planned.refusals == ()
         with pytest.raises(UsersUnknown):
             live.merge(disk, top, base, access=Access(allow_backing=allowed))
         clone = create(tmp_path / "clone", backing=base)
