@@ -20,6 +20,7 @@ from chainmerge.errors import ExitCode, Interrupted, Refused
 from chainmerge.inventory import thin_out as thinning_out
 from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
 from chainmerge.merging import by_native, settling
+from chainmerge.options import OptionUnusable
 from chainmerge.records.thinning import THINNING, load_thinning
 from chainmerge.repairing.errors import CannotCancel
 from chainmerge.storage.errors import ImageLocked
@@ -296,6 +297,9 @@ def test_a_leaf_behind_a_link(images: list[Path]) -> None:
 
 
 def test_wrong_usage(images: list[Path]) -> None:
+    for now in (float("nan"), -1.0):
+        with pytest.raises(OptionUnusable):
+            chainmerge.plan_thin_out(images[-1], ONE, now=now)
     for arguments, code in (
         ((), "no-retention-rule"),
         (("--keep-checkpoints",), "no-retention-rule"),
