@@ -20,6 +20,7 @@ from chainmerge.errors import ExitCode, Interrupted, Refused
 from chainmerge.inventory import thin_out as thinning_out
 from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
 from chainmerge.merging import by_native, settling
+from chainmerge.options import OptionUnusable
 from chainmerge.records.thinning import THINNING, load_thinning
 from chainmerge.repairing.errors import CannotCancel
 from chainmerge.storage.errors import ImageLocked
@@ -250,6 +251,25 @@ def test_ages_are_those_of_the_files(images: list[Path]) -> None:
         assert rules_of(later) == [rule, rule]
 
 
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_what_was_thinned_out_yesterday_is_no_cause_for_a_warning(
+    images: list[Path], direction: Any
+) -> None:
+    """A merge has written to it after the next image: that is told from a write of somebody."""
+    now = time.time()
+    for number, image in enumerate(images):
+        os.utime(image, (now, now - (9 - number) * DAY))
+    options = MergeOptions(direction=direction)
+    chainmerge.thin_out(images[-1], Retention(keep_last=3), options=options)
+    next_one = Retention(keep_last=2)
+    (plan,) = chainmerge.plan_thin_out(images[-1], next_one, options=options).ranges
+    assert (plan.base, plan.warnings) == (str(images[2]), ())
+    qemu_io(images[2], "write -P 99 0 64k")
+    (plan,) = chainmerge.plan_thin_out(images[-1], next_one, options=options).ranges
+    assert len(plan.warnings) == 1
+    assert "was written" in plan.warnings[0]
+
+
 def test_without_snapshots(tmp_path: Path) -> None:
     alone = create(tmp_path / "alone.qcow2", 1 << 20)
     assert chainmerge.plan_thin_out(alone, ONE).snapshots == ()
@@ -277,6 +297,9 @@ def test_a_leaf_behind_a_link(images: list[Path]) -> None:
 
 
 def test_wrong_usage(images: list[Path]) -> None:
+    for now in (float("nan"), -1.0):
+        with pytest.raises(OptionUnusable):
+            chainmerge.plan_thin_out(images[-1], ONE, now=now)
     for arguments, code in (
         ((), "no-retention-rule"),
         (("--keep-checkpoints",), "no-retention-rule"),

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from chainmerge.documents.progress import OnProgress, ProgressEvent, ShouldStop
     from chainmerge.inventory.thinning import PlannedThinning
-    from chainmerge.options import Access, MergeOptions, Retention
+    from chainmerge.options import Access, MergeOptions, Retention, Seconds
 
 
 def thin_out(
@@ -59,7 +59,7 @@ def thin_out(
     retention: Retention,
     access: Access | None = None,
     options: MergeOptions | None = None,
-    now: float | None = None,
+    now: Seconds | None = None,
     on_progress: OnProgress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> ThinOutReport:

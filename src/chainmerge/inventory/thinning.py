@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.model import Identity, ImageInfo
     from chainmerge.chain.relatives import Relatives
     from chainmerge.errors import ChainmergeError
-    from chainmerge.options import Retention
+    from chainmerge.options import Retention, Seconds
 
 _LOSING_CHECKPOINTS: Final = frozenset({BaseCannotHoldBitmaps.code, UnguardedBitmaps.code})
 _OF_OPEN_IMAGES: Final = frozenset({ImageInUse.code, ImageLocked.code})
@@ -53,7 +53,7 @@ def plan_thin_out(
     retention: Retention,
     access: Access | None = None,
     options: MergeOptions | None = None,
-    now: float | None = None,
+    now: Seconds | None = None,
 ) -> ThinOutPlan:
     """Say which snapshots below *leaf* go and which stay. Nothing is written.
 
