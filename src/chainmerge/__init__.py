@@ -148,6 +148,7 @@ if TYPE_CHECKING:
         StatusReport,
         UnfinishedMerge,
     )
+    from chainmerge.documents.trends import TrendPoint
     from chainmerge.errors import (
         ChainmergeError,
         ChainUnusable,
@@ -268,6 +269,7 @@ __all__ = [
     "Stage",
     "StatusReport",
     "StorageFailed",
+    "TrendPoint",
     "UndoReport",
     "UnfinishedMerge",
     "UnusableBitmap",
@@ -406,6 +408,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "StatusReport",
             "UnfinishedMerge",
         ),
+        "chainmerge.documents.trends": ("TrendPoint",),
         "chainmerge.errors": (
             "ChainUnusable",
             "ChainmergeError",
