@@ -163,6 +163,7 @@ if TYPE_CHECKING:
         StatusReport,
         UnfinishedMerge,
     )
+    from chainmerge.documents.trends import TrendPoint
     from chainmerge.errors import (
         ChainmergeError,
         ChainUnusable,
@@ -292,6 +293,7 @@ __all__ = [
     "StorageFailed",
     "ThinOutPlan",
     "ThinOutReport",
+    "TrendPoint",
     "UndoReport",
     "UnfinishedMerge",
     "UnusableBitmap",
@@ -448,6 +450,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "StatusReport",
             "UnfinishedMerge",
         ),
+        "chainmerge.documents.trends": ("TrendPoint",),
         "chainmerge.errors": (
             "ChainUnusable",
             "ChainmergeError",

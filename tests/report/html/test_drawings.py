@@ -9,6 +9,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from chainmerge.documents.disk_map import DiskMap, MapColumn
+from chainmerge.documents.text import printable
 from chainmerge.report.html.drawings import (
     Moment,
     Part,
@@ -107,3 +108,11 @@ def test_a_trend_begins_at_the_left_and_ends_at_the_right() -> None:
     drawn = trend([Moment(100, 0), Moment(150, 10), Moment(200, 5)], "")
     (curve,) = ET.fromstring(drawn).iter("polyline")
     assert curve.attrib["points"] == "0,100 500,4 1000,52"
+
+
+@pytest.mark.parametrize("text", ["</title><script>", "a\x1b[31m\n\u202e", "&lt;", "\udcff"])
+def test_what_is_said_of_a_drawing_is_text(text: str) -> None:
+    drawn = bar([Part("visible", 1)], 1, text)
+    said = ET.fromstring(drawn).findtext("title")
+    assert said == printable(text)
+    assert drawn.isprintable()

@@ -34,9 +34,8 @@ def element(name: str, attributes: dict[str, Value], *content: str) -> Markup:
 
 def joined_elements(parts: Iterable[str]) -> Markup:
     """Return elements and text in a row."""
-    return Markup("").join(
-        part if isinstance(part, Markup) else escape(printable(part)) for part in parts
-    )
+    # To join is to escape what is not markup.
+    return Markup("").join(part if isinstance(part, Markup) else printable(part) for part in parts)
 
 
 def figure(value: Value) -> str:
