@@ -364,6 +364,6 @@ def test_a_chain_over_several_directories_is_pruned_from_its_leaf(tmp_path: Path
     allowed = (str(tmp_path / "a"), str(tmp_path / "b"))
     access = Access(allow_backing=allowed, active=str(leaf), search=(str(tmp_path),))
     report = chainmerge.prune(leaf, access=access)
-    assert [one.image for one in report.removed] == [str(leaf), str(tmp_path / "c/../b/middle")]
+    assert [one.image for one in report.removed] == [str(leaf), str(middle)]
     assert "broken" in bitmap_names(root)
     assert bitmap_names(middle) == bitmap_names(leaf) == {}

@@ -204,8 +204,10 @@ class MonitorDriver(LiveDriver[LiveVm]):
         # What a pull has left as it was others may go on using.
         told = self.journal.delete or not self.journal.pulls
         for node in self.merged_nodes(self.disk.layout()).still_open:
-            # Each that is closed sets free what it stood on.
+            # Each that is closed sets free what it stood on, which may be gone with it.
             graph = self.disk.layout()
+            if node.name not in graph.nodes:
+                continue
             filters = graph.idle_filters_on(graph.nodes[node.name])
             try:
                 for unused in (*filters, node):
