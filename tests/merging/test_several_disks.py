@@ -36,6 +36,7 @@ from tests.support.qemu import (
     content,
     create,
     dirty_ranges,
+    info,
     qemu_img,
     qemu_io,
 )
@@ -225,6 +226,17 @@ def test_disks_on_a_common_root(tmp_path: Path) -> None:
     shown = [content(top) for top in tops]
     assert chainmerge.merge_disks(tops).exit_code == ExitCode.DONE
     assert [content(tmp_path / f"{name}-base.qcow2") for name in ("a", "b")] == shown
+
+
+def test_pulls_from_one_base(tmp_path: Path) -> None:
+    golden = create(tmp_path / "golden.qcow2", 8 * MIB)
+    qemu_io(golden, "write -q -P 1 0 1M")
+    tops = [create(tmp_path / f"{name}.qcow2", backing=golden) for name in ("one", "two")]
+    pulled = command("merge", "--direction", "pull", *tops)
+    assert pulled.status == ExitCode.DONE, pulled.err
+    assert pulled.out.count("itself, from golden.qcow2") == 2
+    assert "no longer needed by the disk: golden.qcow2\n" in pulled.out
+    assert all("backing-filename" not in info(top) for top in tops)
 
 
 def test_bases_are_for_all_or_none(machine: Machine) -> None:

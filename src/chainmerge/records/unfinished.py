@@ -165,8 +165,10 @@ def _found_in(search: _Search, devices: BlockDevices) -> Iterator[UnfinishedMerg
     for file in sorted(files, key=rank_of):
         merge = merge_told_by(file, devices)
         if merge is not None:
-            several = is_of_pull(file, devices)
-            key = f"{merge.base}\0{merge.top}" if several else _base_of(file, merge)
+            # Of a base that is only read there can be several pulls.
+            key = f"{merge.base}\0{merge.top}"
+            if not (key in by_base or is_of_pull(file, devices)):
+                key = _base_of(file, merge)
             before = by_base.get(key)
             by_base[key] = merge if before is None else _together(before, merge)
     for merge in by_base.values():

@@ -109,8 +109,15 @@ def _disklisted(disk: DiskReport, names: ImageNames) -> tuple[Words, ...]:
     if disk.report is not None:
         copied = short_size(bytes_moved(disk.report))
         freed = "" if disk.report.plan is None else short_size(disk.report.plan.freed_bytes)
-    disk_and_base = words(names.of(_top_of(disk))), words(names.of(disk.base))
-    return *disk_and_base, words(disk.outcome, style), words(copied), words(freed)
+    places = words(names.of(_top_of(disk))), words(_where_to(disk, names))
+    return *places, words(disk.outcome, style), words(copied), words(freed)
+
+
+def _where_to(disk: DiskReport, names: ImageNames) -> str:
+    """What the disk's overlay was merged into; of a pull, what has come up into the overlay."""
+    plan = None if disk.report is None else disk.report.plan
+    base = names.of(disk.base)
+    return f"itself, from {base}" if plan is not None and plan.pulls else base
 
 
 def _top_of(disk: DiskReport) -> str:
@@ -216,7 +223,8 @@ def _left_behind(reports: Sequence[MergeReport], names: ImageNames) -> Iterator[
         wrong += middles
         spent += [names.of(image.path) for image in there if image.role is Role.TOP]
     if unneeded:
-        yield words(f"Left as before, no longer needed by the disk: {listed(unneeded)}")
+        images = listed([*dict.fromkeys(unneeded)])
+        yield words(f"Left as before, no longer needed by the disk: {images}")
     if wrong:
         yield words(
             f"Left there, never boot from them (wrong data): {listed(wrong)}", layout.CAUTION
