@@ -240,7 +240,7 @@ def test_users_are_looked_for_before_anything_is_read(
     chain: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One who has gone when everything is planned may have written while it was."""
-    monkeypatch.setattr(preparing, "open_chain", _not_to_be_called)
+    monkeypatch.setattr(preparing, "open_target", _not_to_be_called)
     with held("O_RDWR", chain["base"]), pytest.raises(ImageInUse):
         chainmerge.merge(chain["top"], chain["base"])
 
