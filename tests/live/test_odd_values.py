@@ -38,7 +38,7 @@ ODD_OPTIONS = [
     {"delete": "no"},
     {"drop_bitmaps": 1},
 ]
-ODD_TEXTS = ["", "\0", "a\0b", "a\0/b", "\udcff", "x" * 5000, "../.."]
+ODD_TEXTS = ["", "\0", "a\0b", "a\0/b", "\udcff", "x" * 5000, "../..", "/"]
 
 
 @pytest.mark.parametrize("odd", ODD_OPTIONS, ids=str)

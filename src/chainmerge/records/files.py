@@ -111,7 +111,7 @@ class StateFile(Struct, Generic[Kept], frozen=True):
         )
 
     def _beside(self, file: Path) -> Path:
-        return file.with_name(f".{_short(file.name)}.{self.suffix}")
+        return file.parent / f".{_short(file.name)}.{self.suffix}"
 
     def found(self, image: Path) -> Path:
         """Where the file of *image* stands, whether or not there is one.
