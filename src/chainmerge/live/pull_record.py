@@ -14,7 +14,7 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError
 from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
-from chainmerge.merging.live_remains import merged_images
+from chainmerge.merging.live_remains import merged_images, require_none_needed
 from chainmerge.records.identity import same_image
 from chainmerge.records.merged_record import (
     DoomedImage,
@@ -97,6 +97,7 @@ def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
         return ()
     record = _record_of(journal)
     try:
+        require_none_needed(journal, merged)
         deleted = delete_recorded(record)
     except (OSError, ChainmergeError) as error:
         reason = error.sentence if isinstance(error, ChainmergeError) else str(error)
