@@ -128,6 +128,28 @@ def test_what_nobody_uses_goes_and_checkpoints_stay(
     assert set(bitmap_names(images[1])) == {"checkpoint"}
 
 
+def test_a_stream_that_nobody_dismissed_does_not_end_the_vm(
+    vm: LiveTestVm, images: list[Path]
+) -> None:
+    """QEMU (7.2) ends by a segmentation fault when it is asked for its nodes then."""
+    add_bitmap(vm, "for-a-backup", disabled=True)
+    vm.execute("block-stream", job_id="ended", device="image1", auto_dismiss=False)
+    wait_for_job(vm, "concluded")
+    for words in (["status"], ["plan", str(images[1])]):
+        refused = command("live", words[0], "--qmp", vm.qmp, "--device", "disk0", *words[1:])
+        assert refused.status == ExitCode.REFUSED
+        assert "ended (stream, ended and not dismissed" in refused.err
+    with live.QmpMachine(str(vm.qmp)) as machine:
+        planned = live.plan_repair(machine, bitmaps=["for-a-backup"])
+    assert found(planned)["job", "ended"] == "dismiss"
+    assert vm.jobs() == ["concluded"]
+    done = found(repaired(vm, bitmaps=["for-a-backup"]))
+    assert done["job", "ended"] == "dismiss"
+    assert done["bitmap", "for-a-backup"] == "remove"
+    assert vm.jobs() == []
+    assert vm.alive
+
+
 def test_a_backup_whose_target_is_gone(vm: LiveTestVm, images: list[Path], tmp_path: Path) -> None:
     failing_target(vm, tmp_path)
     arguments = {"device": "image1", "target": "target", "sync": "full"}

@@ -14,7 +14,7 @@ from chainmerge import live
 from chainmerge.options import Access, LiveOptions, MergeOptions
 from tests.support.live_vm import running_vm
 from tests.support.lvm_images import Volumes, lvm_images
-from tests.support.qemu import assert_clean, content
+from tests.support.qemu import assert_clean, content, info
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,3 +97,26 @@ def test_what_somebody_else_has_open_is_left(volumes: Volumes, tmp_path: Path) -
     assert report.deleted == ()
     assert "top-1" in volumes.names()
     assert content(leaf) == expected
+
+
+@pytest.mark.parametrize("kind", ["internal", "active"])
+def test_volumes_that_were_pulled_up_are_removed(
+    volumes: Volumes, tmp_path: Path, kind: str
+) -> None:
+    """Their backing names are relative, as Proxmox VE and oVirt have them."""
+    paths = volumes.chain("root-0", "base-1", "top-2", *(["leaf-3"] if kind == "internal" else []))
+    volumes.show()
+    root, base, top = paths[:3]
+    expected = content(paths[-1])
+    options = LiveOptions(direction="pull", delete=True)
+    with running_vm(tmp_path / "vm", paths) as vm, vm.disk() as disk:
+        report = live.merge(disk, top, base, access=DEVICES, options=options)
+        assert not [one for one in report.warnings if "goes on writing" not in one]
+        again = live.merge(disk, top, base, access=DEVICES, options=options)
+        assert again.outcome == "already-merged"
+        vm.quit()
+    assert report.deleted == (str(base),)
+    assert base.name not in volumes.names()
+    assert info(top)["backing-filename"] == root.name
+    assert content(paths[-1]) == expected
+    assert_clean(top)

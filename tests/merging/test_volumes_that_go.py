@@ -243,6 +243,7 @@ def test_what_was_pulled_up_is_removed(
         volumes.lvm.mend("lvremove")
         assert not nothing_is_left()
     pull()
+    assert pull().outcome == "already-merged"
     assert volumes.names() == {"top-2": volumes.uuids["top-2"]}
     assert content(top) == expected
     assert_clean(top)

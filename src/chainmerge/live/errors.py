@@ -182,7 +182,7 @@ class LiveJobRunning(UsedByOthers, Refused):
         "let them end, or have whoever started them cancel them, then run the same command again; "
         "do not repair or remove anything in the meantime; `chainmerge live resume` continues a "
         "job whose name begins with 'chainmerge-', `chainmerge live repair` shows which jobs have "
-        "stopped at an error"
+        "stopped at an error, and dismisses those that have ended"
     )
     explanation: ClassVar[str] = (
         "Backups, mirrors, other merges and the like use images of this chain, and a merge would "

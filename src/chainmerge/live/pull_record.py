@@ -14,7 +14,7 @@ import msgspec
 
 from chainmerge.errors import ChainmergeError
 from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
-from chainmerge.merging.live_remains import merged_images
+from chainmerge.merging.live_remains import merged_images, require_none_needed
 from chainmerge.records.identity import same_image
 from chainmerge.records.merged_record import (
     DoomedImage,
@@ -24,6 +24,7 @@ from chainmerge.records.merged_record import (
     load_merged_record,
     record_merged,
 )
+from chainmerge.storage.lvm_volumes import lasting_path
 
 if TYPE_CHECKING:
     from chainmerge.records.live_journal import LiveJournal
@@ -41,7 +42,8 @@ def _record_of(journal: LiveJournal) -> MergedRecord:
     top = journal.top.path
     return MergedRecord(
         top=top,
-        base=journal.base.path,
+        # Of a volume that is gone only this name is known.
+        base=str(lasting_path(Path(journal.base.path))),
         result=top,
         result_format="qcow2",
         result_identity=journal.top,
@@ -63,16 +65,17 @@ def _doomed(journal: LiveJournal) -> list[DoomedImage]:
 
 def forget_pull(journal: LiveJournal) -> None:
     """Forget the record of a pull that took no effect."""
-    top = Path(journal.top.path)
-    record = load_merged_record(top)
-    if (
-        record is not None
-        and record.pulled is not None
-        and record.pulled.base is not None
-        and same_image(record.pulled.base, journal.base)
-        and record.request == journal.request
-    ):
-        forget_merged_record(top)
+    if _recorded(journal) is not None:
+        forget_merged_record(Path(journal.top.path))
+
+
+def _recorded(journal: LiveJournal) -> MergedRecord | None:
+    """The record of this pull, if it was written."""
+    record = load_merged_record(Path(journal.top.path))
+    if record is None or record.pulled is None or record.pulled.base is None:
+        return None
+    is_same = same_image(record.pulled.base, journal.base) and record.request == journal.request
+    return record if is_same else None
 
 
 def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
@@ -94,6 +97,7 @@ def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
         return ()
     record = _record_of(journal)
     try:
+        require_none_needed(journal, merged)
         deleted = delete_recorded(record)
     except (OSError, ChainmergeError) as error:
         reason = error.sentence if isinstance(error, ChainmergeError) else str(error)
@@ -105,7 +109,8 @@ def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
 
 def note_settled(journal: LiveJournal) -> None:
     """Record that nothing is left to do: what comes to stand there is another merge's."""
-    record = _record_of(journal)
+    # Base may be deleted, and its name be known by what was recorded before.
+    record = _recorded(journal) or _record_of(journal)
     pulled = record.pulled
     assert pulled is not None
     settled = msgspec.structs.replace(pulled, leaked_before=None)

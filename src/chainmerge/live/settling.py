@@ -17,7 +17,7 @@ from chainmerge.live.pull_record import delete_pulled, note_settled
 from chainmerge.live.reporting import LiveOutcome
 from chainmerge.live.verifying import verify_in_vm, verify_on_disk
 from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
-from chainmerge.merging.live_remains import merged_images
+from chainmerge.merging.live_remains import merged_images, require_none_needed
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.merged_record import (
@@ -84,6 +84,11 @@ def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]
     devices = [one.path for one in doomed if one not in deletable(doomed)]
     if devices:
         warnings.append(f"block devices are not deleted: {', '.join(devices)}")
+        return _record_superseded(journal)
+    try:
+        require_none_needed(journal, doomed)
+    except ChainmergeError as error:
+        warnings.append(f"merged images are not deleted: {error.sentence}")
         return _record_superseded(journal)
     record = _merged_record(journal, doomed, None)
     record_merged(Path(journal.top.path), record)

@@ -104,7 +104,7 @@ def _leads_to(image: Path, backing: ImageIdentity, given: str | None) -> bool:
     if name is None or name == given:
         return name is not None
     try:
-        return may_be_same(identify(backing_path(image, name)), backing)
+        return may_be_same(identify(backing_path(lasting_path(image), name)), backing)
     except (ChainmergeError, OSError):
         return False
 
@@ -155,15 +155,18 @@ def _verify_top(driver: LiveDriver[Any], layout: BlockGraph) -> Iterator[str]:
     """Look at top, and at what it has been pulled from, as long as that is there."""
     journal = driver.journal
     policy, upper = _trusting(layout, journal), journal.merged[-1]
+    # Relative names do not count from where the nodes of volumes are.
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(open_chain(discover(Path(journal.top.path), policy)))
+        opened = stack.enter_context(
+            open_chain(discover(lasting_path(Path(journal.top.path)), policy))
+        )
         top = opened.images[-1]
         assert top.image is not None
         verify_soundness(top.image)
         yield "refcounts of top recomputed from the tables: no corruption"
         if not is_there(upper):
             return
-        below = stack.enter_context(open_chain(discover(Path(upper.path), policy)))
+        below = stack.enter_context(open_chain(discover(lasting_path(Path(upper.path)), policy)))
         yield driver.verify_stored(
             top.image,
             tuple(_expected_of_top(journal, below, top)),

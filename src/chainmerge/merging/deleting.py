@@ -53,10 +53,19 @@ def require_unused(record: MergedRecord, access: Access, options: MergeOptions) 
         obstacle = removal_obstacle(path)
         if obstacle is not None:
             raise CannotTakeAway(str(path), "--delete", obstacle)
-    if not paths:
+    require_nobody_needs(record.base, paths, access)
+
+
+def require_nobody_needs(base: str, doomed: Sequence[Path], access: Access) -> None:
+    """Make sure that no image stands on those that are about to go, and that nobody has one open.
+
+    Raises LeftoverInUse, ImageLocked, and what
+    :func:`chainmerge.chain.relatives.find_users` raises.
+    """
+    if not doomed:
         return
-    require_no_users(record.base, paths, access)
-    for refusal in contentions((path, LockMode.WRITER) for path in paths):
+    require_no_users(base, doomed, access)
+    for refusal in contentions((path, LockMode.WRITER) for path in doomed):
         raise refusal
 
 

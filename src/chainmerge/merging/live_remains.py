@@ -24,10 +24,16 @@ from chainmerge.documents.progress import Stage
 from chainmerge.engines.metadata.leaks import everywhere_but, reclaim_leaks
 from chainmerge.engines.metadata.replacement import replace_bitmaps
 from chainmerge.errors import ChainmergeError
-from chainmerge.merging.deleting import deletable, delete_recorded, require_no_users
+from chainmerge.merging.deleting import (
+    deletable,
+    delete_recorded,
+    require_no_users,
+    require_nobody_needs,
+)
 from chainmerge.merging.reporting import build_report
 from chainmerge.merging.settling import release_volumes
 from chainmerge.merging.verifying import verify_soundness
+from chainmerge.options import Access
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.leaks import from_note
 from chainmerge.planning.pivot import base_was_written_last, pivot_unclear, require_base_as_result
@@ -46,6 +52,7 @@ from chainmerge.records.merged_record import (
     note_deleted,
     record_merged,
 )
+from chainmerge.records.request import access_of
 from chainmerge.records.saved_bitmaps import forget_saved_bitmaps, load_saved_bitmaps
 from chainmerge.storage.files import WritablePort
 from chainmerge.storage.lvm_volumes import lasting_path
@@ -66,6 +73,18 @@ def merged_images(journal: LiveJournal) -> list[DoomedImage]:
         DoomedImage(str(lasting_path(Path(one.path))) if is_there(one) else one.path, one)
         for one in reversed(journal.merged)
     ]
+
+
+def require_none_needed(journal: LiveJournal, merged: Sequence[DoomedImage]) -> None:
+    """Make sure that nobody has begun to use *merged* while the VM was merging them.
+
+    Nothing keeps others from that, and it can have taken hours.
+
+    Raises what :func:`chainmerge.merging.deleting.require_nobody_needs` raises.
+    """
+    there = [Path(one.path) for one in merged if is_there(one.identity)]
+    access = access_of(journal.known_request) or Access()
+    require_nobody_needs(journal.base.path, there, access)
 
 
 def require_clear(request: Request, record: MergedRecord | None) -> None:

@@ -220,7 +220,8 @@ def record_pull(
     goes = going(facts, options)
     record = MergedRecord(
         top=str(top),
-        base=str(facts.base.real_path),
+        # Of a volume that is gone only this name is known.
+        base=str(lasting_path(facts.base.real_path)),
         result=str(top),
         result_format=facts.top.format,
         result_identity=identify(top),

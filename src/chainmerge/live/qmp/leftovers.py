@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Struct
 
 from chainmerge.documents.repair import VmLeftover
+from chainmerge.live.qmp.named_nodes import ENDED, is_ended_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 OUR_JOBS: Final = "chainmerge-"
 """What the ids of our jobs begin with."""
-_ENDED: Final = frozenset({"concluded", "null"})
 _PLAIN: Final = frozenset({"file", "host_device"})
 
 
@@ -32,13 +32,18 @@ class VmState(Struct, frozen=True):
         jobs: ``query-jobs``.
         block_jobs: ``query-block-jobs``.
         exports: ``query-block-exports``.
-        nodes: ``query-named-block-nodes``.
+        nodes: ``query-named-block-nodes``; empty where a job stands against asking.
     """
 
     jobs: Sequence[dict[str, Any]]
     block_jobs: Sequence[dict[str, Any]]
     exports: Sequence[dict[str, Any]]
     nodes: Sequence[dict[str, Any]]
+
+    @property
+    def tells_nodes(self) -> bool:
+        """Whether nodes, and the bitmaps on them, could be asked for."""
+        return not any(map(is_ended_stream, self.jobs))
 
 
 class NamedForRemoval(Struct, frozen=True):
@@ -85,7 +90,10 @@ def _of_job(job: dict[str, Any], io_status: str, wanted: NamedForRemoval) -> VmL
     if name.startswith(OUR_JOBS):
         advice = "`chainmerge live resume` continues it"
         return told(None, "it is a merge of chainmerge's", advice)
-    if status in _ENDED:
+    if is_ended_stream(job):
+        reason = "it has ended; until it is dismissed nobody can look at bitmaps: QEMU would end"
+        return told("dismiss", reason)
+    if status in ENDED:
         return told("dismiss", "it has ended, and nobody has dismissed it")
     if name in wanted.jobs:
         return told("cancel", "it was named")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from chainmerge.live.qmp.block_graph import guest_disks
 from chainmerge.live.qmp.leftovers import VmState
 from chainmerge.live.qmp.monitor import Monitor
+from chainmerge.live.qmp.named_nodes import nodes_told
 from chainmerge.live.qmp.vm import DEFAULT_HOLD_SECONDS, QmpVm
 
 if TYPE_CHECKING:
@@ -66,15 +67,16 @@ class QmpMachine:
         return tuple(guest_disks(self._monitor.execute("query-block")))
 
     def state(self) -> VmState:
-        """What the VM says of jobs, exports and nodes.
+        """What the VM says of jobs, exports and nodes; no nodes where asking would end it.
 
         Raises VmUnreachable, VmRefused.
         """
+        jobs = self._monitor.execute("query-jobs")
         return VmState(
-            self._monitor.execute("query-jobs"),
+            jobs,
             self._monitor.execute("query-block-jobs"),
             self._monitor.execute("query-block-exports"),
-            self._monitor.execute("query-named-block-nodes", {"flat": True}),
+            nodes_told(self._monitor, jobs),
         )
 
     def execute(self, command: str, **arguments: object) -> None:

@@ -66,11 +66,13 @@ def repair(
 def _wanted(machine: QmpMachine, bitmaps: Sequence[str], jobs: Sequence[str]) -> NamedForRemoval:
     """What was named, if it is there and may go."""
     wanted = NamedForRemoval(frozenset(jobs), frozenset(bitmaps))
-    found = list(find_leftovers(machine.state(), wanted))
+    state = machine.state()
+    found = list(find_leftovers(state, wanted))
     going = {(one.kind, one.name) for one in found if one.action is not None}
     named = (*(("job", name) for name in jobs), *(("bitmap", name) for name in bitmaps))
     for kind, name in named:
-        if (kind, name) not in going:
+        # Bitmaps that cannot be asked for yet are looked for when jobs have been dismissed.
+        if (kind, name) not in going and (kind == "job" or state.tells_nodes):
             raise NoSuchLeftover(machine.name, kind, name)
     return wanted
 

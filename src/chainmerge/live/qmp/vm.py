@@ -34,6 +34,7 @@ from chainmerge.live.qmp.block_graph import (
     writable_disks,
 )
 from chainmerge.live.qmp.monitor import Monitor
+from chainmerge.live.qmp.named_nodes import query_nodes
 from chainmerge.live.qmp.qmp_schema import takes_argument
 from chainmerge.storage.writability import why_nobody_can_write
 
@@ -153,7 +154,7 @@ class QmpVm:
         return graph
 
     def _node_infos(self) -> list[dict[str, Any]]:
-        return list(self._monitor.execute("query-named-block-nodes", {"flat": True}))
+        return query_nodes(self._monitor)
 
     def _edges(self) -> GraphEdges:
         return GraphEdges(self._monitor.execute("x-debug-query-block-graph"))
