@@ -164,6 +164,7 @@ def test_a_top_that_is_not_active_is_not_taken_for_gone(
     with pytest.raises(ImageMissing):
         chainmerge.merge(top, base, DEVICES, options)
     assert volumes.names() == volumes.uuids
+    volumes.lvm.activate_as("top-1", "exclusive")
     top.symlink_to(device)
     volumes.show()
     chainmerge.merge(top, base, DEVICES, options)
