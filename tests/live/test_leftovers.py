@@ -16,7 +16,7 @@ from chainmerge.errors import ExitCode
 from chainmerge.live.errors import LiveJobRunning, LiveUnsuited, NoSuchLeftover
 from tests.support.cli import chainmerge as command
 from tests.support.live_scenario import DISK
-from tests.support.live_vm import running_vm
+from tests.support.live_vm import running_qemu, running_vm
 from tests.support.qemu import bitmap_names, create, qemu_io
 from tests.support.surgery import mark_bitmap_in_use
 
@@ -126,6 +126,26 @@ def test_what_nobody_uses_goes_and_checkpoints_stay(
             repaired(vm, bitmaps=[name])
     vm.quit()
     assert set(bitmap_names(images[1])) == {"checkpoint"}
+
+
+def test_what_tells_that_a_checkpoint_is_broken_stays(tmp_path: Path, images: list[Path]) -> None:
+    """Base is open for writing, as QEMU opens nodes, and leaves base after a cancelled merge."""
+    base, leaf = images
+    leaf = create(tmp_path / "above.qcow2", backing=leaf.name)
+    chainmerge.bitmaps_add(leaf, "broken")
+    words = []
+    for number, image in enumerate((base, images[1], leaf)):
+        below = f",backing=image{number - 1}" if number else ""
+        file = f"file.driver=file,file.filename={image}"
+        words += ["-blockdev", f"driver=qcow2,node-name=image{number},{file}{below}"]
+    words += ["-device", "virtio-blk-pci,id=disk0,drive=image2"]
+    with running_qemu(tmp_path / "vm", words) as running:
+        done = [one for one in repaired(running).leftovers if one.name == "broken"]
+        assert [one.action for one in done] == [None, None]
+        assert "would pass for all of it" in done[0].reason
+        running.quit()
+    (verdict,) = (one for one in chainmerge.bitmaps_list(leaf).verdicts if one.name == "broken")
+    assert not verdict.passes
 
 
 def test_a_stream_that_nobody_dismissed_does_not_end_the_vm(

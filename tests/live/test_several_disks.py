@@ -28,7 +28,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.merging.errors import DisksShareImage
-from chainmerge.options import MergeOptions
+from chainmerge.options import LiveOptions, MergeOptions
 from chainmerge.records.disks import disk_file, keep_entry, load_entry
 from chainmerge.storage.errors import ImageLocked
 from tests.conftest import SOAK
@@ -45,7 +45,7 @@ from tests.support.disks_vm import (
     writing_guests,
 )
 from tests.support.dying import DyingVm
-from tests.support.live_scenario import assert_closed_content, assert_closed_right, leftovers
+from tests.support.live_scenario import DISK, assert_closed_content, assert_closed_right, leftovers
 from tests.support.live_vm import disk_of_nodes
 from tests.support.qemu import check, content, create, qemu_io
 
@@ -355,7 +355,7 @@ def test_what_has_not_begun_is_cancelled_while_the_vm_runs(
             entry = load_entry(scenario.base)
             assert entry is not None
             assert entry.request is not None
-            keep_entry(scenario.base, replace(entry, request=replace(entry.request, by=None)))
+            keep_entry(replace(entry, request=replace(entry.request, by=None)))
         found = chainmerge.status([tmp_path / "chains"]).merges
         assert [one.cancel_command is not None for one in found] == [True, True]
         before = disks[1].chain()
@@ -385,6 +385,37 @@ def test_what_was_stopped_is_finished_once_the_vm_has_ended(
     assert_nothing_left(scenarios)
     for scenario, guest in zip(scenarios, guests, strict=True):
         assert_closed_content(scenario, guest)
+
+
+def test_disks_that_are_pulled_from_one_base_are_told_apart(tmp_path: Path) -> None:
+    """A base that several disks, or several VMs, have in common holds nothing that is one's own."""
+    root = create(tmp_path / "root.qcow2", DISK)
+    golden = create(tmp_path / "golden.qcow2", backing=root.name)
+    qemu_io(golden, "write -q -P 1 0 1M")
+    tops = [create(tmp_path / f"top{number}.qcow2", backing=golden.name) for number in range(2)]
+    chains = [[root, golden, top] for top in tops]
+    pull = LiveOptions(direction="pull")
+    stop = False
+
+    def watch(event: ProgressEvent) -> None:
+        nonlocal stop
+        stop = stop or event.stage is Stage.SETTLE
+
+    with running_disks_of(tmp_path / "vm", chains) as (vm, disks):
+        with live.QmpMachine(str(vm.qmp)) as machine:
+            report = live.merge_all_disks(
+                machine, options=pull, on_progress=watch, should_stop=lambda: stop
+            )
+        assert [one.outcome for one in report.disks] == [DiskOutcome.MERGED, DiskOutcome.NOT_BEGUN]
+        (left,) = chainmerge.status([tmp_path]).merges
+        assert left.top == str(tops[1])
+        assert not disk_file(golden).exists()
+        with live.QmpMachine(str(vm.qmp)) as machine:
+            again = live.merge_all_disks(machine, options=pull)
+        assert again.exit_code == ExitCode.DONE
+        assert [disk.chain()[1:] for disk in disks] == [[root.name]] * 2
+    assert chainmerge.status([tmp_path]).merges == ()
+    assert not any(disk_file(top).exists() for top in tops)
 
 
 # All disks

@@ -281,10 +281,10 @@ def test_where_the_entries_cannot_be_written_nothing_is(
 ) -> None:
     full = Failed()
 
-    def fail(base: Path, entry: Any) -> None:
-        if base == machine.bases[2]:
+    def fail(entry: Any) -> None:
+        if entry.base == str(machine.bases[2]):
             raise full
-        keep_entry(base, entry)
+        keep_entry(entry)
 
     monkeypatch.setattr("chainmerge.records.disks.keep_entry", fail)
     before = [base.read_bytes() for base in machine.bases]
@@ -292,6 +292,61 @@ def test_where_the_entries_cannot_be_written_nothing_is(
         chainmerge.merge_disks(machine.tops)
     assert [base.read_bytes() for base in machine.bases] == before
     assert not any(disk_file(base).exists() for base in machine.bases)
+
+
+def test_those_of_an_interrupted_run_stay_where_no_more_can_be_written(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them a rerun would not know which disks are done, nor into what."""
+    stop = False
+
+    def watch(event: ProgressEvent) -> None:
+        nonlocal stop
+        stop = stop or event.stage is Stage.COPY
+
+    def fail(_entry: Any) -> None:
+        raise Failed
+
+    chainmerge.merge_disks(machine.tops, on_progress=watch, should_stop=lambda: stop)
+    assert all(disk_file(base).exists() for base in machine.bases)
+    with monkeypatch.context() as full:
+        full.setattr("chainmerge.records.disks.keep_entry", fail)
+        with pytest.raises(Failed):
+            chainmerge.merge_disks(machine.tops)
+    assert all(disk_file(base).exists() for base in machine.bases)
+    chainmerge.merge_disks(machine.tops)
+    machine.assert_merged()
+
+
+def test_disks_that_are_pulled_from_one_base_are_told_apart(tmp_path: Path) -> None:
+    """The base may be that of other machines, too."""
+    create(tmp_path / "root", 1 << 20)
+    golden = create(tmp_path / "golden", backing="root")
+    tops = [create(tmp_path / f"disk{number}", backing="golden") for number in range(2)]
+    for image in (golden, *tops):
+        qemu_io(image, "write -q -P 7 0 64k")
+    pull = MergeOptions(direction="pull")
+
+    stop = False
+
+    def watch(event: ProgressEvent) -> None:
+        nonlocal stop
+        stop = stop or event.stage is Stage.COPY
+
+    chainmerge.merge_disks(tops, options=pull, on_progress=watch, should_stop=lambda: stop)
+    assert {one.top for one in chainmerge.status([tmp_path]).merges} == set(map(str, tops))
+    chainmerge.merge(tops[0], options=pull)
+    (left,) = chainmerge.status([tmp_path]).merges
+    assert left.top == str(tops[1])
+    another = create(tmp_path / "another", backing="golden")
+    chainmerge.merge(another, options=pull)
+    (left,) = chainmerge.status([tmp_path]).merges
+    assert left.top == str(tops[1])
+    assert chainmerge.cancel(tops[1]).removed == ("its entry among several disks",)
+    assert chainmerge.status([tmp_path]).merges == ()
+    report = chainmerge.merge_disks(tops, options=pull)
+    assert all(one.is_done for one in report.disks)
+    assert not any(disk_file(top).exists() for top in tops)
 
 
 # Kills

@@ -196,12 +196,12 @@ def carry_out_merges(
     if stop():
         raise Interrupted("nothing was changed")
     request = _request([replace(one.disk, base=one.base) for one in planned], access, options)
-    entries = [_entry(one, request) for one in planned]
-    keep_entries([one.base for one in planned], entries)
+    entries = [_entry(one, request, options) for one in planned]
+    keep_entries(entries)
     outcomes = tuple(_carry_out(planned, entries, access, options, report, stop))
     if all(one.is_done for one in outcomes):
-        for one in planned:
-            forget_entry(one.base)
+        for entry in entries:
+            forget_entry(Path(entry.written))
     return DisksReport(REPORT_VERSION, outcomes)
 
 
@@ -291,15 +291,17 @@ def _request(disks: Sequence[DiskMerge], access: Access, options: LiveOptions) -
     return recorded([disk.top for disk in disks], bases, access, options, address)
 
 
-def _entry(planned: _Planned, request: RecordedRequest) -> DiskEntry:
+def _entry(planned: _Planned, request: RecordedRequest, options: LiveOptions) -> DiskEntry:
     top = os.path.abspath(planned.disk.top)  # noqa: PTH100 (of a link itself)
+    written = planned.disk.top if options.pulls else planned.base
     return DiskEntry(
         base=str(planned.base),
         top=top,
         disks=request.tops,
         done=planned.done,
-        identity=identify(planned.base) if planned.base.exists() else None,
+        identity=identify(written) if written.exists() else None,
         request=request,
+        pulls=options.pulls,
     )
 
 
@@ -327,7 +329,7 @@ def _carry_out(
                 done = merging.merge(
                     one.disk.vm, top, base, access, options, _naming(top, report), stop
                 )
-            note_done(one.base, entry)
+            note_done(entry)
         except Interrupted as error:
             stopped = True
             yield DiskReport.of_error(top, base, DiskOutcome.INTERRUPTED, error)

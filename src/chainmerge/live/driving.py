@@ -59,7 +59,7 @@ def drive(
         disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
     )
     report = report_merged(driver, _carried_on(driver), planned)
-    forget_entry(Path(journal.base.path))
+    forget_entry(Path(journal.result.path))
     return report
 
 

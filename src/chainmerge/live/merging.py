@@ -98,7 +98,7 @@ def merge(
     caller.report(ProgressEvent(Stage.PLAN))
     match earlier_run(vm, Path(top), _path(base), options):
         case MergedRecord() as record:
-            forget_entry(Path(record.base))
+            forget_entry(Path(record.base if record.pulled is None else record.top))
             return report_done_before(vm, record, caller)
         case LiveJournal() as unfinished:
             return _carry_on(vm, unfinished, access, options, caller)
@@ -213,7 +213,7 @@ def _status_of(vm: LiveDisk, journal: LiveJournal) -> LiveMergeStatus:
 
 def _command_of(vm: LiveDisk, journal: LiveJournal) -> str:
     """What carries on a merge; with those of other disks that it was begun with."""
-    entry = load_entry(Path(journal.base.path))
+    entry = load_entry(Path(journal.result.path))
     of_all = None if entry is None else entry.live_command
     return of_all or resume_command_of(journal.known_request, vm.address)
 

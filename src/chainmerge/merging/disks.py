@@ -129,14 +129,14 @@ def merge_disks(
         prepared = prepare(stack, requests)
         warnings = require_no_others(prepared)
         entries = _entries(disks, prepared, access, options)
-        keep_entries([one.base for one in prepared], entries)
+        keep_entries(entries)
         outcomes = tuple(
             _with_warnings(outcome, more)
             for outcome, more in zip(_carry_out(disks, prepared, entries), warnings, strict=True)
         )
     if all(one.is_done for one in outcomes):
-        for base in (*(one.base for one in prepared), *(Path(one.base) for one in done.values())):
-            forget_entry(base)
+        for written in (*(one.written for one in entries), *(one.base for one in done.values())):
+            forget_entry(Path(written))
     by_top = {one.top: one for one in (*outcomes, *done.values())}
     return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 
@@ -244,15 +244,20 @@ def _entries(
     tops = [os.path.abspath(disk.top) for disk in disks]  # noqa: PTH100 (of a link itself)
     bases = [disk.base or one.base for disk, one in pairs]
     request = recorded([disk.top for disk in disks], bases, access, options)
-    return [
+    entries = [
         DiskEntry(
             base=str(one.base),
             top=top,
             disks=tops,
-            identity=identify(one.base) if one.base.exists() else None,
             request=request,
+            pulls=options.direction == "pull",
         )
         for one, top in zip(prepared, tops, strict=True)
+    ]
+    return [
+        replace(one, identity=identify(written) if written.exists() else None)
+        for one in entries
+        for written in [Path(one.written)]
     ]
 
 
@@ -269,7 +274,7 @@ def _carry_out(
         try:
             with system_errors_as_ours():
                 report = one.carry_out()
-            note_done(one.base, entry)
+            note_done(entry)
         except Interrupted as error:
             stopped = True
             yield DiskReport.of_error(top, base, DiskOutcome.INTERRUPTED, error)

@@ -62,5 +62,5 @@ def merge(
         (warnings,) = require_no_others([prepared])
         report = prepared.carry_out()
     report = replace(report, warnings=(*report.warnings, *warnings))
-    forget_entry(prepared.base)
+    forget_entry(request.top if request.options.direction == "pull" else prepared.base)
     return report

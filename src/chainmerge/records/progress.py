@@ -379,7 +379,7 @@ def _of_disk(file: Path, entry: DiskEntry) -> UnfinishedMerge | None:
     command, in_vm = entry.finishing_command, entry.live_command
     warnings: tuple[str, ...] = ()
     if in_vm is not None:
-        in_use = is_locked(Path(entry.base))
+        in_use = is_locked(Path(entry.written))
         command, warning = _cold_or_live(command, in_vm, in_use=in_use)
         warnings = (warning,)
     told = _told_by(file, entry.base, entry.top, progress, command, ways=ways, by=by)

@@ -74,6 +74,8 @@ def is_of_pull(file: Path, devices: BlockDevices) -> bool:
                 return record.pulled is not None
             case SavedBitmaps() as saved:
                 return saved.is_of_pull
+            case DiskEntry() as entry:
+                return entry.pulls
     return False
 
 

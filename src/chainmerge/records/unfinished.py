@@ -19,7 +19,7 @@ from chainmerge.documents.status import StatusReport, UnfinishedMerge
 from chainmerge.documents.versions import STATUS_VERSION
 from chainmerge.errors import ChainmergeError
 from chainmerge.records import files as state_files
-from chainmerge.records.disks import DISK_ENTRY, load_entry
+from chainmerge.records.disks import DISK_ENTRY, find_entry
 from chainmerge.records.identity import BlockDevices
 from chainmerge.records.merged_record import (
     MERGED_RECORD,
@@ -194,7 +194,8 @@ def waits_in_vm(merge: UnfinishedMerge) -> bool:
         return False
     if merge.process is not None and merge.process.running:
         return False
-    entry = load_entry(Path(merge.base))
+    top = None if merge.top is None else Path(merge.top)
+    entry = find_entry(Path(merge.base), top)
     return entry is not None and entry.live_request is not None
 
 

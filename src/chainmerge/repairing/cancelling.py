@@ -27,7 +27,7 @@ from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.leaks import find_leaks, leaked_before
 from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.image import Qcow2Image
-from chainmerge.records.disks import forget_entry, load_entry
+from chainmerge.records.disks import find_entry, forget_entry, load_entry
 from chainmerge.records.live_journal import LIVE_JOURNAL
 from chainmerge.records.merge_journal import (
     Journal,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chainmerge.documents.status import UnfinishedMerge
+    from chainmerge.records.disks import DiskEntry
     from chainmerge.records.request import RecordedRequest
 
 
@@ -114,8 +115,8 @@ def cancel(
 
 def _taken_out(unfinished: UnfinishedMerge) -> CancelReport:
     """Take a merge that has not begun out of those of a VM, which goes on using the images."""
-    base = Path(unfinished.base)
-    removed = tuple(_forget(_Undoable(base, None)))
+    top = None if unfinished.top is None else Path(unfinished.top)
+    removed = tuple(_forget(_Undoable(Path(unfinished.base), top)))
     return CancelReport(
         version=REPORT_VERSION,
         base=unfinished.base,
@@ -164,7 +165,16 @@ def _written_by(unfinished: UnfinishedMerge) -> Path:
         return Path(os.path.realpath(unfinished.top))
     if unfinished.leaf is not None and not os.path.lexists(unfinished.base):
         return Path(os.path.realpath(unfinished.leaf))
+    entry = _entry_of(unfinished)
+    if entry is not None:
+        return Path(os.path.realpath(entry.written))
     return Path(os.path.realpath(unfinished.base))
+
+
+def _entry_of(unfinished: UnfinishedMerge) -> DiskEntry | None:
+    """The entry that it has as one of several disks."""
+    top = None if unfinished.top is None else Path(unfinished.top)
+    return find_entry(Path(unfinished.base), top)
 
 
 def _pull_of(unfinished: UnfinishedMerge) -> MergedRecord | None:
@@ -197,7 +207,7 @@ def _undoable(unfinished: UnfinishedMerge) -> _Undoable:
             raise _refusal(unfinished)
         return _Undoable(base, top, record=record, leaf=leaf)
     if journal is None:
-        if saved is not None or (load_entry(base) is None and leaf is None):
+        if saved is not None or (find_entry(base, top) is None and leaf is None):
             raise _refusal(unfinished)
         return _Undoable(base, top, leaf=leaf)
     where = where_base_is(journal)
@@ -245,8 +255,9 @@ def _forget(undoable: _Undoable) -> Iterator[str]:
     if undoable.journal is not None and load_saved_bitmaps(base) is not None:
         forget_saved_bitmaps(base)
         yield "the note of what base lacks"
-    if load_entry(base) is not None:
-        _leave_disks(base)
+    entry = find_entry(base, undoable.top)
+    if entry is not None:
+        _leave_disks(entry)
         yield "its entry among several disks"
     if undoable.leaf is not None:
         forget_thinning(undoable.leaf)
@@ -259,16 +270,17 @@ def _forget(undoable: _Undoable) -> Iterator[str]:
         yield "the journal"
 
 
-def _leave_disks(base: Path) -> None:
+def _leave_disks(entry: DiskEntry) -> None:
     """Take a disk out of several that are merged together; the last one takes all entries along."""
-    entry = load_entry(base)
-    request = None if entry is None else entry.request
-    others = [] if request is None else [Path(one) for one in request.bases]
-    entries = {other: load_entry(other) for other in others if not _is_same(other, base)}
+    written, request = Path(entry.written), entry.request
+    images = () if request is None else request.tops if entry.pulls else request.bases
+    entries = {
+        other: load_entry(other) for other in map(Path, images) if not _is_same(other, written)
+    }
     if all(one is None or one.done for one in entries.values()):
         for other in entries:
             forget_entry(other)
-    forget_entry(base)
+    forget_entry(written)
 
 
 def _is_same(one: Path, other: Path) -> bool:

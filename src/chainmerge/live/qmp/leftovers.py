@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Struct
 
 from chainmerge.documents.repair import VmLeftover
+from chainmerge.live.nodes import UserKind
+from chainmerge.live.qmp.block_graph import GraphEdges
 from chainmerge.live.qmp.named_nodes import ENDED, is_ended_stream
 
 if TYPE_CHECKING:
@@ -33,17 +35,36 @@ class VmState(Struct, frozen=True):
         block_jobs: ``query-block-jobs``.
         exports: ``query-block-exports``.
         nodes: ``query-named-block-nodes``; empty where a job stands against asking.
+        edges: ``x-debug-query-block-graph``.
     """
 
     jobs: Sequence[dict[str, Any]]
     block_jobs: Sequence[dict[str, Any]]
     exports: Sequence[dict[str, Any]]
     nodes: Sequence[dict[str, Any]]
+    edges: GraphEdges
 
     @property
     def tells_nodes(self) -> bool:
         """Whether nodes, and the bitmaps on them, could be asked for."""
         return not any(map(is_ended_stream, self.jobs))
+
+    def checkpoints_above(self, node: str) -> frozenset[str]:
+        """The names of the checkpoints of all nodes that stand on a node."""
+        above: set[str] = set()
+        found = [node]
+        while found:
+            users = self.edges.users.get(found.pop(), ())
+            more = {one.name for one in users if one.kind is UserKind.NODE} - above
+            above |= more
+            found += more
+        return frozenset(
+            bitmap["name"]
+            for one in self.nodes
+            if one["node-name"] in above
+            for bitmap in one.get("dirty-bitmaps", ())
+            if _is_checkpoint(bitmap)
+        )
 
 
 class NamedForRemoval(Struct, frozen=True):
@@ -58,6 +79,10 @@ class NamedForRemoval(Struct, frozen=True):
     bitmaps: frozenset[str] = frozenset()
 
 
+def _is_checkpoint(bitmap: dict[str, Any]) -> bool:
+    return bool(bitmap["persistent"]) and not bitmap.get("inconsistent", False)
+
+
 def find_leftovers(state: VmState, wanted: NamedForRemoval) -> Iterator[VmLeftover]:
     """What is there besides checkpoints, and what is to be done about it: jobs first."""
     errors = {job["device"]: job.get("io-status", "ok") for job in state.block_jobs}
@@ -67,8 +92,9 @@ def find_leftovers(state: VmState, wanted: NamedForRemoval) -> Iterator[VmLeftov
     for export in state.exports:
         yield _of_export(export, files.get(export["node-name"]))
     for node in state.nodes:
+        above = state.checkpoints_above(node["node-name"])
         for bitmap in node.get("dirty-bitmaps", ()):
-            found = _of_bitmap(bitmap, node, wanted)
+            found = _of_bitmap(bitmap, node, above, wanted)
             if found is not None:
                 yield found
 
@@ -119,11 +145,13 @@ def _of_export(export: dict[str, Any], file: str | None) -> VmLeftover:
 
 
 def _of_bitmap(
-    bitmap: dict[str, Any], node: dict[str, Any], wanted: NamedForRemoval
+    bitmap: dict[str, Any], node: dict[str, Any], above: frozenset[str], wanted: NamedForRemoval
 ) -> VmLeftover | None:
-    """None of a checkpoint, and of what is as it should be."""
+    """None of a checkpoint, and of what is as it should be.
+
+    *above* are the names of checkpoints of the images that stand on the node's.
+    """
     name = bitmap.get("name", "")
-    is_kept = bitmap["persistent"] and not bitmap.get("inconsistent", False)
 
     def told(state: str, action: str | None, reason: str, advice: str = "") -> VmLeftover:
         where, file = node["node-name"], _file_of(node)
@@ -144,7 +172,7 @@ def _of_bitmap(
             "a job or an export uses it",
             "end that first, then run the same command again",
         )
-    if is_kept:
+    if _is_checkpoint(bitmap):
         return None
     if bitmap["persistent"] and node["ro"]:
         return told(
@@ -153,6 +181,14 @@ def _of_bitmap(
             "QEMU cannot change an image that it has open for reading only",
             "a merge into that image removes it, or `chainmerge bitmaps repair` once the VM is "
             "stopped",
+        )
+    if bitmap["persistent"] and name in above:
+        return told(
+            "inconsistent",
+            None,
+            "an image above has that checkpoint, and would pass for all of it if this was gone",
+            "`chainmerge bitmaps repair` drops both once the VM is stopped, a merge into that "
+            "image keeps what tells",
         )
     if bitmap["persistent"]:
         return told("inconsistent", "remove", "it is worthless: it was in use when QEMU ended")

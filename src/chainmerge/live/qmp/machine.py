@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chainmerge.live.qmp.block_graph import guest_disks
+from chainmerge.live.qmp.block_graph import GraphEdges, guest_disks
 from chainmerge.live.qmp.leftovers import VmState
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.live.qmp.named_nodes import nodes_told
@@ -77,6 +77,7 @@ class QmpMachine:
             self._monitor.execute("query-block-jobs"),
             self._monitor.execute("query-block-exports"),
             nodes_told(self._monitor, jobs),
+            GraphEdges(self._monitor.execute("x-debug-query-block-graph")),
         )
 
     def execute(self, command: str, **arguments: object) -> None:
