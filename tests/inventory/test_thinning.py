@@ -296,6 +296,15 @@ def test_a_leaf_behind_a_link(images: list[Path]) -> None:
     assert content(link) == before[images[-1]].shown
 
 
+def test_a_snapshot_is_kept_by_the_name_of_its_link_and_by_its_own(images: list[Path]) -> None:
+    link = images[0].parent / "current.qcow2"
+    link.symlink_to(images[2].name)
+    qemu_img("rebase", "-q", "-u", "-b", link.name, "-F", "qcow2", images[3])
+    for pattern in ("current.*", "s2.*"):
+        plan = chainmerge.plan_thin_out(images[-1], Retention(keep=(pattern,)))
+        assert [Path(one.image) for one in plan.snapshots if one.stays] == [link]
+
+
 def test_wrong_usage(images: list[Path]) -> None:
     for now in (float("nan"), -1.0):
         with pytest.raises(OptionUnusable):
@@ -380,6 +389,30 @@ def test_cancelled_between_ranges(images: list[Path]) -> None:
     report = chainmerge.cancel(images[-1])
     assert report.removed == ("the record of the snapshots that were to go",)
     assert_thinned(images, before, 0, 1, 2, 5)
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_cancelled_after_a_range_before_that_was_noted(images: list[Path], direction: Any) -> None:
+    before = views(images)
+    killed_at_note(2, images, MergeOptions(direction=direction))
+    (merge,) = chainmerge.status([images[-1]]).merges
+    assert (merge.base, merge.top) == (str(images[0]), str(images[2]))
+    assert "merge 2 of 2" in merge.progress
+    run_verbatim(merge.cancel_command, images[0].parent)
+    assert_thinned(images, before, 0, 1, 2, 5)
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_not_cancelled_after_the_last_range(images: list[Path], direction: Any) -> None:
+    before = views(images)
+    killed_at_note(3, images, MergeOptions(direction=direction))
+    (merge,) = chainmerge.status([images[-1]]).merges
+    assert merge.cancel_command is None
+    with pytest.raises(CannotCancel) as found:
+        chainmerge.cancel(images[-1])
+    assert "has taken effect" in found.value.sentence
+    run_verbatim(merge.command, images[0].parent)
+    assert_thinned(images, before, 2, 5)
 
 
 def test_what_has_taken_effect_is_finished_and_not_cancelled(images: list[Path]) -> None:

@@ -212,6 +212,7 @@ def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> 
         found.append(
             ViewFacts(
                 path=str(image.path),
+                real_path=str(image.real_path),
                 written=written,
                 occupied=occupied,
                 branches=tuple(branches.get(image.identity, ())),
