@@ -18,7 +18,12 @@ from chainmerge.documents.disks import DiskOutcome
 from chainmerge.documents.retention import RetentionRule
 from chainmerge.errors import ExitCode, Interrupted, Refused
 from chainmerge.inventory import thin_out as thinning_out
-from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
+from chainmerge.inventory.errors import (
+    ActiveIsNotLeaf,
+    NotLeaf,
+    ThinningOutdated,
+    ThinningUnfinished,
+)
 from chainmerge.merging import by_native, settling
 from chainmerge.options import OptionUnusable
 from chainmerge.records.thinning import THINNING, load_thinning
@@ -413,6 +418,19 @@ def test_not_cancelled_after_the_last_range(images: list[Path], direction: Any) 
     assert "has taken effect" in found.value.sentence
     run_verbatim(merge.command, images[0].parent)
     assert_thinned(images, before, 2, 5)
+
+
+def test_a_snapshot_that_came_in_between_is_not_merged(images: list[Path]) -> None:
+    """It has taken over the name of the one that stays, which nothing was decided to become of."""
+    killed_at_call(thinning_out, "merge", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES))
+    moved = images[2].rename(images[2].with_name("moved.qcow2"))
+    create(images[2], backing=moved)
+    before = views(images[:3])
+    for _ in range(2):
+        with unchanged(images[0].parent), pytest.raises(ThinningOutdated):
+            chainmerge.thin_out(images[-1], TWO_RANGES)
+    chainmerge.cancel(images[-1])
+    assert_thinned(images, before | {images[-1]: view_of(images[-1])}, 0, 1, 2, 5)
 
 
 def test_what_has_taken_effect_is_finished_and_not_cancelled(images: list[Path]) -> None:

@@ -123,3 +123,24 @@ class ThinningUnfinished(Refused):
     )
     leaf: str
     command: str
+
+
+class ThinningOutdated(Refused):
+    """The chain is another one than that of which an interrupted run has decided."""
+
+    code: ClassVar[str] = "thin-out-outdated"
+    template: ClassVar[str] = (
+        "an interrupted run was to merge {base} up to {top}, and these are other images by now"
+    )
+    hint: ClassVar[str] = (
+        "look at the chain: chainmerge info {leaf}; to have everything decided anew: "
+        "chainmerge cancel {leaf}, and then thin it out again"
+    )
+    explanation: ClassVar[str] = (
+        "What an interrupted run has decided on holds for the images that there were then. One "
+        "that came to stand among them since, under whatever name, may be a snapshot that a rule "
+        "keeps. Nothing was changed by this run."
+    )
+    base: str
+    top: str
+    leaf: str
