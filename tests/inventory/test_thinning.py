@@ -23,8 +23,9 @@ from chainmerge.inventory.errors import (
     NotLeaf,
     ThinningOutdated,
     ThinningUnfinished,
+    UnfinishedMergeBelow,
 )
-from chainmerge.merging import by_native, settling
+from chainmerge.merging import by_native, by_qemu, settling
 from chainmerge.options import OptionUnusable
 from chainmerge.records.thinning import THINNING, load_thinning
 from chainmerge.repairing.errors import CannotCancel
@@ -418,6 +419,22 @@ def test_not_cancelled_after_the_last_range(images: list[Path], direction: Any) 
     assert "has taken effect" in found.value.sentence
     run_verbatim(merge.command, images[0].parent)
     assert_thinned(images, before, 2, 5)
+
+
+def test_a_merge_that_was_interrupted_comes_first(images: list[Path]) -> None:
+    """It has written over its base, which a rule would keep."""
+    before = views(images)
+    top, base = images[-1], images[2]
+    options = MergeOptions(direction="commit", engine="qemu", delete=True, keep_name=True)
+    killed_at(by_qemu, "_store_bitmaps", lambda: chainmerge.merge(top, base, options=options))
+    assert view_of(base) != before[base]
+    with unchanged(base.parent):
+        for function in (chainmerge.plan_thin_out, chainmerge.thin_out):
+            with pytest.raises(UnfinishedMergeBelow):
+                function(top, TWO_RANGES)
+    chainmerge.merge(top, base, options=options)
+    chainmerge.thin_out(top, ONE)
+    assert view_of(top) == before[top]
 
 
 def test_a_snapshot_that_came_in_between_is_not_merged(images: list[Path]) -> None:

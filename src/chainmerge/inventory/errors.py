@@ -144,3 +144,21 @@ class ThinningOutdated(Refused):
     base: str
     top: str
     leaf: str
+
+
+class UnfinishedMergeBelow(Refused):
+    """Snapshots were to be thinned out of which an interrupted merge may have written to some."""
+
+    code: ClassVar[str] = "thin-out-after-merge"
+    template: ClassVar[str] = (
+        "a merge into {base} was interrupted, which is an image of the chain of {leaf}"
+    )
+    hint: ClassVar[str] = "finish or cancel it, as it says: {command}; then run this command again"
+    explanation: ClassVar[str] = (
+        "While a merge is unfinished its base may be half written. What the image above it hides, "
+        "the snapshots that stand on base show, and one that stays would be kept with wrong data. "
+        "Nothing was changed."
+    )
+    base: str
+    leaf: str
+    command: str

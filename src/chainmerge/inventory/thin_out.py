@@ -86,6 +86,7 @@ def thin_out(
         NotLeaf: an image stands on *leaf*.
         ThinningUnfinished: an interrupted run with other rules is to be finished first.
         ThinningOutdated: images are others than those that an interrupted run has decided on.
+        UnfinishedMergeBelow: an interrupted merge of the chain is to be finished first.
         Refused: nothing was changed.
         Interrupted: *should_stop* said yes before anything was changed.
     """
