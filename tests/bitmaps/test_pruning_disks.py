@@ -10,20 +10,22 @@ import msgspec
 import pytest
 
 import chainmerge
-from chainmerge.bitmaps.errors import BitmapsChanged, DisksShareBitmaps
+from chainmerge.bitmaps.errors import BitmapsChanged, DisksShareBitmaps, MergeToFinishFirst
 from chainmerge.chain.errors import ImageDirty
 from chainmerge.documents.bitmaps import PruneOfDisks
 from chainmerge.engines.metadata.errors import NotEnoughSpace
 from chainmerge.engines.metadata.replacement import replace_bitmaps
-from chainmerge.options import Access
+from chainmerge.engines.qemu import commit as qemu
+from chainmerge.options import Access, MergeOptions
 from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
+from tests.records.killed import chain, killed_at
 from tests.support.cli import chainmerge as command
-from tests.support.qemu import assert_clean, bitmap_names, create, qemu_img
+from tests.support.qemu import assert_clean, bitmap_names, create, qemu_img, qemu_io
 from tests.support.surgery import INCOMPATIBLE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from chainmerge.engines.metadata.bitmap_set import AnyBitmap
     from chainmerge.engines.metadata.replacement import RewriteOutcome
@@ -154,3 +156,23 @@ def test_options_that_are_for_one_disk(disks: list[Disk]) -> None:
     )
     for words in wrong:
         assert command("bitmaps", *words).status == 2
+
+
+@pytest.mark.parametrize("prune", [chainmerge.prune, lambda top: chainmerge.prune_disks([top])])
+def test_what_an_unfinished_merge_above_has_saved_is_not_taken_for_stale(
+    tmp_path: Path, prune: Callable[[Path], object]
+) -> None:
+    """It left a tombstone in its base, below which a part of the checkpoint looks useless."""
+    root, base, top = images = chain(tmp_path, "root", "base", "top")
+    for image in images:
+        qemu_img("bitmap", "--add", image, "daily")
+        qemu_io(image, "write 0 64k")
+    options = MergeOptions(direction="commit", engine="qemu")
+    killed_at(qemu, "commit_by_daemon", lambda: chainmerge.merge(top, base, options=options))
+    before = content_of(tmp_path)
+    with pytest.raises(MergeToFinishFirst):
+        prune(base)
+    assert content_of(tmp_path) == before
+    chainmerge.merge(top, base, options=options)
+    assert [one.passes for one in chainmerge.bitmaps_list(base).verdicts] == [True]
+    assert root.exists()

@@ -17,6 +17,7 @@ import chainmerge
 from chainmerge import Access, ProgressEvent, ScanOptions, ScanReport, Severity, Stage
 from chainmerge.errors import ExitCode
 from chainmerge.inventory import places, scanning
+from chainmerge.inventory import scan as scan_module
 from chainmerge.inventory.errors import PlaceTooLarge, PlaceUnreadable, TablesNotWritten
 from chainmerge.inventory.tables import TABLES_VERSION
 from chainmerge.options import OptionUnusable
@@ -193,6 +194,36 @@ def test_links_to_directories_are_not_followed(home: Path) -> None:
     (home / "again").symlink_to(home / "below")
     assert names(scanned(home)) == ["disk0.qcow2"]
     assert names(scanned(home / "again")) == ["disk0.qcow2"]
+
+
+def test_the_way_up_from_behind_a_link(home: Path, tmp_path: Path) -> None:
+    """It leads to where the linked directory lies, and not back."""
+    place = tmp_path / "elsewhere" / "overlays"
+    place.mkdir(parents=True)
+    create(place.parent / "base.qcow2", MIB)
+    (home / "link").symlink_to(place)
+    for name, backing in (("middle", "../base"), ("top", "middle")):
+        named = ("-b", f"{backing}.qcow2", "-F", "qcow2", home / "link" / f"{name}.qcow2")
+        qemu_img("create", "-q", "-f", "qcow2", *named)
+    top = home / "link" / "top.qcow2"
+    access = Access(allow_backing=(str(place.parent),))
+    report = chainmerge.scan((top,), access, NO_CACHE)
+    assert sorted(names(report)) == ["base.qcow2", "middle.qcow2", "top.qcow2"]
+    assert codes(report) == []
+
+
+def test_what_cannot_be_looked_at_below_is_no_loop(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows that anything is lost, and `relink` would change what is right."""
+    images = chain(home, "disk", 3)
+    stamp_of = scanning.stamp_of
+
+    def suspended(path: str) -> Any:
+        return None if path == str(images[0]) else stamp_of(path)
+
+    monkeypatch.setattr(scan_module, "stamp_of", suspended)
+    assert "orphan" not in codes(scanned(images[2]))
 
 
 def test_what_is_mounted_below(home: Path) -> None:

@@ -18,8 +18,14 @@ from chainmerge.documents.disks import DiskOutcome
 from chainmerge.documents.retention import RetentionRule
 from chainmerge.errors import ExitCode, Interrupted, Refused
 from chainmerge.inventory import thin_out as thinning_out
-from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
-from chainmerge.merging import by_native, settling
+from chainmerge.inventory.errors import (
+    ActiveIsNotLeaf,
+    NotLeaf,
+    ThinningOutdated,
+    ThinningUnfinished,
+    UnfinishedMergeBelow,
+)
+from chainmerge.merging import by_native, by_qemu, settling
 from chainmerge.options import OptionUnusable
 from chainmerge.records.thinning import THINNING, load_thinning
 from chainmerge.repairing.errors import CannotCancel
@@ -296,6 +302,15 @@ def test_a_leaf_behind_a_link(images: list[Path]) -> None:
     assert content(link) == before[images[-1]].shown
 
 
+def test_a_snapshot_is_kept_by_the_name_of_its_link_and_by_its_own(images: list[Path]) -> None:
+    link = images[0].parent / "current.qcow2"
+    link.symlink_to(images[2].name)
+    qemu_img("rebase", "-q", "-u", "-b", link.name, "-F", "qcow2", images[3])
+    for pattern in ("current.*", "s2.*"):
+        plan = chainmerge.plan_thin_out(images[-1], Retention(keep=(pattern,)))
+        assert [Path(one.image) for one in plan.snapshots if one.stays] == [link]
+
+
 def test_wrong_usage(images: list[Path]) -> None:
     for now in (float("nan"), -1.0):
         with pytest.raises(OptionUnusable):
@@ -380,6 +395,59 @@ def test_cancelled_between_ranges(images: list[Path]) -> None:
     report = chainmerge.cancel(images[-1])
     assert report.removed == ("the record of the snapshots that were to go",)
     assert_thinned(images, before, 0, 1, 2, 5)
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_cancelled_after_a_range_before_that_was_noted(images: list[Path], direction: Any) -> None:
+    before = views(images)
+    killed_at_note(2, images, MergeOptions(direction=direction))
+    (merge,) = chainmerge.status([images[-1]]).merges
+    assert (merge.base, merge.top) == (str(images[0]), str(images[2]))
+    assert "merge 2 of 2" in merge.progress
+    run_verbatim(merge.cancel_command, images[0].parent)
+    assert_thinned(images, before, 0, 1, 2, 5)
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_not_cancelled_after_the_last_range(images: list[Path], direction: Any) -> None:
+    before = views(images)
+    killed_at_note(3, images, MergeOptions(direction=direction))
+    (merge,) = chainmerge.status([images[-1]]).merges
+    assert merge.cancel_command is None
+    with pytest.raises(CannotCancel) as found:
+        chainmerge.cancel(images[-1])
+    assert "has taken effect" in found.value.sentence
+    run_verbatim(merge.command, images[0].parent)
+    assert_thinned(images, before, 2, 5)
+
+
+def test_a_merge_that_was_interrupted_comes_first(images: list[Path]) -> None:
+    """It has written over its base, which a rule would keep."""
+    before = views(images)
+    top, base = images[-1], images[2]
+    options = MergeOptions(direction="commit", engine="qemu", delete=True, keep_name=True)
+    killed_at(by_qemu, "_store_bitmaps", lambda: chainmerge.merge(top, base, options=options))
+    assert view_of(base) != before[base]
+    with unchanged(base.parent):
+        for function in (chainmerge.plan_thin_out, chainmerge.thin_out):
+            with pytest.raises(UnfinishedMergeBelow):
+                function(top, TWO_RANGES)
+    chainmerge.merge(top, base, options=options)
+    chainmerge.thin_out(top, ONE)
+    assert view_of(top) == before[top]
+
+
+def test_a_snapshot_that_came_in_between_is_not_merged(images: list[Path]) -> None:
+    """It has taken over the name of the one that stays, which nothing was decided to become of."""
+    killed_at_call(thinning_out, "merge", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES))
+    moved = images[2].rename(images[2].with_name("moved.qcow2"))
+    create(images[2], backing=moved)
+    before = views(images[:3])
+    for _ in range(2):
+        with unchanged(images[0].parent), pytest.raises(ThinningOutdated):
+            chainmerge.thin_out(images[-1], TWO_RANGES)
+    chainmerge.cancel(images[-1])
+    assert_thinned(images, before | {images[-1]: view_of(images[-1])}, 0, 1, 2, 5)
 
 
 def test_what_has_taken_effect_is_finished_and_not_cancelled(images: list[Path]) -> None:

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 import chainmerge
+from chainmerge.merging import settling
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.errors import BaseNewer
 from tests.support import cli
@@ -284,3 +286,48 @@ def test_a_merge_of_ours_that_was_interrupted_is_done_again(
     chainmerge.merge(top, options=MergeOptions(engine=engine))  # type: ignore[arg-type]
     assert content(base, fmt) == expected
     assert not list(tmp_path.glob(".base*"))
+
+
+class TestMergesBelow:
+    """A merge that ends under base's name makes base no newer, and no older either."""
+
+    @staticmethod
+    def with_a_root(left: Chain) -> Path:
+        root = create(left.base.with_name("root"), 64 * MIB)
+        middle = create(left.base.with_name("middle"), backing=root)
+        qemu_img("rebase", "-q", "-u", "-b", middle, "-F", "qcow2", left.base)
+        for image in (root, middle):
+            aged(image, 3 * HOUR)
+        return root
+
+    @pytest.mark.parametrize("direction", ["commit", "pull"])
+    def test_what_the_guest_wrote_before_it_stays_newer(
+        self, tmp_path: Path, direction: str
+    ) -> None:
+        left = left_behind(tmp_path, DATA)
+        root = self.with_a_root(left)
+        assert left.refusals() == NEWER
+        options = MergeOptions(delete=True, keep_name=True, direction=direction)  # type: ignore[arg-type]
+        chainmerge.merge(left.base, root, options=options)
+        before = content(left.base)
+        assert left.refusals() == NEWER
+        with pytest.raises(BaseNewer):
+            chainmerge.merge(left.top, left.base)
+        assert content(left.base) == before
+
+    def test_what_the_guest_wrote_before_its_end_is_finished_stays_newer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left = left_behind(tmp_path, DATA)
+        root = self.with_a_root(left)
+        aged(left.base, 2 * HOUR)
+        options = MergeOptions(delete=True, keep_name=True, direction="commit")
+        merging = partial(chainmerge.merge, left.base, root, options=options)
+        with monkeypatch.context() as patched:
+            patched.setattr(settling, "note_deleted", lambda *_: None)
+            merging()
+        assert left.refusals() == ()
+        qemu_io(left.base, "write -P 6 0 64k")
+        assert left.refusals() == NEWER
+        merging()
+        assert left.refusals() == NEWER

@@ -77,7 +77,7 @@ def locked_to_drop_bitmaps(
         ]
         require_alone(paths)
         # Locked, so that nobody begins a merge after this.
-        _require_no_unfinished_merge(chain)
+        require_no_unfinished_merge(chain)
         # What an earlier run removed and could not flush would come back below what this one
         # removes, and pass for whole.
         for path in paths:
@@ -85,9 +85,20 @@ def locked_to_drop_bitmaps(
         yield locks
 
 
-def _require_no_unfinished_merge(chain: Chain) -> None:
-    """Bitmaps that look broken may be saved, and come back when the merge is finished."""
+def require_no_unfinished_merge(chain: Chain, lowest: int = 0) -> None:
+    """Bitmaps that look broken may be saved, and come back when the merge is finished.
+
+    Args:
+        chain: the images.
+        lowest: the index of the lowest one into which, or out of which, no merge may be
+            unfinished.
+
+    Raises MergeToFinishFirst.
+    """
+    bases = {str(image.real_path) for image in chain.images[lowest:]}
     for unfinished in status([image.path for image in chain.images]).merges:
+        if lowest and unfinished.base not in bases:
+            continue
         command = (
             f"`chainmerge status {shlex.quote(unfinished.base)}` says how to finish or cancel it"
         )

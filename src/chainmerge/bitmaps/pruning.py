@@ -17,6 +17,7 @@ from chainmerge.bitmaps.opening import (
     BitmapEdit,
     locked_to_drop_bitmaps,
     refusals_after_a_change_of,
+    require_no_unfinished_merge,
     require_support,
     require_users_known,
 )
@@ -226,6 +227,9 @@ def _plan_for_base(
     changes: tuple[_Change, ...] = ()
     if removed:
         require_users_known(target)
+        # What a merge has saved of base itself is known here. What looks stale because of what
+        # images above lack for now is not.
+        require_no_unfinished_merge(target.chain, target.base_index + 1)
         bitmaps = (*edit.stored_but(list(stale)), *edit.tombstones(tombstones))
         changes = (_Change(edit, bitmaps, tuple(stale), removed),)
     return _Planned(

@@ -123,3 +123,42 @@ class ThinningUnfinished(Refused):
     )
     leaf: str
     command: str
+
+
+class ThinningOutdated(Refused):
+    """The chain is another one than that of which an interrupted run has decided."""
+
+    code: ClassVar[str] = "thin-out-outdated"
+    template: ClassVar[str] = (
+        "an interrupted run was to merge {base} up to {top}, and these are other images by now"
+    )
+    hint: ClassVar[str] = (
+        "look at the chain: chainmerge info {leaf}; to have everything decided anew: "
+        "chainmerge cancel {leaf}, and then thin it out again"
+    )
+    explanation: ClassVar[str] = (
+        "What an interrupted run has decided on holds for the images that there were then. One "
+        "that came to stand among them since, under whatever name, may be a snapshot that a rule "
+        "keeps. Nothing was changed by this run."
+    )
+    base: str
+    top: str
+    leaf: str
+
+
+class UnfinishedMergeBelow(Refused):
+    """Snapshots were to be thinned out of which an interrupted merge may have written to some."""
+
+    code: ClassVar[str] = "thin-out-after-merge"
+    template: ClassVar[str] = (
+        "a merge into {base} was interrupted, which is an image of the chain of {leaf}"
+    )
+    hint: ClassVar[str] = "finish or cancel it, as it says: {command}; then run this command again"
+    explanation: ClassVar[str] = (
+        "While a merge is unfinished its base may be half written. What the image above it hides, "
+        "the snapshots that stand on base show, and one that stays would be kept with wrong data. "
+        "Nothing was changed."
+    )
+    base: str
+    leaf: str
+    command: str

@@ -33,6 +33,7 @@ class ViewFacts(Struct, frozen=True):
 
     Attributes:
         path: Its path.
+        real_path: The same with links resolved; empty if there are none.
         written: When it was last written, in seconds since 1970; None if nothing tells.
         occupied: Bytes of its file system that it takes; None for a device.
         branches: Images outside the chain that stand on it.
@@ -48,6 +49,7 @@ class ViewFacts(Struct, frozen=True):
     in_use: str | None = None
     not_removable: str | None = None
     checkpoints: tuple[str, ...] = ()
+    real_path: str = ""
 
 
 class Span(Struct, frozen=True):
@@ -147,9 +149,11 @@ def _kept_by_rules(
     within = retention.keep_within
     if within is not None and written is not None and written >= now - within:
         yield RetentionRule.KEEP_WITHIN, f"it is not older than {spelled_duration(within)}"
-    name = os.path.basename(snapshot.path)  # noqa: PTH119 (of text that need not be a path here)
+    # Who names a file may mean it by either name, and what is not kept is gone.
+    paths = filter(None, (snapshot.path, snapshot.real_path))
+    names = [os.path.basename(path) for path in paths]  # noqa: PTH119 (they need not be paths here)
     for pattern in retention.keep:
-        if fnmatchcase(name, pattern):
+        if any(fnmatchcase(name, pattern) for name in names):
             yield RetentionRule.KEEP, f"its name matches {pattern}"
     if retention.keep_checkpoints and snapshot.checkpoints:
         first, *more = snapshot.checkpoints

@@ -19,6 +19,7 @@ from chainmerge.arithmetic.counting import counted
 from chainmerge.chain.allowed_places import Directories, allowed_places_of
 from chainmerge.chain.information import users_of
 from chainmerge.chain.model import ChainPolicy, ImageFormat, identity_of
+from chainmerge.chain.names import without_detours
 from chainmerge.documents.progress import OnProgress, ProgressEvent, Stage, unheard
 from chainmerge.documents.scan import DefinedDisk, ScannedBitmap, ScannedImage, ScanReport
 from chainmerge.documents.versions import REPORT_VERSION
@@ -236,7 +237,7 @@ class _Survey:
         link = image.link
         if link is None or link.problem is not None or link.path is None:
             return None
-        path = os.path.abspath(link.path)  # noqa: PTH100
+        path = str(without_detours(link.path))
         try:
             stamp = stamp_of(path)
         except (OSError, ValueError):

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from chainmerge.chain.discovery import discover
+from chainmerge.chain.target import policy_of
 from chainmerge.documents.disks import DiskError, DiskOutcome, DiskReport
 from chainmerge.documents.progress import never, unheard
 from chainmerge.documents.retention import ThinOutReport
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError, Interrupted, Refused
-from chainmerge.inventory.errors import ThinningUnfinished
+from chainmerge.inventory.errors import ThinningOutdated, ThinningUnfinished
 from chainmerge.inventory.thinning import (
     chain_access,
     options_of_range,
@@ -31,7 +33,7 @@ from chainmerge.inventory.thinning import (
 from chainmerge.merging.job import Request
 from chainmerge.merging.merge import merge
 from chainmerge.merging.preparing import prepare, require_no_others
-from chainmerge.records.identity import identify
+from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.live_journal import LIVE_JOURNAL
 from chainmerge.records.merge_journal import MERGE_JOURNAL
 from chainmerge.records.merged_record import load_merged_record
@@ -83,6 +85,8 @@ def thin_out(
     Raises:
         NotLeaf: an image stands on *leaf*.
         ThinningUnfinished: an interrupted run with other rules is to be finished first.
+        ThinningOutdated: images are others than those that an interrupted run has decided on.
+        UnfinishedMergeBelow: an interrupted merge of the chain is to be finished first.
         Refused: nothing was changed.
         Interrupted: *should_stop* said yes before anything was changed.
     """
@@ -101,6 +105,8 @@ def thin_out(
         recorded_thinning(leaf, retention, access, options).retention != thinning.request.retention
     ):
         raise ThinningUnfinished(thinning.leaf, thinning.command or "chainmerge thin-out ...")
+    else:
+        _require_as_decided(thinning, access)
     ranges = tuple(_carry_out(Path(leaf), thinning, access, options, report, stop))
     if all(one.is_done for one in ranges):
         forget_thinning(Path(leaf))
@@ -135,6 +141,23 @@ def _require_all(
             require_no_others(prepare(stack, [request]))
 
 
+def _require_as_decided(thinning: Thinning, access: Access) -> None:
+    """Make sure that nothing is merged of which nothing was decided.
+
+    Raises ThinningOutdated, and what following the chain raises.
+    """
+    for one in thinning.pending:
+        if one.images and _has_not_begun(one) and not _are_as_decided(one, access):
+            raise ThinningOutdated(one.base, one.top, thinning.leaf)
+
+
+def _are_as_decided(one: ThinnedRange, access: Access) -> bool:
+    top = Path(one.top)
+    images = discover(top, policy_of(access, top, one.base)).images
+    now = [identify(image.real_path) for image in images[-len(one.images) :]]
+    return len(now) == len(one.images) and all(map(may_be_same, now, one.images))
+
+
 def _begun(
     planned: PlannedThinning, retention: Retention, access: Access, options: MergeOptions
 ) -> Thinning:
@@ -152,6 +175,10 @@ def _begun(
                 base_identity=identify(planned.chain.images[span.base].real_path),
                 top_identity=identify(planned.chain.images[span.top].real_path),
                 direction=options_of_range(planned.chain, span, options).direction,
+                images=[
+                    identify(image.real_path)
+                    for image in planned.chain.images[span.base : span.top + 1]
+                ],
             )
             for span in planned.spans
         ],

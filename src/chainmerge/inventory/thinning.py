@@ -24,12 +24,19 @@ from chainmerge.chain.target import Target, find_target, policy_of, relatives_of
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.retention import ThinOutPlan
 from chainmerge.documents.versions import REPORT_VERSION
-from chainmerge.inventory.errors import ActiveIsNotLeaf, NotLeaf, ThinningUnfinished
+from chainmerge.inventory.errors import (
+    ActiveIsNotLeaf,
+    NotLeaf,
+    ThinningUnfinished,
+    UnfinishedMergeBelow,
+)
 from chainmerge.inventory.retention import Span, ViewFacts, judge, spans_of
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import Planned, beside_others, plan_beside
 from chainmerge.planning.errors import BaseCannotHoldBitmaps, UnguardedBitmaps
+from chainmerge.records.request import shell_line
 from chainmerge.records.thinning import load_thinning
+from chainmerge.records.unfinished import status
 from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import ImageInUse, ImageLocked
 from chainmerge.storage.locks import LockMode, contentions
@@ -67,6 +74,7 @@ def plan_thin_out(
     Raises:
         NotLeaf: an image stands on *leaf*.
         ThinningUnfinished: an interrupted run is to be finished first.
+        UnfinishedMergeBelow: an interrupted merge is.
         ChainmergeError: the chain cannot be found or read.
     """
     access, options = chain_access(leaf, access), range_options(options)
@@ -133,6 +141,9 @@ def plan_chain(
     if len(chain.images) < 2:
         nothing = ThinOutPlan(REPORT_VERSION, str(chain.top.path), int(now), (), (), ())
         return PlannedThinning(nothing, chain, (), ())
+    for unfinished in status([leaf]).merges:
+        command = shell_line(["chainmerge", "status", unfinished.base])
+        raise UnfinishedMergeBelow(unfinished.base, str(chain.top.path), command)
     look = Look()
     relatives = relatives_of(chain, 0, access, look=look)
     for child in relatives.children:
@@ -212,6 +223,7 @@ def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> 
         found.append(
             ViewFacts(
                 path=str(image.path),
+                real_path=str(image.real_path),
                 written=written,
                 occupied=occupied,
                 branches=tuple(branches.get(image.identity, ())),

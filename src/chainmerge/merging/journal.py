@@ -41,6 +41,7 @@ from chainmerge.records.merge_journal import (
 )
 from chainmerge.records.merged_record import (
     forget_merged_record,
+    latest_data_written_ns,
     load_merged_record,
     record_merged,
 )
@@ -134,7 +135,9 @@ def _record_kept(job: Job) -> Iterator[None]:
     top = job.result.real_path
     earlier = job.remains.record
     options, request = job.request.options, job.recorded_request
-    record_pull(job.facts, options, to_note(job.leaks.kept), request)
+    merged = job.facts.chain.images[job.facts.base_index :]
+    written_ns = latest_data_written_ns(image.real_path for image in merged)
+    record_pull(job.facts, options, to_note(job.leaks.kept), request, written_ns)
     try:
         yield
     except BaseException:
@@ -145,7 +148,7 @@ def _record_kept(job: Job) -> Iterator[None]:
                 else:
                     record_merged(top, earlier)
         raise
-    record_pull(job.facts, options, None, request)
+    record_pull(job.facts, options, None, request, written_ns)
 
 
 def _has_new_backing(job: Job) -> bool:

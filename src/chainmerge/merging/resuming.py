@@ -41,7 +41,7 @@ from chainmerge.records.merge_journal import (
     journalled,
     load_journal,
 )
-from chainmerge.records.merged_record import record_merged
+from chainmerge.records.merged_record import record_merged, written_again
 from chainmerge.storage.files import FileReadable, WritablePort
 from chainmerge.storage.locks import LockMode, lock_image
 from chainmerge.storage.other_hosts import held_by_this_host
@@ -276,6 +276,7 @@ def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[st
             held_by_this_host([top], request.access),
             lock_image(top, LockMode.WRITER, request.access.lock_wait) as lock,
         ):
+            known = written_again(record)
             with WritablePort(top) as port:
                 if port.identity != lock.identity:
                     raise ImageReplaced(str(top))
@@ -284,7 +285,7 @@ def _give_back_after_pull(request: Request, record: MergedRecord) -> Iterator[st
                     reclaim_leaks(port, everywhere_but(kept))
                 restore_bitmaps(port, top)
             done = msgspec.structs.replace(pulled, leaked_before=None)
-            record_merged(Path(record.top), msgspec.structs.replace(record, pulled=done))
+            record_merged(Path(record.top), msgspec.structs.replace(known, pulled=done))
             forget_live_pull(top)
             yield from give_back(top, "qcow2", request.options, None)
     except ChainmergeError as error:

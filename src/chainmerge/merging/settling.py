@@ -36,6 +36,7 @@ from chainmerge.records.merged_record import (
     MergedRecord,
     Pulled,
     forget_merged_record,
+    latest_data_written_ns,
     note_deleted,
     record_merged,
 )
@@ -200,6 +201,10 @@ def _record_of(steps: SettleSteps, request: RecordedRequest | None) -> MergedRec
         delete=_doomed(steps.removed, steps.going),
         links=_links(steps.going),
         request=request,
+        # Of base only this merge tells by now when it was written.
+        data_written_ns=latest_data_written_ns(
+            image.real_path for image in (steps.top, *steps.doomed)
+        ),
     )
 
 
@@ -208,8 +213,9 @@ def record_pull(
     options: MergeOptions,
     leaked_before: list[tuple[int, int]] | None,
     request: RecordedRequest | None,
+    written_ns: int | None,
 ) -> None:
-    """Record a pull, and which clusters of top were leaked before it.
+    """Record a pull, which clusters of top were leaked before it, and how old the data was.
 
     Before it writes anything; once more, without the clusters, when nothing of it is leaked.
     """
@@ -230,6 +236,7 @@ def record_pull(
         pulled=Pulled(backing, onto, leaked_before, identify(facts.base.real_path)),
         links=_links(goes),
         request=request,
+        data_written_ns=written_ns,
     )
     record_merged(top, record)
 

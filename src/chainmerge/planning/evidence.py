@@ -23,7 +23,7 @@ from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import Evidence, ImageTimes
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.records.identity import birth_time, identify, same_image
-from chainmerge.records.merged_record import load_merged_record, merged_record_file
+from chainmerge.records.merged_record import data_written_ns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -49,9 +49,7 @@ _FEW_LAYERS: Final = 16
 
 
 def explained_by(remains: Remains, target: Target) -> bool:
-    """Whether records of ours tell why base may have been written later than the overlays."""
-    if is_result_unwritten_since(target.base):
-        return True
+    """Whether an earlier run of ours on these images left a record: it may have written to base."""
     now, top = identify(target.base.real_path), identify(target.chain.top.real_path)
     journal, saved, live = remains.journal, remains.saved, remains.live
     if journal is not None and same_image(journal.base, now):
@@ -59,23 +57,6 @@ def explained_by(remains: Remains, target: Target) -> bool:
     if saved is not None and same_image(saved.base, now):
         return same_image(saved.overlay, identify(target.overlay.real_path))
     return live is not None and same_image(live.top, top)
-
-
-def is_result_unwritten_since(image: ImageInfo) -> bool:
-    """Whether the last that was written to an image is a merge of ours that ended under its name.
-
-    The images above it had no part in that merge, so that they are not older for it.
-    """
-    if image.is_block_device:
-        return False
-    path = image.real_path
-    record = load_merged_record(path)
-    if record is None or record.left is not None or record.superseded is not None:
-        return False
-    if record.result != str(path) or not same_image(record.result_identity, identify(path)):
-        return False
-    file = merged_record_file(path)
-    return path.stat().st_mtime_ns <= file.stat().st_mtime_ns
 
 
 def weigh(
@@ -122,13 +103,17 @@ def weigh(
 
 
 def times_of(image: ImageInfo) -> ImageTimes:
-    """When an image was written last, and created, as far as its file system tells."""
+    """When an image was written last, and created, as far as its file system tells.
+
+    Merges of ours that ended under its name do not count: images above it had no part in them, and
+    what somebody wrote before them is as old as it was.
+    """
     if image.is_block_device:
         return ImageTimes(str(image.path), None, None, image.virtual_size)
     born = birth_time(image.real_path)
     seconds, _, nanoseconds = born.partition(".")
     created = int(seconds) * 10**9 + int(nanoseconds) if born else None
-    written = image.real_path.stat().st_mtime_ns
+    written = data_written_ns(image.real_path)
     return ImageTimes(str(image.path), written, created, image.virtual_size)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,13 +26,20 @@ from chainmerge.records.files import (
     read_state,
     write_state,
 )
-from chainmerge.records.identity import BlockDevices, ImageIdentity, Sameness, identify, may_be_same
+from chainmerge.records.identity import (
+    BlockDevices,
+    ImageIdentity,
+    Sameness,
+    identify,
+    may_be_same,
+    same_image,
+)
 from chainmerge.records.request import RecordedRequest
 from chainmerge.storage.lvm import uuids_in
 from chainmerge.storage.volume_names import mapper_name_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from chainmerge.storage.lvm import VolumeUuids
 
@@ -116,7 +124,8 @@ class MergedRecord(msgspec.Struct, frozen=True):
     Where volumes are removed, ``top``, ``base`` and ``result`` are names as in
     :class:`DoomedImage`.
     ``left`` is top, where nothing is deleted or renamed. ``request`` is what was asked for, where
-    that is recorded.
+    that is recorded. ``data_written_ns`` is when what the result shows was written last, as
+    :func:`data_written_ns` said before the merge; None where that is not known.
     """
 
     top: str
@@ -131,6 +140,7 @@ class MergedRecord(msgspec.Struct, frozen=True):
     request: RecordedRequest | None = None
     left: LeftInPlace | None = None
     links: list[DoomedLink] = []
+    data_written_ns: int | None = None
 
     def names_base(self, path: Path) -> bool:
         """Whether *path* is base's, or that of a link to it that was deleted with it."""
@@ -228,6 +238,38 @@ merged_record_file = MERGED_RECORD.found
 forget_merged_record = MERGED_RECORD.forget
 
 
+def data_written_ns(image: Path) -> int | None:
+    """When what an image file shows was written last, in nanoseconds since 1970; None of a device.
+
+    A merge that ended under its name has written no new data: what it found counts, as long as
+    nobody has written since.
+
+    Raises OSError if there is nothing.
+    """
+    status = image.stat()
+    if stat.S_ISBLK(status.st_mode):
+        return None
+    record = load_merged_record(image)
+    if record is None or record.data_written_ns is None:
+        return status.st_mtime_ns
+    real = image.resolve()
+    if record.result != str(real) or not same_image(record.result_identity, identify(real)):
+        return status.st_mtime_ns
+    try:
+        recorded_at = merged_record_file(real).stat().st_mtime_ns
+    except OSError:
+        return status.st_mtime_ns
+    return record.data_written_ns if status.st_mtime_ns <= recorded_at else status.st_mtime_ns
+
+
+def latest_data_written_ns(images: Iterable[Path]) -> int | None:
+    """The latest of what :func:`data_written_ns` says of some images; None if it says nothing.
+
+    Raises OSError if one is not there.
+    """
+    return max(filter(None, map(data_written_ns, images)), default=None)
+
+
 def note_deleted(top: Path, record: MergedRecord) -> None:
     """Record that nothing is left to delete: what comes to stand there is another merge's.
 
@@ -236,7 +278,19 @@ def note_deleted(top: Path, record: MergedRecord) -> None:
     """
     if record.delete:
         with contextlib.suppress(ChainmergeError):
-            record_merged(top, msgspec.structs.replace(record, delete=[]))
+            record_merged(top, written_again(record, delete=[]))
+
+
+def written_again(record: MergedRecord, **changes: Any) -> MergedRecord:
+    """A record with some changes, which is about to replace the one that there is.
+
+    It is newer then than what somebody may have written to the result since.
+    """
+    written = record.data_written_ns
+    if written is not None:
+        with contextlib.suppress(OSError):
+            written = data_written_ns(Path(record.result))
+    return msgspec.structs.replace(record, data_written_ns=written, **changes)
 
 
 def is_pulled(record: MergedRecord, pulled: Pulled, top: Path) -> bool:

@@ -20,6 +20,7 @@ from chainmerge.records.disks import DiskEntry
 from chainmerge.records.identity import BlockDevices, Sameness
 from chainmerge.records.live_journal import LiveJournal, LiveState
 from chainmerge.records.merge_journal import (
+    MERGE_JOURNAL,
     Journal,
     JournalState,
     MergeJournalDamaged,
@@ -29,11 +30,13 @@ from chainmerge.records.merged_record import (
     MergedRecord,
     Pulled,
     is_pulled,
+    load_merged_record,
+    merged_record_file,
 )
 from chainmerge.records.remains import KINDS, read_leftover
 from chainmerge.records.request import command_of, resume_command_of, shell_line
 from chainmerge.records.saved_bitmaps import SavedBitmaps, load_saved_bitmaps
-from chainmerge.records.thinning import Thinning
+from chainmerge.records.thinning import ThinnedRange, Thinning
 from chainmerge.records.ways_out import (
     NOT_KNOWN,
     WaysOut,
@@ -390,6 +393,11 @@ def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
     """The merge that is next where snapshots are thinned out; its own files say more of it."""
     if not thinning.pending or not thinning.is_of_its_leaf():
         return None
+    merged = [one for one in thinning.pending if _has_come_to_its_end(one)]
+    is_done = len(merged) == len(thinning.pending)
+    for one in merged[: -1 if is_done else None]:
+        # A kill can come before that is noted.
+        thinning = thinning.with_done(one)
     current = thinning.pending[0]
     told = _told_by(
         file,
@@ -397,10 +405,21 @@ def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
         current.top_identity.path,
         thinning.progress,
         thinning.command,
-        ways=of_thinning(thinning),
+        ways=of_thinning(thinning, is_done=is_done),
         by=_doer_of(thinning.request),
     )
     return replace(told, leaf=thinning.leaf)
+
+
+def _has_come_to_its_end(one: ThinnedRange) -> bool:
+    """Whether a merge is done, with nothing of it left to do."""
+    top, base = Path(one.top_identity.path), Path(one.base_identity.path)
+    record = load_merged_record(top)
+    if record is None or os.path.lexists(base) or not record.names_base(base):
+        return False
+    if MERGE_JOURNAL.place(base).exists():
+        return False
+    return _of_record(merged_record_file(top), record) is None
 
 
 def _unreadable(file: Path, error: ChainmergeError) -> UnfinishedMerge:

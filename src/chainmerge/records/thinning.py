@@ -29,7 +29,10 @@ _PLACES: Final = frozenset({"leaf"})
 
 
 class ThinnedRange(msgspec.Struct, frozen=True):
-    """Images that become one. Their names are those by which the chain reaches them."""
+    """Images that become one. Their names are those by which the chain reaches them.
+
+    ``images`` are all of them, from base up to top.
+    """
 
     base: str
     top: str
@@ -37,6 +40,7 @@ class ThinnedRange(msgspec.Struct, frozen=True):
     top_identity: ImageIdentity
     direction: DirectionChoice = "auto"
     done: bool = False
+    images: list[ImageIdentity] = []
 
 
 class Thinning(msgspec.Struct, frozen=True):

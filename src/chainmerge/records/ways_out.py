@@ -206,8 +206,13 @@ def of_disk(entry: DiskEntry) -> WaysOut:
     return WaysOut(start, cancel=entry.top)
 
 
-def of_thinning(thinning: Thinning) -> WaysOut:
-    """Of snapshots that are thinned out, as long as none of the merges is half done."""
+def of_thinning(thinning: Thinning, *, is_done: bool) -> WaysOut:
+    """Of snapshots that are thinned out, as long as none of the merges is half done.
+
+    *is_done* says that all of them are done, which was not noted any more.
+    """
+    if is_done:
+        return WaysOut(_yes(thinning.leaf, "all is merged"), no_cancel=_TOOK_EFFECT)
     if not os.path.exists(thinning.leaf):  # noqa: PTH110 (any name will do)
         return WaysOut(NOT_KNOWN.start, cancel=thinning.leaf)
     return WaysOut(_yes(thinning.leaf, "nothing is half done"), cancel=thinning.leaf)

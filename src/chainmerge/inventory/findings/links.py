@@ -77,7 +77,10 @@ def _without_root(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
     line = list(scene.graph.down_from(leaf))
     last = line[-1]
     problem = None if last.link is None else last.link.problem
-    is_a_loop = problem is None and last.is_overlay and last.content.problem is None
+    is_a_loop = scene.graph.base_of(last) is not None
+    if not is_a_loop and problem is None and last.content.problem is None:
+        # It could not be looked at, or is another one by now.
+        return
     if last is leaf or is_root(last) or (problem is not None and problem.code in _NOT_KNOWN):
         return
     if last.content.problem is not None and last.content.problem.code in NOT_DAMAGE:
