@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 import chainmerge
-from chainmerge import Access, MergeOptions, Retention
+from chainmerge import Access, MergeOptions, ProgressEvent, Retention, Stage
+from chainmerge.chain.errors import ImageReplaced
 from chainmerge.documents.disks import DiskOutcome
 from chainmerge.documents.retention import RetentionRule
 from chainmerge.errors import ExitCode, Interrupted, Refused
@@ -388,7 +390,9 @@ def test_killed_in_the_middle_and_cancelled(images: list[Path], keep_last: int) 
 def test_cancelled_between_ranges(images: list[Path]) -> None:
     before = views(images)
 
-    killed_at_call(thinning_out, "merge", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES))
+    killed_at_call(
+        thinning_out, "merge_requested", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES)
+    )
     (merge,) = chainmerge.status([images[-1]]).merges
     assert (merge.base, merge.top) == (str(images[0]), str(images[2]))
     assert merge.cancel_command == f"chainmerge cancel {images[-1]}"
@@ -437,9 +441,30 @@ def test_a_merge_that_was_interrupted_comes_first(images: list[Path]) -> None:
     assert view_of(top) == before[top]
 
 
+def test_a_snapshot_that_is_made_while_it_waits_is_not_merged(images: list[Path]) -> None:
+    """By one that gives the leaf's name to the new image."""
+    leaf, moved = images[-1], images[-1].with_name("new.qcow2")
+    work = Retention(keep=("s0.*", "s1.*", "s2.*"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_image(leaf, LockMode.WRITER, 0))
+
+        def snapshot(event: ProgressEvent) -> None:
+            if event.stage is Stage.WAIT and not moved.exists():
+                leaf.rename(moved)
+                create(leaf, backing=moved)
+                stack.close()
+
+        with pytest.raises(ImageReplaced):
+            chainmerge.thin_out(leaf, work, Access(lock_wait=30), on_progress=snapshot)
+    assert all(image.exists() for image in (*images, moved))
+    assert not THINNING.place(leaf).exists()
+
+
 def test_a_snapshot_that_came_in_between_is_not_merged(images: list[Path]) -> None:
     """It has taken over the name of the one that stays, which nothing was decided to become of."""
-    killed_at_call(thinning_out, "merge", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES))
+    killed_at_call(
+        thinning_out, "merge_requested", 2, lambda: chainmerge.thin_out(images[-1], TWO_RANGES)
+    )
     moved = images[2].rename(images[2].with_name("moved.qcow2"))
     create(images[2], backing=moved)
     before = views(images[:3])

@@ -226,10 +226,7 @@ def _plan_for_base(
     )
     changes: tuple[_Change, ...] = ()
     if removed:
-        require_users_known(target)
-        # What a merge has saved of base itself is known here. What looks stale because of what
-        # images above lack for now is not.
-        require_no_unfinished_merge(target.chain, target.base_index + 1)
+        _require_stale_for_sure(target)
         bitmaps = (*edit.stored_but(list(stale)), *edit.tombstones(tombstones))
         changes = (_Change(edit, bitmaps, tuple(stale), removed),)
     return _Planned(
@@ -240,6 +237,15 @@ def _plan_for_base(
         tuple(sorted(before.keys() - stale.keys())),
         tuple(tombstones),
     )
+
+
+def _require_stale_for_sure(target: Target) -> None:
+    """Raise what says that bitmaps of base may be of use that look stale.
+
+    What a merge has saved of base itself is known. What images above lack for now is not.
+    """
+    require_users_known(target)
+    require_no_unfinished_merge(target.chain, target.base_index + 1)
 
 
 def _is_part_of_another(name: str, in_base: Mapping[str, Occurrence], target: Target) -> bool:

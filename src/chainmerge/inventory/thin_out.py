@@ -31,8 +31,9 @@ from chainmerge.inventory.thinning import (
     range_options,
 )
 from chainmerge.merging.job import Request
-from chainmerge.merging.merge import merge
+from chainmerge.merging.merge import merge_requested
 from chainmerge.merging.preparing import prepare, require_no_others
+from chainmerge.merging.rates import RatesFilled
 from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.live_journal import LIVE_JOURNAL
 from chainmerge.records.merge_journal import MERGE_JOURNAL
@@ -241,10 +242,21 @@ def _merged(
     report: OnProgress,
     stop: ShouldStop,
 ) -> DiskReport:
-    with system_errors_as_ours():
+    request = Request(
+        top=Path(one.top),
+        base=Path(one.base),
+        access=access,
         # Once base is gone nothing else tells which way it went.
-        going = replace(options, direction=one.direction)
-        done = merge(one.top, one.base, access, going, report, stop)
+        options=replace(options, direction=one.direction),
+        report=RatesFilled(report),
+        should_stop=stop,
+        started=time.monotonic(),
+        claims={},
+        # Who had them open until now can have made a snapshot meanwhile. What is begun is finished.
+        images=tuple(one.images) if _has_not_begun(one) else (),
+    )
+    with system_errors_as_ours():
+        done = merge_requested(request)
     return DiskReport(one.top, one.base, DiskOutcome(done.outcome), done)
 
 

@@ -26,7 +26,7 @@ from chainmerge.options import Access, MergeOptions, Placement
 from chainmerge.planning.facts import MergeFacts
 from chainmerge.planning.leaks import Leaks
 from chainmerge.qcow2.behind_end import old_bytes
-from chainmerge.records.identity import Identities, identify
+from chainmerge.records.identity import Identities, ImageIdentity, identify
 from chainmerge.records.remains import Remains
 from chainmerge.records.request import RecordedRequest, recorded
 from chainmerge.records.saved_bitmaps import (
@@ -54,6 +54,8 @@ class Request(Struct, frozen=True):
     started: float
     claims: Mapping[str, int]
     """Bytes that other merges which are done together with it take, by the pool they come from."""
+    images: tuple[ImageIdentity, ...] = ()
+    """The only ones that may be merged, from base up; empty where those between do not matter."""
 
     def recorded(self, base: Path) -> RecordedRequest:
         """What was requested, as it is recorded, of a merge that turns out to be into *base*."""

@@ -57,6 +57,11 @@ def merge(
         started=time.monotonic(),
         claims={},
     )
+    return merge_requested(request)
+
+
+def merge_requested(request: Request) -> MergeReport:
+    """As :func:`merge`, which says what it raises."""
     with contextlib.ExitStack() as stack:
         (prepared,) = prepare(stack, [request])
         (warnings,) = require_no_others([prepared])

@@ -44,6 +44,7 @@ from chainmerge.planning.locking import (
     read_from_storage,
     refuse_users,
 )
+from chainmerge.records.identity import identify, may_be_same
 from chainmerge.records.merged_record import MergedRecord, load_merged_record
 from chainmerge.records.remains import is_anything_left, read_remains
 from chainmerge.storage.bystanders import Wanted
@@ -149,12 +150,22 @@ def _prepare(stack: contextlib.ExitStack, requests: Sequence[Request]) -> tuple[
         if isinstance(one, Target):
             with _changes_noticed():
                 target = find_same_target(one, request, look)
+            _require_images(request, target)
             beside = replace(request, claims=dict(claims))
             prepared.append(_prepare_locked(stack, beside, target, held))
         else:
             prepared.append(one)
         claims.update(prepared[-1].claim)
     return tuple(prepared)
+
+
+def _require_images(request: Request, target: Target) -> None:
+    """Raise ImageReplaced where others are to be merged than the caller has decided on."""
+    if not request.images:
+        return
+    found = [identify(image.real_path) for image in target.chain.images[target.base_index :]]
+    if len(found) != len(request.images) or not all(map(may_be_same, found, request.images)):
+        raise ImageReplaced(str(target.chain.top.path))
 
 
 def _find(request: Request, look: Look) -> Target | Prepared:
