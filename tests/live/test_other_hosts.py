@@ -64,12 +64,13 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     physical = tmp_path / "physical-volume"
     physical.touch()
     lvm.add_group("vg", extents=40, devices=[physical], extent_size=EXTENT)
-    with loop_device(tmp_path / "volume", 8 * EXTENT) as base:
+    with loop_device(tmp_path / "volume", 16 * EXTENT) as base:
         lvm.add_volume("vg", "base", base)
         lvm.show_in_sysfs(monkeypatch)
-        create(base, 16 * MIB)
+        create(base, 48 * MIB)
         top = create(tmp_path / "top.qcow2", backing=base)
-        qemu_io(top, "write -q -P 7 0 8M")
+        # More than QEMU has under way before it can be told to be slow.
+        qemu_io(top, "write -q -P 7 0 40M")
         with running_vm(tmp_path / "vm", (base, top)) as vm:
             made = Scene(vm, base, top, lvm, tmp_path / "asked", tmp_path / "lock-volumes")
             made.answer(0)
