@@ -276,7 +276,6 @@ def test_the_printed_plan_may_use_the_data_files(tmp_path: Path) -> None:
     (chain,) = chainmerge.list_chains(tmp_path).chains
     assert chain.data_files == (str(data),)
     words = printed_plan(tmp_path)
-    assert "--allow-data-file" in words
     assert command(*words).status == ExitCode.DONE
-    without = [word for word in words if word not in {"--allow-data-file", str(data)}]
-    assert command(*without).status == ExitCode.REFUSED
+    option = words.index("--allow-data-file")
+    assert command(*words[:option], *words[option + 2 :]).status == ExitCode.REFUSED
