@@ -546,7 +546,8 @@ class Life:
         self._say(f"chainmerge {shlex.join(words)}{moment}: {ended.status}{why}")
         if "internal error" in ended.err or "internal-error" in ended.out:
             raise LifeViolated(f"{words}: {ended}")
-        if ended.status not in (0, 1, 2, 3, 4, 130, KILLED):
+        unfinished = (5,) if words[0] == "status" else ()
+        if ended.status not in (0, 1, 2, 3, 4, *unfinished, 130, KILLED):
             raise LifeViolated(f"{words}: {ended}")
         return ended
 
