@@ -8,13 +8,16 @@ versioned by :data:`~chainmerge.documents.versions.PLAN_VERSION`. All sizes are 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from chainmerge.documents.images import Searched
 from chainmerge.options import Direction, Placement
+
+if TYPE_CHECKING:
+    from chainmerge.errors import ChainmergeError
 
 
 class EngineName(StrEnum):
@@ -217,6 +220,11 @@ class Finding(Struct, frozen=True):
     code: str
     sentence: str
     hint: str
+
+    @classmethod
+    def of(cls, error: ChainmergeError) -> Finding:
+        """What a plan says of an error."""
+        return cls(error.code, error.sentence, error.advice)
 
 
 class MergePlan(Struct, frozen=True):

@@ -160,7 +160,7 @@ def plan_chain(
             break
         held |= losing
     plans = beside_others(planned)
-    findings = [Finding(error.code, error.sentence, error.advice) for error in refusals]
+    findings = [*map(Finding.of, refusals)]
     # Who has the leaf open has the images below it open too.
     told = _OF_OPEN_IMAGES if findings else frozenset()
     findings += [one for plan in plans for one in plan.refusals if one.code not in told]

@@ -12,11 +12,12 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
+from chainmerge.documents.plan import Finding
 from chainmerge.errors import ChainmergeError
 from chainmerge.options import Access, LiveOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _STOP_FIRST: Final = "not while the VM runs: stop it, and use `chainmerge merge`; there, "
 _OPTION: Final = re.compile(r"--([a-z][a-z-]*)")
@@ -35,6 +36,11 @@ def for_running_vm(error: ChainmergeError) -> ChainmergeError:
     if _TOOLS.search(advice) or not _OURS.issuperset(_OPTION.findall(advice)):
         return error.advised(_STOP_FIRST)
     return error
+
+
+def findings_for_running_vm(errors: Iterable[ChainmergeError]) -> tuple[Finding, ...]:
+    """What a plan says of errors, with such advice."""
+    return tuple(Finding.of(for_running_vm(error)) for error in errors)
 
 
 @contextlib.contextmanager

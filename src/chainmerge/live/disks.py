@@ -21,12 +21,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.documents.disks import DiskOutcome, DiskReport, DisksPlan, DisksReport
-from chainmerge.documents.plan import Finding
 from chainmerge.documents.progress import ProgressEvent, Stage, never, unheard
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.errors import ChainmergeError, Interrupted
 from chainmerge.live import merging
-from chainmerge.live.advice import advice_for_running_vm, for_running_vm
+from chainmerge.live.advice import advice_for_running_vm, findings_for_running_vm
 from chainmerge.live.driving import LiveDisk
 from chainmerge.live.errors import (
     LiveDisksMismatched,
@@ -35,11 +34,11 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.inspection import locate
-from chainmerge.live.planning import plan_live
-from chainmerge.live.preparing import left_behind
 from chainmerge.live.sole_manager import sole_manager
 from chainmerge.live.target import LiveTarget
-from chainmerge.merging.errors import DiskGone, DisksMismatched, DisksShareImage
+from chainmerge.merging.apart import images_in_common
+from chainmerge.merging.disks import bases_for
+from chainmerge.merging.errors import DiskGone, DisksShareImage
 from chainmerge.options import Access, LiveOptions
 from chainmerge.records.disks import DiskEntry, forget_entry, keep_entries, note_done
 from chainmerge.records.identity import identify
@@ -52,8 +51,6 @@ from chainmerge.storage.other_hosts import shared_volumes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from chainmerge.chain.model import Identity
-    from chainmerge.documents.plan import MergePlan
     from chainmerge.documents.progress import OnProgress, ShouldStop
     from chainmerge.records.request import RecordedRequest
 
@@ -117,29 +114,11 @@ def plan_merges(disks: Sequence[DiskMerge], access: Access, options: LiveOptions
         with advice_for_running_vm():
             live = locate(disk.vm, disk.top, disk.base, access)
             targets.append(live)
-            plans.append(_plan_beside(disk, live, access, options, claims))
-    refusals = tuple(map(_finding, _shared_images(targets, options)))
+            decided = merging.shown_plan(disk.vm, live, access, options, claims)
+        claims.update(decided.claim)
+        plans.append(decided.plan)
+    refusals = findings_for_running_vm(_shared_images(targets, options))
     return DisksPlan(REPORT_VERSION, tuple(plans), refusals)
-
-
-def _plan_beside(
-    disk: DiskMerge,
-    live: LiveTarget,
-    access: Access,
-    options: LiveOptions,
-    claims: Counter[str],
-) -> MergePlan:
-    """The plan of one of the disks; *claims* gets what it takes."""
-    decided = plan_live(disk.vm, live, options, claims)
-    claims.update(decided.claim)
-    shared = shared_volumes(live.images_written(options), access)
-    refusals = (*left_behind(live, options), *shared, *decided.refusals)
-    return replace(decided.plan, refusals=tuple(map(_finding, refusals)))
-
-
-def _finding(refusal: ChainmergeError) -> Finding:
-    advised = for_running_vm(refusal)
-    return Finding(advised.code, advised.sentence, advised.advice)
 
 
 def merge_disks(
@@ -210,10 +189,7 @@ def _paired(
 ) -> list[DiskMerge]:
     if len(vms) != len(tops):
         raise LiveDisksMismatched(len(vms), len(tops))
-    if bases and len(bases) != len(tops):
-        raise DisksMismatched(len(tops), len(bases))
-    chosen: list[Path | None] = [Path(base) for base in bases]
-    chosen = chosen or [None] * len(tops)
+    chosen = bases_for(tops, bases)
     return [DiskMerge(vm, Path(top), base) for vm, top, base in zip(vms, tops, chosen, strict=True)]
 
 
@@ -269,18 +245,13 @@ def _shared_images(
     targets: Sequence[LiveTarget], options: LiveOptions
 ) -> Iterator[DisksShareImage]:
     """Images that one of the merges writes to and another one has in its chain."""
-    users: dict[Identity, LiveTarget] = {}
-    writers: dict[Identity, LiveTarget] = {}
-    for live in targets:
-        images = {one.identity: one for one in (*live.target.chain.images, *live.above)}
-        written = [one for one in images if images[one].path in live.images_written(options)]
-        for identity, image in images.items():
-            known = users if identity in written else writers
-            if identity in known:
-                first, second = (one.target.chain.top.path for one in (known[identity], live))
-                yield DisksShareImage(str(image.path), str(first), str(second))
-        users |= dict.fromkeys(images, live)
-        writers |= dict.fromkeys(written, live)
+    return images_in_common(
+        (
+            live.target,
+            [(image, image.path in live.images_written(options)) for image in live.images],
+        )
+        for live in targets
+    )
 
 
 def _request(disks: Sequence[DiskMerge], access: Access, options: LiveOptions) -> RecordedRequest:

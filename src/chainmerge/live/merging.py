@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from chainmerge.documents.plan import Finding, MergePlan
 from chainmerge.documents.progress import ProgressEvent, Stage, never, unheard
 from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 from chainmerge.documents.versions import REPORT_VERSION
-from chainmerge.live.advice import advice_for_running_vm, for_running_vm
+from chainmerge.live.advice import advice_for_running_vm, findings_for_running_vm
 from chainmerge.live.driver import Caller
 from chainmerge.live.driving import LiveDisk, drive
 from chainmerge.live.errors import NothingUnfinished
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from chainmerge.documents.merge import MergeReport
+    from chainmerge.documents.plan import MergePlan
     from chainmerge.live.target import LiveTarget
 
 
@@ -56,12 +56,24 @@ def plan(
     with advice_for_running_vm():
         access, options = access or Access(), options or LiveOptions()
         live = locate(vm, Path(top), _path(base), access)
-        decided = plan_live(vm, live, options)
-        shared = shared_volumes(live.images_written(options), access)
-        found = (*left_behind(live, options), *shared, *decided.refusals)
-        refusals = [for_running_vm(one) for one in found]
-    findings = tuple(Finding(one.code, one.sentence, one.advice) for one in refusals)
-    return replace(decided.plan, refusals=findings)
+        return shown_plan(vm, live, access, options).plan
+
+
+def shown_plan(
+    vm: LiveDisk,
+    live: LiveTarget,
+    access: Access,
+    options: LiveOptions,
+    claims: Mapping[str, int] = NO_CLAIMS,
+) -> LivePlan:
+    """The plan of a merge, in which all is said that would refuse it.
+
+    *claims* as in :func:`plan_live`. Raises what :func:`plan` raises.
+    """
+    decided = plan_live(vm, live, options, claims)
+    shared = shared_volumes(live.images_written(options), access)
+    found = (*left_behind(live, options), *shared, *decided.refusals)
+    return replace(decided, plan=replace(decided.plan, refusals=findings_for_running_vm(found)))
 
 
 def merge(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from chainmerge.errors import ChainmergeError
+from chainmerge.live.deletion import any_to_be_left, warned_of_images_left
 from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
 from chainmerge.merging.live_remains import merged_images, require_none_needed
 from chainmerge.records.identity import same_image
@@ -91,17 +91,14 @@ def delete_pulled(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]:
     if not journal.delete:
         return ()
     merged = merged_images(journal)
-    devices = [one.path for one in merged if one not in deletable(merged)]
-    if devices:
-        warnings.append(f"block devices are not deleted: {', '.join(devices)}")
+    if any_to_be_left(merged, warnings):
         return ()
     record = _record_of(journal)
-    try:
+    deleted: tuple[str, ...] | None = None
+    with warned_of_images_left(warnings):
         require_none_needed(journal, merged)
         deleted = delete_recorded(record)
-    except (OSError, ChainmergeError) as error:
-        reason = error.sentence if isinstance(error, ChainmergeError) else str(error)
-        warnings.append(f"not all merged images could be deleted: {reason}")
+    if deleted is None:
         return ()
     warnings += not_deleted(record)
     return deleted

@@ -13,10 +13,11 @@ from chainmerge.chain.model import ImageFormat
 from chainmerge.chain.reading import begins_as_qcow2
 from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError
+from chainmerge.live.deletion import any_to_be_left, warned_of_images_left
 from chainmerge.live.pull_record import delete_pulled, note_settled
 from chainmerge.live.reporting import LiveOutcome
 from chainmerge.live.verifying import verify_in_vm, verify_on_disk
-from chainmerge.merging.deleting import deletable, delete_recorded, not_deleted
+from chainmerge.merging.deleting import delete_recorded, not_deleted
 from chainmerge.merging.live_remains import merged_images, require_none_needed
 from chainmerge.records.changes import data_changed
 from chainmerge.records.identity import identify, may_be_same
@@ -81,9 +82,7 @@ def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]
         What was deleted.
     """
     doomed = merged_images(journal)
-    devices = [one.path for one in doomed if one not in deletable(doomed)]
-    if devices:
-        warnings.append(f"block devices are not deleted: {', '.join(devices)}")
+    if any_to_be_left(doomed, warnings):
         return _record_superseded(journal)
     try:
         require_none_needed(journal, doomed)
@@ -92,11 +91,10 @@ def _delete_merged(journal: LiveJournal, warnings: list[str]) -> tuple[str, ...]
         return _record_superseded(journal)
     record = _merged_record(journal, doomed, None)
     record_merged(Path(journal.top.path), record)
-    try:
+    deleted: tuple[str, ...] | None = None
+    with warned_of_images_left(warnings):
         deleted = delete_recorded(record)
-    except (OSError, ChainmergeError) as error:
-        reason = error.sentence if isinstance(error, ChainmergeError) else str(error)
-        warnings.append(f"not all merged images could be deleted: {reason}")
+    if deleted is None:
         return ()
     warnings += (left := list(not_deleted(record)))
     if not left:
@@ -119,15 +117,14 @@ def _record_superseded(journal: LiveJournal) -> tuple[()]:
 def _merged_record(
     journal: LiveJournal, doomed: list[DoomedImage], superseded: Superseded | None
 ) -> MergedRecord:
-    base = Path(journal.base.path)
-    top, base = (
-        doomed[0].path if doomed else journal.top.path,
-        lasting_path(base) if doomed else base,
-    )
+    top, base = journal.top.path, journal.base.path
+    if doomed:
+        # Nothing else tells of volumes that are gone.
+        top, base = doomed[0].path, str(lasting_path(Path(base)))
     return MergedRecord(
         top=top,
-        base=str(base),
-        result=str(base),
+        base=base,
+        result=base,
         result_format=_format_of(Path(journal.base.path)),
         result_identity=journal.base,
         keep_name=False,

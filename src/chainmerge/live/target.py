@@ -71,6 +71,11 @@ class LiveTarget(Struct, frozen=True):
         found = (bitmap.granularity for node in self.nodes if (bitmap := node.bitmap(name)))
         return storable_granularity(size, next(found, 1 << 16))
 
+    @property
+    def images(self) -> tuple[ImageInfo, ...]:
+        """All images of the disk, the root first."""
+        return (*self.target.chain.images, *self.above)
+
     def result(self, options: LiveOptions) -> ImageInfo:
         """The image that is written: base, or top in a pull."""
         return self.target.chain.top if options.pulls else self.target.base

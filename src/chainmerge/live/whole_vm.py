@@ -22,7 +22,7 @@ from chainmerge.live.errors import BaseWithoutTop, NothingToMerge, NotInVm
 from chainmerge.live.libvirt.machine import Domain
 from chainmerge.live.merging import paths_of_chain, reads_image, unfinished_in
 from chainmerge.live.qmp.machine import QmpMachine
-from chainmerge.merging.errors import DisksMismatched
+from chainmerge.merging.disks import bases_for
 from chainmerge.options import Access, LiveOptions
 from chainmerge.records.disks import load_entry
 from chainmerge.records.merged_record import load_merged_record
@@ -150,17 +150,15 @@ def _named(
 
     Raises DisksMismatched, NotInVm, ImageMissing.
     """
-    if bases and len(bases) != len(tops):
-        raise DisksMismatched(len(tops), len(bases))
+    chosen = bases_for(tops, bases)
     found: dict[str, list[DiskMerge]] = {}
-    for number, top in enumerate(map(Path, tops)):
+    for top, base in zip(map(Path, tops), chosen, strict=True):
         name = next((name for name, vm in disks.items() if _concerns(vm, top)), None)
         if name is None:
             # Whether there is such an image at all, opening it says better.
             with FileReadable(top):
                 chains = (str(path) for vm in disks.values() for path in paths_of_chain(vm))
                 raise NotInVm(machine.name, str(top), ", ".join(chains))
-        base = Path(bases[number]) if bases else None
         found.setdefault(name, []).append(DiskMerge(disks[name], top, base))
     return found
 

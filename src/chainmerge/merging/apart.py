@@ -10,9 +10,9 @@ from chainmerge.planning.locking import locks_needed
 from chainmerge.storage.locks import LockMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from chainmerge.chain.model import Identity
+    from chainmerge.chain.model import Identity, ImageInfo
     from chainmerge.chain.target import Target
     from chainmerge.options import MergeOptions
 
@@ -27,15 +27,26 @@ def shared_images(
     merges: Sequence[tuple[Target, MergeOptions]],
 ) -> Iterator[DisksShareImage]:
     """Images that one of the merges writes to and another one has in its chain."""
+    return images_in_common(
+        (
+            target,
+            [(image, mode is LockMode.WRITER) for image, mode in locks_needed(target, options)],
+        )
+        for target, options in merges
+    )
+
+
+def images_in_common(
+    merges: Iterable[tuple[Target, Sequence[tuple[ImageInfo, bool]]]],
+) -> Iterator[DisksShareImage]:
+    """As :func:`shared_images`, of merges with their images, and whether each is written to."""
     users: dict[Identity, Target] = {}
     writers: dict[Identity, Target] = {}
-    for target, options in merges:
-        needed = list(locks_needed(target, options))
-        top = str(target.chain.top.path)
-        for image, mode in needed:
-            known = users if mode is LockMode.WRITER else writers
-            other = known.get(image.identity)
+    for target, images in merges:
+        for image, is_written in images:
+            other = (users if is_written else writers).get(image.identity)
             if other is not None:
-                yield DisksShareImage(str(image.path), str(other.chain.top.path), top)
-        users |= {image.identity: target for image, _ in needed}
-        writers |= {image.identity: target for image, mode in needed if mode is LockMode.WRITER}
+                tops = (str(one.chain.top.path) for one in (other, target))
+                yield DisksShareImage(str(image.path), *tops)
+        users |= {image.identity: target for image, _ in images}
+        writers |= {image.identity: target for image, is_written in images if is_written}

@@ -75,10 +75,7 @@ def plan_disks(
         raise gone
     look = Look()
     targets = [find_target(disk.top, disk.base, access, look) for disk in disks]
-    refusals = tuple(
-        Finding(error.code, error.sentence, error.advice)
-        for error in shared_images([(target, options) for target in targets])
-    )
+    refusals = tuple(map(Finding.of, shared_images([(target, options) for target in targets])))
     claims: Counter[str] = Counter()
     plans = []
     for target in targets:
@@ -149,11 +146,18 @@ class _Disk(Struct, frozen=True):
 
 
 def _paired(tops: Sequence[str | Path], bases: Sequence[str | Path]) -> list[_Disk]:
+    chosen = bases_for(tops, bases)
+    return [_Disk(Path(top), base) for top, base in zip(tops, chosen, strict=True)]
+
+
+def bases_for(tops: Sequence[str | Path], bases: Sequence[str | Path]) -> list[Path | None]:
+    """The base of each of *tops*; None for their backing files, where none are given.
+
+    Raises DisksMismatched: there is one for some of them.
+    """
     if bases and len(bases) != len(tops):
         raise DisksMismatched(len(tops), len(bases))
-    chosen: list[Path | None] = [Path(base) for base in bases]
-    chosen = chosen or [None] * len(tops)
-    return [_Disk(Path(top), base) for top, base in zip(tops, chosen, strict=True)]
+    return [Path(base) for base in bases] or [None] * len(tops)
 
 
 def _request(

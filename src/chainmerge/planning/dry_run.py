@@ -94,7 +94,7 @@ def beside_others(planned: Sequence[Planned]) -> tuple[MergePlan, ...]:
         replace(
             one.plan,
             refusals=(
-                *(Finding(error.code, error.sentence, error.advice) for error in others.refusals),
+                *map(Finding.of, others.refusals),
                 *one.plan.refusals,
             ),
             warnings=(*one.plan.warnings, *others.warnings),

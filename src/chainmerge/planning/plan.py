@@ -73,10 +73,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         verify=options.verify,
         other_users=_other_users(facts),
         searched=facts.relatives.searched,
-        refusals=tuple(
-            Finding(error.code, error.sentence, error.advice)
-            for error in find_refusals(facts, options)
-        ),
+        refusals=tuple(map(Finding.of, find_refusals(facts, options))),
         warnings=(*facts.warnings, *find_warnings(facts, options)),
         leaks=facts.leaks,
         shared_bytes=shared_bytes(facts),

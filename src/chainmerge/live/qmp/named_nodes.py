@@ -43,13 +43,17 @@ def query_nodes(monitor: Monitor) -> list[dict[str, Any]]:
         # It may be the only monitor by which the job can be dismissed.
         monitor.let_others_in()
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return list(monitor.execute("query-named-block-nodes", {"flat": True}))
+    return _all_nodes(monitor)
 
 
 def nodes_told(monitor: Monitor, jobs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """All nodes; none where one of *jobs*, which are all there are, stands against it."""
     if any(map(is_ended_stream, jobs)):
         return []
+    return _all_nodes(monitor)
+
+
+def _all_nodes(monitor: Monitor) -> list[dict[str, Any]]:
     return list(monitor.execute("query-named-block-nodes", {"flat": True}))
 
 

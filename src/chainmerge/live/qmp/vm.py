@@ -65,6 +65,8 @@ _MORE_LIMITS: Final = (
 )
 # QEMU lets no job have a limit of less.
 _SLOWEST: Final = 1
+_HELD: Final = MappingProxyType({"speed": _SLOWEST, "on-error": "stop", "auto-finalize": False})
+"""How jobs begin: they wait for us to say when, and how fast, they go on."""
 DEFAULT_HOLD_SECONDS: Final = 1.0
 _PROBE: Final = "chainmerge-probe"
 """The node by which it is found out whether QEMU can write to a file."""
@@ -269,9 +271,7 @@ class QmpVm:
             "device": order.root,
             "top-node": order.top,
             "base-node": order.base,
-            "speed": _SLOWEST,
-            "on-error": "stop",
-            "auto-finalize": False,
+            **_HELD,
             "auto-dismiss": False,
         }
         if order.backing_name is not None:
@@ -290,9 +290,7 @@ class QmpVm:
         arguments: dict[str, object] = {
             "job-id": order.job,
             "device": order.top,
-            "speed": _SLOWEST,
-            "on-error": "stop",
-            "auto-finalize": False,
+            **_HELD,
             # A job that is done keeps its filter, which has nothing below it any more. Whoever
             # asks for all nodes then makes QEMU (7.2) end by a segmentation fault.
             "auto-dismiss": True,
