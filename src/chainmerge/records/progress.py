@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.documents.plan import EngineName
@@ -33,7 +34,7 @@ from chainmerge.records.merged_record import (
     load_merged_record,
     merged_record_file,
 )
-from chainmerge.records.remains import KINDS, read_leftover
+from chainmerge.records.remains import KINDS, Leftover, is_of_pull, read_leftover
 from chainmerge.records.request import command_of, resume_command_of, shell_line
 from chainmerge.records.saved_bitmaps import SavedBitmaps, load_saved_bitmaps
 from chainmerge.records.thinning import ThinnedRange, Thinning
@@ -102,26 +103,40 @@ _LIVE_PULL_PROGRESS: Final[Mapping[LiveState, str]] = MappingProxyType(
 )
 
 
-def merge_told_by(file: Path, devices: BlockDevices) -> UnfinishedMerge | None:
+class Told(Struct, frozen=True):
+    """An unfinished merge, and whether the file that tells of it is of a pull."""
+
+    merge: UnfinishedMerge
+    is_of_pull: bool
+
+
+def merge_told_by(file: Path, devices: BlockDevices) -> Told | None:
     """The unfinished merge that *file* tells of; None if it tells of none."""
+    leftover: Leftover | None = None
     try:
-        match read_leftover(file, devices):
-            case Journal() as journal:
-                return _of_journal(file, journal)
-            case LiveJournal() as journal:
-                return _of_live_merge(file, journal)
-            case MergedRecord() as record:
-                return _of_record(file, record)
-            case SavedBitmaps() as saved:
-                return _of_saved(file, saved)
-            case DiskEntry() as entry:
-                return _of_disk(file, entry)
-            case Thinning() as thinning:
-                return _of_thinning(file, thinning)
-            case None:
-                return None
+        leftover = read_leftover(file, devices)
+        merge = _told_of(file, leftover)
     except ChainmergeError as error:
-        return _unreadable(file, error)
+        merge = _unreadable(file, error)
+    return None if merge is None else Told(merge, is_of_pull(leftover))
+
+
+def _told_of(file: Path, leftover: Leftover | None) -> UnfinishedMerge | None:
+    match leftover:
+        case Journal() as journal:
+            return _of_journal(file, journal)
+        case LiveJournal() as journal:
+            return _of_live_merge(file, journal)
+        case MergedRecord() as record:
+            return _of_record(file, record)
+        case SavedBitmaps() as saved:
+            return _of_saved(file, saved)
+        case DiskEntry() as entry:
+            return _of_disk(file, entry)
+        case Thinning() as thinning:
+            return _of_thinning(file, thinning)
+        case None:
+            return None
 
 
 def rank_of(file: Path) -> int:

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from msgspec import Struct
 
-from chainmerge.errors import ChainmergeError
 from chainmerge.options import Direction
 from chainmerge.records.changes import data_changed
 from chainmerge.records.disks import DISK_ENTRY, DiskEntry
@@ -64,18 +62,17 @@ def read_leftover(file: Path, devices: BlockDevices) -> Leftover | None:
     return found
 
 
-def is_of_pull(file: Path, devices: BlockDevices) -> bool:
-    """Whether a state file is of a pull, and so stands beside top: base may have several."""
-    with contextlib.suppress(ChainmergeError):
-        match read_leftover(file, devices):
-            case LiveJournal() as journal:
-                return journal.pulls
-            case MergedRecord() as record:
-                return record.pulled is not None
-            case SavedBitmaps() as saved:
-                return saved.is_of_pull
-            case DiskEntry() as entry:
-                return entry.pulls
+def is_of_pull(leftover: Leftover | None) -> bool:
+    """Whether it is of a pull, and so stands beside top: base may have several."""
+    match leftover:
+        case LiveJournal() as journal:
+            return journal.pulls
+        case MergedRecord() as record:
+            return record.pulled is not None
+        case SavedBitmaps() as saved:
+            return saved.is_of_pull
+        case DiskEntry() as entry:
+            return entry.pulls
     return False
 
 

@@ -26,7 +26,7 @@ from chainmerge.records.merged_record import (
     merged_record_file,
 )
 from chainmerge.records.progress import UNKNOWN, is_locked, merge_told_by, rank_of
-from chainmerge.records.remains import is_of_pull, kind_of
+from chainmerge.records.remains import kind_of
 from chainmerge.storage.errors import ImageMissing, reason_of
 
 if TYPE_CHECKING:
@@ -163,11 +163,12 @@ def _found_in(search: _Search, devices: BlockDevices) -> Iterator[UnfinishedMerg
     by_base: dict[str, UnfinishedMerge] = {}
     files = [file for directory in search.directories for file in _files(directory, search.named)]
     for file in sorted(files, key=rank_of):
-        merge = merge_told_by(file, devices)
-        if merge is not None:
+        told = merge_told_by(file, devices)
+        if told is not None:
+            merge = told.merge
             # Of a base that is only read there can be several pulls.
             key = f"{merge.base}\0{merge.top}"
-            if not (key in by_base or is_of_pull(file, devices)):
+            if not (key in by_base or told.is_of_pull):
                 key = _base_of(file, merge)
             before = by_base.get(key)
             by_base[key] = merge if before is None else _together(before, merge)
