@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from chainmerge.storage.errors import ImageLocked
 from chainmerge.storage.locks import LockMode, lock_image
 from tests.conftest import SOAK
 from tests.support.cli import environment
-from tests.support.dying import DyingVm, Moment
+from tests.support.dying import DyingVm, Moment, random_moments
 from tests.support.live_scenario import (
     DISK,
     LiveScenario,
@@ -39,7 +38,7 @@ from tests.support.loopdev import loop_device
 from tests.support.qemu import assert_clean, check, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from chainmerge.documents.merge import MergeReport
 
@@ -49,15 +48,7 @@ ROOT = Path(__file__).parents[2]
 KINDS = ("internal", "active")
 # A merge is about 40 calls, more where it takes longer.
 LATEST_CALL = 44
-
-
-def moments(count: int, seed: int) -> Iterator[tuple[int, Moment]]:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
-
-
-MOMENTS = list(moments(50 if SOAK else 3, 11))
+MOMENTS = random_moments(50 if SOAK else 3, 11, LATEST_CALL)
 
 
 def run_and_die(vm: LiveTestVm, scenario: LiveScenario, call: int, moment: Moment) -> bool:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.conftest import SOAK
 from tests.live.test_deaths import assert_merged_cold
 from tests.support.cli import chainmerge, environment
 from tests.support.domain_vm import TARGET, TestDomain, let_die, running_domain
+from tests.support.dying import random_moments
 from tests.support.live_scenario import (
     LiveScenario,
     assert_closed_safe,
@@ -37,8 +37,6 @@ from tests.support.live_scenario import (
 from tests.support.qemu import create
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from chainmerge.documents.progress import ProgressEvent
     from chainmerge.live.port import DiskLimits
     from tests.support.dying import Moment
@@ -49,15 +47,7 @@ ROOT = Path(__file__).parents[2]
 SEEDS = range(50 if SOAK else 1)
 KINDS = ("internal", "active")
 LATEST_CALL = 60
-
-
-def moments(count: int) -> Iterator[tuple[int, Moment]]:
-    random_ = random.Random(3)
-    for _ in range(count):
-        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
-
-
-MOMENTS = list(moments(50 if SOAK else 2))
+MOMENTS = random_moments(50 if SOAK else 2, 3, LATEST_CALL)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +19,12 @@ from tests.conftest import SOAK
 from tests.live.test_pull_deaths import assert_finished_cold
 from tests.support.cli import environment
 from tests.support.domain_vm import TestDomain, let_die, running_domain
+from tests.support.dying import random_moments
 from tests.support.live_scenario import leftovers_in
 from tests.support.pull_scenario import PullScenario, assert_pulled_right, build_pull
 from tests.support.qemu import create
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests.support.dying import Moment
 
 pytestmark = pytest.mark.timeout(180)
@@ -37,13 +35,7 @@ LATEST_CALL = 40
 OPTIONS = LiveOptions(delete=True, direction="pull", bandwidth=64 << 20)
 
 
-def moments(count: int) -> Iterator[tuple[int, Moment]]:
-    random_ = random.Random(5)
-    for _ in range(count):
-        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
-
-
-MOMENTS = list(moments(50 if SOAK else 2))
+MOMENTS = random_moments(50 if SOAK else 2, 5, LATEST_CALL)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

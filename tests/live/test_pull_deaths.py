@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from chainmerge.live.errors import NothingUnfinished
 from chainmerge.options import LiveOptions, MergeOptions
 from tests.conftest import SOAK
 from tests.support.cli import environment
-from tests.support.dying import DyingVm, Moment
+from tests.support.dying import DyingVm, Moment, random_moments
 from tests.support.live_scenario import DISK, leftovers_in
 from tests.support.live_vm import DEVICE, Guest, LiveTestVm, running_vm
 from tests.support.pull_scenario import (
@@ -33,7 +32,7 @@ from tests.support.pull_scenario import (
 from tests.support.qemu import check, content, info
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from chainmerge.documents.merge import MergeReport
 
@@ -46,13 +45,7 @@ LATEST_CALL = 46
 OPTIONS = LiveOptions(delete=True, direction="pull", bandwidth=64 << 20)
 
 
-def moments(count: int, seed: int) -> Iterator[tuple[int, Moment]]:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
-
-
-MOMENTS = list(moments(50 if SOAK else 3, 23))
+MOMENTS = random_moments(50 if SOAK else 3, 23, LATEST_CALL)
 
 
 def scenario_of(directory: Path, kind: str, call: int, moment: Moment) -> PullScenario:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +43,13 @@ from tests.support.disks_vm import (
     running_disks_of,
     writing_guests,
 )
-from tests.support.dying import DyingVm
+from tests.support.dying import DyingVm, random_moments
 from tests.support.live_scenario import DISK, assert_closed_content, assert_closed_right, leftovers
 from tests.support.live_vm import disk_of_nodes
 from tests.support.qemu import check, content, create, qemu_io
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from chainmerge.documents.disks import DisksReport
     from chainmerge.documents.progress import ProgressEvent
@@ -63,15 +62,7 @@ pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[2]
 # To look at three disks and merge them takes about 160 calls, more where it takes longer.
 LATEST_CALL = 190
-
-
-def moments(count: int, seed: int) -> Iterator[tuple[int, Moment]]:
-    random_ = random.Random(seed)
-    for _ in range(count):
-        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
-
-
-MOMENTS = list(moments(50 if SOAK else 2, 14))
+MOMENTS = random_moments(50 if SOAK else 2, 14, LATEST_CALL)
 
 
 @pytest.fixture

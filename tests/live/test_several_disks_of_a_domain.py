@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +34,12 @@ from tests.support.disks_domain import (
 )
 from tests.support.disks_vm import DISKS, OPTIONS, build_disks
 from tests.support.domain_vm import disk_described
+from tests.support.dying import random_moments
 from tests.support.live_scenario import assert_closed_safe
 from tests.support.qemu import check, content, create
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from chainmerge.documents.disks import DisksReport
     from tests.support.domain_vm import DiskOfGuest, TestDomain
@@ -50,15 +50,7 @@ pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parents[2]
 LATEST_CALL = 150
-
-
-def moments(count: int) -> Iterator[tuple[int, Moment]]:
-    random_ = random.Random(4)
-    for _ in range(count):
-        yield random_.randrange(1, LATEST_CALL), random_.choice(("before", "after"))
-
-
-MOMENTS = list(moments(20 if SOAK else 1))
+MOMENTS = random_moments(20 if SOAK else 1, 4, LATEST_CALL)
 
 
 def run_and_die(

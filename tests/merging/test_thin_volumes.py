@@ -6,9 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,11 +13,12 @@ import pytest
 import chainmerge
 from chainmerge.options import Access, MergeOptions
 from chainmerge.storage.volume_errors import ExtensionRefused, ThinPoolFull
+from tests.support.children import is_killed
 from tests.support.lvm_images import MIB, Volumes, lvm_images
 from tests.support.qemu import assert_clean, content, create, qemu_img, qemu_io
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 DEVICES = Access(allow_backing=("/dev",))
@@ -112,23 +110,13 @@ def test_killed_once_the_pool_is_extended(volumes: Volumes) -> None:
     base, top = on_pool(volumes, 10, 90.0)
     expected = content(top)
     volumes.lvm.kill_after("lvextend")
-    assert killed(lambda: chainmerge.merge(top, None, DEVICES, EXTEND))
+    assert is_killed(lambda: chainmerge.merge(top, None, DEVICES, EXTEND))
     volumes.lvm.mend("lvextend")
     assert content(top) == expected
     chainmerge.merge(top, None, DEVICES, EXTEND)
     assert len(volumes.lvm.calls("lvextend")) == 1
     assert content(base) == expected
     assert_clean(base)
-
-
-def killed(merge: Callable[[], object]) -> bool:
-    """Run it in a child; whether that was killed."""
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            merge()
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def test_more_than_the_group_has(volumes: Volumes) -> None:

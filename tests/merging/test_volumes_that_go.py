@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from chainmerge.planning.errors import CannotDeleteVolume, CannotRenameVolume, C
 from chainmerge.records.unfinished import status
 from chainmerge.storage.errors import ImageMissing
 from chainmerge.storage.volume_errors import VolumeNotRemoved, VolumeNotRenamed
+from tests.support.children import is_killed
 from tests.support.lvm_images import DISK, MIB, Volumes, lvm_images
 from tests.support.qemu import assert_clean, content, create, info, qemu_img, qemu_io
 
@@ -49,16 +49,6 @@ def shown(volumes: Volumes) -> Callable[..., list[Path]]:
         return paths
 
     return make
-
-
-def killed(merge: Callable[[], object]) -> bool:
-    """Run it in a child; whether that was killed."""
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            merge()
-        os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def die_at(volumes: Volumes, command: str, moment: str) -> None:
@@ -104,7 +94,7 @@ def test_killed_as_a_volume_is_removed(
         qemu_img("rebase", "-u", "-f", "qcow2", "-b", middle, "-F", "qcow2", top)
         given = volumes.stack.enter_context(mapper_name(volumes, "top-2"))
     die_at(volumes, "lvremove", moment)
-    assert killed(lambda: chainmerge.merge(given, base, DEVICES, DELETE))
+    assert is_killed(lambda: chainmerge.merge(given, base, DEVICES, DELETE))
     assert "middle-1" in volumes.names()
     assert not nothing_is_left()
     volumes.lvm.mend("lvremove")
@@ -134,7 +124,7 @@ def test_a_volume_made_anew_under_the_name_stays(
 ) -> None:
     base, middle, top = shown("base-0", "middle-1", "top-2")
     die_at(volumes, "lvremove", "after")
-    assert killed(lambda: chainmerge.merge(top, base, DEVICES, DELETE))
+    assert is_killed(lambda: chainmerge.merge(top, base, DEVICES, DELETE))
     volumes.lvm.mend("lvremove")
     chainmerge.storage.lvm.run_command("x", "lvremove", "-y", "--", f"{volumes.group}/middle-1")
     volumes.lvm.make_anew(volumes.group, "middle-1", volumes.device("another"))
@@ -155,7 +145,7 @@ def test_a_top_that_is_not_active_is_not_taken_for_gone(
     """A guest may have written to it since, on another host or before it was deactivated."""
     base, top = shown("base-0", "top-1")
     die_at(volumes, "lvremove", "before")
-    assert killed(lambda: chainmerge.merge(top, base, DEVICES, options))
+    assert is_killed(lambda: chainmerge.merge(top, base, DEVICES, options))
     volumes.lvm.mend("lvremove")
     qemu_io(top, "write -q -P 55 3M 64k")
     expected = content(top)
@@ -176,7 +166,7 @@ def test_a_merged_volume_that_is_not_active_is_left(
 ) -> None:
     base, middle, top = shown("base-0", "middle-1", "top-2")
     die_at(volumes, "lvremove", "after")
-    assert killed(lambda: chainmerge.merge(top, base, DEVICES, DELETE))
+    assert is_killed(lambda: chainmerge.merge(top, base, DEVICES, DELETE))
     volumes.lvm.mend("lvremove")
     device = Path(os.path.realpath(middle))
     volumes.lvm.take_down("middle-1")
@@ -240,7 +230,7 @@ def test_what_was_pulled_up_is_removed(
 
     if moment is not None:
         die_at(volumes, "lvremove", moment)
-        assert killed(pull)
+        assert is_killed(pull)
         volumes.lvm.mend("lvremove")
         assert not nothing_is_left()
     pull()
@@ -298,7 +288,7 @@ def test_killed_on_the_way_to_the_name(
     expected = content(top)
     options = MergeOptions(keep_name=True, delete=delete, direction="commit")
     die_at(volumes, command, moment)
-    assert killed(lambda: chainmerge.merge(top, base, DEVICES, options))
+    assert is_killed(lambda: chainmerge.merge(top, base, DEVICES, options))
     if (command, moment) != ("lvrename", "after"):
         assert not nothing_is_left()
     volumes.lvm.mend(command)
@@ -321,7 +311,7 @@ def test_a_name_that_somebody_took_meanwhile(
     base, top = shown("base-0", "top-1")
     expected = content(top)
     die_at(volumes, "lvrename", "before")
-    assert killed(lambda: chainmerge.merge(top, base, DEVICES, KEEP_NAME))
+    assert is_killed(lambda: chainmerge.merge(top, base, DEVICES, KEEP_NAME))
     volumes.lvm.mend("lvrename")
     volumes.lvm.make_anew(volumes.group, "top-1", volumes.device("another"))
     volumes.show()
@@ -429,7 +419,7 @@ def test_several_disks(volumes: Volumes, shown: Callable[..., list[Path]]) -> No
     expected = [content(top_0), content(top_1)]
     volumes.lvm.kill_after("lvrename")
     call = (top_0, top_1), (base_0, base_1), DEVICES, KEEP_NAME
-    assert killed(lambda: chainmerge.merge_disks(*call))
+    assert is_killed(lambda: chainmerge.merge_disks(*call))
     volumes.lvm.mend("lvrename")
     report = chainmerge.merge_disks(*call)
     assert all(disk.error is None for disk in report.disks)

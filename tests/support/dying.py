@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,13 @@ from chainmerge.options import LiveOptions
 
 Moment = Literal["before", "after"]
 MOMENTS: Final[dict[str, Moment]] = {"before": "before", "after": "after"}
+
+
+def random_moments(count: int, seed: int, latest_call: int) -> list[tuple[int, Moment]]:
+    """Calls before *latest_call*, and whether to die before or after each."""
+    random_ = random.Random(seed)
+    sides: tuple[Moment, Moment] = ("before", "after")
+    return [(random_.randrange(1, latest_call), random_.choice(sides)) for _ in range(count)]
 
 
 @dataclass
