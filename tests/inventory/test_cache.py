@@ -16,6 +16,7 @@ import pytest
 import chainmerge
 from chainmerge import Access, ScanOptions, ScanReport
 from chainmerge.inventory import cache
+from chainmerge.records.history import history_file
 from tests.inventory.findings.building import chain
 from tests.support import loopdev, machine
 from tests.support.images import MIB
@@ -245,4 +246,4 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, said: str, place: str) -
     monkeypatch.setenv("XDG_STATE_HOME", said)
     own = Path.home() / ".local/state/chainmerge/history.sqlite"
     default = Path("/var/lib/chainmerge/history.sqlite") if not os.geteuid() else own
-    assert cache.history_file() == (Path(place) if place else default)
+    assert history_file() == (Path(place) if place else default)
