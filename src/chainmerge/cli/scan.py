@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -137,11 +138,12 @@ def _metrics_writer(file: str) -> Callable[[ScanReport], None]:
 
     Raises MetricsMissing.
     """
-    # Imported where they are used: the package is optional.
     try:
-        from chainmerge.report.metrics import METRICS_BEGINNING, metrics_of_scan  # noqa: PLC0415
+        importlib.import_module("prometheus_client")
     except ImportError as error:
         raise MetricsMissing(str(error)) from error
+    # Imported where they are used: few scans write metrics.
     from chainmerge.cli.report_file import write_whole_file  # noqa: PLC0415
+    from chainmerge.report.metrics import METRICS_BEGINNING, metrics_of_scan  # noqa: PLC0415
 
     return lambda report: write_whole_file(file, metrics_of_scan(report), METRICS_BEGINNING)

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from msgspec import Struct
 
 from chainmerge.documents.scan import Severity
 from chainmerge.documents.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from chainmerge.documents.chains import ChainSummary
     from chainmerge.documents.scan import ScanReport
@@ -57,61 +55,58 @@ _OF_CHAINS: Final[Mapping[str, tuple[str, Callable[[ChainSummary], float | None]
 }
 
 
+class Metric(Struct, frozen=True):
+    """A gauge: its name, what it is, its labels, and its values by theirs."""
+
+    name: str
+    text: str
+    labels: tuple[str, ...]
+    values: tuple[tuple[tuple[str, ...], float], ...]
+
+
 def metrics_of_scan(report: ScanReport) -> bytes:
-    """The text of a file with all that is known of some places."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Scan(report))
+    """The text of a file with all that is known of some places.
+
+    Raises ImportError: prometheus-client is not there.
+    """
+    # Imported where they are used: the package is optional.
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest  # noqa: PLC0415
+
+    registry = CollectorRegistry()
+    places = printable(", ".join(report.places))
+    for metric in scan_metrics(report):
+        name = f"{_PREFIX}{metric.name}"
+        gauge = Gauge(name, metric.text, ["places", *metric.labels], registry=registry)
+        for words, value in metric.values:
+            gauge.labels(places, *map(printable, words)).set(value)
     return generate_latest(registry)
 
 
-class _Scan(Collector):
-    """What a scan has found, for a registry."""
+def scan_metrics(report: ScanReport) -> Iterator[Metric]:
+    """All metrics of a scan."""
+    for name, (text, value_of) in _OF_SCANS.items():
+        yield Metric(name, text, (), (((), value_of(report)),))
+    by_severity = (((severity.value,), report.count_of(severity)) for severity in Severity)
+    yield Metric("findings", "Findings of a severity.", ("severity",), tuple(by_severity))
+    yield Metric(
+        "images_with_finding",
+        "Images with a finding of a kind.",
+        ("code", "severity"),
+        tuple(_images_by_code(report)),
+    )
+    for name, (text, value_of_chain) in _OF_CHAINS.items():
+        values = ((chain.leaf, value_of_chain(chain)) for chain in report.chains)
+        known = (((leaf,), value) for leaf, value in values if value is not None)
+        yield Metric(name, text, ("leaf",), tuple(known))
+    yield Metric(
+        "limit_reached_time_seconds",
+        "When a chain or a storage reaches its limit if it goes on as before, since the epoch.",
+        ("kind", "name"),
+        tuple(((one.kind.value, one.name), one.reached_at) for one in report.forecasts),
+    )
 
-    def __init__(self, report: ScanReport) -> None:
-        self._report = report
-        self._places = ", ".join(report.places)
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """All metrics."""
-        for name, (text, value_of) in _OF_SCANS.items():
-            yield self._metric(name, text, (), [((), value_of(self._report))])
-        yield self._metric(
-            "findings", "Findings of a severity.", ("severity",), self._by_severity()
-        )
-        yield self._metric(
-            "images_with_finding",
-            "Images with a finding of a kind.",
-            ("code", "severity"),
-            self._by_code(),
-        )
-        for name, (text, value_of_chain) in _OF_CHAINS.items():
-            values = ((chain.leaf, value_of_chain(chain)) for chain in self._report.chains)
-            known = [((leaf,), value) for leaf, value in values if value is not None]
-            yield self._metric(name, text, ("leaf",), known)
-        yield self._metric(
-            "limit_reached_time_seconds",
-            "When a chain or a storage reaches its limit if it goes on as before, since the epoch.",
-            ("kind", "name"),
-            (((one.kind, one.name), one.reached_at) for one in self._report.forecasts),
-        )
-
-    def _metric(
-        self,
-        name: str,
-        text: str,
-        labels: tuple[str, ...],
-        values: Iterable[tuple[tuple[str, ...], float]],
-    ) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"{_PREFIX}{name}", text, labels=["places", *labels])
-        for words, value in values:
-            family.add_metric([printable(word) for word in (self._places, *words)], float(value))
-        return family
-
-    def _by_severity(self) -> Iterator[tuple[tuple[str, ...], float]]:
-        for severity in Severity:
-            yield (severity.value,), self._report.count_of(severity)
-
-    def _by_code(self) -> Iterator[tuple[tuple[str, ...], float]]:
-        kinds = {(one.code, one.severity.value, one.image) for one in self._report.findings}
-        counts = Counter((code, severity) for code, severity, _ in kinds)
-        yield from ((kind, counts[kind]) for kind in sorted(counts))
+def _images_by_code(report: ScanReport) -> Iterator[tuple[tuple[str, ...], float]]:
+    kinds = {(one.code, one.severity.value, one.image) for one in report.findings}
+    counts = Counter((code, severity) for code, severity, _ in kinds)
+    yield from ((kind, counts[kind]) for kind in sorted(counts))
