@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,3 +64,14 @@ def _state_directory_empty_again(_state_directory_of_this_run: None) -> Iterator
     if machine.has_loop_devices():
         for file in STATE_DIRECTORY.iterdir():
             file.unlink()
+
+
+@pytest.fixture(autouse=True)
+def _history_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """What a plan says of the time that a merge takes does not hang on other tests."""
+    home = tmp_path_factory.mktemp("state-home")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    yield
+    shutil.rmtree(home, ignore_errors=True)

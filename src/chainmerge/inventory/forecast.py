@@ -2,8 +2,8 @@
 """When chains and storage reach their limits, from how they grew from scan to scan. Pure.
 
 The growth is the median of what lies between any two scans (Theil and Sen), so that one that was
-made while much was copied does not count. What is thinned out or deleted as fast as it grows has no
-growth, and what shrank lately has none until it has grown again for as long.
+made while much was copied, or a merge, does not count. What is thinned out or deleted as fast as it
+grows has no growth.
 """
 
 from __future__ import annotations
@@ -67,16 +67,14 @@ def _forecast(level: Level, scans: Sequence[ScanLine], most_images: int) -> Fore
 
 
 def _points_of(level: Level, scans: Sequence[ScanLine], since: int) -> Iterator[tuple[int, int]]:
-    """When it had which value, each moment once."""
-    last = None
-    for scan in scans:
-        if scan.at < since or scan.at == last:
-            continue
-        for one in scan.levels:
-            if (one.kind, one.name) == (level.kind, level.name):
-                last = scan.at
-                yield scan.at, one.value
-                break
+    """When it had which value, in the order of time; each moment once, as clocks are set back."""
+    found = {
+        scan.at: one.value
+        for scan in scans
+        for one in scan.levels
+        if scan.at >= since and (one.kind, one.name) == (level.kind, level.name)
+    }
+    yield from sorted(found.items())
 
 
 def _thinned(points: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:

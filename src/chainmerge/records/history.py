@@ -178,9 +178,7 @@ def scans_of(places: str, most: int = 500) -> tuple[ScanLine, ...]:
     return _read("scans_1", ScanLine, "places = ?", (places,), most)
 
 
-def opened(
-    file: Path, tables: str, wait_seconds: float = WAIT_SECONDS
-) -> sqlite3.Connection | None:
+def opened(file: Path, tables: str, wait_seconds: float) -> sqlite3.Connection | None:
     """The database with some tables in it, begun again where it is damaged.
 
     Args:
@@ -275,7 +273,7 @@ def _connected(file: Path, tables: str, wait_seconds: float) -> sqlite3.Connecti
 def _history() -> Iterator[sqlite3.Connection | None]:
     """The database, for a block of which no error of the database's gets out."""
     file = history_file()
-    database = opened(file, _TABLES)
+    database = opened(file, _TABLES, WAIT_SECONDS)
     try:
         yield database
     except (sqlite3.OperationalError, UnicodeEncodeError):
