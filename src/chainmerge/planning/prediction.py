@@ -43,7 +43,7 @@ class Measured(Struct, frozen=True):
     seconds: float
 
 
-class Duration(Struct, frozen=True):
+class TimeRange(Struct, frozen=True):
     """Seconds: the most likely ones, and what eight of ten merges lie between."""
 
     likely: float
@@ -51,7 +51,7 @@ class Duration(Struct, frozen=True):
     high: float
 
 
-def predicted_duration(effort: Effort, earlier: Sequence[Measured]) -> Duration | None:
+def predicted_duration(effort: Effort, earlier: Sequence[Measured]) -> TimeRange | None:
     """How long a merge takes; None if there were too few to tell."""
     if len(earlier) < FEWEST_MERGES:
         return None
@@ -64,7 +64,7 @@ def predicted_duration(effort: Effort, earlier: Sequence[Measured]) -> Duration 
     # Those that it was drawn from lie nearer to it than the next one does.
     beyond = max(0.0, (_BEYOND * (len(ratios) + 1) - 1) / len(ratios))
     low, middle, high = np.quantile(ratios, (beyond, 0.5, 1 - beyond))
-    return Duration(
+    return TimeRange(
         likely=expected * float(middle),
         low=expected * float(min(low, middle * (1 - _LEAST_SPREAD))),
         high=expected * float(max(high, middle * (1 + _LEAST_SPREAD))),
