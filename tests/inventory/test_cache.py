@@ -16,7 +16,7 @@ import pytest
 import chainmerge
 from chainmerge import Access, ScanOptions, ScanReport
 from chainmerge.inventory import cache
-from chainmerge.records.history import history_file
+from chainmerge.records.history import history_file, scans_of
 from tests.inventory.findings.building import chain
 from tests.support import loopdev, machine
 from tests.support.images import MIB
@@ -160,6 +160,26 @@ def test_a_damaged_file_is_dropped(home: Path, history: Path, content: bytes) ->
     history.write_bytes(content)
     assert len(scanned(home).chains) == 1
     assert rows(history) == [2, 1]
+
+
+def test_a_damaged_table_is_begun_again_and_the_history_kept(home: Path, history: Path) -> None:
+    for name in "abcdefgh":
+        chain(home, name, 2)
+    scanned(home)
+    (line,) = scans_of(str(home))
+    with opened(history) as database:
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        pages = database.execute(
+            "SELECT rootpage FROM sqlite_master WHERE tbl_name = 'scan_images_1'"
+        ).fetchall()
+    with history.open("r+b") as file:
+        for (page,) in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xee" * size)
+    assert len(scanned(home).chains) == 8
+    assert scans_of(str(home))[0] == line
+    scanned(home)
+    assert rows(history) == [16, 8]
 
 
 def test_damaged_rows_are_read_over(home: Path, history: Path) -> None:

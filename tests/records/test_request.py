@@ -94,6 +94,7 @@ OPTIONS = st.builds(
     leave=SIZES,
     discard=st.booleans(),
     key_files=st.dictionaries(KEYS, PATHS, max_size=2),
+    history=st.booleans(),
 )
 LIVE_OPTIONS = st.builds(
     LiveOptions,
@@ -106,6 +107,7 @@ LIVE_OPTIONS = st.builds(
     on_stall=st.sampled_from(get_args(StallChoice)),
     size_limit=SIZES,
     volume=st.sampled_from(get_args(VolumeChoice)),
+    history=st.booleans(),
 )
 RETENTION = st.builds(
     Retention,

@@ -222,6 +222,7 @@ def scan_report(*, directory: str = "/disks", words: str = "odd") -> ScanReport:
         forecasts=tuple(
             Forecast(kind, f"{directory}/{words}", image.path, 5, 9, 86_400, 4) for kind in Limited
         ),
+        scope=(directory,),
     )
 
 

@@ -134,6 +134,8 @@ class ScanReport(Struct, frozen=True):
         left_out: What was not looked at, and why; a sentence each.
         forecasts: What reaches its limit within a year, if it goes on as it did from scan to scan;
             the first comes first.
+        scope: What tells that two scans are of the same places: as ``places``, but ``libvirt``
+            for the disks of its domains, of which snapshots change the paths.
     """
 
     version: int
@@ -146,6 +148,7 @@ class ScanReport(Struct, frozen=True):
     freed_bytes: int
     left_out: tuple[str, ...]
     forecasts: tuple[Forecast, ...] = ()
+    scope: tuple[str, ...] = ()
 
     def count_of(self, severity: Severity) -> int:
         """How many findings are of this severity."""

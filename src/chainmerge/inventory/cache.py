@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from chainmerge.inventory.found import ImageContent
 from chainmerge.inventory.summary import ChainFacts
-from chainmerge.records.history import history_file, opened
+from chainmerge.records.history import history_file, opened, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,6 +94,8 @@ class StoredMemory:
         self._now_ns = time.time_ns()
         self._today = self._now_ns // 10**9 // _DAY
         self._pending: list[tuple[str, str, bytes | None]] = []
+        self.is_damaged = False
+        """Whether the database has turned out not to be one any more."""
 
     def content(self, stamp: Stamp) -> ImageContent | None:
         """As in :class:`Memory`."""
@@ -129,8 +131,13 @@ class StoredMemory:
         except sqlite3.OperationalError:
             # Another scan is writing, the disk is full, or this user may only read.
             return
-        except sqlite3.Error:
-            self._database = None
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        self._database = None
+        damage = isinstance(error, sqlite3.DatabaseError)
+        self.is_damaged = damage and not isinstance(error, sqlite3.OperationalError)
 
     def _write(
         self,
@@ -167,8 +174,8 @@ class StoredMemory:
                 f"SELECT value, used FROM {table} WHERE key = ?",  # noqa: S608
                 (key,),
             ).fetchone()
-        except sqlite3.Error:
-            self._database = None
+        except sqlite3.Error as error:
+            self._give_up(error)
             return None
         if row is None:
             return None
@@ -211,6 +218,9 @@ def remembered(place: Path | None = None) -> Iterator[Memory]:
     finally:
         memory.flush()
         database.close()
+        if memory.is_damaged:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                set_aside(file)
 
 
 def _key_of_image(stamp: Stamp) -> str:

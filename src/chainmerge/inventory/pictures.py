@@ -99,7 +99,7 @@ def picture_chains(
         findings=found.findings,
         pictures=tuple(one for one in tried if isinstance(one, ChainPictures)),
         problems=(*(one for one in tried if isinstance(one, str)), *found.left_out),
-        trends=trend_of(found.places) if options.history else (),
+        trends=trend_of(found.scope) if options.history else (),
         forecasts=found.forecasts,
     )
 

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from chainmerge.documents.status import UnfinishedMerge
     from chainmerge.storage.bystanders import Openers
 
+LIBVIRT: Final = "libvirt"
+"""In place of the disks of all domains, in what tells that two scans are of the same places."""
 _IMAGE_SUFFIXES: Final = (".qcow2", ".qcow")
 _TOLD_EVERY: Final = 64
 _NANOSECONDS: Final = 10**9
@@ -114,13 +116,24 @@ def scan(
     usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), merges)
     scene = Scene(graph, chains, usage, _rooms_of(graph), options, now_ns)
     left_out = (*places.left_out, *lost, *survey.left_out, *not_searched)
-    report = _report(scene, openers, places.named, left_out)
+    report = replace(
+        _report(scene, openers, places.named, left_out),
+        scope=places.named if domains is None else (*_named_apart(places, paths, there), LIBVIRT),
+    )
     if not options.history:
         return report
     line = line_of_scan(report, scene, time.monotonic() - began)
     earlier = scans_of(line.places)
     add_scan(line)
     return replace(report, forecasts=forecasts((*earlier, line), options.length_limit))
+
+
+def _named_apart(
+    places: Places, paths: Sequence[str | Path], disks: Sequence[str]
+) -> Iterator[str]:
+    """Places that were named, and not only as the disk of a domain."""
+    named, of_domains = ({os.path.abspath(one) for one in several} for several in (paths, disks))  # noqa: PTH100
+    return (place for place in places.named if place not in of_domains - named)
 
 
 def _open_ones(graph: ImageGraph, openers: Openers) -> Iterator[Identity]:

@@ -29,7 +29,7 @@ def line_of_scan(report: ScanReport, scene: Scene, seconds: float) -> ScanLine:
     """
     return ScanLine(
         at=report.scanned_at,
-        places=place_of(report.places),
+        places=name_of_scope(report.scope),
         seconds=seconds,
         images=len(report.images),
         chains=len(report.chains),
@@ -40,17 +40,17 @@ def line_of_scan(report: ScanReport, scene: Scene, seconds: float) -> ScanLine:
     )
 
 
-def trend_of(places: Sequence[str]) -> tuple[TrendPoint, ...]:
-    """What scans of these places have found, in the order of time."""
+def trend_of(scope: Sequence[str]) -> tuple[TrendPoint, ...]:
+    """What scans of the same places have found, in the order of time."""
     return tuple(
         TrendPoint(line.at, line.longest, line.occupied_bytes, line.freed_bytes)
-        for line in scans_of(place_of(places))
+        for line in scans_of(name_of_scope(scope))
     )
 
 
-def place_of(places: Sequence[str]) -> str:
+def name_of_scope(scope: Sequence[str]) -> str:
     """By what scans of the same places are known."""
-    return "\n".join(places)
+    return "\n".join(scope)
 
 
 def _chains(scene: Scene) -> tuple[Level, ...]:

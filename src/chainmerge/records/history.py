@@ -111,7 +111,7 @@ class ScanLine(Struct, frozen=True):
 
     Attributes:
         at: When it began, in seconds since 1970 (UTC).
-        places: What was scanned, as the report names it, one place a line.
+        places: The scope of the report, one place a line.
         seconds: How long it took.
         images: How many images there are.
         chains: How many chains there are.

@@ -73,7 +73,7 @@ def metrics_of_scan(report: ScanReport) -> bytes:
     from prometheus_client import CollectorRegistry, Gauge, generate_latest  # noqa: PLC0415
 
     registry = CollectorRegistry()
-    places = printable(", ".join(report.places))
+    places = printable(", ".join(report.scope))
     for metric in scan_metrics(report):
         name = f"{_PREFIX}{metric.name}"
         gauge = Gauge(name, metric.text, ["places", *metric.labels], registry=registry)
