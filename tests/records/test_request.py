@@ -297,7 +297,11 @@ def test_every_spelling_is_an_option_of_a_command() -> None:
 
 
 def options_in(command: click.Command) -> set[str]:
-    return {option for parameter in command.params for option in parameter.opts}
+    return {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def test_volumes_are_activated_again() -> None:
