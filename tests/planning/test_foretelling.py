@@ -59,6 +59,7 @@ def test_there_are_no_data_yet(tmp_path: Path) -> None:
     storage = storage_name(tmp_path)
     assert storage is not None
     assert chainmerge.plan(top).prediction == Prediction(storage, 0)
+    assert "\nTime: no data yet\n" in run("plan", top).out
     for _ in range(FEWEST_MERGES - 1):
         add_merge(line(tmp_path, 1, 1.0))
     assert chainmerge.plan(top).prediction == Prediction(storage, FEWEST_MERGES - 1)
@@ -73,7 +74,7 @@ def test_what_is_foretold(tmp_path: Path) -> None:
     assert found.merges == 6
     assert found.seconds == pytest.approx(12, rel=0.1)
     ran = run("plan", "--engine", "native", top)
-    assert "Takes about 12 s (11 s to 13 s), by 6 merges on this storage" in ran.out
+    assert "Time: about 12 s (11 s to 13 s), by 6 merges on this storage" in ran.out
     assert chainmerge.plan(top, options=MergeOptions(engine="qemu")).prediction == Prediction(
         found.storage, 0
     )
@@ -92,9 +93,9 @@ def test_several_disks_take_the_sum(tmp_path: Path) -> None:
     slow_storage(tmp_path)
     tops = [chain(tmp_path, name, 2)[1] for name in ("a", "b")]
     ran = run("plan", "--engine", "native", *tops)
-    assert "Takes about 24 s" in ran.out
+    assert "Time: about 24 s" in ran.out
     thinned = run("thin-out", "--engine", "native", "-n", "--keep-last", "0", tops[0])
-    assert "Takes about 12 s" in thinned.out
+    assert "Time: about 12 s" in thinned.out
 
 
 def test_what_is_merged_takes_no_time(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_what_is_merged_takes_no_time(tmp_path: Path) -> None:
     top = chain(tmp_path, "disk", 2)[1]
     chainmerge.merge(top)
     assert chainmerge.plan(top).prediction is None
-    assert "Takes" not in run("plan", top).out
+    assert "Time:" not in run("plan", top).out
 
 
 def _overlay(place: Path, name: str, mebibytes: int) -> Path:

@@ -108,6 +108,7 @@ def test_other_places_are_other_scans() -> None:
 
 def test_nothing_was_kept_yet() -> None:
     assert (merges(), scans_of("/images")) == ((), ())
+    assert not history_file().parent.exists()
 
 
 def test_it_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from chainmerge.documents.scan import ScanReport
     from chainmerge.inventory.findings.scene import Scene
 
-_MOST_CHAINS: Final = 50
-_MOST_STORAGES: Final = 50
+_MOST_CHAINS: Final = 30
+_MOST_STORAGES: Final = 20
 
 
 def line_of_scan(report: ScanReport, scene: Scene, seconds: float) -> ScanLine:

@@ -77,9 +77,12 @@ def note_disk(begun: BegunMerge | None, disk: DiskReport) -> None:
 
 
 def _add(begun: BegunMerge, outcome: str, seconds: float | None, copy_seconds: float) -> None:
-    # Imported where it is used: the database takes longer to import than a small merge takes.
-    from chainmerge.records.history import MergeLine, add_merge  # noqa: PLC0415
-
+    # Imported where it is used: nothing that a merge needs waits for a database. Some builds of
+    # Python come without it.
+    try:
+        from chainmerge.records.history import MergeLine, add_merge  # noqa: PLC0415
+    except ImportError:
+        return
     plan = begun.plan
     effort = effort_of(plan)
     add_merge(

@@ -28,9 +28,11 @@ def foretold(
     """
     if not options.history or plan.progress is not Progress.NEW:
         return None
-    # Imported where it is used: merges of several disks are planned as well, and need no database.
-    from chainmerge.records.history import merges_like  # noqa: PLC0415
-
+    # Imported where it is used, as by what leaves a line: merges of several disks load this as well.
+    try:
+        from chainmerge.records.history import merges_like  # noqa: PLC0415
+    except ImportError:
+        return None
     storage = storages_of(plan)
     if storage is None:
         return None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WAIT_SECONDS: Final = 0.5
 """How long a writer is waited for."""
 MOST_MERGES: Final = 10_000
-MOST_SCANS: Final = 5_000
+MOST_SCANS: Final = 3_000
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS merges_1 (
     id INTEGER PRIMARY KEY, at INTEGER, storage TEXT, engine TEXT, verify TEXT, live INTEGER,
@@ -313,6 +313,9 @@ def _read(
     table: str, kind: type[_Line], condition: str, values: Sequence[object], most: int
 ) -> tuple[_Line, ...]:
     columns = kind.__struct_fields__
+    if not history_file().exists():
+        # Who only reads makes none.
+        return ()
     with _history() as database:
         if database is None:
             return ()
