@@ -28,7 +28,7 @@ def foretold(
     """
     if not options.history or plan.progress is not Progress.NEW:
         return None
-    # Imported where it is used, as by what leaves a line: merges of several disks load this as well.
+    # Imported where it is used: merges of several disks load this module as well.
     try:
         from chainmerge.records.history import merges_like  # noqa: PLC0415
     except ImportError:

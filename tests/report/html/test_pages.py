@@ -139,6 +139,18 @@ def test_findings_are_told_by_severity() -> None:
     assert places == sorted(places)
 
 
+def test_when_limits_are_reached() -> None:
+    text = " ".join(" ".join(Read(html_of_chains(chains_pictures())).text).split())
+    for said in (
+        "the chain of /disks/daily-0.qcow2 has 5242880 of 9437184 images, and reaches that limit",
+        "the file system of /disks/daily-0.qcow2 has 4 MiB left, and is full about 1970-01-",
+        "/disks/daily-0.qcow2 has 4 MiB left behind the image's end, and is full about 1970-01-",
+    ):
+        assert said in text
+    without = html_of_chains(replace(chains_pictures(), forecasts=()))
+    assert "If it goes on like this" not in without
+
+
 def test_trends_are_drawn_from_two_scans_on() -> None:
     points = [TrendPoint(day * 86400, day + 1, day * 4096, 4096) for day in range(3)]
     found = chains_pictures()
