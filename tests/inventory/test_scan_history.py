@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chainmerge
-from chainmerge import Access, Limited, ScanOptions, TrendPoint
+from chainmerge import Access, DefinedDisk, Limited, ScanOptions, TrendPoint
 from chainmerge.records.history import Level, ScanLine, add_scan, scans_of
 from chainmerge.storage.storage_names import storage_name
 from tests.inventory.findings.building import chain
@@ -110,6 +110,18 @@ def test_trends_of_a_report(tmp_path: Path) -> None:
     assert page.read_text().count("Trend: ") == 3
     without = chainmerge.picture_chains([tmp_path], options=ScanOptions(history=False))
     assert (without.trends, without.forecasts) == ((), ())
+
+
+def test_what_snapshots_rename_is_one_scope(tmp_path: Path) -> None:
+    first, second = chain(tmp_path, "disk", 2)
+    for active in (first, second):
+        disks = (DefinedDisk("vm", "vda", str(active), running=False),)
+        report = chainmerge.scan(domains=disks)
+        assert (report.scope, report.places) == (("libvirt",), (str(active),))
+    assert len(scans_of("libvirt")) == 2
+    assert chainmerge.scan([tmp_path], domains=disks).scope == (str(tmp_path), "libvirt")
+    assert chainmerge.scan([second], domains=disks).scope == (str(second), "libvirt")
+    assert chainmerge.scan([second]).scope == (str(second),)
 
 
 def test_what_is_scanned_elsewhere_is_another_history(tmp_path: Path) -> None:

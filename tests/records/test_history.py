@@ -127,6 +127,12 @@ def test_names_that_are_no_text_are_not_kept() -> None:
     assert (scans_of(odd), scans_of("/images")) == ((), ())
 
 
+def test_numbers_that_are_too_large_are_not_kept() -> None:
+    add_merge(replace(MERGE, bytes_copied=1 << 64))
+    add_scan(replace(SCAN, occupied_bytes=1 << 64))
+    assert (merges(), scans_of("/images")) == ((), ())
+
+
 def test_nobody_waits_for_another_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "WAIT_SECONDS", 0.05)
     add_merge(MERGE)

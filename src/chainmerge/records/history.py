@@ -276,8 +276,9 @@ def _history() -> Iterator[sqlite3.Connection | None]:
     database = opened(file, _TABLES, WAIT_SECONDS)
     try:
         yield database
-    except (sqlite3.OperationalError, UnicodeEncodeError):
-        # Another one is writing, the disk is full, this user may only read, or a name is not UTF-8.
+    except (sqlite3.OperationalError, UnicodeEncodeError, OverflowError):
+        # Another one is writing, the disk is full, this user may only read, a name is not UTF-8, or
+        # what a hostile image says of itself is more than SQLite's numbers hold.
         pass
     except sqlite3.DatabaseError:
         with contextlib.suppress(sqlite3.Error, OSError):
