@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 _DISK: Final = 8 * GIB
 _LEARNED: Final = 10
 _FORETOLD: Final = 10
-_SMALLEST, _LARGEST = MIB, GIB
+_SMALLEST, _LARGEST = 32 * MIB, GIB
 
 
 def prediction(settings: Settings) -> Iterable[Comparison]:
-    """Ten merges of 1 MiB to 1 GiB that were foretold, after ten others; the peer is the plan."""
+    """Ten merges of 32 MiB to 1 GiB that were foretold, after ten others; the peer is the plan."""
     draw = random.Random(1)
     taken, foretold = [], []
     for number in range(_LEARNED + _FORETOLD):
@@ -57,7 +57,7 @@ def prediction(settings: Settings) -> Iterable[Comparison]:
 def _overlay(place: Path, number: int, size: int, *, scattered: bool) -> Path:
     base = create(place / f"base-{number}.qcow2", _DISK)
     top = create(place / f"top-{number}.qcow2", backing=base.name)
-    if scattered and size < 64 * MIB:
+    if scattered and size < 128 * MIB:
         write_clusters(top, random_clusters(max(1, size // CLUSTER), _DISK, seed=number))
     else:
         qemu_io(top, f"write -q -P 1 0 {size // CLUSTER * CLUSTER}")
