@@ -66,12 +66,17 @@ def _state_directory_empty_again(_state_directory_of_this_run: None) -> Iterator
             file.unlink()
 
 
-@pytest.fixture(autouse=True)
-def _history_of_its_own(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """What a plan says of the time that a merge takes does not hang on other tests."""
+@pytest.fixture(scope="session", autouse=True)
+def _history_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is kept of merges and scans stays out of this user's own history."""
     home = tmp_path_factory.mktemp("state-home")
-    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(home))
+        yield home / "chainmerge"
+
+
+@pytest.fixture(autouse=True)
+def _history_empty_again(_history_of_this_run: Path) -> Iterator[None]:
+    """What a plan says of the time that a merge takes does not hang on other tests."""
     yield
-    shutil.rmtree(home, ignore_errors=True)
+    shutil.rmtree(_history_of_this_run, ignore_errors=True)

@@ -289,7 +289,7 @@ def test_every_spelling_is_an_option_of_a_command() -> None:
     assert {SPELLINGS[name].option for name in living} <= options_in(live_merge)
     resumable = options_in(resume)
     pace = {name for name in LiveOptions.__struct_fields__ if SPELLINGS[name].option in resumable}
-    assert pace == {"bandwidth", "deadline", "on_stall", "volume"}
+    assert pace == {"bandwidth", "deadline", "history", "on_stall", "volume"}
     thinning = cli.get_command(None, "thin-out")  # type: ignore[arg-type]
     assert thinning is not None
     retaining = {*Retention.__struct_fields__, *merging}
