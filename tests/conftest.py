@@ -16,6 +16,7 @@ from tests.support.loopdev import mounted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
 OTHER_QEMU = "CHAINMERGE_OTHER_QEMU" in os.environ
