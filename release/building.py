@@ -7,7 +7,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from release.debian import DEBIANS, build_deb
@@ -19,6 +18,8 @@ from release.rpm import RPM_DISTRIBUTIONS, build_rpm
 from release.tree import Built
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from release.project import Project
 
 WORK: Final = ROOT / "build/release"

@@ -45,9 +45,7 @@ def lock(project: Project) -> None:
 
 def install(project: Project, python: str, directory: Path) -> None:
     """Put the wheels for a version of Python, as "3.11", into a directory."""
-    _uv_install(
-        project, python, directory, "--require-hashes", "--requirement", str(REQUIREMENTS)
-    )
+    _uv_install(project, python, directory, "--require-hashes", "--requirement", str(REQUIREMENTS))
 
 
 def install_wheel(project: Project, python: str, directory: Path, wheel: Path) -> None:

@@ -46,9 +46,7 @@ def read_project() -> Project:
         epoch=_epoch(),
         machine=platform.machine(),
         dependencies=tuple(declared["dependencies"]),
-        extras={
-            name: tuple(needed) for name, needed in declared["optional-dependencies"].items()
-        },
+        extras={name: tuple(needed) for name, needed in declared["optional-dependencies"].items()},
     )
 
 

@@ -32,7 +32,7 @@ RPM_DISTRIBUTIONS: Final = (_of_python("3.12"), _of_python("3.13"))
 def build_rpm(
     project: Project, distribution: Distribution, built: Built, work: Path, into: Path
 ) -> None:
-    """Write ``chainmerge-VERSION-1.pyNNN.MACHINE.rpm``."""
+    """Write ``chainmerge-VERSION-1.pyNNN.MACHINE.rpm``; what rpmbuild says stays beside the tree."""
     top = work / f"rpm{distribution.python}"
     tree = top / "tree"
     make_tree(project, distribution, built, tree)
@@ -52,12 +52,15 @@ def build_rpm(
         "_binary_payload": "w9.zstdio",
     }
     defined = [word for name, value in facts.items() for word in ("-D", f"{name} {value}")]
-    subprocess.run(
-        ["rpmbuild", "--quiet", "-bb", *defined, str(SPEC)],
-        env=environment(project),
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    log = top / "log"
+    with log.open("wb") as file:
+        subprocess.run(
+            ["rpmbuild", "-bb", *defined, str(SPEC)],
+            env=environment(project),
+            check=True,
+            stdout=file,
+            stderr=file,
+        )
     (package,) = (top / "rpmbuild/RPMS").rglob("*.rpm")
     shutil.copy(package, into)
 

@@ -52,9 +52,7 @@ class Distribution:
     zsh_completions: str
 
 
-def make_tree(
-    project: Project, distribution: Distribution, built: Built, tree: Path
-) -> None:
+def make_tree(project: Project, distribution: Distribution, built: Built, tree: Path) -> None:
     """Lay all files of a package out below a directory, as they are to be below ``/``."""
     shutil.rmtree(tree, ignore_errors=True)
     packages = _make_environment(project, distribution, built.wheel, tree)
