@@ -32,7 +32,7 @@ RPM_DISTRIBUTIONS: Final = (_of_python("3.12"), _of_python("3.13"))
 def build_rpm(
     project: Project, distribution: Distribution, built: Built, work: Path, into: Path
 ) -> None:
-    """Write ``chainmerge-VERSION-1.pyNNN.MACHINE.rpm``; what rpmbuild says stays beside the tree."""
+    """Write ``chainmerge-VERSION-1.pyNNN.MACHINE.rpm``; what rpmbuild says is kept by the tree."""
     top = work / f"rpm{distribution.python}"
     tree = top / "tree"
     make_tree(project, distribution, built, tree)

@@ -140,7 +140,7 @@ def _add_manuals(tree: Path) -> None:
 
 
 def _add_units_and_configuration(tree: Path) -> None:
-    for unit in sorted((CONTRIB / "systemd").glob("*.[st][ei][rm][ve]*")):
+    for unit in sorted((CONTRIB / "systemd").glob("chainmerge*")):
         _write(tree / "usr/lib/systemd/system" / unit.name, unit.read_bytes())
     configuration = CONTRIB / "config.toml"
     if configuration.exists():
