@@ -16,12 +16,13 @@ export CHAINMERGE_OTHER_QEMU := $(QEMU)
 endif
 
 BIN := .venv/bin
+RELEASE_TOOLS := build/release-tools
 WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-metrics test-vm soak fuzz fuzz-guided bench \
-	lint format schema screenshots clean
+.PHONY: help setup demo quick test test-browser test-metrics test-packages test-vm soak fuzz \
+	fuzz-guided bench lint format schema screenshots dist lock clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -43,6 +44,10 @@ help:
 	@echo 'make schema  rewrite docs/schema from the types'
 	@echo 'make screenshots'
 	@echo '             rewrite the pictures in docs'
+	@echo 'make dist    source, wheel, packages for Debian and RPM, one file, list of parts, sums'
+	@echo 'make test-packages'
+	@echo '             the packages on Debian 12 and 13 as they are when just installed'
+	@echo 'make lock    what packages carry, in the newest versions'
 	@echo 'make clean   remove what the targets made'
 
 setup:
@@ -108,6 +113,26 @@ schema: setup
 screenshots:
 	@scripts/setup chromium:chromium
 	@$(BIN)/python -m tests.browser.screenshots docs/pictures
+
+# An environment of their own: their exact versions are nobody else's concern.
+$(RELEASE_TOOLS)/.stamp: pyproject.toml | setup
+	@echo 'setup: installing what releases are made with'
+	@rm -rf $(RELEASE_TOOLS)
+	@$(BIN)/python -m venv $(RELEASE_TOOLS)
+	@$(RELEASE_TOOLS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(RELEASE_TOOLS)/bin/python -m pip install --quiet --group release
+	@touch $@
+
+dist: $(RELEASE_TOOLS)/.stamp
+	@scripts/setup rpmbuild:rpm
+	@$(RELEASE_TOOLS)/bin/python -m release dist
+
+lock: $(RELEASE_TOOLS)/.stamp
+	@$(RELEASE_TOOLS)/bin/python -m release lock
+
+test-packages: dist
+	@scripts/setup mmdebstrap:mmdebstrap buildah:buildah
+	@$(BIN)/python -m pytest tests/packages $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

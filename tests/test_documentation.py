@@ -26,14 +26,14 @@ DOCS: Final = ROOT / "docs"
 PAGES: Final = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 SOURCES: Final = sorted(
     file
-    for directory in ("src", "tests", "demo", "benchmarks")
+    for directory in ("src", "tests", "demo", "benchmarks", "release")
     for file in (ROOT / directory).rglob("*.py")
 )
 
 # "chainmerge.planning.leaks", but not ".BASE.chainmerge-saved".
 _DOTTED: Final = re.compile(r"(?<![\w./-])chainmerge(?:\.[A-Za-z_]\w*)+")
 _PATH: Final = re.compile(
-    r"(?<![\w./-])(?:src/chainmerge|tests|docs|demo|benchmarks|scripts)/[\w./-]*\w"
+    r"(?<![\w./-])(?:src/chainmerge|tests|docs|demo|benchmarks|release|scripts)/[\w./-]*\w"
 )
 # A module as `planning/plan.py` or a directory as `live/qmp/`, from the root or in the package.
 _QUOTED_PATH: Final = re.compile(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+(?:\.py|/))`")
@@ -45,7 +45,7 @@ _HEADING: Final = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _FENCED: Final = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 # Made by what runs.
-_MADE: Final = frozenset({"build/"})
+_MADE: Final = frozenset({"build/", "dist/"})
 # The specification in QEMU's sources.
 _OF_OTHERS: Final = frozenset({"docs/interop/qcow2.txt"})
 

@@ -489,7 +489,10 @@ class LibvirtMissing(Misuse):
 
     code: ClassVar[str] = "libvirt-missing"
     template: ClassVar[str] = "libvirt's Python package cannot be used: {reason}"
-    hint: ClassVar[str] = "pip install 'chainmerge[libvirt]'"
+    hint: ClassVar[str] = (
+        "install python3-libvirt if chainmerge came as a package of the distribution, else: "
+        "pip install 'chainmerge[libvirt]'"
+    )
     explanation: ClassVar[str] = (
         "--domain reaches a VM through libvirt, with Python's package 'libvirt'. It is optional: "
         "merges of closed images and merges with --qmp do not need it."
