@@ -20,8 +20,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-vm soak fuzz fuzz-guided bench lint format \
-	schema screenshots clean
+.PHONY: help setup demo quick test test-browser test-docs test-vm soak fuzz fuzz-guided bench lint \
+	format schema screenshots docs man completions clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -30,6 +30,8 @@ help:
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make test-browser'
 	@echo '             reports in a real browser, which it installs'
+	@echo 'make test-docs'
+	@echo '             the site and the manual pages, which it makes'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
 	@echo 'make soak    the test suite with its long runs'
 	@echo 'make fuzz    all commands on damaged images (FUZZ_ARGS="--minutes 60 --seed 1")'
@@ -41,6 +43,10 @@ help:
 	@echo 'make schema  rewrite docs/schema from the types'
 	@echo 'make screenshots'
 	@echo '             rewrite the pictures in docs'
+	@echo 'make docs    the site, in build/site'
+	@echo 'make man     the manual pages, in build/man'
+	@echo 'make completions'
+	@echo '             what lets shells complete words, in build/completions'
 	@echo 'make clean   remove what the targets made'
 
 setup:
@@ -60,6 +66,10 @@ test: setup
 test-browser:
 	@scripts/setup chromium:chromium
 	@$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
+
+test-docs: docs man
+	@scripts/setup mandoc:mandoc man:man-db
+	@$(BIN)/python -m pytest tests/site $(PYTEST_ARGS)
 
 # First what only the machine's kernel can do, then what is judged outside of it.
 test-vm: setup
@@ -101,6 +111,21 @@ schema: setup
 screenshots:
 	@scripts/setup chromium:chromium
 	@$(BIN)/python -m tests.browser.screenshots docs/pictures
+
+# Not a part of the set-up: it is for those who write, and brings twenty packages.
+docs: setup
+	@$(BIN)/python -c 'import sphinx, furo, myst_parser' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --group docs
+	@rm -rf build/site
+	@$(BIN)/python -m manual site-source build/site-source
+	@$(BIN)/python -m sphinx -q -W --keep-going -E -j auto -c manual -d build/site-doctrees \
+		build/site-source build/site
+
+man: setup
+	@$(BIN)/python -m manual man build/man
+
+completions: setup
+	@$(BIN)/python -m manual completions build/completions
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
