@@ -7,26 +7,28 @@ from typing import TYPE_CHECKING
 
 from manual.commands import all_commands, exit_statuses
 from manual.examples import examples_of
-from manual.markdown import directive, page, prose
+from manual.markdown import directive, page, prose, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from manual.commands import CommandManual, Option
 
 
 def command_pages(folder: str) -> dict[str, str]:
     """Return a page of each command by the name of its file in a folder."""
-    return {f"{folder}/{one.page}.md": _page_of(one) for one in all_commands()}
+    commands = all_commands()
+    summaries = {one.words: one.summary for one in commands}
+    return {f"{folder}/{one.page}.md": _page_of(one, summaries) for one in commands}
 
 
-def _page_of(command: CommandManual) -> str:
+def _page_of(command: CommandManual, summaries: Mapping[tuple[str, ...], str]) -> str:
     operands = " ".join(command.operands)
     return page(
         f"# {command.called}",
         f"```text\n{command.called} {operands}\n```",
         *map(prose, command.paragraphs),
-        *_within(command),
+        *_within(command, summaries),
         directive("program", command.called),
         *_options(command),
         "## Exit status",
@@ -35,11 +37,14 @@ def _page_of(command: CommandManual) -> str:
     )
 
 
-def _within(command: CommandManual) -> Iterator[str]:
+def _within(command: CommandManual, summaries: Mapping[tuple[str, ...], str]) -> Iterator[str]:
     if command.within:
+        pages = {"-".join(words): prose(summaries[words]) for words in command.within}
         yield "## Commands"
-        pages = ("-".join(words) for words in command.within)
-        yield directive("toctree", "", ":maxdepth: 1", "", *pages)
+        yield table(
+            ("command", "what it does"), ((f"[]({page}.md)", pages[page]) for page in pages)
+        )
+        yield directive("toctree", "", ":hidden:", "", *pages)
 
 
 def _options(command: CommandManual) -> Iterator[str]:
@@ -56,8 +61,8 @@ def _option(option: Option) -> str:
 
 
 def _exit_statuses() -> str:
-    rows = (f"| {number} | {prose(meaning)} |" for number, meaning in exit_statuses().items())
-    return "\n".join(["| status | meaning |", "|---|---|", *rows])
+    meanings = exit_statuses().items()
+    return table(("status", "meaning"), ((str(number), prose(said)) for number, said in meanings))
 
 
 def _examples(command: CommandManual) -> Iterator[str]:

@@ -7,6 +7,7 @@ import re
 from typing import Final
 
 _TYPED: Final = re.compile(r"(`[^`]+`)")
+_OPTION: Final = re.compile(r"(?<![\w`-])--?[a-z][\w-]*")
 _SPECIAL: Final = re.compile(r"([\\*_\[\]<>#|$~{}])")
 
 

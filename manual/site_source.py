@@ -114,12 +114,12 @@ def _tree(caption: str, entries: Sequence[str]) -> str:
 
 def _schema_page() -> str:
     files = sorted((ROOT / "docs" / "schema").glob("*.json"))
-    rows = (f"| [{one.stem}]({one.name}) | {_described(one)} |" for one in files)
+    rows = ((f"[{one.stem}]({one.name})", _described(one)) for one in files)
     return markdown.page(
         "# JSON documents",
         "What `--json` prints has these schemas. The number goes up when a field goes or changes "
         "its meaning.",
-        "\n".join(["| schema | what it is of |", "|---|---|", *rows]),
+        markdown.table(("schema", "what it is of"), rows),
     )
 
 
