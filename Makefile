@@ -20,8 +20,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-docs test-vm soak fuzz fuzz-guided bench lint \
-	format schema screenshots docs man completions clean
+.PHONY: help setup demo quick test test-browser test-metrics test-docs test-vm soak fuzz fuzz-guided \
+	bench lint format schema screenshots docs man completions clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -32,6 +32,8 @@ help:
 	@echo '             reports in a real browser, which it installs'
 	@echo 'make test-docs'
 	@echo '             the site and the manual pages, which it makes'
+	@echo 'make test-metrics'
+	@echo '             metrics and alerts with promtool, which it installs'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
 	@echo 'make soak    the test suite with its long runs'
 	@echo 'make fuzz    all commands on damaged images (FUZZ_ARGS="--minutes 60 --seed 1")'
@@ -66,6 +68,11 @@ test: setup
 test-browser:
 	@scripts/setup chromium:chromium
 	@$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
+
+# Neither is Prometheus, of which only promtool is used: its daemon need not run.
+test-metrics:
+	@scripts/setup promtool:prometheus
+	@$(BIN)/python -m pytest tests/promtool $(PYTEST_ARGS)
 
 test-docs: docs man
 	@scripts/setup mandoc:mandoc man:man-db

@@ -24,8 +24,8 @@ FILES: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
             "~/.local/state/chainmerge/history.sqlite",
             f"{STATE_DIRECTORY}/history.sqlite",
         ): (
-            "What earlier runs know of images that have not changed since, so that they need not "
-            "be read again. The last one is root's. It may be deleted."
+            "What merges and scans were like (--no-history), and what is known of images that have "
+            "not changed since (scan --no-cache). The last one is root's. It may be deleted."
         ),
     }
 )

@@ -25,6 +25,8 @@ SOURCES: Final = Path(__file__).parents[2] / "src" / "chainmerge"
 _REFERENCE: Final = re.compile(r"\\fB(chainmerge[\w-]*)\\fR\((\d)\)")
 _TAG: Final = re.compile(r"^\.TP\n(.*)$", re.MULTILINE)
 _BOLD: Final = re.compile(r"\\fB([^\\]+)\\fR")
+# What is handed on of it has these names.
+_ENVIRONMENT: Final = {"os.environ", "environ", "environment"}
 # Set by the scripts that ask for words.
 _NOT_FOR_USERS: Final = {"COMPLETION_VARIABLE", "COMP_SPLIT_OFF"}
 
@@ -97,7 +99,7 @@ def _variables_read() -> Iterator[str]:
                     pass
                 case _:
                     continue
-            if ast.unparse(place) == "os.environ":
+            if ast.unparse(place) in _ENVIRONMENT:
                 yield str(key.value) if isinstance(key, ast.Constant) else ast.unparse(key)
 
 
