@@ -21,8 +21,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-metrics test-packages test-vm soak fuzz \
-	fuzz-guided bench lint format schema screenshots dist lock clean
+.PHONY: help setup demo quick test test-browser test-metrics test-docs test-packages test-vm soak \
+	fuzz fuzz-guided bench lint format schema screenshots docs man completions dist lock clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -31,6 +31,8 @@ help:
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make test-browser'
 	@echo '             reports in a real browser, which it installs'
+	@echo 'make test-docs'
+	@echo '             the site and the manual pages, which it makes'
 	@echo 'make test-metrics'
 	@echo '             metrics and alerts with promtool, which it installs'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
@@ -48,6 +50,10 @@ help:
 	@echo 'make test-packages'
 	@echo '             the packages on Debian 12 and 13 as they are when just installed'
 	@echo 'make lock    what packages carry, in the newest versions'
+	@echo 'make docs    the site, in build/site'
+	@echo 'make man     the manual pages, in build/man'
+	@echo 'make completions'
+	@echo '             what lets shells complete words, in build/completions'
 	@echo 'make clean   remove what the targets made'
 
 setup:
@@ -72,6 +78,10 @@ test-browser:
 test-metrics:
 	@scripts/setup promtool:prometheus
 	@$(BIN)/python -m pytest tests/promtool $(PYTEST_ARGS)
+
+test-docs: docs man
+	@scripts/setup mandoc:mandoc man:man-db
+	@$(BIN)/python -m pytest tests/site $(PYTEST_ARGS)
 
 # First what only the machine's kernel can do, then what is judged outside of it.
 test-vm: setup
@@ -133,6 +143,20 @@ lock: $(RELEASE_TOOLS)/.stamp
 test-packages: dist
 	@scripts/setup mmdebstrap:mmdebstrap buildah:buildah
 	@$(BIN)/python -m pytest tests/packages $(PYTEST_ARGS)
+# Not a part of the set-up: it is for those who write, and brings twenty packages.
+docs: setup
+	@$(BIN)/python -c 'import sphinx, furo, myst_parser' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --group docs
+	@rm -rf build/site
+	@$(BIN)/python -m manual site-source build/site-source
+	@$(BIN)/python -m sphinx -q -W --keep-going -E -j auto -c manual -d build/site-doctrees \
+		build/site-source build/site
+
+man: setup
+	@$(BIN)/python -m manual man build/man
+
+completions: setup
+	@$(BIN)/python -m manual completions build/completions
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -76,7 +76,7 @@ class Access(Struct, frozen=True):
         allow_backing: Directories whose files may serve as backing files.
         allow_data_file: External data files that may be used.
         search: Directories that may hold, at any depth, other images that use those of the chain.
-        Images that are not found there are then taken not to exist.
+            Images that are not found there are then taken not to exist.
         active: The chain's active layer, if it is not found automatically.
         lock_wait: Seconds to wait for image locks that others hold.
         sole_user: Only the images that are found use those of the chain; nobody else does.
@@ -119,15 +119,15 @@ class MergeOptions(Struct, frozen=True):
         drop_snapshots: Delete the internal snapshots that would show other data afterwards, and
             those of images that are deleted.
         despite_newer_base: Go on even if the overlays look as if somebody has merged them before
-        and left them behind: what was written to base since is overwritten.
+            and left them behind: what was written to base since is overwritten.
         engine: Which engine writes guest data.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from
             base (``pull``); ``auto`` pulls if ``keep_name`` gives both the same result and a pull
             moves less.
         data: Where data goes if base already has a cluster for it: to a new one (``cow``), over the
-        old one (``in-place``), or to a new one if there is space (``auto``).
+            old one (``in-place``), or to a new one if there is space (``auto``).
         detect_zeroes: Read all data that moves beforehand, and turn zeros into zero clusters
-        (native engine, qcow2).
+            (native engine, qcow2).
         bandwidth: Limit for the copy in bytes per second; None for no limit.
         size_limit: Bytes that base's file must not grow past, as if it were a volume of
             that size; None for no limit.
@@ -136,12 +136,12 @@ class MergeOptions(Struct, frozen=True):
             writes.
         shrink: Reduce a logical volume afterwards to what the merge needed at most, and *leave*.
         leave: Bytes that a reduced volume keeps beyond that; None for ``LEFT_TO_A_GUEST`` if the
-        guest writes to the result, and for none if images are above it.
+            guest writes to the result, and for none if images are above it.
         discard: Discard what was freed on the volume.
         reclaim: Give back all leaked clusters of the image that is written, also those that no
-        merge of ours has left. They may hold the data that a lost L2 table mapped.
+            merge of ours has left. They may hold the data that a lost L2 table mapped.
         key_files: Files that hold the passphrases of encrypted images, by image path; that of
-        ``ANY_IMAGE`` applies to all others.
+            ``ANY_IMAGE`` applies to all others.
         history: Whether this host's history tells how long the merge will take, and keeps a line
             about it.
     """
@@ -181,7 +181,7 @@ class LiveOptions(Struct, frozen=True):
 
     Attributes:
         verify: ``full`` also compares the guest-visible content of base with top's view, if the
-        guest does not write to base; ``metadata`` trusts QEMU with the copy.
+            guest does not write to base; ``metadata`` trusts QEMU with the copy.
         delete: Delete the merged images once the VM has closed them and all is verified.
         drop_bitmaps: Go on even if base cannot hold bitmaps and valid ones will be lost.
         direction: Whether top goes down into base (``commit``) or what it lacks comes up from

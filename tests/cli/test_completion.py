@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completion of words, as the shells ask for it; and bash, zsh and fish themselves."""
+"""Completion of words, as the shells ask for it."""
 
 from __future__ import annotations
 
 import os
-import pty
 import shlex
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Final
 
 import click
+import libvirt
 import pytest
 
 from chainmerge.catalogue import known_subjects
 from chainmerge.cli import main
 from chainmerge.errors import ExitCode
+from tests.live.test_domains import IDLE
 from tests.support import qemu
 from tests.support.cli import chainmerge, environment
+from tests.support.fake_lvm import FakeLvm
 from tests.support.images import MIB
+from tests.support.libvirtd import libvirtd
+from tests.support.loopdev import loop_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,10 +68,12 @@ def asked(shell: str, *words: str, where: Path | None = None, **more: str) -> li
 
 def in_bash(*words: str, where: Path, program: Path) -> list[str]:
     """What the last word becomes in bash, as it would stand in the line."""
+    typed = ("chainmerge", *words)
+    line = " ".join(typed)
     script = (
         'source <(chainmerge completion bash); compopt() { echo "compopt $*" >&2; };'
-        f"COMP_WORDS=({' '.join(map(shlex.quote, ('chainmerge', *words)))}); "
-        f"COMP_CWORD={len(words)}; _chainmerge_completion chainmerge; "
+        f"COMP_WORDS=({' '.join(map(shlex.quote, typed))}); COMP_LINE={shlex.quote(line)}; "
+        f"COMP_POINT={len(line)}; COMP_CWORD={len(words)}; _chainmerge_completion chainmerge; "
         "printf '%s\\n' \"${COMPREPLY[@]}\""
     )
     ran = subprocess.run(
@@ -77,16 +84,6 @@ def in_bash(*words: str, where: Path, program: Path) -> list[str]:
         env=environment(PATH=f"{program}:{os.environ['PATH']}"),
     )
     return [line for line in ran.stdout.decode().splitlines() if line]
-
-
-@pytest.fixture
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the program ``chainmerge``, as an installation has it."""
-    folder = tmp_path_factory.mktemp("bin")
-    script = folder / "chainmerge"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m chainmerge "$@"\n')
-    script.chmod(0o755)
-    return folder
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -127,6 +124,106 @@ def test_bitmaps_of_the_image(images: Path, shell: str) -> None:
     assert asked(shell, "bitmaps", "merge", image, "daily", "tw") == ["two words"]
     other = str(images / "disk.snap1")
     assert asked(shell, "bitmaps", "merge", other, "x", "--from", image, "da") == ["daily"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_value_of_an_option_in_the_same_word(images: Path, shell: str) -> None:
+    assert asked(shell, "merge", "--base=disk.q", where=images) == ["disk.qcow2"]
+    assert asked(shell, "merge", "--verify=f") == ["full"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_an_image_with_its_format(images: Path, shell: str) -> None:
+    def after_format(word: str) -> list[str]:
+        return asked(shell, "merge", "--format", word, where=images)
+
+    assert after_format("disk.") == ["disk.img=", "disk.qcow2=", "disk.snap1="]
+    assert after_format("disks") == ["disks/"]
+    assert after_format("disk.img=q") == ["disk.img=qcow2", "disk.img=qed"]
+    assert asked(shell, "merge", "--format=disk.img=ra", where=images) == ["disk.img=raw"]
+
+
+def test_a_key_file_for_an_image(images: Path) -> None:
+    assert asked("zsh", "merge", "--key-file", "disk.t", where=images) == ["disk.txt"]
+    said = asked("zsh", "merge", "--key-file", "disk.qcow2=disk.t", where=images)
+    assert said == ["disk.qcow2=disk.txt"]
+    assert asked("zsh", "merge", "--key-file", "disk.qcow2=no/such", where=images) == []
+
+
+def test_what_bash_has_split_off_is_not_answered_again(images: Path) -> None:
+    (images / "a:b=c.qcow2").touch()
+
+    def left(word: str, split_off: str) -> list[str]:
+        return asked("bash", "merge", word, where=images, COMP_SPLIT_OFF=split_off)
+
+    assert left("a:b", "a:") == ["b=c.qcow2"]
+    assert left("a:b=", "a:b=") == ["c.qcow2"]
+    assert left("--base=a:", "--base=a:") == ["b=c.qcow2"]
+    assert left(r"a\:b=", r"a\:b=") == ["c.qcow2"]
+
+
+@pytest.mark.parametrize("suffix", ["vmdk", "vhdx", "vdi", "qcow"])
+def test_images_of_other_formats(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"disk.{suffix}").touch()
+    assert asked("bash", "info", "d", where=tmp_path) == [f"disk.{suffix}"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells(shell: str) -> None:
+    assert asked(shell, "completion", "f") == ["fish"]
+
+
+def test_volumes_and_their_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lvm = FakeLvm(tmp_path / "lvm")
+    lvm.install(monkeypatch)
+    with loop_device(tmp_path / "volume", 8 * MIB) as device:
+        lvm.add_group("guests-of-ours", 4, [])
+        lvm.add_volume("guests-of-ours", "web", device)
+        (tmp_path / "guesses").mkdir()
+        with lvm.names_in_dev():
+            assert asked("bash", "merge", "/dev/guests-of-ours/w") == ["/dev/guests-of-ours/web"]
+            assert asked("bash", "scan", "gue", where=tmp_path) == ["guesses", "guests-of-ours"]
+            # What a merge is for is not a group.
+            assert asked("bash", "merge", "gue", where=tmp_path) == ["guesses"]
+
+
+def test_there_may_be_no_lvm(images: Path) -> None:
+    assert asked("bash", "scan", "disk.q", where=images, PATH="") == ["disk.qcow2"]
+
+
+def test_domains_and_their_disks(images: Path, tmp_path: Path) -> None:
+    with libvirtd(tmp_path / "libvirt") as uri:
+        connection = libvirt.open(uri)
+        connection.defineXML(IDLE.format(image=images / "disk.qcow2"))
+
+        def after(*words: str) -> list[str]:
+            return asked("bash", "live", "merge", "--connect", uri, *words)
+
+        assert after("--domain", "i") == ["idle"]
+        assert after("--domain", "x") == []
+        assert after("--domain", "idle", "--disk", "") == ["vda"]
+        assert after("--domain", "other", "--disk", "") == []
+        assert asked("bash", "bitmaps", "list", "--connect", uri, "--domain=i") == ["idle"]
+        connection.close()
+
+
+def test_there_may_be_no_libvirt(tmp_path: Path) -> None:
+    uri = f"qemu+unix:///system?socket={tmp_path}/missing"
+    assert asked("bash", "live", "merge", "--connect", uri, "--domain", "i") == []
+    assert asked("bash", "live", "merge", "--connect", uri, "--disk", "v") == []
+
+
+def test_a_libvirt_that_does_not_answer_is_not_waited_for_long(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(tmp_path / "socket"))
+        deaf.listen()
+        uri = f"qemu+unix:///system?socket={tmp_path}/socket"
+        ran = chainmerge(
+            _CHAINMERGE_COMPLETE="bash_complete",
+            COMP_WORDS=f"chainmerge live merge --connect {uri} --domain i",
+            COMP_CWORD="6",
+        )
+    assert (ran.status, ran.out, ran.err) == (ExitCode.FAILED, "", "")
 
 
 @pytest.mark.parametrize("name", ["disk.snap1", "disk.img", "disk.txt", "disks", "missing"])
@@ -170,44 +267,6 @@ def test_bash(images: Path, program: Path) -> None:
     assert bash("merge", "my") == ["my disk.qcow2"]
     assert bash("bitmaps", "remove", "disk.qcow2", "") == ["daily", r"two\ words", r"dis\,tinct"]
     assert "image-locked" in bash("explain", "image")
-
-
-@pytest.mark.parametrize(
-    ("typed", "becomes"),
-    [
-        ("fla", "flatten "),
-        ("merge --dry", "merge --dry-run "),
-        ("merge my", r"merge my\ disk.qcow2 "),
-        # There may be more below it.
-        ("merge disks", "merge disks/"),
-        ("bitmaps remove disk.qcow2 tw", r"bitmaps remove disk.qcow2 two\ words "),
-        ("explain image-lo", "explain image-locked "),
-    ],
-)
-def test_a_key_in_bash(images: Path, program: Path, typed: str, becomes: str) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(images)
-        # TERM=dumb: readline shows what it inserts and nothing else.
-        more = {"PATH": f"{program}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "ready:"}
-        os.execvpe("bash", ["bash", "--norc", "-i"], environment(**more))
-    try:
-        _read_until(terminal, "ready:")
-        os.write(terminal, b"source <(chainmerge completion bash); bind 'set bell-style none'\n")
-        _read_until(terminal, "ready:")
-        os.write(terminal, f"chainmerge {typed}\t".encode())
-        assert _read_until(terminal, becomes).endswith(f"chainmerge {becomes}")
-    finally:
-        os.close(terminal)
-        os.waitpid(child, 0)
-
-
-def _read_until(terminal: int, expected: str) -> str:
-    """What a terminal shows until it shows that; a test that waits in vain runs out of time."""
-    shown = ""
-    while not shown.endswith(expected):
-        shown += os.read(terminal, 1).decode(errors="replace")
-    return shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -22,7 +22,7 @@ from chainmerge.cli.options import (
     outcome_options,
 )
 from chainmerge.cli.output import show_before_asking
-from chainmerge.cli.params import IMAGE, SIZE
+from chainmerge.cli.params import DOMAIN, IMAGE, SIZE
 from chainmerge.documents.text import printable
 from chainmerge.report import tables
 from chainmerge.report.bitmap_tables import bitmaps_repair_report
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 
 domain_option = click.option(
-    "--domain", metavar="NAME", help="All disks of this libvirt domain that can have bitmaps."
+    "--domain",
+    metavar="NAME",
+    type=DOMAIN,
+    help="All disks of this libvirt domain that can have bitmaps.",
 )
 connect_option = click.option("--connect", metavar="URI", help="The libvirt that knows the domain.")
 force_option = click.option(

@@ -82,6 +82,14 @@ class PathFormat(click.ParamType[tuple[str, str]]):
             self.fail(f"{value!r} is not of the form PATH=FORMAT, like disk.img=raw", param, ctx)
         return path, image_format
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del ctx, param
+        from chainmerge.cli.candidates import format_candidates  # noqa: PLC0415 (for a shell)
+
+        return format_candidates(incomplete)
+
 
 class KeyFile(click.ParamType[tuple[str, str]]):
     """A file with a passphrase, for all images or, as ``disk.qcow2=key``, for one."""
@@ -104,6 +112,14 @@ class KeyFile(click.ParamType[tuple[str, str]]):
             self.fail(f"{value!r} is not of the form [IMAGE=]FILE", param, ctx)
         return image, key_file
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del ctx, param
+        from chainmerge.cli.candidates import key_file_candidates  # noqa: PLC0415 (for a shell)
+
+        return key_file_candidates(incomplete)
+
 
 class Image(click.Path):
     """An image. Whether it is there and what it is, the API says better."""
@@ -115,6 +131,18 @@ class Image(click.Path):
         from chainmerge.cli.candidates import image_candidates  # noqa: PLC0415 (for a shell)
 
         return image_candidates(incomplete)
+
+
+class Place(Image):
+    """Where to look for images: an image, a directory, or a volume group."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del ctx, param
+        from chainmerge.cli.candidates import place_candidates  # noqa: PLC0415 (for a shell)
+
+        return place_candidates(incomplete)
 
 
 class Directory(click.Path):
@@ -129,9 +157,40 @@ class Directory(click.Path):
         return [CompletionItem(incomplete, type="dir")]
 
 
+class DomainName(click.ParamType[str]):
+    """A domain of libvirt, which is looked up where it is used."""
+
+    name = "domain"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del param
+        from chainmerge.cli.candidates import domain_candidates  # noqa: PLC0415 (for a shell)
+
+        return domain_candidates(ctx, incomplete)
+
+
+class DiskTarget(click.ParamType[str]):
+    """A disk of the domain that ``--domain`` names."""
+
+    name = "target"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        del param
+        from chainmerge.cli.candidates import disk_candidates  # noqa: PLC0415 (for a shell)
+
+        return disk_candidates(ctx, incomplete)
+
+
 SIZE: Final = Size()
 KEY_FILE: Final = KeyFile()
 DURATION: Final = Duration()
 PATH_FORMAT: Final = PathFormat()
 IMAGE: Final = Image(readable=False)
+PLACE: Final = Place(readable=False)
 DIRECTORY: Final = Directory()
+DOMAIN: Final = DomainName()
+DISK_TARGET: Final = DiskTarget()

@@ -12,7 +12,7 @@ from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import history_option, named_places_options, outcome_options
 from chainmerge.cli.output import JsonOutput
-from chainmerge.cli.params import IMAGE
+from chainmerge.cli.params import PLACE
 from chainmerge.options import Access, ScanOptions
 from chainmerge.report.pictures_table import pictures_report
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("places", metavar="[PATH]...", type=IMAGE, nargs=-1)
+@click.argument("places", metavar="[PATH]...", type=PLACE, nargs=-1)
 @click.option(
     "-o",
     "--output",

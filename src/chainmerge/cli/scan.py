@@ -13,7 +13,7 @@ from chainmerge import api
 from chainmerge.cli.commands import Command, PanelOption
 from chainmerge.cli.errors import MetricsMissing
 from chainmerge.cli.options import history_option, named_places_options, outcome_options
-from chainmerge.cli.params import IMAGE, SIZE
+from chainmerge.cli.params import PLACE, SIZE
 from chainmerge.documents.scan import Severity
 from chainmerge.errors import ExitCode
 from chainmerge.options import Access, ScanOptions
@@ -64,7 +64,7 @@ def _with_thresholds(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(cls=Command)
-@click.argument("paths", nargs=-1, type=IMAGE, metavar="[PATH]...")
+@click.argument("paths", nargs=-1, type=PLACE, metavar="[PATH]...")
 @_looking_option("--domains", is_flag=True, help="Also the disks of all domains of libvirt.")
 @_looking_option(
     "--connect", metavar="URI", default="qemu:///system", show_default=True, help="Which libvirt."

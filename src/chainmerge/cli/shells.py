@@ -8,6 +8,7 @@ spaces, commas, quotes; and because a directory is not the end of a name.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from click.shell_completion import (
@@ -17,6 +18,7 @@ from click.shell_completion import (
     ZshComplete,
     add_completion_class,
     shell_complete,
+    split_arg_string,
 )
 
 from chainmerge.cli.commands import COMPLETION_VARIABLE
@@ -30,9 +32,28 @@ PROGRAM: Final = "chainmerge"
 
 _BASH: Final = """\
 %(complete_func)s() {
-    local kind value
+    local line=${COMP_LINE:0:COMP_POINT} rest piece before="" split_off="" kind value index
+    local -a whole=()
     COMPREPLY=()
+    # Bash takes words apart at each of $COMP_WORDBREAKS, and replaces the last piece only, with
+    # the @ before it, if there is one.
+    for ((index = 0; index <= COMP_CWORD; index++)); do
+        rest=${line#"${line%%%%[![:space:]]*}"}
+        piece=${COMP_WORDS[index]}
+        ((index < COMP_CWORD)) || piece=$rest
+        if [[ $rest == "$line" ]] && ((index)); then
+            [[ $before == *@ ]] || split_off=${whole[-1]}
+            whole[-1]+=$piece
+            [[ ${piece//["${COMP_WORDBREAKS//@}"]} ]] || split_off=${whole[-1]}
+        else
+            split_off=""
+            whole+=("$piece")
+        fi
+        line=${rest#"$piece"}
+        before=$piece
+    done
     while IFS=, read -r kind value; do
+        [[ $value != *[=/] ]] || compopt -o nospace
         case $kind in
             plain)
                 printf -v value %%q "$value"
@@ -47,8 +68,8 @@ _BASH: Final = """\
         esac
     done < <(
         IFS=$'\\n'
-        env COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD="$COMP_CWORD" \
-%(complete_var)s=bash_complete "$1"
+        env COMP_WORDS="${whole[*]}" COMP_CWORD="$((${#whole[@]} - 1))" \
+COMP_SPLIT_OFF="$split_off" %(complete_var)s=bash_complete "$1"
     )
 }
 
@@ -59,15 +80,20 @@ _ZSH: Final = """\
 #compdef %(prog_name)s
 
 %(complete_func)s() {
-    local -a answers names described images folders
+    local -a answers names unfinished described images folders
     local kind value about
     (( $+commands[%(prog_name)s] )) || return 1
     answers=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT - 1)) \
 %(complete_var)s=zsh_complete %(prog_name)s)}")
+    # What is answered is the value of an option alone.
+    compset -P 1 '-*='
     for kind value about in "${answers[@]}"; do
         case $kind in
             plain)
-                if [[ $about == _ ]]; then names+=("$value"); else described+=("$value:$about"); fi
+                if [[ $value == *[=/] ]]; then unfinished+=("$value")
+                elif [[ $about == _ ]]; then names+=("$value")
+                else described+=("$value:$about")
+                fi
                 ;;
             image)
                 if [[ $value == */ ]]; then folders+=("$value"); else images+=("$value"); fi
@@ -77,13 +103,15 @@ _ZSH: Final = """\
         esac
     done
     (( $#described )) && _describe -V unsorted described -U
-    (( $#names )) && compadd -U -V unsorted -a names
-    (( $#images )) && compadd -U -f -a images
-    (( $#folders )) && compadd -U -f -S '' -a folders
+    (( $#names )) && compadd -U -i "$IPREFIX" -V unsorted -a names
+    (( $#unfinished )) && compadd -U -i "$IPREFIX" -V unsorted -S '' -a unfinished
+    (( $#images )) && compadd -U -i "$IPREFIX" -f -a images
+    (( $#folders )) && compadd -U -i "$IPREFIX" -f -S '' -a folders
     return 0
 }
 
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+# A function that zsh loads by its name is this text: the first time, and each time after it.
+if [[ $zsh_eval_context[-1] == (loadautofunc|shfunc) ]]; then
     %(complete_func)s "$@"
 else
     compdef %(complete_func)s %(prog_name)s
@@ -94,15 +122,18 @@ _FISH: Final = """\
 function %(complete_func)s
     set -l answers (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp) \
 COMP_CWORD=(commandline -t) %(prog_name)s)
+    # What is answered is the value of an option alone.
+    set -l option (string match -r -- '^-[^=]*=' (commandline -t))
+    or set option ""
     for answer in $answers
         set -l parts (string split -m 1 , -- $answer)
         switch $parts[1]
             case plain image
-                echo $parts[2]
+                echo $option$parts[2]
             case file
-                __fish_complete_path $parts[2]
+                printf '%%s\\n' $option(__fish_complete_path $parts[2])
             case dir
-                __fish_complete_directories $parts[2]
+                printf '%%s\\n' $option(__fish_complete_directories $parts[2] "")
         end
     end
 end
@@ -119,9 +150,18 @@ class _Bash(BashComplete):
         return ShellComplete.source(self)
 
     def format_completion(self, item: CompletionItem[Any]) -> str:
-        # Bash puts a slash after a directory itself.
-        value = item.value.removesuffix("/") if item.type == "image" else item.value
+        split_off = _value_in(os.environ.get("COMP_SPLIT_OFF", ""))
+        value = item.value.removeprefix(split_off)
+        # Bash puts a slash after a directory itself, whose whole name it knows.
+        if item.type == "image" and not split_off:
+            value = value.removesuffix("/")
         return f"{item.type},{value}"
+
+
+def _value_in(beginning: str) -> str:
+    """What the beginning of a word, as it was typed, has of a value that can be completed."""
+    typed = "".join(split_arg_string(beginning))
+    return typed.partition("=")[2] if typed.startswith("-") else typed
 
 
 class _Zsh(ZshComplete):

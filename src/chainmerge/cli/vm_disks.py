@@ -15,6 +15,7 @@ from chainmerge import live as api
 from chainmerge.cli.commands import PanelOption
 from chainmerge.cli.errors import DiskNotNamed
 from chainmerge.cli.options import with_options
+from chainmerge.cli.params import DISK_TARGET, DOMAIN
 from chainmerge.live.errors import LiveDisksMismatched
 from chainmerge.merging.errors import DisksMismatched
 
@@ -170,7 +171,12 @@ _MONITOR_HOLD: Final = _disk_option(
     show_default=True,
     help="Keep others from the QMP socket for so long at a time while data is copied.",
 )
-_DOMAIN: Final = _disk_option("--domain", metavar="NAME", help="The VM, as a libvirt domain.")
+_DOMAIN: Final = _disk_option(
+    "--domain",
+    metavar="NAME",
+    type=DOMAIN,
+    help="The VM, as a libvirt domain.",
+)
 _CONNECT: Final = _disk_option(
     "--connect", metavar="URI", help=f"The libvirt that runs it; {api.DEFAULT_URI} if not given."
 )
@@ -182,7 +188,13 @@ _ONE_DISK: Final = (
     _disk_option("--node", metavar="NODE", help="The disk, by the node name of its image."),
     _MONITOR_HOLD,
     _DOMAIN,
-    _disk_option("--disk", "target", metavar="TARGET", help="Its disk, by the target: vda."),
+    _disk_option(
+        "--disk",
+        "target",
+        metavar="TARGET",
+        type=DISK_TARGET,
+        help="Its disk, by the target: vda.",
+    ),
     _CONNECT,
 )
 _SEVERAL_DISKS: Final = (
@@ -208,6 +220,7 @@ _SEVERAL_DISKS: Final = (
         "targets",
         multiple=True,
         metavar="TARGET",
+        type=DISK_TARGET,
         help="Its disk, by the target: vda; once for each TOP.",
     ),
     _CONNECT,

@@ -66,7 +66,7 @@ class ImageReport(Struct, frozen=True):
         format: Its format.
         format_declared: Whether somebody said so: the caller, or the image above it.
         in_chain: Whether it is the image asked about or lies below it; otherwise it is a sibling or
-        a child.
+            a child.
         parent: The path of its backing file, None for a root.
         virtual_size: Size of the guest's disk in bytes.
         file_size: Size of the file or device in bytes.

@@ -92,7 +92,7 @@ class StatusReport(Struct, frozen=True):
     Attributes:
         version: Version of this document.
         searched: The directories that were looked at. Those that were named were searched with
-        everything below, links left out.
+            everything below, links left out.
         merges: What was found, in the order of base's path.
         not_searched: What below them was not searched, and why, a sentence each.
     """

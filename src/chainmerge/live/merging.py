@@ -187,10 +187,10 @@ def resume(
 
     What was asked for then stands: ``delete`` and ``verify`` of *options* are not looked at.
     *lock_command* is that of ``Access``, and never taken from a file: no file names a program.
+    What :func:`merge` raises it raises, too.
 
     Raises:
         NothingUnfinished: there is none.
-        Otherwise as :func:`merge`.
     """
     caller = _caller(on_progress, should_stop)
     caller.report(ProgressEvent(Stage.PLAN))

@@ -75,6 +75,7 @@ def merge_all_disks(
     """Merge on all disks of a running VM that have a chain; those that have none are left out.
 
     A run that was interrupted is finished by the same call, with the images that it was to merge.
+    What :func:`chainmerge.live.merge_disks` raises it raises, too.
 
     Args:
         machine: the VM.
@@ -90,7 +91,6 @@ def merge_all_disks(
         NothingToMerge: no disk is left.
         NotInVm: one of *tops* is not an image of any disk.
         BaseWithoutTop: there are bases, and no tops.
-        Otherwise as :func:`chainmerge.live.merge_disks`.
     """
     with contextlib.ExitStack() as stack:
         chosen = _chosen(stack, machine, tops, bases)

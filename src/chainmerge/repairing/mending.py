@@ -102,12 +102,12 @@ def repair(
         backup_directory: where to save what is overwritten; None for beside the image, or for
             a block device in ``/var/lib/chainmerge``.
         reclaim: give back leaked clusters even if they may be all that is left of the data that a
-        lost L2 table mapped.
+            lost L2 table mapped.
 
     Raises:
         Refused: nothing was changed.
         Failed, OutcomeUnknown: the message says what the disk holds now; the image may be repaired
-        in part, and the same call continues.
+            in part, and the same call continues.
     """
     access = access or Access()
     merges = interrupted_merges(Path(image))

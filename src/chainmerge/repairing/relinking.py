@@ -96,7 +96,7 @@ def relink(
     Args:
         image: a qcow2 image that nobody has open.
         backing: the file; None to remove the backing file, if the image no longer needs one. Its
-        format is that of ``access.formats``, otherwise the one that the image declares.
+            format is that of ``access.formats``, otherwise the one that the image declares.
         access: how images may be found and reached.
         unchecked: do not compare: the caller knows that the content is the same.
         on_progress: called while content is compared.

@@ -395,12 +395,25 @@ def volumes_in(group: str) -> list[ListedVolume]:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    rows = rows_told(group, "lvs", *OF_ANY_HOST, "-o", "vg_name,lv_path,lv_active")
     return [
         ListedVolume(row["lv_path"], bool(row.get("lv_active")))
-        for row in rows
-        if row.get("vg_name") == group and row.get("lv_path")
+        for row in _named_volumes(group)
+        if row.get("vg_name") == group
     ]
+
+
+def groups_with_volumes() -> list[str]:
+    """The names of the groups that have volumes with a name in the file system.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
+    return sorted({row["vg_name"] for row in _named_volumes("volume groups") if "vg_name" in row})
+
+
+def _named_volumes(about: str) -> list[dict[str, str]]:
+    rows = rows_told(about, "lvs", *OF_ANY_HOST, "-o", "vg_name,lv_path,lv_active")
+    return [row for row in rows if row.get("lv_path")]
 
 
 def extend(image: str, volume: LogicalVolume, size: int) -> None:
