@@ -37,17 +37,18 @@ class Volumes:
     def path(self, name: str) -> Path:
         return Path("/dev", self.group, name)
 
-    def device(self, name: str) -> Path:
-        return self.stack.enter_context(loop_device(self.directory / name, VOLUME))
+    def device(self, name: str, size: int = VOLUME) -> Path:
+        return self.stack.enter_context(loop_device(self.directory / name, size))
 
     def show(self) -> None:
         """Let the kernel seem to know the volumes that there are now."""
         self.lvm.show_in_sysfs(self.monkeypatch)
 
-    def chain(self, *names: str) -> list[Path]:
+    def chain(self, *names: str, root_size: int = VOLUME) -> list[Path]:
         """Images one above the other, each with a piece of its own, by relative names."""
-        for name in names:
-            self.lvm.add_volume(self.group, name, self.device(name))
+        for number, name in enumerate(names):
+            size = VOLUME if number else root_size
+            self.lvm.add_volume(self.group, name, self.device(name, size))
         self.stack.enter_context(self.lvm.names_in_dev())
         paths = [self.path(name) for name in names]
         for number, path in enumerate(paths):

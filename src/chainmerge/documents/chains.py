@@ -23,7 +23,8 @@ class ChainSummary(Struct, frozen=True):
             None as above. What several chains share counts in each of them.
         base: What its images would be merged into; None if there is nothing to merge.
         freed_bytes: Bytes of lower images that images above hide: what such a merge gives back,
-            tables and bitmaps of the deleted images left out; None if it cannot be read.
+            tables and bitmaps of the deleted images left out; None if it cannot be read. Of a
+            chain on logical volumes what the volume group gets back, exactly.
         bytes_to_copy: Bytes that it would copy, or share, down into base or up into the leaf,
             whichever is less; None as above.
         unfinished: Whether a merge of images of the chain was not finished; ``status`` says more.

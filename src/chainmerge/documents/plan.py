@@ -251,8 +251,9 @@ class MergePlan(Struct, frozen=True):
     """Everything that a merge will do. The same facts give the same plan.
 
     ``shared_bytes`` is what of the data that moves is not copied: the file system lets the result
-    share the blocks. ``freed_bytes`` is what the file system gets back, and ``deletable_bytes``
-    what it would get back without the merged images; what they share with the result is in neither.
+    share the blocks. ``freed_bytes`` is what file systems and volume groups get back, and
+    ``deletable_bytes`` what they would get back without the merged images. What those share with
+    the result is in neither, and what its logical volume is extended by is subtracted.
     ``feasible`` says whether a merge by this plan would start: nothing refuses it. ``prediction``
     is how long it takes; None if nothing is to be merged, or nobody asked the history.
     """

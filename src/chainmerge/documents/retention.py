@@ -39,7 +39,8 @@ class SnapshotFate(Struct, frozen=True):
         image: The path of its image.
         written_at: When its data was last written, in seconds since 1970 (UTC); where a later merge
             has changed that, when the next image above was. None if nothing tells.
-        occupied_bytes: What the file takes of its file system; None for a device.
+        occupied_bytes: What the file takes of its file system, or a logical volume of its volume
+            group; None for another device.
         stays: Whether it stays.
         rule: What decided: ``keep-last``, ``keep-within``, ``keep``, ``keep-checkpoints``; whatever
             the rules are, ``other-branch``, ``in-use``, ``bitmaps``, ``not-removable`` keep it, and
@@ -67,7 +68,7 @@ class ThinOutPlan(Struct, frozen=True):
             are done. Each is one pass; its result shows what its top shows, and has its name.
         refusals: What keeps all of it from being done, what is in the plans included.
         bytes_to_copy: Bytes that all of them copy; what file systems share is left out.
-        freed_bytes: What the file systems get back.
+        freed_bytes: What file systems and volume groups get back.
         feasible: Whether it would start.
     """
 

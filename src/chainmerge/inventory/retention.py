@@ -35,6 +35,8 @@ class ViewFacts(Struct, frozen=True):
         path: Its path.
         real_path: The same with links resolved; empty if there are none.
         written: When it was last written, in seconds since 1970; None if nothing tells.
+        made: When its logical volume was made, in seconds since 1970, so that it is no older;
+            None if it is on none, or LVM does not know.
         occupied: Bytes of its file system that it takes; None for a device.
         branches: Images outside the chain that stand on it.
         in_use: Why no merge gets it for itself, in a sentence; None if one does.
@@ -44,6 +46,7 @@ class ViewFacts(Struct, frozen=True):
 
     path: str
     written: float | None = None
+    made: float | None = None
     occupied: int | None = None
     branches: tuple[str, ...] = ()
     in_use: str | None = None
@@ -163,6 +166,9 @@ def _kept_by_rules(
     within = retention.keep_within
     if within is not None and written is not None and written >= now - within:
         yield RetentionRule.KEEP_WITHIN, f"it is not older than {spelled_duration(within)}"
+    elif within is not None and snapshot.made is not None and snapshot.made >= now - within:
+        words = f"its volume is not older than {spelled_duration(within)}"
+        yield RetentionRule.KEEP_WITHIN, words
     for pattern in retention.keep:
         if _is_named(snapshot, pattern):
             yield RetentionRule.KEEP, f"its name matches {pattern}"

@@ -20,6 +20,9 @@ from chainmerge.chain.target import metadata_policy_of
 from chainmerge.documents.chains import ChainSummary
 from chainmerge.errors import ChainmergeError
 from chainmerge.inventory.gain import first_own_index, gain_of
+from chainmerge.options import MergeOptions
+from chainmerge.planning.dry_run import bytes_given_back
+from chainmerge.planning.freeing import footprints_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,6 +52,7 @@ class ChainFacts(Struct, frozen=True):
         members: Its images, root first; none if it cannot be followed.
         virtual_size: See there, and so on.
         trouble: The code of the error that ``problem`` is; None for a mark of QEMU's.
+        gives_volumes_back: Whether ``freed_bytes`` is what volume groups get back.
     """
 
     members: tuple[ChainMember, ...]
@@ -59,6 +63,7 @@ class ChainFacts(Struct, frozen=True):
     problem: str | None
     trouble: str | None = None
     data_files: tuple[str, ...] = ()
+    gives_volumes_back: bool = False
 
     @property
     def occupied(self) -> Mapping[Identity, int]:
@@ -98,12 +103,31 @@ def chain_facts(leaf: Path, access: Access, users: Mapping[Identity, int]) -> Ch
             gain = gain_of(opened, first)
     except ChainmergeError as error:
         return replace(known, problem=error.sentence, trouble=error.code)
+    base = chain.images[first].path if first < len(chain.images) - 1 else None
+    of_volumes = None if base is None else _given_back_by_volumes(chain, first, access)
     return replace(
         known,
-        base=str(chain.images[first].path) if first < len(chain.images) - 1 else None,
-        freed_bytes=gain.hidden,
+        base=None if base is None else str(base),
+        freed_bytes=gain.hidden if of_volumes is None else of_volumes,
         bytes_to_copy=gain.to_copy,
+        gives_volumes_back=of_volumes is not None,
     )
+
+
+def _given_back_by_volumes(chain: Chain, first: int, access: Access) -> int | None:
+    """What volume groups get back by a merge that removes volumes, exactly.
+
+    None where there are none whose size says so: files, thin volumes, which give back the blocks
+    that are in use, and what cannot be planned.
+    """
+    images = chain.images[first:]
+    footprints = footprints_of(images)
+    if not footprints or any(one.is_in_a_pool for one in footprints.values()):
+        return None
+    try:
+        return bytes_given_back(chain.top.path, images[0].path, access, MergeOptions(delete=True))
+    except ChainmergeError:
+        return None
 
 
 def summary_of(

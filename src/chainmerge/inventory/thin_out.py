@@ -48,11 +48,15 @@ from chainmerge.records.thinning import (
     load_thinning,
 )
 from chainmerge.storage.errors import system_errors_as_ours
+from chainmerge.storage.lvm_volumes import lasting_path
+from chainmerge.storage.volume_names import is_device_name, mapper_name_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from chainmerge.chain.model import Chain, ImageInfo
     from chainmerge.documents.progress import OnProgress, ProgressEvent, ShouldStop
+    from chainmerge.inventory.retention import Span
     from chainmerge.inventory.thinning import PlannedThinning
     from chainmerge.options import Access, MergeOptions, Retention, Seconds
 
@@ -166,27 +170,14 @@ def _begun(
     """Record all that is to be done, durably."""
     leaf = planned.chain.top
     thinning = Thinning(
-        leaf=str(leaf.real_path),
+        leaf=str(lasting_path(leaf.real_path)),
         identity=identify(leaf.real_path),
         decided_at=planned.document.decided_at,
         snapshots=list(planned.document.snapshots),
-        ranges=[
-            ThinnedRange(
-                base=str(planned.chain.images[span.base].path),
-                top=str(planned.chain.images[span.top].path),
-                base_identity=identify(planned.chain.images[span.base].real_path),
-                top_identity=identify(planned.chain.images[span.top].real_path),
-                direction=options_of_range(planned.chain, span, options).direction,
-                images=[
-                    identify(image.real_path)
-                    for image in planned.chain.images[span.base : span.top + 1]
-                ],
-            )
-            for span in planned.spans
-        ],
+        ranges=[_range_of(planned.chain, span, options) for span in planned.spans],
         # What thinning out always adds is not said again.
         request=recorded_thinning(
-            leaf.path,
+            _lasting_name(leaf),
             retention,
             replace(access, active=None),
             replace(options, delete=False, keep_name=False),
@@ -194,6 +185,25 @@ def _begun(
     )
     keep_thinning(leaf.path, thinning)
     return thinning
+
+
+def _range_of(chain: Chain, span: Span, options: MergeOptions) -> ThinnedRange:
+    base, top = chain.images[span.base], chain.images[span.top]
+    return ThinnedRange(
+        base=str(_lasting_name(base)),
+        top=str(_lasting_name(top)),
+        base_identity=identify(base.real_path),
+        top_identity=identify(top.real_path),
+        direction=options_of_range(chain, span, options).direction,
+        images=[identify(image.real_path) for image in chain.images[span.base : span.top + 1]],
+    )
+
+
+def _lasting_name(image: ImageInfo) -> Path:
+    """As the chain reaches it, unless that is a name which another volume can have tomorrow."""
+    path = image.path
+    has_other_name = mapper_name_in(path) is not None or not is_device_name(path)
+    return path if has_other_name else lasting_path(image.real_path)
 
 
 def _carry_out(
@@ -270,7 +280,7 @@ def _failed(one: ThinnedRange, error: ChainmergeError) -> DiskReport:
 
 def _has_not_begun(one: ThinnedRange) -> bool:
     """Whether nothing of a merge is left: its images are what they were."""
-    base, top = Path(one.base_identity.path), Path(one.top_identity.path)
+    base, top = one.base_place, one.top_place
     record = load_merged_record(top)
     # One that does not name base is of a merge that came to its end long ago.
     of_this = record is not None and record.names_base(base)

@@ -20,7 +20,7 @@ from chainmerge.chain.model import Chain
 from chainmerge.chain.opening import open_chain
 from chainmerge.chain.reading import identity_at
 from chainmerge.chain.surroundings import Look
-from chainmerge.chain.target import Target, find_target, policy_of, relatives_of
+from chainmerge.chain.target import find_target, policy_of, relatives_of
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.retention import ThinOutPlan
 from chainmerge.documents.versions import REPORT_VERSION
@@ -35,12 +35,15 @@ from chainmerge.inventory.retention import Span, ViewFacts, judge, names_nothing
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import Planned, beside_others, plan_beside
 from chainmerge.planning.errors import BaseCannotHoldBitmaps, UnguardedBitmaps
+from chainmerge.planning.freeing import footprints_of
+from chainmerge.planning.removals import volumes_of
 from chainmerge.records.request import shell_line
 from chainmerge.records.thinning import load_thinning
 from chainmerge.records.unfinished import status
 from chainmerge.storage.bystanders import Wanted
 from chainmerge.storage.errors import ImageInUse, ImageLocked
 from chainmerge.storage.locks import LockMode, contentions
+from chainmerge.storage.lvm_volumes import uuids_at
 from chainmerge.storage.other_users import look_for_others
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from chainmerge.chain.relatives import Relatives
     from chainmerge.errors import ChainmergeError
     from chainmerge.options import Retention, Seconds
+    from chainmerge.storage.lvm_volumes import KnownVolume
 
 _LOSING_CHECKPOINTS: Final = frozenset({BaseCannotHoldBitmaps.code, UnguardedBitmaps.code})
 _OF_OPEN_IMAGES: Final = frozenset({ImageInUse.code, ImageLocked.code})
@@ -106,12 +110,20 @@ def options_of_range(chain: Chain, span: Span, options: MergeOptions) -> MergeOp
     """How one range is merged: its result keeps the format of its top as it keeps the name.
 
     A commit into a raw image would leave raw data under a name that everybody, the VM's
-    configuration included, takes for a qcow2 image.
+    configuration included, takes for a qcow2 image. Nor can a volume take over the name of a file,
+    or of a volume of another group.
     """
     base, top = chain.images[span.base], chain.images[span.top]
-    if options.direction == "auto" and base.format != top.format:
+    differ = base.format != top.format or _storage_of_name(base) != _storage_of_name(top)
+    if options.direction == "auto" and differ:
         return replace(options, direction="pull")
     return options
+
+
+def _storage_of_name(image: ImageInfo) -> str:
+    """The volume group in which an image has its name; empty for a file or another device."""
+    uuids = uuids_at(image.real_path)
+    return "" if uuids is None else uuids.group
 
 
 class PlannedThinning(Struct, frozen=True):
@@ -191,16 +203,8 @@ def _plan_spans(
         claims.append(dict(taken))
         one = plan_beside(target, access, options_of_range(chain, span, options), dict(taken))
         planned.append(one)
-        taken.update(_taken_for_good(one, target))
+        taken.update(one.taken_for_good)
     return tuple(planned), tuple(claims)
-
-
-def _taken_for_good(planned: Planned, target: Target) -> dict[str, int]:
-    """What a merge takes and does not give back: its images are deleted before the next begins."""
-    files = target.chain.images[target.base_index :]
-    share_a_pool = len({image.identity[0] for image in files}) == 1
-    given_back = planned.plan.freed_bytes if share_a_pool else 0
-    return {pool: max(0, taken - given_back) for pool, taken in planned.claim.items()}
 
 
 def _losing_checkpoints(
@@ -221,18 +225,22 @@ def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> 
     # Who has the leaf open has all of them open, which says nothing of any.
     users = _users_of(chain.images[:-1]) if leaf_is_free else {}
     beginning = _checkpoints_by_snapshot(chain)
+    volumes = volumes_of(chain.images[:-1])
+    footprints = footprints_of(chain.images[:-1])
     found = []
     for index, image in enumerate(chain.images[:-1]):
         occupied, written = on_disk(image)
+        footprint = footprints.get(image.identity)
         found.append(
             ViewFacts(
                 path=str(image.path),
                 real_path=str(image.real_path),
                 written=written,
-                occupied=occupied,
+                made=None if footprint is None else footprint.made,
+                occupied=occupied if footprint is None else footprint.size,
                 branches=tuple(branches.get(image.identity, ())),
                 in_use=users.get(image.identity),
-                not_removable=_why_not_removable(image),
+                not_removable=_why_not_removable(image, volumes.get(image.identity)),
                 checkpoints=beginning.get(index, ()),
             )
         )
@@ -259,9 +267,11 @@ def _users_of(images: Sequence[ImageInfo]) -> dict[Identity, str]:
     return users
 
 
-def _why_not_removable(image: ImageInfo) -> str | None:
-    if image.is_block_device:
-        return "it is a block device, which a merge neither deletes nor renames"
+def _why_not_removable(image: ImageInfo, volume: KnownVolume | None) -> str | None:
+    if volume is not None and volume.obstacle_to_removal is not None:
+        return volume.obstacle_to_removal
+    if image.is_block_device and volume is None:
+        return "it is a block device and no logical volume: a merge neither deletes nor renames it"
     if image.foreign:
         return f"only QEMU can read its format, {image.format}"
     return None

@@ -29,10 +29,10 @@ from chainmerge.live.pulling import (
     why_top_stays,
 )
 from chainmerge.options import Direction, LiveOptions
-from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.choices import require_format_to_write
 from chainmerge.planning.encryption import has_encrypted
 from chainmerge.planning.facts import MergeFacts, SnapshotViews
+from chainmerge.planning.freeing import bytes_occupied, footprints_of
 from chainmerge.planning.internal_snapshots import (
     children_with_larger_snapshots,
     look_at_snapshots_live,
@@ -150,6 +150,7 @@ def _plan(
         leaks=way.survey.leaks.facts,
         guest_writes=options.pulls and live.is_active,
         occupied=bytes_occupied(target.chain),
+        footprints=footprints_of(target.chain.images[target.base_index :]),
         removals=Removals({}, {}, {}, {}, volumes_of(live.images_deleted(options))),
     )
     plan = _as_it_grows(make_plan(facts, asked))

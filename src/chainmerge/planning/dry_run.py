@@ -25,6 +25,7 @@ from chainmerge.planning.already_merged import (
 )
 from chainmerge.planning.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
 from chainmerge.planning.foretelling import foretold
+from chainmerge.planning.freeing import freed_bytes, taken_for_good
 from chainmerge.planning.gathering import gather
 from chainmerge.planning.locking import (
     images_wanted,
@@ -80,11 +81,13 @@ class Planned(Struct, frozen=True):
     Attributes:
         plan: What would be done.
         claim: Bytes that it would take, by the pool that they come from.
+        taken_for_good: What of them it has not given back once it is done.
         images: What it would want of which images.
     """
 
     plan: MergePlan
     claim: Mapping[str, int]
+    taken_for_good: Mapping[str, int]
     images: tuple[Wanted, ...]
 
 
@@ -132,7 +135,8 @@ def plan_beside(
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
     decided = replace(decided, prediction=foretold(decided, options, live=False))
     claim = facts.volume.claim(decided.space.required, decided.space.allocates)
-    return Planned(decided, claim, images_wanted(target, options))
+    kept = taken_for_good(claim, facts, options)
+    return Planned(decided, claim, kept, images_wanted(target, options))
 
 
 def _after_pivot(
@@ -187,6 +191,25 @@ def measure(
         volume_size=facts.volume.size,
         breakdown=dict(space.breakdown),
     )
+
+
+def bytes_given_back(
+    top: str | Path,
+    base: str | Path,
+    access: Access,
+    options: MergeOptions,
+) -> int:
+    """What storage gets back by a merge, as a plan says it in ``freed_bytes``.
+
+    Whether anything refuses the merge is not looked for.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    target = find_target(Path(top), Path(base), access)
+    with open_target(target) as opened:
+        facts = gather(target, opened, access, options, None, never, {}).facts
+    return freed_bytes(facts, options)
 
 
 def _obstacles(target: Target, access: Access, options: MergeOptions) -> Iterator[ChainmergeError]:

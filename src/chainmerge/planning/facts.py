@@ -19,6 +19,7 @@ from chainmerge.options import Direction, Placement
 from chainmerge.planning.removals import NOTHING_GOES, Removals
 from chainmerge.qcow2.bits import BitSet
 from chainmerge.qcow2.check import CheckReport
+from chainmerge.storage.lvm_volumes import Footprint
 from chainmerge.storage.volume_facts import VolumeFacts
 
 
@@ -159,6 +160,7 @@ class HidingFacts(Struct, frozen=True):
 
 
 NOTHING_OCCUPIED: Final[Mapping[Identity, int]] = MappingProxyType({})
+NO_FOOTPRINTS: Final[Mapping[Identity, Footprint]] = MappingProxyType({})
 
 
 class MergeFacts(Struct, frozen=True):
@@ -210,6 +212,8 @@ class MergeFacts(Struct, frozen=True):
     """Whether the file system lets the result share the data that moves."""
     occupied: Mapping[Identity, int] = NOTHING_OCCUPIED
     """What the files of images take of their file systems, by the image; block devices left out."""
+    footprints: Mapping[Identity, Footprint] = NO_FOOTPRINTS
+    """What the logical volumes of images take of their volume groups, by the image."""
     end_before: int | None = None
     """Bytes that raw base's volume had before an interrupted run extended it; None if none did.
     What it holds behind that is nobody's."""

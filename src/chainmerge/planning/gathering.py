@@ -15,7 +15,6 @@ from chainmerge.documents.plan import EngineName
 from chainmerge.engines.native.survey import MappingNeed
 from chainmerge.engines.native.zeroes import ZeroRanges
 from chainmerge.options import Access, Direction, MergeOptions, Placement
-from chainmerge.planning.aftermath import bytes_occupied
 from chainmerge.planning.choices import (
     DirectionChosen,
     EngineChosen,
@@ -27,6 +26,7 @@ from chainmerge.planning.choices import (
 )
 from chainmerge.planning.encryption import key_obstacles
 from chainmerge.planning.facts import MergeFacts
+from chainmerge.planning.freeing import bytes_occupied, footprints_of
 from chainmerge.planning.hiding import hiding_needed
 from chainmerge.planning.internal_snapshots import (
     SnapshotFacts,
@@ -94,8 +94,7 @@ def gather(
         options: see there.
         saved: what an interrupted merge has saved of base's bitmaps.
         should_stop: see there.
-        claims: bytes that merges take that are done together with this one, by the pool that
-            they come from.
+        claims: bytes that merges beside this one take, by the pool that they come from.
 
     Raises:
         Refused: an image cannot be read, or base is of a format that is not written.
@@ -130,6 +129,7 @@ def gather(
         leaks=ways.space.leaks.facts,
         shares=_shares(target, opened, ways),
         occupied=bytes_occupied(target.chain),
+        footprints=footprints_of(target.chain.images[target.base_index :]),
     )
     facts = replace(facts, hiding=hiding_needed(target, opened, facts.direction, facts.volume))
     no_room = header_obstacle(result, facts, ways.bitmaps)

@@ -27,14 +27,12 @@ from chainmerge.documents.plan import (
 )
 from chainmerge.documents.versions import PLAN_VERSION
 from chainmerge.planning.aftermath import (
-    deletable_bytes,
-    freed_bytes,
     planned_deletions,
     planned_rename,
     planned_repoints,
     planned_snapshots,
-    shared_bytes,
 )
+from chainmerge.planning.freeing import deletable_bytes, freed_bytes, shared_bytes
 from chainmerge.planning.placement import bytes_to_copy, chosen_space, planned_space
 from chainmerge.planning.refusals import find_refusals
 from chainmerge.planning.warnings import find_warnings
@@ -78,7 +76,7 @@ def make_plan(facts: MergeFacts, options: MergeOptions) -> MergePlan:
         leaks=facts.leaks,
         shared_bytes=shared_bytes(facts),
         freed_bytes=freed_bytes(facts, options),
-        deletable_bytes=deletable_bytes(facts),
+        deletable_bytes=deletable_bytes(facts, options),
     )
 
 

@@ -414,10 +414,11 @@ def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
         # A kill can come before that is noted.
         thinning = thinning.with_done(one)
     current = thinning.pending[0]
+    base = current.base_identity
     told = _told_by(
         file,
-        current.base_identity.path,
-        current.top_identity.path,
+        _base_name(base, _where_is(base, None, current.base, current.top), None),
+        _name_of(current.top_identity, (current.top,)),
         thinning.progress,
         thinning.command,
         ways=of_thinning(thinning, is_done=is_done),
@@ -428,11 +429,12 @@ def _of_thinning(file: Path, thinning: Thinning) -> UnfinishedMerge | None:
 
 def _has_come_to_its_end(one: ThinnedRange) -> bool:
     """Whether a merge is done, with nothing of it left to do."""
-    top, base = Path(one.top_identity.path), Path(one.base_identity.path)
+    top, base = one.top_place, one.base_place
     record = load_merged_record(top)
     if record is None or os.path.lexists(base) or not record.names_base(base):
         return False
-    if MERGE_JOURNAL.place(base).exists():
+    # That of a file is kept by its old name, that of a volume goes with it to the new one.
+    if MERGE_JOURNAL.place(base if one.base_identity.kind == "file" else top).exists():
         return False
     return _of_record(merged_record_file(top), record) is None
 

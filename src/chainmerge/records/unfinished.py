@@ -209,8 +209,12 @@ def _idle(merge: UnfinishedMerge) -> UnfinishedMerge:
 def _base_of(file: Path, merge: UnfinishedMerge) -> str:
     """What files that tell of merges into the same base have in common.
 
-    Two volumes that are not there now may have had the same name, one after the other.
+    A volume that is there has several names; two that are not there now may have had the same
+    name, one after the other.
     """
+    base = Path(merge.base)
+    if base.is_block_device():
+        return os.path.realpath(base)
     if file.parent != state_files.STATE_DIRECTORY or MERGED_RECORD.is_called(file.name):
         return merge.base
     return file.stem

@@ -181,6 +181,11 @@ def device_mapper_name(device: int, sysfs: Path = Path("/sys")) -> DeviceMapperN
     return None if uuids is None else DeviceMapperName(name, uuids.group, uuids.volume)
 
 
+def group_as_pool(vg_uuid: str) -> str:
+    """What a volume group is called where volumes take their space from it."""
+    return f"volume group {vg_uuid}"
+
+
 def uuids_in(dm_uuid: str) -> VolumeUuids | None:
     """The UUIDs of a logical volume in what the device mapper has as its UUID; None if it is none.
 

@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
+from chainmerge.errors import ChainmergeError
 from chainmerge.storage import lvm
 from chainmerge.storage.volume_errors import LvmFailed, VolumeNotRemoved, VolumeNotRenamed
 from chainmerge.storage.volume_names import mapper_name_in, volume_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from chainmerge.storage.lvm import VolumeUuids
 
 _FIELDS: Final = "vg_name,vg_uuid,lv_name,lv_uuid,lv_attr"
 # The first letter of lv_attr: a volume with LVM snapshots, which may be merging into it.
 _ORIGINS: Final = ("o", "O")
+_FOOTPRINT_FIELDS: Final = (
+    "vg_uuid,lv_uuid,lv_name,lv_parent,origin,pool_lv,lv_size,lv_attr,lv_time"
+)
+# Else times, and the names of hidden volumes, are as the administrator likes them.
+_AS_EXPECTED: Final = 'report/time_format="%s" report/mark_hidden_devices=1'
+# The first letter of lv_attr: a volume whose blocks are those of a pool (thin, VDO).
+_IN_A_POOL: Final = ("V", "v")
 
 
 class KnownVolume(Struct, frozen=True):
@@ -55,6 +65,24 @@ class KnownVolume(Struct, frozen=True):
         if self.attributes.startswith(_ORIGINS):
             return "it has LVM snapshots, which would be removed with it"
         return None
+
+
+class Footprint(Struct, frozen=True):
+    """What a logical volume takes of its volume group.
+
+    Attributes:
+        group: the UUID of the volume group, without dashes.
+        size: bytes of it that are free once the volume is removed, those of copies, of parity and
+            of a cache included. 0 for one whose blocks are those of a pool.
+        is_in_a_pool: whether they are.
+        made: when it was made, in seconds since 1970; None if LVM does not know. When it was
+            written last, nothing tells.
+    """
+
+    group: str
+    size: int
+    is_in_a_pool: bool
+    made: int | None
 
 
 def lasting_path(path: Path) -> Path:
@@ -93,10 +121,64 @@ def find_volume(image: str, uuids: VolumeUuids) -> KnownVolume | None:
         LvmMissing, LvmFailed: there is no report.
     """
     for row in lvm.rows_told(image, "lvs", *lvm.OF_ANY_HOST, "-o", _FIELDS):
-        found = row.get("vg_uuid", "").replace("-", ""), row.get("lv_uuid", "").replace("-", "")
-        if found == (uuids.group, uuids.volume):
+        if _uuids_in(row) == uuids:
             return KnownVolume(row["vg_name"], row["lv_name"], row["lv_uuid"], row["lv_attr"])
     return None
+
+
+def footprints(paths: Iterable[Path]) -> Mapping[Path, Footprint]:
+    """Those of the logical volumes that some paths lead to, as far as LVM tells."""
+    wanted = {path: uuids for path in paths if (uuids := uuids_at(path)) is not None}
+    if not wanted:
+        return {}
+    arguments = ("-a", *lvm.OF_ANY_HOST, "--config", _AS_EXPECTED, "-o", _FOOTPRINT_FIELDS)
+    try:
+        rows = lvm.rows_told(str(next(iter(wanted))), "lvs", *arguments)
+    except ChainmergeError:
+        return {}
+    by_uuids = {_uuids_in(row): row for row in rows}
+    return {
+        path: _footprint(by_uuids[uuids], rows)
+        for path, uuids in wanted.items()
+        if uuids in by_uuids
+    }
+
+
+def _uuids_in(row: Mapping[str, str]) -> VolumeUuids:
+    group, volume = (row.get(name, "").replace("-", "") for name in ("vg_uuid", "lv_uuid"))
+    return lvm.VolumeUuids(group, volume)
+
+
+def _footprint(row: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> Footprint:
+    made = row.get("lv_time", "")
+    is_in_a_pool = row.get("lv_attr", "").startswith(_IN_A_POOL)
+    return Footprint(
+        _uuids_in(row).group,
+        0 if is_in_a_pool else _extents_below(row, rows),
+        is_in_a_pool,
+        int(made) if made.isdecimal() else None,
+    )
+
+
+def _extents_below(row: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> int:
+    """Bytes of a volume group that a volume takes: those of its parts, where it has any."""
+    parts = [one for one in rows if _is_part(one, row)]
+    if parts:
+        return sum(_extents_below(part, rows) for part in parts)
+    size = row.get("lv_size", "")
+    return int(size) if size.isdecimal() else 0
+
+
+def _is_part(row: Mapping[str, str], whole: Mapping[str, str]) -> bool:
+    """Whether a hidden volume, whose name is in brackets, is a part of another one.
+
+    What a cached volume consists of does not name it as its parent.
+    """
+    name = row.get("lv_name", "")
+    if row.get("vg_uuid") != whole.get("vg_uuid") or not name.startswith("["):
+        return False
+    named = {whole.get("origin"), whole.get("pool_lv")}
+    return name in named or row.get("lv_parent", "") == whole.get("lv_name")
 
 
 def is_name_taken(image: str, path: Path) -> bool:

@@ -330,7 +330,7 @@ class LvmVolume(Struct, frozen=True):
 
     def _facts_from(self, known: lvm.LogicalVolume) -> VolumeFacts:
         thin = pool_of(self.path, known)
-        pool = f"volume group {known.vg_uuid}" if thin is None else f"thin pool {thin.uuid}"
+        pool = lvm.group_as_pool(known.vg_uuid) if thin is None else f"thin pool {thin.uuid}"
         return VolumeFacts(
             self.path,
             self.kind,

@@ -13,7 +13,9 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +98,7 @@ class FakeLvm:
                 "active": "exclusive",
                 "attributes": "-wi-a-----",
                 "kept_open": [],
+                "made": int(time.time()),
             }
         )
         self._write(state)
@@ -118,6 +121,7 @@ class FakeLvm:
                 "active": "exclusive",
                 "attributes": "twi-aotz--",
                 "kept_open": [],
+                "made": int(time.time()),
                 "metadata_extents": 2,
                 "used": used,
                 "metadata_used": 12.0,
@@ -132,6 +136,7 @@ class FakeLvm:
         for volume in state["volumes"]:
             if volume["name"] == name:
                 volume |= {"segment_type": "thin", "stripes": 0, "pool": pool}
+                volume["attributes"] = "Vwi-a-tz--"
         self._write(state)
 
     def set_pool(self, name: str, **changes: float) -> None:
@@ -178,6 +183,29 @@ class FakeLvm:
             if volume["name"] == name:
                 volume["attributes"] = attributes
         self._write(state)
+
+    def set_type(self, name: str, segment_type: str, stripes: int) -> None:
+        """Have a volume on so many stripes, those with copies and parity included."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume |= {"segment_type": segment_type, "stripes": stripes}
+        self._write(state)
+
+    def set_age(self, name: str, seconds: float) -> None:
+        """Have a volume made so long ago."""
+        state = self._read()
+        for volume in state["volumes"]:
+            if volume["name"] == name:
+                volume["made"] = int(time.time() - seconds)
+        self._write(state)
+
+    def free(self, group: str) -> int:
+        """Bytes of a group that no volume has."""
+        command = ("lvm", "lvs", "--reportformat", "json", "-o", "vg_name,vg_free")
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows = json.loads(out)["report"][0]["lv"]
+        return next(int(row["vg_free"]) for row in rows if row["vg_name"] == group)
 
     def names(self, group: str) -> dict[str, str]:
         """The volumes that a group has now: their UUIDs by their names."""

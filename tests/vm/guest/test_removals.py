@@ -37,9 +37,12 @@ STEPS = [
 ]
 
 
-def chain(group: Group, *names: str) -> list[Path]:
+def chain(
+    group: Group, *names: str, root_size: int = 8 * MIB, options: Sequence[str] = ()
+) -> list[Path]:
     """Images one above the other, each with a piece of its own, by relative names."""
-    paths = [group.create(name, 8 * MIB) for name in names]
+    sizes = [root_size, *(8 * MIB for _ in names[1:])]
+    paths = [group.create(name, size, *options) for name, size in zip(names, sizes, strict=True)]
     for number, path in enumerate(paths):
         create(path, DISK, backing=names[number - 1] if number else None)
         qemu_img("bitmap", "--add", "-f", "qcow2", path, "kept")

@@ -66,6 +66,11 @@ class Group:
         """Those of all volumes in bytes, by their UUIDs."""
         return {row["lv_uuid"]: int(row["lv_size"]) for row in self._rows("lv_uuid,lv_size")}
 
+    def free(self) -> int:
+        """Bytes that no volume has."""
+        fields = ("--units", "b", "--nosuffix", "--noheadings", "-o", "vg_free")
+        return int(run("vgs", *fields, self.name).stdout)
+
     def is_active(self, volume: str) -> bool:
         return self._report(volume, "lv_active") == "active"
 

@@ -105,8 +105,10 @@ def _hidden(scene: Scene, leaf: FoundImage) -> Iterator[ScanFinding]:
         severity=Severity.INFO,
         image=leaf.path,
         sentence=(
-            f"images below {leaf.path} hold data that images above hide: merging them gives that "
-            "back"
+            f"merging the images below {leaf.path} gives volumes back to their volume group"
+            if facts.gives_volumes_back
+            else f"images below {leaf.path} hold data that images above hide: merging them gives "
+            "that back"
         ),
         evidence={"hidden_bytes": hidden, "bytes_to_copy": copied},
         command=scene.plan_command(leaf),
