@@ -125,7 +125,7 @@ lock: $(RELEASE_TOOLS)/.stamp
 
 test-packages: dist
 	@scripts/setup mmdebstrap:mmdebstrap buildah:buildah
-	@$(BIN)/python -m pytest tests/packages $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --timeout=1800 tests/packages $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
