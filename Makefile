@@ -133,7 +133,7 @@ $(RELEASE_TOOLS)/.stamp: pyproject.toml | setup
 	@$(RELEASE_TOOLS)/bin/python -m pip install --quiet --group release
 	@touch $@
 
-dist: $(RELEASE_TOOLS)/.stamp
+dist: $(RELEASE_TOOLS)/.stamp man completions
 	@scripts/setup rpmbuild:rpm
 	@$(RELEASE_TOOLS)/bin/python -m release dist
 
@@ -142,7 +142,8 @@ lock: $(RELEASE_TOOLS)/.stamp
 
 test-packages: dist
 	@scripts/setup mmdebstrap:mmdebstrap buildah:buildah
-	@$(BIN)/python -m pytest tests/packages $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --timeout=1800 tests/packages $(PYTEST_ARGS)
+
 # Not a part of the set-up: it is for those who write, and brings twenty packages.
 docs: setup
 	@$(BIN)/python -c 'import sphinx, furo, myst_parser' 2>/dev/null || \

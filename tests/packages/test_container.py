@@ -52,7 +52,6 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
     called("rmi", "--all", "--force")
 
 
-@pytest.mark.timeout(900)
 def test_it_looks_at_images(dist: Path, buildah: Buildah, tmp_path: Path) -> None:
     assert (dist / "SHA256SUMS").exists()
     buildah("bud", "--quiet", "--pull-never", "--layers=false", "--tag", "chainmerge", ROOT)

@@ -57,7 +57,7 @@ class CleanRoot:
             env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             text=True,
-            timeout=280,
+            timeout=1200,
         )
         return Ran(result.returncode, result.stdout, result.stderr)
 
