@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from docutils import nodes
+
 from chainmerge.__about__ import __version__
 
 project = "chainmerge"
@@ -17,8 +19,8 @@ html_copy_source = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 highlight_language = "none"
-# Sphinx itself writes two hyphens for a dash. Quotes are meant as they are.
-smartquotes_action = "D"
+# An option begins with two hyphens, which are not a dash.
+smartquotes = False
 
 # Anchors of headings as GitHub makes them: the pages are read there, too.
 myst_heading_anchors = 6
@@ -38,6 +40,7 @@ napoleon_numpy_docstring = False
 def setup(app: Any) -> None:
     """Called by Sphinx, with the application."""
     app.connect("autodoc-process-signature", _with_dots_for_factories)
+    app.connect("doctree-read", _put_dashes_between_fields_and_texts)
 
 
 def _with_dots_for_factories(
@@ -51,3 +54,10 @@ def _with_dots_for_factories(
 ) -> tuple[str | None, str]:
     """A default that is made anew each time is printed as what Python cannot read."""
     return signature and signature.replace("<factory>", "..."), result
+
+
+def _put_dashes_between_fields_and_texts(_app: Any, doctree: nodes.document) -> None:
+    """Sphinx puts two hyphens there, and counts on their being made a dash."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _TYPED: Final = re.compile(r"(`[^`]+`)")
 _OPTION: Final = re.compile(r"(?<![\w`-])--?[a-z][\w-]*")
@@ -12,9 +15,22 @@ _SPECIAL: Final = re.compile(r"([\\*_\[\]<>#|$~{}])")
 
 
 def prose(text: str) -> str:
-    """Return a paragraph: what is in backticks stays, nothing else is taken for markup."""
-    parts = _TYPED.split(text)
-    return "".join(part if part.startswith("`") else _SPECIAL.sub(r"\\\1", part) for part in parts)
+    """Return a paragraph: what is typed is in backticks, nothing else is taken for markup."""
+    marked = "".join(map(_with_options_marked, _TYPED.split(text)))
+    return "".join(
+        part if part.startswith("`") else _SPECIAL.sub(r"\\\1", part)
+        for part in _TYPED.split(marked)
+    )
+
+
+def _with_options_marked(part: str) -> str:
+    return part if part.startswith("`") else _OPTION.sub(r"`\g<0>`", part)
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Return a table of cells that are in Markdown."""
+    lines = (head, ("---",) * len(head), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def directive(name: str, argument: str, *lines: str) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
@@ -93,6 +94,13 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     loaded = {link for page in PAGES for link in read(page).loaded}
     assert len(loaded) > 3
     assert [link for link in loaded if urlsplit(link).netloc] == []
+
+
+def test_hyphens_of_options_are_not_dashes() -> None:
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    assert [
+        page for page, text in texts.items() if re.search("[\N{EN DASH}\N{EM DASH}][a-z-]", text)
+    ] == []
 
 
 def test_every_page_of_the_documentation_is_there() -> None:
