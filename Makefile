@@ -97,6 +97,7 @@ format: setup
 
 schema: setup
 	@$(BIN)/python -m chainmerge.report.schema docs/schema
+	@$(BIN)/python -m chainmerge.cli.configuration_schema docs/schema/configuration-1.json
 
 screenshots:
 	@scripts/setup chromium:chromium

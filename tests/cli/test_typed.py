@@ -48,4 +48,4 @@ if TYPE_CHECKING:
 )
 def test_what_was_typed_is_said_again(command: click.Command, typed: str, expected: str) -> None:
     with command.make_context(command.name, shlex.split(typed)):
-        assert same_with("chainmerge", "merge") == f"chainmerge merge {expected}"
+        assert same_with("merge") == f"chainmerge merge {expected}"
