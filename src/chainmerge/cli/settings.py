@@ -30,11 +30,11 @@ _REACHING: Final = _PLACES | {
 }  # fmt: skip
 _MERGING: Final = _REACHING | {
     "bandwidth", "data", "delete", "detect-zeroes", "direction", "discard", "engine",
-    "extend-pool", "keep-name", "key-file", "leave", "quiet", "shrink", "size-limit", "verbose",
-    "verify", "volume",
+    "extend-pool", "history", "keep-name", "key-file", "leave", "quiet", "shrink", "size-limit",
+    "verbose", "verify", "volume",
 }  # fmt: skip
 _IN_VM: Final = _REACHING | {
-    "bandwidth", "deadline", "delete", "direction", "monitor-hold", "on-stall", "quiet",
+    "bandwidth", "deadline", "delete", "direction", "history", "monitor-hold", "on-stall", "quiet",
     "size-limit", "verbose", "verify", "volume",
 }  # fmt: skip
 _CHANGING_BITMAPS: Final = _REACHING | {"quiet"}
@@ -60,11 +60,11 @@ SETTINGS: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "scan": _PLACES
         | {
             "cache", "check", "connect", "domains", "fail-on", "free-critical", "free-warning",
-            "hidden", "length-critical", "length-info", "length-limit", "length-warning",
+            "hidden", "history", "length-critical", "length-info", "length-limit", "length-warning",
             "old-days", "one-file-system", "quiet",
         },
         "list": _PLACES,
-        "report": _PLACES | {"chains", "quiet"},
+        "report": _PLACES | {"chains", "history", "quiet"},
         "info": _REACHING,
         "check": _REACHING,
     }
@@ -95,7 +95,8 @@ NEVER_SET: Final = frozenset(
         "unchecked", "yes",
         # What a command is about, and what it writes.
         "active", "all", "all-disks", "backing", "base", "cancel-job", "device", "disabled", "disk",
-        "domain", "from", "no-backing", "node", "output", "qmp", "report", "sqlite", "undo",
+        "domain", "from", "no-backing", "node", "output", "qmp", "report", "sqlite", "textfile",
+        "undo",
         # What scripts rely on that read what is printed.
         "dry-run", "json",
     }
