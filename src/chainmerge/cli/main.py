@@ -72,6 +72,16 @@ _OBJECTS_BEFORE_COLLECTION: Final = 100_000
 )
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show where in the program an error came from.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Log what is done on standard error, a line a step, in place of progress.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="The least important lines of that log.  [default: info]",
+)
 @click.option(NO_FILES, is_flag=True, help="Take no options from configuration files.")
 def cli(**_: object) -> None:  # read from the context, where they are needed
     """Merge snapshots of virtual disks, with their dirty bitmaps, without losing anything."""

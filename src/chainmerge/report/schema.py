@@ -29,6 +29,7 @@ from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.configuration import ConfigurationCheck, ConfigurationReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
+from chainmerge.documents.log import LogLine
 from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
@@ -71,6 +72,7 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"live-repair-{REPORT_VERSION}": VmRepairReport,
+        f"log-{REPORT_VERSION}": LogLine,
         f"config-show-{REPORT_VERSION}": ConfigurationReport,
         f"config-check-{REPORT_VERSION}": ConfigurationCheck,
         f"error-{REPORT_VERSION}": ErrorReport,
