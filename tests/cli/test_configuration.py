@@ -205,3 +205,12 @@ def test_what_was_decided_is_what_is_finished(
     assert chainmerge(*words).status == 0
     assert top.exists() is not delete
     assert content(active) == expected
+
+
+def test_the_example_is_one(tmp_path: Path) -> None:
+    example = (ROOT / "contrib" / "config.toml").read_text()
+    lines = [line.removeprefix("#") if "=" in line else line for line in example.splitlines()]
+    file = written(tmp_path, "\n".join(lines))
+    assert chainmerge("config", "check", file).status == 0
+    shown = chainmerge("config", "show", "--json", CHAINMERGE_CONFIG=file).json["values"]
+    assert len(shown) == sum(" = " in line for line in lines) > 15
