@@ -20,7 +20,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-metrics test-vm soak fuzz fuzz-guided bench \
+.PHONY: help setup demo quick test test-ansible test-browser test-metrics test-vm soak fuzz fuzz-guided bench \
 	lint format schema screenshots clean
 
 help:
@@ -30,6 +30,8 @@ help:
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make test-browser'
 	@echo '             reports in a real browser, which it installs'
+	@echo 'make test-ansible'
+	@echo '             the Ansible role, with Ansible, which it installs'
 	@echo 'make test-metrics'
 	@echo '             metrics and alerts with promtool, which it installs'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
@@ -67,6 +69,11 @@ test-browser:
 test-metrics:
 	@scripts/setup promtool:prometheus
 	@$(BIN)/python -m pytest tests/promtool $(PYTEST_ARGS)
+
+# Nor Ansible, of which one role is an example.
+test-ansible:
+	@scripts/setup ansible-playbook:ansible-core
+	@$(BIN)/python -m pytest tests/ansible $(PYTEST_ARGS)
 
 # First what only the machine's kernel can do, then what is judged outside of it.
 test-vm: setup
