@@ -41,6 +41,8 @@ from chainmerge.report.configuration_tables import configuration_check, configur
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from click.shell_completion import CompletionItem
+
     from chainmerge.cli.configuration import FileProblem, Setting
     from chainmerge.cli.output import Output
 
@@ -50,8 +52,24 @@ def config() -> None:
     """Show and check the configuration files, which say what options are by default."""
 
 
+def _command_candidates(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Return the words that may come next in the name of a command."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415 (for a shell)
+
+    before = ctx.params.get(param.name or "") or ()
+    names = (path.split(".") for section in SETTINGS for path in commands_of(section))
+    words = {
+        name[len(before)]
+        for name in names
+        if name[: len(before)] == list(before) and len(name) > len(before)
+    }
+    return [CompletionItem(word) for word in sorted(words) if word.startswith(incomplete)]
+
+
 @config.command(cls=Command)
-@click.argument("words", nargs=-1, metavar="[COMMAND]...")
+@click.argument("words", nargs=-1, metavar="[COMMAND]...", shell_complete=_command_candidates)
 @click.pass_context
 @json_option
 def show(context: click.Context, *, words: tuple[str, ...], output: Output) -> None:
