@@ -67,6 +67,9 @@ def test_who_obeys_whom(home: Path) -> None:
     assert f"belongs to the user with the number {SOMEBODY}" in by_root.sentence
     own.chmod(0o644)
     assert isinstance(as_user(ELSE, own), ConfigurationUntrusted)
+    given = as_user(0, file_in(home, owner=SOMEBODY))
+    assert isinstance(given, ConfigurationUntrusted)
+    assert f"it belongs to the user with the number {SOMEBODY}" in given.sentence
 
 
 def test_root_obeys_nobody_in_whose_directory_its_file_lies(home: Path) -> None:

@@ -107,7 +107,8 @@ def shut_in(unit: str, writable: list[Path], program: Path, words: list[str]) ->
         f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(path))}\n" for path in writable
     )
     script = f"""{opened}mount -o remount,bind,ro /
-        exec setpriv --bounding-set={",".join(["-all", *kept])} --no-new-privs "$@"
+        bounds={",".join(["-all", *kept])}
+        exec setpriv --inh-caps=-all --bounding-set=$bounds --no-new-privs "$@"
     """
     return ["unshare", "--mount", "sh", "-ec", script, "sh", str(program / "chainmerge"), *words]
 
@@ -139,7 +140,12 @@ def test_a_scan_reads_what_belongs_to_others(tmp_path: Path) -> None:
         steps = [line.partition(" info: ")[2] for line in ran.stderr.splitlines()]
         assert steps[0] == "looking for images"
     assert str(images / "top.qcow2") in (state / "chains.html").read_text()
-    assert (state / "chainmerge.prom").stat().st_mode & 0o777 == 0o644
+    metrics = state / "chainmerge.prom"
+    known = re.findall(
+        r"^chainmerge_chain_has_problem\{.*\} (.*)$", metrics.read_text(), re.MULTILINE
+    )
+    assert known == ["0.0"]
+    assert metrics.stat().st_mode & 0o777 == 0o644
     unwritable = shut_in(unit, [], program, ["report", "-o", str(state / "more"), str(images)])
     refused = subprocess.run(unwritable, capture_output=True, check=False, env=environment())
     assert refused.returncode == ExitCode.REFUSED
