@@ -21,8 +21,9 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-metrics test-docs test-packages test-vm soak \
-	fuzz fuzz-guided bench lint format schema screenshots docs man completions dist lock clean
+.PHONY: help setup demo quick test test-ansible test-browser test-metrics test-docs test-packages \
+	test-vm soak fuzz fuzz-guided bench lint format schema screenshots docs man completions dist lock \
+	clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -33,6 +34,8 @@ help:
 	@echo '             reports in a real browser, which it installs'
 	@echo 'make test-docs'
 	@echo '             the site and the manual pages, which it makes'
+	@echo 'make test-ansible'
+	@echo '             the Ansible role, with Ansible, which it installs'
 	@echo 'make test-metrics'
 	@echo '             metrics and alerts with promtool, which it installs'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
@@ -82,6 +85,10 @@ test-metrics:
 test-docs: docs man
 	@scripts/setup mandoc:mandoc man:man-db
 	@$(BIN)/python -m pytest tests/site $(PYTEST_ARGS)
+# Nor Ansible, of which one role is an example.
+test-ansible:
+	@scripts/setup ansible-playbook:ansible-core
+	@$(BIN)/python -m pytest tests/ansible $(PYTEST_ARGS)
 
 # First what only the machine's kernel can do, then what is judged outside of it.
 test-vm: setup
@@ -119,6 +126,7 @@ format: setup
 
 schema: setup
 	@$(BIN)/python -m chainmerge.report.schema docs/schema
+	@$(BIN)/python -m chainmerge.cli.configuration_schema docs/schema/configuration-1.json
 
 screenshots:
 	@scripts/setup chromium:chromium

@@ -40,7 +40,7 @@ UNTESTED_PACKAGES: Final = {"live/libvirt", "live/qmp"}
 
 SHARED_NAMES: Final = {
     # A command of the program has the name of the function that it calls.
-    "check": {"cli/check.py", "qcow2/check.py"},
+    "check": {"cli/check.py", "cli/config.py", "qcow2/check.py"},
     "explain": {"catalogue.py", "cli/explain.py"},
     "flatten": {"cli/flatten.py", "merging/flattening.py"},
     "list_chains": {"cli/list_chains.py", "inventory/overview.py"},

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
         ),
         pytest.param(plan, "'a b.qcow2'", "'a b.qcow2'", id="what a shell would take apart"),
         pytest.param(merge, "-nv --base -v -- -odd", "--base -v -- -odd", id="a value like a flag"),
+        pytest.param(
+            plan,
+            "--no-delete --no-history a",
+            "--no-delete --no-history a",
+            id="flags that are taken back",
+        ),
         pytest.param(flatten, "-n --delete a", "--delete a", id="flatten"),
         pytest.param(
             live.commands["plan"],
@@ -48,4 +54,4 @@ if TYPE_CHECKING:
 )
 def test_what_was_typed_is_said_again(command: click.Command, typed: str, expected: str) -> None:
     with command.make_context(command.name, shlex.split(typed)):
-        assert same_with("chainmerge", "merge") == f"chainmerge merge {expected}"
+        assert same_with("merge") == f"chainmerge merge {expected}"

@@ -33,7 +33,9 @@ def environment(**more: str) -> dict[str, str]:
     """The environment for a command, in which it finds the package wherever it is started."""
     # pytest-xdist tells its workers how wide its own terminal is.
     inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    return {**inherited, "PYTHONPATH": str(SOURCES), **more}
+    # Whoever runs the tests may have a configuration.
+    own = {"PYTHONPATH": str(SOURCES), "XDG_CONFIG_HOME": "/nonexistent"}
+    return {**inherited, **own, **more}
 
 
 def chainmerge(*arguments: str | Path, **more_environment: str) -> Ran:

@@ -59,10 +59,14 @@ wait
 
 
 @contextlib.contextmanager
-def libvirtd(directory: Path) -> Iterator[str]:
+def libvirtd(directory: Path, *, hook: str = "", path: str | None = None) -> Iterator[str]:
     """Run a libvirtd with everything in *directory*; gives the URI to connect to.
 
     Its guests are killed with it.
+
+    Args:
+        hook: the script that it asks before it starts a domain; empty for none.
+        path: the PATH of the daemon and of its hook, if that is another one.
     """
     pairs = []
     for name, place in _PRIVATE.items():
@@ -71,12 +75,17 @@ def libvirtd(directory: Path) -> Iterator[str]:
         pairs.append(f"{private}={place}")
     (directory / "etc" / "qemu.conf").write_text(_QEMU_CONF)
     (directory / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONF)
-    path = directory / "socket"
+    if hook:
+        script = directory / "etc" / "hooks" / "qemu"
+        script.parent.mkdir()
+        script.write_text(hook)
+        script.chmod(0o755)
+    address = directory / "socket"
     with (
         socket.socket(socket.AF_UNIX) as listener,
         (directory / "messages").open("wb") as messages,
     ):
-        listener.bind(os.fspath(path))
+        listener.bind(os.fspath(address))
         listener.listen()
         daemon = subprocess.Popen(
             [
@@ -88,11 +97,12 @@ def libvirtd(directory: Path) -> Iterator[str]:
             stdout=messages,
             stderr=messages,
             pass_fds=(listener.fileno(),),
+            env=None if path is None else {**os.environ, "PATH": path},
         )
         # Only the daemon's own copy is left: if it dies, connections are refused at once.
         listener.close()
         try:
-            yield f"qemu+unix:///system?socket={path}"
+            yield f"qemu+unix:///system?socket={address}"
         finally:
             daemon.kill()
             daemon.wait()

@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Final
 
-from tests.support.cli import COMMAND, environment
+from tests.support.cli import COMMAND, SOURCES, environment
 from tests.support.images import MIB
 from tests.support.qemu import create, qemu_img, qemu_io
 
@@ -42,7 +42,8 @@ def installed(folder: Path) -> Path:
     """A directory with the program ``chainmerge``, as an installation has it."""
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "chainmerge"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m chainmerge "$@"\n')
+    sources = f"PYTHONPATH={SOURCES} XDG_CONFIG_HOME=/nonexistent"
+    script.write_text(f'#!/bin/sh\nexec env {sources} {sys.executable} -m chainmerge "$@"\n')
     script.chmod(0o755)
     return folder
 

@@ -7,7 +7,9 @@ an exit status there. Nothing else in the command line catches errors of the API
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -15,13 +17,14 @@ from click.exceptions import Exit
 
 from chainmerge.cli.errors import InternalError, ReportNotDelivered
 from chainmerge.cli.output import Output, TextOutput
+from chainmerge.cli.settings import SETTINGS, negation_of, places_in_force, section_of
 from chainmerge.cli.streams import write_message
 from chainmerge.documents.text import printable
 from chainmerge.errors import ChainmergeError, ExitCode, Failed
 from chainmerge.storage.errors import OutOfMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from click.shell_completion import CompletionItem
 
@@ -30,6 +33,11 @@ _NO_MEMORY: Final = ("failed to map segment", "Cannot allocate memory", "cannot 
 
 COMPLETION_VARIABLE: Final = "_CHAINMERGE_COMPLETE"
 """In the environment: what a shell wants to know that completes a word."""
+
+NO_FILES: Final = "--no-config"
+"""Before a command: let it take nothing from configuration files."""
+_FILES_IN_FORCE: Final = "chainmerge.files_in_force"
+_FILES_UNUSABLE: Final = "chainmerge.files_unusable"
 
 # What click raises to end a command, in an orderly way.
 _CLICK_ENDINGS: Final = (click.ClickException, Exit, click.Abort)
@@ -49,6 +57,23 @@ class Command(click.Command):
     def get_help(self, ctx: click.Context) -> str:
         return _formatted_help(self, ctx)
 
+    def make_parser(self, ctx: click.Context) -> Any:
+        parser = super().make_parser(ctx)
+        for option in self.params:
+            if isinstance(option, click.Option) and not option.secondary_opts:
+                negation = negation_of(option)
+                if negation is not None:
+                    parser.add_option(
+                        option, [negation], option.name, action="store_const", const=False
+                    )
+        return parser
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # A shell that completes a word has no use for it.
+        if not ctx.resilient_parsing:
+            _configure(self, ctx)
+        return super().parse_args(ctx, args)
+
     def advised(self, ctx: click.Context, error: ChainmergeError) -> ChainmergeError:
         """Return the same error, with what this command knows to do about it."""
         del ctx
@@ -57,13 +82,53 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         output: Output = ctx.params.get("output") or TextOutput()
         try:
-            return super().invoke(ctx)
+            with _repeating_what_was_decided(ctx):
+                return super().invoke(ctx)
         except _CLICK_ENDINGS:
             raise
         except ChainmergeError as error:
             return _end(ctx, output, self.advised(ctx, error))
         except Exception as error:  # noqa: BLE001 (the last place that knows how to answer)
             return _end(ctx, output, bug_report(error))
+
+
+def _configure(command: click.Command, ctx: click.Context) -> None:
+    """Let a command take options from configuration files, where there are any.
+
+    What is wrong with them is kept until the command is to run: help is given without.
+    """
+    section = section_of(ctx.command_path)
+    without = ctx.find_root().params.get("no_config", False)
+    ctx.meta[_FILES_IN_FORCE] = without or bool(places_in_force(os.environ))
+    if without or section not in SETTINGS or not ctx.meta[_FILES_IN_FORCE]:
+        return
+    # Imported where they are used: most machines have no configuration.
+    from chainmerge.cli.configuration import settings_in_force  # noqa: PLC0415
+    from chainmerge.cli.configured import defaults_from  # noqa: PLC0415
+
+    try:
+        settings = settings_in_force(os.environ)
+        ctx.default_map = defaults_from(settings, section, command, ctx)
+    except ChainmergeError as error:
+        ctx.meta[_FILES_UNUSABLE] = error
+
+
+@contextlib.contextmanager
+def _repeating_what_was_decided(ctx: click.Context) -> Iterator[None]:
+    """Have commands that repeat what was recorded take nothing from configuration files.
+
+    Raises what was wrong with those.
+    """
+    if not ctx.meta.get(_FILES_IN_FORCE):
+        yield
+        return
+    if _FILES_UNUSABLE in ctx.meta:
+        raise ctx.meta[_FILES_UNUSABLE]
+    # Imported where it is used, as above.
+    from chainmerge.records.request import repeated_by  # noqa: PLC0415
+
+    with repeated_by("chainmerge", NO_FILES):
+        yield
 
 
 def _formatted_help(command: click.Command, context: click.Context) -> str:

@@ -146,3 +146,62 @@ class MetricsMissing(Misuse):
         "is optional: nothing else needs it. Nothing was scanned."
     )
     reason: str
+
+
+class ConfigurationInvalid(Misuse):
+    """A configuration file says what means nothing."""
+
+    code: ClassVar[str] = "configuration-invalid"
+    template: ClassVar[str] = "{file}: {problem}"
+    hint: ClassVar[str] = (
+        "{suggestion}; `chainmerge config check` finds all that is wrong, and `chainmerge "
+        "--no-config` goes without"
+    )
+    explanation: ClassVar[str] = (
+        "A configuration file has a section or an option that does not exist, or a value that the "
+        "option cannot have. A word that is left out of account could be the one that was to "
+        "protect data, so nothing was done. docs/configuration.md has what can be set."
+    )
+    file: str
+    problem: str
+    suggestion: str
+
+
+class ConfigurationUntrusted(Refused):
+    """A configuration file could have been written by somebody else."""
+
+    code: ClassVar[str] = "configuration-untrusted"
+    template: ClassVar[str] = "the configuration file {file} is not obeyed: {reason}"
+    hint: ClassVar[str] = (
+        "let it, and the directories above it, belong to root or to the user with the number "
+        "{user}, and let nobody else write to them (`chmod go-w`); or go without it: `chainmerge "
+        "--no-config`"
+    )
+    explanation: ClassVar[str] = (
+        "A configuration names programs that are run and images that are opened, with the rights "
+        "of whoever runs the command. So it is obeyed only if nobody else can have written it: the "
+        "file and all directories above it belong to root or to the user who runs the command, and "
+        "neither their group nor others may write to them. Root obeys only what belongs to root: "
+        "with sudo the file of a user would otherwise say what root does. Nothing was done."
+    )
+    file: str
+    reason: str
+    user: int
+
+
+class ConfigurationUnreadable(Refused):
+    """A configuration file is there, or is named, and cannot be read."""
+
+    code: ClassVar[str] = "configuration-unreadable"
+    template: ClassVar[str] = "the configuration file {file} cannot be read: {reason}"
+    hint: ClassVar[str] = (
+        "let it be a file that all who run the command can read, or go without it: `chainmerge "
+        "--no-config`"
+    )
+    explanation: ClassVar[str] = (
+        "A configuration file lies where it is looked for, or CHAINMERGE_CONFIG names it, and it "
+        "cannot be read. Without it the command could do something else than it was meant to, so "
+        "nothing was done."
+    )
+    file: str
+    reason: str

@@ -83,7 +83,7 @@ def _show(
     from chainmerge.cli.plan import PLANS_TO_SHOW, show_plan, show_plans  # noqa: PLC0415
 
     tables = PLANS_TO_SHOW[verbose]
-    command = same_with("chainmerge", "flatten")
+    command = same_with("flatten")
     if len(tops) > 1:
         return show_plans(api.plan_flatten_disks(tops, access, options), command, output, tables)
     return show_plan(api.plan_flatten(tops[0], access, options), command, output, tables)

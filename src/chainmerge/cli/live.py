@@ -179,7 +179,7 @@ def plan(
 
     Several disks are named as for `live merge`. The exit status is 3 if the merge would be refused.
     """
-    command, tables = same_with("chainmerge", "live", "merge"), PLANS_TO_SHOW[verbose]
+    command, tables = same_with("live", "merge"), PLANS_TO_SHOW[verbose]
     if not isinstance(disks, OneDisk):
         return show_plans(disks.plan(tops, bases, access, options), command, output, tables)
     top, base = disks.images_to_merge(tops, bases)

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from chainmerge.__about__ import __version__
-from chainmerge.cli.commands import COMPLETION_VARIABLE, LazyGroup, bug_report, traceback_of
+from chainmerge.cli.commands import (
+    COMPLETION_VARIABLE,
+    NO_FILES,
+    LazyGroup,
+    bug_report,
+    traceback_of,
+)
 from chainmerge.cli.output import JsonOutput, TextOutput
 from chainmerge.cli.signals import interrupted_by_signals
 from chainmerge.cli.streams import prepare_streams, write_message
@@ -43,6 +49,7 @@ _COMMANDS: Final = MappingProxyType(
         "info": ("chainmerge.cli.info", "info"),
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),
+        "config": ("chainmerge.cli.config", "config"),
         "explain": ("chainmerge.cli.explain", "explain"),
         "completion": ("chainmerge.cli.completion", "completion"),
         "version": ("chainmerge.cli.version", "version"),
@@ -65,7 +72,18 @@ _OBJECTS_BEFORE_COLLECTION: Final = 100_000
 )
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show where in the program an error came from.")
-def cli(debug: bool) -> None:  # noqa: FBT001 (read from the context where errors end)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Log what is done on standard error, a line a step, in place of progress.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="The least important lines of that log.  [default: info]",
+)
+@click.option(NO_FILES, is_flag=True, help="Take no options from configuration files.")
+def cli(**_: object) -> None:  # read from the context, where they are needed
     """Merge snapshots of virtual disks, with their dirty bitmaps, without losing anything."""
 
 

@@ -42,8 +42,16 @@ merging_option: Final = partial(click.option, cls=PanelOption, panel="How to mer
 _MERGE_FIELDS: Final = MergeOptions.__struct_fields__
 
 
-def _choose_output(_ctx: click.Context, _param: click.Parameter, value: bool) -> Output:  # noqa: FBT001 (click's signature)
-    return JsonOutput() if value else TextOutput()
+def _choose_output(ctx: click.Context, _param: click.Parameter, value: bool) -> Output:  # noqa: FBT001 (click's signature)
+    root = ctx.find_root().params
+    log_format, level = root.get("log_format"), root.get("log_level")
+    if log_format is None and level is None:
+        return JsonOutput() if value else TextOutput()
+    # Imported where it is used: few commands keep a log.
+    from chainmerge.cli.log_output import logged_json, logged_tables  # noqa: PLC0415
+
+    logged = logged_json if value else logged_tables
+    return logged(log_format or "text", level or "info")
 
 
 json_option = click.option(

@@ -111,8 +111,12 @@ class QuietTextOutput(TextOutput):
         if status is not ExitCode.DONE:
             super().document(report, table, status)
             return
-        for sentence in _warnings_of(report):
-            write_message(f"chainmerge: warning: {printable(sentence)}\n")
+        for sentence in warning_sentences(report):
+            self.warn(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Say what the user should know."""
+        write_message(f"chainmerge: warning: {printable(sentence)}\n")
 
     def progress(self) -> ProgressDisplay:
         return _NoProgress()
@@ -126,12 +130,12 @@ def show_before_asking(report: Report, table: Callable[[Report], Block]) -> None
     write_message(_shown_on(sys.stderr, table(report)))
 
 
-def _warnings_of(report: Any) -> Iterator[str]:
+def warning_sentences(report: Any) -> Iterator[str]:
     """What a report warns of, those of the merges that it is about included."""
     yield from getattr(report, "warnings", ())
     for disk in (*getattr(report, "disks", ()), *getattr(report, "ranges", ())):
         # A plan of several merges has plans, their report reports with what became of each.
-        for sentence in _warnings_of(getattr(disk, "report", disk)):
+        for sentence in warning_sentences(getattr(disk, "report", disk)):
             yield f"{disk.top}: {sentence}"
 
 

@@ -89,7 +89,7 @@ def show_plan_of(
     report_file: str | None = None,
 ) -> ExitCode:
     """Show what a merge would do; the status says whether it would be refused."""
-    command = same_with("chainmerge", "merge")
+    command = same_with("merge")
     if len(tops) > 1:
         disks = api.plan_disks(tops, bases, access, options)
         _draw(disks.disks, access, command, report_file)

@@ -21,7 +21,7 @@ from chainmerge.cli.options import (
 )
 from chainmerge.cli.params import DURATION, IMAGE
 from chainmerge.cli.signals import stopped_by_signals
-from chainmerge.cli.typed import PlanningCommand, same_with
+from chainmerge.cli.typed import PlanningCommand, program, same_with
 from chainmerge.errors import ExitCode
 from chainmerge.options import Retention
 from chainmerge.records.request import shell_line
@@ -73,7 +73,7 @@ def _way_into_vm(leaf: str) -> str:
     vm = vm_that_has_open(Path(leaf))
     if vm is None:
         return ""
-    line = shell_line(["chainmerge", "live", "merge", *vm.address])
+    line = shell_line([*program(), "live", "merge", *vm.address])
     unknown = f" ({'; '.join(vm.unknown)})" if vm.unknown else ""
     return (
         f"to merge one range while the VM runs: `{line} --base BASE TOP`, with the images that "
@@ -158,7 +158,7 @@ def _show(
 ) -> ExitCode:
     decided = _with_way_into_vm(api.plan_thin_out(leaf, retention, access, options), leaf)
     table = thin_out_plan_details if verbose else thin_out_plan
-    command = same_with("chainmerge", "thin-out")
+    command = same_with("thin-out")
     status = ExitCode.DONE if decided.feasible else ExitCode.REFUSED
     output.document(decided, lambda plan: table(plan, command), status)
     return status

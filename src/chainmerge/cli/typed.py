@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from chainmerge.cli.commands import Command
+from chainmerge.cli.commands import NO_FILES, Command
+from chainmerge.cli.settings import negation_of
 from chainmerge.records.request import shell_line
 
 if TYPE_CHECKING:
@@ -27,9 +28,14 @@ class PlanningCommand(Command):
 
 
 def same_with(*command: str) -> str:
-    """Return *command* with what was typed behind the one that runs now, fit for a shell."""
+    """Return *command* with what was typed behind the one that runs now, fit for a shell.
+
+    Args:
+        command: what follows the program's name.
+    """
     context = click.get_current_context()
-    return shell_line([*command, *_typed_again(context, _options_of(context.command))])
+    again = _typed_again(context, _options_of(context.command))
+    return shell_line([*program(), *command, *again])
 
 
 def same_as_far_as_known(names: Sequence[str], *before: str) -> str:
@@ -47,7 +53,13 @@ def same_as_far_as_known(names: Sequence[str], *before: str) -> str:
         assert found is not None
         other = found
     again = _typed_again(context, _options_of(other))
-    return shell_line(["chainmerge", *names, *before, *again])
+    return shell_line([*program(), *names, *before, *again])
+
+
+def program() -> tuple[str, ...]:
+    """What another command begins with: it goes by the same configuration."""
+    without_files = click.get_current_context().find_root().params.get("no_config", False)
+    return ("chainmerge", NO_FILES) if without_files else ("chainmerge",)
 
 
 def _options_of(command: click.Command) -> frozenset[str]:
@@ -73,12 +85,13 @@ def _typed_again(context: click.Context, known: frozenset[str]) -> Iterator[str]
                 case tuple() | list() as several:
                     operands += several
             continue
-        has_value = not (isinstance(parameter, click.Option) and parameter.is_flag)
-        value = (next(given[name]) if name in given else values[name]) if has_value else None
         option = max(parameter.opts, key=len)
+        value = next(given[name]) if name in given else values[name]
+        said: tuple[str, ...] = (option, value)
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            said = (option,) if value else (negation_of(parameter) or option,)
         if option in known:
-            yield option
-            yield from () if value is None else (value,)
+            yield from said
     if any(operand.startswith("-") for operand in operands):
         yield "--"
     yield from operands

@@ -10,12 +10,10 @@ import click
 
 from chainmerge.cli.commands import NoSuchWord
 from chainmerge.cli.errors import WrongUsage
+from chainmerge.cli.words import close_to, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-# Dashes make all options look alike a little.
-_ALIKE: Final = 0.7
+    from collections.abc import Mapping
 
 _PULL: Final = (
     "`chainmerge merge --direction pull TOP` does that, `chainmerge flatten TOP` down to the end "
@@ -164,15 +162,15 @@ def _advice_for_command(word: str, context: click.Context) -> str:
     if advice is not None:
         return advice
     path = context.command_path
-    meant = _close_to(word.lower(), group.list_commands(context))
-    return _did_you_mean([f"{path} {name}" for name in meant]) or _see_help(context)
+    meant = close_to(word.lower(), group.list_commands(context))
+    return did_you_mean([f"{path} {name}" for name in meant]) or _see_help(context)
 
 
 def _advice_for_option(option: str, context: click.Context) -> str:
     here = _options_of(context.command)
     meant = _SYNONYMS.get(option)
     if meant in here:
-        return _did_you_mean([meant])
+        return did_you_mean([meant])
     root = context.find_root()
     if option in _options_of(root.command):
         rest = context.command_path.removeprefix(f"{root.command_path} ")
@@ -181,7 +179,7 @@ def _advice_for_option(option: str, context: click.Context) -> str:
         path = context.command_path
         return f"options go after the command: see `{path} --help` and `{path} COMMAND --help`"
     advice = OPTIONS_OF_OTHERS.get(option)
-    return advice or _did_you_mean(_close_to(option, here)) or _see_help(context)
+    return advice or did_you_mean(close_to(option, here)) or _see_help(context)
 
 
 def _options_of(command: click.Command) -> list[str]:
@@ -191,16 +189,3 @@ def _options_of(command: click.Command) -> list[str]:
         if isinstance(parameter, click.Option)
         for name in parameter.opts
     ]
-
-
-def _close_to(word: str, known: Iterable[str]) -> list[str]:
-    # Few commands end with wrong usage, and it takes time to load.
-    from difflib import get_close_matches  # noqa: PLC0415
-
-    return get_close_matches(word, list(known), n=2, cutoff=_ALIKE)
-
-
-def _did_you_mean(candidates: Iterable[str]) -> str:
-    """Ask, or return nothing if there is nothing to ask."""
-    quoted = [f"`{candidate}`" for candidate in candidates]
-    return f"did you mean {' or '.join(quoted)}?" if quoted else ""

@@ -9,11 +9,13 @@ command can be run from anywhere; block devices are named by what stays theirs a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
 import stat
 from collections.abc import Mapping
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -117,6 +119,23 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
 """How each field of :class:`Access`, :class:`MergeOptions`, :class:`LiveOptions` and
 :class:`Retention` is said."""
 
+_PROGRAM: Final[ContextVar[tuple[str, ...]]] = ContextVar("program", default=("chainmerge",))
+
+
+@contextlib.contextmanager
+def repeated_by(*program: str) -> Iterator[None]:
+    """Have recorded requests repeated by commands that begin with these words.
+
+    What was recorded says all that was decided, so whoever repeats it must not take options from
+    elsewhere: what files say may have changed since.
+    """
+    before = _PROGRAM.set(program)
+    try:
+        yield
+    finally:
+        _PROGRAM.reset(before)
+
+
 _OF_RESUME: Final = frozenset(
     {"bandwidth", "deadline", "on_stall", "volume", "lock_command", "history"}
 )
@@ -185,7 +204,7 @@ def command_of(request: RecordedRequest) -> str | None:
     if request.retention:
         return _thinning_command(request, access, options)
     words = ["merge", *words_of(options), *words_of(access), *_images(request)]
-    return shell_line(["chainmerge", *words])
+    return shell_line([*_PROGRAM.get(), *words])
 
 
 def _thinning_command(
@@ -201,7 +220,7 @@ def _thinning_command(
         *words_of(access),
         *_images(request),
     ]
-    return shell_line(["chainmerge", *words])
+    return shell_line([*_PROGRAM.get(), *words])
 
 
 def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> str:
@@ -216,7 +235,7 @@ def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> 
     )
     pace = [word for name, value in said for word in _say(name, value)]
     place = _lasting_address(address or request.address)
-    return shell_line(["chainmerge", "live", "resume", *place, *pace])
+    return shell_line([*_PROGRAM.get(), "live", "resume", *place, *pace])
 
 
 def live_command_of(request: RecordedRequest) -> str | None:
@@ -229,7 +248,7 @@ def live_command_of(request: RecordedRequest) -> str | None:
         return None
     place = _lasting_address(request.address)
     words = ["live", "merge", *place, *words_of(options), *words_of(access), *_images(request)]
-    return shell_line(["chainmerge", *words])
+    return shell_line([*_PROGRAM.get(), *words])
 
 
 def shell_line(words: Iterable[str]) -> str:

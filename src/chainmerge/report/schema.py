@@ -26,8 +26,10 @@ from chainmerge.documents.bitmaps import (
 )
 from chainmerge.documents.chain_pictures import ChainsPictures
 from chainmerge.documents.chains import ChainsReport
+from chainmerge.documents.configuration import ConfigurationCheck, ConfigurationReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
+from chainmerge.documents.log import LogLine
 from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.progress import ProgressEvent
@@ -70,9 +72,14 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"live-repair-{REPORT_VERSION}": VmRepairReport,
+        f"log-{REPORT_VERSION}": LogLine,
+        f"config-show-{REPORT_VERSION}": ConfigurationReport,
+        f"config-check-{REPORT_VERSION}": ConfigurationCheck,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )
+CONFIGURATION_SCHEMA: Final = "configuration-1.json"
+"""What is made of the commands' options, and lies beside the schemas of documents."""
 # "    name: text", and the lines below it that are indented further.
 _ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 # Cross references of the documentation: ":data:`~chainmerge.documents.versions.PLAN_VERSION`".
@@ -134,7 +141,7 @@ def main(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     files = schema_files()
     for stale in directory.glob("*.json"):
-        if stale.name not in files:
+        if stale.name not in {*files, CONFIGURATION_SCHEMA}:
             stale.unlink()
     for name, text in files.items():
         (directory / name).write_text(text, encoding="ascii")
