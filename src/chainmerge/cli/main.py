@@ -43,6 +43,7 @@ _COMMANDS: Final = MappingProxyType(
         "info": ("chainmerge.cli.info", "info"),
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),
+        "fleet": ("chainmerge.cli.fleet.commands", "fleet"),
         "explain": ("chainmerge.cli.explain", "explain"),
         "completion": ("chainmerge.cli.completion", "completion"),
         "version": ("chainmerge.cli.version", "version"),

@@ -27,6 +27,7 @@ from chainmerge.documents.bitmaps import (
 from chainmerge.documents.chain_pictures import ChainsPictures
 from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
+from chainmerge.documents.fleet import FleetChange, FleetResults, FleetStatus
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
 from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
@@ -35,7 +36,12 @@ from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport, 
 from chainmerge.documents.retention import ThinOutPlan, ThinOutReport
 from chainmerge.documents.scan import ScanReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
-from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
+from chainmerge.documents.versions import (
+    FLEET_VERSION,
+    PLAN_VERSION,
+    REPORT_VERSION,
+    STATUS_VERSION,
+)
 from chainmerge.report.json import ErrorReport
 
 if TYPE_CHECKING:
@@ -70,6 +76,9 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"status-{STATUS_VERSION}": StatusReport,
         f"live-status-{REPORT_VERSION}": LiveStatusReport,
         f"live-repair-{REPORT_VERSION}": VmRepairReport,
+        f"fleet-status-{FLEET_VERSION}": FleetStatus,
+        f"fleet-results-{FLEET_VERSION}": FleetResults,
+        f"fleet-change-{FLEET_VERSION}": FleetChange,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator does: rows are written and read, and nothing here waits for a merge."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, LiteralString
+
+import msgspec
+
+from chainmerge.arithmetic.counting import counted
+from chainmerge.documents.fleet import FleetChange, JobOutcome
+from chainmerge.documents.versions import FLEET_VERSION
+from chainmerge.fleet import engine
+from chainmerge.fleet.database import transaction
+from chainmerge.fleet.engine import QueueState
+from chainmerge.fleet.errors import FleetPlanUnusable, HostAlive, NoSuchHost, NoSuchJob
+from chainmerge.fleet.record import FleetPlan, JobRecord, PlannedJob, Submission
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from psycopg import Connection
+
+_SUCCESS: Final = (JobOutcome.DONE, JobOutcome.ALREADY)
+_STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
+_OPEN: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
+
+
+def plan_in(text: bytes, path: str) -> FleetPlan:
+    """Read what ``fleet plan`` has written.
+
+    Raises:
+        FleetPlanUnusable: it is anything else.
+    """
+    try:
+        return msgspec.json.decode(text, type=FleetPlan)
+    except msgspec.DecodeError as error:
+        raise FleetPlanUnusable(path, str(error)) from error
+
+
+def submit(database: str, plan: FleetPlan) -> FleetChange:
+    """Queue the jobs of a plan, all or none; what waits, runs or is done already is left out."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    submitted = Submission(by=f"{getpass.getuser()}@{socket.gethostname()}"[:200], at=at)
+    with transaction(database) as connection:
+        # Two that submit the same at the same time would both find nothing.
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge submit'))")
+        known = _known_labels(connection)
+        new = {job.label: job for job in plan.jobs if job.label not in known}
+        numbers = engine.submit(connection, [_queued(job, submitted) for job in new.values()])
+    left_out = len(plan.jobs) - len(new)
+    done = [f"{counted(len(numbers), 'job')} submitted"]
+    if left_out:
+        done.append(f"{counted(left_out, 'job')} left out: submitted before")
+    return FleetChange(FLEET_VERSION, tuple(numbers), tuple(done))
+
+
+def _known_labels(connection: Connection[Any]) -> set[str]:
+    """Of jobs that wait, run or are done. What has ended otherwise may be submitted again."""
+    outcomes = _outcomes(connection)
+    return {
+        job.label
+        for job in engine.jobs(connection)
+        if (outcomes[job.id] in _SUCCESS if job.id in outcomes else job.state in _OPEN)
+    }
+
+
+def _outcomes(connection: Connection[Any]) -> dict[int, str]:
+    found = connection.execute("SELECT job, outcome FROM results WHERE NOT superseded")
+    return dict(found.fetchall())
+
+
+def _queued(job: PlannedJob, submitted: Submission) -> engine.NewJob:
+    fields = {name: getattr(job, name) for name in job.__struct_fields__}
+    record = JobRecord(**fields, submitted=submitted)
+    return engine.NewJob(job.host, job.priority, job.label, msgspec.to_builtins(record))
+
+
+def pause(database: str, key: str) -> FleetChange:
+    """Let nothing start that needs a key; what runs goes on."""
+    with transaction(database) as connection:
+        connection.execute(
+            "INSERT INTO limits (key, most, paused) VALUES (%s, 1, true)"
+            " ON CONFLICT (key) DO UPDATE SET paused = true",
+            (key,),
+        )
+    return _changed(f"{key} is paused; `chainmerge fleet limit {key} N` lets jobs start again")
+
+
+def limit(database: str, key: str, most: int) -> FleetChange:
+    """Let that many jobs hold a key at the same time, and end its pause."""
+    with transaction(database) as connection:
+        connection.execute(
+            "INSERT INTO limits (key, most) VALUES (%s, %s)"
+            " ON CONFLICT (key) DO UPDATE SET most = excluded.most, paused = false",
+            (key, most),
+        )
+    return _changed(f"{key}: at most {counted(most, 'job')} at the same time")
+
+
+def drain(database: str, host: str) -> FleetChange:
+    """Let nothing start on a host; what runs there goes on to its end."""
+    _on_host(database, host, "UPDATE hosts SET drained = true WHERE host = %s")
+    return _changed(f"nothing starts on {host} any more; what runs there goes on")
+
+
+def drain_now(database: str, host: str) -> FleetChange:
+    """Let nothing start on a host, and what runs there stop at the next safe point."""
+    _on_host(database, host, _STOP)
+    return _changed(f"nothing starts on {host} any more; what runs there stops at a safe point")
+
+
+def undrain(database: str, host: str) -> FleetChange:
+    """Let jobs start on a host again."""
+    _on_host(
+        database, host, "UPDATE hosts SET drained = false, drained_now = false WHERE host = %s"
+    )
+    return _changed(f"jobs start on {host} again")
+
+
+def _on_host(database: str, host: str, statement: LiteralString) -> None:
+    with transaction(database) as connection:
+        _require_host(connection, host)
+        connection.execute(statement, (host,))
+
+
+def _require_host(connection: Connection[Any], host: str) -> None:
+    if connection.execute("SELECT FROM hosts WHERE host = %s", (host,)).fetchone() is None:
+        raise NoSuchHost(host)
+
+
+def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
+    """Take jobs off the queue; those that run stop at the next safe point.
+
+    Raises:
+        NoSuchJob: one of them has ended, or there is none of its number. Nothing is done then.
+    """
+    done = []
+    with transaction(database) as connection:
+        for number in jobs:
+            _require_open(connection, number)
+            done.append(f"job {number} {_cancelled(connection, number)}")
+    return FleetChange(FLEET_VERSION, tuple(jobs), tuple(done))
+
+
+def _require_open(connection: Connection[Any], number: int) -> None:
+    job = _job(connection, number)
+    outcome = _outcomes(connection).get(number)
+    if outcome is not None or job.state not in _OPEN:
+        raise NoSuchJob(number, f"it has ended: {outcome or job.state}")
+
+
+def _cancelled(connection: Connection[Any], number: int) -> str:
+    # A job that waits in the queue can hold keys: its worker died, and its child may go on.
+    held = connection.execute("SELECT FROM leases WHERE job = %s", (number,)).fetchone()
+    if held is None and engine.cancel(connection, number):
+        _end(connection, [number], JobOutcome.CANCELLED, "cancelled before it began")
+        return "is cancelled"
+    connection.execute("INSERT INTO wishes VALUES (%s) ON CONFLICT DO NOTHING", (number,))
+    return "is told to stop"
+
+
+def retry(database: str, jobs: Sequence[int]) -> FleetChange:
+    """Queue jobs again that ended without success.
+
+    Raises:
+        NoSuchJob: one of them did not. Nothing is done then.
+    """
+    with transaction(database) as connection:
+        outcomes = _outcomes(connection)
+        for number in jobs:
+            job = _job(connection, number)
+            outcome = outcomes.get(number, "" if job.state in _OPEN else job.state)
+            if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
+                raise NoSuchJob(number, f"it cannot be tried again: it is {outcome or job.state}")
+            connection.execute("UPDATE results SET superseded = true WHERE job = %s", (number,))
+            if job.state is not QueueState.QUEUED:
+                engine.retry(connection, number)
+    done = tuple(f"job {number} is queued again" for number in jobs)
+    return FleetChange(FLEET_VERSION, tuple(jobs), done)
+
+
+def release_fenced(database: str, host: str) -> FleetChange:
+    """Free what a host holds that cannot write any more, and its name.
+
+    Its merges that ran are lost to the fleet, and nothing starts there until it is undrained.
+
+    Raises:
+        NoSuchHost: no worker has ever come from there.
+        HostAlive: its worker is connected.
+    """
+    with transaction(database) as connection:
+        _require_host(connection, host)
+        free = connection.execute(
+            "SELECT pg_try_advisory_xact_lock(hashtext('chainmerge fleet'), hashtext(%s))", (host,)
+        ).fetchone()
+        if free is None or not free[0]:
+            raise HostAlive(host)
+        gone = connection.execute(
+            "DELETE FROM leases WHERE host = %s RETURNING job", (host,)
+        ).fetchall()
+        numbers = sorted({job for (job,) in gone})
+        _end(connection, numbers, JobOutcome.LOST, "its host was released while it ran there")
+        connection.execute(_STOP, (host,))
+    done = (
+        f"{counted(len(numbers), 'merge')} of {host} given up",
+        f"nothing starts there until `chainmerge fleet undrain {host}`",
+    )
+    return FleetChange(FLEET_VERSION, tuple(numbers), done)
+
+
+def _end(
+    connection: Connection[Any], jobs: Iterable[int], outcome: JobOutcome, message: str
+) -> None:
+    hosts = {job.id: job.host for job in engine.jobs(connection)}
+    for number in jobs:
+        connection.execute(
+            "INSERT INTO results (job, host, outcome, message) VALUES (%s, %s, %s, %s)"
+            " ON CONFLICT DO NOTHING",
+            (number, hosts.get(number, ""), outcome.value, message),
+        )
+        connection.execute("DELETE FROM progress WHERE job = %s", (number,))
+        connection.execute("DELETE FROM wishes WHERE job = %s", (number,))
+
+
+def forget(database: str, older: timedelta) -> FleetChange:
+    """Remove jobs that ended before that, and what became of them."""
+    with transaction(database) as connection:
+        old = connection.execute(
+            "SELECT job FROM results WHERE NOT superseded AND ended < now() - %s", (older,)
+        ).fetchall()
+        open_jobs = {job.id for job in engine.jobs(connection) if job.state in _OPEN}
+        numbers = sorted({job for (job,) in old} - open_jobs)
+        engine.forget(connection, numbers)
+        connection.execute("DELETE FROM results WHERE job = ANY (%s)", (numbers,))
+    done = (f"{counted(len(numbers), 'job')} forgotten",)
+    return FleetChange(FLEET_VERSION, tuple(numbers), done)
+
+
+def _job(connection: Connection[Any], number: int) -> engine.QueuedJob:
+    for job in engine.jobs(connection, number):
+        return job
+    raise NoSuchJob(number, "there is none of this number")
+
+
+def _changed(done: str) -> FleetChange:
+    return FleetChange(FLEET_VERSION, (), (done,))

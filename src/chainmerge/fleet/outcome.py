@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a job, told from what its child has written and how it ended."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from chainmerge.documents.fleet import JobOutcome
+from chainmerge.documents.merge import MergeOutcome
+from chainmerge.errors import ExitCode, Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Ending(Struct, frozen=True):
+    """What became of a job.
+
+    Attributes:
+        outcome: In a word.
+        exit_code: Of the child; None if there was none.
+        error_code: Of the error that it ended with.
+        message: Why, if it is not done.
+        report: The child's last line: its report, or its error.
+    """
+
+    outcome: JobOutcome
+    exit_code: int | None = None
+    error_code: str | None = None
+    message: str = ""
+    report: str | None = None
+
+    @property
+    def is_success(self) -> bool:
+        """Whether all that was asked for is so now."""
+        return self.outcome in {JobOutcome.DONE, JobOutcome.ALREADY}
+
+
+_BY_STATUS = {
+    ExitCode.FAILED: JobOutcome.FAILED,
+    ExitCode.USAGE: JobOutcome.FAILED,
+    ExitCode.REFUSED: JobOutcome.REFUSED,
+    ExitCode.UNKNOWN: JobOutcome.UNKNOWN,
+}
+
+
+def ending_of(lines: Iterable[str], status: int | None) -> Ending | None:
+    """Return what became of a child, or None if it was interrupted and is to be run again.
+
+    Args:
+        lines: What it has written, one JSON document a line.
+        status: Its exit status, negative if a signal ended it; None if nobody saw it end.
+    """
+    last = last_event(lines)
+    match last.get("event"):
+        case "report":
+            already = last.get("outcome") == MergeOutcome.ALREADY_MERGED
+            outcome = JobOutcome.ALREADY if already else JobOutcome.DONE
+            return Ending(outcome, ExitCode.DONE, report=json.dumps(last))
+        case "error" if last.get("code") == Interrupted.code:
+            return None
+        case "error" if status is None or status not in _BY_STATUS:
+            # Whoever saw it end is gone, and what it said does not tell its status.
+            return None
+        case "error":
+            assert status is not None
+            return Ending(
+                _BY_STATUS[ExitCode(status)],
+                status,
+                str(last.get("code")),
+                str(last.get("message")),
+                json.dumps(last),
+            )
+        case _:
+            return None
+
+
+def last_event(lines: Iterable[str]) -> dict[str, Any]:
+    """Return the last whole document of lines that may end in the middle of one."""
+    for line in reversed(list(lines)):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            return event
+    return {}

@@ -1,0 +1,206 @@
+-- SPDX-License-Identifier: Apache-2.0
+-- What a fleet keeps beside its queue. Running this again brings it up to date.
+--
+-- Workers reach these tables by functions only, each of which acts for one host, and for the
+-- login that the host has registered with. Reports and progress are text, as JSON that names a
+-- file with undecodable bytes is none that the type jsonb takes.
+
+CREATE TABLE IF NOT EXISTS installed (
+    component text PRIMARY KEY,
+    version text NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS hosts (
+    host text PRIMARY KEY,
+    machine_id text NOT NULL,
+    login name NOT NULL,
+    version text NOT NULL,
+    drained boolean NOT NULL DEFAULT false,
+    drained_now boolean NOT NULL DEFAULT false,
+    seen timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE TABLE IF NOT EXISTS limits (
+    key text PRIMARY KEY,
+    most integer NOT NULL CHECK (most >= 0),
+    paused boolean NOT NULL DEFAULT false
+);
+
+CREATE TABLE IF NOT EXISTS leases (
+    job bigint NOT NULL,
+    key text NOT NULL,
+    host text NOT NULL,
+    taken timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (job, key)
+);
+CREATE INDEX IF NOT EXISTS leases_key ON leases (key);
+
+CREATE TABLE IF NOT EXISTS progress (
+    job bigint PRIMARY KEY,
+    line text NOT NULL,
+    at timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE TABLE IF NOT EXISTS wishes (
+    job bigint PRIMARY KEY
+);
+
+CREATE TABLE IF NOT EXISTS results (
+    id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    job bigint NOT NULL,
+    host text NOT NULL,
+    outcome text NOT NULL,
+    exit_code integer,
+    error_code text,
+    message text NOT NULL DEFAULT '',
+    report text,
+    ended timestamptz NOT NULL DEFAULT now(),
+    superseded boolean NOT NULL DEFAULT false
+);
+CREATE UNIQUE INDEX IF NOT EXISTS results_of_job ON results (job) WHERE NOT superseded;
+
+-- The keys among those asked for that nobody may take now.
+CREATE OR REPLACE FUNCTION full_keys(asked text[]) RETURNS text[]
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce(array_agg(key), '{}')
+    FROM (SELECT DISTINCT unnest(asked) AS key) AS wanted
+    LEFT JOIN limits USING (key)
+    WHERE coalesce(paused, false)
+        -- Whoever wants a limit for the whole fleet sets one.
+        OR coalesce(most, CASE key WHEN 'fleet' THEN 2147483647 ELSE 1 END)
+            <= (SELECT count(*) FROM leases WHERE leases.key = wanted.key)
+$$;
+
+CREATE OR REPLACE FUNCTION require_login(acting text) RETURNS void
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM hosts WHERE host = acting AND login = session_user) THEN
+        RAISE insufficient_privilege USING MESSAGE = format('%s is not the host of this login', acting);
+    END IF;
+END $$;
+
+-- Registers a host for this session; says why not, or nothing.
+CREATE OR REPLACE FUNCTION register_host(acting text, machine text, program text) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+DECLARE
+    known hosts;
+BEGIN
+    -- Ends with the session: whoever comes back after a lost connection waits for the old one.
+    IF NOT pg_try_advisory_lock(hashtext('chainmerge fleet'), hashtext(acting)) THEN
+        RETURN 'connected';
+    END IF;
+    INSERT INTO hosts (host, machine_id, login, version)
+        VALUES (acting, machine, session_user, program) ON CONFLICT DO NOTHING;
+    SELECT * FROM hosts WHERE host = acting INTO known;
+    IF known.machine_id <> machine OR known.login <> session_user THEN
+        PERFORM pg_advisory_unlock(hashtext('chainmerge fleet'), hashtext(acting));
+        RETURN 'another';
+    END IF;
+    UPDATE hosts SET version = program, seen = now() WHERE host = acting;
+    RETURN '';
+END $$;
+
+-- All or none of the keys of each candidate, in the order given; returns whose were taken.
+CREATE OR REPLACE FUNCTION take_leases(acting text, candidates jsonb) RETURNS SETOF bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+DECLARE
+    candidate jsonb;
+    candidate_job bigint;
+    wanted text[];
+    taken_up text[];
+BEGIN
+    PERFORM require_login(acting);
+    -- One at a time: two that count at once would both find room for one.
+    PERFORM pg_advisory_xact_lock(hashtext('chainmerge leases'));
+    SELECT full_keys(array_agg(key)) INTO taken_up
+        FROM jsonb_array_elements(candidates) AS each,
+            jsonb_array_elements_text(each -> 'keys') AS key;
+    FOR candidate IN SELECT * FROM jsonb_array_elements(candidates) LOOP
+        candidate_job := (candidate ->> 'job')::bigint;
+        wanted := ARRAY(SELECT jsonb_array_elements_text(candidate -> 'keys'));
+        IF EXISTS (SELECT FROM leases WHERE job = candidate_job AND host = acting) THEN
+            -- Of an earlier run, whose child may have gone on.
+            RETURN NEXT candidate_job;
+        ELSIF NOT wanted && taken_up
+            AND NOT EXISTS (SELECT FROM hosts WHERE host = acting AND drained)
+            AND NOT EXISTS (SELECT FROM results WHERE job = candidate_job AND NOT superseded)
+        THEN
+            INSERT INTO leases (job, key, host)
+                SELECT DISTINCT candidate_job, key, acting FROM unnest(wanted) AS key;
+            taken_up := taken_up || full_keys(wanted);
+            RETURN NEXT candidate_job;
+        END IF;
+    END LOOP;
+END $$;
+
+-- Says that a host is alive, and how far its merges are. Returns what it has to know: jobs that
+-- somebody wants to end, jobs that have ended, and whether it is to stop what runs.
+CREATE OR REPLACE FUNCTION speak(acting text, in_hand bigint[], running bigint[], lines text[])
+RETURNS TABLE (unwanted bigint[], ended bigint[], stop_all boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+BEGIN
+    PERFORM require_login(acting);
+    UPDATE hosts SET seen = now() WHERE host = acting;
+    INSERT INTO progress (job, line)
+        SELECT job, line FROM unnest(running, lines) AS told (job, line)
+            JOIN leases USING (job) WHERE leases.host = acting GROUP BY job, line
+        ON CONFLICT (job) DO UPDATE SET line = excluded.line, at = now();
+    RETURN QUERY SELECT
+        ARRAY(SELECT job FROM wishes WHERE job = ANY (in_hand)),
+        ARRAY(SELECT job FROM results WHERE job = ANY (in_hand) AND NOT superseded),
+        (SELECT drained_now FROM hosts WHERE host = acting);
+END $$;
+
+-- Frees what a job holds that goes back to the queue.
+CREATE OR REPLACE FUNCTION put_back(acting text, asked bigint) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+BEGIN
+    PERFORM require_login(acting);
+    DELETE FROM leases WHERE job = asked AND host = acting;
+    DELETE FROM progress WHERE job = asked;
+END $$;
+
+-- Keeps what became of a job, and frees what it holds. To do so again changes nothing.
+CREATE OR REPLACE FUNCTION end_job(
+    acting text, asked bigint, its_outcome text, its_exit_code integer, its_error_code text,
+    its_message text, its_report text
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+BEGIN
+    PERFORM require_login(acting);
+    INSERT INTO results (job, host, outcome, exit_code, error_code, message, report)
+        VALUES (asked, acting, its_outcome, its_exit_code, its_error_code, its_message, its_report)
+        ON CONFLICT DO NOTHING;
+    DELETE FROM leases WHERE job = asked AND host = acting;
+    DELETE FROM progress WHERE job = asked;
+    DELETE FROM wishes WHERE job = asked;
+END $$;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA chainmerge FROM PUBLIC;
+GRANT USAGE ON SCHEMA chainmerge TO chainmerge_worker, chainmerge_operator;
+
+-- A worker claims and ends jobs, and can neither add any nor change what one is.
+GRANT SELECT ON procrastinate_jobs TO chainmerge_worker;
+GRANT UPDATE (status, attempts, abort_requested, worker_id, scheduled_at, priority, queue_name, lock)
+    ON procrastinate_jobs TO chainmerge_worker;
+GRANT SELECT, INSERT, UPDATE, DELETE ON procrastinate_workers TO chainmerge_worker;
+GRANT SELECT, INSERT ON procrastinate_events TO chainmerge_worker;
+GRANT SELECT ON procrastinate_periodic_defers TO chainmerge_worker;
+GRANT SELECT ON installed TO chainmerge_worker;
+GRANT EXECUTE ON FUNCTION
+    register_host, take_leases, speak, put_back, end_job
+    TO chainmerge_worker;
+
+GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chainmerge TO chainmerge_operator;
+GRANT USAGE ON ALL SEQUENCES IN SCHEMA chainmerge TO chainmerge_worker, chainmerge_operator;
+DO $$
+DECLARE
+    one regprocedure;
+BEGIN
+    -- The queue's own functions act with the rights of whoever calls them.
+    FOR one IN SELECT oid FROM pg_proc
+        WHERE pronamespace = 'chainmerge'::regnamespace AND NOT prosecdef
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO chainmerge_worker, chainmerge_operator', one);
+    END LOOP;
+END $$;
