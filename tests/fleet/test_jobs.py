@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 import pytest
@@ -17,7 +17,7 @@ from tests.support.fleet import is_merged, wait_until
 if TYPE_CHECKING:
     from tests.support.fleet import Fleet, Host
 
-SLOW = ("--bandwidth", "512K")
+SLOW: Final = ("--bandwidth", "512K")
 """A merge of a few MiB that takes seconds: long enough for what happens meanwhile."""
 
 
@@ -266,7 +266,7 @@ def test_a_name_is_taken_once(fleet: Fleet) -> None:
     wait_until(lambda: fleet.ask("SELECT FROM hosts"), "a worker")
 
     def refused_with(**settings: str) -> str:
-        other = fleet.host("h1", **settings)
+        other = fleet.host("h1", None, **settings)
         ran = chainmerge("fleet", "worker", "--config", other.config)
         assert ran.status == 3
         return ran.err
@@ -281,27 +281,28 @@ def test_a_name_is_taken_once(fleet: Fleet) -> None:
     assert "another machine" in refused_with(state=elsewhere, machine_id_file=machine)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "CREATE TABLE chainmerge.mine (a int)",
-        "DROP TABLE chainmerge.leases",
-        "INSERT INTO chainmerge.procrastinate_jobs (queue_name, task_name) VALUES ('host.h2', 'x')",
-        "UPDATE chainmerge.procrastinate_jobs SET args = '{}'",
-        "DELETE FROM chainmerge.leases",
-        "SELECT chainmerge.put_back('h2', 1)",
-        "SELECT chainmerge.end_job('h2', 1, 'done', 0, NULL, '', NULL)",
-    ],
+IN_SCHEMA: Final = "-c search_path=chainmerge"
+FORBIDDEN: Final = (
+    "CREATE TABLE chainmerge.mine (a int)",
+    "DROP TABLE chainmerge.leases",
+    "INSERT INTO chainmerge.procrastinate_jobs (queue_name, task_name) VALUES ('host.h2', 'x')",
+    "UPDATE chainmerge.procrastinate_jobs SET args = '{}'",
+    "DELETE FROM chainmerge.leases",
+    "INSERT INTO chainmerge.limits VALUES ('fleet', 1000)",
+    "SELECT chainmerge.put_back('h2', 1)",
+    "SELECT chainmerge.end_job('h2', 1, 'done', 0, NULL, '', NULL)",
 )
-def test_what_a_stolen_login_of_a_host_cannot_do(fleet: Fleet, statement: str) -> None:
+
+
+def test_what_a_stolen_login_of_a_host_cannot_do(fleet: Fleet) -> None:
     for name in ("h1", "h2"):
-        host = fleet.host(name)
-        assert host.start("--once").wait(60) == 0
-    with (
-        psycopg.connect(fleet.database.replace("user=owner", "user=host-h1")) as connection,
-        pytest.raises(psycopg.errors.InsufficientPrivilege),
-    ):
-        connection.execute(statement.encode())
+        assert fleet.host(name).start("--once").wait(60) == 0
+    address = fleet.database.replace("user=owner", "user=host-h1")
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute("SET search_path = chainmerge")
+        for statement in FORBIDDEN:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(statement.encode())
 
 
 def test_hostile_rows_are_rejected_and_nothing_is_run(fleet: Fleet) -> None:
@@ -344,7 +345,7 @@ def test_hostile_rows_are_rejected_and_nothing_is_run(fleet: Fleet) -> None:
         None,
         [],
     ]
-    with psycopg.connect(fleet.database) as connection:
+    with psycopg.connect(fleet.database, options=IN_SCHEMA) as connection:
         for row in rows:
             _insert(connection, {"record": row})
         _insert(connection, {"record": good, "more": 1})
@@ -354,10 +355,13 @@ def test_hostile_rows_are_rejected_and_nothing_is_run(fleet: Fleet) -> None:
     assert set(outcomes.values()) == {"rejected"}
     assert len(outcomes) == len(rows) + 2
     assert not is_merged(top)
-    # What is no object at all, and what is for another program, has no result.
-    with psycopg.connect(fleet.database) as connection:
-        _insert(connection, [1, 2])
-        _insert(connection, {"record": good}, task="os.system")
+    # What is no object at all, and what is for another program, does not get so far.
+    for arguments, task in (([1, 2], "chainmerge.fleet"), ({"record": good}, "os.system")):
+        with (
+            psycopg.connect(fleet.database, options=IN_SCHEMA) as connection,
+            pytest.raises(psycopg.errors.CheckViolation),
+        ):
+            _insert(connection, arguments, task)
     (last,) = fleet.submit(plan)
     host.start("--once").wait(60)
     assert fleet.outcomes()[last] == "done", "the worker goes on after whatever it has met"
@@ -367,7 +371,7 @@ def _insert(
     connection: psycopg.Connection[Any], arguments: Any, task: str = "chainmerge.fleet"
 ) -> None:
     connection.execute(
-        "INSERT INTO chainmerge.procrastinate_jobs (queue_name, task_name, args)"
+        "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
         " VALUES ('host.h1', %s, %s::jsonb)",
         (task, json.dumps(arguments)),
     )

@@ -129,14 +129,14 @@ class Fleet:
         self._write_configuration(self._owners, self.database)
         ran = chainmerge("fleet", "init", "--config", self._owners)
         assert ran.status == 0, ran.err
-        self._write_configuration(self._operators, self._login("operator", "chainmerge_operator"))
+        self._write_configuration(self.operators, self._login("operator", "chainmerge_operator"))
 
     @property
     def _owners(self) -> Path:
         return self.directory / "owner.toml"
 
     @property
-    def _operators(self) -> Path:
+    def operators(self) -> Path:
         return self.directory / "operator.toml"
 
     def _write_configuration(self, file: Path, database: str) -> None:
@@ -152,7 +152,7 @@ class Fleet:
 
     def run(self, *words: str | Path) -> Ran:
         """A command of an operator."""
-        return chainmerge("fleet", words[0], "--config", self._operators, *words[1:])
+        return chainmerge("fleet", words[0], "--config", self.operators, *words[1:])
 
     def did(self, *words: str | Path) -> Any:
         """The document that such a command prints."""

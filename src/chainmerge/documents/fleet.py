@@ -31,7 +31,7 @@ class JobOutcome(StrEnum):
     """Its host was released while it ran there."""
 
 
-class JobState(StrEnum):
+class FleetJobState(StrEnum):
     """Where a job is that has not ended."""
 
     WAITING = "waiting"
@@ -58,7 +58,7 @@ class JobStatus(Struct, frozen=True):
 
     job: int
     host: str
-    state: JobState
+    state: FleetJobState
     action: str
     top: str
     base: str

@@ -29,9 +29,10 @@ def require_extra() -> None:
         import psycopg  # noqa: F401, PLC0415
     except ImportError as error:
         raise FleetExtraMissing(str(error)) from error
-    if procrastinate.__version__ != engine.VERSION:
+    if procrastinate.__version__ != engine.ENGINE_VERSION:
         raise FleetExtraMissing(
-            f"procrastinate {engine.VERSION} is needed, and {procrastinate.__version__} is here"
+            f"procrastinate {engine.ENGINE_VERSION} is needed,"
+            f" and {procrastinate.__version__} is here"
         )
 
 
@@ -97,7 +98,7 @@ def set_up(database: str) -> tuple[str, ...]:
     It is all done, or nothing is. Returns what was changed, a sentence each.
     """
     with _connected(database) as connection:
-        connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge set up'))")
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-set-up'))")
         done = [*_made_roles(connection)]
         if not _is_there(connection, "SELECT to_regnamespace('chainmerge')"):
             connection.execute("CREATE SCHEMA chainmerge")
@@ -131,7 +132,7 @@ def _made_roles(connection: Connection[Any]) -> Iterator[str]:
 
 def _versions(connection: Connection[Any]) -> list[tuple[str, str, str | None]]:
     """What belongs to a fleet, in which version it is needed and in which it is there."""
-    needed = {"queue": engine.VERSION, "fleet": SCHEMA_VERSION}
+    needed = {"queue": engine.ENGINE_VERSION, "fleet": SCHEMA_VERSION}
     found: dict[str, str] = {}
     if _is_there(connection, "SELECT to_regclass('chainmerge.installed')"):
         found = dict(connection.execute("SELECT component, version FROM installed").fetchall())

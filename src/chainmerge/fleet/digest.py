@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PARTS: Final = frozenset({Role.BASE, Role.MIDDLE, Role.TOP})
 
 
-def digest_of(plan: MergePlan) -> str:
+def plan_digest_of(plan: MergePlan) -> str:
     """Return the same for two plans that do the same to the same images.
 
     What is left out changes without anybody's doing: free space, sizes of files, an overlay above

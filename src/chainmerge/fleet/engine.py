@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import procrastinate
     from psycopg import Connection
 
-VERSION: Final = "3.10.0"
+ENGINE_VERSION: Final = "3.10.0"
 """Of the engine: the tables that :func:`migrate` makes are those of this one."""
 
 _TASK: Final = "chainmerge.fleet"
@@ -127,7 +127,7 @@ def forget(connection: Connection[Any], numbers: Sequence[int]) -> None:
 
 
 def migrate(connection: Connection[Any], installed: str | None) -> None:
-    """Make the engine's tables, or bring those of version *installed* to :data:`VERSION`."""
+    """Make the engine's tables, or bring those of version *installed* to :data:`ENGINE_VERSION`."""
     from procrastinate.schema import SchemaManager  # noqa: PLC0415
 
     if installed is None:
@@ -135,7 +135,11 @@ def migrate(connection: Connection[Any], installed: str | None) -> None:
         return
     scripts = sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql"))
     for script in scripts:
-        if _release(installed) < _release(script.name.partition("_")[0]) <= _release(VERSION):
+        if (
+            _release(installed)
+            < _release(script.name.partition("_")[0])
+            <= _release(ENGINE_VERSION)
+        ):
             _run_script(connection, script.read_text(encoding="utf-8"))
 
 

@@ -89,7 +89,8 @@ class FleetPlanUnusable(Misuse):
     template: ClassVar[str] = "{path}: {reason}"
     hint: ClassVar[str] = "`chainmerge fleet plan` writes such files; nothing was submitted"
     explanation: ClassVar[str] = (
-        "A file of jobs is read strictly, and all of it or nothing is submitted."
+        "A file of jobs is read strictly, and all of it or nothing is submitted: an option that is "
+        "not known could be the one that matters."
     )
     path: str
     reason: str
@@ -115,7 +116,10 @@ class NoSuchHost(Misuse):
     code: ClassVar[str] = "fleet-no-such-host"
     template: ClassVar[str] = "no host of the fleet is called {host}"
     hint: ClassVar[str] = "`chainmerge fleet status` lists the hosts"
-    explanation: ClassVar[str] = "A host is known once its worker has started for the first time."
+    explanation: ClassVar[str] = (
+        "A host is known once its worker has started for the first time. Until then jobs for it "
+        "can be submitted, and wait."
+    )
     host: str
 
 

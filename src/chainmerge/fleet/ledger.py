@@ -21,7 +21,7 @@ from msgspec import Struct
 from chainmerge.__about__ import __version__
 from chainmerge.fleet.database import address, require_set_up
 from chainmerge.fleet.errors import FleetNotSetUp, HostTaken
-from chainmerge.fleet.outcome import Ending
+from chainmerge.fleet.outcome import JobEnding
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -95,8 +95,8 @@ class Listener(Protocol):
         """A job is to stop."""
         ...
 
-    def looked(self, connection: Connection[Any]) -> None:
-        """Jobs that wait have been given what there was."""
+    def looked(self, connection: Connection[Any], refused: frozenset[int]) -> None:
+        """Jobs that wait have been given what there was; *refused* have been given nothing."""
         ...
 
     def impossible(self, error: ChainmergeError) -> None:
@@ -108,11 +108,11 @@ class _Saying(Struct, frozen=True):
     """Something to be told of a job: how it ended, or that it goes back to the queue."""
 
     job: int
-    ending: Ending | None
+    ending: JobEnding | None
     told: Callable[[], object]
 
 
-class Ledger(threading.Thread):
+class FleetLedger(threading.Thread):
     """The thread."""
 
     def __init__(self, host: HostSettings, listener: Listener) -> None:
@@ -138,7 +138,7 @@ class Ledger(threading.Thread):
         """Forget a job."""
         self._in_hand.pop(job, None)
 
-    def say(self, job: int, ending: Ending | None, told: Callable[[], object]) -> None:
+    def say(self, job: int, ending: JobEnding | None, told: Callable[[], object]) -> None:
         """Have it stored how a job ended, or, if it has not, that it goes back to the queue.
 
         *told* is called, from the ledger's thread, once that is so.
@@ -190,9 +190,10 @@ class Ledger(threading.Thread):
             self._sayings.popleft()
             saying.told()
         stops_all = self._report_progress(connection)
-        if not stops_all:
-            self._take_keys(connection)
-        self._listener.looked(connection)
+        waiting = [one for one in dict(self._in_hand).values() if one.waits_for_keys]
+        taken = set() if stops_all else self._take_keys(connection, waiting)
+        refused = frozenset(one.job for one in waiting) - taken
+        self._listener.looked(connection, refused)
 
     def _tell(self, connection: Connection[Any], saying: _Saying) -> None:
         ending = saying.ending
@@ -237,17 +238,18 @@ class Ledger(threading.Thread):
                     self._listener.to_stop(job, StopReason.DRAINED)
         return bool(stop_all)
 
-    def _take_keys(self, connection: Connection[Any]) -> None:
-        waiting = [one for one in dict(self._in_hand).values() if one.waits_for_keys]
+    def _take_keys(self, connection: Connection[Any], waiting: Sequence[Held]) -> set[int]:
+        """Take keys for jobs that wait for them; return for which there were all."""
         if not waiting:
-            return
-        waiting.sort(key=lambda one: (-one.priority, one.job))
-        candidates = [{"job": one.job, "keys": list(one.keys)} for one in waiting]
+            return set()
+        in_order = sorted(waiting, key=lambda one: (-one.priority, one.job))
+        candidates = [{"job": one.job, "keys": list(one.keys)} for one in in_order]
         taken = connection.execute(
             "SELECT * FROM take_leases(%s, %s::jsonb)", (self._host.name, json.dumps(candidates))
         ).fetchall()
         for (job,) in taken:
             self._listener.granted(job)
+        return {job for (job,) in taken}
 
     def _connected(self) -> Connection[Any]:
         import psycopg  # noqa: PLC0415

@@ -47,7 +47,7 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
     submitted = Submission(by=f"{getpass.getuser()}@{socket.gethostname()}"[:200], at=at)
     with transaction(database) as connection:
         # Two that submit the same at the same time would both find nothing.
-        connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge submit'))")
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-submit'))")
         known = _known_labels(connection)
         new = {job.label: job for job in plan.jobs if job.label not in known}
         numbers = engine.submit(connection, [_queued(job, submitted) for job in new.values()])
@@ -87,7 +87,7 @@ def pause(database: str, key: str) -> FleetChange:
             " ON CONFLICT (key) DO UPDATE SET paused = true",
             (key,),
         )
-    return _changed(f"{key} is paused; `chainmerge fleet limit {key} N` lets jobs start again")
+    return _changed(f"{key} is paused; `chainmerge fleet limit {key} 1` lets jobs start again")
 
 
 def limit(database: str, key: str, most: int) -> FleetChange:
@@ -195,7 +195,7 @@ def release_fenced(database: str, host: str) -> FleetChange:
     with transaction(database) as connection:
         _require_host(connection, host)
         free = connection.execute(
-            "SELECT pg_try_advisory_xact_lock(hashtext('chainmerge fleet'), hashtext(%s))", (host,)
+            "SELECT pg_try_advisory_xact_lock(hashtext('chainmerge-hosts'), hashtext(%s))", (host,)
         ).fetchone()
         if free is None or not free[0]:
             raise HostAlive(host)
@@ -205,6 +205,7 @@ def release_fenced(database: str, host: str) -> FleetChange:
         numbers = sorted({job for (job,) in gone})
         _end(connection, numbers, JobOutcome.LOST, "its host was released while it ran there")
         connection.execute(_STOP, (host,))
+        connection.execute("UPDATE hosts SET machine_id = '' WHERE host = %s", (host,))
     done = (
         f"{counted(len(numbers), 'merge')} of {host} given up",
         f"nothing starts there until `chainmerge fleet undrain {host}`",

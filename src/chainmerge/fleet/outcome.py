@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class Ending(Struct, frozen=True):
+class JobEnding(Struct, frozen=True):
     """What became of a job.
 
     Attributes:
@@ -47,7 +47,7 @@ _BY_STATUS = {
 }
 
 
-def ending_of(lines: Iterable[str], status: int | None) -> Ending | None:
+def ending_of(lines: Iterable[str], status: int | None) -> JobEnding | None:
     """Return what became of a child, or None if it was interrupted and is to be run again.
 
     Args:
@@ -59,7 +59,7 @@ def ending_of(lines: Iterable[str], status: int | None) -> Ending | None:
         case "report":
             already = last.get("outcome") == MergeOutcome.ALREADY_MERGED
             outcome = JobOutcome.ALREADY if already else JobOutcome.DONE
-            return Ending(outcome, ExitCode.DONE, report=json.dumps(last))
+            return JobEnding(outcome, ExitCode.DONE, report=json.dumps(last))
         case "error" if last.get("code") == Interrupted.code:
             return None
         case "error" if status is None or status not in _BY_STATUS:
@@ -67,7 +67,7 @@ def ending_of(lines: Iterable[str], status: int | None) -> Ending | None:
             return None
         case "error":
             assert status is not None
-            return Ending(
+            return JobEnding(
                 _BY_STATUS[ExitCode(status)],
                 status,
                 str(last.get("code")),

@@ -13,12 +13,12 @@ from msgspec import Struct
 
 from chainmerge.__about__ import __version__
 from chainmerge.documents.fleet import (
+    FleetJobState,
     FleetResults,
     FleetStatus,
     HostStatus,
     JobOutcome,
     JobResult,
-    JobState,
     JobStatus,
     KeyStatus,
 )
@@ -142,7 +142,7 @@ def _job_status(
     return JobStatus(
         job=job.id,
         host=job.host,
-        state=JobState.RUNNING if holds_keys else JobState.WAITING,
+        state=FleetJobState.RUNNING if holds_keys else FleetJobState.WAITING,
         action=record.action if record else "",
         top=record.disks[0].top if record else "",
         base=record.disks[0].base if record else "",
@@ -217,8 +217,8 @@ def _counted(host: HostStatus, jobs: Sequence[JobStatus]) -> HostStatus:
         host.silent_seconds,
         host.drained,
         host.version,
-        states[JobState.RUNNING],
-        states[JobState.WAITING],
+        states[FleetJobState.RUNNING],
+        states[FleetJobState.WAITING],
     )
 
 

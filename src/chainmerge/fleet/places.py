@@ -27,7 +27,9 @@ _VOLUME: Final = re.compile(
     r"/dev/([A-Za-z0-9+_.][A-Za-z0-9+_.-]*)/[A-Za-z0-9+_.][A-Za-z0-9+_.-]*\Z"
 )
 _MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
-_NFS: Final = ("nfs", "nfs4")
+_NFS: Final = frozenset({"nfs", "nfs4"})
+_UNLOCKED: Final = frozenset({"nolock", "local_lock=all", "local_lock=flock", "local_lock=posix"})
+"""Options of a mount with which locks do not go to the server."""
 
 
 def require_admissible(record: JobRecord, host: HostSettings) -> None:
@@ -64,8 +66,8 @@ def require_allowed(path: str, host: HostSettings) -> None:
     real = os.path.realpath(path)
     if not any(_is_below(real, directory) for directory in allowed):
         raise RecordUnusable(f"{path} is not in a directory that jobs may touch here")
-    if reason := _why_not_locked(real):
-        raise RecordUnusable(f"{path} {reason}")
+    if reason := why_not_locked(real):
+        raise RecordUnusable(f"{path} {reason}: no other host would see its locks")
 
 
 def keys_of(disks: Iterable[JobDisk], host: HostSettings) -> list[str]:
@@ -95,20 +97,20 @@ def _is_below(path: str, directory: str) -> bool:
     return path.startswith(f"{directory.rstrip('/')}/")
 
 
-def _why_not_locked(path: str) -> str:
-    """Why locks on a file do not keep other hosts away; empty if they do, or nobody shares it."""
-    best, found = "", ""
-    for line in _MOUNT_TABLE.read_text("utf-8", "surrogateescape").splitlines():
+def why_not_locked(path: str, table: Path = _MOUNT_TABLE) -> str:
+    """Why locks on a file do not keep other hosts away; empty if they do, or nobody shares it.
+
+    Args:
+        path: Absolute, without symbolic links.
+        table: What is mounted where, as proc(5) has it in ``mountinfo``.
+    """
+    nearest, reason = "", ""
+    for line in table.read_text("utf-8", "surrogateescape").splitlines():
         before, _, behind = line.partition(" - ")
-        point, kind = before.split(" ")[4], behind.split(" ")
-        if (point == "/" or _is_below(f"{path}/", point)) and len(point) >= len(best):
-            options = set(kind[2].split(",")) if len(kind) > 2 else set()
-            bad = [one for one in options if one == "nolock" or one.startswith("local_lock=")]
-            best = point
-            harmless = {"local_lock=none"}
-            found = ", ".join(sorted(set(bad) - harmless)) if kind[0] in _NFS else ""
-    return (
-        f"is on NFS that is mounted with {found}: no other host would see its locks"
-        if found
-        else ""
-    )
+        point, (kind, *rest) = before.split(" ")[4], behind.split(" ")
+        if (point == "/" or _is_below(path, point)) and len(point) >= len(nearest):
+            nearest = point
+            options = {*before.split(" ")[5].split(","), *",".join(rest[1:]).split(",")}
+            unlocked = sorted(options & _UNLOCKED) if kind in _NFS else []
+            reason = f"is on NFS mounted with {', '.join(unlocked)}" if unlocked else ""
+    return reason

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chainmerge import api
-from chainmerge.fleet.digest import digest_of
+from chainmerge.fleet.digest import plan_digest_of
 from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.places import base_id_of, keys_of, require_allowed
 from chainmerge.fleet.record import (
@@ -59,6 +59,6 @@ def _job(top: str, options: JobOptions, priority: int, host: HostSettings) -> Pl
         disks=disks,
         keys=tuple(keys_of(disks, host)),
         options=options,
-        plan_digest=digest_of(plan),
+        plan_digest=plan_digest_of(plan),
         priority=priority,
     )

@@ -22,7 +22,7 @@ LARGEST_RECORD: Final = 64 << 10
 """Bytes of JSON."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
-Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
+KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
 ImagePath = Annotated[str, Meta(min_length=2, max_length=4096)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 FLEET_KEY: Final = "fleet"
@@ -98,7 +98,7 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     machine_id: Digest
     action: Action
     disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=1)]
-    keys: Annotated[tuple[Key, ...], Meta(min_length=2, max_length=64)]
+    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=64)]
     options: JobOptions
     plan_digest: Digest
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0

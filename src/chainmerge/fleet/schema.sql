@@ -59,6 +59,11 @@ CREATE TABLE IF NOT EXISTS results (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS results_of_job ON results (job) WHERE NOT superseded;
 
+-- What the engine stumbles over, or would mark as failed without a result.
+ALTER TABLE procrastinate_jobs DROP CONSTRAINT IF EXISTS job_of_a_fleet;
+ALTER TABLE procrastinate_jobs ADD CONSTRAINT job_of_a_fleet
+    CHECK (task_name = 'chainmerge.fleet' AND jsonb_typeof(args) = 'object') NOT VALID;
+
 -- The keys among those asked for that nobody may take now.
 CREATE OR REPLACE FUNCTION full_keys(asked text[]) RETURNS text[]
 LANGUAGE sql STABLE AS $$
@@ -86,14 +91,19 @@ DECLARE
     known hosts;
 BEGIN
     -- Ends with the session: whoever comes back after a lost connection waits for the old one.
-    IF NOT pg_try_advisory_lock(hashtext('chainmerge fleet'), hashtext(acting)) THEN
+    IF NOT pg_try_advisory_lock(hashtext('chainmerge-hosts'), hashtext(acting)) THEN
         RETURN 'connected';
     END IF;
     INSERT INTO hosts (host, machine_id, login, version)
         VALUES (acting, machine, session_user, program) ON CONFLICT DO NOTHING;
     SELECT * FROM hosts WHERE host = acting INTO known;
+    IF known.machine_id = '' THEN
+        -- Whoever had the name was released.
+        UPDATE hosts SET machine_id = machine, login = session_user WHERE host = acting
+            RETURNING * INTO known;
+    END IF;
     IF known.machine_id <> machine OR known.login <> session_user THEN
-        PERFORM pg_advisory_unlock(hashtext('chainmerge fleet'), hashtext(acting));
+        PERFORM pg_advisory_unlock(hashtext('chainmerge-hosts'), hashtext(acting));
         RETURN 'another';
     END IF;
     UPDATE hosts SET version = program, seen = now() WHERE host = acting;
@@ -111,7 +121,7 @@ DECLARE
 BEGIN
     PERFORM require_login(acting);
     -- One at a time: two that count at once would both find room for one.
-    PERFORM pg_advisory_xact_lock(hashtext('chainmerge leases'));
+    PERFORM pg_advisory_xact_lock(hashtext('chainmerge-leases'));
     SELECT full_keys(array_agg(key)) INTO taken_up
         FROM jsonb_array_elements(candidates) AS each,
             jsonb_array_elements_text(each -> 'keys') AS key;

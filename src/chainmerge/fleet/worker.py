@@ -19,10 +19,10 @@ from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.fleet import engine
 from chainmerge.fleet.child import Child, files_of, held, merge_words, output_of, plan_words
 from chainmerge.fleet.database import address, require_extra
-from chainmerge.fleet.digest import digest_of
+from chainmerge.fleet.digest import plan_digest_of
 from chainmerge.fleet.errors import FleetMisconfigured, HostTaken
-from chainmerge.fleet.ledger import Ledger, StopReason
-from chainmerge.fleet.outcome import Ending, ending_of
+from chainmerge.fleet.ledger import FleetLedger, StopReason
+from chainmerge.fleet.outcome import JobEnding, ending_of
 from chainmerge.fleet.places import base_id_of, require_admissible
 from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, record_in
 
@@ -114,9 +114,9 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._in_hand: dict[int, _JobInHand] = {}
-        self._tasks: dict[int, asyncio.Task[Ending]] = {}
+        self._tasks: dict[int, asyncio.Task[JobEnding]] = {}
         self._error: ChainmergeError | None = None
-        self._ledger = Ledger(host, self)
+        self._ledger = FleetLedger(host, self)
 
     async def work(self) -> None:
         """Do jobs until told to end.
@@ -152,7 +152,7 @@ class Worker:
         """See :class:`chainmerge.fleet.ledger.Listener`."""
         self._loop.call_soon_threadsafe(self._stop_job, job, reason)
 
-    def looked(self, connection: Connection[Any]) -> None:
+    def looked(self, connection: Connection[Any], refused: frozenset[int]) -> None:
         """See :class:`chainmerge.fleet.ledger.Listener`."""
         if self._once:
             open_states = {engine.QueueState.QUEUED, engine.QueueState.CLAIMED}
@@ -161,7 +161,9 @@ class Worker:
                 for job in engine.jobs(connection)
                 if job.host == self._host.name and job.state in open_states
             }
-            self._loop.call_soon_threadsafe(self._end_if_nothing_runs, mine)
+            # What has been refused its keys waits; whatever else is open runs, or has yet to ask.
+            if mine <= refused:
+                self._loop.call_soon_threadsafe(self._stopping.set)
 
     def impossible(self, error: ChainmergeError) -> None:
         """See :class:`chainmerge.fleet.ledger.Listener`."""
@@ -176,12 +178,6 @@ class Worker:
     def _stop_job(self, job: int, reason: StopReason) -> None:
         if job in self._in_hand:
             self._in_hand[job].stop(reason)
-
-    def _end_if_nothing_runs(self, open_jobs: set[int]) -> None:
-        if open_jobs <= self._in_hand.keys() and not any(
-            one.runs for one in self._in_hand.values()
-        ):
-            self._stopping.set()
 
     # A job, from the queue to its end.
 
@@ -214,13 +210,13 @@ class Worker:
             # Retrieved here, as the engine may have stopped waiting for it.
             task.exception()
 
-    async def _do(self, job: int, arguments: Any) -> Ending:
+    async def _do(self, job: int, arguments: Any) -> JobEnding:
         try:
             record = record_in(arguments)
             # A server of files that hangs must not hold up other jobs.
             await asyncio.to_thread(require_admissible, record, self._host)
         except RecordUnusable as error:
-            ending = Ending(JobOutcome.REJECTED, message=str(error))
+            ending = JobEnding(JobOutcome.REJECTED, message=str(error))
             await self._told(job, ending)
             return ending
         one = _JobInHand(job, record, self._host)
@@ -231,7 +227,7 @@ class Worker:
         one.files.remove()
         return ending
 
-    async def _carried_out(self, one: _JobInHand) -> Ending:
+    async def _carried_out(self, one: _JobInHand) -> JobEnding:
         """Have a job done, again where its host was drained meanwhile; return how it ended."""
         while True:
             ending = None
@@ -241,16 +237,16 @@ class Worker:
             if ending is not None:
                 return ending
             if one.reason is StopReason.CANCELLED:
-                return Ending(JobOutcome.CANCELLED, message="cancelled before it ended")
+                return JobEnding(JobOutcome.CANCELLED, message="cancelled before it ended")
             if one.reason is StopReason.OVER:
-                return Ending(JobOutcome.LOST, message="it had ended in the database before")
+                return JobEnding(JobOutcome.LOST, message="it had ended in the database before")
             await self._told(one.job, None)
             one.give_up_keys()
             if self._stopping.is_set():
                 raise _Stopped
             one.reason = None
 
-    async def _merged(self, one: _JobInHand, lock: int) -> Ending | None:
+    async def _merged(self, one: _JobInHand, lock: int) -> JobEnding | None:
         """Have children merge until one says how it ended; None if it was to stop before."""
         ending = ending_of(one.files.lines(), None)
         if ending is not None or one.reason is not None:
@@ -274,9 +270,9 @@ class Worker:
         if one.reason is not None:
             return None
         died = f"the merge died {_TRIES} times without a report, at last with status {status}"
-        return Ending(JobOutcome.FAILED, status, message=died)
+        return JobEnding(JobOutcome.FAILED, status, message=died)
 
-    async def _changed(self, record: JobRecord, lock: int) -> Ending | None:
+    async def _changed(self, record: JobRecord, lock: int) -> JobEnding | None:
         """Say so if images are not those of the plan any more; None if the merge may begin.
 
         A merge that has begun is finished by its own records, whatever a plan says now.
@@ -292,13 +288,13 @@ class Worker:
         (disk,) = record.disks
         if base_id_of(disk.base) != disk.base_id:
             reason = f"{disk.base} is another image"
-        elif digest_of(plan) != record.plan_digest:
+        elif plan_digest_of(plan) != record.plan_digest:
             reason = f"a merge of {disk.top} would do something else now than when it was planned"
         else:
             return None
-        return Ending(JobOutcome.PLAN_CHANGED, message=reason)
+        return JobEnding(JobOutcome.PLAN_CHANGED, message=reason)
 
-    async def _told(self, job: int, ending: Ending | None) -> None:
+    async def _told(self, job: int, ending: JobEnding | None) -> None:
         """Wait until the database knows, however long it is away.
 
         Raises:

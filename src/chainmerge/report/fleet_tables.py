@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import JobOutcome, JobState
+from chainmerge.documents.fleet import FleetJobState, JobOutcome
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, stack, words
 from chainmerge.report.text import short_size
@@ -50,10 +50,10 @@ def change_report(change: FleetChange) -> Block:
 def fleet_report(status: FleetStatus) -> Block:
     """What runs, what waits and for what."""
     states = Counter(job.state for job in status.jobs)
-    running = counted(states[JobState.RUNNING], "job")
+    running = counted(states[FleetJobState.RUNNING], "job")
     hosts = counted(len(status.hosts), "host")
     return stack(
-        words(f"{running} running, {states[JobState.WAITING]} waiting, {hosts}", layout.TITLE),
+        words(f"{running} running, {states[FleetJobState.WAITING]} waiting, {hosts}", layout.TITLE),
         *_listing(_JOB_HEADINGS, [_job_row(job) for job in status.jobs]),
         *_listing(_HOST_HEADINGS, [_host_row(host) for host in status.hosts]),
         *_listing(_KEY_HEADINGS, [_key_row(key) for key in status.keys]),
@@ -70,7 +70,7 @@ def _job_row(job: JobStatus) -> list[Words]:
     done = ""
     if job.bytes_done is not None and job.bytes_total:
         done = f"{short_size(job.bytes_done)} of {short_size(job.bytes_total)}"
-    style = layout.GOOD if job.state is JobState.RUNNING else layout.QUIET
+    style = layout.GOOD if job.state is FleetJobState.RUNNING else layout.QUIET
     return [
         layout.number(job.job),
         words(job.host),

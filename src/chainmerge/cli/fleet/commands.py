@@ -217,7 +217,7 @@ def retry(*, jobs: tuple[int, ...], database: str, output: Output) -> None:
     output.document(operating.retry(database, jobs), change_report)
 
 
-@fleet.command(cls=Command)
+@fleet.command("release", cls=Command)
 @_host_argument
 @click.option(
     "--fenced",
@@ -226,7 +226,7 @@ def retry(*, jobs: tuple[int, ...], database: str, output: Output) -> None:
 )
 @database_option
 @json_option
-def release(*, name: str, fenced: bool, database: str, output: Output) -> None:
+def release_host(*, name: str, fenced: bool, database: str, output: Output) -> None:
     """Free what the merges of a HOST hold that is gone, so that others may start.
 
     Only do so with a host that cannot write any more: a merge that goes on there while another one

@@ -71,5 +71,5 @@ def _host_of(path: Path) -> HostSettings:
     if not machine:
         raise FleetMisconfigured(settings.machine_id_file, "is empty")
     # machine-id(5): it is not to leave the machine as it is.
-    digest = hashlib.sha256(f"chainmerge fleet {machine}".encode()).hexdigest()[:32]
+    digest = hashlib.sha256(f"chainmerge-fleet {machine}".encode()).hexdigest()[:32]
     return HostSettings(settings.host or socket.gethostname(), digest, settings)
