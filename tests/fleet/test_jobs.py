@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
@@ -21,9 +22,9 @@ SLOW: Final = ("--bandwidth", "512K")
 """A merge of a few MiB that takes seconds: long enough for what happens meanwhile."""
 
 
-def slow_merge_that_runs(fleet: Fleet, host: Host, name: str = "slow") -> int:
+def slow_merge_that_runs(fleet: Fleet, host: Host) -> int:
     """Submit a merge that takes long; return its number once it copies."""
-    (job,) = fleet.submit(host.planned(*SLOW, host.chain(name, 3)))
+    (job,) = fleet.submit(host.planned(*SLOW, host.chain("slow", 4)))
     host.start()
     wait_until(host.children, "a merge that runs")
     wait_until(lambda: copies(fleet, job), "a merge that copies")
@@ -35,6 +36,11 @@ def copies(fleet: Fleet, job: int) -> bool:
         json.loads(line).get("stage") == "copy"
         for (line,) in fleet.ask("SELECT line FROM progress WHERE job = %s AND line <> ''", job)
     )
+
+
+def state_of(process: int) -> str:
+    """The state of a process, as proc(5) has it in ``stat``."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def watch_peaks(fleet: Fleet) -> None:
@@ -131,78 +137,47 @@ def test_pause_cancel_and_retry(fleet: Fleet) -> None:
     assert is_merged(top)
 
 
-def test_a_merge_that_runs_is_cancelled_at_a_safe_point(fleet: Fleet) -> None:
+def test_one_merge_is_stopped_in_every_way(fleet: Fleet) -> None:
     host = fleet.host("h1")
     job = slow_merge_that_runs(fleet, host)
-    fleet.did("cancel", str(job))
-    assert fleet.wait_for_results([job]) == {job: "cancelled"}
-    assert fleet.running() == []
-    assert host.children() == []
-    fleet.did("retry", str(job))
-    assert fleet.wait_for_results([job]) == {job: "done"}
-    assert is_merged(host.images / "slow.top")
 
-
-def test_drained_now_and_later_undrained(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    job = slow_merge_that_runs(fleet, host)
     fleet.did("drain", "h1", "--now")
     wait_until(lambda: not fleet.running(), "keys that are free")
     assert host.children() == []
     (waiting,) = fleet.did("status")["jobs"]
     assert waiting["waits_for"] == ["host/h1 (drained)"]
     fleet.did("undrain", "h1")
-    assert fleet.wait_for_results([job]) == {job: "done"}
-    assert is_merged(host.images / "slow.top")
 
-
-def test_a_worker_that_is_told_to_end_puts_its_jobs_back(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    job = slow_merge_that_runs(fleet, host)
+    wait_until(host.children, "a merge that goes on")
     assert host.stop() == 0
     assert host.children() == []
     assert fleet.running() == []
     assert fleet.ask("SELECT status::text FROM procrastinate_jobs") == [("todo",)]
+
     host.start()
-    assert fleet.wait_for_results([job]) == {job: "done"}
-    assert is_merged(host.images / "slow.top")
-
-
-def test_a_killed_worker_keeps_its_keys_and_goes_on(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    job = slow_merge_that_runs(fleet, host)
+    (child,) = wait_until(host.children, "a merge that goes on")
+    os.kill(child, signal.SIGSTOP)
+    wait_until(lambda: state_of(child) == "T", "a child that neither goes on nor ends")
     host.kill()
     assert fleet.running() == [job], "the host may still write"
-    wait_until(lambda: not host.children(), "the end of a child without its worker")
-    host.start()
-    assert fleet.wait_for_results([job]) == {job: "done"}
-    assert fleet.running() == []
-    assert is_merged(host.images / "slow.top")
-
-
-def test_a_child_that_ends_after_its_worker_is_reported_by_the_next(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    job = slow_merge_that_runs(fleet, host)
-    assert host.worker is not None
-    # Neither hears of the other's end.
-    (child,) = host.children()
-    os.kill(child, signal.SIGSTOP)
-    host.kill()
     host.start()
     wait_until(lambda: fleet.ask("SELECT FROM hosts WHERE seen > now() - '1 s'::interval"), "it")
     assert host.children() == [child], "no second one beside it"
-    assert fleet.running() == [job]
     os.kill(child, signal.SIGCONT)
-    assert fleet.wait_for_results([job]) == {job: "done"}
-    assert is_merged(host.images / "slow.top")
+    wait_until(lambda: child not in host.children(), "the end of a child without its worker")
 
-
-def test_a_child_that_dies_is_started_again(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    job = slow_merge_that_runs(fleet, host)
-    (child,) = host.children()
+    (child,) = wait_until(host.children, "a merge that goes on")
     os.kill(child, signal.SIGKILL)
+    wait_until(lambda: set(host.children()) - {child}, "a merge that goes on")
+
+    fleet.did("cancel", str(job))
+    assert fleet.wait_for_results([job]) == {job: "cancelled"}
+    assert fleet.running() == []
+    assert host.children() == []
+    assert not is_merged(host.images / "slow.top")
+    fleet.did("retry", str(job))
     assert fleet.wait_for_results([job]) == {job: "done"}
+    assert fleet.running() == []
     assert is_merged(host.images / "slow.top")
 
 

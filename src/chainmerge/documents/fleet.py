@@ -8,7 +8,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 
-class JobOutcome(StrEnum):
+class FleetJobOutcome(StrEnum):
     """What became of a job."""
 
     DONE = "done"
@@ -38,7 +38,7 @@ class FleetJobState(StrEnum):
     RUNNING = "running"
 
 
-class JobStatus(Struct, frozen=True):
+class FleetJobStatus(Struct, frozen=True):
     """A job that has not ended.
 
     Attributes:
@@ -70,7 +70,7 @@ class JobStatus(Struct, frozen=True):
     bytes_total: int | None
 
 
-class HostStatus(Struct, frozen=True):
+class FleetHostStatus(Struct, frozen=True):
     """A host whose worker has started at least once.
 
     Attributes:
@@ -92,7 +92,7 @@ class HostStatus(Struct, frozen=True):
     waiting: int
 
 
-class KeyStatus(Struct, frozen=True):
+class FleetKeyStatus(Struct, frozen=True):
     """A key that is held, or has a limit of its own: how many hold it, and how many may."""
 
     key: str
@@ -105,12 +105,12 @@ class FleetStatus(Struct, frozen=True):
     """What runs in a fleet, what waits, and why."""
 
     version: int
-    jobs: tuple[JobStatus, ...]
-    hosts: tuple[HostStatus, ...]
-    keys: tuple[KeyStatus, ...]
+    jobs: tuple[FleetJobStatus, ...]
+    hosts: tuple[FleetHostStatus, ...]
+    keys: tuple[FleetKeyStatus, ...]
 
 
-class JobResult(Struct, frozen=True):
+class FleetJobResult(Struct, frozen=True):
     """What became of a job.
 
     Attributes:
@@ -130,7 +130,7 @@ class JobResult(Struct, frozen=True):
     host: str
     top: str
     base: str
-    outcome: JobOutcome
+    outcome: FleetJobOutcome
     exit_code: int | None
     error_code: str | None
     message: str
@@ -142,7 +142,7 @@ class FleetResults(Struct, frozen=True):
     """What became of jobs, the last one first."""
 
     version: int
-    results: tuple[JobResult, ...]
+    results: tuple[FleetJobResult, ...]
 
 
 class FleetChange(Struct, frozen=True):

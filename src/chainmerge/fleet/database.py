@@ -48,6 +48,7 @@ def address(database: str) -> str:
         keepalives_idle=30,
         keepalives_interval=10,
         keepalives_count=3,
+        tcp_user_timeout=60_000,
     )
 
 

@@ -215,7 +215,13 @@ def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrasti
             return RetryDecision() if isinstance(exception, asyncio.CancelledError) else None
 
     connector = procrastinate.PsycopgConnector(
-        conninfo=database, min_size=1, max_size=1, timeout=5.0, reconnect_timeout=5.0
+        conninfo=database,
+        # Each of the engine's statements stands alone: a transaction would be two more.
+        kwargs={"autocommit": True},
+        min_size=1,
+        max_size=1,
+        timeout=5.0,
+        reconnect_timeout=5.0,
     )
     app = procrastinate.App(connector=connector)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import getpass
 import socket
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, LiteralString
 
 import msgspec
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetChange, JobOutcome
+from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
     from psycopg import Connection
 
-_SUCCESS: Final = (JobOutcome.DONE, JobOutcome.ALREADY)
+_PATIENCE: Final = 10.0
+_BETWEEN_TRIES: Final = 0.2
+_SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
 _OPEN: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
 
@@ -157,7 +160,7 @@ def _cancelled(connection: Connection[Any], number: int) -> str:
     # A job that waits in the queue can hold keys: its worker died, and its child may go on.
     held = connection.execute("SELECT FROM leases WHERE job = %s", (number,)).fetchone()
     if held is None and engine.cancel(connection, number):
-        _end(connection, [number], JobOutcome.CANCELLED, "cancelled before it began")
+        _end(connection, [number], FleetJobOutcome.CANCELLED, "cancelled before it began")
         return "is cancelled"
     connection.execute("INSERT INTO wishes VALUES (%s) ON CONFLICT DO NOTHING", (number,))
     return "is told to stop"
@@ -169,18 +172,41 @@ def retry(database: str, jobs: Sequence[int]) -> FleetChange:
     Raises:
         NoSuchJob: one of them did not. Nothing is done then.
     """
-    with transaction(database) as connection:
-        outcomes = _outcomes(connection)
-        for number in jobs:
-            job = _job(connection, number)
-            outcome = outcomes.get(number, "" if job.state in _OPEN else job.state)
-            if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
-                raise NoSuchJob(number, f"it cannot be tried again: it is {outcome or job.state}")
-            connection.execute("UPDATE results SET superseded = true WHERE job = %s", (number,))
-            if job.state is not QueueState.QUEUED:
-                engine.retry(connection, number)
+    end = time.monotonic() + _PATIENCE
+    while not _retried(database, jobs):
+        if time.monotonic() > end:
+            raise NoSuchJob(jobs[0], "its worker has yet to take note of its end")
+        time.sleep(_BETWEEN_TRIES)
     done = tuple(f"job {number} is queued again" for number in jobs)
     return FleetChange(FLEET_VERSION, tuple(jobs), done)
+
+
+def _retried(database: str, jobs: Sequence[int]) -> bool:
+    """Queue jobs again; False, and nothing done, if a worker still has one of them in hand."""
+    with transaction(database) as connection:
+        outcomes = _outcomes(connection)
+        found = [_job(connection, number) for number in jobs]
+        for job in found:
+            outcome = outcomes.get(job.id, "" if job.state in _OPEN else job.state)
+            if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
+                reason = f"it cannot be tried again: it is {outcome or job.state}"
+                raise NoSuchJob(job.id, reason)
+        claimed = [job for job in found if job.state is QueueState.CLAIMED]
+        if any(_is_connected(connection, job.host) for job in claimed):
+            return False
+        for job in found:
+            connection.execute("UPDATE results SET superseded = true WHERE job = %s", (job.id,))
+            if job.state is not QueueState.QUEUED:
+                engine.retry(connection, job.id)
+    return True
+
+
+def _is_connected(connection: Connection[Any], host: str) -> bool:
+    """Whether a host's worker is there. If it is not, it waits for the end of the transaction."""
+    free = connection.execute(
+        "SELECT pg_try_advisory_xact_lock(hashtext('chainmerge-hosts'), hashtext(%s))", (host,)
+    ).fetchone()
+    return free is None or not free[0]
 
 
 def release_fenced(database: str, host: str) -> FleetChange:
@@ -194,16 +220,13 @@ def release_fenced(database: str, host: str) -> FleetChange:
     """
     with transaction(database) as connection:
         _require_host(connection, host)
-        free = connection.execute(
-            "SELECT pg_try_advisory_xact_lock(hashtext('chainmerge-hosts'), hashtext(%s))", (host,)
-        ).fetchone()
-        if free is None or not free[0]:
+        if _is_connected(connection, host):
             raise HostAlive(host)
         gone = connection.execute(
             "DELETE FROM leases WHERE host = %s RETURNING job", (host,)
         ).fetchall()
         numbers = sorted({job for (job,) in gone})
-        _end(connection, numbers, JobOutcome.LOST, "its host was released while it ran there")
+        _end(connection, numbers, FleetJobOutcome.LOST, "its host was released while it ran there")
         connection.execute(_STOP, (host,))
         connection.execute("UPDATE hosts SET machine_id = '' WHERE host = %s", (host,))
     done = (
@@ -214,7 +237,7 @@ def release_fenced(database: str, host: str) -> FleetChange:
 
 
 def _end(
-    connection: Connection[Any], jobs: Iterable[int], outcome: JobOutcome, message: str
+    connection: Connection[Any], jobs: Iterable[int], outcome: FleetJobOutcome, message: str
 ) -> None:
     hosts = {job.id: job.host for job in engine.jobs(connection)}
     for number in jobs:

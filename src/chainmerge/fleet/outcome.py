@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from chainmerge.documents.fleet import JobOutcome
+from chainmerge.documents.fleet import FleetJobOutcome
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.errors import ExitCode, Interrupted
 
@@ -27,7 +27,7 @@ class JobEnding(Struct, frozen=True):
         report: The child's last line: its report, or its error.
     """
 
-    outcome: JobOutcome
+    outcome: FleetJobOutcome
     exit_code: int | None = None
     error_code: str | None = None
     message: str = ""
@@ -36,14 +36,14 @@ class JobEnding(Struct, frozen=True):
     @property
     def is_success(self) -> bool:
         """Whether all that was asked for is so now."""
-        return self.outcome in {JobOutcome.DONE, JobOutcome.ALREADY}
+        return self.outcome in {FleetJobOutcome.DONE, FleetJobOutcome.ALREADY}
 
 
 _BY_STATUS = {
-    ExitCode.FAILED: JobOutcome.FAILED,
-    ExitCode.USAGE: JobOutcome.FAILED,
-    ExitCode.REFUSED: JobOutcome.REFUSED,
-    ExitCode.UNKNOWN: JobOutcome.UNKNOWN,
+    ExitCode.FAILED: FleetJobOutcome.FAILED,
+    ExitCode.USAGE: FleetJobOutcome.FAILED,
+    ExitCode.REFUSED: FleetJobOutcome.REFUSED,
+    ExitCode.UNKNOWN: FleetJobOutcome.UNKNOWN,
 }
 
 
@@ -58,7 +58,7 @@ def ending_of(lines: Iterable[str], status: int | None) -> JobEnding | None:
     match last.get("event"):
         case "report":
             already = last.get("outcome") == MergeOutcome.ALREADY_MERGED
-            outcome = JobOutcome.ALREADY if already else JobOutcome.DONE
+            outcome = FleetJobOutcome.ALREADY if already else FleetJobOutcome.DONE
             return JobEnding(outcome, ExitCode.DONE, report=json.dumps(last))
         case "error" if last.get("code") == Interrupted.code:
             return None

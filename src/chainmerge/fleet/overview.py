@@ -13,14 +13,14 @@ from msgspec import Struct
 
 from chainmerge.__about__ import __version__
 from chainmerge.documents.fleet import (
+    FleetHostStatus,
+    FleetJobOutcome,
+    FleetJobResult,
     FleetJobState,
+    FleetJobStatus,
+    FleetKeyStatus,
     FleetResults,
     FleetStatus,
-    HostStatus,
-    JobOutcome,
-    JobResult,
-    JobStatus,
-    KeyStatus,
 )
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
@@ -105,12 +105,12 @@ def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: i
     return FleetResults(
         FLEET_VERSION,
         tuple(
-            JobResult(
+            FleetJobResult(
                 job=job,
                 host=host,
                 top=record.disks[0].top if (record := records.get(job)) else "",
                 base=record.disks[0].base if record else "",
-                outcome=JobOutcome(outcome),
+                outcome=FleetJobOutcome(outcome),
                 exit_code=exit_code,
                 error_code=error_code,
                 message=message,
@@ -132,14 +132,14 @@ def _record(job: QueuedJob) -> JobRecord | None:
 def _job_status(
     job: QueuedJob,
     keys: _Keys,
-    hosts: Mapping[str, HostStatus],
+    hosts: Mapping[str, FleetHostStatus],
     holds_keys: bool,  # noqa: FBT001
     is_unwanted: bool,  # noqa: FBT001
     line: str,
-) -> JobStatus:
+) -> FleetJobStatus:
     record = _record(job)
     event = _event(line)
-    return JobStatus(
+    return FleetJobStatus(
         job=job.id,
         host=job.host,
         state=FleetJobState.RUNNING if holds_keys else FleetJobState.WAITING,
@@ -156,7 +156,7 @@ def _job_status(
 
 
 def _obstacles(
-    job: QueuedJob, record: JobRecord | None, keys: _Keys, hosts: Mapping[str, HostStatus]
+    job: QueuedJob, record: JobRecord | None, keys: _Keys, hosts: Mapping[str, FleetHostStatus]
 ) -> Iterator[str]:
     host = hosts.get(job.host)
     if host is None:
@@ -189,29 +189,31 @@ def _keys(connection: Connection[Any]) -> _Keys:
     return _Keys(held, {key: (most, paused) for key, most, paused in limits})
 
 
-def _shown(keys: _Keys) -> tuple[KeyStatus, ...]:
+def _shown(keys: _Keys) -> tuple[FleetKeyStatus, ...]:
     return tuple(
-        KeyStatus(key, keys.held.get(key, 0), keys.most(key), keys.paused(key))
+        FleetKeyStatus(key, keys.held.get(key, 0), keys.most(key), keys.paused(key))
         for key in sorted(keys.held.keys() | keys.limits.keys())
         # Of images there are as many as jobs, and each has one.
         if not key.startswith("image/")
     )
 
 
-def _hosts(connection: Connection[Any]) -> dict[str, HostStatus]:
+def _hosts(connection: Connection[Any]) -> dict[str, FleetHostStatus]:
     rows = connection.execute(
         "SELECT host, seen, extract(epoch FROM now() - seen), drained, version FROM hosts"
         " ORDER BY host"
     ).fetchall()
     return {
-        host: HostStatus(host, _moment(seen), float(silent), drained, version or __version__, 0, 0)
+        host: FleetHostStatus(
+            host, _moment(seen), float(silent), drained, version or __version__, 0, 0
+        )
         for host, seen, silent, drained, version in rows
     }
 
 
-def _counted(host: HostStatus, jobs: Sequence[JobStatus]) -> HostStatus:
+def _counted(host: FleetHostStatus, jobs: Sequence[FleetJobStatus]) -> FleetHostStatus:
     states = Counter(job.state for job in jobs if job.host == host.host)
-    return HostStatus(
+    return FleetHostStatus(
         host.host,
         host.seen,
         host.silent_seconds,

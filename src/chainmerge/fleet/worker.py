@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from chainmerge.documents.fleet import JobOutcome
+from chainmerge.documents.fleet import FleetJobOutcome
 from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.fleet import engine
 from chainmerge.fleet.child import Child, files_of, held, merge_words, output_of, plan_words
@@ -216,14 +216,15 @@ class Worker:
             # A server of files that hangs must not hold up other jobs.
             await asyncio.to_thread(require_admissible, record, self._host)
         except RecordUnusable as error:
-            ending = JobEnding(JobOutcome.REJECTED, message=str(error))
+            ending = JobEnding(FleetJobOutcome.REJECTED, message=str(error))
             await self._told(job, ending)
             return ending
         one = _JobInHand(job, record, self._host)
         self._in_hand[job] = one
         self._ledger.add(one)
         ending = await self._carried_out(one)
-        await self._told(job, ending)
+        # What has ended in the database before has its result.
+        await self._told(job, None if ending.outcome is FleetJobOutcome.LOST else ending)
         one.files.remove()
         return ending
 
@@ -237,9 +238,11 @@ class Worker:
             if ending is not None:
                 return ending
             if one.reason is StopReason.CANCELLED:
-                return JobEnding(JobOutcome.CANCELLED, message="cancelled before it ended")
+                return JobEnding(FleetJobOutcome.CANCELLED, message="cancelled before it ended")
             if one.reason is StopReason.OVER:
-                return JobEnding(JobOutcome.LOST, message="it had ended in the database before")
+                return JobEnding(
+                    FleetJobOutcome.LOST, message="it had ended in the database before"
+                )
             await self._told(one.job, None)
             one.give_up_keys()
             if self._stopping.is_set():
@@ -270,7 +273,7 @@ class Worker:
         if one.reason is not None:
             return None
         died = f"the merge died {_TRIES} times without a report, at last with status {status}"
-        return JobEnding(JobOutcome.FAILED, status, message=died)
+        return JobEnding(FleetJobOutcome.FAILED, status, message=died)
 
     async def _changed(self, record: JobRecord, lock: int) -> JobEnding | None:
         """Say so if images are not those of the plan any more; None if the merge may begin.
@@ -292,7 +295,7 @@ class Worker:
             reason = f"a merge of {disk.top} would do something else now than when it was planned"
         else:
             return None
-        return JobEnding(JobOutcome.PLAN_CHANGED, message=reason)
+        return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
 
     async def _told(self, job: int, ending: JobEnding | None) -> None:
         """Wait until the database knows, however long it is away.

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetJobState, JobOutcome
+from chainmerge.documents.fleet import FleetJobOutcome, FleetJobState
 from chainmerge.report import layout
 from chainmerge.report.layout import Block, Words, stack, words
 from chainmerge.report.text import short_size
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
     from chainmerge.documents.fleet import (
         FleetChange,
+        FleetHostStatus,
+        FleetJobResult,
+        FleetJobStatus,
+        FleetKeyStatus,
         FleetResults,
         FleetStatus,
-        HostStatus,
-        JobResult,
-        JobStatus,
-        KeyStatus,
     )
 
 _STYLES = {
-    JobOutcome.DONE: layout.GOOD,
-    JobOutcome.ALREADY: layout.GOOD,
-    JobOutcome.CANCELLED: layout.CAUTION,
-    JobOutcome.REFUSED: layout.CAUTION,
-    JobOutcome.PLAN_CHANGED: layout.CAUTION,
+    FleetJobOutcome.DONE: layout.GOOD,
+    FleetJobOutcome.ALREADY: layout.GOOD,
+    FleetJobOutcome.CANCELLED: layout.CAUTION,
+    FleetJobOutcome.REFUSED: layout.CAUTION,
+    FleetJobOutcome.PLAN_CHANGED: layout.CAUTION,
 }
 _SILENT: Final = 60.0
 _JOB_HEADINGS: Final = ("job", "host", "state", "done", "top", "waits for")
@@ -65,7 +65,7 @@ def _listing(headings: Sequence[str], rows: Sequence[Sequence[Words]]) -> tuple[
     return (layout.EMPTY_LINE, layout.listing(headings, rows, right=_NUMBERS)) if rows else ()
 
 
-def _job_row(job: JobStatus) -> list[Words]:
+def _job_row(job: FleetJobStatus) -> list[Words]:
     state = "stopping" if job.cancelled else (job.progress or job.state.value)
     done = ""
     if job.bytes_done is not None and job.bytes_total:
@@ -81,7 +81,7 @@ def _job_row(job: JobStatus) -> list[Words]:
     ]
 
 
-def _host_row(host: HostStatus) -> list[Words]:
+def _host_row(host: FleetHostStatus) -> list[Words]:
     silent = host.silent_seconds > _SILENT
     seen = words(f"{host.silent_seconds:.0f} s ago", layout.BAD if silent else "")
     drained = words("drained" if host.drained else "", layout.CAUTION)
@@ -94,7 +94,7 @@ def _host_row(host: HostStatus) -> list[Words]:
     ]
 
 
-def _key_row(key: KeyStatus) -> list[Words]:
+def _key_row(key: FleetKeyStatus) -> list[Words]:
     limit = words("paused", layout.CAUTION) if key.paused else layout.number(key.limit)
     return [words(key.key), layout.number(key.held), limit]
 
@@ -107,7 +107,7 @@ def results_report(results: FleetResults) -> Block:
     return layout.listing(headings, [_result_row(one) for one in results.results], right=("job",))
 
 
-def _result_row(result: JobResult) -> list[Words]:
+def _result_row(result: FleetJobResult) -> list[Words]:
     return [
         layout.number(result.job),
         words(result.host),

@@ -12,7 +12,7 @@ from chainmerge.cli.commands import Command, Group
 from chainmerge.cli.fleet.configuration import database_option, host_option
 from chainmerge.cli.options import json_option, merging_option, with_options
 from chainmerge.cli.params import IMAGE, SIZE
-from chainmerge.documents.fleet import FleetChange, JobOutcome
+from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
 from chainmerge.fleet import operating, overview
@@ -144,7 +144,7 @@ def status(*, database: str, output: Output) -> None:
 @click.option(
     "--outcome",
     "outcomes",
-    type=click.Choice([outcome.value for outcome in JobOutcome]),
+    type=click.Choice([outcome.value for outcome in FleetJobOutcome]),
     multiple=True,
     help="Only jobs that ended so.",
 )
