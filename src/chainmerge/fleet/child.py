@@ -82,6 +82,11 @@ def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
     return ["merge", "--dry-run", "--json", *_arguments(record, host)]
 
 
+def look_words(host: HostSettings) -> list[str]:
+    """The arguments of ``chainmerge`` that look at this host, and store what is found."""
+    return ["fleet", "look", "--store", "--json", "--quiet", "--config", host.file]
+
+
 def _arguments(record: JobRecord, host: HostSettings) -> list[str]:
     usual = type(record.options)()
     asked = {

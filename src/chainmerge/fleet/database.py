@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from psycopg import Connection
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 _SCHEMA: Final = "chainmerge"
+_SCRIPTS: Final = ("schema.sql", "inventory.sql")
 _ROLES: Final = ("chainmerge_worker", "chainmerge_operator")
 _CONNECT_TIMEOUT: Final = 5
 """Seconds that a server may take to answer at all."""
@@ -110,8 +111,8 @@ def set_up(database: str) -> tuple[str, ...]:
                 engine.migrate(connection, found)
             if found != version:
                 done.append(f"the {component} is of version {version}")
-        script = resources.files("chainmerge.fleet").joinpath("schema.sql").read_bytes()
-        connection.execute(script)
+        for script in _SCRIPTS:
+            connection.execute(resources.files("chainmerge.fleet").joinpath(script).read_bytes())
         for component, version, _ in before:
             connection.execute(
                 "INSERT INTO installed VALUES (%s, %s)"

@@ -31,3 +31,8 @@ def plan_digest_of(plan: MergePlan) -> str:
     acts = [plan.repoint, plan.delete, plan.rename, plan.directions.chosen, plan.verify]
     what = [images, plan.movement, fates, plan.snapshots, acts]
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()[:32]
+
+
+def images_of_chain(plan: MergePlan) -> list[str]:
+    """Return the images that a plan is about, and those below, from the root up to its top."""
+    return [image.path for image in plan.images if image.role in {*_PARTS, Role.BELOW}]

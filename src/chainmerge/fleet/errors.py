@@ -96,6 +96,20 @@ class FleetPlanUnusable(Misuse):
     reason: str
 
 
+class FleetPolicyUnusable(Misuse):
+    """A policy is not one."""
+
+    code: ClassVar[str] = "fleet-policy-unusable"
+    template: ClassVar[str] = "{path}: {reason}"
+    hint: ClassVar[str] = "correct the file; docs/fleet.md says what is in it"
+    explanation: ClassVar[str] = (
+        "A policy says which chains are merged, and how. It is read strictly: what is not "
+        "understood could be what keeps a chain from being merged."
+    )
+    path: str
+    reason: str
+
+
 class NoSuchJob(Misuse):
     """No job has the number, or it is not in a state for what is asked."""
 

@@ -46,8 +46,7 @@ def plan_in(text: bytes, path: str) -> FleetPlan:
 
 def submit(database: str, plan: FleetPlan) -> FleetChange:
     """Queue the jobs of a plan, all or none; what waits, runs or is done already is left out."""
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    submitted = Submission(by=f"{getpass.getuser()}@{socket.gethostname()}"[:200], at=at)
+    submitted = submission()
     with transaction(database) as connection:
         # Two that submit the same at the same time would both find nothing.
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-submit'))")
@@ -59,6 +58,12 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
     if left_out:
         done.append(f"{counted(left_out, 'job')} left out: submitted before")
     return FleetChange(FLEET_VERSION, tuple(numbers), tuple(done))
+
+
+def submission() -> Submission:
+    """Who submits something now."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Submission(by=f"{getpass.getuser()}@{socket.gethostname()}"[:200], at=at)
 
 
 def _known_labels(connection: Connection[Any]) -> set[str]:

@@ -27,6 +27,7 @@ from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import QueueState
 from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, host_key, record_in
+from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -123,8 +124,16 @@ def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: i
 
 
 def _record(job: QueuedJob) -> JobRecord | None:
+    """What a job merges; None if it does not."""
     try:
         return record_in(job.arguments)
+    except RecordUnusable:
+        return None
+
+
+def _scan(job: QueuedJob) -> ScanRecord | None:
+    try:
+        return scan_record_in(job.arguments)
     except RecordUnusable:
         return None
 
@@ -137,17 +146,19 @@ def _job_status(
     is_unwanted: bool,  # noqa: FBT001
     line: str,
 ) -> FleetJobStatus:
-    record = _record(job)
+    scan = _scan(job)
+    record = None if scan else _record(job)
+    asked = scan or record
     event = _event(line)
     return FleetJobStatus(
         job=job.id,
         host=job.host,
         state=FleetJobState.RUNNING if holds_keys else FleetJobState.WAITING,
-        action=record.action if record else "",
+        action=asked.action if asked else "",
         top=record.disks[0].top if record else "",
         base=record.disks[0].base if record else "",
         priority=job.priority,
-        waits_for=() if holds_keys else tuple(_obstacles(job, record, keys, hosts)),
+        waits_for=() if holds_keys else tuple(_obstacles(job, asked, keys, hosts)),
         cancelled=is_unwanted,
         progress=event.get("stage") if holds_keys else None,
         bytes_done=_number(event.get("done")),
@@ -156,7 +167,10 @@ def _job_status(
 
 
 def _obstacles(
-    job: QueuedJob, record: JobRecord | None, keys: _Keys, hosts: Mapping[str, FleetHostStatus]
+    job: QueuedJob,
+    asked: JobRecord | ScanRecord | None,
+    keys: _Keys,
+    hosts: Mapping[str, FleetHostStatus],
 ) -> Iterator[str]:
     host = hosts.get(job.host)
     if host is None:
@@ -165,8 +179,8 @@ def _obstacles(
         yield f"the worker of {job.host}, which has been silent for {host.silent_seconds:.0f} s"
     if host is not None and host.drained:
         yield f"{host_key(job.host)} (drained)"
-    if record is not None:
-        yield from keys.obstacles((FLEET_KEY, *record.keys))
+    if asked is not None:
+        yield from keys.obstacles((FLEET_KEY, *asked.keys))
 
 
 def _event(line: str) -> dict[str, Any]:

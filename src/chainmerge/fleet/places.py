@@ -38,8 +38,7 @@ def require_admissible(record: JobRecord, host: HostSettings) -> None:
     Raises:
         RecordUnusable: it is not, or may not.
     """
-    if record.host != host.name:
-        raise RecordUnusable(f"it is for the host {record.host}, and this is {host.name}")
+    require_for(record.host, host)
     if record.machine_id != host.machine_id:
         raise RecordUnusable("it was planned on another machine of this name")
     for disk in record.disks:
@@ -49,6 +48,16 @@ def require_admissible(record: JobRecord, host: HostSettings) -> None:
     if set(needed) != set(record.keys):
         # More than needed would hold up others.
         raise RecordUnusable(f"it asks for other keys than {', '.join(needed)}")
+
+
+def require_for(named: str, host: HostSettings) -> None:
+    """Check that a job names this host.
+
+    Raises:
+        RecordUnusable: it names another one.
+    """
+    if named != host.name:
+        raise RecordUnusable(f"it is for the host {named}, and this is {host.name}")
 
 
 def require_allowed(path: str, host: HostSettings) -> None:

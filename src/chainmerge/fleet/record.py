@@ -9,11 +9,12 @@ nothing that gives up data.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from chainmerge.options import DataChoice, DirectionChoice, EngineChoice, VerifyLevel
 
@@ -78,6 +79,24 @@ class Submission(Struct, frozen=True, forbid_unknown_fields=True):
     at: Annotated[str, Meta(max_length=40)]
 
 
+class JobFigures(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the inventory had of a chain, for people: nobody decides by it. Sizes in bytes.
+
+    Attributes:
+        vm: Whose disks they are; None if that is not known.
+        images: Of the longest chain.
+        hidden_bytes: What merging frees.
+        bytes_to_copy: What it copies.
+        free_bytes: What is free where the result is written; None if that is not known.
+    """
+
+    vm: Annotated[str, Meta(max_length=1024)] | None
+    images: int
+    hidden_bytes: int
+    bytes_to_copy: int
+    free_bytes: int | None
+
+
 class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     """A job as it is planned.
 
@@ -91,6 +110,8 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
         options: How to merge.
         plan_digest: Of the plan that was looked at.
         priority: The highest goes first.
+        judged_by: Of what the digest is: of the plan, or of the chain as the inventory had it.
+        figures: What the inventory had.
     """
 
     v: Literal[1]
@@ -102,6 +123,8 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     options: JobOptions
     plan_digest: Digest
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+    judged_by: Literal["plan", "chain"] = "plan"
+    figures: JobFigures | None = None
 
     @property
     def label(self) -> str:
@@ -116,16 +139,38 @@ class JobRecord(PlannedJob, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     submitted: Submission
 
 
+class LeftOut(Struct, frozen=True, forbid_unknown_fields=True):
+    """A chain that no job is planned for.
+
+    Attributes:
+        host: Whose it is.
+        leaf: The path of its uppermost image; empty for all chains of the host.
+        code: Why: the code of an error that would refuse the merge, or a word of the plan's.
+        reason: The same, in a sentence.
+    """
+
+    host: str
+    leaf: str
+    code: str
+    reason: str
+
+
 class FleetPlan(Struct, frozen=True, forbid_unknown_fields=True):
     """What ``fleet plan`` prints, and ``fleet submit`` reads.
 
     Attributes:
         version: Version of this document.
         jobs: In the order in which they are queued.
+        limits: How many jobs may hold a key; ``submit`` sets them.
+        left_out: Chains that no job is planned for.
+        warnings: What whoever submits it should know, a sentence each.
     """
 
     version: Literal[1]
     jobs: tuple[PlannedJob, ...]
+    limits: Mapping[KeyName, Annotated[int, Meta(ge=0, le=100_000)]] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def record_in(arguments: Any) -> JobRecord:

@@ -24,6 +24,9 @@ class FleetSettings(Struct, frozen=True, forbid_unknown_fields=True):
         host: What this host is called; the machine's own name by default.
         directories: Where images of jobs may lie, at any depth.
         volume_groups: Whose logical volumes may be images of jobs.
+        fleet_only: Those of the volume groups whose volumes nothing but this fleet activates, on
+            any host: where no locks say so, this has to.
+        connect: The libvirt whose domains the disks are; empty if there is none.
         storages: By the name that all hosts give a storage that several of them use, the directory
             where it is mounted here. Merges on it count against the limit of the storage.
         lock_command: The site's command that locks volumes for this host, as the option of
@@ -37,6 +40,8 @@ class FleetSettings(Struct, frozen=True, forbid_unknown_fields=True):
     host: HostName | None = None
     directories: tuple[_Directory, ...] = ()
     volume_groups: tuple[_Name, ...] = ()
+    fleet_only: tuple[_Name, ...] = ()
+    connect: str = "qemu:///system"
     storages: Mapping[_Name, _Directory] = field(default_factory=dict)
     lock_command: str | None = None
     state: _Directory = DEFAULT_STATE
@@ -45,8 +50,12 @@ class FleetSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HostSettings(Struct, frozen=True):
-    """The same, of a host whose name and machine are known."""
+    """The same, of a host whose name and machine are known.
+
+    ``file`` is where it was read from: commands for this host that a worker starts are told so.
+    """
 
     name: str
     machine_id: str
     fleet: FleetSettings
+    file: str = ""

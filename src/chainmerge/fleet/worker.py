@@ -17,17 +17,27 @@ import msgspec
 from chainmerge.documents.fleet import FleetJobOutcome
 from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.fleet import engine
-from chainmerge.fleet.child import Child, files_of, held, merge_words, output_of, plan_words
+from chainmerge.fleet.chain_state import digest_of_idle_chain
+from chainmerge.fleet.child import (
+    Child,
+    files_of,
+    held,
+    look_words,
+    merge_words,
+    output_of,
+    plan_words,
+)
 from chainmerge.fleet.database import address, require_extra
-from chainmerge.fleet.digest import plan_digest_of
+from chainmerge.fleet.digest import images_of_chain, plan_digest_of
 from chainmerge.fleet.errors import FleetMisconfigured, HostTaken
 from chainmerge.fleet.ledger import FleetLedger, StopReason
 from chainmerge.fleet.outcome import JobEnding, ending_of
-from chainmerge.fleet.places import base_id_of, require_admissible
+from chainmerge.fleet.places import base_id_of, require_admissible, require_for
 from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, record_in
+from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from psycopg import Connection
 
@@ -48,7 +58,7 @@ class _Stopped(Exception):
 class _JobInHand:
     """A job that the worker has claimed, until it has ended or is put back."""
 
-    def __init__(self, job: int, record: JobRecord, host: HostSettings) -> None:
+    def __init__(self, job: int, record: JobRecord | ScanRecord, host: HostSettings) -> None:
         self.job = job
         self.record = record
         self.keys = (*record.keys, FLEET_KEY)
@@ -212,9 +222,9 @@ class Worker:
 
     async def _do(self, job: int, arguments: Any) -> JobEnding:
         try:
-            record = record_in(arguments)
+            record = scan_record_in(arguments) or record_in(arguments)
             # A server of files that hangs must not hold up other jobs.
-            await asyncio.to_thread(require_admissible, record, self._host)
+            await asyncio.to_thread(_require_admissible, record, self._host)
         except RecordUnusable as error:
             ending = JobEnding(FleetJobOutcome.REJECTED, message=str(error))
             await self._told(job, ending)
@@ -254,14 +264,19 @@ class Worker:
         ending = ending_of(one.files.lines(), None)
         if ending is not None or one.reason is not None:
             return ending
+        if isinstance(one.record, ScanRecord):
+            return await self._ended(one, look_words(self._host), lock)
         changed = await self._changed(one.record, lock)
         if changed is not None:
             return changed
+        return await self._ended(one, merge_words(one.record, self._host), lock)
+
+    async def _ended(self, one: _JobInHand, words: Sequence[str], lock: int) -> JobEnding | None:
+        """As above, of children that are told these words."""
         status = None
         for _ in range(_TRIES):
             if one.reason is not None:
                 return None
-            words = merge_words(one.record, self._host)
             one.child = await Child.started(words, one.files.spool, lock)
             if one.reason is not None:
                 one.child.stop()
@@ -291,11 +306,20 @@ class Worker:
         (disk,) = record.disks
         if base_id_of(disk.base) != disk.base_id:
             reason = f"{disk.base} is another image"
-        elif plan_digest_of(plan) != record.plan_digest:
+        elif await self._digest_now(record, plan) != record.plan_digest:
             reason = f"a merge of {disk.top} would do something else now than when it was planned"
         else:
             return None
         return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
+
+    async def _digest_now(self, record: JobRecord, plan: MergePlan) -> str:
+        """The digest that the record has, as it is now; nothing if that cannot be told."""
+        if record.judged_by == "plan":
+            return plan_digest_of(plan)
+        try:
+            return await asyncio.to_thread(digest_of_idle_chain, images_of_chain(plan))
+        except OSError:
+            return ""
 
     async def _told(self, job: int, ending: JobEnding | None) -> None:
         """Wait until the database knows, however long it is away.
@@ -314,6 +338,13 @@ class Worker:
         if not waits.done():
             waits.cancel()
             raise _Stopped
+
+
+def _require_admissible(record: JobRecord | ScanRecord, host: HostSettings) -> None:
+    if isinstance(record, ScanRecord):
+        require_for(record.host, host)
+    else:
+        require_admissible(record, host)
 
 
 def work(host: HostSettings, *, once: bool) -> None:

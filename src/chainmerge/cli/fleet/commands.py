@@ -4,60 +4,41 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, get_args
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from chainmerge.cli.commands import Command, Group
+from chainmerge.cli.commands import Command, LazyGroup
 from chainmerge.cli.fleet.configuration import database_option, host_option
-from chainmerge.cli.options import json_option, merging_option, with_options
-from chainmerge.cli.params import IMAGE, SIZE
+from chainmerge.cli.options import json_option
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
 from chainmerge.fleet import operating, overview
-from chainmerge.fleet.record import JobOptions
-from chainmerge.options import DataChoice, DirectionChoice, EngineChoice, VerifyLevel
 from chainmerge.report.fleet_tables import change_report, fleet_report, results_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from chainmerge.cli.output import Output
     from chainmerge.fleet.settings import HostSettings
 
 _key_argument = click.argument("key")
 _host_argument = click.argument("name", metavar="HOST")
 _jobs_argument = click.argument("jobs", metavar="JOB...", type=int, nargs=-1, required=True)
-_DEFAULTS = JobOptions()
-
-
-def _choice(option: str, kind: Any, default: str, meaning: str) -> Callable[..., Any]:
-    choice = click.Choice(get_args(kind))
-    return merging_option(option, type=choice, default=default, show_default=True, help=meaning)
-
-
-_JOB_OPTIONS = (
-    _choice("--verify", VerifyLevel, _DEFAULTS.verify, "How much to verify afterwards."),
-    merging_option("--delete", is_flag=True, help="Delete the merged images once it is verified."),
-    merging_option("--keep-name", is_flag=True, help="Give the result the name of TOP."),
-    _choice("--engine", EngineChoice, _DEFAULTS.engine, "Which engine writes the data."),
-    _choice("--direction", DirectionChoice, _DEFAULTS.direction, "Which way the data moves."),
-    _choice("--data", DataChoice, _DEFAULTS.data, "Where data goes if base has a cluster for it."),
-    merging_option("--detect-zeroes", is_flag=True, help="Turn zeros into zero clusters."),
-    merging_option("--discard", is_flag=True, help="Discard what was freed on the volume."),
-    merging_option("--bandwidth", type=SIZE, metavar="RATE", help="Copy at most so many bytes/s."),
-    merging_option(
-        "--sole-user", is_flag=True, help="Nobody uses the images but those that were found."
-    ),
+_COMMANDS: Final = MappingProxyType(
+    {
+        "scan": ("chainmerge.cli.fleet.scan", "scan"),
+        "inventory": ("chainmerge.cli.fleet.scan", "inventory"),
+        "look": ("chainmerge.cli.fleet.scan", "look"),
+        "plan": ("chainmerge.cli.fleet.plan", "plan"),
+        "watch": ("chainmerge.cli.fleet.watch", "watch"),
+        "metrics": ("chainmerge.cli.fleet.metrics", "metrics"),
+        "report": ("chainmerge.cli.fleet.report", "report"),
+    }
 )
 
 
-def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    return with_options(function, _JOB_OPTIONS)
-
-
-@click.group(cls=Group)
+@click.group(cls=LazyGroup, commands_in=_COMMANDS)
 def fleet() -> None:
     """Merge on many hosts: jobs lie in a PostgreSQL database, and a worker on each host does them.
 
@@ -75,34 +56,6 @@ def init(*, database: str, output: Output) -> None:
     """
     done = fleet_database.set_up(database) or ("the fleet is set up and up to date",)
     output.document(FleetChange(FLEET_VERSION, (), done), change_report)
-
-
-@fleet.command(cls=Command)
-@click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
-@click.option(
-    "--priority",
-    type=click.IntRange(-1000, 1000),
-    default=0,
-    show_default=True,
-    help="The highest goes first.",
-)
-@_job_options
-@host_option
-@json_option
-def plan(
-    *, tops: tuple[str, ...], priority: int, host: HostSettings, output: Output, **options: Any
-) -> None:
-    """Print jobs that merge each TOP of this host into its backing file, as `submit` reads them.
-
-    Nothing is written. Options are those of `chainmerge merge`.
-    """
-    # Planning needs most of the program.
-    from chainmerge.fleet.planning import plan_jobs  # noqa: PLC0415
-    from chainmerge.report.json import encode  # noqa: PLC0415
-
-    jobs = plan_jobs(tops, JobOptions(**options), priority, host)
-    del output
-    click.echo(encode(jobs))
 
 
 @fleet.command(cls=Command)

@@ -37,7 +37,7 @@ def database_option(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def command(*args: Any, config: str, **kwargs: Any) -> Any:
         require_extra()
-        return function(*args, database=_settings_in(Path(config)).database, **kwargs)
+        return function(*args, database=database_in(Path(config)), **kwargs)
 
     return _config_option(command)
 
@@ -48,9 +48,47 @@ def host_option(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def command(*args: Any, config: str, **kwargs: Any) -> Any:
         require_extra()
-        return function(*args, host=_host_of(Path(config)), **kwargs)
+        return function(*args, host=host_in(Path(config)), **kwargs)
 
     return _config_option(command)
+
+
+def config_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --config to a command that is for this host or for all; it gets ``config``, a path."""
+
+    @wraps(function)
+    def command(*args: Any, config: str, **kwargs: Any) -> Any:
+        require_extra()
+        return function(*args, config=Path(config), **kwargs)
+
+    return _config_option(command)
+
+
+def database_in(config: Path) -> str:
+    """How the configuration says that the database is reached.
+
+    Raises:
+        FleetMisconfigured: it cannot be used.
+    """
+    return _settings_in(config).database
+
+
+def host_in(config: Path) -> HostSettings:
+    """What the configuration says of this host.
+
+    Raises:
+        FleetMisconfigured: it cannot be used.
+    """
+    settings = _settings_in(config)
+    try:
+        machine = Path(settings.machine_id_file).read_text("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise FleetMisconfigured(settings.machine_id_file, str(error)) from error
+    if not machine:
+        raise FleetMisconfigured(settings.machine_id_file, "is empty")
+    # machine-id(5): it is not to leave the machine as it is.
+    digest = hashlib.sha256(f"chainmerge-fleet {machine}".encode()).hexdigest()[:32]
+    return HostSettings(settings.host or socket.gethostname(), digest, settings, str(config))
 
 
 def _settings_in(path: Path) -> FleetSettings:
@@ -60,16 +98,3 @@ def _settings_in(path: Path) -> FleetSettings:
         raise FleetMisconfigured(str(path), error.strerror or str(error)) from error
     except (ValueError, msgspec.ValidationError) as error:
         raise FleetMisconfigured(str(path), str(error)) from error
-
-
-def _host_of(path: Path) -> HostSettings:
-    settings = _settings_in(path)
-    try:
-        machine = Path(settings.machine_id_file).read_text("ascii").strip()
-    except (OSError, ValueError) as error:
-        raise FleetMisconfigured(settings.machine_id_file, str(error)) from error
-    if not machine:
-        raise FleetMisconfigured(settings.machine_id_file, "is empty")
-    # machine-id(5): it is not to leave the machine as it is.
-    digest = hashlib.sha256(f"chainmerge-fleet {machine}".encode()).hexdigest()[:32]
-    return HostSettings(settings.host or socket.gethostname(), digest, settings)
