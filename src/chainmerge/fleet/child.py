@@ -74,12 +74,14 @@ def files_of(state: Path, job: int, label: str) -> JobFiles:
 
 def merge_words(record: JobRecord, host: HostSettings) -> list[str]:
     """The arguments of ``chainmerge`` that do what a record asks for."""
-    return ["merge", "--json", *_arguments(record, host)]
+    command, *rest = _arguments(record, host)
+    return [command, "--json", *rest]
 
 
 def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
     """The arguments of ``chainmerge`` that plan it again."""
-    return ["merge", "--dry-run", "--json", *_arguments(record, host)]
+    command, *rest = _arguments(record, host)
+    return [command, "--dry-run", "--json", *rest]
 
 
 def look_words(host: HostSettings) -> list[str]:
