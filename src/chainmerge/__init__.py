@@ -134,6 +134,7 @@ if TYPE_CHECKING:
         PlannedImage,
         PlannedPool,
         PlannedSnapshots,
+        Prediction,
         Progress,
         Repoint,
         Role,
@@ -174,7 +175,7 @@ if TYPE_CHECKING:
         StatusReport,
         UnfinishedMerge,
     )
-    from chainmerge.documents.trends import TrendPoint
+    from chainmerge.documents.trends import Forecast, Limited, TrendPoint
     from chainmerge.errors import (
         ChainmergeError,
         ChainUnusable,
@@ -251,6 +252,7 @@ __all__ = [
     "FleetKeyStatus",
     "FleetResults",
     "FleetStatus",
+    "Forecast",
     "ImageInvalid",
     "ImageReport",
     "ImageUnavailable",
@@ -258,6 +260,7 @@ __all__ = [
     "Interrupted",
     "LayerSpace",
     "LeakFacts",
+    "Limited",
     "LiveMergeStatus",
     "LiveOptions",
     "LiveStatusReport",
@@ -282,6 +285,7 @@ __all__ = [
     "PlannedImage",
     "PlannedPool",
     "PlannedSnapshots",
+    "Prediction",
     "Progress",
     "ProgressEvent",
     "PruneOfDisks",
@@ -440,10 +444,10 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "PlannedImage",
             "PlannedPool",
             "PlannedSnapshots",
+            "Prediction",
             "Progress",
             "Repoint",
             "Role",
-            "PlannedPool",
             "SpacePlan",
         ),
         "chainmerge.documents.progress": (
@@ -481,7 +485,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "StatusReport",
             "UnfinishedMerge",
         ),
-        "chainmerge.documents.trends": ("TrendPoint",),
+        "chainmerge.documents.trends": ("Forecast", "Limited", "TrendPoint"),
         "chainmerge.errors": (
             "ChainUnusable",
             "ChainmergeError",

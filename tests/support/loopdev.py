@@ -107,6 +107,18 @@ def mounted(*arguments: str | Path) -> Iterator[None]:
         run("umount", mount_point)
 
 
+def settled_free_bytes(mount_point: Path) -> int:
+    """The free bytes of a mounted file system, once nothing of it is on its way.
+
+    XFS gives the space of removed files back later, in the background; only a remount waits for
+    that.
+    """
+    run("mount", "-o", "remount,ro", mount_point)
+    run("mount", "-o", "remount,rw", mount_point)
+    status = os.statvfs(mount_point)
+    return status.f_bfree * status.f_frsize
+
+
 @cache
 def _make_mounts_private() -> None:
     """From now on only this process and its children see what is mounted.
