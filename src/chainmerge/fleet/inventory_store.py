@@ -14,6 +14,7 @@ from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.fleet_inventory import (
     FleetInventory,
+    FleetPictures,
     HostInventory,
     HostSummary,
     OutcomeCount,
@@ -176,6 +177,26 @@ def _summary(found: HostInventory) -> HostSummary:
         unfinished=sum(chain.unfinished for chain in found.chains),
         refused=sum(bool(chain.refusals) for chain in found.chains),
     )
+
+
+def pictures_of_fleet(database: str, made_at: int) -> FleetPictures:
+    """What a report of a fleet is drawn from; *made_at* is in seconds since 1970."""
+    with transaction(database) as connection:
+        stored = inventory_in(connection)
+        return FleetPictures(
+            version=FLEET_VERSION,
+            made_at=made_at,
+            hosts=stored.hosts,
+            never_scanned=stored.never_scanned,
+            shared=shared_places(stored.hosts),
+            outcomes=outcome_counts(connection),
+            trends=trends_in(connection),
+        )
+
+
+def overview_of_pictures(found: FleetPictures) -> FleetInventory:
+    """A line for each host of a report."""
+    return overview_of(StoredInventory(found.hosts, found.never_scanned))
 
 
 def outcome_counts(connection: Connection[Any]) -> tuple[OutcomeCount, ...]:

@@ -55,6 +55,13 @@ def fleet_report(status: FleetStatus) -> Block:
     return stack(
         words(f"{running} running, {states[FleetJobState.WAITING]} waiting, {hosts}", layout.TITLE),
         *_listing(_JOB_HEADINGS, [_job_row(job) for job in status.jobs]),
+        *hosts_and_keys(status),
+    )
+
+
+def hosts_and_keys(status: FleetStatus) -> tuple[Block, ...]:
+    """Who is there, and what is held."""
+    return (
         *_listing(_HOST_HEADINGS, [_host_row(host) for host in status.hosts]),
         *_listing(_KEY_HEADINGS, [_key_row(key) for key in status.keys]),
     )
