@@ -20,11 +20,13 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-metrics test-vm soak fuzz fuzz-guided bench \
+.PHONY: help setup demo demo-fleet quick test test-browser test-metrics test-vm soak fuzz fuzz-guided bench \
 	lint format schema screenshots clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
+	@echo 'make demo-fleet'
+	@echo '             fifty merges on three hosts, one of which is killed meanwhile'
 	@echo 'make quick   the tests of a change: the pure ones, and one of each kind of real one'
 	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
@@ -50,6 +52,9 @@ setup:
 
 demo: setup
 	@$(BIN)/python -m demo $(DEMO_ARGS)
+
+demo-fleet: setup
+	@$(BIN)/python -m demo.fleet $(DEMO_ARGS)
 
 quick: setup
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $$(sed 's/#.*//' tests/quick.txt) \

@@ -26,7 +26,7 @@ from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import QueueState
 from chainmerge.fleet.errors import FleetUnreachable, NoSuchHost
 from chainmerge.fleet.operating import submission
-from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_key
+from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_label
 from chainmerge.fleet.sharing import shared_places
 from chainmerge.report.json import encode
 
@@ -101,7 +101,7 @@ def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
         waiting = {
             job.host
             for job in engine.jobs(connection)
-            if job.state is QueueState.QUEUED and job.label == scan_key(job.host)
+            if job.state is QueueState.QUEUED and job.label == scan_label(job.host)
         }
         wanted = [host for host in hosts or known if host not in waiting]
         numbers = engine.submit(connection, [_queued(host) for host in wanted])

@@ -53,10 +53,13 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
         known = _known_labels(connection)
         new = {job.label: job for job in plan.jobs if job.label not in known}
         numbers = engine.submit(connection, [_queued(job, submitted) for job in new.values()])
+        for key, most in plan.limits.items():
+            _set_limit(connection, key, most)
     left_out = len(plan.jobs) - len(new)
     done = [f"{counted(len(numbers), 'job')} submitted"]
     if left_out:
         done.append(f"{counted(left_out, 'job')} left out: submitted before")
+    done += [f"{key}: at most {counted(most, 'job')}" for key, most in plan.limits.items()]
     return FleetChange(FLEET_VERSION, tuple(numbers), tuple(done))
 
 
@@ -101,12 +104,18 @@ def pause(database: str, key: str) -> FleetChange:
 def limit(database: str, key: str, most: int) -> FleetChange:
     """Let that many jobs hold a key at the same time, and end its pause."""
     with transaction(database) as connection:
-        connection.execute(
-            "INSERT INTO limits (key, most) VALUES (%s, %s)"
-            " ON CONFLICT (key) DO UPDATE SET most = excluded.most, paused = false",
-            (key, most),
-        )
+        _set_limit(connection, key, most)
+        connection.execute("UPDATE limits SET paused = false WHERE key = %s", (key,))
     return _changed(f"{key}: at most {counted(most, 'job')} at the same time")
+
+
+def _set_limit(connection: Connection[Any], key: str, most: int) -> None:
+    """Set a limit; what is paused stays so."""
+    connection.execute(
+        "INSERT INTO limits (key, most) VALUES (%s, %s)"
+        " ON CONFLICT (key) DO UPDATE SET most = excluded.most",
+        (key, most),
+    )
 
 
 def drain(database: str, host: str) -> FleetChange:

@@ -18,7 +18,6 @@ from msgspec.structs import replace
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.sizes import bytes_of
 from chainmerge.documents.fleet_inventory import HostInventory, InventoryChain
-from chainmerge.documents.fleet_plan import FleetPlanRow, FleetPlanView, LeftOutReason
 from chainmerge.fleet.policy import DEFAULT_BANDWIDTH
 from chainmerge.fleet.record import (
     Action,
@@ -33,6 +32,7 @@ from chainmerge.fleet.record import (
     storage_key,
 )
 from chainmerge.fleet.sharing import shared_places
+from chainmerge.report.fleet_plan_view import FleetPlanRow, FleetPlanView, LeftOutReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

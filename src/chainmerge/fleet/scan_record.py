@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Final, Literal
 
 import msgspec
@@ -36,7 +37,12 @@ class ScanRecord(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def label(self) -> str:
         """No two scans of a host wait at the same time."""
-        return scan_key(self.host)
+        return scan_label(self.host)
+
+
+def scan_label(host: str) -> str:
+    """What all scans of a host have in common, as other records have it."""
+    return hashlib.sha256(scan_key(host).encode()).hexdigest()[:32]
 
 
 def scan_key(host: str) -> str:

@@ -12,7 +12,7 @@ from chainmerge.report.text import moment, short_size
 
 if TYPE_CHECKING:
     from chainmerge.documents.fleet_inventory import FleetInventory, HostSummary
-    from chainmerge.documents.fleet_plan import FleetPlanRow, FleetPlanView
+    from chainmerge.report.fleet_plan_view import FleetPlanRow, FleetPlanView
 
 _SHOWN: Final = 100
 """Jobs that a table has; a file has all."""

@@ -28,6 +28,12 @@ from chainmerge.documents.chain_pictures import ChainsPictures
 from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
 from chainmerge.documents.fleet import FleetChange, FleetResults, FleetStatus
+from chainmerge.documents.fleet_inventory import (
+    FleetInventory,
+    FleetPictures,
+    HostInventory,
+)
+from chainmerge.documents.fleet_policy import FleetPolicy
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
 from chainmerge.documents.merge import Measurement, MergeReport
 from chainmerge.documents.plan import MergePlan
@@ -79,6 +85,10 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"fleet-status-{FLEET_VERSION}": FleetStatus,
         f"fleet-results-{FLEET_VERSION}": FleetResults,
         f"fleet-change-{FLEET_VERSION}": FleetChange,
+        f"fleet-inventory-{FLEET_VERSION}": FleetInventory,
+        f"fleet-look-{FLEET_VERSION}": HostInventory,
+        f"fleet-report-{FLEET_VERSION}": FleetPictures,
+        f"fleet-policy-{FLEET_VERSION}": FleetPolicy,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )
@@ -95,6 +105,7 @@ _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
         ScanReport: "report",
         ThinOutReport: "report",
         ChainsPictures: "report",
+        HostInventory: "report",
         ErrorReport: "error",
     }
 )

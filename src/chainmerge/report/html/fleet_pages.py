@@ -11,7 +11,7 @@ from chainmerge.report.html.pages import Page, made, rendered
 
 if TYPE_CHECKING:
     from chainmerge.documents.fleet_inventory import FleetPictures
-    from chainmerge.documents.fleet_plan import FleetPlanView
+    from chainmerge.report.fleet_plan_view import FleetPlanView
 
 
 def html_of_fleet(found: FleetPictures) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         HostInventory,
         InventoryChain,
     )
-    from chainmerge.documents.fleet_plan import FleetPlanRow, FleetPlanView
+    from chainmerge.report.fleet_plan_view import FleetPlanRow, FleetPlanView
 
 _MOST_ROWS: Final = 40
 _MOST_SENTENCES: Final = 100
