@@ -118,10 +118,7 @@ class _Demo:
         policy, plan = (self._fleet.directory / name for name in ("policy.toml", "plan.json"))
         limits = "\n".join(f'"host/{name}" = 2' for name in HOSTS)
         policy.write_text(_POLICY.format(limits=limits, shared=SHARED_LIMIT, rate=RATE))
-        self._show("plan", "--policy", str(policy))
-        with plan.open("wb") as file:
-            words = self._words("plan", "--json", "--policy", str(policy))
-            subprocess.run(words, env=environment(), stdout=file, check=True, timeout=_PATIENCE)
+        self._show("plan", "--policy", str(policy), "-o", str(plan))
         return plan
 
     def _watched(self, victim: Host, jobs: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from chainmerge.cli.commands import Command
+from chainmerge.cli.errors import ReportFileUnusable
 from chainmerge.cli.fleet.configuration import config_option, database_in, host_in
 from chainmerge.cli.options import json_option, merging_option, with_options
 from chainmerge.cli.output import JsonOutput
@@ -25,7 +27,6 @@ from chainmerge.report.json import encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from chainmerge.cli.output import Output
 
@@ -72,6 +73,14 @@ def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     metavar="FILE",
     help="Which chains of the inventory are merged, when, and how.",
 )
+@click.option(
+    "-o",
+    "--output",
+    "plan_file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write the JSON there, and show the table wherever that goes.",
+)
 @click.option("--html", type=click.Path(), metavar="FILE", help="Also write the plan as a page.")
 @_job_options
 @config_option
@@ -84,6 +93,7 @@ def plan(
     tops: tuple[str, ...],
     priority: int,
     policy: Any,
+    plan_file: str | None,
     html: str | None,
     config: Path,
     output: Output,
@@ -92,11 +102,13 @@ def plan(
     """Plan jobs, as `submit` reads them: of all hosts, or of this one. Nothing is written.
 
     Without a TOP the jobs are for what `fleet scan` has found on all hosts. On a terminal that is
-    shown as a table; a file or a pipe gets JSON. With a TOP they are for this host: each TOP is
+    shown as a table; a file or a pipe gets the JSON. With a TOP they are for this host: each TOP is
     merged into its backing file. Options are those of `chainmerge merge`; a policy has its own.
     """
-    if tops and (policy or html):
-        raise click.UsageError("--policy and --html are for a plan of all hosts, without a TOP")
+    if tops and (policy or html or plan_file):
+        raise click.UsageError(
+            "--policy, --output and --html are for a plan of all hosts, without a TOP"
+        )
     if policy and (given := _given(ctx, {*options, "priority"})):
         raise click.UsageError(f"with --policy, say in the file what {given} would say")
     if tops:
@@ -111,7 +123,9 @@ def plan(
     proposed = propose(stored_inventory(database_in(config)), rules, chosen, now)
     if html is not None:
         _write_page(proposed, html, int(now))
-    if sys.stdout.isatty() and not isinstance(output, JsonOutput):
+    if plan_file is not None:
+        _write_plan(plan_file, f"{encode(proposed)}\n")
+    if (plan_file or sys.stdout.isatty()) and not isinstance(output, JsonOutput):
         output.document(view_of(proposed, int(now)), plan_report)
     else:
         click.echo(encode(proposed))
@@ -127,6 +141,18 @@ def _given(ctx: click.Context, names: set[str]) -> str:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
     )
     return ", ".join(typed)
+
+
+def _write_plan(file: str, text: str) -> None:
+    """Write a plan over what the file was, as a shell's redirection would.
+
+    Raises:
+        ReportFileUnusable: it cannot be written.
+    """
+    try:
+        Path(file).write_text(text, encoding="ascii")
+    except OSError as error:
+        raise ReportFileUnusable(file, error.strerror or str(error)) from error
 
 
 def _write_page(proposed: FleetPlan, file: str, made_at: int) -> None:
