@@ -66,7 +66,7 @@ SHARED_NAMES: Final = {
         "repairing/cancelling.py",
     },
     "plan": {
-        "cli/fleet/commands.py",
+        "cli/fleet/plan.py",
         "cli/live.py",
         "cli/plan.py",
         "live/__init__.py",
@@ -84,7 +84,9 @@ SHARED_NAMES: Final = {
         "live/qmp/repairing.py",
         "repairing/mending.py",
     },
-    "scan": {"cli/scan.py", "inventory/scan.py"},
+    "scan": {"cli/fleet/scan.py", "cli/scan.py", "inventory/scan.py"},
+    "report": {"cli/fleet/report.py", "cli/report.py"},
+    "look": {"cli/fleet/scan.py", "fleet/looking.py"},
     "resume": {"cli/live.py", "live/__init__.py", "live/merging.py"},
     "status": {
         "cli/fleet/commands.py",

@@ -280,7 +280,7 @@ def _row(job: PlannedJob) -> FleetPlanRow:
     )
 
 
-def options_of(policy: FleetPolicy) -> JobOptions:
+def job_options_of(policy: FleetPolicy) -> JobOptions:
     """How jobs merge by a policy."""
     merging = policy.merging
     return JobOptions(**{name: getattr(merging, name) for name in merging.__struct_fields__})

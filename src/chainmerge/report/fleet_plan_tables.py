@@ -32,7 +32,7 @@ _HOST_HEADINGS: Final = (
 _NUMBERS: Final = frozenset(_HOST_HEADINGS[2:]) | {"images", "frees", "copies", "free"}
 
 
-def plan_report(plan: FleetPlanView) -> Block:
+def fleet_plan_report(plan: FleetPlanView) -> Block:
     """What is to be done, in its order, and why the rest is not."""
     rest = len(plan.jobs) - _SHOWN
     frees = sum(job.hidden_bytes or 0 for job in plan.jobs)

@@ -19,10 +19,10 @@ from chainmerge.cli.params import IMAGE, SIZE
 from chainmerge.documents.fleet_policy import FleetPolicy
 from chainmerge.fleet.inventory_store import stored_inventory
 from chainmerge.fleet.policy import policy_in
-from chainmerge.fleet.proposing import options_of, propose, view_of
+from chainmerge.fleet.proposing import job_options_of, propose, view_of
 from chainmerge.fleet.record import FleetPlan, JobOptions
 from chainmerge.options import DataChoice, DirectionChoice, EngineChoice, VerifyLevel
-from chainmerge.report.fleet_plan_tables import plan_report
+from chainmerge.report.fleet_plan_tables import fleet_plan_report
 from chainmerge.report.json import encode
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def plan(
         click.echo(encode(plan_jobs(tops, JobOptions(**options), priority, host_in(config))))
         return
     rules = policy_in(policy.read(), policy.name) if policy else FleetPolicy()
-    chosen = options_of(rules) if policy else JobOptions(**options)
+    chosen = job_options_of(rules) if policy else JobOptions(**options)
     now = time.time()
     proposed = propose(stored_inventory(database_in(config)), rules, chosen, now)
     if html is not None:
@@ -126,7 +126,7 @@ def plan(
     if plan_file is not None:
         _write_plan(plan_file, f"{encode(proposed)}\n")
     if (plan_file or sys.stdout.isatty()) and not isinstance(output, JsonOutput):
-        output.document(view_of(proposed, int(now)), plan_report)
+        output.document(view_of(proposed, int(now)), fleet_plan_report)
     else:
         click.echo(encode(proposed))
 
