@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from psycopg import Connection
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 _SCHEMA: Final = "chainmerge"
 _ROLES: Final = ("chainmerge_worker", "chainmerge_operator")
 _CONNECT_TIMEOUT: Final = 5

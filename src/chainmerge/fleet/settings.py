@@ -24,6 +24,7 @@ class FleetSettings(Struct, frozen=True, forbid_unknown_fields=True):
         host: What this host is called; the machine's own name by default.
         directories: Where images of jobs may lie, at any depth.
         volume_groups: Whose logical volumes may be images of jobs.
+        connect: The libvirt whose domains the disks are; empty if there is none.
         storages: By the name that all hosts give a storage that several of them use, the directory
             where it is mounted here. Merges on it count against the limit of the storage.
         lock_command: The site's command that locks volumes for this host, as the option of
@@ -37,6 +38,7 @@ class FleetSettings(Struct, frozen=True, forbid_unknown_fields=True):
     host: HostName | None = None
     directories: tuple[_Directory, ...] = ()
     volume_groups: tuple[_Name, ...] = ()
+    connect: str = "qemu:///system"
     storages: Mapping[_Name, _Directory] = field(default_factory=dict)
     lock_command: str | None = None
     state: _Directory = DEFAULT_STATE

@@ -4,57 +4,31 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from chainmerge.cli.commands import Command, Group
 from chainmerge.cli.fleet.configuration import database_option, host_option
-from chainmerge.cli.options import json_option, merging_option, with_options
-from chainmerge.cli.params import IMAGE, SIZE
+from chainmerge.cli.fleet.job_options import action_options, job_options, timing_options
+from chainmerge.cli.options import json_option
+from chainmerge.cli.params import IMAGE
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
 from chainmerge.fleet import operating, overview
-from chainmerge.fleet.record import JobOptions
-from chainmerge.options import DataChoice, DirectionChoice, EngineChoice, VerifyLevel
+from chainmerge.fleet.record import Action
 from chainmerge.report.fleet_tables import change_report, fleet_report, results_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from chainmerge.cli.output import Output
+    from chainmerge.fleet.planning import JobTiming
+    from chainmerge.fleet.record import JobOptions
     from chainmerge.fleet.settings import HostSettings
 
 _key_argument = click.argument("key")
 _host_argument = click.argument("name", metavar="HOST")
 _jobs_argument = click.argument("jobs", metavar="JOB...", type=int, nargs=-1, required=True)
-_DEFAULTS = JobOptions()
-
-
-def _choice(option: str, kind: Any, default: str, meaning: str) -> Callable[..., Any]:
-    choice = click.Choice(get_args(kind))
-    return merging_option(option, type=choice, default=default, show_default=True, help=meaning)
-
-
-_JOB_OPTIONS = (
-    _choice("--verify", VerifyLevel, _DEFAULTS.verify, "How much to verify afterwards."),
-    merging_option("--delete", is_flag=True, help="Delete the merged images once it is verified."),
-    merging_option("--keep-name", is_flag=True, help="Give the result the name of TOP."),
-    _choice("--engine", EngineChoice, _DEFAULTS.engine, "Which engine writes the data."),
-    _choice("--direction", DirectionChoice, _DEFAULTS.direction, "Which way the data moves."),
-    _choice("--data", DataChoice, _DEFAULTS.data, "Where data goes if base has a cluster for it."),
-    merging_option("--detect-zeroes", is_flag=True, help="Turn zeros into zero clusters."),
-    merging_option("--discard", is_flag=True, help="Discard what was freed on the volume."),
-    merging_option("--bandwidth", type=SIZE, metavar="RATE", help="Copy at most so many bytes/s."),
-    merging_option(
-        "--sole-user", is_flag=True, help="Nobody uses the images but those that were found."
-    ),
-)
-
-
-def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    return with_options(function, _JOB_OPTIONS)
 
 
 @click.group(cls=Group)
@@ -78,29 +52,43 @@ def init(*, database: str, output: Output) -> None:
 
 
 @fleet.command(cls=Command)
-@click.argument("tops", metavar="TOP...", type=IMAGE, nargs=-1, required=True)
-@click.option(
-    "--priority",
-    type=click.IntRange(-1000, 1000),
-    default=0,
-    show_default=True,
-    help="The highest goes first.",
-)
-@_job_options
+@click.argument("tops", metavar="[TOP]...", type=IMAGE, nargs=-1)
+@action_options
+@timing_options
+@job_options
 @host_option
 @json_option
 def plan(
-    *, tops: tuple[str, ...], priority: int, host: HostSettings, output: Output, **options: Any
+    *,
+    tops: tuple[str, ...],
+    action: str,
+    together: bool,
+    domain: str | None,
+    timing: JobTiming,
+    options: JobOptions,
+    host: HostSettings,
+    output: Output,
 ) -> None:
-    """Print jobs that merge each TOP of this host into its backing file, as `submit` reads them.
+    """Print jobs for images of this host, as `submit` reads them. Nothing is written.
 
-    Nothing is written. Options are those of `chainmerge merge`.
+    By default each TOP is merged into its backing file. Options are those of `chainmerge merge`,
+    `live merge` and `thin-out`.
     """
     # Planning needs most of the program.
-    from chainmerge.fleet.planning import plan_jobs  # noqa: PLC0415
+    from chainmerge.fleet import planning  # noqa: PLC0415
     from chainmerge.report.json import encode  # noqa: PLC0415
 
-    jobs = plan_jobs(tops, JobOptions(**options), priority, host)
+    what = Action(action)
+    if (together or domain is not None) and what is not Action.MERGE:
+        raise click.UsageError("--together and --domain are for merges")
+    if not tops and domain is None:
+        raise click.UsageError("name the images (TOP), or a --domain")
+    if domain is not None:
+        jobs = planning.plan_live(domain, tops, options, timing, host)
+    elif together:
+        jobs = planning.plan_together(tops, options, timing, host)
+    else:
+        jobs = planning.plan_actions(what, tops, options, timing, host)
     del output
     click.echo(encode(jobs))
 
