@@ -14,7 +14,7 @@ from chainmerge.documents.fleet_inventory import (
     InventoryPlace,
     PlaceKind,
 )
-from chainmerge.documents.fleet_policy import FleetPolicy, PolicyMerging
+from chainmerge.documents.fleet_policy import FleetPolicy, PolicyMerging, PolicyRetention
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.trends import TrendPoint
 from chainmerge.fleet.errors import FleetPolicyUnusable
@@ -50,6 +50,7 @@ def chain(name: str, **fields: Any) -> InventoryChain:
         in_use=False,
         domain=None,
         target=None,
+        domain_uuid=None,
         problem=None,
         refusals=(),
     )
@@ -62,7 +63,7 @@ def host(name: str, *chains: InventoryChain, places: tuple[InventoryPlace, ...] 
 
 def proposed(*hosts: HostInventory, policy: FleetPolicy | None = None) -> FleetPlan:
     stored = StoredInventory(hosts, ())
-    return propose(stored, policy or FleetPolicy(), JobOptions(), NOW)
+    return propose(stored, policy or FleetPolicy(), JobOptions(), 0, NOW)
 
 
 def leaves(plan: FleetPlan) -> list[str]:
@@ -161,9 +162,55 @@ def test_the_slowest_storage_sets_the_pace() -> None:
     }
 
 
+def test_the_disks_of_a_machine_are_one_job() -> None:
+    disks = [chain(name, domain="vm", target=name, images=9) for name in ("vda", "vdb")]
+    plan = proposed(host("h1", *disks, chain("other")))
+    machine, other = plan.jobs
+    assert [disk.top for disk in machine.disks] == ["/images/vda", "/images/vdb"]
+    assert len([key for key in machine.keys if key.startswith("image/")]) == 2
+    assert machine.plan_digest not in {"d" * 32, other.plan_digest}
+    assert machine.figures is not None
+    assert (machine.figures.hidden_bytes, other.plan_digest) == (2 << 20, "d" * 32)
+    assert machine.action == "merge"
+
+
+def test_a_running_machine_merges_only_if_the_policy_says_so() -> None:
+    running = chain(
+        "vda",
+        in_use=True,
+        domain="vm",
+        target="vda",
+        domain_uuid="12345678-1234-1234-1234-123456789012",
+        refusals=(Finding("image-locked", "it is", "do"),),
+    )
+    assert leaves(proposed(host("h1", running))) == []
+    policy = FleetPolicy(running="merge", merging=PolicyMerging(keep_name=True, delete=True))
+    stored = StoredInventory((host("h1", running), host("h2", replace(running, in_use=False))), ())
+    (job,) = propose(stored, policy, job_options_of(policy), 7, NOW).jobs
+    assert (job.host, job.action, job.priority) == ("h1", "live-merge", 7)
+    assert job.domain is not None
+    assert (job.domain.name, job.disks[0].target) == ("vm", "vda")
+    assert job.options == JobOptions(delete=True), "a live merge has no --keep-name"
+    worse = replace(running, refusals=(Finding("base-newer", "it is", "do"),))
+    assert leaves(proposed(host("h1", worse), policy=policy)) == []
+
+
+def test_what_a_retention_keeps_is_thinned_out_disk_by_disk() -> None:
+    policy = FleetPolicy(
+        retention=PolicyRetention(keep_last=2, keep_within="7d"), windows=("22:00-05:00",)
+    )
+    disks = [chain(name, domain="vm", images=9) for name in ("vda", "vdb")]
+    plan = proposed(host("h1", *disks, chain("short", images=3)), policy=policy)
+    assert [len(job.disks) for job in plan.jobs] == [1, 1]
+    assert {job.action for job in plan.jobs} == {"thin-out"}
+    assert plan.jobs[0].options == JobOptions(keep_last=2, keep_within=7 * 86_400.0)
+    assert plan.jobs[0].windows == ("22:00-05:00",)
+    assert [one.code for one in plan.left_out] == ["all-stay"]
+
+
 def test_old_scans_and_missing_ones_are_warned_of() -> None:
     old = replace(host("h1", chain("a")), scanned_at=NOW - 30 * 86_400)
-    plan = propose(StoredInventory((old,), ("h2",)), FleetPolicy(), JobOptions(), NOW)
+    plan = propose(StoredInventory((old,), ("h2",)), FleetPolicy(), JobOptions(), 0, NOW)
     assert any("h2 has not been scanned" in one for one in plan.warnings)
     assert any("30 days old" in one for one in plan.warnings)
 

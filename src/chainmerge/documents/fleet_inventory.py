@@ -67,6 +67,7 @@ class InventoryChain(Struct, frozen=True):
         in_use: Whether a process has its leaf open.
         domain: The domain of libvirt whose disk it is; None if none is known.
         target: The disk's name there.
+        domain_uuid: What tells the domain from all others while it runs; None if it does not.
         problem: Why it cannot be read, or what is wrong with it.
         refusals: Why a merge of it would be refused on its host.
     """
@@ -88,6 +89,7 @@ class InventoryChain(Struct, frozen=True):
     in_use: bool
     domain: str | None
     target: str | None
+    domain_uuid: str | None
     problem: str | None
     refusals: tuple[Finding, ...]
 

@@ -16,7 +16,7 @@ from chainmerge.options import DataChoice, DirectionChoice, EngineChoice, Verify
 SizeText = Annotated[str, Meta(pattern=r"^[0-9]{1,19}([kmgtpeKMGTPE]i?)?[bB]?$")]
 DurationText = Annotated[str, Meta(pattern=r"^[0-9]{1,12}[wdhmsWDHMS]$")]
 _TIME: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
-WindowText = Annotated[str, Meta(pattern=f"^{_TIME}-{_TIME}$")]
+_Window = Annotated[str, Meta(pattern=f"^{_TIME}-{_TIME}$")]
 Pattern = Annotated[str, Meta(min_length=1, max_length=4096)]
 _Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
 _Limit = Annotated[int, Meta(ge=0, le=100_000)]
@@ -84,6 +84,8 @@ class FleetPolicy(Struct, frozen=True, forbid_unknown_fields=True):
         least_images: Chains with fewer images are left alone.
         least_freed: So are those whose merge frees less, such as ``1G``.
         most_jobs: So many jobs are planned at most; those that come first.
+        running: What becomes of chains whose virtual machine runs: they are left alone, or it
+            merges them itself while it runs, wherever it is by then.
         retention: Which snapshots stay; without it all are merged that only one leaf uses.
         merging: How to merge.
         leave_alone: What is not touched.
@@ -100,10 +102,11 @@ class FleetPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     least_images: Annotated[int, Meta(ge=2)] = 2
     least_freed: SizeText = "0"
     most_jobs: Annotated[int, Meta(ge=1)] | None = None
+    running: Literal["leave-alone", "merge"] = "leave-alone"
     retention: PolicyRetention | None = None
     merging: PolicyMerging = PolicyMerging()
     leave_alone: PolicyExceptions = PolicyExceptions()
     limits: Mapping[_Key, _Limit] = field(default_factory=dict)
     bandwidth: Mapping[str, SizeText] = field(default_factory=dict)
-    windows: tuple[WindowText, ...] = ()
+    windows: tuple[_Window, ...] = ()
     window_end: Literal["go-on", "stop"] = "go-on"

@@ -40,6 +40,11 @@ def digest_of_running_chain(paths: Sequence[str]) -> str:
     return _hashed([digest_of_idle_chain(below), leaf, base_id_of(leaf)])
 
 
+def joint_digest(digests: Sequence[str]) -> str:
+    """Return the digest of several chains, the disks of one virtual machine, in their order."""
+    return digests[0] if len(digests) == 1 else _hashed(list(digests))
+
+
 def _stamp(path: str) -> object:
     """Size and time of the last write of a file: its owner changes whenever its guest starts."""
     status = os.stat(path)  # noqa: PTH116

@@ -17,20 +17,16 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 from msgspec import Struct
-
-from chainmerge.records.request import RecordedRequest, arguments_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from chainmerge.fleet.record import JobRecord
-    from chainmerge.fleet.settings import HostSettings
 
 _BETWEEN_LOOKS: Final = 0.1
 _LARGEST_PROGRESS: Final = 16 << 10
 _LARGEST_REPORT: Final = 16 << 20
-_ACCESS_OPTIONS: Final = frozenset({"sole_user"})
 
 
 class JobFiles(Struct, frozen=True):
@@ -43,6 +39,10 @@ class JobFiles(Struct, frozen=True):
         """Remove them, once the database has the report."""
         for file in (self.spool, self.lock):
             file.unlink(missing_ok=True)
+
+    def exist(self) -> bool:
+        """Whether a child has been started for it."""
+        return self.spool.exists()
 
     def lines(self) -> list[str]:
         """The last that the job's child has written, its report among it."""
@@ -70,44 +70,6 @@ def files_of(state: Path, job: int, label: str) -> JobFiles:
     gives numbers again.
     """
     return JobFiles(state / f"{job}-{label[:8]}.jsonl", state / f"{job}-{label[:8]}.lock")
-
-
-def merge_words(record: JobRecord, host: HostSettings) -> list[str]:
-    """The arguments of ``chainmerge`` that do what a record asks for."""
-    command, *rest = _arguments(record, host)
-    return [command, "--json", *rest]
-
-
-def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
-    """The arguments of ``chainmerge`` that plan it again."""
-    command, *rest = _arguments(record, host)
-    return [command, "--dry-run", "--json", *rest]
-
-
-def look_words(host: HostSettings) -> list[str]:
-    """The arguments of ``chainmerge`` that look at this host, and store what is found."""
-    return ["fleet", "look", "--store", "--json", "--quiet", "--config", host.file]
-
-
-def _arguments(record: JobRecord, host: HostSettings) -> list[str]:
-    usual = type(record.options)()
-    asked = {
-        name: value
-        for name in record.options.__struct_fields__
-        if (value := getattr(record.options, name)) != getattr(usual, name)
-    }
-    access = {name: asked.pop(name) for name in _ACCESS_OPTIONS & asked.keys()}
-    if host.fleet.lock_command:
-        access["lock_command"] = host.fleet.lock_command
-    request = RecordedRequest(
-        tops=[disk.top for disk in record.disks],
-        bases=[disk.base for disk in record.disks],
-        access=access,
-        options=asked,
-    )
-    arguments = arguments_of(request)
-    assert arguments is not None
-    return arguments
 
 
 @asynccontextmanager
@@ -163,21 +125,40 @@ class Child:
         return await self._process.wait()
 
 
-async def output_of(words: Sequence[str], lock: int) -> bytes:
-    """Return what a child prints that only reads."""
+class Printed(Struct, frozen=True):
+    """What a child has printed that only reads, and its exit status."""
+
+    text: bytes
+    status: int
+
+
+async def printed_by(words: Sequence[str], lock: int) -> Printed:
+    """Have a child print something that only reads."""
+    return await _printed(_command(words), lock)
+
+
+async def domains_here(uri: str) -> frozenset[str] | None:
+    """Return the UUIDs of the domains that run on this host; None if libvirt does not say."""
+    printed = await _printed(_command([uri], "chainmerge.fleet.whereabouts"))
+    if printed.status != 0:
+        return None
+    return frozenset(msgspec.json.decode(printed.text, type=dict[str, str]))
+
+
+async def _printed(command: Sequence[str], *kept_open: int) -> Printed:
     process = await asyncio.create_subprocess_exec(
-        *_command(words),
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,
-        pass_fds=(lock,),
+        pass_fds=kept_open,
     )
-    printed, _ = await process.communicate()
-    return printed
+    text, _ = await process.communicate()
+    return Printed(text, await process.wait())
 
 
-def _command(words: Sequence[str]) -> list[str]:
+def _command(words: Sequence[str], module: str = "chainmerge") -> list[str]:
     # What sets the signal in a process of its own is better than code of ours between fork and
     # exec in a program that has threads.
-    program = [sys.executable, "-m", "chainmerge"]
+    program = [sys.executable, "-m", module]
     return ["setpriv", "--pdeathsig", "TERM", "--", *program, *words]

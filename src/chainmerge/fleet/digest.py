@@ -22,17 +22,38 @@ def plan_digest_of(plan: MergePlan) -> str:
     What is left out changes without anybody's doing: free space, sizes of files, an overlay above
     that the guest writes to.
     """
-    images = [
+    fates = [(bitmap.name, bitmap.fate, bitmap.dirty_bytes) for bitmap in plan.bitmaps]
+    what = [_images_of(plan), plan.movement, fates, plan.snapshots, _acts_of(plan)]
+    return digest_of(what)
+
+
+def live_plan_digest_of(plan: MergePlan) -> str:
+    """Return the same for two plans by which a virtual machine does the same to the same images.
+
+    What its guest writes is left out, too: how much there is to copy, what bitmaps have recorded.
+    """
+    fates = [(bitmap.name, bitmap.fate) for bitmap in plan.bitmaps]
+    return digest_of([_images_of(plan), fates, plan.snapshots, _acts_of(plan)])
+
+
+def digest_of(what: object) -> str:
+    """Return the same for what is the same as JSON."""
+    return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()[:32]
+
+
+def _images_of(plan: MergePlan) -> list[object]:
+    return [
         (image.path, image.role, image.format, image.virtual_size, image.cluster_size, image.parent)
         for image in plan.images
         if image.role in _PARTS
     ]
-    fates = [(bitmap.name, bitmap.fate, bitmap.dirty_bytes) for bitmap in plan.bitmaps]
-    acts = [plan.repoint, plan.delete, plan.rename, plan.directions.chosen, plan.verify]
-    what = [images, plan.movement, fates, plan.snapshots, acts]
-    return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()[:32]
 
 
-def images_of_chain(plan: MergePlan) -> list[str]:
+def images_of_chain(plan: MergePlan) -> tuple[str, ...]:
     """Return the images that a plan is about, and those below, from the root up to its top."""
-    return [image.path for image in plan.images if image.role in {*_PARTS, Role.BELOW}]
+    roles = {*_PARTS, Role.BELOW}
+    return tuple(image.path for image in plan.images if image.role in roles)
+
+
+def _acts_of(plan: MergePlan) -> list[object]:
+    return [plan.repoint, plan.delete, plan.rename, plan.directions.chosen, plan.verify]

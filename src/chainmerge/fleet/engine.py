@@ -73,6 +73,14 @@ class Unsuccessful(Exception):
     """Raised by what runs a job, to have the queue note it as failed."""
 
 
+class Elsewhere(Exception):
+    """Raised by what runs a job, to have it put on the queue of another host, in one statement."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+
 def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
     """Queue all of them, in their order, or none; return their numbers."""
     from procrastinate.jobs import Job  # noqa: PLC0415
@@ -209,9 +217,11 @@ def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrasti
     import procrastinate  # noqa: PLC0415
     from procrastinate.retry import BaseRetryStrategy, RetryDecision  # noqa: PLC0415
 
-    class _OnlyIfCancelled(BaseRetryStrategy):
+    class _OnlyUnlessEnded(BaseRetryStrategy):
         def get_retry_decision(self, *, exception: BaseException, job: Any) -> Any:
             del job
+            if isinstance(exception, Elsewhere):
+                return RetryDecision(queue=_queue_of(exception.host))
             return RetryDecision() if isinstance(exception, asyncio.CancelledError) else None
 
     connector = procrastinate.PsycopgConnector(
@@ -225,7 +235,7 @@ def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrasti
     )
     app = procrastinate.App(connector=connector)
 
-    @app.task(name=_TASK, pass_context=True, retry=_OnlyIfCancelled())
+    @app.task(name=_TASK, pass_context=True, retry=_OnlyUnlessEnded())
     async def do(context: procrastinate.JobContext, /, **arguments: Any) -> None:
         assert context.job.id is not None
         await run(context.job.id, arguments)

@@ -22,6 +22,7 @@ from chainmerge.__about__ import __version__
 from chainmerge.fleet.database import address, require_set_up
 from chainmerge.fleet.errors import FleetNotSetUp, HostTaken
 from chainmerge.fleet.outcome import JobEnding
+from chainmerge.fleet.record import IMAGE_PREFIX
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -48,6 +49,7 @@ class StopReason(Enum):
 
     CANCELLED = "somebody wants it to end"
     DRAINED = "its host is to stop"
+    WINDOW = "its window has ended"
     OVER = "it has ended in the database"
 
 
@@ -75,6 +77,16 @@ class Held(Protocol):
         ...
 
     @property
+    def waits_for_window(self) -> bool:
+        """Whether it is the time of day that keeps it from its keys."""
+        ...
+
+    @property
+    def has_outrun_window(self) -> bool:
+        """Whether it runs, and is to stop, as its window has ended."""
+        ...
+
+    @property
     def runs(self) -> bool:
         """Whether there is progress to tell of."""
         ...
@@ -87,8 +99,20 @@ class Held(Protocol):
 class Listener(Protocol):
     """What the ledger calls, from its own thread."""
 
+    def registered(self) -> None:
+        """The host has its name, and may claim jobs."""
+        ...
+
     def granted(self, job: int) -> None:
         """A job has its keys."""
+        ...
+
+    def domain_is_on(self, job: int, host: str) -> None:
+        """A host runs the domain that a job is for."""
+        ...
+
+    def sought(self, domains: Sequence[str]) -> None:
+        """Jobs of other hosts are for these domains, and nobody knows who runs them."""
         ...
 
     def to_stop(self, job: int, reason: StopReason) -> None:
@@ -96,7 +120,7 @@ class Listener(Protocol):
         ...
 
     def looked(self, connection: Connection[Any], refused: frozenset[int]) -> None:
-        """Jobs that wait have been given what there was; *refused* have been given nothing."""
+        """Jobs that wait have been given what there was; *refused* cannot start now."""
         ...
 
     def impossible(self, error: ChainmergeError) -> None:
@@ -112,6 +136,28 @@ class _Saying(Struct, frozen=True):
     told: Callable[[], object]
 
 
+class _Heard(Struct, frozen=True):
+    """What is known of keys before any are asked for.
+
+    Thousands of jobs may wait for a few keys: only those are asked for that can be had.
+
+    Attributes:
+        taken_up: Keys that nobody may take now.
+        holding: Jobs that have theirs from an earlier run.
+        stops_all: Whether nothing may run here.
+    """
+
+    taken_up: frozenset[str]
+    holding: frozenset[int]
+    stops_all: bool
+
+    def lets_start(self, one: Held) -> bool:
+        """Whether a job may be given its keys."""
+        if self.stops_all:
+            return False
+        return one.job in self.holding or self.taken_up.isdisjoint(one.keys)
+
+
 class FleetLedger(threading.Thread):
     """The thread."""
 
@@ -121,6 +167,8 @@ class FleetLedger(threading.Thread):
         self._listener = listener
         self._in_hand: dict[int, Held] = {}
         self._sayings: deque[_Saying] = deque()
+        self._sought: dict[int, str] = {}
+        self._domains_here: frozenset[str] = frozenset()
         self._woken = threading.Event()
         self._closing = threading.Event()
         self._connection: Connection[Any] | None = None
@@ -137,6 +185,7 @@ class FleetLedger(threading.Thread):
     def drop(self, job: int) -> None:
         """Forget a job."""
         self._in_hand.pop(job, None)
+        self._sought.pop(job, None)
 
     def say(self, job: int, ending: JobEnding | None, told: Callable[[], object]) -> None:
         """Have it stored how a job ended, or, if it has not, that it goes back to the queue.
@@ -144,6 +193,16 @@ class FleetLedger(threading.Thread):
         *told* is called, from the ledger's thread, once that is so.
         """
         self._sayings.append(_Saying(job, ending, told))
+        self._woken.set()
+
+    def seek(self, job: int, domain: str) -> None:
+        """Ask all hosts which of them runs the domain that a job is for."""
+        self._sought[job] = domain
+        self._woken.set()
+
+    def run_here(self, domains: frozenset[str]) -> None:
+        """Have it told that these of the domains which others seek run here."""
+        self._domains_here = domains
         self._woken.set()
 
     def wake(self) -> None:
@@ -165,9 +224,11 @@ class FleetLedger(threading.Thread):
             self._woken.wait(pause)
             self._woken.clear()
             closing = self._closing.is_set()
+            # By the clock alone: a window ends whether or not the database is there.
+            self._close_windows()
             try:
                 self._speak()
-                pause = self._busy_pause if self._in_hand else self._idle_pause
+                pause = self._busy_pause if self._is_busy() else self._idle_pause
             except (psycopg.Error, OSError):
                 self._disconnect()
                 pause = _RECONNECT_PAUSE
@@ -182,6 +243,15 @@ class FleetLedger(threading.Thread):
                 self._disconnect()
                 return
 
+    def _is_busy(self) -> bool:
+        held = dict(self._in_hand).values()
+        return any(not one.waits_for_window for one in held)
+
+    def _close_windows(self) -> None:
+        for job, one in dict(self._in_hand).items():
+            if one.has_outrun_window:
+                self._listener.to_stop(job, StopReason.WINDOW)
+
     def _speak(self) -> None:
         connection = self._connected()
         while self._sayings:
@@ -189,11 +259,23 @@ class FleetLedger(threading.Thread):
             self._tell(connection, saying)
             self._sayings.popleft()
             saying.told()
-        stops_all = self._report_progress(connection)
-        waiting = [one for one in dict(self._in_hand).values() if one.waits_for_keys]
-        taken = set() if stops_all else self._take_keys(connection, waiting)
-        refused = frozenset(one.job for one in waiting) - taken
-        self._listener.looked(connection, refused)
+        self._look_for_domains(connection)
+        held = list(dict(self._in_hand).values())
+        shut_out = frozenset(one.job for one in held if one.waits_for_window)
+        waiting = [one for one in held if one.waits_for_keys]
+        heard = self._report_progress(connection, waiting)
+        ready = [one for one in waiting if heard.lets_start(one)]
+        refused = frozenset(one.job for one in waiting) - self._take_keys(connection, ready)
+        self._listener.looked(connection, refused | shut_out)
+
+    def _look_for_domains(self, connection: Connection[Any]) -> None:
+        for job, domain in dict(self._sought).items():
+            connection.execute("SELECT seek_domain(%s, %s, %s)", (self._host.name, job, domain))
+            self._sought.pop(job, None)
+        if self._domains_here:
+            domains = list(self._domains_here)
+            connection.execute("SELECT run_here(%s, %s)", (self._host.name, domains))
+            self._domains_here = frozenset()
 
     def _tell(self, connection: Connection[Any], saying: _Saying) -> None:
         ending = saying.ending
@@ -213,21 +295,26 @@ class FleetLedger(threading.Thread):
             ),
         )
 
-    def _report_progress(self, connection: Connection[Any]) -> bool:
-        """Tell how far jobs are, and hear what is to stop; whether nothing may run here."""
+    def _report_progress(self, connection: Connection[Any], waiting: Sequence[Held]) -> _Heard:
+        """Tell how far jobs are, and hear what is to stop, and where domains are."""
         now = time.monotonic()
         lines: dict[int, str] = {}
         held = dict(self._in_hand)
         if now >= self._progress_due:
             lines = {job: _storable(one.newest_line()) for job, one in held.items() if one.runs}
             self._progress_due = now + _PROGRESS_PAUSE
+        wanted = {key for one in waiting for key in one.keys if not key.startswith(IMAGE_PREFIX)}
         row = connection.execute(
-            "SELECT unwanted, ended, stop_all"
-            " FROM speak(%s, %s::bigint[], %s::bigint[], %s::text[])",
-            (self._host.name, list(held), list(lines), list(lines.values())),
+            "SELECT unwanted, ended, stop_all, taken_up, holding, sought, found_jobs, found_on"
+            " FROM speak(%s, %s::bigint[], %s::bigint[], %s::text[], %s::text[])",
+            (self._host.name, list(held), list(lines), list(lines.values()), sorted(wanted)),
         ).fetchone()
         assert row is not None
-        unwanted, ended, stop_all = row
+        unwanted, ended, stop_all, taken_up, holding, sought, found_jobs, found_on = row
+        if sought:
+            self._listener.sought(sought)
+        for job, host in zip(found_jobs, found_on, strict=True):
+            self._listener.domain_is_on(job, host)
         for job in ended:
             self._listener.to_stop(job, StopReason.OVER)
         for job in unwanted:
@@ -236,7 +323,7 @@ class FleetLedger(threading.Thread):
             for job, one in held.items():
                 if one.runs:
                     self._listener.to_stop(job, StopReason.DRAINED)
-        return bool(stop_all)
+        return _Heard(frozenset(taken_up), frozenset(holding), bool(stop_all))
 
     def _take_keys(self, connection: Connection[Any], waiting: Sequence[Held]) -> set[int]:
         """Take keys for jobs that wait for them; return for which there were all."""
@@ -265,6 +352,7 @@ class FleetLedger(threading.Thread):
             if answer[0]:
                 raise HostTaken(self._host.name, _REASONS[answer[0]])
             self._has_registered = True
+            self._listener.registered()
         return self._connection
 
     def _disconnect(self) -> None:

@@ -34,6 +34,7 @@ from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.places import base_id_of, keys_of, require_allowed, why_not_locked
 from chainmerge.fleet.record import JobDisk, RecordUnusable, storage_key
 from chainmerge.fleet.settings import HostSettings
+from chainmerge.live.libvirt.domains import running_domains
 from chainmerge.options import Access, MergeOptions
 from chainmerge.storage import lvm
 from chainmerge.storage.mounts import mounted_from
@@ -63,6 +64,7 @@ class _Sight(Struct, frozen=True):
         parents: Of each image, by path, what it stands on.
         stale: Bytes of useless bitmaps, by the path of their image.
         disks: Of domains, by the real path of their image.
+        running: The UUIDs of domains that run, by their names.
     """
 
     host: HostSettings
@@ -70,6 +72,7 @@ class _Sight(Struct, frozen=True):
     parents: Mapping[str, str | None]
     stale: Mapping[str, int]
     disks: Mapping[str, DefinedDisk]
+    running: Mapping[str, str]
 
 
 def look(host: HostSettings, on_progress: OnProgress = unheard) -> HostInventory:
@@ -94,12 +97,14 @@ def look(host: HostSettings, on_progress: OnProgress = unheard) -> HostInventory
             FLEET_VERSION, host.name, host.machine_id, now, *nothing, tuple(left_out)
         )
     stale = _stale_bytes(report)
+    disks, running = _machines(host, left_out)
     sight = _Sight(
         host=host,
         places=places,
         parents={image.path: image.parent for image in report.images},
         stale=stale,
-        disks=_disks(host, left_out),
+        disks=disks,
+        running=running,
     )
     return HostInventory(
         version=FLEET_VERSION,
@@ -168,15 +173,20 @@ def _groups(host: HostSettings, left_out: list[str]) -> Iterator[InventoryPlace]
         )
 
 
-def _disks(host: HostSettings, left_out: list[str]) -> dict[str, DefinedDisk]:
+def _machines(
+    host: HostSettings, left_out: list[str]
+) -> tuple[dict[str, DefinedDisk], dict[str, str]]:
+    """Disks by the real path of their image, and the UUIDs of domains that run, by their names."""
     if not host.fleet.connect:
-        return {}
+        return {}, {}
     try:
         disks = api.domain_disks(host.fleet.connect)
+        running = running_domains(host.fleet.connect)
     except ChainmergeError as error:
         left_out.append(f"virtual machines are not known: {error.sentence}")
-        return {}
-    return {os.path.realpath(disk.path): disk for disk in disks}
+        return {}, {}
+    by_image = {os.path.realpath(disk.path): disk for disk in disks}
+    return by_image, {one.name: one.uuid for one in running}
 
 
 def _stale_bytes(report: ScanReport) -> Counter[str]:
@@ -212,6 +222,7 @@ def _chain(summary: ChainSummary, sight: _Sight) -> InventoryChain:
         in_use=in_use,
         domain=disk.domain if disk else None,
         target=disk.target if disk else None,
+        domain_uuid=sight.running.get(disk.domain) if disk else None,
         problem=summary.problem,
         refusals=found.refusals,
     )

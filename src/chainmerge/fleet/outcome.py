@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import Struct
 
+from chainmerge.documents.disks import DiskOutcome
 from chainmerge.documents.fleet import FleetJobOutcome
 from chainmerge.documents.merge import MergeOutcome
+from chainmerge.documents.repair import RepairReport
 from chainmerge.errors import ExitCode, Interrupted
 
 if TYPE_CHECKING:
@@ -57,9 +60,10 @@ def ending_of(lines: Iterable[str], status: int | None) -> JobEnding | None:
     last = last_event(lines)
     match last.get("event"):
         case "report":
-            already = last.get("outcome") == MergeOutcome.ALREADY_MERGED
-            outcome = FleetJobOutcome.ALREADY if already else FleetJobOutcome.DONE
-            return JobEnding(outcome, ExitCode.DONE, report=json.dumps(last))
+            return _ending_of_report(last)
+        case None if "version" in last:
+            # Commands without progress print nothing but what they have done.
+            return _ending_of_report(last)
         case "error" if last.get("code") == Interrupted.code:
             return None
         case "error" if status is None or status not in _BY_STATUS:
@@ -76,6 +80,45 @@ def ending_of(lines: Iterable[str], status: int | None) -> JobEnding | None:
             )
         case _:
             return None
+
+
+def _ending_of_report(report: dict[str, Any]) -> JobEnding | None:
+    text = json.dumps(report)
+    match report:
+        case {"disks": [*parts]} | {"ranges": [*parts]}:
+            return _ending_of_parts(parts, text)
+        case {"findings": _, "actions": actions}:
+            if msgspec.convert(report, RepairReport).leaves_damage:
+                message = "damage is left that is not repaired here"
+                return JobEnding(
+                    FleetJobOutcome.FAILED, ExitCode.FAILED, message=message, report=text
+                )
+            return _success(text, is_new=bool(actions))
+        case {"removed": removed}:
+            return _success(text, is_new=bool(removed))
+        case _:
+            return _success(text, is_new=report.get("outcome") != MergeOutcome.ALREADY_MERGED)
+
+
+def _success(report: str, *, is_new: bool) -> JobEnding:
+    outcome = FleetJobOutcome.DONE if is_new else FleetJobOutcome.ALREADY
+    return JobEnding(outcome, ExitCode.DONE, report=report)
+
+
+def _ending_of_parts(parts: list[dict[str, Any]], report: str) -> JobEnding | None:
+    """Return what became of several disks, or ranges of one: the worst that became of any."""
+    outcomes = {part.get("outcome") for part in parts}
+    for outcome, ending, status in (
+        (DiskOutcome.UNKNOWN, FleetJobOutcome.UNKNOWN, ExitCode.UNKNOWN),
+        (DiskOutcome.FAILED, FleetJobOutcome.FAILED, ExitCode.FAILED),
+    ):
+        if outcome in outcomes:
+            errors = (part.get("error") for part in parts if part.get("outcome") == outcome)
+            error = next(errors) or {}
+            return JobEnding(ending, status, error.get("code"), error.get("message", ""), report)
+    if outcomes & {DiskOutcome.INTERRUPTED, DiskOutcome.NOT_BEGUN}:
+        return None
+    return _success(report, is_new=bool(outcomes - {DiskOutcome.ALREADY_MERGED}))
 
 
 def last_event(lines: Iterable[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.fleet.record import (
+    Action,
     RecordUnusable,
     host_key,
     image_key,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from chainmerge.fleet.record import JobDisk, JobRecord
+    from chainmerge.fleet.scan_record import ScanRecord
     from chainmerge.fleet.settings import HostSettings
 
 _VOLUME: Final = re.compile(
@@ -38,16 +40,23 @@ def require_admissible(record: JobRecord, host: HostSettings) -> None:
     Raises:
         RecordUnusable: it is not, or may not.
     """
-    require_for(record.host, host)
-    if record.machine_id != host.machine_id:
-        raise RecordUnusable("it was planned on another machine of this name")
+    # A domain moves, and its job with it. That it runs here is found out before anything is done.
+    is_of_other_host = record.action is Action.LIVE_MERGE and record.host != host.name
+    if not is_of_other_host:
+        _require_of_this_machine(record, host)
     for disk in record.disks:
         require_allowed(disk.top, host)
         require_allowed(disk.base, host)
     needed = keys_of(record.disks, host)
-    if set(needed) != set(record.keys):
+    if set(needed) != set(keys_on(host.name, record)):
         # More than needed would hold up others.
         raise RecordUnusable(f"it asks for other keys than {', '.join(needed)}")
+
+
+def _require_of_this_machine(record: JobRecord, host: HostSettings) -> None:
+    require_for(record.host, host)
+    if record.machine_id != host.machine_id:
+        raise RecordUnusable("it was planned on another machine of this name")
 
 
 def require_for(named: str, host: HostSettings) -> None:
@@ -84,6 +93,12 @@ def keys_of(disks: Iterable[JobDisk], host: HostSettings) -> list[str]:
     images = sorted({image_key(disk.base_id) for disk in disks})
     storages = {storage for disk in disks for storage in _storages_of(disk, host)}
     return [host_key(host.name), *sorted(map(storage_key, storages)), *images]
+
+
+def keys_on(host: str, record: JobRecord | ScanRecord) -> list[str]:
+    """What a job has to hold on a host that it has followed its domain to."""
+    planned_for = host_key(record.host)
+    return [host_key(host) if key == planned_for else key for key in record.keys]
 
 
 def base_id_of(path: str) -> str:

@@ -12,17 +12,23 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from chainmerge.arithmetic.counting import counted
+from chainmerge.arithmetic.durations import seconds_of
 from chainmerge.arithmetic.sizes import bytes_of
 from chainmerge.documents.fleet_inventory import HostInventory, InventoryChain
+from chainmerge.fleet.chain_state import joint_digest
+from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.policy import DEFAULT_BANDWIDTH
 from chainmerge.fleet.record import (
+    OPTIONS_OF_ACTION,
     Action,
     FleetPlan,
     JobDisk,
+    JobDomain,
     JobFigures,
     JobOptions,
     LeftOut,
@@ -35,13 +41,16 @@ from chainmerge.fleet.sharing import shared_places
 from chainmerge.report.fleet_plan_view import FleetPlanRow, FleetPlanView, LeftOutReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from chainmerge.documents.fleet_policy import FleetPolicy
     from chainmerge.fleet.inventory_store import StoredInventory
 
 _DAY: Final = 86_400
 _OLD_DAYS: Final = 7
+_MOST_DISKS: Final = 64
+"""Of a job."""
+_OF_OPEN_IMAGES: Final = frozenset({"image-in-use", "image-locked"})
 _PLENTY: Final = 2**63 - 1
 
 
@@ -69,15 +78,21 @@ class _Candidate(Struct, frozen=True):
 
 
 def propose(
-    stored: StoredInventory, policy: FleetPolicy, options: JobOptions, now: float
+    stored: StoredInventory, policy: FleetPolicy, options: JobOptions, priority: int, now: float
 ) -> FleetPlan:
-    """Plan a job for each chain that the policy lets be merged and that can be.
+    """Plan a job for each virtual machine whose chains the policy lets be merged and that can be.
+
+    A chain whose machine is not known has a job of its own.
 
     Args:
         stored: what is known of the hosts.
         policy: which chains, when and how.
         options: how to merge; the bandwidth is the policy's if that has one.
+        priority: of all jobs.
         now: seconds since 1970.
+
+    Raises:
+        FleetPlanUnusable: a job would ask for what jobs may not.
     """
     left_out: list[LeftOut] = []
     elsewhere = _Elsewhere(_refused_groups(stored), _open_images(stored))
@@ -90,15 +105,16 @@ def propose(
                 candidates.append(candidate)
             else:
                 left_out.append(LeftOut(host.host, chain.leaf, *reason))
-    chosen = list(_one_host_each(sorted(candidates, key=lambda one: one.rank)))
-    most = policy.most_jobs or len(chosen)
+    groups = _by_machine(_one_host_each(sorted(candidates, key=lambda one: one.rank)), policy)
+    most = policy.most_jobs or len(groups)
     left_out += [
         LeftOut(one.host.host, one.chain.leaf, "most-jobs", "others come first")
-        for one in chosen[most:]
+        for group in groups[most:]
+        for one in group
     ]
     return FleetPlan(
         version=1,
-        jobs=tuple(_job(one, policy, options) for one in chosen[:most]),
+        jobs=tuple(_job(group, policy, options, priority) for group in groups[:most]),
         limits=policy.limits,
         left_out=tuple(sorted(left_out, key=lambda one: (one.host, one.leaf))),
         warnings=tuple(_warnings(stored, now)),
@@ -144,6 +160,23 @@ def _one_host_each(candidates: Sequence[_Candidate]) -> Iterator[_Candidate]:
         yield chosen
 
 
+def _by_machine(candidates: Iterable[_Candidate], policy: FleetPolicy) -> list[list[_Candidate]]:
+    """The chains that one job is for, in the order of the first of each.
+
+    Snapshots are thinned out one disk at a time.
+    """
+    groups: dict[object, list[_Candidate]] = defaultdict(list)
+    for one in candidates:
+        machine = (one.host.host, one.chain.domain, one.chain.in_use)
+        is_alone = one.chain.domain is None or policy.retention is not None
+        groups[one.chain.base_id if is_alone else machine].append(one)
+    return [
+        group[start : start + _MOST_DISKS]
+        for group in groups.values()
+        for start in range(0, len(group), _MOST_DISKS)
+    ]
+
+
 def _obstacles(
     candidate: _Candidate, policy: FleetPolicy, elsewhere: _Elsewhere
 ) -> Iterator[tuple[str, str]]:
@@ -157,6 +190,9 @@ def _obstacles(
         return
     if (chain.images or 0) < policy.least_images:
         yield "short-chain", f"it has {counted(chain.images or 0, 'image')}"
+    kept = policy.retention.keep_last if policy.retention else None
+    if kept is not None and (chain.images or 0) - 1 <= kept:
+        yield "all-stay", f"it has no more than {counted(kept, 'snapshot')}"
     if (chain.freed_bytes or 0) < (bytes_of(policy.least_freed) or 0):
         yield "little-to-gain", f"merging it frees less than {policy.least_freed}"
     for place in chain.places:
@@ -164,13 +200,16 @@ def _obstacles(
             yield "shared-volume-group", elsewhere.refused_groups[host.host, place]
     if chain.unfinished:
         yield "unfinished-merge", "a merge of it was not finished: `chainmerge status` there"
+    merges_live = _merges_live(chain, policy)
     for refusal in chain.refusals:
-        yield refusal.code, refusal.sentence
-    if chain.in_use:
+        # A virtual machine merges what only it has open.
+        if not (merges_live and refusal.code in _OF_OPEN_IMAGES):
+            yield refusal.code, refusal.sentence
+    if chain.in_use and not merges_live:
         yield "in-use", "a process has it open"
     if chain.digest is None or chain.base_id is None:
         yield "unreadable", "an image of it could not be looked at"
-    elif chain.base_id in elsewhere.open_images:
+    elif chain.base_id in elsewhere.open_images and not chain.in_use:
         yield "in-use", f"a process of {elsewhere.open_images[chain.base_id]} has it open"
 
 
@@ -196,38 +235,93 @@ def _refused_groups(stored: StoredInventory) -> dict[tuple[str, str], str]:
     }
 
 
-def _job(candidate: _Candidate, policy: FleetPolicy, options: JobOptions) -> PlannedJob:
-    host, chain = candidate.host, candidate.chain
-    assert chain.base is not None
-    assert chain.base_id is not None
-    assert chain.digest is not None
-    return PlannedJob(
+def _merges_live(chain: InventoryChain, policy: FleetPolicy) -> bool:
+    """Whether a chain is one of a running machine, which is to merge it itself."""
+    wanted = policy.running == "merge" and policy.retention is None
+    return wanted and chain.in_use and chain.domain_uuid is not None
+
+
+def _action_of(chain: InventoryChain, policy: FleetPolicy) -> Action:
+    if policy.retention is not None:
+        return Action.THIN_OUT
+    return Action.LIVE_MERGE if _merges_live(chain, policy) else Action.MERGE
+
+
+def _job(
+    group: Sequence[_Candidate], policy: FleetPolicy, options: JobOptions, priority: int
+) -> PlannedJob:
+    host, chains = group[0].host, [one.chain for one in group]
+    action = _action_of(chains[0], policy)
+    disks = tuple(_disk(chain, action) for chain in chains)
+    job = PlannedJob(
         v=1,
         host=host.host,
         machine_id=host.machine_id,
-        action=Action.MERGE,
-        disks=(JobDisk(top=chain.leaf, base=chain.base, base_id=chain.base_id),),
+        action=action,
+        disks=disks,
         keys=(
             host_key(host.host),
-            *map(storage_key, sorted(chain.storages)),
-            image_key(chain.base_id),
+            *map(storage_key, sorted({name for chain in chains for name in chain.storages})),
+            *sorted({image_key(disk.base_id) for disk in disks}),
         ),
-        options=_paced(options, chain, policy),
-        plan_digest=chain.digest,
+        options=_options_for(action, chains, options, policy),
+        plan_digest=joint_digest([chain.digest or "" for chain in chains]),
+        priority=priority,
+        domain=_domain_of(chains[0]) if action is Action.LIVE_MERGE else None,
+        windows=policy.windows,
+        window_end=policy.window_end,
         judged_by="chain",
-        figures=JobFigures(
-            vm=chain.domain,
-            images=chain.images or 0,
-            hidden_bytes=chain.freed_bytes or 0,
-            bytes_to_copy=chain.bytes_to_copy or 0,
-            free_bytes=chain.free_bytes,
-        ),
+        figures=_figures_of(chains),
+    )
+    try:
+        # Read as it will be: only the reader is strict about each field.
+        return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise FleetPlanUnusable(f"{host.host}: {disks[0].top}", str(error)) from error
+
+
+def _disk(chain: InventoryChain, action: Action) -> JobDisk:
+    assert chain.base is not None
+    assert chain.base_id is not None
+    target = chain.target if action is Action.LIVE_MERGE else None
+    return JobDisk(top=chain.leaf, base=chain.base, base_id=chain.base_id, target=target)
+
+
+def _domain_of(chain: InventoryChain) -> JobDomain:
+    assert chain.domain is not None
+    assert chain.domain_uuid is not None
+    return JobDomain(name=chain.domain, uuid=chain.domain_uuid)
+
+
+def _figures_of(chains: Sequence[InventoryChain]) -> JobFigures:
+    free = [chain.free_bytes for chain in chains if chain.free_bytes is not None]
+    return JobFigures(
+        vm=chains[0].domain,
+        images=max(chain.images or 0 for chain in chains),
+        hidden_bytes=sum(chain.freed_bytes or 0 for chain in chains),
+        bytes_to_copy=sum(chain.bytes_to_copy or 0 for chain in chains),
+        free_bytes=min(free, default=None),
     )
 
 
-def _paced(options: JobOptions, chain: InventoryChain, policy: FleetPolicy) -> JobOptions:
-    """With the bandwidth that the slowest of its storages has."""
-    names = [name for name in chain.storages if name in policy.bandwidth] or [DEFAULT_BANDWIDTH]
+def _options_for(
+    action: Action, chains: Sequence[InventoryChain], options: JobOptions, policy: FleetPolicy
+) -> JobOptions:
+    """Those of the options that the action has, with the retention and the pace of the policy."""
+    chosen = {
+        name: value for name, value in options.given().items() if name in OPTIONS_OF_ACTION[action]
+    }
+    retention = policy.retention
+    if retention is not None:
+        chosen |= {name: getattr(retention, name) for name in retention.__struct_fields__}
+        chosen["keep_within"] = seconds_of(retention.keep_within or "")
+    storages = {name for chain in chains for name in chain.storages}
+    return _paced(JobOptions(**chosen), storages, policy)
+
+
+def _paced(options: JobOptions, storages: Collection[str], policy: FleetPolicy) -> JobOptions:
+    """With the bandwidth that the slowest of the storages has."""
+    names = [name for name in storages if name in policy.bandwidth] or [DEFAULT_BANDWIDTH]
     rates = [bytes_of(policy.bandwidth[name]) for name in names if name in policy.bandwidth]
     slowest = min((rate for rate in rates if rate), default=None)
     return options if slowest is None else replace(options, bandwidth=slowest)

@@ -35,6 +35,21 @@ class ScanRecord(Struct, frozen=True, forbid_unknown_fields=True):
         return _PRIORITY
 
     @property
+    def domain(self) -> None:
+        """It follows none."""
+        return
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """It may start at any time."""
+        return ()
+
+    @property
+    def window_end(self) -> str:
+        """So nothing ends."""
+        return "go-on"
+
+    @property
     def label(self) -> str:
         """No two scans of a host wait at the same time."""
         return scan_label(self.host)

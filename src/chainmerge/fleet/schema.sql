@@ -45,6 +45,14 @@ CREATE TABLE IF NOT EXISTS wishes (
     job bigint PRIMARY KEY
 );
 
+-- Domains that jobs are for and that do not run where they did; the first host that has one.
+CREATE TABLE IF NOT EXISTS sought (
+    job bigint PRIMARY KEY,
+    host text NOT NULL,
+    domain text NOT NULL,
+    found_on text
+);
+
 CREATE TABLE IF NOT EXISTS results (
     id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     job bigint NOT NULL,
@@ -84,6 +92,34 @@ BEGIN
     END IF;
 END $$;
 
+CREATE OR REPLACE FUNCTION queues_of_login() RETURNS SETOF text
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+    SELECT 'host.' || host FROM hosts WHERE login = session_user
+$$;
+
+-- A host has a say in the jobs on its own queue only.
+CREATE OR REPLACE FUNCTION is_own_job(acting text, asked bigint) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (
+        SELECT FROM procrastinate_jobs WHERE id = asked AND queue_name = 'host.' || acting
+    )
+$$;
+
+-- What a job may hold on a host: what its record says, and what is the host's own.
+CREATE OR REPLACE FUNCTION may_hold(acting text, asked bigint, wanted text[]) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT wanted <@ (
+        ARRAY['fleet', 'host/' || acting, 'scan/' || acting]
+        || coalesce((
+            SELECT array_agg(key) FROM procrastinate_jobs, jsonb_array_elements_text(
+                CASE jsonb_typeof(args -> 'record' -> 'keys')
+                WHEN 'array' THEN args -> 'record' -> 'keys' ELSE '[]' END
+            ) AS key
+            WHERE id = asked
+        ), '{}')
+    )
+$$;
+
 -- Registers a host for this session; says why not, or nothing.
 CREATE OR REPLACE FUNCTION register_host(acting text, machine text, program text) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
@@ -118,6 +154,8 @@ DECLARE
     candidate_job bigint;
     wanted text[];
     taken_up text[];
+    -- Of earlier runs, whose children may have gone on.
+    held bigint[] := ARRAY(SELECT DISTINCT job FROM leases WHERE host = acting);
 BEGIN
     PERFORM require_login(acting);
     -- One at a time: two that count at once would both find room for one.
@@ -128,10 +166,11 @@ BEGIN
     FOR candidate IN SELECT * FROM jsonb_array_elements(candidates) LOOP
         candidate_job := (candidate ->> 'job')::bigint;
         wanted := ARRAY(SELECT jsonb_array_elements_text(candidate -> 'keys'));
-        IF EXISTS (SELECT FROM leases WHERE job = candidate_job AND host = acting) THEN
-            -- Of an earlier run, whose child may have gone on.
+        IF candidate_job = ANY (held) THEN
             RETURN NEXT candidate_job;
         ELSIF NOT wanted && taken_up
+            AND is_own_job(acting, candidate_job)
+            AND may_hold(acting, candidate_job, wanted)
             AND NOT EXISTS (SELECT FROM hosts WHERE host = acting AND drained)
             AND NOT EXISTS (SELECT FROM results WHERE job = candidate_job AND NOT superseded)
         THEN
@@ -144,9 +183,17 @@ BEGIN
 END $$;
 
 -- Says that a host is alive, and how far its merges are. Returns what it has to know: jobs that
--- somebody wants to end, jobs that have ended, and whether it is to stop what runs.
-CREATE OR REPLACE FUNCTION speak(acting text, in_hand bigint[], running bigint[], lines text[])
-RETURNS TABLE (unwanted bigint[], ended bigint[], stop_all boolean)
+-- somebody wants to end, jobs that have ended, whether it is to stop what runs, which of the keys
+-- that its jobs want nobody may take now, which of its jobs have theirs, domains that jobs are for
+-- and that nobody has found, and where those of its own jobs run.
+DROP FUNCTION IF EXISTS speak(text, bigint[], bigint[], text[]);
+CREATE OR REPLACE FUNCTION speak(
+    acting text, in_hand bigint[], running bigint[], lines text[], wanted text[]
+)
+RETURNS TABLE (
+    unwanted bigint[], ended bigint[], stop_all boolean, taken_up text[], holding bigint[],
+    sought text[], found_jobs bigint[], found_on text[]
+)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
 BEGIN
     PERFORM require_login(acting);
@@ -158,7 +205,30 @@ BEGIN
     RETURN QUERY SELECT
         ARRAY(SELECT job FROM wishes WHERE job = ANY (in_hand)),
         ARRAY(SELECT job FROM results WHERE job = ANY (in_hand) AND NOT superseded),
-        (SELECT drained_now FROM hosts WHERE host = acting);
+        (SELECT drained_now FROM hosts WHERE host = acting),
+        full_keys(wanted),
+        ARRAY(SELECT DISTINCT job FROM leases WHERE host = acting),
+        ARRAY(SELECT DISTINCT domain FROM chainmerge.sought AS one WHERE one.found_on IS NULL),
+        ARRAY(SELECT job FROM chainmerge.sought AS one
+            WHERE job = ANY (in_hand) AND one.found_on IS NOT NULL ORDER BY job),
+        ARRAY(SELECT one.found_on FROM chainmerge.sought AS one
+            WHERE job = ANY (in_hand) AND one.found_on IS NOT NULL ORDER BY job);
+END $$;
+
+CREATE OR REPLACE FUNCTION seek_domain(acting text, asked bigint, wanted text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+BEGIN
+    PERFORM require_login(acting);
+    INSERT INTO sought (job, host, domain)
+        SELECT asked, acting, wanted WHERE is_own_job(acting, asked)
+        ON CONFLICT (job) DO UPDATE SET host = acting, domain = wanted, found_on = NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION run_here(acting text, domains text[]) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
+BEGIN
+    PERFORM require_login(acting);
+    UPDATE sought SET found_on = acting WHERE domain = ANY (domains) AND found_on IS NULL;
 END $$;
 
 -- Frees what a job holds that goes back to the queue.
@@ -167,7 +237,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
 BEGIN
     PERFORM require_login(acting);
     DELETE FROM leases WHERE job = asked AND host = acting;
-    DELETE FROM progress WHERE job = asked;
+    DELETE FROM progress WHERE job = asked AND is_own_job(acting, asked);
+    DELETE FROM sought WHERE job = asked AND is_own_job(acting, asked);
 END $$;
 
 -- Keeps what became of a job, and frees what it holds. To do so again changes nothing.
@@ -178,13 +249,33 @@ CREATE OR REPLACE FUNCTION end_job(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = chainmerge, pg_temp AS $$
 BEGIN
     PERFORM require_login(acting);
+    DELETE FROM leases WHERE job = asked AND host = acting;
+    -- A worker that comes late, with a job that is another's by now, is not heard.
+    IF NOT is_own_job(acting, asked) THEN
+        RETURN;
+    END IF;
     INSERT INTO results (job, host, outcome, exit_code, error_code, message, report)
         VALUES (asked, acting, its_outcome, its_exit_code, its_error_code, its_message, its_report)
         ON CONFLICT DO NOTHING;
-    DELETE FROM leases WHERE job = asked AND host = acting;
     DELETE FROM progress WHERE job = asked;
     DELETE FROM wishes WHERE job = asked;
+    DELETE FROM sought WHERE job = asked;
 END $$;
+
+-- A host sees and changes the rows on its own queue. It may hand on what follows a domain.
+ALTER TABLE procrastinate_jobs ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS of_operator ON procrastinate_jobs;
+CREATE POLICY of_operator ON procrastinate_jobs TO chainmerge_operator USING (true);
+DROP POLICY IF EXISTS seen_by_host ON procrastinate_jobs;
+CREATE POLICY seen_by_host ON procrastinate_jobs FOR SELECT TO chainmerge_worker
+    USING (queue_name = ANY (ARRAY(SELECT queues_of_login())));
+DROP POLICY IF EXISTS changed_by_host ON procrastinate_jobs;
+CREATE POLICY changed_by_host ON procrastinate_jobs FOR UPDATE TO chainmerge_worker
+    USING (queue_name = ANY (ARRAY(SELECT queues_of_login())))
+    WITH CHECK (
+        queue_name = ANY (ARRAY(SELECT queues_of_login()))
+        OR args -> 'record' ->> 'action' = 'live-merge'
+    );
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA chainmerge FROM PUBLIC;
 GRANT USAGE ON SCHEMA chainmerge TO chainmerge_worker, chainmerge_operator;
@@ -198,7 +289,7 @@ GRANT SELECT, INSERT ON procrastinate_events TO chainmerge_worker;
 GRANT SELECT ON procrastinate_periodic_defers TO chainmerge_worker;
 GRANT SELECT ON installed TO chainmerge_worker;
 GRANT EXECUTE ON FUNCTION
-    register_host, take_leases, speak, put_back, end_job
+    queues_of_login, register_host, take_leases, speak, put_back, end_job, seek_domain, run_here
     TO chainmerge_worker;
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chainmerge TO chainmerge_operator;

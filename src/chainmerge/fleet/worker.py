@@ -12,32 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from chainmerge.documents.fleet import FleetJobOutcome
-from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.fleet import engine
-from chainmerge.fleet.chain_state import digest_of_idle_chain
-from chainmerge.fleet.child import (
-    Child,
-    files_of,
-    held,
-    look_words,
-    merge_words,
-    output_of,
-    plan_words,
-)
+from chainmerge.fleet.child import Child, domains_here, held, printed_by
 from chainmerge.fleet.database import address, require_extra
-from chainmerge.fleet.digest import images_of_chain, plan_digest_of
 from chainmerge.fleet.errors import FleetMisconfigured, HostTaken
+from chainmerge.fleet.in_hand import JobInHand
+from chainmerge.fleet.judging import why_not
 from chainmerge.fleet.ledger import FleetLedger, StopReason
 from chainmerge.fleet.outcome import JobEnding, ending_of
-from chainmerge.fleet.places import base_id_of, require_admissible, require_for
-from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, record_in
+from chainmerge.fleet.places import require_admissible, require_for
+from chainmerge.fleet.record import RecordUnusable, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
+from chainmerge.fleet.words import job_words, look_words, plan_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from psycopg import Connection
 
@@ -49,70 +39,15 @@ _TRIES: Final = 3
 """How often a child is started that dies without a word."""
 _LAST_WORDS: Final = 5.0
 """Seconds that a worker which is told to end waits for the database."""
+_NO_SUCH_DOMAIN: Final = "vm-no-such-domain"
+"""The code of that error; to import it would be to have all of live merges in a worker's memory."""
+_SEARCH_POLLS: Final = 15
+_LEAST_SEARCH: Final = 15.0
+"""Seconds that hosts have to say that they run a domain, and looks of an idle worker besides."""
 
 
 class _Stopped(Exception):
     """The job goes back to the queue."""
-
-
-class _JobInHand:
-    """A job that the worker has claimed, until it has ended or is put back."""
-
-    def __init__(self, job: int, record: JobRecord | ScanRecord, host: HostSettings) -> None:
-        self.job = job
-        self.record = record
-        self.keys = (*record.keys, FLEET_KEY)
-        self.priority = record.priority
-        self.files = files_of(Path(host.fleet.state), job, record.label)
-        self.child: Child | None = None
-        self.reason: StopReason | None = None
-        self._wants_keys = False
-        self._answered = asyncio.Event()
-        self._has_keys = False
-
-    @property
-    def waits_for_keys(self) -> bool:
-        """Whether it may be given its keys now."""
-        return self._wants_keys
-
-    @property
-    def runs(self) -> bool:
-        """Whether it has its keys."""
-        return self._has_keys
-
-    def newest_line(self) -> str:
-        """How far it is."""
-        return self.files.newest_line()
-
-    async def given_keys(self, wake: Callable[[], None]) -> bool:
-        """Wait for the keys; whether they were given before it was to stop."""
-        if self.reason is None:
-            self._answered.clear()
-            self._wants_keys = True
-            wake()
-            await self._answered.wait()
-            self._wants_keys = False
-        return self._has_keys
-
-    def grant(self) -> None:
-        """Give it its keys, if it still wants them."""
-        if self._wants_keys:
-            self._has_keys = True
-            self._wants_keys = False
-            self._answered.set()
-
-    def give_up_keys(self) -> None:
-        """Note that it has them no more."""
-        self._has_keys = False
-
-    def stop(self, reason: StopReason) -> None:
-        """Ask it to stop, at the next safe point if it merges."""
-        if self.reason in {StopReason.CANCELLED, StopReason.OVER}:
-            return
-        self.reason = reason
-        self._answered.set()
-        if self.child is not None:
-            self.child.stop()
 
 
 class Worker:
@@ -123,7 +58,9 @@ class Worker:
         self._once = once
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        self._in_hand: dict[int, _JobInHand] = {}
+        self._registered = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+        self._in_hand: dict[int, JobInHand] = {}
         self._tasks: dict[int, asyncio.Task[JobEnding]] = {}
         self._error: ChainmergeError | None = None
         self._ledger = FleetLedger(host, self)
@@ -138,6 +75,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._ledger.start()
+        # Before that it is not known whether the jobs of this host are this worker's.
+        await self._registered.wait()
         database = address(self._host.fleet.database)
         poll = self._host.fleet.poll
         await engine.serve(database, self._host.name, self._run, self._stopping, poll)
@@ -149,14 +88,27 @@ class Worker:
 
     def _stop(self) -> None:
         self._stopping.set()
+        self._registered.set()
         for one in self._in_hand.values():
             one.stop(StopReason.DRAINED)
 
     # What the ledger calls, from its own thread.
 
+    def registered(self) -> None:
+        """See :class:`chainmerge.fleet.ledger.Listener`."""
+        self._loop.call_soon_threadsafe(self._registered.set)
+
     def granted(self, job: int) -> None:
         """See :class:`chainmerge.fleet.ledger.Listener`."""
         self._loop.call_soon_threadsafe(self._grant, job)
+
+    def domain_is_on(self, job: int, host: str) -> None:
+        """See :class:`chainmerge.fleet.ledger.Listener`."""
+        self._loop.call_soon_threadsafe(self._tell_of_domain, job, host)
+
+    def sought(self, domains: Sequence[str]) -> None:
+        """See :class:`chainmerge.fleet.ledger.Listener`."""
+        self._loop.call_soon_threadsafe(self._look_for, frozenset(domains))
 
     def to_stop(self, job: int, reason: StopReason) -> None:
         """See :class:`chainmerge.fleet.ledger.Listener`."""
@@ -184,6 +136,18 @@ class Worker:
         # What has stopped in the meantime says so to the ledger, and that frees the keys.
         if job in self._in_hand:
             self._in_hand[job].grant()
+
+    def _tell_of_domain(self, job: int, host: str) -> None:
+        if job in self._in_hand:
+            self._in_hand[job].domain_is_on(host)
+
+    def _look_for(self, domains: frozenset[str]) -> None:
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._tell_which_run_here(domains))
+
+    async def _tell_which_run_here(self, domains: frozenset[str]) -> None:
+        if found := domains & (await domains_here(self._host.fleet.connect) or frozenset()):
+            self._ledger.run_here(found)
 
     def _stop_job(self, job: int, reason: StopReason) -> None:
         if job in self._in_hand:
@@ -229,7 +193,7 @@ class Worker:
             ending = JobEnding(FleetJobOutcome.REJECTED, message=str(error))
             await self._told(job, ending)
             return ending
-        one = _JobInHand(job, record, self._host)
+        one = JobInHand(job, record, self._host)
         self._in_hand[job] = one
         self._ledger.add(one)
         ending = await self._carried_out(one)
@@ -238,13 +202,18 @@ class Worker:
         one.files.remove()
         return ending
 
-    async def _carried_out(self, one: _JobInHand) -> JobEnding:
-        """Have a job done, again where its host was drained meanwhile; return how it ended."""
+    async def _carried_out(self, one: JobInHand) -> JobEnding:
+        """Have a job done, again where it was to stop meanwhile; return how it ended.
+
+        Raises:
+            _Stopped: the worker ends before.
+            Elsewhere: another host is to do it.
+        """
         while True:
-            ending = None
-            if await one.given_keys(self._ledger.wake):
+            ending = await self._not_here(one)
+            if ending is None and await one.given_keys(self._ledger.wake):
                 async with held(one.files.lock) as lock:
-                    ending = await self._merged(one, lock)
+                    ending = await self._done_by_children(one, lock)
             if ending is not None:
                 return ending
             if one.reason is StopReason.CANCELLED:
@@ -259,20 +228,60 @@ class Worker:
                 raise _Stopped
             one.reason = None
 
-    async def _merged(self, one: _JobInHand, lock: int) -> JobEnding | None:
-        """Have children merge until one says how it ended; None if it was to stop before."""
+    async def _not_here(self, one: JobInHand) -> JobEnding | None:
+        """Find the host that runs the job's domain; None if that is this one, or there is none.
+
+        The job holds no keys here then, and no child runs for it. It is on the queue of one host
+        at any time, as the queue hands it on in one statement, so no two hosts can both do it.
+
+        Raises:
+            Elsewhere: another host runs the domain.
+        """
+        domain = one.record.domain
+        if domain is None:
+            return None
+        async with held(one.files.lock):
+            if await self._runs_here(domain.uuid):
+                return None
+            self._ledger.seek(one.job, domain.uuid)
+            patience = _LEAST_SEARCH + _SEARCH_POLLS * self._host.fleet.poll
+            found = await one.found_domain(patience)
+            if one.reason is not None or found == self._host.name:
+                return None
+            if found is None:
+                sentence = f"no host of the fleet runs the domain {domain.name}"
+                return JobEnding(
+                    FleetJobOutcome.REFUSED, error_code=_NO_SUCH_DOMAIN, message=sentence
+                )
+            await self._told(one.job, None)
+            one.files.remove()
+        raise engine.Elsewhere(found)
+
+    async def _runs_here(self, domain: str) -> bool:
+        here = await domains_here(self._host.fleet.connect)
+        # Where libvirt does not answer, the merge says so.
+        return here is None or domain in here
+
+    async def _done_by_children(self, one: JobInHand, lock: int) -> JobEnding | None:
+        """Have children do a job; return how it ended, None if it was to stop before."""
         ending = ending_of(one.files.lines(), None)
         if ending is not None or one.reason is not None:
             return ending
         if isinstance(one.record, ScanRecord):
             return await self._ended(one, look_words(self._host), lock)
-        changed = await self._changed(one.record, lock)
-        if changed is not None:
-            return changed
-        return await self._ended(one, merge_words(one.record, self._host), lock)
+        domain = one.record.domain
+        if domain is not None and not await self._runs_here(domain.uuid):
+            # It has moved while the job waited for its keys.
+            return None
+        printed = await printed_by(plan_words(one.record, self._host), lock)
+        was_run = one.files.exist()
+        judged = await asyncio.to_thread(why_not, one.record, printed, self._host, was_run=was_run)
+        if judged is not None:
+            return judged
+        return await self._ended(one, job_words(one.record, self._host), lock)
 
-    async def _ended(self, one: _JobInHand, words: Sequence[str], lock: int) -> JobEnding | None:
-        """As above, of children that are told these words."""
+    async def _ended(self, one: JobInHand, words: Sequence[str], lock: int) -> JobEnding | None:
+        """Start children until one says how it ended; None if it was to stop before."""
         status = None
         for _ in range(_TRIES):
             if one.reason is not None:
@@ -287,39 +296,8 @@ class Worker:
                 return ending
         if one.reason is not None:
             return None
-        died = f"the merge died {_TRIES} times without a report, at last with status {status}"
+        died = f"it died {_TRIES} times without a report, at last with status {status}"
         return JobEnding(FleetJobOutcome.FAILED, status, message=died)
-
-    async def _changed(self, record: JobRecord, lock: int) -> JobEnding | None:
-        """Say so if images are not those of the plan any more; None if the merge may begin.
-
-        A merge that has begun is finished by its own records, whatever a plan says now.
-        """
-        printed = await output_of(plan_words(record, self._host), lock)
-        try:
-            plan = msgspec.json.decode(printed, type=MergePlan)
-        except msgspec.DecodeError:
-            # There is no plan: the merge says why.
-            return None
-        if plan.progress is not Progress.NEW:
-            return None
-        (disk,) = record.disks
-        if base_id_of(disk.base) != disk.base_id:
-            reason = f"{disk.base} is another image"
-        elif await self._digest_now(record, plan) != record.plan_digest:
-            reason = f"a merge of {disk.top} would do something else now than when it was planned"
-        else:
-            return None
-        return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
-
-    async def _digest_now(self, record: JobRecord, plan: MergePlan) -> str:
-        """The digest that the record has, as it is now; nothing if that cannot be told."""
-        if record.judged_by == "plan":
-            return plan_digest_of(plan)
-        try:
-            return await asyncio.to_thread(digest_of_idle_chain, images_of_chain(plan))
-        except OSError:
-            return ""
 
     async def _told(self, job: int, ending: JobEnding | None) -> None:
         """Wait until the database knows, however long it is away.
