@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 
+from chainmerge.documents.fleet_inventory import HostInventory, InventoryPlace, PlaceKind
 from chainmerge.report.html import BEGINNING
+from chainmerge.report.json import encode
 from tests.support.cli import chainmerge
 from tests.support.fleet import is_merged
 from tests.support.qemu import run as run_tool
@@ -217,6 +220,43 @@ def test_a_host_says_nothing_for_another_one_and_little(fleet: Fleet) -> None:
     summaries = fleet.did("inventory")["hosts"]
     assert [one["scanned_at"] for one in summaries] == [None, None], "what is no inventory is none"
     assert planned(fleet)["jobs"] == []
+
+
+def test_volumes_that_hosts_share_without_locks_are_not_even_submitted(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    group = InventoryPlace(PlaceKind.VOLUME_GROUP, "uuid", "vms", "", False, False, 1 << 40)
+    plan = tmp_path / "plan.json"
+    job = {
+        "v": 1,
+        "host": "h1",
+        "machine_id": "0" * 32,
+        "action": "merge",
+        "disks": [{"top": "/dev/vms/b", "base": "/dev/vms/a", "base_id": "0" * 32}],
+        "keys": ["host/h1", "image/" + "0" * 32],
+        "options": {},
+        "plan_digest": "0" * 32,
+    }
+    plan.write_text(json.dumps({"version": 1, "jobs": [job]}))
+
+    def report(name: str, place: InventoryPlace) -> None:
+        found = HostInventory(1, name, "0" * 32, 1, 0, 0, 0, (place,), (), 0, 0, ())
+        address = fleet.database.replace("user=owner", f"user=host-{name}")
+        with psycopg.connect(address, options="-c search_path=chainmerge") as connection:
+            values = (name, 1, encode(found), 0, 0, 0)
+            connection.execute("SELECT store_inventory(%s, %s, %s, %s, %s, %s)", values)
+
+    for name in ("h1", "h2"):
+        assert fleet.host(name, connect='""').start("--once").wait(60) == 0
+        report(name, group)
+    ran = fleet.run("submit", plan)
+    assert ran.status == 2
+    assert "say fleet_only in the configuration of h1, h2" in ran.err
+    assert fleet.did("inventory")["shared"][0]["is_refused"]
+    report("h1", replace(group, fleet_only=True))
+    assert "of h2" in fleet.run("submit", plan).err
+    report("h2", replace(group, locks=True))
+    assert len(fleet.did("submit", plan)["jobs"]) == 1
 
 
 def test_hostile_scans_are_rejected(fleet: Fleet) -> None:

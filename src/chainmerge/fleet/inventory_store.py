@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inventory in the database: a host replaces its own, an operator asks for it and reads all."""
+"""The inventory in the database: a host replaces its own, an operator reads all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
-from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.fleet_inventory import (
     FleetInventory,
     FleetPictures,
@@ -21,17 +19,13 @@ from chainmerge.documents.fleet_inventory import (
 )
 from chainmerge.documents.trends import TrendPoint
 from chainmerge.documents.versions import FLEET_VERSION
-from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.engine import QueueState
-from chainmerge.fleet.errors import FleetUnreachable, NoSuchHost
-from chainmerge.fleet.operating import submission
-from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_label
+from chainmerge.fleet.errors import FleetUnreachable
 from chainmerge.fleet.sharing import shared_places
 from chainmerge.report.json import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from psycopg import Connection
 
@@ -87,47 +81,9 @@ def _store_once(database: str, found: HostInventory) -> None:
         )
 
 
-def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
-    """Queue a scan of each of these hosts, or of all; one that waits already is enough.
-
-    Raises:
-        NoSuchHost: no worker has ever come from one of them. Nothing is queued then.
-    """
-    with transaction(database) as connection:
-        known = _host_names(connection)
-        for host in hosts:
-            if host not in known:
-                raise NoSuchHost(host)
-        waiting = {
-            job.host
-            for job in engine.jobs(connection)
-            if job.state is QueueState.QUEUED and job.label == scan_label(job.host)
-        }
-        wanted = [host for host in hosts or known if host not in waiting]
-        numbers = engine.submit(connection, [_queued(host) for host in wanted])
-    done = [f"{counted(len(numbers), 'scan')} submitted"]
-    if left_out := len(hosts or known) - len(wanted):
-        done.append(f"{counted(left_out, 'host')} left out: a scan waits there already")
-    return FleetChange(FLEET_VERSION, tuple(numbers), tuple(done))
-
-
-def _queued(host: str) -> engine.NewJob:
-    record = ScanRecord(v=1, host=host, action=SCAN_ACTION, submitted=submission())
-    return engine.NewJob(host, record.priority, record.label, msgspec.to_builtins(record))
-
-
-def _host_names(connection: Connection[Any]) -> list[str]:
+def host_names(connection: Connection[Any]) -> list[str]:
+    """All hosts whose worker has started at least once, by name."""
     return [host for (host,) in connection.execute("SELECT host FROM hosts ORDER BY host")]
-
-
-def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, FleetJobOutcome]:
-    """What became of those of some jobs that have ended."""
-    with transaction(database) as connection:
-        rows = connection.execute(
-            "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)",
-            (list(jobs),),
-        ).fetchall()
-    return {job: FleetJobOutcome(outcome) for job, outcome in rows}
 
 
 def stored_inventory(database: str) -> StoredInventory:
@@ -142,7 +98,7 @@ def inventory_in(connection: Connection[Any]) -> StoredInventory:
     read = [(host, _read(host, document)) for host, document in rows]
     hosts = tuple(one for _, one in read if one is not None)
     known = {one.host for one in hosts}
-    never = tuple(host for host in _host_names(connection) if host not in known)
+    never = tuple(host for host in host_names(connection) if host not in known)
     return StoredInventory(hosts, never)
 
 

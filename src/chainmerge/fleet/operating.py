@@ -18,7 +18,9 @@ from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import QueueState
 from chainmerge.fleet.errors import FleetPlanUnusable, HostAlive, NoSuchHost, NoSuchJob
+from chainmerge.fleet.inventory_store import inventory_in
 from chainmerge.fleet.record import FleetPlan, JobRecord, PlannedJob, Submission
+from chainmerge.fleet.sharing import refused_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
 _PATIENCE: Final = 10.0
+_DEVICES: Final = "/dev/"
 _BETWEEN_TRIES: Final = 0.2
 _SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
@@ -45,9 +48,14 @@ def plan_in(text: bytes, path: str) -> FleetPlan:
 
 
 def submit(database: str, plan: FleetPlan) -> FleetChange:
-    """Queue the jobs of a plan, all or none; what waits, runs or is done already is left out."""
+    """Queue the jobs of a plan, all or none; what waits, runs or is done already is left out.
+
+    Raises:
+        FleetPlanUnusable: one is for a volume of a group that several hosts use without locks.
+    """
     submitted = submission()
     with transaction(database) as connection:
+        _require_kept_apart(connection, plan)
         # Two that submit the same at the same time would both find nothing.
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-submit'))")
         known = _known_labels(connection)
@@ -61,6 +69,21 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
         done.append(f"{counted(left_out, 'job')} left out: submitted before")
     done += [f"{key}: at most {counted(most, 'job')}" for key, most in plan.limits.items()]
     return FleetChange(FLEET_VERSION, tuple(numbers), tuple(done))
+
+
+def _require_kept_apart(connection: Connection[Any], plan: FleetPlan) -> None:
+    """Raise FleetPlanUnusable for a volume that hosts share which nothing keeps apart."""
+    volumes = [
+        (job.host, disk.base, disk.base.split("/")[2])
+        for job in plan.jobs
+        for disk in job.disks
+        if disk.base.startswith(_DEVICES)
+    ]
+    # The inventory is large, and few images are volumes.
+    refused = refused_groups(inventory_in(connection).hosts) if volumes else {}
+    for host, path, group in volumes:
+        if (host, group) in refused:
+            raise FleetPlanUnusable(f"{host}: {path}", refused[host, group])
 
 
 def submission() -> Submission:

@@ -37,7 +37,7 @@ from chainmerge.fleet.record import (
     image_key,
     storage_key,
 )
-from chainmerge.fleet.sharing import shared_places
+from chainmerge.fleet.sharing import refused_groups, shared_places
 from chainmerge.report.fleet_plan_view import FleetPlanRow, FleetPlanView, LeftOutReason
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def propose(
         FleetPlanUnusable: a job would ask for what jobs may not.
     """
     left_out: list[LeftOut] = []
-    elsewhere = _Elsewhere(_refused_groups(stored), _open_images(stored))
+    elsewhere = _Elsewhere(refused_groups(stored.hosts), _open_images(stored))
     candidates = []
     for host in stored.hosts:
         for chain in host.chains:
@@ -223,16 +223,6 @@ def _left_alone(candidate: _Candidate, policy: FleetPolicy) -> Iterator[tuple[st
         for pattern in patterns:
             if name and fnmatchcase(name, pattern):
                 yield "left-alone", f"{name} is to be left alone ({pattern})"
-
-
-def _refused_groups(stored: StoredInventory) -> dict[tuple[str, str], str]:
-    """By host and name, the volume groups in which nothing is merged, and why."""
-    return {
-        (host, name): place.reason
-        for place in shared_places(stored.hosts)
-        if place.is_refused
-        for host, name in zip(place.hosts, place.names, strict=True)
-    }
 
 
 def _merges_live(chain: InventoryChain, policy: FleetPolicy) -> bool:

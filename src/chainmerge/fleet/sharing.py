@@ -36,6 +36,16 @@ def shared_places(hosts: Sequence[HostInventory]) -> tuple[SharedPlace, ...]:
     )
 
 
+def refused_groups(hosts: Sequence[HostInventory]) -> dict[tuple[str, str], str]:
+    """By host and name, the volume groups in which nothing is merged, and why."""
+    return {
+        (host, name): place.reason
+        for place in shared_places(hosts)
+        if place.is_refused
+        for host, name in zip(place.hosts, place.names, strict=True)
+    }
+
+
 def _judged(kind: PlaceKind, identity: str, reports: _Reports) -> SharedPlace:
     is_group = kind is PlaceKind.VOLUME_GROUP
     verdict = _of_group(reports) if is_group else _of_file_system(reports)

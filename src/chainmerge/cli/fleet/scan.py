@@ -15,12 +15,11 @@ from chainmerge.documents.fleet import FleetJobOutcome
 from chainmerge.errors import ExitCode
 from chainmerge.fleet.inventory_store import (
     StoredInventory,
-    outcomes_of,
     overview_of,
-    request_scans,
     store,
     stored_inventory,
 )
+from chainmerge.fleet.scan_requests import outcomes_of, request_scans
 from chainmerge.report.fleet_plan_tables import inventory_report
 from chainmerge.report.fleet_tables import change_report
 
