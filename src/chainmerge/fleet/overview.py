@@ -165,8 +165,11 @@ def _obstacles(
         yield f"the worker of {job.host}, which has been silent for {host.silent_seconds:.0f} s"
     if host is not None and host.drained:
         yield f"{host_key(job.host)} (drained)"
-    if record is not None:
-        yield from keys.obstacles((FLEET_KEY, *record.keys))
+    obstacles = [] if record is None else list(keys.obstacles((FLEET_KEY, *record.keys)))
+    yield from obstacles
+    if record is not None and record.windows and not obstacles:
+        # Whether it is open, only the host's clock says.
+        yield f"its window {', '.join(record.windows)}, by the clock of {job.host}"
 
 
 def _event(line: str) -> dict[str, Any]:
