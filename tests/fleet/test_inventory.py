@@ -16,7 +16,7 @@ from chainmerge.documents.fleet_inventory import HostInventory, InventoryPlace, 
 from chainmerge.report.html import BEGINNING
 from chainmerge.report.json import encode
 from tests.support.cli import chainmerge
-from tests.support.fleet import is_merged
+from tests.support.fleet import is_merged, wait_until
 from tests.support.qemu import run as run_tool
 
 if TYPE_CHECKING:
@@ -24,14 +24,12 @@ if TYPE_CHECKING:
 
 
 def scanned(fleet: Fleet, *hosts: Host) -> dict[str, Any]:
-    """Scan with workers that end when they have nothing to do; returns the inventory by host."""
+    """Start workers, and have them scan; returns the inventory by host."""
     for host in hosts:
-        if host.worker is None:
-            assert host.start("--once").wait(60) == 0, "it registers"
-    jobs = fleet.did("scan", *(host.name for host in hosts))["jobs"]
-    for host in hosts:
-        assert host.start("--once").wait(60) == 0
-    assert set(fleet.wait_for_results(jobs).values()) <= {"done"}
+        host.start()
+    wait_until(lambda: len(fleet.ask("SELECT FROM hosts")) == len(hosts), "workers")
+    jobs = fleet.did("scan")["jobs"]
+    assert list(fleet.wait_for_results(jobs).values()) == ["done"] * len(hosts)
     return {one["host"]: one for one in fleet.did("inventory")["hosts"]}
 
 
@@ -71,8 +69,7 @@ def test_what_is_scanned_is_planned_in_its_order_and_merged(fleet: Fleet) -> Non
     assert before == after, "nothing is written"
     jobs = fleet.submit(plan)
     assert fleet.submit(plan) == []
-    assert host.start("--once").wait(60) == 0
-    assert {fleet.outcomes()[job] for job in jobs} == {"done"}
+    assert set(fleet.wait_for_results(jobs).values()) == {"done"}
     assert is_merged(short)
 
 
@@ -82,15 +79,15 @@ def test_nothing_is_merged_that_has_changed_since_the_scan(fleet: Fleet) -> None
         host.chain(name) for name in ("leaf", "base", "times", "same")
     )
     scanned(fleet, host)
-    jobs = dict(zip(tops(plan := planned(fleet)), fleet.submit(plan), strict=True))
+    plan = planned(fleet)
     host.write(leaf_written)
     run_tool("qemu-io", "-c", "write -q -P 9 40M 64K", base_written.with_suffix(".base"))
     # A guest that starts has its images change hands, which is no change.
     os.chown(touched, 12345, 12345)
     os.chown(touched, 0, 0)
-    assert host.start("--once").wait(60) == 0
-    outcomes = {top: fleet.outcomes()[job] for top, job in jobs.items()}
-    assert outcomes == {
+    jobs = fleet.submit(plan)
+    outcomes = fleet.wait_for_results(jobs)
+    assert dict(zip(tops(plan), map(outcomes.get, jobs), strict=True)) == {
         str(leaf_written): "plan-changed",
         str(base_written): "plan-changed",
         str(touched): "done",
@@ -113,8 +110,6 @@ def test_a_chain_that_several_hosts_see_is_merged_once(
         "storage/nfs" in job["keys"] for job in plan["jobs"] if "shared" in str(job["disks"])
     )
     jobs = fleet.submit(plan)
-    for host in hosts:
-        host.start()
     assert set(fleet.wait_for_results(jobs).values()) == {"done"}
     assert all(map(is_merged, [*both, own]))
 
@@ -284,9 +279,10 @@ def test_hostile_scans_are_rejected(fleet: Fleet) -> None:
 
 def test_it_is_drawn_watched_and_measured(fleet: Fleet, tmp_path: Path) -> None:
     host = fleet.host("h1", connect='""')
-    fleet.host("never").start("--once").wait(60)
     top = host.chain("<b>bold", 2)
     scanned(fleet, host)
+    fleet.host("never").start("--once").wait(60)
+    host.stop()
     page, plan_page = tmp_path / "fleet.html", tmp_path / "plan.html"
     plan = planned(fleet, "--html", plan_page)
     fleet.submit(plan)

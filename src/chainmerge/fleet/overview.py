@@ -179,8 +179,11 @@ def _obstacles(
         yield f"the worker of {job.host}, which has been silent for {host.silent_seconds:.0f} s"
     if host is not None and host.drained:
         yield f"{host_key(job.host)} (drained)"
-    if asked is not None:
-        yield from keys.obstacles((FLEET_KEY, *asked.keys))
+    obstacles = [] if asked is None else list(keys.obstacles((FLEET_KEY, *asked.keys)))
+    yield from obstacles
+    if asked is not None and asked.windows and not obstacles:
+        # Whether it is open, only the host's clock says.
+        yield f"its window {', '.join(asked.windows)}, by the clock of {job.host}"
 
 
 def _event(line: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _LAST_WORDS: Final = 5.0
 _NO_SUCH_DOMAIN: Final = "vm-no-such-domain"
 """The code of that error; to import it would be to have all of live merges in a worker's memory."""
 _SEARCH_POLLS: Final = 15
-_LEAST_SEARCH: Final = 15.0
+_LEAST_SEARCH: Final = 8.0
 """Seconds that hosts have to say that they run a domain, and looks of an idle worker besides."""
 
 

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What jobs do beside a merge of one disk, each as it was planned and not otherwise."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import libvirt
+import pytest
+
+from chainmerge.fleet.places import keys_on
+from chainmerge.fleet.record import RecordUnusable, record_in
+from chainmerge.fleet.windows import is_open
+from tests.support.damage import leak_clusters
+from tests.support.disks_domain import target_of
+from tests.support.domain_vm import disk_described, running_domain_with
+from tests.support.fleet import is_merged, wait_until
+from tests.support.libvirtd import libvirtd
+from tests.support.qemu import bitmap_names, check
+from tests.support.qemu import run as run_tool
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.fleet import Fleet, Host
+
+STALE: Final = "before"
+
+
+def overlay_on(image: Path, top: Path) -> Path:
+    run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image), str(top))
+    return top
+
+
+def chain_with_stale_bitmap(host: Host, name: str) -> Path:
+    """A chain whose base has a bitmap that its top has not."""
+    top = host.chain(name)
+    run_tool("qemu-img", "bitmap", "--add", str(top.with_suffix(".base")), STALE)
+    return top
+
+
+def planned_of_each_action(host: Host) -> dict[str, dict[str, Any]]:
+    """A plan of each action that needs no virtual machine, by its name."""
+    tops = [host.chain(name) for name in ("left", "right")]
+    leaf = overlay_on(host.chain("thin"), host.images / "thin.leaf")
+    leaking = host.chain("leaking")
+    leak_clusters(leaking, 3)
+    pruned = chain_with_stale_bitmap(host, "pruned")
+    return {
+        "merge": host.planned("--together", *tops),
+        "thin-out": host.planned("--action", "thin-out", "--keep-last", "0", leaf),
+        "prune": host.planned("--action", "prune", pruned),
+        "repair": host.planned("--action", "repair", leaking),
+    }
+
+
+def test_every_action_is_done_as_planned(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    plans = planned_of_each_action(host)
+    (together,) = plans["merge"]["jobs"]
+    assert len(together["disks"]) == 2
+    assert len([key for key in together["keys"] if key.startswith("image/")]) == 2
+    jobs = fleet.submit(*plans.values())
+    assert host.start("--once").wait(120) == 0
+    assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
+    assert all(is_merged(host.images / f"{name}.top") for name in ("left", "right"))
+    left = sorted(path.name for path in host.images.glob("thin.*"))
+    assert left == ["thin.leaf"], "the leaf took in what was below it, by its name"
+    assert STALE not in bitmap_names(host.images / "pruned.base")
+    check(host.images / "leaking.top")
+    assert fleet.running() == []
+    # As after a database that comes from a backup: what was done is found done.
+    again = [plans["merge"], plans["repair"]]
+    fleet.did("forget", "--older", "0")
+    later = fleet.submit(*again)
+    assert host.start("--once").wait(60) == 0
+    assert fleet.outcomes() == dict.fromkeys(later, "already")
+
+
+def test_no_action_is_done_that_has_changed_since(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    plans = planned_of_each_action(host)
+    host.write(host.images / "right.top")
+    host.write(host.images / "thin.top")
+    run_tool("qemu-img", "bitmap", "--add", str(host.images / "pruned.base"), "another")
+    leak_clusters(host.images / "leaking.top", 2)
+    jobs = fleet.submit(*plans.values())
+    assert host.start("--once").wait(120) == 0
+    outcomes = list(fleet.wait_for_results(jobs).values())
+    assert set(outcomes) == {"plan-changed"}, outcomes
+    assert not is_merged(host.images / "left.top")
+    assert set(bitmap_names(host.images / "pruned.base")) == {STALE, "another"}
+    assert (host.images / "thin.base").exists()
+
+
+def test_an_action_has_its_own_options_and_disks(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    plans = planned_of_each_action(host)
+    merge, thin_out, prune, repair = (
+        {**plans[name]["jobs"][0], "submitted": {"by": "me", "at": "now"}}
+        for name in ("merge", "thin-out", "prune", "repair")
+    )
+    domain = {"name": "web", "uuid": "0" * 8 + "-0000-0000-0000-" + "0" * 12}
+    odd: list[dict[str, Any]] = [
+        {**prune, "options": {"delete": True}},
+        {**prune, "options": {"drop_bitmaps": True}},
+        {**repair, "options": {"reclaim": True}},
+        {**repair, "options": {"verify": "metadata"}},
+        {**thin_out, "options": {}},
+        {**thin_out, "options": {"keep_checkpoints": True}},
+        {**thin_out, "options": {"keep": ["a\nb"]}},
+        {**thin_out, "options": {"keep_last": -1}},
+        {**thin_out, "options": {"keep_last": 1, "drop_snapshots": True}},
+        {**merge, "options": {"keep_last": 1}},
+        {**merge, "options": {"on_stall": "abort"}},
+        {**merge, "domain": domain},
+        {**merge, "action": "live-merge"},
+        {**merge, "action": "repair"},
+        {**repair, "disks": merge["disks"][:1]},
+        {**merge, "windows": ["22:00-24:00"]},
+        {**merge, "windows": "22:00-05:00"},
+        {**merge, "window_end": "kill"},
+        {**merge, "disks": []},
+    ]
+    live = copy.deepcopy({**merge, "action": "live-merge", "domain": domain})
+    for disk, target in zip(live["disks"], ("vda", "vdb"), strict=True):
+        disk["target"] = target
+    assert record_in({"record": live}).domain is not None
+    odd += [
+        {**live, "domain": {**domain, "name": "-c"}},
+        {**live, "domain": {**domain, "uuid": "web"}},
+        {**live, "domain": {**domain, "uri": "qemu+ssh://elsewhere/system"}},
+        {**live, "options": {"drop_bitmaps": True}},
+        {**live, "options": {"engine": "native"}},
+        {**live, "disks": [*live["disks"][:1], *merge["disks"][1:]]},
+    ]
+    for record in odd:
+        with pytest.raises(RecordUnusable):
+            record_in({"record": record})
+    followed = keys_on("h9", record_in({"record": live}))
+    assert "host/h9" in followed
+    assert "host/h1" not in followed
+
+
+@pytest.mark.parametrize(
+    ("windows", "clock", "opened"),
+    [
+        ([], "12:00", True),
+        (["22:00-05:00"], "21:59", False),
+        (["22:00-05:00"], "22:00", True),
+        (["22:00-05:00"], "00:00", True),
+        (["22:00-05:00"], "04:59", True),
+        (["22:00-05:00"], "05:00", False),
+        (["12:00-13:00", "01:00-02:00"], "01:30", True),
+        (["12:00-13:00", "01:00-02:00"], "02:00", False),
+        (["00:00-00:00"], "17:00", True),
+    ],
+)
+def test_windows_go_by_the_clock(windows: list[str], clock: str, opened: bool) -> None:
+    assert is_open(windows, time.strptime(clock, "%H:%M")) is opened
+
+
+@pytest.mark.parametrize(
+    ("utc", "opened"),
+    [
+        # Clocks in Berlin go from 2 to 3 o'clock at 01:00 UTC, and from 3 to 2 likewise.
+        ("2027-03-28 00:59", False),
+        ("2027-03-28 01:00", True),
+        ("2027-03-28 01:59", True),
+        ("2027-03-28 02:00", False),
+        ("2027-10-31 00:59", False),
+        ("2027-10-31 01:59", False),
+        ("2027-10-31 02:00", True),
+    ],
+)
+def test_windows_where_the_clock_is_changed(
+    utc: str, opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    try:
+        moment = time.mktime(time.strptime(utc, "%Y-%m-%d %H:%M"))
+        monkeypatch.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        assert is_open(["03:00-04:00"], time.localtime(moment)) is opened
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def clock(minutes_from_now: int) -> str:
+    return time.strftime("%H:%M", time.localtime(time.time() + 60 * minutes_from_now))
+
+
+def test_jobs_keep_to_their_windows(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    inside, outside = f"{clock(-60)}-{clock(60)}", f"{clock(60)}-{clock(120)}"
+    slow = ("--bandwidth", "512K")
+    now = host.planned("--window", outside, "--window", inside, host.chain("now"))
+    later = host.planned("--window", outside, "--priority", "10", host.chain("later"))
+    (done,) = fleet.submit(now)
+    (waiting,) = fleet.submit(later)
+    assert host.start("--once").wait(60) == 0
+    assert fleet.outcomes() == {done: "done"}
+    (waits,) = fleet.did("status")["jobs"]
+    assert waits["job"] == waiting
+    assert waits["waits_for"] == [f"its window {outside}, by the clock of h1"]
+
+    # Faked time would be another clock than that of the worker's host: the window ends in this
+    # minute or the next.
+    short = f"{clock(-60)}-{clock(1)}"
+    plan = host.planned(*slow, "--window", short, "--window-end", "stop", host.chain("long", 40))
+    (stopped,) = fleet.submit(plan)
+    host.start()
+    wait_until(host.children, "a merge that runs in its window")
+    wait_until(lambda: not host.children(), "its end, with the window", 70)
+    wait_until(lambda: not fleet.running(), "free keys")
+    assert stopped not in fleet.outcomes()
+    assert not is_merged(host.images / "long.top")
+
+
+def test_a_job_follows_its_domain(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shared = tmp_path_factory.mktemp("shared")
+    places = [tmp_path_factory.mktemp(f"libvirt{number}") for number in range(2)]
+    with libvirtd(places[0]) as here, libvirtd(places[1]) as there:
+        first = fleet.host("h1", shared, connect=f'"{here}"')
+        second = fleet.host("h2", shared, connect=f'"{there}"')
+        third = fleet.host("h3", shared, connect='""')
+        tops = [second.chain(f"disk{number}", directory=shared) for number in range(2)]
+        disks = [disk_described(target_of(number), top) for number, top in enumerate(tops)]
+        with running_domain_with(shared / "vm", here, disks) as vm:
+            plan = first.planned("--domain", vm.name)
+            described = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        job, gone = fleet.submit(plan, first.planned(first.chain("cold")))
+        # It runs nowhere now: that is found out, and the job says so.
+        first.start()
+        for host in (second, third):
+            host.start()
+        assert fleet.wait_for_results([job, gone]) == {job: "refused", gone: "done"}
+        (refused,) = fleet.did("results", str(job))["results"]
+        assert refused["error_code"] == "vm-no-such-domain"
+        connection = libvirt.open(there)
+        domain = connection.createXML(described)
+        try:
+            fleet.did("retry", str(job))
+            assert fleet.wait_for_results([job]) == {job: "done"}
+            assert "disk0.base" in domain.XMLDesc()
+            assert "disk0.top" not in domain.XMLDesc()
+        finally:
+            domain.destroy()
+            connection.close()
+    (done,) = fleet.did("results", str(job))["results"]
+    assert done["host"] == "h2"
+    assert fleet.running() == []
+    assert fleet.ask("SELECT FROM sought") == []
+    assert all(map(is_merged, tops))
