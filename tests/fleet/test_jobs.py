@@ -257,27 +257,6 @@ def test_a_name_is_taken_once(fleet: Fleet) -> None:
 
 
 IN_SCHEMA: Final = "-c search_path=chainmerge"
-FORBIDDEN: Final = (
-    "CREATE TABLE chainmerge.mine (a int)",
-    "DROP TABLE chainmerge.leases",
-    "INSERT INTO chainmerge.procrastinate_jobs (queue_name, task_name) VALUES ('host.h2', 'x')",
-    "UPDATE chainmerge.procrastinate_jobs SET args = '{}'",
-    "DELETE FROM chainmerge.leases",
-    "INSERT INTO chainmerge.limits VALUES ('fleet', 1000)",
-    "SELECT chainmerge.put_back('h2', 1)",
-    "SELECT chainmerge.end_job('h2', 1, 'done', 0, NULL, '', NULL)",
-)
-
-
-def test_what_a_stolen_login_of_a_host_cannot_do(fleet: Fleet) -> None:
-    for name in ("h1", "h2"):
-        assert fleet.host(name).start("--once").wait(60) == 0
-    address = fleet.database.replace("user=owner", "user=host-h1")
-    with psycopg.connect(address, autocommit=True) as connection:
-        connection.execute("SET search_path = chainmerge")
-        for statement in FORBIDDEN:
-            with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                connection.execute(statement.encode())
 
 
 def test_hostile_rows_are_rejected_and_nothing_is_run(fleet: Fleet) -> None:

@@ -148,7 +148,11 @@ class Fleet:
             with suppress(psycopg.errors.DuplicateObject):
                 connection.execute(f'CREATE ROLE "{name}" LOGIN'.encode())
             connection.execute(f'GRANT {role} TO "{name}"'.encode())
-        return self.database.replace("user=owner", f"user={name}")
+        return self.address_of(name)
+
+    def address_of(self, login: str) -> str:
+        """How a login reaches the database."""
+        return self.database.replace("user=owner", f"user={login}")
 
     def run(self, *words: str | Path) -> Ran:
         """A command of an operator."""

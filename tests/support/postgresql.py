@@ -10,16 +10,18 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import psycopg
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _DEBIAN: Final = Path("/usr/lib/postgresql")
 _SETTINGS: Final = {
     "listen_addresses": "",
+    "port": "5432",
     "fsync": "on",
     "shared_buffers": "16MB",
     "max_connections": "120",
@@ -38,14 +40,18 @@ def tool(name: str) -> str:
 class Cluster:
     """A server that can be stopped in any way, and started again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, more: Mapping[str, str], rules: str | None) -> None:
         self.directory = directory
         self.data = directory / "data"
+        settings = {**_SETTINGS, **more}
+        self._port = settings["port"]
         self._run(tool("initdb"), "--no-sync", "-A", "trust", "-U", "owner", "-D", str(self.data))
-        lines = [f"{name} = '{value}'" for name, value in _SETTINGS.items()]
+        lines = [f"{name} = '{value}'" for name, value in settings.items()]
         lines.append(f"unix_socket_directories = '{directory}'")
         with (self.data / "postgresql.conf").open("a") as file:
             file.write("\n".join(lines) + "\n")
+        if rules is not None:
+            (self.data / "pg_hba.conf").write_text(f"{rules}\n")
 
     def start(self) -> None:
         log = str(self.directory / "log")
@@ -55,7 +61,7 @@ class Cluster:
         self._run(tool("pg_ctl"), "-D", str(self.data), "-m", mode, "-w", "stop")
 
     def address(self, user: str = "owner", database: str = "postgres") -> str:
-        return f"host={self.directory} user={user} dbname={database}"
+        return f"host={self.directory} port={self._port} user={user} dbname={database}"
 
     def new_database(self, name: str) -> str:
         with psycopg.connect(self.address(), autocommit=True) as connection:
@@ -82,15 +88,21 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """A server that is gone at the end. The path of its socket must be short."""
+def running_cluster(
+    more: Mapping[str, str] = MappingProxyType({}), rules: str | None = None
+) -> Iterator[Cluster]:
+    """A server that is gone at the end. The path of its socket must be short.
+
+    *more* are settings, *rules* is who may come in, as in ``pg_hba.conf``: without them, whoever
+    comes from this machine.
+    """
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="pg") as name:
         directory = Path(name)
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(directory, user.pw_uid, user.pw_gid)
         directory.chmod(0o755)
-        cluster = Cluster(directory)
+        cluster = Cluster(directory, more, rules)
         cluster.start()
         try:
             yield cluster

@@ -281,6 +281,12 @@ CREATE POLICY changed_by_host ON procrastinate_jobs FOR UPDATE TO chainmerge_wor
         OR args -> 'record' ->> 'action' = 'live-merge'
     );
 
+-- The database is the fleet's alone. What all may do in one by default, a host need not.
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+DO $$ BEGIN
+    EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+END $$;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA chainmerge FROM PUBLIC;
 GRANT USAGE ON SCHEMA chainmerge TO chainmerge_worker, chainmerge_operator;
 
