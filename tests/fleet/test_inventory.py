@@ -16,11 +16,15 @@ from chainmerge.documents.fleet_inventory import HostInventory, InventoryPlace, 
 from chainmerge.report.html import BEGINNING
 from chainmerge.report.json import encode
 from tests.support.cli import chainmerge
+from tests.support.disks_domain import target_of
+from tests.support.domain_vm import disk_described, running_domain_with
 from tests.support.fleet import is_merged, wait_until
+from tests.support.libvirtd import libvirtd
 from tests.support.qemu import run as run_tool
 
 if TYPE_CHECKING:
-    from tests.support.fleet import Fleet, Host
+    from tests.support.disks_domain import target_of
+from tests.support.fleet import Fleet, Host
 
 
 def scanned(fleet: Fleet, *hosts: Host) -> dict[str, Any]:
@@ -173,6 +177,56 @@ def test_a_policy_decides(fleet: Fleet, tmp_path: Path) -> None:
     assert ran.status == 2
     assert "did you mean 'least_images'?" in ran.err
     assert fleet.run("plan", "--policy", policy, "--delete").status == 2
+
+
+def test_a_machine_that_runs_merges_what_its_scan_found(
+    fleet: Fleet, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('running = "merge"\n')
+    with libvirtd(tmp_path_factory.mktemp("libvirt")) as uri:
+        host = fleet.host("h1", connect=json.dumps(uri))
+        images = [host.chain(f"disk{number}") for number in range(2)]
+        disks = [disk_described(target_of(number), top) for number, top in enumerate(images)]
+        with running_domain_with(tmp_path / "vm", uri, disks) as vm:
+            scanned(fleet, host)
+            assert planned(fleet)["jobs"] == [], "it runs"
+            plan = planned(fleet, "--policy", policy)
+            (job,) = plan["jobs"]
+            assert (job["action"], job["figures"]["vm"]) == ("live-merge", vm.name)
+            assert sorted(disk["top"] for disk in job["disks"]) == sorted(map(str, images))
+            outcomes = fleet.wait_for_results(fleet.submit(plan))
+            assert list(outcomes.values()) == ["done"]
+            assert "disk0.base" in vm.domain.XMLDesc()
+    assert all(map(is_merged, images))
+
+
+def test_disks_of_a_machine_and_snapshots_that_go(fleet: Fleet, tmp_path: Path) -> None:
+    host = fleet.host("h1", connect='""')
+    disks, long = [host.chain(name) for name in ("vda", "vdb")], longer(host, "long", 5)
+    scanned(fleet, host)
+    # As libvirt would have it of a machine that does not run.
+    ((document,),) = fleet.ask("SELECT document FROM inventory")
+    known = json.loads(document)
+    for chain in known["chains"]:
+        if chain["leaf"] != str(long):
+            chain["domain"] = "vm"
+    with psycopg.connect(fleet.database, options="-c search_path=chainmerge") as connection:
+        connection.execute("UPDATE inventory SET document = %s", (json.dumps(known),))
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[retention]\nkeep_last = 1\n[merging]\ndirection = "commit"\n')
+    thinning = planned(fleet, "--policy", policy)
+    assert [job["action"] for job in thinning["jobs"]] == ["thin-out"]
+    policy.write_text('[leave_alone]\nimages = ["*/long*"]\n')
+    together = planned(fleet, "--policy", policy)
+    assert [len(job["disks"]) for job in together["jobs"]] == [2]
+    jobs = fleet.submit(thinning, together)
+    assert list(fleet.wait_for_results(jobs).values()) == ["done", "done"]
+    assert all(map(is_merged, disks))
+    chain = json.loads(
+        run_tool("qemu-img", "info", "--backing-chain", "--output=json", long).stdout
+    )
+    assert len(chain) == 2, "its last snapshot stays"
 
 
 def test_a_scan_waits_for_no_merge_and_is_queued_once(fleet: Fleet) -> None:
