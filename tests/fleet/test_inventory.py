@@ -23,8 +23,7 @@ from tests.support.libvirtd import libvirtd
 from tests.support.qemu import run as run_tool
 
 if TYPE_CHECKING:
-    from tests.support.disks_domain import target_of
-from tests.support.fleet import Fleet, Host
+    from tests.support.fleet import Fleet, Host
 
 
 def scanned(fleet: Fleet, *hosts: Host) -> dict[str, Any]:
