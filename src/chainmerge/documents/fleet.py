@@ -102,12 +102,21 @@ class FleetKeyStatus(Struct, frozen=True):
 
 
 class FleetStatus(Struct, frozen=True):
-    """What runs in a fleet, what waits, and why."""
+    """What runs in a fleet, what waits, and why.
+
+    Attributes:
+        version: Version of this document.
+        jobs: Those that run, and of each host the first ones that wait.
+        hosts: All of them, with the numbers of all their jobs.
+        keys: Those that are held, or have a limit of their own.
+        jobs_left_out: How many more jobs wait.
+    """
 
     version: int
     jobs: tuple[FleetJobStatus, ...]
     hosts: tuple[FleetHostStatus, ...]
     keys: tuple[FleetKeyStatus, ...]
+    jobs_left_out: int = 0
 
 
 class FleetJobResult(Struct, frozen=True):

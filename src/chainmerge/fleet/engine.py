@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue: seven functions, and the only module that knows which engine keeps it.
+"""The queue: a few functions, and the only module that knows which engine keeps it.
 
 A job is a row on the queue of its host, and its record is JSON that the engine does not read.
 Functions with a ``connection`` are part of the caller's transaction.
@@ -104,18 +104,49 @@ def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
 
 def jobs(connection: Connection[Any], job: int | None = None) -> Iterator[QueuedJob]:
     """Return all jobs that are not forgotten, or the one of a number, in the order of numbers."""
-    filters = dict.fromkeys(
-        ("queue_name", "task_name", "status", "lock", "queueing_lock", "worker_id")
+    yield from _selected(connection, numbers=None if job is None else [job])
+
+
+def jobs_numbered(connection: Connection[Any], numbers: Sequence[int]) -> Iterator[QueuedJob]:
+    """Return those of some jobs that are not forgotten."""
+    yield from _selected(connection, numbers=numbers)
+
+
+def jobs_labelled(connection: Connection[Any], labels: Sequence[str]) -> Iterator[QueuedJob]:
+    """Return the jobs with some labels, whatever has become of them."""
+    yield from _selected(connection, labels=labels)
+
+
+def open_jobs_of(connection: Connection[Any], host: str) -> frozenset[int]:
+    """Return the numbers of a host's jobs that have not ended."""
+    found = connection.execute(
+        "SELECT id FROM procrastinate_jobs WHERE queue_name = %s AND status IN ('todo', 'doing')",
+        (_queue_of(host),),
     )
-    for row in _asked(connection, "list_jobs", id=job, **filters):
-        yield QueuedJob(
-            id=row["id"],
-            host=row["queue_name"].removeprefix("host."),
-            state=_STATES.get(row["status"], QueueState.FAILED),
-            priority=row["priority"],
-            label=row["queueing_lock"] or "",
-            arguments=row["args"],
-        )
+    return frozenset(number for (number,) in found)
+
+
+def _selected(
+    connection: Connection[Any],
+    *,
+    numbers: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Iterator[QueuedJob]:
+    # By a statement of ours: the engine's own lists all jobs, or those of one of its states.
+    rows = connection.execute(
+        "SELECT id, queue_name, status::text, priority, queueing_lock, args FROM procrastinate_jobs"
+        " WHERE (%(numbers)s::bigint[] IS NULL OR id = ANY (%(numbers)s::bigint[]))"
+        " AND (%(labels)s::text[] IS NULL OR queueing_lock = ANY (%(labels)s::text[]))"
+        " ORDER BY id",
+        {
+            "numbers": None if numbers is None else list(numbers),
+            "labels": None if labels is None else list(labels),
+        },
+    )
+    for number, queue, status, priority, label, arguments in rows:
+        state = _STATES.get(status, QueueState.FAILED)
+        host = queue.removeprefix("host.")
+        yield QueuedJob(number, host, state, priority, label or "", arguments)
 
 
 def cancel(connection: Connection[Any], job: int) -> bool:

@@ -58,7 +58,7 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
         _require_kept_apart(connection, plan)
         # Two that submit the same at the same time would both find nothing.
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-submit'))")
-        known = _known_labels(connection)
+        known = _known_labels(connection, [job.label for job in plan.jobs])
         new = {job.label: job for job in plan.jobs if job.label not in known}
         numbers = engine.submit(connection, [_queued(job, submitted) for job in new.values()])
         for key, most in plan.limits.items():
@@ -92,18 +92,21 @@ def submission() -> Submission:
     return Submission(by=f"{getpass.getuser()}@{socket.gethostname()}"[:200], at=at)
 
 
-def _known_labels(connection: Connection[Any]) -> set[str]:
+def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str]:
     """Of jobs that wait, run or are done. What has ended otherwise may be submitted again."""
-    outcomes = _outcomes(connection)
+    found = list(engine.jobs_labelled(connection, labels))
+    outcomes = _outcomes(connection, [job.id for job in found])
     return {
         job.label
-        for job in engine.jobs(connection)
+        for job in found
         if (outcomes[job.id] in _SUCCESS if job.id in outcomes else job.state in _OPEN)
     }
 
 
-def _outcomes(connection: Connection[Any]) -> dict[int, str]:
-    found = connection.execute("SELECT job, outcome FROM results WHERE NOT superseded")
+def _outcomes(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
+    found = connection.execute(
+        "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)", (list(jobs),)
+    )
     return dict(found.fetchall())
 
 
@@ -188,7 +191,7 @@ def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
 
 def _require_open(connection: Connection[Any], number: int) -> None:
     job = _job(connection, number)
-    outcome = _outcomes(connection).get(number)
+    outcome = _outcomes(connection, [number]).get(number)
     if outcome is not None or job.state not in _OPEN:
         raise NoSuchJob(number, f"it has ended: {outcome or job.state}")
 
@@ -221,7 +224,7 @@ def retry(database: str, jobs: Sequence[int]) -> FleetChange:
 def _retried(database: str, jobs: Sequence[int]) -> bool:
     """Queue jobs again; False, and nothing done, if a worker still has one of them in hand."""
     with transaction(database) as connection:
-        outcomes = _outcomes(connection)
+        outcomes = _outcomes(connection, jobs)
         found = [_job(connection, number) for number in jobs]
         for job in found:
             outcome = outcomes.get(job.id, "" if job.state in _OPEN else job.state)
@@ -276,8 +279,9 @@ def release_fenced(database: str, host: str) -> FleetChange:
 def _end(
     connection: Connection[Any], jobs: Iterable[int], outcome: FleetJobOutcome, message: str
 ) -> None:
-    hosts = {job.id: job.host for job in engine.jobs(connection)}
-    for number in jobs:
+    numbers = list(jobs)
+    hosts = {job.id: job.host for job in engine.jobs_numbered(connection, numbers)}
+    for number in numbers:
         connection.execute(
             "INSERT INTO results (job, host, outcome, message) VALUES (%s, %s, %s, %s)"
             " ON CONFLICT DO NOTHING",
@@ -293,8 +297,9 @@ def forget(database: str, older: timedelta) -> FleetChange:
         old = connection.execute(
             "SELECT job FROM results WHERE NOT superseded AND ended < now() - %s", (older,)
         ).fetchall()
-        open_jobs = {job.id for job in engine.jobs(connection) if job.state in _OPEN}
-        numbers = sorted({job for (job,) in old} - open_jobs)
+        ended = {job for (job,) in old}
+        known = engine.jobs_numbered(connection, sorted(ended))
+        numbers = sorted(ended - {job.id for job in known if job.state in _OPEN})
         engine.forget(connection, numbers)
         connection.execute("DELETE FROM results WHERE job = ANY (%s)", (numbers,))
     done = (f"{counted(len(numbers), 'job')} forgotten",)

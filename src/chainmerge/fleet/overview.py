@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from chainmerge.__about__ import __version__
@@ -25,7 +26,6 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.engine import QueueState
 from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from chainmerge.fleet.engine import QueuedJob
     from chainmerge.fleet.record import JobRecord
 
-_OPEN: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
+MOST_SHOWN: Final = 500
+"""Jobs that have not ended, unless told otherwise."""
 _SILENT: Final = 60.0
 """Seconds after which a host is taken to be down, when it is said what a job waits for."""
 
@@ -68,33 +69,40 @@ class _Keys(Struct, frozen=True):
                 yield f"{key} ({held} of {most})"
 
 
-def status(database: str) -> FleetStatus:
-    """Return what has not ended, the hosts, and the keys that count."""
+def status(database: str, most: int = MOST_SHOWN) -> FleetStatus:
+    """Return what has not ended, the hosts, and the keys that count.
+
+    Of thousands of jobs so many are shown: those that run, and of those that wait the first of each
+    host, in the order in which they go.
+    """
     with transaction(database) as connection:
-        ended = {
-            row[0] for row in connection.execute("SELECT job FROM results WHERE NOT superseded")
-        }
         keys = _keys(connection)
         hosts = _hosts(connection)
         leases = {row[0] for row in connection.execute("SELECT DISTINCT job FROM leases")}
         lines = dict(connection.execute("SELECT job, line FROM progress").fetchall())
         unwanted = {row[0] for row in connection.execute("SELECT job FROM wishes")}
-        waiting = [
-            job for job in engine.jobs(connection) if job.state in _OPEN and job.id not in ended
-        ]
+        found = connection.execute("SELECT * FROM open_jobs(%s)", (most,)).fetchall()
+        shown = list(engine.jobs_numbered(connection, [job for (job,) in found]))
+        counts = connection.execute("SELECT host, running, waiting FROM counted_jobs()").fetchall()
+    by_order = sorted(shown, key=lambda job: (job.host, -job.priority, job.id))
     jobs = tuple(
         _job_status(job, keys, hosts, job.id in leases, job.id in unwanted, lines.get(job.id, ""))
-        for job in sorted(waiting, key=lambda job: (job.host, -job.priority, job.id))
+        for job in by_order
     )
+    counted = {host: (running, waiting) for host, running, waiting in counts}
     return FleetStatus(
-        FLEET_VERSION, jobs, tuple(_counted(host, jobs) for host in hosts.values()), _shown(keys)
+        FLEET_VERSION,
+        jobs,
+        tuple(_counted(host, *counted.get(name, (0, 0))) for name, host in hosts.items()),
+        _shown(keys),
+        # Counted a moment later, when some may have ended.
+        max(0, sum(map(sum, counted.values())) - len(jobs)),
     )
 
 
 def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: int) -> FleetResults:
     """Return what became of jobs, the last one first: of some, with some outcomes, so many."""
     with transaction(database) as connection:
-        records = {job.id: _record(job) for job in engine.jobs(connection)}
         rows = connection.execute(
             "SELECT job, host, outcome, exit_code, error_code, message, ended, report"
             " FROM results WHERE NOT superseded"
@@ -103,6 +111,8 @@ def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: i
             " ORDER BY id DESC LIMIT %(most)s",
             {"jobs": list(jobs), "outcomes": list(outcomes), "most": most},
         ).fetchall()
+        found = engine.jobs_numbered(connection, [row[0] for row in rows])
+        records = {job.id: _record(job) for job in found}
     return FleetResults(
         FLEET_VERSION,
         tuple(
@@ -228,17 +238,8 @@ def _hosts(connection: Connection[Any]) -> dict[str, FleetHostStatus]:
     }
 
 
-def _counted(host: FleetHostStatus, jobs: Sequence[FleetJobStatus]) -> FleetHostStatus:
-    states = Counter(job.state for job in jobs if job.host == host.host)
-    return FleetHostStatus(
-        host.host,
-        host.seen,
-        host.silent_seconds,
-        host.drained,
-        host.version,
-        states[FleetJobState.RUNNING],
-        states[FleetJobState.WAITING],
-    )
+def _counted(host: FleetHostStatus, running: int, waiting: int) -> FleetHostStatus:
+    return msgspec.structs.replace(host, running=running, waiting=waiting)
 
 
 def _moment(time: datetime) -> str:

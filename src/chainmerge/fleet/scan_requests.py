@@ -33,11 +33,8 @@ def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
         for host in hosts:
             if host not in known:
                 raise NoSuchHost(host)
-        waiting = {
-            job.host
-            for job in engine.jobs(connection)
-            if job.state is QueueState.QUEUED and job.label == scan_label(job.host)
-        }
+        scans = engine.jobs_labelled(connection, list(map(scan_label, hosts or known)))
+        waiting = {job.host for job in scans if job.state is QueueState.QUEUED}
         wanted = [host for host in hosts or known if host not in waiting]
         numbers = engine.submit(connection, [_queued(host) for host in wanted])
     done = [f"{counted(len(numbers), 'scan')} submitted"]

@@ -287,6 +287,35 @@ DO $$ BEGIN
     EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
 END $$;
 
+CREATE INDEX IF NOT EXISTS jobs_by_label ON procrastinate_jobs (queueing_lock);
+CREATE INDEX IF NOT EXISTS jobs_not_ended ON procrastinate_jobs (queue_name, priority DESC, id)
+    WHERE status IN ('todo', 'doing');
+
+-- Jobs that have not ended: so many, first those that run, then the first ones of each host.
+CREATE OR REPLACE FUNCTION open_jobs(most integer) RETURNS SETOF bigint
+LANGUAGE sql STABLE AS $$
+    SELECT id FROM (
+        SELECT id, row_number() OVER (PARTITION BY queue_name ORDER BY priority DESC, id) AS place,
+            EXISTS (SELECT FROM leases WHERE job = id) AS runs
+        FROM procrastinate_jobs
+        WHERE status IN ('todo', 'doing')
+            AND NOT EXISTS (SELECT FROM results WHERE job = id AND NOT superseded)
+    ) AS found
+    ORDER BY runs DESC, place, id LIMIT most
+$$;
+
+CREATE OR REPLACE FUNCTION counted_jobs() RETURNS TABLE (host text, running bigint, waiting bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT substr(queue_name, 6), count(*) FILTER (WHERE runs), count(*) FILTER (WHERE NOT runs)
+    FROM (
+        SELECT queue_name, EXISTS (SELECT FROM leases WHERE job = id) AS runs
+        FROM procrastinate_jobs
+        WHERE status IN ('todo', 'doing')
+            AND NOT EXISTS (SELECT FROM results WHERE job = id AND NOT superseded)
+    ) AS found
+    GROUP BY queue_name
+$$;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA chainmerge FROM PUBLIC;
 GRANT USAGE ON SCHEMA chainmerge TO chainmerge_worker, chainmerge_operator;
 

@@ -117,12 +117,7 @@ class Worker:
     def looked(self, connection: Connection[Any], refused: frozenset[int]) -> None:
         """See :class:`chainmerge.fleet.ledger.Listener`."""
         if self._once:
-            open_states = {engine.QueueState.QUEUED, engine.QueueState.CLAIMED}
-            mine = {
-                job.id
-                for job in engine.jobs(connection)
-                if job.host == self._host.name and job.state in open_states
-            }
+            mine = engine.open_jobs_of(connection, self._host.name)
             # What has been refused its keys waits; whatever else is open runs, or has yet to ask.
             if mine <= refused:
                 self._loop.call_soon_threadsafe(self._stopping.set)

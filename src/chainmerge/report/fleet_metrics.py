@@ -63,16 +63,15 @@ def metrics_of_fleet(status: FleetStatus, found: FleetPictures) -> bytes:
 
 
 def _of_jobs(status: FleetStatus, found: FleetPictures) -> Iterator[Metric]:
-    hosts = sorted({job.host for job in status.jobs} | {host.host for host in status.hosts})
-    counts = Counter((job.host, job.state) for job in status.jobs)
-    yield Metric(
-        "fleet_jobs",
-        "Jobs that have not ended.",
-        ("host", "state"),
-        tuple(
-            ((host, state.value), counts[host, state]) for host in hosts for state in FleetJobState
-        ),
-    )
+    counts = [
+        ((host.host, state.value), count)
+        for host in status.hosts
+        for state, count in (
+            (FleetJobState.RUNNING, host.running),
+            (FleetJobState.WAITING, host.waiting),
+        )
+    ]
+    yield Metric("fleet_jobs", "Jobs that have not ended.", ("host", "state"), tuple(counts))
     outcomes = {one.outcome: one.jobs for one in found.outcomes}
     yield Metric(
         "fleet_results",

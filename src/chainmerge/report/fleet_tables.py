@@ -52,9 +52,11 @@ def fleet_report(status: FleetStatus) -> Block:
     states = Counter(job.state for job in status.jobs)
     running = counted(states[FleetJobState.RUNNING], "job")
     hosts = counted(len(status.hosts), "host")
+    waiting = states[FleetJobState.WAITING] + status.jobs_left_out
     return stack(
-        words(f"{running} running, {states[FleetJobState.WAITING]} waiting, {hosts}", layout.TITLE),
+        words(f"{running} running, {waiting} waiting, {hosts}", layout.TITLE),
         *_listing(_JOB_HEADINGS, [_job_row(job) for job in status.jobs]),
+        *_left_out(status.jobs_left_out),
         *hosts_and_keys(status),
     )
 
@@ -65,6 +67,10 @@ def hosts_and_keys(status: FleetStatus) -> tuple[Block, ...]:
         *_listing(_HOST_HEADINGS, [_host_row(host) for host in status.hosts]),
         *_listing(_KEY_HEADINGS, [_key_row(key) for key in status.keys]),
     )
+
+
+def _left_out(jobs: int) -> tuple[Block, ...]:
+    return (words(f"and {counted(jobs, 'job')} more that wait", layout.QUIET),) if jobs else ()
 
 
 def _listing(headings: Sequence[str], rows: Sequence[Sequence[Words]]) -> tuple[Block, ...]:

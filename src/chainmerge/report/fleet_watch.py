@@ -78,7 +78,7 @@ def watch_report(status: FleetStatus, rates: Mapping[int, float]) -> Block:
     """Return what runs, what waits first, the hosts and the keys."""
     running = [job for job in status.jobs if job.state is FleetJobState.RUNNING]
     waiting = [job for job in status.jobs if job.state is FleetJobState.WAITING]
-    rest = len(waiting) - _MOST_WAITING
+    rest = len(waiting) + status.jobs_left_out - _MOST_WAITING
     blocks: list[Block] = [words(watch_line(status, rates), layout.TITLE)]
     if running:
         rows = [_running_row(job, rates.get(job.job)) for job in running]
@@ -93,7 +93,7 @@ def watch_report(status: FleetStatus, rates: Mapping[int, float]) -> Block:
 
 def _counts(status: FleetStatus) -> tuple[int, int]:
     running = sum(job.state is FleetJobState.RUNNING for job in status.jobs)
-    return running, len(status.jobs) - running
+    return running, len(status.jobs) - running + status.jobs_left_out
 
 
 def _bytes_left(status: FleetStatus) -> int:

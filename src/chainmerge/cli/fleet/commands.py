@@ -85,11 +85,18 @@ def worker(*, once: bool, host: HostSettings) -> None:
 
 
 @fleet.command(cls=Command)
+@click.option(
+    "--most",
+    type=click.IntRange(min=0),
+    default=overview.MOST_SHOWN,
+    show_default=True,
+    help="List so many jobs; all are counted.",
+)
 @database_option
 @json_option
-def status(*, database: str, output: Output) -> None:
+def status(*, most: int, database: str, output: Output) -> None:
     """Show what runs, what waits and for what, the hosts and the keys."""
-    output.document(overview.status(database), fleet_report)
+    output.document(overview.status(database, most), fleet_report)
 
 
 @fleet.command(cls=Command)
