@@ -129,21 +129,31 @@ class _Demo:
             self._words("watch", "--until-idle", "--interval", "1"), env=environment()
         )
         try:
-            self._kill_when(victim, int(jobs * _KILLED_AFTER))
+            running = self._killed_when(victim, int(jobs * _KILLED_AFTER))
             watch.wait(_PATIENCE)
         finally:
             watch.kill()
             watch.wait()
+        # Said now, as it would have been in the middle of the table.
+        self._console.print(
+            f"\nThe worker of {victim.name} was killed with {len(running)} jobs in its hands, and "
+            f"started again {_DOWN:.0f} s later: {', '.join(map(str, running)) or 'none'}."
+        )
 
-    def _kill_when(self, victim: Host, ended: int) -> None:
+    def _killed_when(self, victim: Host, ended: int) -> list[int]:
+        """Kill a worker once so many jobs have ended; return those that it had the keys of."""
         end = time.monotonic() + _PATIENCE
         while self._fleet.ask("SELECT count(*) FROM results")[0][0] < ended + len(HOSTS):
             if time.monotonic() > end:
-                return
+                raise TimeoutError(f"{ended} jobs have not ended in time")
             time.sleep(0.2)
         victim.kill()
+        held = self._fleet.ask(
+            "SELECT DISTINCT job FROM leases WHERE host = %s ORDER BY job", victim.name
+        )
         time.sleep(_DOWN)
         victim.start()
+        return [job for (job,) in held]
 
     def _verdict(self, jobs: list[int], tops: list[Path]) -> int:
         outcomes = self._fleet.outcomes()

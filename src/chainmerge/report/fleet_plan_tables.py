@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 
 _SHOWN: Final = 100
 """Jobs that a table has; a file has all."""
-_JOB_HEADINGS: Final = ("host", "vm", "images", "frees", "copies", "free", "top", "storages")
+_JOB_HEADINGS: Final = ("host", "vm", "images", "frees", "copies", "free", "storages", "top")
 _REASON_HEADINGS: Final = ("chains", "why", "such as")
 _HOST_HEADINGS: Final = (
     "host",
     "scanned",
     "chains",
     "longest",
-    "on disk",
-    "merging frees",
-    "stale bitmaps",
+    "frees",
+    "stale",
     "unfinished",
     "refused",
 )
@@ -67,8 +66,8 @@ def _job_row(job: FleetPlanRow) -> list[Words]:
         _size(job.hidden_bytes),
         _size(job.bytes_to_copy),
         _size(job.free_bytes),
-        words(", ".join(job.tops)),
         words(", ".join(job.storages), layout.QUIET),
+        words(", ".join(job.tops)),
     ]
 
 
@@ -106,7 +105,6 @@ def _host_row(host: HostSummary) -> list[Words]:
         scanned,
         layout.number(host.chains),
         layout.number(host.longest),
-        _size(host.occupied_bytes),
         _size(host.freed_bytes),
         _size(host.stale_bytes),
         layout.number(host.unfinished),
