@@ -84,7 +84,7 @@ def plan(
     if not tops and domain is None:
         raise click.UsageError("name the images (TOP), or a --domain")
     if domain is not None:
-        jobs = planning.plan_live(domain, tops, options, timing, host)
+        jobs = planning.plan_live_job(domain, tops, options, timing, host)
     elif together:
         jobs = planning.plan_together(tops, options, timing, host)
     else:
