@@ -94,13 +94,14 @@ class _Demo:
         while len(self._fleet.ask("SELECT FROM hosts")) < len(self._hosts):
             time.sleep(0.2)
         self._show("scan", "--wait")
+        report.parent.mkdir(parents=True, exist_ok=True)
+        self._show("report", "-o", str(report.with_stem(f"{report.stem}-before")))
         plan = self._plan()
         submitted = self._fleet.did("submit", plan)
         self._console.print("\n$ chainmerge fleet submit plan.json", style="bold")
         self._console.print("\n".join(submitted["done"]))
         self._watched(self._hosts[1], len(submitted["jobs"]))
         self._show("scan", "--wait")
-        report.parent.mkdir(parents=True, exist_ok=True)
         self._show("report", "-o", str(report))
         return self._verdict(submitted["jobs"], tops)
 

@@ -24,7 +24,7 @@ def plan_digest_of(plan: MergePlan) -> str:
     """
     fates = [(bitmap.name, bitmap.fate, bitmap.dirty_bytes) for bitmap in plan.bitmaps]
     what = [_images_of(plan), plan.movement, fates, plan.snapshots, _acts_of(plan)]
-    return digest_of(what)
+    return short_digest_of(what)
 
 
 def live_plan_digest_of(plan: MergePlan) -> str:
@@ -33,10 +33,10 @@ def live_plan_digest_of(plan: MergePlan) -> str:
     What its guest writes is left out, too: how much there is to copy, what bitmaps have recorded.
     """
     fates = [(bitmap.name, bitmap.fate) for bitmap in plan.bitmaps]
-    return digest_of([_images_of(plan), fates, plan.snapshots, _acts_of(plan)])
+    return short_digest_of([_images_of(plan), fates, plan.snapshots, _acts_of(plan)])
 
 
-def digest_of(what: object) -> str:
+def short_digest_of(what: object) -> str:
     """Return the same for what is the same as JSON."""
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()[:32]
 

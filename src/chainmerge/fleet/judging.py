@@ -15,7 +15,7 @@ from chainmerge.fleet.chain_state import (
 )
 from chainmerge.fleet.outcome import JobEnding, ending_of, last_event
 from chainmerge.fleet.places import base_id_of, require_allowed
-from chainmerge.fleet.planned import plan_in, work_of
+from chainmerge.fleet.planned import plan_printed_for, work_of
 from chainmerge.fleet.record import Action, RecordUnusable
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def why_not(
         was_run: Whether a child has been started for it here before.
     """
     try:
-        plan = plan_in(record, printed.text)
+        plan = plan_printed_for(record, printed.text)
     except msgspec.DecodeError:
         return _without_plan(printed, was_run=was_run)
     work = work_of(plan, record.action, [disk.base for disk in record.disks])

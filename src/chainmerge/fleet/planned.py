@@ -14,10 +14,10 @@ from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.documents.repair import RepairReport
 from chainmerge.documents.retention import ThinOutPlan
 from chainmerge.fleet.digest import (
-    digest_of,
     images_of_chain,
     live_plan_digest_of,
     plan_digest_of,
+    short_digest_of,
 )
 from chainmerge.fleet.record import Action
 
@@ -47,7 +47,7 @@ class PlannedWork(Struct, frozen=True):
     chains: tuple[tuple[str, ...], ...] = ()
 
 
-def plan_in(record: JobRecord, printed: bytes) -> JobPlan:
+def plan_printed_for(record: JobRecord, printed: bytes) -> JobPlan:
     """Read the plan that a child has printed for a job; raises msgspec.DecodeError."""
     kind: Any = {
         Action.MERGE: MergePlan,
@@ -87,16 +87,16 @@ def work_of(plan: JobPlan, action: Action, bases: Sequence[str]) -> PlannedWork:
             chain = (*(one.image for one in plan.snapshots), plan.leaf)
             return msgspec.structs.replace(found, bases=found.bases[:1], chains=(chain,))
         case BitmapListing():
-            digest = digest_of([plan.rows, plan.verdicts])
+            digest = short_digest_of([plan.rows, plan.verdicts])
             return PlannedWork(digest, True, tuple(bases), tuple(bases))  # noqa: FBT003
         case RepairReport():
-            digest = digest_of([plan.findings, plan.actions])
+            digest = short_digest_of([plan.findings, plan.actions])
             return PlannedWork(digest, bool(plan.actions), tuple(bases), tuple(bases))
 
 
 def _together(plans: Sequence[MergePlan], what: object) -> PlannedWork:
     return PlannedWork(
-        digest_of(what),
+        short_digest_of(what),
         bool(plans) and all(plan.progress is Progress.NEW for plan in plans),
         tuple(plan.base for plan in plans),
         tuple(path for plan in plans for path in _changed_by(plan)),

@@ -23,7 +23,7 @@ from chainmerge.fleet.record import (
     PlannedJob,
     RecordUnusable,
 )
-from chainmerge.fleet.words import access_of, live_options_of, merge_options_of, retention_of
+from chainmerge.fleet.words import job_access, live_options_of, merge_options_of, retention_of
 from chainmerge.records.request import lasting_name
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def plan_together(
     return _plan(_cold(tops, options, timing, host))
 
 
-def plan_live(
+def plan_live_job(
     domain: str,
     tops: Sequence[str],
     options: JobOptions,
@@ -113,7 +113,7 @@ def plan_live(
         raise FleetPlanUnusable(domain, "no domain of this name runs here")
     (found,) = named
     disks = _disks_of(found, tops)
-    how, access = live_options_of(options), access_of(options, host)
+    how, access = live_options_of(options), job_access(options, host)
     machine = live.Domain(domain, host.fleet.connect)
     plan: JobPlan
     with machine:
@@ -150,7 +150,7 @@ def _disks_of(domain: RunningDomain, tops: Sequence[str]) -> list[_Images]:
 def _cold(
     tops: Sequence[str], options: JobOptions, timing: JobTiming, host: HostSettings
 ) -> PlannedJob:
-    access, how = access_of(options, host), merge_options_of(options)
+    access, how = job_access(options, host), merge_options_of(options)
     if len(tops) == 1:
         plan = api.plan(tops[0], None, access, how)
         disks = [_Images(plan.top, plan.base)]
@@ -163,7 +163,7 @@ def _cold(
 def _alone(
     action: Action, top: str, options: JobOptions, timing: JobTiming, host: HostSettings
 ) -> PlannedJob:
-    access, name = access_of(options, host), lasting_name(top)
+    access, name = job_access(options, host), lasting_name(top)
     plan: JobPlan
     match action:
         case Action.THIN_OUT:

@@ -15,7 +15,7 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.live.libvirt.domains import running_domains
 
 
-def main(uri: str) -> int:
+def print_domains_here(uri: str) -> int:
     """Print the UUIDs and names of the domains that run here; nothing where nobody tells."""
     try:
         found = {one.uuid: one.name for one in running_domains(uri)} if uri else {}
@@ -27,4 +27,4 @@ def main(uri: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(print_domains_here(sys.argv[1]))

@@ -56,7 +56,7 @@ def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
         return [
             *command,
             "--json",
-            *words_of(access_of(record.options, host)),
+            *words_of(job_access(record.options, host)),
             *_images(record, []),
         ]
     bases = [disk.base for disk in record.disks] if record.action in _WITH_BASES else []
@@ -68,7 +68,7 @@ def look_words(host: HostSettings) -> list[str]:
     return ["fleet", "look", "--store", "--json", "--quiet", "--config", host.file]
 
 
-def access_of(options: JobOptions, host: HostSettings) -> Access:
+def job_access(options: JobOptions, host: HostSettings) -> Access:
     """How the images of a job may be reached on a host."""
     asked = {name: value for name, value in options.given().items() if name in _ACCESS_OPTIONS}
     return Access(**asked, lock_command=host.fleet.lock_command or None)
@@ -95,7 +95,7 @@ def _named_in(options: JobOptions, kind: type[LiveOptions | MergeOptions]) -> di
 
 
 def _options(record: JobRecord, host: HostSettings) -> list[str]:
-    options, access = record.options, words_of(access_of(record.options, host))
+    options, access = record.options, words_of(job_access(record.options, host))
     match record.action:
         case Action.LIVE_MERGE:
             return [*_domain(record, host), *words_of(live_options_of(options)), *access]

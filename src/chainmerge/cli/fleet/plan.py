@@ -126,7 +126,7 @@ def _of_host(
         raise click.UsageError("--together and --domain are for merges")
     host = host_in(config)
     if domain is not None:
-        return planning.plan_live(domain, tops, options, timing, host)
+        return planning.plan_live_job(domain, tops, options, timing, host)
     if together:
         return planning.plan_together(tops, options, timing, host)
     return planning.plan_actions(action, tops, options, timing, host)
