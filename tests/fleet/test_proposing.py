@@ -100,6 +100,13 @@ def test_what_cannot_be_merged_is_left_out(fields: dict[str, Any], code: str) ->
     assert [(one.leaf, one.code) for one in plan.left_out] == [("/images/a", code)]
 
 
+def test_a_host_that_was_released_gets_no_jobs_but_its_word_still_counts() -> None:
+    hosts = [host(name, chain(name, places=("vg",)), places=(GROUP,)) for name in ("h1", "h2")]
+    stored = StoredInventory(tuple(hosts), (), ("h2",))
+    plan = propose(stored, FleetPolicy(), JobOptions(), 0, NOW)
+    assert [one.code for one in plan.left_out] == ["shared-volume-group", "host-released"]
+
+
 def test_what_another_host_has_open_is_nobodys_to_merge() -> None:
     plan = proposed(host("h1", chain("a")), host("h2", chain("a", in_use=True)))
     assert leaves(plan) == []

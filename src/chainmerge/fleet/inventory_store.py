@@ -41,10 +41,12 @@ class StoredInventory(Struct, frozen=True):
     Attributes:
         hosts: By name.
         never_scanned: Hosts of which nothing is there, or nothing that can be read.
+        released: Hosts that were given up, and that no worker has come from since.
     """
 
     hosts: tuple[HostInventory, ...]
     never_scanned: tuple[str, ...]
+    released: tuple[str, ...] = ()
 
 
 def store(database: str, found: HostInventory) -> None:
@@ -99,7 +101,8 @@ def inventory_in(connection: Connection[Any]) -> StoredInventory:
     hosts = tuple(one for _, one in read if one is not None)
     known = {one.host for one in hosts}
     never = tuple(host for host in host_names(connection) if host not in known)
-    return StoredInventory(hosts, never)
+    gone = connection.execute("SELECT host FROM hosts WHERE machine_id = '' ORDER BY host")
+    return StoredInventory(hosts, never, tuple(host for (host,) in gone))
 
 
 def _read(host: str, document: str) -> HostInventory | None:

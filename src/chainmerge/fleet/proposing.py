@@ -95,7 +95,9 @@ def propose(
         FleetPlanUnusable: a job would ask for what jobs may not.
     """
     left_out: list[LeftOut] = []
-    elsewhere = _Elsewhere(refused_groups(stored.hosts), _open_images(stored))
+    elsewhere = _Elsewhere(
+        refused_groups(stored.hosts), _open_images(stored), frozenset(stored.released)
+    )
     candidates = []
     for host in stored.hosts:
         for chain in host.chains:
@@ -127,10 +129,12 @@ class _Elsewhere(Struct, frozen=True):
     Attributes:
         refused_groups: By host and name, volume groups in which nothing is merged, and why.
         open_images: By what an image is known by on all hosts, the host that has its leaf open.
+        released: Hosts that were given up. What they report still tells who shares what.
     """
 
     refused_groups: Mapping[tuple[str, str], str]
     open_images: Mapping[str, str]
+    released: frozenset[str]
 
 
 def _open_images(stored: StoredInventory) -> dict[str, str]:
@@ -183,6 +187,8 @@ def _obstacles(
     """Why no job is planned for a chain: a code and a sentence each."""
     host, chain = candidate.host, candidate.chain
     yield from _left_alone(candidate, policy)
+    if host.host in elsewhere.released:
+        yield "host-released", f"{host.host} was released, and no worker has come from there since"
     if chain.freed_bytes is None:
         yield "unreadable", chain.problem or "it cannot be read"
     if chain.base is None:
