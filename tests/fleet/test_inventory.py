@@ -307,6 +307,18 @@ def test_volumes_that_hosts_share_without_locks_are_not_even_submitted(
     assert len(fleet.did("submit", plan)["jobs"]) == 1
 
 
+def test_a_fleet_without_an_inventory_is_brought_up_to_date(fleet: Fleet) -> None:
+    fleet.execute(
+        "DROP TABLE inventory, inventory_points;"
+        "UPDATE installed SET version = '1' WHERE component = 'fleet'"
+    )
+    ran = fleet.run("inventory")
+    assert ran.status == 3
+    assert "fleet init" in ran.err
+    fleet.set_up()
+    assert fleet.did("inventory")["hosts"] == []
+
+
 def test_hostile_scans_are_rejected(fleet: Fleet) -> None:
     host = fleet.host("h1", connect='""')
     assert host.start("--once").wait(60) == 0
