@@ -16,7 +16,7 @@ from chainmerge.fleet.windows import is_open
 from tests.support.damage import leak_clusters
 from tests.support.disks_domain import target_of
 from tests.support.domain_vm import disk_described, running_domain_with
-from tests.support.fleet import is_merged, wait_until
+from tests.support.fleet import are_merged, is_merged, wait_until
 from tests.support.libvirtd import libvirtd
 from tests.support.qemu import bitmap_names, check
 from tests.support.qemu import run as run_tool
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.support.fleet import Fleet, Host
 
 STALE: Final = "before"
+SECONDS_LEFT: Final = 25
+"""Of a window, when a worker starts: it has to begin within them, and to stop at their end."""
 
 
 def overlay_on(image: Path, top: Path) -> Path:
@@ -65,7 +67,7 @@ def test_every_action_is_done_as_planned(fleet: Fleet) -> None:
     jobs = fleet.submit(*plans.values())
     assert host.start("--once").wait(120) == 0
     assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
-    assert all(is_merged(host.images / f"{name}.top") for name in ("left", "right"))
+    assert are_merged([host.images / f"{name}.top" for name in ("left", "right")])
     left = sorted(path.name for path in host.images.glob("thin.*"))
     assert left == ["thin.leaf"], "the leaf took in what was below it, by its name"
     assert STALE not in bitmap_names(host.images / "pruned.base")
@@ -208,17 +210,40 @@ def test_jobs_keep_to_their_windows(fleet: Fleet) -> None:
     assert waits["job"] == waiting
     assert waits["waits_for"] == [f"its window {outside}, by the clock of h1"]
 
-    # Faked time would be another clock than that of the worker's host: the window ends in this
-    # minute or the next.
-    short = f"{clock(-60)}-{clock(1)}"
+    # In a zone of its own, the host's clock shows that a minute ends in so many seconds.
+    start = int(time.time())
+    shift = 60 - SECONDS_LEFT - start % 60
+    # POSIX counts from the clock to UTC.
+    zone_of_host = f"CLK{'-' if shift > 0 else '+'}0:0:{abs(shift)}"
+    end = time.strftime("%H:%M", time.gmtime(start + shift + SECONDS_LEFT))
+    short = f"{time.strftime('%H:%M', time.gmtime(start + shift - 3600))}-{end}"
     plan = host.planned(*slow, "--window", short, "--window-end", "stop", host.chain("long", 40))
     (stopped,) = fleet.submit(plan)
-    host.start()
+    fleet.did("cancel", str(waiting))
+    host.start(TZ=zone_of_host)
     wait_until(host.children, "a merge that runs in its window")
-    wait_until(lambda: not host.children(), "its end, with the window", 70)
+    wait_until(lambda: not host.children(), "its end, with the window", SECONDS_LEFT)
     wait_until(lambda: not fleet.running(), "free keys")
     assert stopped not in fleet.outcomes()
     assert not is_merged(host.images / "long.top")
+
+
+def test_a_job_whose_files_cannot_be_written_fails(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    top = host.chain("a")
+    (job,) = fleet.submit(host.planned(top))
+    ((label,),) = fleet.ask("SELECT queueing_lock FROM procrastinate_jobs")
+    obstacle = host.state / f"{job}-{label[:8]}.jsonl"
+    obstacle.mkdir(parents=True)
+    assert host.start("--once").wait(60) == 0
+    (failed,) = fleet.did("results")["results"]
+    assert failed["outcome"] == "failed"
+    assert str(obstacle) in failed["message"]
+    assert fleet.running() == []
+    obstacle.rmdir()
+    fleet.did("retry", str(job))
+    assert host.start("--once").wait(60) == 0
+    assert fleet.outcomes() == {job: "done"}
 
 
 def test_a_job_follows_its_domain(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -255,4 +280,4 @@ def test_a_job_follows_its_domain(fleet: Fleet, tmp_path_factory: pytest.TempPat
     assert done["host"] == "h2"
     assert fleet.running() == []
     assert fleet.ask("SELECT FROM sought") == []
-    assert all(map(is_merged, tops))
+    assert are_merged(tops)
