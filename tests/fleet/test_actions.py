@@ -43,67 +43,87 @@ def chain_with_stale_bitmap(host: Host, name: str) -> Path:
     return top
 
 
+def images_for_each_action(host: Host) -> None:
+    for name in ("left", "right"):
+        host.chain(name)
+    overlay_on(host.chain("thin"), host.images / "thin.leaf")
+    leak_clusters(host.chain("leaking"), 3)
+    chain_with_stale_bitmap(host, "pruned")
+
+
 def planned_of_each_action(host: Host) -> dict[str, dict[str, Any]]:
     """A plan of each action that needs no virtual machine, by its name."""
-    tops = [host.chain(name) for name in ("left", "right")]
-    leaf = overlay_on(host.chain("thin"), host.images / "thin.leaf")
-    leaking = host.chain("leaking")
-    leak_clusters(leaking, 3)
-    pruned = chain_with_stale_bitmap(host, "pruned")
+    images = host.images
+    thin_out = ("--action", "thin-out", "--keep-last", "0", images / "thin.leaf")
     return {
-        "merge": host.planned("--together", *tops),
-        "thin-out": host.planned("--action", "thin-out", "--keep-last", "0", leaf),
-        "prune": host.planned("--action", "prune", pruned),
-        "repair": host.planned("--action", "repair", leaking),
+        "merge": host.planned("--together", images / "left.top", images / "right.top"),
+        "thin-out": host.planned(*thin_out),
+        "prune": host.planned("--action", "prune", images / "pruned.top"),
+        "repair": host.planned("--action", "repair", images / "leaking.top"),
     }
 
 
-def test_every_action_is_done_as_planned(fleet: Fleet) -> None:
+def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     host = fleet.host("h1")
+    images_for_each_action(host)
+    outdated = planned_of_each_action(host)
+    host.write(host.images / "right.top")
+    host.write(host.images / "thin.top")
+    run_tool("qemu-img", "bitmap", "--add", str(host.images / "pruned.base"), "another")
+    leak_clusters(host.images / "leaking.top", 2)
+    jobs = fleet.submit(*outdated.values())
+    assert host.start("--once").wait(120) == 0
+    assert fleet.outcomes() == dict.fromkeys(jobs, "plan-changed")
+    assert not is_merged(host.images / "left.top")
+    assert set(bitmap_names(host.images / "pruned.base")) == {STALE, "another"}
+    assert (host.images / "thin.base").exists()
+
     plans = planned_of_each_action(host)
     (together,) = plans["merge"]["jobs"]
     assert len(together["disks"]) == 2
     assert len([key for key in together["keys"] if key.startswith("image/")]) == 2
+    fleet.did("forget", "--older", "0")
     jobs = fleet.submit(*plans.values())
     assert host.start("--once").wait(120) == 0
     assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
     assert are_merged([host.images / f"{name}.top" for name in ("left", "right")])
     left = sorted(path.name for path in host.images.glob("thin.*"))
     assert left == ["thin.leaf"], "the leaf took in what was below it, by its name"
-    assert STALE not in bitmap_names(host.images / "pruned.base")
+    assert bitmap_names(host.images / "pruned.base") == {}
     check(host.images / "leaking.top")
     assert fleet.running() == []
+
     # As after a database that comes from a backup: what was done is found done.
-    again = [plans["merge"], plans["repair"]]
     fleet.did("forget", "--older", "0")
-    later = fleet.submit(*again)
+    later = fleet.submit(plans["merge"], plans["repair"])
     assert host.start("--once").wait(60) == 0
     assert fleet.outcomes() == dict.fromkeys(later, "already")
 
 
-def test_no_action_is_done_that_has_changed_since(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    plans = planned_of_each_action(host)
-    host.write(host.images / "right.top")
-    host.write(host.images / "thin.top")
-    run_tool("qemu-img", "bitmap", "--add", str(host.images / "pruned.base"), "another")
-    leak_clusters(host.images / "leaking.top", 2)
-    jobs = fleet.submit(*plans.values())
-    assert host.start("--once").wait(120) == 0
-    outcomes = list(fleet.wait_for_results(jobs).values())
-    assert set(outcomes) == {"plan-changed"}, outcomes
-    assert not is_merged(host.images / "left.top")
-    assert set(bitmap_names(host.images / "pruned.base")) == {STALE, "another"}
-    assert (host.images / "thin.base").exists()
+def record_of(action: str, *names: str, **options: Any) -> dict[str, Any]:
+    """A record that is in order."""
+    disks = [{"top": f"/i/{name}.top", "base": f"/i/{name}.base"} for name in names]
+    if action == "repair":
+        disks = [{"top": f"/i/{name}.top", "base": f"/i/{name}.top"} for name in names]
+    return {
+        "v": 1,
+        "host": "h1",
+        "machine_id": "0" * 32,
+        "action": action,
+        "options": options,
+        "keys": ["host/h1", "image/1"],
+        "plan_digest": "0" * 32,
+        "priority": 0,
+        "submitted": {"by": "me", "at": "now"},
+        "disks": [{**disk, "base_id": "0" * 32} for disk in disks],
+    }
 
 
-def test_an_action_has_its_own_options_and_disks(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    plans = planned_of_each_action(host)
-    merge, thin_out, prune, repair = (
-        {**plans[name]["jobs"][0], "submitted": {"by": "me", "at": "now"}}
-        for name in ("merge", "thin-out", "prune", "repair")
-    )
+def test_an_action_has_its_own_options_and_disks() -> None:
+    merge, prune = record_of("merge", "left", "right", delete=True), record_of("prune", "a")
+    thin_out, repair = record_of("thin-out", "a", keep_last=0), record_of("repair", "a")
+    for record in (merge, thin_out, prune, repair):
+        record_in({"record": record})
     domain = {"name": "web", "uuid": "0" * 8 + "-0000-0000-0000-" + "0" * 12}
     odd: list[dict[str, Any]] = [
         {**prune, "options": {"delete": True}},
@@ -126,6 +146,7 @@ def test_an_action_has_its_own_options_and_disks(fleet: Fleet) -> None:
         {**merge, "window_end": "kill"},
         {**merge, "disks": []},
     ]
+    odd += [{**one, "disks": merge["disks"]} for one in (thin_out, prune, repair)]
     live = copy.deepcopy({**merge, "action": "live-merge", "domain": domain})
     for disk, target in zip(live["disks"], ("vda", "vdb"), strict=True):
         disk["target"] = target
