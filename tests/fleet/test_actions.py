@@ -16,7 +16,7 @@ from chainmerge.fleet.windows import is_open
 from tests.support.damage import leak_clusters
 from tests.support.disks_domain import target_of
 from tests.support.domain_vm import disk_described, running_domain_with
-from tests.support.fleet import is_merged, wait_until
+from tests.support.fleet import are_merged, is_merged, wait_until
 from tests.support.libvirtd import libvirtd
 from tests.support.qemu import bitmap_names, check
 from tests.support.qemu import run as run_tool
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.support.fleet import Fleet, Host
 
 STALE: Final = "before"
+SECONDS_LEFT: Final = 25
+"""Of a window, when a worker starts: it has to begin within them, and to stop at their end."""
 
 
 def overlay_on(image: Path, top: Path) -> Path:
@@ -41,67 +43,87 @@ def chain_with_stale_bitmap(host: Host, name: str) -> Path:
     return top
 
 
+def images_for_each_action(host: Host) -> None:
+    for name in ("left", "right"):
+        host.chain(name)
+    overlay_on(host.chain("thin"), host.images / "thin.leaf")
+    leak_clusters(host.chain("leaking"), 3)
+    chain_with_stale_bitmap(host, "pruned")
+
+
 def planned_of_each_action(host: Host) -> dict[str, dict[str, Any]]:
     """A plan of each action that needs no virtual machine, by its name."""
-    tops = [host.chain(name) for name in ("left", "right")]
-    leaf = overlay_on(host.chain("thin"), host.images / "thin.leaf")
-    leaking = host.chain("leaking")
-    leak_clusters(leaking, 3)
-    pruned = chain_with_stale_bitmap(host, "pruned")
+    images = host.images
+    thin_out = ("--action", "thin-out", "--keep-last", "0", images / "thin.leaf")
     return {
-        "merge": host.planned("--together", *tops),
-        "thin-out": host.planned("--action", "thin-out", "--keep-last", "0", leaf),
-        "prune": host.planned("--action", "prune", pruned),
-        "repair": host.planned("--action", "repair", leaking),
+        "merge": host.planned("--together", images / "left.top", images / "right.top"),
+        "thin-out": host.planned(*thin_out),
+        "prune": host.planned("--action", "prune", images / "pruned.top"),
+        "repair": host.planned("--action", "repair", images / "leaking.top"),
     }
 
 
-def test_every_action_is_done_as_planned(fleet: Fleet) -> None:
+def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     host = fleet.host("h1")
-    plans = planned_of_each_action(host)
-    (together,) = plans["merge"]["jobs"]
-    assert len(together["disks"]) == 2
-    assert len([key for key in together["keys"] if key.startswith("image/")]) == 2
-    jobs = fleet.submit(*plans.values())
-    assert host.start("--once").wait(120) == 0
-    assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
-    assert all(is_merged(host.images / f"{name}.top") for name in ("left", "right"))
-    left = sorted(path.name for path in host.images.glob("thin.*"))
-    assert left == ["thin.leaf"], "the leaf took in what was below it, by its name"
-    assert STALE not in bitmap_names(host.images / "pruned.base")
-    check(host.images / "leaking.top")
-    assert fleet.running() == []
-    # As after a database that comes from a backup: what was done is found done.
-    again = [plans["merge"], plans["repair"]]
-    fleet.did("forget", "--older", "0")
-    later = fleet.submit(*again)
-    assert host.start("--once").wait(60) == 0
-    assert fleet.outcomes() == dict.fromkeys(later, "already")
-
-
-def test_no_action_is_done_that_has_changed_since(fleet: Fleet) -> None:
-    host = fleet.host("h1")
-    plans = planned_of_each_action(host)
+    images_for_each_action(host)
+    outdated = planned_of_each_action(host)
     host.write(host.images / "right.top")
     host.write(host.images / "thin.top")
     run_tool("qemu-img", "bitmap", "--add", str(host.images / "pruned.base"), "another")
     leak_clusters(host.images / "leaking.top", 2)
-    jobs = fleet.submit(*plans.values())
+    jobs = fleet.submit(*outdated.values())
     assert host.start("--once").wait(120) == 0
-    outcomes = list(fleet.wait_for_results(jobs).values())
-    assert set(outcomes) == {"plan-changed"}, outcomes
+    assert fleet.outcomes() == dict.fromkeys(jobs, "plan-changed")
     assert not is_merged(host.images / "left.top")
     assert set(bitmap_names(host.images / "pruned.base")) == {STALE, "another"}
     assert (host.images / "thin.base").exists()
 
-
-def test_an_action_has_its_own_options_and_disks(fleet: Fleet) -> None:
-    host = fleet.host("h1")
     plans = planned_of_each_action(host)
-    merge, thin_out, prune, repair = (
-        {**plans[name]["jobs"][0], "submitted": {"by": "me", "at": "now"}}
-        for name in ("merge", "thin-out", "prune", "repair")
-    )
+    (together,) = plans["merge"]["jobs"]
+    assert len(together["disks"]) == 2
+    assert len([key for key in together["keys"] if key.startswith("image/")]) == 2
+    fleet.did("forget", "--older", "0")
+    jobs = fleet.submit(*plans.values())
+    assert host.start("--once").wait(120) == 0
+    assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
+    assert are_merged([host.images / f"{name}.top" for name in ("left", "right")])
+    left = sorted(path.name for path in host.images.glob("thin.*"))
+    assert left == ["thin.leaf"], "the leaf took in what was below it, by its name"
+    assert bitmap_names(host.images / "pruned.base") == {}
+    check(host.images / "leaking.top")
+    assert fleet.running() == []
+
+    # As after a database that comes from a backup: what was done is found done.
+    fleet.did("forget", "--older", "0")
+    later = fleet.submit(plans["merge"], plans["repair"])
+    assert host.start("--once").wait(60) == 0
+    assert fleet.outcomes() == dict.fromkeys(later, "already")
+
+
+def record_of(action: str, *names: str, **options: Any) -> dict[str, Any]:
+    """A record that is in order."""
+    disks = [{"top": f"/i/{name}.top", "base": f"/i/{name}.base"} for name in names]
+    if action == "repair":
+        disks = [{"top": f"/i/{name}.top", "base": f"/i/{name}.top"} for name in names]
+    return {
+        "v": 1,
+        "host": "h1",
+        "machine_id": "0" * 32,
+        "action": action,
+        "options": options,
+        "keys": ["host/h1", "image/1"],
+        "plan_digest": "0" * 32,
+        "priority": 0,
+        "submitted": {"by": "me", "at": "now"},
+        "disks": [{**disk, "base_id": "0" * 32} for disk in disks],
+    }
+
+
+def test_an_action_has_its_own_options_and_disks() -> None:
+    merge, prune = record_of("merge", "left", "right", delete=True), record_of("prune", "a")
+    thin_out, repair = record_of("thin-out", "a", keep_last=0), record_of("repair", "a")
+    for record in (merge, thin_out, prune, repair):
+        record_in({"record": record})
     domain = {"name": "web", "uuid": "0" * 8 + "-0000-0000-0000-" + "0" * 12}
     odd: list[dict[str, Any]] = [
         {**prune, "options": {"delete": True}},
@@ -124,6 +146,7 @@ def test_an_action_has_its_own_options_and_disks(fleet: Fleet) -> None:
         {**merge, "window_end": "kill"},
         {**merge, "disks": []},
     ]
+    odd += [{**one, "disks": merge["disks"]} for one in (thin_out, prune, repair)]
     live = copy.deepcopy({**merge, "action": "live-merge", "domain": domain})
     for disk, target in zip(live["disks"], ("vda", "vdb"), strict=True):
         disk["target"] = target
@@ -208,17 +231,40 @@ def test_jobs_keep_to_their_windows(fleet: Fleet) -> None:
     assert waits["job"] == waiting
     assert waits["waits_for"] == [f"its window {outside}, by the clock of h1"]
 
-    # Faked time would be another clock than that of the worker's host: the window ends in this
-    # minute or the next.
-    short = f"{clock(-60)}-{clock(1)}"
+    # In a zone of its own, the host's clock shows that a minute ends in so many seconds.
+    start = int(time.time())
+    shift = 60 - SECONDS_LEFT - start % 60
+    # POSIX counts from the clock to UTC.
+    zone_of_host = f"CLK{'-' if shift > 0 else '+'}0:0:{abs(shift)}"
+    end = time.strftime("%H:%M", time.gmtime(start + shift + SECONDS_LEFT))
+    short = f"{time.strftime('%H:%M', time.gmtime(start + shift - 3600))}-{end}"
     plan = host.planned(*slow, "--window", short, "--window-end", "stop", host.chain("long", 40))
     (stopped,) = fleet.submit(plan)
-    host.start()
+    fleet.did("cancel", str(waiting))
+    host.start(TZ=zone_of_host)
     wait_until(host.children, "a merge that runs in its window")
-    wait_until(lambda: not host.children(), "its end, with the window", 70)
+    wait_until(lambda: not host.children(), "its end, with the window", SECONDS_LEFT)
     wait_until(lambda: not fleet.running(), "free keys")
     assert stopped not in fleet.outcomes()
     assert not is_merged(host.images / "long.top")
+
+
+def test_a_job_whose_files_cannot_be_written_fails(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    top = host.chain("a")
+    (job,) = fleet.submit(host.planned(top))
+    ((label,),) = fleet.ask("SELECT queueing_lock FROM procrastinate_jobs")
+    obstacle = host.state / f"{job}-{label[:8]}.jsonl"
+    obstacle.mkdir(parents=True)
+    assert host.start("--once").wait(60) == 0
+    (failed,) = fleet.did("results")["results"]
+    assert failed["outcome"] == "failed"
+    assert str(obstacle) in failed["message"]
+    assert fleet.running() == []
+    obstacle.rmdir()
+    fleet.did("retry", str(job))
+    assert host.start("--once").wait(60) == 0
+    assert fleet.outcomes() == {job: "done"}
 
 
 def test_a_job_follows_its_domain(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -255,4 +301,4 @@ def test_a_job_follows_its_domain(fleet: Fleet, tmp_path_factory: pytest.TempPat
     assert done["host"] == "h2"
     assert fleet.running() == []
     assert fleet.ask("SELECT FROM sought") == []
-    assert all(map(is_merged, tops))
+    assert are_merged(tops)

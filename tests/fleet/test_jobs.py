@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from tests.support.cli import chainmerge
-from tests.support.fleet import is_merged, wait_until
+from tests.support.fleet import are_merged, is_merged, wait_until
 
 if TYPE_CHECKING:
     from tests.support.fleet import Fleet, Host
@@ -75,7 +75,7 @@ def test_submitted_twice_and_done_once_by_priority(fleet: Fleet) -> None:
     assert fleet.outcomes() == dict.fromkeys(jobs, "done")
     order = [job for (job,) in fleet.ask("SELECT job FROM results ORDER BY id")]
     assert order == [jobs[2], jobs[0], jobs[1]]
-    assert all(map(is_merged, tops))
+    assert are_merged(tops)
     assert fleet.did("status")["jobs"] == []
     assert fleet.submit(*plans) == [], "what is done is not done again"
     assert not list(host.state.glob("*.jsonl"))

@@ -234,3 +234,47 @@ def test_what_a_stolen_login_of_a_host_can_do(tls_fleet: FleetByTls) -> None:
         assert tls_fleet.outcomes() == {mine: "done"}
     assert second.start("--once").wait(60) == 0
     assert tls_fleet.outcomes() == {mine: "done", theirs: "done"}
+
+
+def test_what_follows_a_domain_is_on_one_queue_and_only_its_host_hands_it_on(
+    tls_fleet: FleetByTls,
+) -> None:
+    for name in ("h1", "h2"):
+        assert tls_fleet.host(name).start("--once").wait(60) == 0
+    rows = {
+        (queue, action): f"INSERT INTO procrastinate_jobs (queue_name, task_name, args, status)"
+        f" VALUES ('host.{queue}', 'chainmerge.fleet',"
+        f' \'{{"record": {{"action": "{action}", "keys": []}}}}\', \'doing\') RETURNING id'
+        for queue in ("h1", "h2")
+        for action in ("merge", "live-merge")
+    }
+    jobs = {key: tls_fleet.ask(row)[0][0] for key, row in rows.items()}
+    with psycopg.connect(tls_fleet.address_of("host-h1"), autocommit=True) as connection:
+        connection.execute("SET search_path = chainmerge")
+
+        def handed_on(job: int, host: str) -> None:
+            asked(connection, f"SELECT procrastinate_retry_job_v2({job}, now(), 0, '{host}', NULL)")
+
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            handed_on(jobs["h1", "merge"], "host.h2")
+        for action in ("merge", "live-merge"):
+            with pytest.raises(psycopg.errors.RaiseException):
+                handed_on(jobs["h2", action], "host.h1")
+        job = jobs["h1", "live-merge"]
+        handed_on(job, "host.h2")
+        # From then on it is the other one's, whatever its old host says.
+        with pytest.raises(psycopg.errors.RaiseException):
+            handed_on(job, "host.h1")
+        with pytest.raises(psycopg.errors.RaiseException):
+            asked(connection, f"SELECT procrastinate_finish_job_v1({job}, 'succeeded', false)")
+        assert asked(
+            connection, "SELECT id FROM procrastinate_fetch_job_v2('{host.h2}', NULL)"
+        ) == [(None,)]
+        asked(connection, f"SELECT end_job('h1', {job}, 'done', 0, NULL, '', NULL)")
+        candidate = f'[{{"job": {job}, "keys": ["fleet"]}}]'
+        assert asked(connection, f"SELECT take_leases('h1', '{candidate}')") == []
+    assert tls_fleet.ask(
+        "SELECT queue_name, status::text FROM procrastinate_jobs WHERE id = %s", job
+    )
+    assert tls_fleet.ask("SELECT FROM results") == []
+    assert tls_fleet.running() == []

@@ -79,11 +79,11 @@ class Host:
         found: dict[str, Any] = json.loads(ran.out)
         return found
 
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, **more_environment: str) -> subprocess.Popen[bytes]:
         """Start the worker."""
         self.worker = subprocess.Popen(
             [*COMMAND, "fleet", "worker", "--config", str(self.config), *words],
-            env=environment(),
+            env=environment(**more_environment),
             stdin=subprocess.DEVNULL,
             stderr=(self.directory / "worker.err").open("ab"),
         )
@@ -240,9 +240,16 @@ class Fleet:
 
 def is_merged(top: Path) -> bool:
     """Whether base holds all of a chain of :meth:`Host.chain`, and no merge is unfinished."""
-    base = top.with_suffix(".base")
-    ran = chainmerge("status", "--json", base)
-    same = subprocess.run(
-        ["qemu-img", "compare", "-q", "-U", str(top), str(base)], check=False
-    ).returncode
-    return ran.status == 0 and same == 0
+    return are_merged([top])
+
+
+def are_merged(tops: Sequence[Path]) -> bool:
+    """The same of several."""
+    bases = [top.with_suffix(".base") for top in tops]
+    ran = chainmerge("status", "--json", *bases)
+    return ran.status == 0 and all(map(_hold_the_same, tops, bases))
+
+
+def _hold_the_same(one: Path, other: Path) -> bool:
+    words = ["qemu-img", "compare", "-q", "-U", str(one), str(other)]
+    return subprocess.run(words, check=False).returncode == 0

@@ -38,7 +38,9 @@ class JobFiles(Struct, frozen=True):
     def remove(self) -> None:
         """Remove them, once the database has the report."""
         for file in (self.spool, self.lock):
-            file.unlink(missing_ok=True)
+            # Whatever keeps them there, the job has ended.
+            with suppress(OSError):
+                file.unlink()
 
     def exist(self) -> bool:
         """Whether a child has been started for it."""

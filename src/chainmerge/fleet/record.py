@@ -143,7 +143,7 @@ OPTIONS_OF_ACTION: Final[Mapping[Action, frozenset[str]]] = MappingProxyType(
         Action.REPAIR: frozenset({"sole_user"}),
     }
 )
-_OF_ONE_DISK: Final = frozenset({Action.THIN_OUT, Action.REPAIR})
+_OF_ONE_DISK: Final = frozenset({Action.PRUNE, Action.THIN_OUT, Action.REPAIR})
 _OF_PACE: Final = ("bandwidth", "deadline", "on_stall")
 
 

@@ -158,8 +158,9 @@ DECLARE
     held bigint[] := ARRAY(SELECT DISTINCT job FROM leases WHERE host = acting);
 BEGIN
     PERFORM require_login(acting);
-    -- One at a time: two that count at once would both find room for one.
-    PERFORM pg_advisory_xact_lock(hashtext('chainmerge-leases'));
+    -- One at a time: two that count at once would both find room for one. By a lock that logins of
+    -- hosts cannot take otherwise, and hold.
+    PERFORM FROM installed WHERE component = 'fleet' FOR UPDATE;
     SELECT full_keys(array_agg(key)) INTO taken_up
         FROM jsonb_array_elements(candidates) AS each,
             jsonb_array_elements_text(each -> 'keys') AS key;
@@ -296,10 +297,10 @@ CREATE OR REPLACE FUNCTION open_jobs(most integer) RETURNS SETOF bigint
 LANGUAGE sql STABLE AS $$
     SELECT id FROM (
         SELECT id, row_number() OVER (PARTITION BY queue_name ORDER BY priority DESC, id) AS place,
-            EXISTS (SELECT FROM leases WHERE job = id) AS runs
-        FROM procrastinate_jobs
+            EXISTS (SELECT FROM leases WHERE job = one.id) AS runs
+        FROM procrastinate_jobs AS one
         WHERE status IN ('todo', 'doing')
-            AND NOT EXISTS (SELECT FROM results WHERE job = id AND NOT superseded)
+            AND NOT EXISTS (SELECT FROM results WHERE job = one.id AND NOT superseded)
     ) AS found
     ORDER BY runs DESC, place, id LIMIT most
 $$;
@@ -308,10 +309,10 @@ CREATE OR REPLACE FUNCTION counted_jobs() RETURNS TABLE (host text, running bigi
 LANGUAGE sql STABLE AS $$
     SELECT substr(queue_name, 6), count(*) FILTER (WHERE runs), count(*) FILTER (WHERE NOT runs)
     FROM (
-        SELECT queue_name, EXISTS (SELECT FROM leases WHERE job = id) AS runs
-        FROM procrastinate_jobs
+        SELECT queue_name, EXISTS (SELECT FROM leases WHERE job = one.id) AS runs
+        FROM procrastinate_jobs AS one
         WHERE status IN ('todo', 'doing')
-            AND NOT EXISTS (SELECT FROM results WHERE job = id AND NOT superseded)
+            AND NOT EXISTS (SELECT FROM results WHERE job = one.id AND NOT superseded)
     ) AS found
     GROUP BY queue_name
 $$;

@@ -191,7 +191,11 @@ class Worker:
         one = JobInHand(job, record, self._host)
         self._in_hand[job] = one
         self._ledger.add(one)
-        ending = await self._carried_out(one)
+        try:
+            ending = await self._carried_out(one)
+        except OSError as error:
+            # No child runs then: none could be started, or its files cannot be written.
+            ending = JobEnding(FleetJobOutcome.FAILED, message=str(error))
         # What has ended in the database before has its result.
         await self._told(job, None if ending.outcome is FleetJobOutcome.LOST else ending)
         one.files.remove()
