@@ -21,12 +21,14 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-ansible test-browser test-metrics test-docs test-packages \
-	test-vm soak fuzz fuzz-guided bench lint format schema screenshots docs man completions dist lock \
-	clean
+.PHONY: help setup demo demo-fleet quick test test-ansible test-browser test-metrics test-docs \
+	test-packages test-vm soak fuzz fuzz-guided bench lint format schema screenshots docs man \
+	completions dist lock clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
+	@echo 'make demo-fleet'
+	@echo '             fifty merges on three hosts, one of which is killed meanwhile'
 	@echo 'make quick   the tests of a change: the pure ones, and one of each kind of real one'
 	@echo 'make test    the test suite (PYTEST_ARGS="-k name" for some of it)'
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
@@ -65,6 +67,9 @@ setup:
 demo: setup
 	@$(BIN)/python -m demo $(DEMO_ARGS)
 
+demo-fleet: setup
+	@$(BIN)/python -m demo.fleet $(DEMO_ARGS)
+
 quick: setup
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $$(sed 's/#.*//' tests/quick.txt) \
 		$(PYTEST_ARGS)
@@ -85,6 +90,7 @@ test-metrics:
 test-docs: docs man
 	@scripts/setup mandoc:mandoc man:man-db
 	@$(BIN)/python -m pytest tests/site $(PYTEST_ARGS)
+
 # Nor Ansible, of which one role is an example.
 test-ansible:
 	@scripts/setup ansible-playbook:ansible-core

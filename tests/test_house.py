@@ -35,8 +35,8 @@ MOST_LINES_OF_A_FUNCTION: Final = 60
 
 LONG_FUNCTIONS: Final[set[str]] = set()
 LONG_TEST_FILES: Final = {"lifecycle/life.py"}
-UNTESTED_PACKAGES: Final = {"live/libvirt", "live/qmp"}
-"""Packages whose tests lie in the directory above."""
+UNTESTED_PACKAGES: Final = {"cli/fleet", "live/libvirt", "live/qmp"}
+"""Packages whose tests lie in the directory above, those of `cli/fleet` in `fleet`."""
 
 SHARED_NAMES: Final = {
     # A command of the program has the name of the function that it calls.
@@ -58,8 +58,15 @@ SHARED_NAMES: Final = {
     "plan_disks": {"live/__init__.py", "live/disks.py", "merging/disks.py"},
     "merge_all_disks": {"live/__init__.py", "live/whole_vm.py"},
     "plan_all_disks": {"live/__init__.py", "live/whole_vm.py"},
-    "cancel": {"cli/cancel.py", "repairing/cancelling.py"},
+    "cancel": {
+        "cli/cancel.py",
+        "cli/fleet/commands.py",
+        "fleet/engine.py",
+        "fleet/operating.py",
+        "repairing/cancelling.py",
+    },
     "plan": {
+        "cli/fleet/plan.py",
         "cli/live.py",
         "cli/plan.py",
         "live/__init__.py",
@@ -77,16 +84,29 @@ SHARED_NAMES: Final = {
         "live/qmp/repairing.py",
         "repairing/mending.py",
     },
-    "scan": {"cli/scan.py", "inventory/scan.py"},
+    "scan": {"cli/fleet/scan.py", "cli/scan.py", "inventory/scan.py"},
+    "report": {"cli/fleet/report.py", "cli/report.py"},
+    "look": {"cli/fleet/scan.py", "fleet/looking.py"},
     "resume": {"cli/live.py", "live/__init__.py", "live/merging.py"},
     "status": {
+        "cli/fleet/commands.py",
         "cli/live.py",
         "cli/status.py",
+        "fleet/overview.py",
         "live/__init__.py",
         "live/merging.py",
         "records/unfinished.py",
     },
     "thin_out": {"cli/thin_out.py", "inventory/thin_out.py"},
+    # Commands of the fleet have the names of what they do, and that of what the queue does for it.
+    "submit": {"cli/fleet/commands.py", "fleet/engine.py", "fleet/operating.py"},
+    "retry": {"cli/fleet/commands.py", "fleet/engine.py", "fleet/operating.py"},
+    "forget": {"cli/fleet/commands.py", "fleet/engine.py", "fleet/operating.py"},
+    "results": {"cli/fleet/commands.py", "fleet/overview.py"},
+    "pause": {"cli/fleet/commands.py", "fleet/operating.py"},
+    "limit": {"cli/fleet/commands.py", "fleet/operating.py"},
+    "drain": {"cli/fleet/commands.py", "fleet/operating.py"},
+    "undrain": {"cli/fleet/commands.py", "fleet/operating.py"},
     # Variables of types.
     "Function": {"cli/live.py", "cli/options.py", "cli/vm_disks.py"},
     "P": {"cli/live.py", "cli/options.py", "cli/vm_disks.py", "storage/boundary.py"},

@@ -203,7 +203,8 @@ class Group(click.Group):
 class LazyGroup(Group):
     """A group of commands, each imported when it is needed.
 
-    ``commands_in`` names, for each command, the module and the function that it is.
+    ``commands_in`` names, for each command, the module and the function that it is. Those that are
+    added to the group besides are there already.
     """
 
     def __init__(
@@ -213,8 +214,7 @@ class LazyGroup(Group):
         self._commands_in = commands_in
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        del ctx
-        return list(self._commands_in)
+        return [*super().list_commands(ctx), *self._commands_in]
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         from click.shell_completion import CompletionItem  # noqa: PLC0415 (only for a shell)
@@ -226,9 +226,8 @@ class LazyGroup(Group):
         return [*map(CompletionItem, names), *options]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        del ctx
         if cmd_name not in self._commands_in:
-            return None
+            return super().get_command(ctx, cmd_name)
         module, function = self._commands_in[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), function)
         return command

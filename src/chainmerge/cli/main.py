@@ -50,6 +50,7 @@ _COMMANDS: Final = MappingProxyType(
         "check": ("chainmerge.cli.check", "check"),
         "measure": ("chainmerge.cli.measure", "measure"),
         "config": ("chainmerge.cli.config", "config"),
+        "fleet": ("chainmerge.cli.fleet.commands", "fleet"),
         "explain": ("chainmerge.cli.explain", "explain"),
         "completion": ("chainmerge.cli.completion", "completion"),
         "version": ("chainmerge.cli.version", "version"),

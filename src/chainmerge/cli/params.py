@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from chainmerge.arithmetic.durations import seconds_of
-from chainmerge.options import ANY_IMAGE
+from chainmerge.arithmetic.sizes import bytes_of
+from chainmerge.options import ANY_IMAGE, LARGEST
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
-
-_SIZE: Final = re.compile(r"(\d+)([kmgtpe]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
-_SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_LARGEST: Final = 2**63 - 1
 
 
 class Size(click.ParamType[int]):
@@ -30,15 +27,12 @@ class Size(click.ParamType[int]):
     ) -> int:
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(value)
-        if match is None:
+        size = bytes_of(value)
+        if size is None:
             self.fail(
                 f"{value!r} is not a size: write a whole number, or one like 64K or 2G", param, ctx
             )
-        # More digits than that are no size, and slow to convert.
-        number, unit = match.groups()
-        size = int(number[:20]) << _SHIFTS[unit.lower()]
-        if len(number) > 19 or size > _LARGEST:
+        if size > LARGEST:
             self.fail(f"{value!r} is larger than any image can be", param, ctx)
         return size
 

@@ -6,3 +6,4 @@ from __future__ import annotations
 PLAN_VERSION = 1
 REPORT_VERSION = 1
 STATUS_VERSION = 2
+FLEET_VERSION = 1

@@ -198,29 +198,22 @@ def command_of(request: RecordedRequest) -> str | None:
     Of a live merge it is what finishes it while the VM does not run. None if the record has
     what is not known here.
     """
+    arguments = _arguments_of(request)
+    return None if arguments is None else shell_line([*_PROGRAM.get(), *arguments])
+
+
+def _arguments_of(request: RecordedRequest) -> list[str] | None:
+    """What stands behind ``chainmerge`` there; None if the record has what is not known here."""
     access, options = access_of(request), options_of(request)
     if access is None or options is None:
         return None
-    if request.retention:
-        return _thinning_command(request, access, options)
-    words = ["merge", *words_of(options), *words_of(access), *_images(request)]
-    return shell_line([*_PROGRAM.get(), *words])
-
-
-def _thinning_command(
-    request: RecordedRequest, access: Access, options: MergeOptions
-) -> str | None:
+    if not request.retention:
+        return ["merge", *words_of(options), *words_of(access), *_images(request)]
     retention: Retention | None = _filled_in(Retention, request.retention)
     if retention is None:
         return None
-    words = [
-        "thin-out",
-        *words_of(retention),
-        *words_of(options),
-        *words_of(access),
-        *_images(request),
-    ]
-    return shell_line([*_PROGRAM.get(), *words])
+    thinning = words_of(retention)
+    return ["thin-out", *thinning, *words_of(options), *words_of(access), *_images(request)]
 
 
 def resume_command_of(request: RecordedRequest, address: Sequence[str] = ()) -> str:

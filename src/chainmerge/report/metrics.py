@@ -16,7 +16,7 @@ from chainmerge.documents.scan import Severity
 from chainmerge.documents.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from chainmerge.documents.chains import ChainSummary
     from chainmerge.documents.scan import ScanReport
@@ -69,16 +69,26 @@ def metrics_of_scan(report: ScanReport) -> bytes:
 
     Raises ImportError: prometheus-client is not there.
     """
+    return exposed(scan_metrics(report), {"places": ", ".join(report.scope)})
+
+
+def exposed(metrics: Iterable[Metric], labels: Mapping[str, str]) -> bytes:
+    """The text of a file with these metrics, each of which has the labels besides its own.
+
+    Raises ImportError: prometheus-client is not there.
+    """
     # Imported where they are used: the package is optional.
     from prometheus_client import CollectorRegistry, Gauge, generate_latest  # noqa: PLC0415
 
     registry = CollectorRegistry()
-    places = printable(", ".join(report.scope))
-    for metric in scan_metrics(report):
+    shared = [printable(word) for word in labels.values()]
+    for metric in metrics:
         name = f"{_PREFIX}{metric.name}"
-        gauge = Gauge(name, metric.text, ["places", *metric.labels], registry=registry)
+        gauge = Gauge(name, metric.text, [*labels, *metric.labels], registry=registry)
         for words, value in metric.values:
-            gauge.labels(places, *map(printable, words)).set(value)
+            own = [printable(word) for word in words]
+            # Without a label a gauge has one value, and is it itself.
+            (gauge.labels(*shared, *own) if shared or own else gauge).set(value)
     return generate_latest(registry)
 
 

@@ -28,6 +28,13 @@ from chainmerge.documents.chain_pictures import ChainsPictures
 from chainmerge.documents.chains import ChainsReport
 from chainmerge.documents.configuration import ConfigurationCheck, ConfigurationReport
 from chainmerge.documents.disks import DisksPlan, DisksReport
+from chainmerge.documents.fleet import FleetChange, FleetResults, FleetStatus
+from chainmerge.documents.fleet_inventory import (
+    FleetInventory,
+    FleetPictures,
+    HostInventory,
+)
+from chainmerge.documents.fleet_policy import FleetPolicy
 from chainmerge.documents.images import BackingReport, ChainReport, CheckResult, RelinkReport
 from chainmerge.documents.log import LogLine
 from chainmerge.documents.merge import Measurement, MergeReport
@@ -37,7 +44,12 @@ from chainmerge.documents.repair import CancelReport, RepairReport, UndoReport, 
 from chainmerge.documents.retention import ThinOutPlan, ThinOutReport
 from chainmerge.documents.scan import ScanReport
 from chainmerge.documents.status import LiveStatusReport, StatusReport
-from chainmerge.documents.versions import PLAN_VERSION, REPORT_VERSION, STATUS_VERSION
+from chainmerge.documents.versions import (
+    FLEET_VERSION,
+    PLAN_VERSION,
+    REPORT_VERSION,
+    STATUS_VERSION,
+)
 from chainmerge.report.json import ErrorReport
 
 if TYPE_CHECKING:
@@ -75,6 +87,13 @@ DOCUMENTS: Final[Mapping[str, type]] = MappingProxyType(
         f"log-{REPORT_VERSION}": LogLine,
         f"config-show-{REPORT_VERSION}": ConfigurationReport,
         f"config-check-{REPORT_VERSION}": ConfigurationCheck,
+        f"fleet-status-{FLEET_VERSION}": FleetStatus,
+        f"fleet-results-{FLEET_VERSION}": FleetResults,
+        f"fleet-change-{FLEET_VERSION}": FleetChange,
+        f"fleet-inventory-{FLEET_VERSION}": FleetInventory,
+        f"fleet-look-{FLEET_VERSION}": HostInventory,
+        f"fleet-report-{FLEET_VERSION}": FleetPictures,
+        f"fleet-policy-{FLEET_VERSION}": FleetPolicy,
         f"error-{REPORT_VERSION}": ErrorReport,
     }
 )
@@ -93,6 +112,7 @@ _EVENTS: Final[Mapping[type, str]] = MappingProxyType(
         ScanReport: "report",
         ThinOutReport: "report",
         ChainsPictures: "report",
+        HostInventory: "report",
         ErrorReport: "error",
     }
 )

@@ -149,6 +149,17 @@ class VolumeSharing(Struct, frozen=True):
     exclusive: bool
 
 
+class GroupSharing(Struct, frozen=True):
+    """A volume group: its UUID without dashes, its free bytes, and what keeps hosts apart.
+
+    ``locking`` is that of :class:`VolumeSharing`.
+    """
+
+    uuid: str
+    free: int
+    locking: str
+
+
 class VolumeUuids(Struct, frozen=True):
     """What no two logical volumes have in common: their UUIDs, without dashes."""
 
@@ -273,6 +284,23 @@ def sharing_of(image: str, device: DeviceMapperName) -> VolumeSharing:
         is_told=is_told,
         exclusive=is_told and found.get("lv_active_exclusively") in ("active exclusively", "1"),
     )
+
+
+def group_sharing(group: str) -> GroupSharing | None:
+    """What LVM reports of a volume group; None if there is none of this name with a volume.
+
+    Raises:
+        LvmMissing, LvmFailed: there is no report.
+    """
+    for row in rows_told(group, "lvs", *OF_ANY_HOST, "-o", "lv_name,vg_all"):
+        if row.get("vg_name") == group:
+            try:
+                uuid, free = row["vg_uuid"].replace("-", ""), int(row["vg_free"])
+            except (KeyError, ValueError) as error:
+                reason = f"its report cannot be read: {error!r}"
+                raise LvmFailed(group, "lvm lvs", 0, reason) from error
+            return GroupSharing(uuid, free, _locking_in(row))
+    return None
 
 
 def _lv_uuid_in(row: dict[str, str]) -> str:

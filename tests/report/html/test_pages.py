@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from chainmerge.documents.trends import TrendPoint
+from chainmerge.report.html.fleet_pages import html_of_fleet, html_of_fleet_plan
 from chainmerge.report.html.pages import DiskChange, html_of_chains, html_of_merge, html_of_plans
 from chainmerge.report.layout import words
+from tests.support.fleet_inventories import fleet_pictures, fleet_plan
 from tests.support.pictures import chain_pictures, chains_pictures
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ PAGES: Final[dict[str, Callable[[str], str]]] = {
     "merge": lambda name: html_of_merge(
         [DiskChange(chain_pictures(name), f"not drawn: {name}")], words(name), 0
     ),
+    "fleet": lambda name: html_of_fleet(fleet_pictures(name)),
+    "fleet plan": lambda name: html_of_fleet_plan(fleet_plan(name)),
 }
 EVIL: Final = (
     "</script><script>alert(1)</script>",

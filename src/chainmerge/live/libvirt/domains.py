@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from chainmerge.documents.scan import DefinedDisk
 from chainmerge.live.errors import LibvirtMissing, VmUnreachable
@@ -14,6 +17,20 @@ from chainmerge.live.libvirt.description import disks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class RunningDomain(Struct, frozen=True):
+    """A domain that runs here, and not only until it has been migrated from elsewhere.
+
+    Attributes:
+        name: What it is called.
+        uuid: What tells it from all others.
+        disks: By the target of each disk, the paths of its images, the active one first.
+    """
+
+    name: str
+    uuid: str
+    disks: Mapping[str, tuple[str, ...]]
 
 
 def domain_disks(uri: str = DEFAULT_URI) -> tuple[DefinedDisk, ...]:
@@ -28,6 +45,27 @@ def domain_disks(uri: str = DEFAULT_URI) -> tuple[DefinedDisk, ...]:
         LibvirtMissing: the Python package is not there.
         VmUnreachable: libvirt does not answer.
     """
+    with _reading(uri) as (_, connection):
+        return tuple(_disks(connection))
+
+
+def running_domains(uri: str = DEFAULT_URI) -> tuple[RunningDomain, ...]:
+    """The domains that run on this host now.
+
+    Args:
+        uri: of libvirt.
+
+    Raises:
+        LibvirtMissing: the Python package is not there.
+        VmUnreachable: libvirt does not answer.
+    """
+    with _reading(uri) as (library, connection):
+        return tuple(_running(library, connection))
+
+
+@contextlib.contextmanager
+def _reading(uri: str) -> Iterator[tuple[Any, Any]]:
+    """Give the package, and a connection by which nothing can be changed."""
     try:
         library: Any = importlib.import_module("libvirt")
     except ImportError as error:
@@ -41,7 +79,7 @@ def domain_disks(uri: str = DEFAULT_URI) -> tuple[DefinedDisk, ...]:
     except ValueError as error:
         raise VmUnreachable(name, f"{uri!r} is not a URI: {error}") from error
     try:
-        return tuple(_disks(connection))
+        yield library, connection
     except library.libvirtError as error:
         raise VmUnreachable(name, message_of(error)) from error
     finally:
@@ -55,3 +93,21 @@ def _disks(connection: Any) -> Iterator[DefinedDisk]:
         for target, layers in sorted(disks_of(domain.XMLDesc()).items()):
             if layers and layers[0].path is not None:
                 yield DefinedDisk(str(domain.name()), target, str(layers[0].path), running)
+
+
+def _running(library: Any, connection: Any) -> Iterator[RunningDomain]:
+    # Of a domain that comes in, the other host still has the disks.
+    coming = {
+        library.VIR_DOMAIN_PAUSED_MIGRATION,
+        library.VIR_DOMAIN_PAUSED_STARTING_UP,
+        library.VIR_DOMAIN_PAUSED_POSTCOPY,
+    }
+    for domain in connection.listAllDomains(library.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        state, reason = domain.state()
+        if state == library.VIR_DOMAIN_PAUSED and reason in coming:
+            continue
+        disks = {
+            target: tuple(str(layer.path) for layer in layers if layer.path is not None)
+            for target, layers in disks_of(domain.XMLDesc()).items()
+        }
+        yield RunningDomain(str(domain.name()), str(domain.UUIDString()), disks)

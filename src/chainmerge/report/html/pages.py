@@ -17,6 +17,7 @@ from chainmerge.documents.chain_pictures import ChainPictures
 from chainmerge.documents.text import printable
 from chainmerge.report.html import BEGINNING
 from chainmerge.report.html.chain_view import ChainView, chain_view
+from chainmerge.report.html.fleet_view import FleetView
 from chainmerge.report.html.overview_view import OverviewView, overview_view
 from chainmerge.report.html.palette import DARK, LIGHT, style_variables
 from chainmerge.report.layout import Block, stack
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from chainmerge.documents.plan import MergePlan
 
 
-class _Page(Struct, frozen=True):
+class Page(Struct, frozen=True):
     """What the template shows."""
 
     title: str
@@ -40,14 +41,15 @@ class _Page(Struct, frozen=True):
     said: tuple[str, ...]
     overview: OverviewView | None
     chains: tuple[ChainView, ...]
+    fleet: FleetView | None = None
 
 
 def html_of_chains(found: ChainsPictures) -> str:
     """Return the page about all chains of some places, with pictures of some of them."""
-    return _rendered(
-        _Page(
+    return rendered(
+        Page(
             title=f"Chains of {', '.join(found.places)}",
-            made=_made(found.made_at),
+            made=made(found.made_at),
             said=(),
             overview=overview_view(found),
             chains=tuple(
@@ -66,10 +68,10 @@ def html_of_plans(pictures: Sequence[ChainPictures], command: str, made_at: int)
         command: what carries it out.
         made_at: when the plans were made, in seconds since 1970.
     """
-    return _rendered(
-        _Page(
+    return rendered(
+        Page(
             title=f"Plan of a merge{_of_several(len(pictures))}",
-            made=_made(made_at),
+            made=made(made_at),
             said=(),
             overview=None,
             chains=tuple(
@@ -100,10 +102,10 @@ def html_of_merge(disks: Sequence[DiskChange], report: Block, made_at: int) -> s
         report: what the merge did, or that it has begun.
         made_at: when, in seconds since 1970.
     """
-    return _rendered(
-        _Page(
+    return rendered(
+        Page(
             title=f"Merge{_of_several(len(disks))}",
-            made=_made(made_at),
+            made=made(made_at),
             said=(
                 *_lines(report),
                 *(one for disk in disks for one in _sentences(disk)),
@@ -145,11 +147,13 @@ def _lines(block: Block) -> tuple[str, ...]:
     return tuple(plain_text(block).splitlines())
 
 
-def _made(at: int) -> str:
+def made(at: int) -> str:
+    """Return by what, and when, a page was made; *at* is in seconds since 1970."""
     return f"chainmerge {__version__}, {moment(at)}"
 
 
-def _rendered(page: _Page) -> str:
+def rendered(page: Page) -> str:
+    """Return a page as the text of its file."""
     return BEGINNING + _environment().get_template("page.html").render(page=page).lstrip() + "\n"
 
 

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue: a few functions, and the only module that knows which engine keeps it.
+
+A job is a row on the queue of its host, and its record is JSON that the engine does not read.
+Functions with a ``connection`` are part of the caller's transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    import procrastinate
+    from psycopg import Connection
+
+ENGINE_VERSION: Final = "3.10.0"
+"""Of the engine: the tables that :func:`migrate` makes are those of this one."""
+
+_TASK: Final = "chainmerge.fleet"
+_MOST_CLAIMED: Final = 1000
+"""Jobs that a host has in hand at most. They wait for leases, in the order of their priority."""
+_NEVER: Final = 86400.0 * 365
+_PAUSE_WITHOUT_DATABASE: Final = 0.5
+
+
+class QueueState(StrEnum):
+    """What the queue knows of a job."""
+
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_STATES: Final = {
+    "todo": QueueState.QUEUED,
+    "doing": QueueState.CLAIMED,
+    "succeeded": QueueState.SUCCEEDED,
+    "cancelled": QueueState.CANCELLED,
+}
+
+
+class QueuedJob(Struct, frozen=True):
+    """A row of the queue: ``arguments`` is whatever somebody has put there."""
+
+    id: int
+    host: str
+    state: QueueState
+    priority: int
+    label: str
+    arguments: Any
+
+
+class NewJob(Struct, frozen=True):
+    """What is to be queued; no two jobs with the same ``label`` wait at the same time."""
+
+    host: str
+    priority: int
+    label: str
+    record: dict[str, Any]
+
+
+class Unsuccessful(Exception):
+    """Raised by what runs a job, to have the queue note it as failed."""
+
+
+class Elsewhere(Exception):
+    """Raised by what runs a job, to have it put on the queue of another host, in one statement."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host)
+        self.host = host
+
+
+def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
+    """Queue all of them, in their order, or none; return their numbers."""
+    from procrastinate.jobs import Job  # noqa: PLC0415
+
+    if not jobs:
+        return []
+    rows = [
+        Job(
+            queue=_queue_of(job.host),
+            priority=job.priority,
+            lock=None,
+            queueing_lock=job.label,
+            task_name=_TASK,
+            task_kwargs={"record": job.record},
+        )
+        for job in jobs
+    ]
+    queued = _manager().batch_defer_jobs(rows, connection=connection)
+    return [job.id for job in queued if job.id is not None]
+
+
+def jobs(connection: Connection[Any], job: int | None = None) -> Iterator[QueuedJob]:
+    """Return all jobs that are not forgotten, or the one of a number, in the order of numbers."""
+    yield from _selected(connection, numbers=None if job is None else [job])
+
+
+def jobs_numbered(connection: Connection[Any], numbers: Sequence[int]) -> Iterator[QueuedJob]:
+    """Return those of some jobs that are not forgotten."""
+    yield from _selected(connection, numbers=numbers)
+
+
+def jobs_labelled(connection: Connection[Any], labels: Sequence[str]) -> Iterator[QueuedJob]:
+    """Return the jobs with some labels, whatever has become of them."""
+    yield from _selected(connection, labels=labels)
+
+
+def open_jobs_of(connection: Connection[Any], host: str) -> frozenset[int]:
+    """Return the numbers of a host's jobs that have not ended."""
+    found = connection.execute(
+        "SELECT id FROM procrastinate_jobs WHERE queue_name = %s AND status IN ('todo', 'doing')",
+        (_queue_of(host),),
+    )
+    return frozenset(number for (number,) in found)
+
+
+def _selected(
+    connection: Connection[Any],
+    *,
+    numbers: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Iterator[QueuedJob]:
+    # By a statement of ours: the engine's own lists all jobs, or those of one of its states.
+    rows = connection.execute(
+        "SELECT id, queue_name, status::text, priority, queueing_lock, args FROM procrastinate_jobs"
+        " WHERE (%(numbers)s::bigint[] IS NULL OR id = ANY (%(numbers)s::bigint[]))"
+        " AND (%(labels)s::text[] IS NULL OR queueing_lock = ANY (%(labels)s::text[]))"
+        " ORDER BY id",
+        {
+            "numbers": None if numbers is None else list(numbers),
+            "labels": None if labels is None else list(labels),
+        },
+    )
+    for number, queue, status, priority, label, arguments in rows:
+        state = _STATES.get(status, QueueState.FAILED)
+        host = queue.removeprefix("host.")
+        yield QueuedJob(number, host, state, priority, label or "", arguments)
+
+
+def cancel(connection: Connection[Any], job: int) -> bool:
+    """Take a job off the queue; say whether it was still there, and not in its host's hands."""
+    return bool(_manager().cancel_job_by_id(job, abort=False, connection=connection))
+
+
+def retry(connection: Connection[Any], job: int) -> None:
+    """Queue a failed or claimed job again."""
+    unchanged = dict.fromkeys(("retry_at", "new_priority", "new_queue_name", "new_lock"))
+    _asked(connection, "retry_job", job_id=job, **unchanged)
+
+
+def forget(connection: Connection[Any], numbers: Sequence[int]) -> None:
+    """Remove jobs that have ended."""
+    connection.execute("DELETE FROM procrastinate_jobs WHERE id = ANY (%s)", (list(numbers),))
+
+
+def migrate(connection: Connection[Any], installed: str | None) -> None:
+    """Make the engine's tables, or bring those of version *installed* to :data:`ENGINE_VERSION`."""
+    from procrastinate.schema import SchemaManager  # noqa: PLC0415
+
+    if installed is None:
+        _run_script(connection, SchemaManager.get_schema())
+        return
+    scripts = sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql"))
+    for script in scripts:
+        if (
+            _release(installed)
+            < _release(script.name.partition("_")[0])
+            <= _release(ENGINE_VERSION)
+        ):
+            _run_script(connection, script.read_text(encoding="utf-8"))
+
+
+async def serve(
+    database: str,
+    host: str,
+    run: Callable[[int, Any], Awaitable[None]],
+    stopping: asyncio.Event,
+    poll: float,
+) -> None:
+    """Hand each job of a host to *run*, until *stopping*; go on where the database comes back.
+
+    ``run`` gets a job's number and whatever its row has for arguments. It is cancelled if the
+    engine stops or has lost the database, and called again for the same job later: it must take
+    up what it has begun. It raises :class:`Unsuccessful` for a job that has failed.
+
+    Args:
+        database: How to reach it, as libpq is told.
+        host: Whose jobs.
+        run: What does a job.
+        stopping: Set by whoever wants this to end.
+        poll: Seconds between two looks for new jobs.
+    """
+    import psycopg  # noqa: PLC0415
+    from procrastinate.exceptions import ConnectorException  # noqa: PLC0415
+
+    queue = _queue_of(host)
+    while not stopping.is_set():
+        with suppress(ConnectorException, psycopg.Error, OSError):
+            async with _app(database, run).open_async() as app:
+                # Nobody else serves this queue: what is claimed was claimed by a worker that died.
+                for job in await app.job_manager.list_jobs_async(queue=queue, status="doing"):
+                    await app.job_manager.retry_job(job)
+                await _serve_once(app, host, stopping, poll)
+        if not stopping.is_set():
+            await asyncio.sleep(_PAUSE_WITHOUT_DATABASE)
+
+
+async def _serve_once(
+    app: procrastinate.App, host: str, stopping: asyncio.Event, poll: float
+) -> None:
+    worker = asyncio.create_task(
+        app.run_worker_async(
+            queues=[_queue_of(host)],
+            name=host,
+            concurrency=_MOST_CLAIMED,
+            fetch_job_polling_interval=poll,
+            # Cancelling is by a table of ours: the engine's way frees a job whose child writes.
+            abort_job_polling_interval=_NEVER,
+            shutdown_graceful_timeout=0,
+            listen_notify=False,
+            install_signal_handlers=False,
+            update_heartbeat_interval=30.0,
+            stalled_worker_timeout=3600.0,
+        )
+    )
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait({worker, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not worker.done():
+        worker.cancel()
+    with suppress(asyncio.CancelledError):
+        await worker
+
+
+def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrastinate.App:
+    import procrastinate  # noqa: PLC0415
+    from procrastinate.retry import BaseRetryStrategy, RetryDecision  # noqa: PLC0415
+
+    class _OnlyUnlessEnded(BaseRetryStrategy):
+        def get_retry_decision(self, *, exception: BaseException, job: Any) -> Any:
+            del job
+            if isinstance(exception, Elsewhere):
+                return RetryDecision(queue=_queue_of(exception.host))
+            return RetryDecision() if isinstance(exception, asyncio.CancelledError) else None
+
+    connector = procrastinate.PsycopgConnector(
+        conninfo=database,
+        # Each of the engine's statements stands alone: a transaction would be two more.
+        kwargs={"autocommit": True},
+        min_size=1,
+        max_size=1,
+        timeout=5.0,
+        reconnect_timeout=5.0,
+    )
+    app = procrastinate.App(connector=connector)
+
+    @app.task(name=_TASK, pass_context=True, retry=_OnlyUnlessEnded())
+    async def do(context: procrastinate.JobContext, /, **arguments: Any) -> None:
+        assert context.job.id is not None
+        await run(context.job.id, arguments)
+
+    return app
+
+
+def _queue_of(host: str) -> str:
+    return f"host.{host}"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("."))
+
+
+def _manager() -> Any:
+    from procrastinate import SyncPsycopgConnector  # noqa: PLC0415
+    from procrastinate.manager import JobManager  # noqa: PLC0415
+
+    return JobManager(SyncPsycopgConnector())
+
+
+def _asked(connection: Connection[Any], query: str, **arguments: Any) -> list[dict[str, Any]]:
+    from procrastinate.sql import queries  # noqa: PLC0415
+    from psycopg.rows import dict_row  # noqa: PLC0415
+
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(queries[query], arguments).fetchall()
+
+
+def _run_script(connection: Connection[Any], script: str) -> None:
+    connection.execute(script.encode())

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a job may begin, by the plan that its host has made of it right before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from chainmerge.documents.fleet import FleetJobOutcome
+from chainmerge.fleet.chain_state import (
+    digest_of_idle_chain,
+    digest_of_running_chain,
+    joint_digest,
+)
+from chainmerge.fleet.outcome import JobEnding, ending_of, last_event
+from chainmerge.fleet.places import base_id_of, require_allowed
+from chainmerge.fleet.planned import plan_printed_for, work_of
+from chainmerge.fleet.record import Action, RecordUnusable
+
+if TYPE_CHECKING:
+    from chainmerge.fleet.child import Printed
+    from chainmerge.fleet.planned import PlannedWork
+    from chainmerge.fleet.record import JobRecord
+    from chainmerge.fleet.settings import HostSettings
+
+_LEFT_TO_THE_COMMAND: Final = frozenset(
+    {"image-missing", "thinning-unfinished", "unfinished-merge-below", "interrupted"}
+)
+"""Errors with which there is no plan, because the command has been run before: it knows by its
+records what is left to do, and does nothing else."""
+_OWN_TRACES: Final = frozenset({Action.PRUNE, Action.REPAIR})
+"""Where what a run has done before it was interrupted is nothing that its plan shows as its own.
+They take away only what is of no use, whenever they run."""
+
+
+def why_not(
+    record: JobRecord, printed: Printed, host: HostSettings, *, was_run: bool
+) -> JobEnding | None:
+    """Return how a job ends that must not begin; None if it may.
+
+    What has begun is finished by its own records, whatever a plan says now.
+
+    Args:
+        record: The job.
+        printed: What planning it again has printed.
+        host: This one.
+        was_run: Whether a child has been started for it here before.
+    """
+    try:
+        plan = plan_printed_for(record, printed.text)
+    except msgspec.DecodeError:
+        return _without_plan(printed, was_run=was_run)
+    work = work_of(plan, record.action, [disk.base for disk in record.disks])
+    if not work.is_new or (was_run and record.action in _OWN_TRACES):
+        return None
+    reason = _changed(record, work)
+    if reason:
+        return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
+    try:
+        for path in work.changed:
+            require_allowed(path, host)
+    except RecordUnusable as error:
+        return JobEnding(FleetJobOutcome.REJECTED, message=str(error))
+    return None
+
+
+def _without_plan(printed: Printed, *, was_run: bool) -> JobEnding | None:
+    lines = printed.text.decode("utf-8", "replace").splitlines()
+    if was_run or last_event(lines).get("code") in _LEFT_TO_THE_COMMAND:
+        return None
+    died = f"planning it again ended with status {printed.status}, and without a plan"
+    return ending_of(lines, printed.status) or JobEnding(
+        FleetJobOutcome.FAILED, printed.status, message=died
+    )
+
+
+def _changed(record: JobRecord, work: PlannedWork) -> str:
+    """What is not as it was when the job was planned; empty if all is."""
+    if record.judged_by == "chain":
+        return _changed_since_scan(record, work)
+    for disk, base in zip(record.disks, work.bases, strict=False):
+        if base != disk.base:
+            return f"{disk.top} would be merged into {base}, and not into {disk.base}"
+        if base_id_of(base) != disk.base_id:
+            return f"{base} is another image"
+    if work.digest != record.plan_digest:
+        top = record.disks[0].top
+        return f"{record.action} of {top} would do something else now than when it was planned"
+    return ""
+
+
+def _changed_since_scan(record: JobRecord, work: PlannedWork) -> str:
+    """As above, of a job that was planned from what a scan had found."""
+    top = record.disks[0].top
+    digest_of_chain = (
+        digest_of_running_chain if record.action is Action.LIVE_MERGE else digest_of_idle_chain
+    )
+    try:
+        digest = joint_digest([digest_of_chain(chain) for chain in work.chains])
+        if any(base_id_of(disk.base) != disk.base_id for disk in record.disks):
+            return f"{top}: another image lies where one of its chain was"
+    except OSError as error:
+        return f"{top}: an image of its chain cannot be looked at: {error.strerror}"
+    # Which images are merged where snapshots are thinned out, only the host itself can say.
+    bases = tuple(disk.base for disk in record.disks)
+    if record.action is not Action.THIN_OUT and bases != work.bases:
+        return f"{top} would be merged into another image than when its host was scanned"
+    if digest != record.plan_digest:
+        return f"{top}: its chain is not what it was when its host was scanned"
+    return ""

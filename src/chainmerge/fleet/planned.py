@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan comes to, whatever the action: whether it is still the one that was looked at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from chainmerge.documents.bitmaps import BitmapListing
+from chainmerge.documents.disks import DisksPlan
+from chainmerge.documents.plan import MergePlan, Progress
+from chainmerge.documents.repair import RepairReport
+from chainmerge.documents.retention import ThinOutPlan
+from chainmerge.fleet.digest import (
+    images_of_chain,
+    live_plan_digest_of,
+    plan_digest_of,
+    short_digest_of,
+)
+from chainmerge.fleet.record import Action
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from chainmerge.fleet.record import JobRecord
+
+JobPlan: TypeAlias = MergePlan | DisksPlan | ThinOutPlan | BitmapListing | RepairReport
+
+
+class PlannedWork(Struct, frozen=True):
+    """What counts of a plan.
+
+    Attributes:
+        digest: The same for two plans that do the same.
+        is_new: Whether nothing of it has been begun, and there is something to do.
+        bases: The image that each disk is merged into, or that is changed.
+        changed: The images that are written to, renamed or deleted.
+        chains: The images of each disk from the root up to its top, where the plan has them.
+    """
+
+    digest: str
+    is_new: bool
+    bases: tuple[str, ...]
+    changed: tuple[str, ...]
+    chains: tuple[tuple[str, ...], ...] = ()
+
+
+def plan_printed_for(record: JobRecord, printed: bytes) -> JobPlan:
+    """Read the plan that a child has printed for a job; raises msgspec.DecodeError."""
+    kind: Any = {
+        Action.MERGE: MergePlan,
+        Action.LIVE_MERGE: MergePlan,
+        Action.THIN_OUT: ThinOutPlan,
+        Action.PRUNE: BitmapListing,
+        Action.REPAIR: RepairReport,
+    }[record.action]
+    if kind is MergePlan and len(record.disks) > 1:
+        kind = DisksPlan
+    plan: JobPlan = msgspec.json.decode(printed, type=kind)
+    return plan
+
+
+def work_of(plan: JobPlan, action: Action, bases: Sequence[str]) -> PlannedWork:
+    """Return what counts of a plan.
+
+    Args:
+        plan: of any action.
+        action: which.
+        bases: of the disks of the job, for plans that do not say what they change.
+    """
+    digest_of_merge: Callable[[MergePlan], str] = (
+        live_plan_digest_of if action is Action.LIVE_MERGE else plan_digest_of
+    )
+    match plan:
+        case MergePlan():
+            is_new = plan.progress is Progress.NEW
+            changed = tuple(_changed_by(plan))
+            chains = (images_of_chain(plan),)
+            return PlannedWork(digest_of_merge(plan), is_new, (plan.base,), changed, chains)
+        case DisksPlan():
+            return _together(plan.disks, list(map(digest_of_merge, plan.disks)))
+        case ThinOutPlan():
+            fates = [(one.image, one.stays) for one in plan.snapshots]
+            found = _together(plan.ranges, [plan.leaf, fates, *map(plan_digest_of, plan.ranges)])
+            chain = (*(one.image for one in plan.snapshots), plan.leaf)
+            return msgspec.structs.replace(found, bases=found.bases[:1], chains=(chain,))
+        case BitmapListing():
+            digest = short_digest_of([plan.rows, plan.verdicts])
+            return PlannedWork(digest, True, tuple(bases), tuple(bases))  # noqa: FBT003
+        case RepairReport():
+            digest = short_digest_of([plan.findings, plan.actions])
+            return PlannedWork(digest, bool(plan.actions), tuple(bases), tuple(bases))
+
+
+def _together(plans: Sequence[MergePlan], what: object) -> PlannedWork:
+    return PlannedWork(
+        short_digest_of(what),
+        bool(plans) and all(plan.progress is Progress.NEW for plan in plans),
+        tuple(plan.base for plan in plans),
+        tuple(path for plan in plans for path in _changed_by(plan)),
+        tuple(map(images_of_chain, plans)),
+    )
+
+
+def _changed_by(plan: MergePlan) -> Iterator[str]:
+    yield plan.result
+    yield from plan.delete
+    yield from plan.rename or ()
+    for child in plan.repoint:
+        yield child.child
+    if plan.hides is not None:
+        yield plan.hides.image

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which virtual machines run on this host.
+
+As a program it prints them, by UUID: a worker asks by a process of its own, so that neither
+libvirt's library stays in its memory, nor a libvirt that hangs holds it up.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from chainmerge.errors import ChainmergeError
+from chainmerge.live.libvirt.domains import running_domains
+
+
+def print_domains_here(uri: str) -> int:
+    """Print the UUIDs and names of the domains that run here; nothing where nobody tells."""
+    try:
+        found = {one.uuid: one.name for one in running_domains(uri)} if uri else {}
+    except ChainmergeError as error:
+        sys.stderr.write(f"{error.sentence}\n")
+        return int(error.exit_code)
+    sys.stdout.buffer.write(msgspec.json.encode(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(print_domains_here(sys.argv[1]))

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker costs that has nothing to do."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.support.fleet import wait_until
+
+if TYPE_CHECKING:
+    from tests.support.fleet import Fleet
+
+MOST_STATEMENTS_A_SECOND: Final = 1.0
+MOST_CONNECTIONS: Final = 2
+MOST_MIB: Final = 45
+SECONDS: Final = 15
+
+
+def test_an_idle_worker_costs_little(fleet: Fleet) -> None:
+    # As often as it looks without an entry in the configuration.
+    host = fleet.host("h1", poll="3.0")
+    fleet.execute("ALTER ROLE \"host-h1\" SET log_statement = 'all'")
+    worker = host.start()
+    wait_until(lambda: fleet.ask("SELECT FROM hosts"), "a worker")
+    wait_until(lambda: _connections(fleet) == MOST_CONNECTIONS, "its connections")
+    before = _statements(fleet)
+    time.sleep(SECONDS)
+    statements = _statements(fleet) - before
+    assert 0 < statements <= SECONDS * MOST_STATEMENTS_A_SECOND
+    assert _connections(fleet) <= MOST_CONNECTIONS
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    resident = int(status.split("RssAnon:")[1].split()[0]) / 1024
+    print(f"{statements / SECONDS:.2f} statements/s, {resident:.0f} MiB")
+    assert resident <= MOST_MIB
+
+
+def _connections(fleet: Fleet) -> int:
+    rows = fleet.ask("SELECT count(*) FROM pg_stat_activity WHERE usename = 'host-h1'")
+    count: int = rows[0][0]
+    return count
+
+
+def _statements(fleet: Fleet) -> int:
+    """What the server has logged: of no other login it logs statements."""
+    log = (fleet.cluster.directory / "log").read_text()
+    return len(re.findall(r"LOG:  (?:statement|execute)", log))
