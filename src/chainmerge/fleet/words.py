@@ -38,6 +38,8 @@ _PLANS: Final[Mapping[Action, tuple[str, ...]]] = MappingProxyType(
         Action.REPAIR: ("repair", "--dry-run"),
     }
 )
+# What a file of the host sets was no part of the plan that was submitted.
+_WITHOUT_FILES: Final = "--no-config"
 _WITH_BASES: Final = frozenset({Action.MERGE, Action.LIVE_MERGE, Action.PRUNE})
 _ACCESS_OPTIONS: Final = frozenset({"sole_user"})
 
@@ -46,7 +48,7 @@ def job_words(record: JobRecord, host: HostSettings) -> list[str]:
     """The arguments of ``chainmerge`` that do what a record asks for."""
     command = _COMMANDS[record.action]
     bases = [disk.base for disk in record.disks] if record.action in _WITH_BASES else []
-    return [*command, "--json", *_options(record, host), *_images(record, bases)]
+    return [_WITHOUT_FILES, *command, "--json", *_options(record, host), *_images(record, bases)]
 
 
 def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
@@ -54,18 +56,19 @@ def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
     command = _PLANS[record.action]
     if record.action is Action.PRUNE:
         return [
+            _WITHOUT_FILES,
             *command,
             "--json",
             *words_of(job_access(record.options, host)),
             *_images(record, []),
         ]
     bases = [disk.base for disk in record.disks] if record.action in _WITH_BASES else []
-    return [*command, "--json", *_options(record, host), *_images(record, bases)]
+    return [_WITHOUT_FILES, *command, "--json", *_options(record, host), *_images(record, bases)]
 
 
 def look_words(host: HostSettings) -> list[str]:
     """The arguments of ``chainmerge`` that look at this host, and store what is found."""
-    return ["fleet", "look", "--store", "--json", "--quiet", "--config", host.file]
+    return [_WITHOUT_FILES, "fleet", "look", "--store", "--json", "--quiet", "--config", host.file]
 
 
 def job_access(options: JobOptions, host: HostSettings) -> Access:
