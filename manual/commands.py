@@ -43,10 +43,10 @@ class CommandManual(Struct, frozen=True):
     Attributes:
         words: What is typed to call it, the program's name included.
         operands: What is typed behind it.
-        paragraphs: What it does. The first says it in short.
+        paragraphs: What it does. The first says it in short. What help has at its very end comes
+            last, except the exit statuses that the program's own help has there.
         panels: Its options. Those of no kind come last.
         within: The commands of a group, by their full names.
-        command_epilog: What help has below everything else; may be empty.
     """
 
     words: tuple[str, ...]
@@ -54,7 +54,6 @@ class CommandManual(Struct, frozen=True):
     paragraphs: tuple[str, ...]
     panels: tuple[Panel, ...]
     within: tuple[tuple[str, ...], ...]
-    command_epilog: str
 
     @property
     def called(self) -> str:
@@ -95,10 +94,9 @@ def _described(
     yield CommandManual(
         words,
         tuple(command.collect_usage_pieces(context)),
-        _paragraphs(command.help or ""),
+        (*_paragraphs(command.help), *(_paragraphs(command.epilog) if context.parent else ())),
         tuple(_panels(command, context)),
         tuple((*words, name) for name in within),
-        " ".join((command.epilog or "").split()),
     )
     for name, inner in within.items():
         assert inner is not None
@@ -106,9 +104,9 @@ def _described(
         yield from _described(inner, below, (*words, name))
 
 
-def _paragraphs(text: str) -> tuple[str, ...]:
-    parts = inspect.cleandoc(text).split("\n\n")
-    return tuple(" ".join(part.split()) for part in parts)
+def _paragraphs(text: str | None) -> tuple[str, ...]:
+    parts = inspect.cleandoc(text or "").split("\n\n")
+    return tuple(" ".join(part.split()) for part in parts if part)
 
 
 def _panels(command: click.Command, context: click.Context) -> Iterator[Panel]:

@@ -28,7 +28,7 @@ _BOLD: Final = re.compile(r"\\fB([^\\]+)\\fR")
 # What is handed on of it has these names.
 _ENVIRONMENT: Final = {"os.environ", "environ", "environment"}
 # Set by the scripts that ask for words.
-_NOT_FOR_USERS: Final = {"COMPLETION_VARIABLE", "COMP_SPLIT_OFF"}
+_NOT_FOR_USERS: Final = {"_CHAINMERGE_COMPLETE", "COMP_SPLIT_OFF"}
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +87,29 @@ def test_recipes_are_examples(pages: dict[str, str]) -> None:
 
 
 def _variables_read() -> Iterator[str]:
-    """What the sources read of the environment, by its name or by that of a constant."""
-    for file in SOURCES.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            match node:
-                case ast.Call(func=ast.Attribute(value=place, attr="get"), args=[key, *_]):
-                    pass
-                case ast.Subscript(value=place, slice=key):
-                    pass
-                case ast.Compare(left=key, comparators=[place]):
-                    pass
-                case _:
-                    continue
-            if ast.unparse(place) in _ENVIRONMENT:
-                yield str(key.value) if isinstance(key, ast.Constant) else ast.unparse(key)
+    """What the sources read of the environment, by its name or by a constant."""
+    trees = [ast.parse(file.read_bytes()) for file in SOURCES.rglob("*.py")]
+    constants = dict(named for tree in trees for named in _constants(tree))
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        match node:
+            case ast.Call(func=ast.Attribute(value=place, attr="get"), args=[key, *_]):
+                pass
+            case ast.Subscript(value=place, slice=key):
+                pass
+            case ast.Compare(left=key, comparators=[place]):
+                pass
+            case _:
+                continue
+        if ast.unparse(place) in _ENVIRONMENT:
+            name = key.value if isinstance(key, ast.Constant) else constants[ast.unparse(key)]
+            yield str(name)
+
+
+def _constants(tree: ast.Module) -> Iterator[tuple[str, object]]:
+    for node in tree.body:
+        match node:
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=value)):
+                yield name, value
 
 
 def test_the_page_has_what_is_read_of_the_environment(pages: dict[str, str]) -> None:
