@@ -20,11 +20,11 @@ def test_a_merge_tells_its_steps(tmp_path: Path) -> None:
     _, top = chain(tmp_path, ("base", "top"))
     ran = chainmerge("--log-format", "json", "merge", "--json", top)
     lines = [json.loads(line) for line in ran.err.splitlines()]
-    stages = [line["stage"] for line in lines if line["event"] == "step"]
+    stages = [line["stage"] for line in lines if line["kind"] == "step"]
     assert stages[0] == "lock"
     assert "copy" in stages
     assert len(stages) == len(set(stages))
-    assert lines[-1]["event"] == "end"
+    assert lines[-1]["kind"] == "end"
     (report,) = ran.out.splitlines()
     assert json.loads(report)["event"] == "report"
 

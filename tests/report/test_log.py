@@ -72,11 +72,11 @@ def test_each_line_is_json() -> None:
     assert lines[0] == {
         "time": 86400.0,
         "level": "info",
-        "event": "step",
+        "kind": "step",
         "message": "locking the images",
         "stage": "lock",
     }
-    assert [one["event"] for one in lines if one["event"] != "step"] == [
+    assert [one["kind"] for one in lines if one["kind"] != "step"] == [
         "progress", "progress", "warning", "error", "end",
     ]  # fmt: skip
     assert told("info", "json")[0].startswith("<6>{")

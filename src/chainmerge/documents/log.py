@@ -27,7 +27,7 @@ class LogLine(Struct, frozen=True, omit_defaults=True):
         time: When it was, in seconds since 1970 (UTC).
         level: ``debug`` (how far a step has come), ``info`` (a step begins, all has ended),
             ``warning`` or ``error``.
-        event: ``step``, ``progress``, ``end``, ``warning`` or ``error``.
+        kind: ``step``, ``progress``, ``end``, ``warning`` or ``error``.
         message: It, in words.
         stage: Of a step and its progress, which one; as in ``progress-1``.
         top: Of a step and its progress, the overlay, where several disks are merged.
@@ -40,7 +40,7 @@ class LogLine(Struct, frozen=True, omit_defaults=True):
 
     time: float
     level: LogLevel
-    event: Literal["step", "progress", "end", "warning", "error"]
+    kind: Literal["step", "progress", "end", "warning", "error"]
     message: str
     stage: str = ""
     top: str = ""

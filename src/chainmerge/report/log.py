@@ -121,5 +121,5 @@ def _dated(line: LogLine) -> str:
 
 def _said(line: LogLine) -> str:
     more = f" ({line.code}); {line.hint}" if line.code else ""
-    about = f"{line.stage}: " if line.event == "progress" else ""
+    about = f"{line.stage}: " if line.kind == "progress" else ""
     return printable(f"{about}{line.message}{more}")
