@@ -41,7 +41,7 @@ def build_all(project: Project, into: Path) -> None:
         build_deb(project, debian, built, WORK, into)
     for distribution in RPM_DISTRIBUTIONS:
         _say(f"RPM for Python {distribution.python}")
-        build_rpm(project, distribution, built, WORK, into)
+        build_rpm(project, distribution, built, into)
     _write_sums(into)
 
 

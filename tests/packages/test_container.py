@@ -61,13 +61,14 @@ def test_it_looks_at_images(dist: Path, buildah: Buildah, tmp_path: Path) -> Non
     top = build_pair(images)
     before = {path: path.read_bytes() for path in images.iterdir()}
     container = buildah("from", "--pull-never", "chainmerge")
-    mounted = f"{images}:{images}:ro"
 
-    def run(*words: str | Path) -> str:
+    def run(mode: str, *words: str | Path) -> str:
+        mounted = f"{images}:{images}:{mode}"
         return buildah("run", "--volume", mounted, container, "--", "chainmerge", *words)
 
-    assert json.loads(run("info", "--json", top))["image"] == str(top)
-    assert "top.qcow2 into base.qcow2" in run("plan", top)
-    assert "top.qcow2" in run("scan", images)
-    run("report", images, "--output", "/tmp/report.html")
+    assert json.loads(run("ro", "info", "--json", top))["image"] == str(top)
+    # Where nothing can be written a merge is refused, and the plan says so.
+    assert "top.qcow2 into base.qcow2" in run("rw", "plan", top)
+    assert "top.qcow2" in run("ro", "scan", images)
+    run("ro", "report", images, "--output", "/tmp/report.html")
     assert {path: path.read_bytes() for path in images.iterdir()} == before

@@ -22,7 +22,8 @@ ROOT: Final = Path(__file__).parents[2]
 # Processes of this machine are not to be seen: a package's scripts look for those of chainmerge.
 _INSIDE: Final = (
     *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c"),
-    'mount -t proc proc "$0/proc" && exec chroot "$0" sh -c "$1"',
+    # A mount of its own: rpm changes how mounts below / spread.
+    'mount --bind "$0" "$0" && mount -t proc proc "$0/proc" && exec chroot "$0" sh -c "$1"',
 )
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -490,7 +490,7 @@ class LibvirtMissing(Misuse):
     code: ClassVar[str] = "libvirt-missing"
     template: ClassVar[str] = "libvirt's Python package cannot be used: {reason}"
     hint: ClassVar[str] = (
-        "install python3-libvirt if chainmerge came as a package of the distribution, else: "
+        "install python3-libvirt if the program is a package of the distribution, else: "
         "pip install 'chainmerge[libvirt]'"
     )
     explanation: ClassVar[str] = (
