@@ -273,8 +273,7 @@ def test_what_follows_a_domain_is_on_one_queue_and_only_its_host_hands_it_on(
         asked(connection, f"SELECT end_job('h1', {job}, 'done', 0, NULL, '', NULL)")
         candidate = f'[{{"job": {job}, "keys": ["fleet"]}}]'
         assert asked(connection, f"SELECT take_leases('h1', '{candidate}')") == []
-    assert tls_fleet.ask(
-        "SELECT queue_name, status::text FROM procrastinate_jobs WHERE id = %s", job
-    )
+    where = "SELECT queue_name, status::text FROM procrastinate_jobs WHERE id = %s"
+    assert tls_fleet.ask(where, job) == [("host.h2", "todo")]
     assert tls_fleet.ask("SELECT FROM results") == []
     assert tls_fleet.running() == []
