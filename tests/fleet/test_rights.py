@@ -222,6 +222,8 @@ def test_what_a_stolen_login_of_a_host_can_do(tls_fleet: FleetByTls) -> None:
             connection.execute("UPDATE procrastinate_jobs SET queue_name = 'host.h2'")
 
         # It has no say in what others do, and holds no key but those of its own jobs.
+        for name in ("h2", "h3"):
+            assert asked(connection, f"SELECT register_host('{name}', 'x', '')") != [("",)]
         connection.execute("SELECT register_host('h1', 'x', '')")
         for job, key in ((theirs, "fleet"), (mine, "host/h2"), (mine, "storage/nfs")):
             candidate = f'[{{"job": {job}, "keys": ["{key}"]}}]'
