@@ -222,6 +222,8 @@ def test_what_a_stolen_login_of_a_host_can_do(tls_fleet: FleetByTls) -> None:
             connection.execute("UPDATE procrastinate_jobs SET queue_name = 'host.h2'")
 
         # It has no say in what others do, and holds no key but those of its own jobs.
+        for name in ("h2", "h3"):
+            assert asked(connection, f"SELECT register_host('{name}', 'x', '')") != [("",)]
         connection.execute("SELECT register_host('h1', 'x', '')")
         for job, key in ((theirs, "fleet"), (mine, "host/h2"), (mine, "storage/nfs")):
             candidate = f'[{{"job": {job}, "keys": ["{key}"]}}]'
@@ -273,8 +275,7 @@ def test_what_follows_a_domain_is_on_one_queue_and_only_its_host_hands_it_on(
         asked(connection, f"SELECT end_job('h1', {job}, 'done', 0, NULL, '', NULL)")
         candidate = f'[{{"job": {job}, "keys": ["fleet"]}}]'
         assert asked(connection, f"SELECT take_leases('h1', '{candidate}')") == []
-    assert tls_fleet.ask(
-        "SELECT queue_name, status::text FROM procrastinate_jobs WHERE id = %s", job
-    )
+    where = "SELECT queue_name, status::text FROM procrastinate_jobs WHERE id = %s"
+    assert tls_fleet.ask(where, job) == [("host.h2", "todo")]
     assert tls_fleet.ask("SELECT FROM results") == []
     assert tls_fleet.running() == []

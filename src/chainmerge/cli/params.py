@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from chainmerge.arithmetic.durations import seconds_of
-from chainmerge.arithmetic.sizes import bytes_of
 from chainmerge.options import ANY_IMAGE, LARGEST
 
 if TYPE_CHECKING:
@@ -27,6 +26,9 @@ class Size(click.ParamType[int]):
     ) -> int:
         if isinstance(value, int):
             return value
+        # Imported where it is used: few commands are given a size.
+        from chainmerge.arithmetic.sizes import bytes_of  # noqa: PLC0415
+
         size = bytes_of(value)
         if size is None:
             self.fail(

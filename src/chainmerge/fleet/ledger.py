@@ -40,6 +40,7 @@ _LAST_WORDS: Final = 10.0
 
 _REASONS: Final = {
     "connected": "a worker of this name is connected to the database",
+    "login": "this login of the database is another host's",
     "another": "it belongs to another machine, or to another login of the database",
 }
 

@@ -130,6 +130,11 @@ BEGIN
     IF NOT pg_try_advisory_lock(hashtext('chainmerge-hosts'), hashtext(acting)) THEN
         RETURN 'connected';
     END IF;
+    -- Or a login that was stolen would be good for all names that nobody has.
+    IF EXISTS (SELECT FROM hosts WHERE login = session_user AND host <> acting) THEN
+        PERFORM pg_advisory_unlock(hashtext('chainmerge-hosts'), hashtext(acting));
+        RETURN 'login';
+    END IF;
     INSERT INTO hosts (host, machine_id, login, version)
         VALUES (acting, machine, session_user, program) ON CONFLICT DO NOTHING;
     SELECT * FROM hosts WHERE host = acting INTO known;
