@@ -20,6 +20,14 @@ FILES: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
         ),
         (str(STATE_DIRECTORY),): "The same for images on block devices.",
         (
+            "/etc/chainmerge/config.toml",
+            "$XDG_CONFIG_HOME/chainmerge/config.toml",
+            "~/.config/chainmerge/config.toml",
+        ): (
+            "What options are where they are not given, later ones over earlier ones (config show, "
+            "config check, --no-config)."
+        ),
+        (
             "$XDG_STATE_HOME/chainmerge/history.sqlite",
             "~/.local/state/chainmerge/history.sqlite",
             f"{STATE_DIRECTORY}/history.sqlite",
@@ -33,9 +41,11 @@ FILES: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
 
 ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "CHAINMERGE_CONFIG": "A configuration file that goes over all others; see FILES.",
         "COLUMNS": "How wide reports may become, where there is no terminal that says it.",
         "NO_COLOR": "If it is set and not empty, nothing is coloured.",
         "PATH": "Where QEMU's and LVM's commands are found, and the one of --lock-command.",
+        "XDG_CONFIG_HOME": "Where the configuration of programs is; see FILES.",
         "XDG_STATE_HOME": "Where the state of programs is kept; see FILES.",
     }
 )

@@ -18,7 +18,7 @@ from chainmerge.cli.settings import (
     GENERAL,
     NEVER_SET,
     SETTINGS,
-    Place,
+    ConfigurationPlace,
     commands_of,
     configuration_places,
     name_of,
@@ -86,9 +86,9 @@ def test_the_schema_has_the_same_options() -> None:
 def test_later_places_go_over_earlier_ones() -> None:
     environment = {"XDG_CONFIG_HOME": "/home/a/.cfg", "CHAINMERGE_CONFIG": "/srv/c.toml"}
     assert list(configuration_places(environment)) == [
-        Place("system", "/etc/chainmerge/config.toml"),
-        Place("user", "/home/a/.cfg/chainmerge/config.toml"),
-        Place("environment", "/srv/c.toml"),
+        ConfigurationPlace("system", "/etc/chainmerge/config.toml"),
+        ConfigurationPlace("user", "/home/a/.cfg/chainmerge/config.toml"),
+        ConfigurationPlace("environment", "/srv/c.toml"),
     ]
 
 

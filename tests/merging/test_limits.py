@@ -234,12 +234,15 @@ def test_clocks_that_jump(images: Images, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 PACKAGE: Final = SOURCES / "chainmerge"
-# They say how old images are, and when a page or a line of the history was written, which nothing
-# but the clock tells.
+# They say how old images are, when a page or a line was written, or whether a window is open, and
+# nothing but the clock tells that.
 ASK_THE_CLOCK: Final = (
     PACKAGE / "inventory",
     PACKAGE / "cli" / "merge_pictures.py",
     PACKAGE / "merging" / "noting.py",
+    PACKAGE / "report" / "log.py",
+    PACKAGE / "fleet",
+    PACKAGE / "cli" / "fleet",
 )
 
 

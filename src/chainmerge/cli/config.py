@@ -20,7 +20,7 @@ from chainmerge.cli.options import json_option
 from chainmerge.cli.settings import (
     GENERAL,
     SETTINGS,
-    Place,
+    ConfigurationPlace,
     commands_of,
     configuration_places,
     name_of,
@@ -94,7 +94,7 @@ def check(context: click.Context, *, file: str | None, output: Output) -> ExitCo
 
     The exit status is 2 if something is.
     """
-    named = None if file is None else Place("named", os.path.abspath(file))  # noqa: PTH100
+    named = None if file is None else ConfigurationPlace("named", os.path.abspath(file))  # noqa: PTH100
     places = places_in_force(os.environ) if named is None else [named]
     problems: list[FileProblem] = []
     for place in places:

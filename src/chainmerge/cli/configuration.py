@@ -22,7 +22,7 @@ from chainmerge.cli.words import close_to, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from chainmerge.cli.settings import Place
+    from chainmerge.cli.settings import ConfigurationPlace
 
 _SCHEMA: Final = "$schema"
 _GROUPS: Final = frozenset(name.partition(".")[0] for name in SETTINGS if "." in name)
@@ -63,7 +63,7 @@ def settings_in_force(environment: Mapping[str, str]) -> list[Setting]:
     return settings
 
 
-def read_place(place: Place) -> tuple[list[Setting], list[FileProblem]]:
+def read_place(place: ConfigurationPlace) -> tuple[list[Setting], list[FileProblem]]:
     """What one file says, for all commands first; and the words that are wrong in it.
 
     Raises what :func:`read_trusted` raises.

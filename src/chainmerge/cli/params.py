@@ -153,7 +153,7 @@ class Directory(click.Path):
         return [CompletionItem(incomplete, type="dir")]
 
 
-class DomainName(click.ParamType[str]):
+class DomainOfLibvirt(click.ParamType[str]):
     """A domain of libvirt, which is looked up where it is used."""
 
     name = "domain"
@@ -167,7 +167,7 @@ class DomainName(click.ParamType[str]):
         return domain_candidates(ctx, incomplete)
 
 
-class DiskTarget(click.ParamType[str]):
+class DiskOfDomain(click.ParamType[str]):
     """A disk of the domain that ``--domain`` names."""
 
     name = "target"
@@ -188,5 +188,5 @@ PATH_FORMAT: Final = PathFormat()
 IMAGE: Final = Image(readable=False)
 PLACE: Final = Place(readable=False)
 DIRECTORY: Final = Directory()
-DOMAIN: Final = DomainName()
-DISK_TARGET: Final = DiskTarget()
+DOMAIN: Final = DomainOfLibvirt()
+DISK_TARGET: Final = DiskOfDomain()

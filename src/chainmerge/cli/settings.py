@@ -132,7 +132,7 @@ def commands_of(section: str) -> tuple[str, ...]:
     return (section, *others)
 
 
-class Place(NamedTuple):
+class ConfigurationPlace(NamedTuple):
     """Where a configuration file may lie.
 
     It is the ``system``'s, the ``user``'s, or the one that the ``environment`` names.
@@ -142,25 +142,25 @@ class Place(NamedTuple):
     path: str
 
 
-def configuration_places(environment: Mapping[str, str]) -> Iterator[Place]:
+def configuration_places(environment: Mapping[str, str]) -> Iterator[ConfigurationPlace]:
     """Where configuration files may lie; what comes later goes over what comes before."""
-    yield Place("system", SYSTEM_FILE)
+    yield ConfigurationPlace("system", SYSTEM_FILE)
     home = environment.get("XDG_CONFIG_HOME", "")
     # By the specification of that variable, what is not absolute counts for nothing.
     if not home.startswith("/"):
         home = os.path.join(os.path.expanduser("~"), ".config")  # noqa: PTH111, PTH118
     if home.startswith("/"):
-        yield Place("user", f"{home}/chainmerge/config.toml")
+        yield ConfigurationPlace("user", f"{home}/chainmerge/config.toml")
     if named := environment.get(FILE_VARIABLE):
-        yield Place("environment", named)
+        yield ConfigurationPlace("environment", named)
 
 
-def places_in_force(environment: Mapping[str, str]) -> list[Place]:
+def places_in_force(environment: Mapping[str, str]) -> list[ConfigurationPlace]:
     """The places with a file, and those where nobody can tell."""
     return [place for place in configuration_places(environment) if not _is_missing(place)]
 
 
-def _is_missing(place: Place) -> bool:
+def _is_missing(place: ConfigurationPlace) -> bool:
     # One that is named has to be there.
     if place.scope == "environment":
         return False
