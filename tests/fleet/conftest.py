@@ -26,10 +26,19 @@ def cluster() -> Iterator[Cluster]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def set_up_database(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database in which a fleet is set up: setting up each would take longer than most tests."""
+    name = "set_up"
+    Fleet(cluster, cluster.new_database(name), tmp_path_factory.mktemp(name)).set_up()
+    return name
+
+
 @pytest.fixture
-def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
-    found = Fleet(cluster, cluster.new_database(f"fleet{next(_NUMBERS)}"), tmp_path)
-    found.set_up()
+def fleet(cluster: Cluster, set_up_database: str, tmp_path: Path) -> Iterator[Fleet]:
+    database = cluster.new_database(f"fleet{next(_NUMBERS)}", set_up_database)
+    found = Fleet(cluster, database, tmp_path)
+    found.let_operator_in()
     try:
         yield found
     finally:

@@ -129,6 +129,10 @@ class Fleet:
         self._write_configuration(self._owners, self.database)
         ran = chainmerge("fleet", "init", "--config", self._owners)
         assert ran.status == 0, ran.err
+        self.let_operator_in()
+
+    def let_operator_in(self) -> None:
+        """Make a login for an operator, where the tables are there."""
         self._write_configuration(self.operators, self._login("operator", "chainmerge_operator"))
 
     @property
@@ -197,8 +201,7 @@ class Fleet:
 
     def outcomes(self) -> dict[int, str]:
         """What became of the jobs that have ended."""
-        found = self.did("results", "--last", "10000")["results"]
-        return {one["job"]: one["outcome"] for one in found}
+        return dict(self.ask("SELECT job, outcome FROM results WHERE NOT superseded"))
 
     def running(self) -> list[int]:
         """The jobs that hold their keys."""

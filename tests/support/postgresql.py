@@ -63,9 +63,9 @@ class Cluster:
     def address(self, user: str = "owner", database: str = "postgres") -> str:
         return f"host={self.directory} port={self._port} user={user} dbname={database}"
 
-    def new_database(self, name: str) -> str:
+    def new_database(self, name: str, template: str = "template1") -> str:
         with psycopg.connect(self.address(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}".encode())
         return self.address(database=name)
 
     def _run(self, *words: str) -> None:
