@@ -21,8 +21,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: help setup demo quick test test-browser test-vm soak fuzz fuzz-guided bench lint format \
-	schema screenshots dist lock test-packages clean
+.PHONY: help setup demo quick test test-browser test-metrics test-vm soak fuzz fuzz-guided bench \
+	lint format schema screenshots dist lock test-packages clean
 
 help:
 	@echo 'make demo    what chainmerge saves you from, on real images'
@@ -31,6 +31,8 @@ help:
 	@echo '             QEMU="$$(scripts/newer-qemu)" tests with the QEMU of Debian backports'
 	@echo 'make test-browser'
 	@echo '             reports in a real browser, which it installs'
+	@echo 'make test-metrics'
+	@echo '             metrics and alerts with promtool, which it installs'
 	@echo 'make test-vm real logical volumes, power cuts and faults, in a virtual machine'
 	@echo 'make soak    the test suite with its long runs'
 	@echo 'make fuzz    all commands on damaged images (FUZZ_ARGS="--minutes 60 --seed 1")'
@@ -65,6 +67,11 @@ test: setup
 test-browser:
 	@scripts/setup chromium:chromium
 	@$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
+
+# Neither is Prometheus, of which only promtool is used: its daemon need not run.
+test-metrics:
+	@scripts/setup promtool:prometheus
+	@$(BIN)/python -m pytest tests/promtool $(PYTEST_ARGS)
 
 # First what only the machine's kernel can do, then what is judged outside of it.
 test-vm: setup

@@ -18,6 +18,7 @@ from benchmarks import (
     file_systems,
     many,
     plans,
+    predictions,
     report,
     scans,
     scattered,
@@ -52,6 +53,7 @@ BENCHMARKS: Final[tuple[Benchmark, ...]] = (
     plans.plan_of_10_tib,
     plans.plan_of_10_tib_shuffled,
     scans.scan_of_ten_thousand_images,
+    predictions.prediction,
 )
 # Ignored by git, and on the disk that the repository is on: /tmp may be in memory.
 _BUILD: Final = Path(__file__).parent.parent / "build"

@@ -20,8 +20,11 @@ CHAINMERGE: Final = (sys.executable, "-m", "chainmerge")
 _MEASURED: Final = (sys.executable, "-I", "-S", measured.__file__)
 # Python keeps what it compiled, as on any machine that programs are installed on: the first
 # round, which does not count, compiles.
+# No plan of this host's own merges is to be drawn from what is measured here.
+_STATE: Final = Path(__file__).parent.parent / "build" / "bench-state"
 ENVIRONMENT: Final = {
-    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+    "XDG_STATE_HOME": str(_STATE),
 }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support.loopdev import mounted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 SOAK = os.environ.get("CHAINMERGE_SOAK") == "1"
 OTHER_QEMU = "CHAINMERGE_OTHER_QEMU" in os.environ
@@ -63,3 +65,19 @@ def _state_directory_empty_again(_state_directory_of_this_run: None) -> Iterator
     if machine.has_loop_devices():
         for file in STATE_DIRECTORY.iterdir():
             file.unlink()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _history_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is kept of merges and scans stays out of this user's own history."""
+    home = tmp_path_factory.mktemp("state-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(home))
+        yield home / "chainmerge"
+
+
+@pytest.fixture(autouse=True)
+def _history_empty_again(_history_of_this_run: Path) -> Iterator[None]:
+    """What a plan says of the time that a merge takes does not hang on other tests."""
+    yield
+    shutil.rmtree(_history_of_this_run, ignore_errors=True)

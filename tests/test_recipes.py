@@ -190,6 +190,8 @@ def blocks_of(heading: str) -> list[str]:
 def run_block(block: str, place: Place, program: Path) -> str:
     """The same block with what its commands print here, as the page would call it."""
     lines = []
+    # What is known of merges depends on nothing that was merged before.
+    state = program.parent / "state" / place.images.as_posix().replace("/", "-")
     for line in block.splitlines():
         if not line.startswith("$ "):
             continue
@@ -199,7 +201,7 @@ def run_block(block: str, place: Place, program: Path) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
-            env=environment(PATH=path_with(program)),
+            env=environment(PATH=path_with(program), XDG_STATE_HOME=str(state)),
         )
         # Progress goes where errors go, and is left out.
         said = ran.stdout or ran.stderr

@@ -123,6 +123,7 @@ if TYPE_CHECKING:
         PlannedImage,
         PlannedPool,
         PlannedSnapshots,
+        Prediction,
         Progress,
         Repoint,
         Role,
@@ -163,7 +164,7 @@ if TYPE_CHECKING:
         StatusReport,
         UnfinishedMerge,
     )
-    from chainmerge.documents.trends import TrendPoint
+    from chainmerge.documents.trends import Forecast, Limited, TrendPoint
     from chainmerge.errors import (
         ChainmergeError,
         ChainUnusable,
@@ -231,6 +232,7 @@ __all__ = [
     "ExitCode",
     "Failed",
     "Finding",
+    "Forecast",
     "ImageInvalid",
     "ImageReport",
     "ImageUnavailable",
@@ -238,6 +240,7 @@ __all__ = [
     "Interrupted",
     "LayerSpace",
     "LeakFacts",
+    "Limited",
     "LiveMergeStatus",
     "LiveOptions",
     "LiveStatusReport",
@@ -262,6 +265,7 @@ __all__ = [
     "PlannedImage",
     "PlannedPool",
     "PlannedSnapshots",
+    "Prediction",
     "Progress",
     "ProgressEvent",
     "PruneOfDisks",
@@ -409,10 +413,10 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "PlannedImage",
             "PlannedPool",
             "PlannedSnapshots",
+            "Prediction",
             "Progress",
             "Repoint",
             "Role",
-            "PlannedPool",
             "SpacePlan",
         ),
         "chainmerge.documents.progress": (
@@ -450,7 +454,7 @@ _ELSEWHERE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "StatusReport",
             "UnfinishedMerge",
         ),
-        "chainmerge.documents.trends": ("TrendPoint",),
+        "chainmerge.documents.trends": ("Forecast", "Limited", "TrendPoint"),
         "chainmerge.errors": (
             "ChainUnusable",
             "ChainmergeError",

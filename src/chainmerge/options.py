@@ -142,6 +142,8 @@ class MergeOptions(Struct, frozen=True):
         merge of ours has left. They may hold the data that a lost L2 table mapped.
         key_files: Files that hold the passphrases of encrypted images, by image path; that of
         ``ANY_IMAGE`` applies to all others.
+        history: Whether this host's history tells how long the merge will take, and keeps a line
+            about it.
     """
 
     verify: VerifyLevel = "full"
@@ -163,6 +165,7 @@ class MergeOptions(Struct, frozen=True):
     discard: bool = False
     reclaim: bool = False
     key_files: Mapping[str, str] = field(default_factory=_nothing_declared)
+    history: bool = True
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable if an option has an impossible value."""
@@ -190,6 +193,7 @@ class LiveOptions(Struct, frozen=True):
             guest writes until it does (``throttle``), or undo the merge (``abort``).
         size_limit: Bytes that base's file must not grow past; None for no limit.
         volume: What kind of volume base lies on; ``auto`` finds out.
+        history: Whether this host's history keeps a line about the merge.
     """
 
     verify: VerifyLevel = "full"
@@ -201,6 +205,7 @@ class LiveOptions(Struct, frozen=True):
     on_stall: StallChoice = "wait"
     size_limit: ByteCount | None = None
     volume: VolumeChoice = "auto"
+    history: bool = True
 
     def __post_init__(self) -> None:
         """Raise OptionUnusable if an option has an impossible value."""
@@ -223,6 +228,7 @@ class LiveOptions(Struct, frozen=True):
             bandwidth=self.bandwidth,
             size_limit=self.size_limit,
             volume=self.volume,
+            history=self.history,
         )
 
 
@@ -236,6 +242,8 @@ class ScanOptions(Struct, frozen=True):
             does: for leaks and damage that nothing else shows. It reads all tables.
         cache: Whether what is known of images that have not changed since the last scan is used,
             and kept for the next one.
+        history: Whether this host's history keeps a line about the scan, and tells when chains and
+            storage reach their limits.
         length_info: Images in a chain from which it is long. libvirt before 12.0 does not start
             a domain with 25.
         length_warning: Images from which it is too long.
@@ -251,6 +259,7 @@ class ScanOptions(Struct, frozen=True):
     one_file_system: bool = True
     check: bool = False
     cache: bool = True
+    history: bool = True
     length_info: Threshold = 25
     length_warning: Threshold = 30
     length_critical: Threshold = 100

@@ -16,6 +16,7 @@ import pytest
 import chainmerge
 from chainmerge import Access, ScanOptions, ScanReport
 from chainmerge.inventory import cache
+from chainmerge.records.history import history_file, scans_of
 from tests.inventory.findings.building import chain
 from tests.support import loopdev, machine
 from tests.support.images import MIB
@@ -161,6 +162,26 @@ def test_a_damaged_file_is_dropped(home: Path, history: Path, content: bytes) ->
     assert rows(history) == [2, 1]
 
 
+def test_a_damaged_table_is_begun_again_and_the_history_kept(home: Path, history: Path) -> None:
+    for name in "abcdefgh":
+        chain(home, name, 2)
+    scanned(home)
+    (line,) = scans_of(str(home))
+    with opened(history) as database:
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        pages = database.execute(
+            "SELECT rootpage FROM sqlite_master WHERE tbl_name = 'scan_images_1'"
+        ).fetchall()
+    with history.open("r+b") as file:
+        for (page,) in pages:
+            file.seek((page - 1) * size)
+            file.write(b"\xee" * size)
+    assert len(scanned(home).chains) == 8
+    assert scans_of(str(home))[0] == line
+    scanned(home)
+    assert rows(history) == [16, 8]
+
+
 def test_damaged_rows_are_read_over(home: Path, history: Path) -> None:
     chain(home, "disk", 2)
     before = scanned(home)
@@ -245,4 +266,4 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, said: str, place: str) -
     monkeypatch.setenv("XDG_STATE_HOME", said)
     own = Path.home() / ".local/state/chainmerge/history.sqlite"
     default = Path("/var/lib/chainmerge/history.sqlite") if not os.geteuid() else own
-    assert cache.history_file() == (Path(place) if place else default)
+    assert history_file() == (Path(place) if place else default)

@@ -41,12 +41,13 @@ PATTERNS: Final = {
 
 def random_rules(seed: int, count: int) -> Retention:
     rng = random.Random(-seed - 1)
-    return Retention(
-        keep_last=rng.choice((None, 0, 1, 2)),
-        keep_within=rng.choice((None, None, DAY * rng.randint(1, count) + DAY // 2)),
-        keep=rng.choice(tuple(PATTERNS)),
-        keep_checkpoints=rng.random() < 0.2,
-    )
+    last = rng.choice((None, 0, 1, 2))
+    within = rng.choice((None, None, DAY * rng.randint(1, count) + DAY // 2))
+    keep = rng.choice(tuple(PATTERNS))
+    if last is None and within is None and not PATTERNS[keep] & set(range(count - 1)):
+        # Patterns alone of which none matches are refused.
+        last = 0
+    return Retention(last, within, keep, keep_checkpoints=rng.random() < 0.2)
 
 
 def kept_by(rules: Retention, tree: Tree) -> set[int]:

@@ -22,6 +22,7 @@ from chainmerge.errors import ExitCode, Interrupted, Refused
 from chainmerge.inventory import thin_out as thinning_out
 from chainmerge.inventory.errors import (
     ActiveIsNotLeaf,
+    NoSnapshotMatches,
     NotLeaf,
     ThinningOutdated,
     ThinningUnfinished,
@@ -292,6 +293,21 @@ def test_what_is_named_must_be_the_leaf(images: list[Path]) -> None:
         with pytest.raises(ActiveIsNotLeaf):
             function(images[-1], ONE, Access(active=str(images[3])))
     assert chainmerge.plan_thin_out(images[-1], ONE, Access(active=str(images[-1]))).feasible
+
+
+@pytest.mark.parametrize("also", [{}, {"keep_checkpoints": True}])
+def test_patterns_alone_of_which_none_matches(images: list[Path], also: dict[str, bool]) -> None:
+    before = views(images)
+    rules = Retention(keep=("montly-*", "leaf*"), **also)
+    for function in (chainmerge.plan_thin_out, chainmerge.thin_out):
+        with pytest.raises(NoSnapshotMatches):
+            function(images[-1], rules)
+    assert views(images) == before
+    ran = command("thin-out", "--keep", "montly-*", images[-1])
+    assert (ran.status, "--keep-last 0" in ran.err) == (ExitCode.USAGE, True)
+    # Another rule says what stays, then.
+    last = Retention(keep_last=1, keep=("montly-*",))
+    assert sum(one.stays for one in chainmerge.plan_thin_out(images[-1], last).snapshots) == 1
 
 
 def test_a_leaf_behind_a_link(images: list[Path]) -> None:

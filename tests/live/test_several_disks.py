@@ -22,6 +22,7 @@ from chainmerge.live.errors import (
     LiveJobRunning,
     NothingToMerge,
     NotInVm,
+    UnfinishedMergeFound,
     VmLost,
     VmRefused,
     VmUnreachable,
@@ -29,6 +30,7 @@ from chainmerge.live.errors import (
 from chainmerge.merging.errors import DisksShareImage
 from chainmerge.options import LiveOptions, MergeOptions
 from chainmerge.records.disks import disk_file, keep_entry, load_entry
+from chainmerge.records.live_journal import live_journal_file
 from chainmerge.storage.errors import ImageLocked
 from tests.conftest import SOAK
 from tests.support.cli import chainmerge as command
@@ -386,22 +388,41 @@ def test_disks_that_are_pulled_from_one_base_are_told_apart(tmp_path: Path) -> N
     tops = [create(tmp_path / f"top{number}.qcow2", backing=golden.name) for number in range(2)]
     chains = [[root, golden, top] for top in tops]
     pull = LiveOptions(direction="pull")
-    stop = False
+    stopped_at = Stage.SETTLE
+    stages: list[Stage] = []
+    journals: list[bytes] = []
+
+    def should_stop() -> bool:
+        return stopped_at in stages
 
     def watch(event: ProgressEvent) -> None:
-        nonlocal stop
-        stop = stop or event.stage is Stage.SETTLE
+        stages.append(event.stage)
+        if event.stage is Stage.COPY:
+            journals.extend(
+                one.read_bytes() for one in map(live_journal_file, tops) if one.exists()
+            )
 
     with running_disks_of(tmp_path / "vm", chains) as (vm, disks):
         with live.QmpMachine(str(vm.qmp)) as machine:
             report = live.merge_all_disks(
-                machine, options=pull, on_progress=watch, should_stop=lambda: stop
+                machine, options=pull, on_progress=watch, should_stop=should_stop
             )
         assert [one.outcome for one in report.disks] == [DiskOutcome.MERGED, DiskOutcome.NOT_BEGUN]
         (left,) = chainmerge.status([tmp_path]).merges
         assert left.top == str(tops[1])
         assert not disk_file(golden).exists()
         with live.QmpMachine(str(vm.qmp)) as machine:
+            begun = live_journal_file(tops[1])
+            stages.clear()
+            stopped_at = Stage.COPY
+            journals.clear()
+            live.merge_all_disks(machine, options=pull, on_progress=watch, should_stop=should_stop)
+            # A pull that is told to stop is undone; one that was killed leaves this.
+            begun.write_bytes(journals[-1])
+            with pytest.raises(UnfinishedMergeFound) as found:
+                live.plan_all_disks(machine, options=pull)
+            assert (found.value.base, found.value.file) == (str(tops[1]), str(begun))
+            begun.unlink()
             again = live.merge_all_disks(machine, options=pull)
         assert again.exit_code == ExitCode.DONE
         assert [disk.chain()[1:] for disk in disks] == [[root.name]] * 2

@@ -234,8 +234,13 @@ def test_clocks_that_jump(images: Images, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 PACKAGE: Final = SOURCES / "chainmerge"
-# They say how old images are, and when a page was written, which nothing but the clock tells.
-ASK_THE_CLOCK: Final = (PACKAGE / "inventory", PACKAGE / "cli" / "merge_pictures.py")
+# They say how old images are, and when a page or a line of the history was written, which nothing
+# but the clock tells.
+ASK_THE_CLOCK: Final = (
+    PACKAGE / "inventory",
+    PACKAGE / "cli" / "merge_pictures.py",
+    PACKAGE / "merging" / "noting.py",
+)
 
 
 def test_no_module_that_merges_asks_for_the_time_of_day() -> None:

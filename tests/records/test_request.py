@@ -94,6 +94,7 @@ OPTIONS = st.builds(
     leave=SIZES,
     discard=st.booleans(),
     key_files=st.dictionaries(KEYS, PATHS, max_size=2),
+    history=st.booleans(),
 )
 LIVE_OPTIONS = st.builds(
     LiveOptions,
@@ -106,6 +107,7 @@ LIVE_OPTIONS = st.builds(
     on_stall=st.sampled_from(get_args(StallChoice)),
     size_limit=SIZES,
     volume=st.sampled_from(get_args(VolumeChoice)),
+    history=st.booleans(),
 )
 RETENTION = st.builds(
     Retention,
@@ -287,7 +289,7 @@ def test_every_spelling_is_an_option_of_a_command() -> None:
     assert {SPELLINGS[name].option for name in living} <= options_in(live_merge)
     resumable = options_in(resume)
     pace = {name for name in LiveOptions.__struct_fields__ if SPELLINGS[name].option in resumable}
-    assert pace == {"bandwidth", "deadline", "on_stall", "volume"}
+    assert pace == {"bandwidth", "deadline", "history", "on_stall", "volume"}
     thinning = cli.get_command(None, "thin-out")  # type: ignore[arg-type]
     assert thinning is not None
     retaining = {*Retention.__struct_fields__, *merging}
@@ -295,7 +297,11 @@ def test_every_spelling_is_an_option_of_a_command() -> None:
 
 
 def options_in(command: click.Command) -> set[str]:
-    return {option for parameter in command.params for option in parameter.opts}
+    return {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 def test_volumes_are_activated_again() -> None:

@@ -13,7 +13,15 @@ from rich.console import Console
 from chainmerge.documents.disk_map import DiskMap, MapColumn
 from chainmerge.documents.disks import DiskOutcome, DiskReport, DisksPlan, DisksReport
 from chainmerge.documents.images import Searched
-from chainmerge.documents.plan import EngineName, Finding, MergePlan, Progress, Repoint, Role
+from chainmerge.documents.plan import (
+    EngineName,
+    Finding,
+    MergePlan,
+    Prediction,
+    Progress,
+    Repoint,
+    Role,
+)
 from chainmerge.report.merge_tables import disks_report, live_merge_report, merge_report
 from chainmerge.report.plan_tables import disks_plan_report, plan_report
 from chainmerge.report.styled import styled
@@ -280,3 +288,29 @@ def test_several_disks_have_one_table(width: int) -> None:
     assert len(lines) <= 12, "\n".join(lines)
     assert lines[0].startswith("3 of 3 disks merged")
     assert sum("The VM's configuration must now name" in line for line in lines) == 1
+
+
+def _foretold(plan: MergePlan, *seconds: float) -> MergePlan:
+    known = dict(zip(("seconds", "at_least", "at_most"), seconds, strict=False))
+    return replace(plan, prediction=Prediction("ext4 UUID=1", 4 if seconds else 3, **known))
+
+
+@WIDTHS
+@pytest.mark.parametrize(
+    ("plan", "line"),
+    [
+        (_foretold(FOUR), "Time: no data yet (3 merges like this on this storage)"),
+        (
+            _foretold(FOUR, 95.2, 8.04, 7500.0),
+            "Time: about 95 s (8.0 s to 2 h), by 4 merges on this storage",
+        ),
+        (replace(FOUR, prediction=Prediction("x", 0)), "Time: no data yet"),
+    ],
+)
+def test_the_time_is_a_line_of_the_answer(plan: MergePlan, line: str, width: int) -> None:
+    lines = screen(plan_report(plan, COMMAND), width)
+    assert line in " ".join(lines)
+    added = len(lines) - len(screen(plan_report(FOUR, COMMAND), width))
+    assert added == (1 if len(line) <= width else 2)
+    refused = screen(plan_report(replace(plan, refusals=(REFUSAL,)), COMMAND), width)
+    assert not [one for one in refused if one.startswith("Time")]

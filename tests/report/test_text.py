@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainmerge.documents.text import printable
-from chainmerge.report.text import exact_size, human_size, rough_size
+from chainmerge.report.text import exact_size, human_size, rough_size, short_time
 
 any_text = st.text(st.characters(exclude_categories=()))
 
@@ -67,3 +67,21 @@ def test_exact_sizes_hold_the_exact_number(size: int) -> None:
 def test_rough_sizes_keep_their_width() -> None:
     sizes = [rough_size(size) for size in (0, 0.4, 1023, 2.2 * 2**20, 2**63)]
     assert sizes == ["0.0 B", "0.4 B", "1023.0 B", "2.2 MiB", "8.0 EiB"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2 h"),
+        (47.4 * 3600, "47 h"),
+        (48 * 3600, "2 days"),
+    ],
+)
+def test_durations_have_the_unit_that_people_count_in(seconds: float, shown: str) -> None:
+    assert short_time(seconds) == shown

@@ -13,6 +13,7 @@ from chainmerge.documents.chain_pictures import (
 from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.disk_map import DiskMap, MapColumn
 from chainmerge.documents.scan import ScanFinding, Severity
+from chainmerge.documents.trends import Forecast, Limited
 from chainmerge.documents.versions import REPORT_VERSION
 from tests.support import reports
 
@@ -57,6 +58,10 @@ def chains_pictures(
         ),
         pictures=(chain_pictures(name, images, checkpoints),),
         problems=(f"{name} cannot be read",),
+        forecasts=tuple(
+            Forecast(kind, f"/disks/{name}", f"/disks/{name}-0.qcow2", 5 * MIB, 9 * MIB, 86_400, 4)
+            for kind in Limited
+        ),
     )
 
 

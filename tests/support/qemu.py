@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -135,8 +137,13 @@ def dirty_ranges(image: Path, name: str) -> list[DirtyRange]:
             "server": {"type": "unix", "path": str(socket)},
             "x-dirty-bitmap": f"qemu:dirty-bitmap:{name}",
         }
-        # The export ends with its last client, and qemu-nbd with it.
-        out = qemu_img("map", "--output=json", "json:" + json.dumps(options))
+        server = os.pidfd_open(int(pidfile.read_text()))
+        try:
+            # The export ends with its last client, and qemu-nbd with it, which has the image open.
+            out = qemu_img("map", "--output=json", "json:" + json.dumps(options))
+            select.select([server], [], [])
+        finally:
+            os.close(server)
     # qemu-img map shows a dirty extent as one without data.
     return [
         DirtyRange(extent["start"], extent["length"])

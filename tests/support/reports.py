@@ -43,6 +43,7 @@ from chainmerge.documents.scan import (
     Severity,
 )
 from chainmerge.documents.status import MergeProcess, StatusReport, UnfinishedMerge
+from chainmerge.documents.trends import Forecast, Limited
 from chainmerge.documents.versions import REPORT_VERSION, STATUS_VERSION
 from chainmerge.options import Placement
 
@@ -218,6 +219,10 @@ def scan_report(*, directory: str = "/disks", words: str = "odd") -> ScanReport:
         occupied_bytes=12 * MIB,
         freed_bytes=5 * MIB,
         left_out=(words,),
+        forecasts=tuple(
+            Forecast(kind, f"{directory}/{words}", image.path, 5, 9, 86_400, 4) for kind in Limited
+        ),
+        scope=(directory,),
     )
 
 

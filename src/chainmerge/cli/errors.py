@@ -133,3 +133,16 @@ class ReportFileNotWritten(Failed):
     )
     file: str
     reason: str
+
+
+class MetricsMissing(Misuse):
+    """The Python package that writes metrics is not there."""
+
+    code: ClassVar[str] = "metrics-missing"
+    template: ClassVar[str] = "the Python package prometheus-client cannot be used: {reason}"
+    hint: ClassVar[str] = "pip install 'chainmerge[metrics]'"
+    explanation: ClassVar[str] = (
+        "--textfile writes metrics for Prometheus with its Python package 'prometheus-client'. It "
+        "is optional: nothing else needs it. Nothing was scanned."
+    )
+    reason: str

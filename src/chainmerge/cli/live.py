@@ -16,6 +16,7 @@ from chainmerge.cli.errors import NotConfirmed
 from chainmerge.cli.options import (
     access_options,
     bases_option,
+    history_option,
     json_option,
     lock_command_option,
     merging_option,
@@ -87,6 +88,7 @@ def pace_options(function: Function[R]) -> Function[R]:
         show_default=True,
         help="What kind of volume base lies on.",
     )
+    @history_option
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> R:
         return function(*args, **kwargs)

@@ -219,6 +219,11 @@ def named_places_options(function: Function[R]) -> Function[R]:
     return with_options(function, _ACCESS_OPTIONS[:2])
 
 
+history_option: Final = click.option(
+    "--history/--no-history",
+    default=True,
+    help="Whether to use this host's history, and keep a line in it.  [default: use it]",
+)
 _DEFAULTS: Final = MergeOptions()
 _MERGE_OPTIONS: Final = (
     merging_option(
@@ -334,6 +339,7 @@ _MERGE_OPTIONS: Final = (
         metavar="[IMAGE=]FILE",
         help="A file with the passphrase of an encrypted image, or of all of them.",
     ),
+    history_option,
 )
 
 

@@ -10,10 +10,10 @@ import click
 
 from chainmerge import api
 from chainmerge.cli.commands import Command
-from chainmerge.cli.options import named_places_options, outcome_options
+from chainmerge.cli.options import history_option, named_places_options, outcome_options
 from chainmerge.cli.output import JsonOutput
 from chainmerge.cli.params import IMAGE
-from chainmerge.options import Access
+from chainmerge.options import Access, ScanOptions
 from chainmerge.report.pictures_table import pictures_report
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Draw the N chains whose merge frees most; all are listed.",
 )
+@history_option
 @named_places_options
 @outcome_options
 def report(
@@ -48,6 +49,7 @@ def report(
     places: tuple[str, ...],
     report_file: str | None,
     most: int,
+    history: bool,
     formats: Mapping[str, str],
     allow_backing: tuple[str, ...],
     output: Output,
@@ -62,7 +64,8 @@ def report(
         raise click.UsageError("name the file to write: --output chains.html")
     access = Access(formats=dict(formats), allow_backing=allow_backing)
     with output.progress() as display:
-        found = api.picture_chains(places, access, most, display.update)
+        options = ScanOptions(history=history)
+        found = api.picture_chains(places, access, most, display.update, options)
     if report_file is not None:
         # Imported where they are used: templates take longer to import than a small merge takes.
         from chainmerge.cli.report_file import write_report_file  # noqa: PLC0415

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +11,8 @@ import click
 
 from chainmerge import api
 from chainmerge.cli.commands import Command, PanelOption
-from chainmerge.cli.options import named_places_options, outcome_options
+from chainmerge.cli.errors import MetricsMissing
+from chainmerge.cli.options import history_option, named_places_options, outcome_options
 from chainmerge.cli.params import IMAGE, SIZE
 from chainmerge.documents.scan import Severity
 from chainmerge.errors import ExitCode
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from chainmerge.cli.output import Output
+    from chainmerge.documents.scan import ScanReport
 
 _DEFAULTS: Final = ScanOptions()
 _looking_option: Final = partial(click.option, cls=PanelOption, panel="Where to look")
@@ -77,12 +80,19 @@ def _with_thresholds(function: Callable[..., Any]) -> Callable[..., Any]:
     default=True,
     help="Whether to use what is known of unchanged images, and keep it.  [default: use it]",
 )
+@history_option
 @click.option(
     "--fail-on",
     type=click.Choice([Severity.WARNING.value, Severity.CRITICAL.value]),
     help="End with exit status 5 if a finding is that severe.",
 )
 @click.option("--sqlite", metavar="FILE", type=click.Path(), help="Also write it as tables.")
+@click.option(
+    "--textfile",
+    metavar="FILE.prom",
+    type=click.Path(),
+    help="Also write it as metrics, for node_exporter's textfile collector.",
+)
 @_with_thresholds
 @named_places_options
 @outcome_options
@@ -93,6 +103,7 @@ def scan(
     connect: str,
     fail_on: str | None,
     sqlite: str | None,
+    textfile: str | None,
     formats: Mapping[str, str],
     allow_backing: tuple[str, ...],
     output: Output,
@@ -104,12 +115,35 @@ def scan(
     volume group.  [default: the current directory; with --domains, their disks]
     """
     access = Access(formats=dict(formats), allow_backing=allow_backing)
+    # Before all images are read.
+    write_metrics = _no_metrics if textfile is None else _metrics_writer(textfile)
     disks = api.domain_disks(connect) if domains else None
     with output.progress() as display:
         report = api.scan(paths, access, ScanOptions(**chosen), disks, display.update)
     if sqlite is not None:
         api.save_scan(report, sqlite)
+    write_metrics(report)
     fails = fail_on is not None and report.has_at_least(Severity(fail_on))
     status = ExitCode.UNFINISHED if fails else ExitCode.DONE
     output.last_event(report, scan_report, status)
     return status
+
+
+def _no_metrics(report: ScanReport) -> None:
+    del report
+
+
+def _metrics_writer(file: str) -> Callable[[ScanReport], None]:
+    """What writes a scan as metrics to a file.
+
+    Raises MetricsMissing.
+    """
+    try:
+        importlib.import_module("prometheus_client")
+    except ImportError as error:
+        raise MetricsMissing(str(error)) from error
+    # Imported where they are used: few scans write metrics.
+    from chainmerge.cli.report_file import write_whole_file  # noqa: PLC0415
+    from chainmerge.report.metrics import METRICS_BEGINNING, metrics_of_scan  # noqa: PLC0415
+
+    return lambda report: write_whole_file(file, metrics_of_scan(report), METRICS_BEGINNING)

@@ -11,6 +11,7 @@ from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.disk_map import DiskMap
 from chainmerge.documents.plan import MergePlan
 from chainmerge.documents.scan import ScanFinding
+from chainmerge.documents.trends import Forecast, TrendPoint
 
 MOST_CHECKPOINTS: Final = 100
 """Checkpoints of a chain that are pictured, at most."""
@@ -113,6 +114,8 @@ class ChainsPictures(Struct, frozen=True):
         findings: What a scan has found that somebody should know, the most severe first.
         pictures: Those of the first of them.
         problems: What could not be pictured, or was not looked at, and why; a sentence each.
+        trends: What scans of these places have found until now, in the order of time.
+        forecasts: As in :class:`chainmerge.documents.scan.ScanReport`.
     """
 
     version: int
@@ -122,3 +125,5 @@ class ChainsPictures(Struct, frozen=True):
     findings: tuple[ScanFinding, ...]
     pictures: tuple[ChainPictures, ...]
     problems: tuple[str, ...]
+    trends: tuple[TrendPoint, ...] = ()
+    forecasts: tuple[Forecast, ...] = ()

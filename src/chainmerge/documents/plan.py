@@ -227,13 +227,34 @@ class Finding(Struct, frozen=True):
         return cls(error.code, error.sentence, error.advice)
 
 
+class Prediction(Struct, frozen=True):
+    """How long a merge will take, by what earlier ones on the same storage took.
+
+    Attributes:
+        storage: The storage of the result, and what is read from elsewhere: a file system by its
+            kind and UUID or source, volumes by the UUID of their group, or a disk.
+        merges: How many earlier merges it is drawn from: on that storage, by the same engine, and
+            verified alike.
+        seconds: The most likely time; None if there were too few merges, and so are the others.
+        at_least: What about one of ten takes less time than.
+        at_most: What about one of ten takes more time than.
+    """
+
+    storage: str
+    merges: int
+    seconds: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+
 class MergePlan(Struct, frozen=True):
     """Everything that a merge will do. The same facts give the same plan.
 
     ``shared_bytes`` is what of the data that moves is not copied: the file system lets the result
     share the blocks. ``freed_bytes`` is what the file system gets back, and ``deletable_bytes``
     what it would get back without the merged images; what they share with the result is in neither.
-    ``feasible`` says whether a merge by this plan would start: nothing refuses it.
+    ``feasible`` says whether a merge by this plan would start: nothing refuses it. ``prediction``
+    is how long it takes; None if nothing is to be merged, or nobody asked the history.
     """
 
     version: int
@@ -264,6 +285,7 @@ class MergePlan(Struct, frozen=True):
     freed_bytes: int = 0
     deletable_bytes: int = 0
     feasible: bool = True
+    prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
         """Have ``feasible`` follow from the refusals, in whatever way this was made."""
@@ -284,6 +306,12 @@ class MergePlan(Struct, frozen=True):
     def result(self) -> str:
         """The path of the image that is written, and holds everything afterwards."""
         return self.top if self.pulls else self.base
+
+    @property
+    def merged_images(self) -> tuple[PlannedImage, ...]:
+        """The images that become one, base first."""
+        parts = (Role.BASE, Role.MIDDLE, Role.TOP)
+        return tuple(image for image in self.images if image.role in parts)
 
     @property
     def leaves(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from chainmerge.documents.chains import ChainSummary
 from chainmerge.documents.images import ImageUser
+from chainmerge.documents.trends import Forecast
 
 
 class Severity(StrEnum):
@@ -131,6 +132,10 @@ class ScanReport(Struct, frozen=True):
         occupied_bytes: What all files take, each counted once.
         freed_bytes: What merging all chains would free.
         left_out: What was not looked at, and why; a sentence each.
+        forecasts: What reaches its limit within a year, if it goes on as it did from scan to scan;
+            the first comes first.
+        scope: What tells that two scans are of the same places: as ``places``, but ``libvirt``
+            for the disks of its domains, of which snapshots change the paths.
     """
 
     version: int
@@ -142,6 +147,8 @@ class ScanReport(Struct, frozen=True):
     occupied_bytes: int
     freed_bytes: int
     left_out: tuple[str, ...]
+    forecasts: tuple[Forecast, ...] = ()
+    scope: tuple[str, ...] = ()
 
     def count_of(self, severity: Severity) -> int:
         """How many findings are of this severity."""

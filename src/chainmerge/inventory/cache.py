@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of images that have not changed since the last scan.
 
-It lies in tables of its own in ``history.sqlite``. It is never needed: what is damaged, locked or
-not writable is left alone or dropped, and images are read as if nothing were known. A device has no
-times, so nothing is kept of one.
+It lies in tables of its own in the file of :mod:`chainmerge.records.history`. It is never needed:
+what is damaged, locked or not writable is left alone or dropped, and images are read as if nothing
+were known. A device has no times, so nothing is kept of one.
 
 An image is known again by its device, inode, size, space and both times, to the nanosecond. One
 that changed just before it was read could change once more within the same tick of the file
@@ -17,7 +17,6 @@ import hashlib
 import os
 import sqlite3
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import msgspec
@@ -25,10 +24,11 @@ from msgspec import Struct
 
 from chainmerge.inventory.found import ImageContent
 from chainmerge.inventory.summary import ChainFacts
-from chainmerge.records.files import STATE_DIRECTORY
+from chainmerge.records.history import history_file, opened, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from chainmerge.inventory.found import FoundImage, Stamp
     from chainmerge.options import Access
@@ -94,6 +94,8 @@ class StoredMemory:
         self._now_ns = time.time_ns()
         self._today = self._now_ns // 10**9 // _DAY
         self._pending: list[tuple[str, str, bytes | None]] = []
+        self.is_damaged = False
+        """Whether the database has turned out not to be one any more."""
 
     def content(self, stamp: Stamp) -> ImageContent | None:
         """As in :class:`Memory`."""
@@ -129,8 +131,13 @@ class StoredMemory:
         except sqlite3.OperationalError:
             # Another scan is writing, the disk is full, or this user may only read.
             return
-        except sqlite3.Error:
-            self._database = None
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        self._database = None
+        damage = isinstance(error, sqlite3.DatabaseError)
+        self.is_damaged = damage and not isinstance(error, sqlite3.OperationalError)
 
     def _write(
         self,
@@ -167,8 +174,8 @@ class StoredMemory:
                 f"SELECT value, used FROM {table} WHERE key = ?",  # noqa: S608
                 (key,),
             ).fetchone()
-        except sqlite3.Error:
-            self._database = None
+        except sqlite3.Error as error:
+            self._give_up(error)
             return None
         if row is None:
             return None
@@ -201,7 +208,7 @@ def remembered(place: Path | None = None) -> Iterator[Memory]:
         place: the database; by default that of this user.
     """
     file = place or history_file()
-    database = _opened(file)
+    database = opened(file, _SCHEMA, _WAIT_SECONDS)
     if database is None:
         yield Forgetful()
         return
@@ -211,40 +218,9 @@ def remembered(place: Path | None = None) -> Iterator[Memory]:
     finally:
         memory.flush()
         database.close()
-
-
-def history_file() -> Path:
-    """Where this user's history of merges and scans lies."""
-    home = os.environ.get("XDG_STATE_HOME", "")
-    if home.startswith("/"):
-        return Path(home) / "chainmerge" / "history.sqlite"
-    if os.geteuid() == 0:
-        return STATE_DIRECTORY / "history.sqlite"
-    return Path(os.path.expanduser("~")) / ".local/state/chainmerge/history.sqlite"  # noqa: PTH111
-
-
-def _opened(file: Path) -> sqlite3.Connection | None:
-    """The database, made anew where it is damaged; None if there can be none."""
-    with contextlib.suppress(sqlite3.Error, OSError, ValueError):
-        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        try:
-            return _connected(file)
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:
-            file.unlink()
-            return _connected(file)
-    return None
-
-
-def _connected(file: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(file, timeout=_WAIT_SECONDS, isolation_level=None)
-    try:
-        database.executescript(_SCHEMA)
-    except BaseException:
-        database.close()
-        raise
-    return database
+        if memory.is_damaged:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                set_aside(file)
 
 
 def _key_of_image(stamp: Stamp) -> str:

@@ -96,6 +96,22 @@ class NotLeaf(Misuse):
     child: str
 
 
+class NoSnapshotMatches(Misuse):
+    """Patterns alone were to say which snapshots stay, and none of them matches one."""
+
+    code: ClassVar[str] = "no-snapshot-matches"
+    template: ClassVar[str] = "no snapshot below {leaf} has a name like {patterns}"
+    hint: ClassVar[str] = (
+        "the names are in: chainmerge info {leaf}; if none of them shall stay, say --keep-last 0"
+    )
+    explanation: ClassVar[str] = (
+        "Patterns were the only rule, and what no rule keeps is merged away: a pattern with a slip "
+        "of the pen would cost every snapshot of the chain. Nothing was changed."
+    )
+    leaf: str
+    patterns: str
+
+
 class ActiveIsNotLeaf(Misuse):
     """Another image was named as the upper end of a chain than as its leaf."""
 

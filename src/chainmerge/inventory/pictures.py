@@ -29,7 +29,8 @@ from chainmerge.inventory.gain import first_own_index
 from chainmerge.inventory.layer_space import layer_space
 from chainmerge.inventory.leaves import images_in
 from chainmerge.inventory.scan import scan
-from chainmerge.options import Access, MergeOptions
+from chainmerge.inventory.scan_history import trend_of
+from chainmerge.options import Access, MergeOptions, ScanOptions
 from chainmerge.planning.dry_run import plan
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def picture_chains(
     access: Access | None = None,
     most: int = DEFAULT_CHAINS,
     on_progress: OnProgress = unheard,
+    options: ScanOptions | None = None,
 ) -> ChainsPictures:
     """Scan some places, and find out what the pictures of their chains show.
 
@@ -77,12 +79,13 @@ def picture_chains(
         access: how images may be reached.
         most: so many chains are pictured, of which a merge would free most; all are listed.
         on_progress: told how far the scan has come.
+        options: as of :func:`chainmerge.scan`; without its history there are no trends.
 
     Raises:
         PlaceUnreadable, PlaceTooLarge
     """
-    access = access or Access()
-    found = scan(places, access, on_progress=on_progress)
+    access, options = access or Access(), options or ScanOptions()
+    found = scan(places, access, options, on_progress=on_progress)
     named = {os.path.abspath(place) for place in places}  # noqa: PTH100 (links stay links)
     # As in the scan: an image of one place may stand on one of another.
     roots = (place for place in found.places if os.path.isdir(place))  # noqa: PTH112 (odd names)
@@ -96,6 +99,8 @@ def picture_chains(
         findings=found.findings,
         pictures=tuple(one for one in tried if isinstance(one, ChainPictures)),
         problems=(*(one for one in tried if isinstance(one, str)), *found.left_out),
+        trends=trend_of(found.scope) if options.history else (),
+        forecasts=found.forecasts,
     )
 
 

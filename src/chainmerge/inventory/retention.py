@@ -88,6 +88,20 @@ def judge(
     return tuple(fates)
 
 
+def names_nothing(retention: Retention, snapshots: Sequence[ViewFacts]) -> bool:
+    """Whether patterns alone say what stays, and no snapshot has a name like any of them."""
+    if not retention.keep or retention.keep_last is not None or retention.keep_within is not None:
+        return False
+    return not any(_is_named(one, pattern) for one in snapshots for pattern in retention.keep)
+
+
+def _is_named(snapshot: ViewFacts, pattern: str) -> bool:
+    # Who names a file may mean it by either name, and what is not kept is gone.
+    paths = filter(None, (snapshot.path, snapshot.real_path))
+    names = [os.path.basename(path) for path in paths]  # noqa: PTH119 (they need not be paths here)
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
 def ages_of(snapshots: Sequence[ViewFacts]) -> tuple[float | None, ...]:
     """How old each is, as seconds since 1970: when it was last written, as far as that is known.
 
@@ -149,11 +163,8 @@ def _kept_by_rules(
     within = retention.keep_within
     if within is not None and written is not None and written >= now - within:
         yield RetentionRule.KEEP_WITHIN, f"it is not older than {spelled_duration(within)}"
-    # Who names a file may mean it by either name, and what is not kept is gone.
-    paths = filter(None, (snapshot.path, snapshot.real_path))
-    names = [os.path.basename(path) for path in paths]  # noqa: PTH119 (they need not be paths here)
     for pattern in retention.keep:
-        if any(fnmatchcase(name, pattern) for name in names):
+        if _is_named(snapshot, pattern):
             yield RetentionRule.KEEP, f"its name matches {pattern}"
     if retention.keep_checkpoints and snapshot.checkpoints:
         first, *more = snapshot.checkpoints

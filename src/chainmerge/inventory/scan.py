@@ -27,10 +27,12 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.inventory.cache import Forgetful, Memory, key_of_chain, remembered
 from chainmerge.inventory.findings.all import find_all
 from chainmerge.inventory.findings.scene import FileSystemRoom, Scene, Usage
+from chainmerge.inventory.forecast import forecasts
 from chainmerge.inventory.found import FoundImage, ImageContent, Stamp, problem_of
 from chainmerge.inventory.gain import first_own_index
 from chainmerge.inventory.graph import ImageGraph
 from chainmerge.inventory.places import Places, places_of
+from chainmerge.inventory.scan_history import line_of_scan
 from chainmerge.inventory.scanning import (
     Surveyor,
     as_found,
@@ -47,6 +49,7 @@ from chainmerge.inventory.summary import (
 )
 from chainmerge.options import Access, ScanOptions, require_instance
 from chainmerge.records.files import STATE_DIRECTORY
+from chainmerge.records.history import add_scan, scans_of
 from chainmerge.records.unfinished import status
 from chainmerge.storage.bystanders import openers_of
 
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
     from chainmerge.documents.status import UnfinishedMerge
     from chainmerge.storage.bystanders import Openers
 
+LIBVIRT: Final = "libvirt"
+"""In place of the disks of all domains, in what tells that two scans are of the same places."""
 _IMAGE_SUFFIXES: Final = (".qcow2", ".qcow")
 _TOLD_EVERY: Final = 64
 _NANOSECONDS: Final = 10**9
@@ -90,7 +95,7 @@ def scan(
         require_instance("domains", domains, tuple)
         for disk in domains:
             require_instance("domains", disk, DefinedDisk)
-    now_ns = time.time_ns()
+    now_ns, began = time.time_ns(), time.monotonic()
     there, lost = _disks_that_are_there(domains or ())
     wanted = (*paths, *there) if paths or domains is not None else (".",)
     places = places_of(
@@ -111,7 +116,24 @@ def scan(
     usage = Usage(in_use, openers.all_seen, domains, _identities_at(there), merges)
     scene = Scene(graph, chains, usage, _rooms_of(graph), options, now_ns)
     left_out = (*places.left_out, *lost, *survey.left_out, *not_searched)
-    return _report(scene, openers, places.named, left_out)
+    report = replace(
+        _report(scene, openers, places.named, left_out),
+        scope=places.named if domains is None else (*_named_apart(places, paths, there), LIBVIRT),
+    )
+    if not options.history:
+        return report
+    line = line_of_scan(report, scene, time.monotonic() - began)
+    earlier = scans_of(line.places)
+    add_scan(line)
+    return replace(report, forecasts=forecasts((*earlier, line), options.length_limit))
+
+
+def _named_apart(
+    places: Places, paths: Sequence[str | Path], disks: Sequence[str]
+) -> Iterator[str]:
+    """Places that were named, and not only as the disk of a domain."""
+    named, of_domains = ({os.path.abspath(one) for one in several} for several in (paths, disks))  # noqa: PTH100
+    return (place for place in places.named if place not in of_domains - named)
 
 
 def _open_ones(graph: ImageGraph, openers: Openers) -> Iterator[Identity]:

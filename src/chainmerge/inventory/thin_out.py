@@ -85,6 +85,7 @@ def thin_out(
 
     Raises:
         NotLeaf: an image stands on *leaf*.
+        NoSnapshotMatches: patterns alone say what stays, and none of them matches.
         ThinningUnfinished: an interrupted run with other rules is to be finished first.
         ThinningOutdated: images are others than those that an interrupted run has decided on.
         UnfinishedMergeBelow: an interrupted merge of the chain is to be finished first.

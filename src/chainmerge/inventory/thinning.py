@@ -26,11 +26,12 @@ from chainmerge.documents.retention import ThinOutPlan
 from chainmerge.documents.versions import REPORT_VERSION
 from chainmerge.inventory.errors import (
     ActiveIsNotLeaf,
+    NoSnapshotMatches,
     NotLeaf,
     ThinningUnfinished,
     UnfinishedMergeBelow,
 )
-from chainmerge.inventory.retention import Span, ViewFacts, judge, spans_of
+from chainmerge.inventory.retention import Span, ViewFacts, judge, names_nothing, spans_of
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import Planned, beside_others, plan_beside
 from chainmerge.planning.errors import BaseCannotHoldBitmaps, UnguardedBitmaps
@@ -73,6 +74,7 @@ def plan_thin_out(
 
     Raises:
         NotLeaf: an image stands on *leaf*.
+        NoSnapshotMatches: patterns alone say what stays, and none of them matches.
         ThinningUnfinished: an interrupted run is to be finished first.
         UnfinishedMergeBelow: an interrupted merge is.
         ChainmergeError: the chain cannot be found or read.
@@ -150,6 +152,8 @@ def plan_chain(
         raise NotLeaf(str(chain.top.path), str(child.path))
     refusals = tuple(contentions([(chain.top.path, LockMode.WRITER)]))
     snapshots = _snapshots_of(chain, relatives, leaf_is_free=not refusals)
+    if names_nothing(retention, snapshots):
+        raise NoSnapshotMatches(str(chain.top.path), ", ".join(retention.keep))
     held: dict[int, str] = {}
     while True:
         fates = judge(snapshots, retention, now, held)

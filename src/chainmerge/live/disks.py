@@ -109,8 +109,8 @@ def plan_merges(disks: Sequence[DiskMerge], access: Access, options: LiveOptions
             case MergedRecord():
                 continue
             case LiveJournal() as begun:
-                file = live_journal_file(Path(begun.base.path))
-                raise UnfinishedMergeFound(begun.base.path, str(file))
+                written = begun.result.path
+                raise UnfinishedMergeFound(written, str(live_journal_file(Path(written))))
         with advice_for_running_vm():
             live = locate(disk.vm, disk.top, disk.base, access)
             targets.append(live)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from chainmerge.documents.progress import ProgressEvent, Stage, never, unheard
 from chainmerge.documents.status import LiveMergeStatus, LiveStatusReport
 from chainmerge.documents.versions import REPORT_VERSION
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.advice import advice_for_running_vm, findings_for_running_vm
 from chainmerge.live.driver import Caller
 from chainmerge.live.driving import LiveDisk, drive
@@ -23,7 +24,9 @@ from chainmerge.live.preparing import left_behind, prepare_live_merge
 from chainmerge.live.reporting import report_done_before
 from chainmerge.live.sole_manager import sole_manager
 from chainmerge.merging.finished import finished_before
+from chainmerge.merging.noting import BegunMerge, begun_merge, note_failed, note_merged
 from chainmerge.options import Access, LiveOptions
+from chainmerge.planning.foretelling import foretold
 from chainmerge.records.disks import forget_entry, load_entry
 from chainmerge.records.identity import identify
 from chainmerge.records.live_journal import LiveJournal, load_live_journal
@@ -73,7 +76,12 @@ def shown_plan(
     decided = plan_live(vm, live, options, claims)
     shared = shared_volumes(live.images_written(options), access)
     found = (*left_behind(live, options), *shared, *decided.refusals)
-    return replace(decided, plan=replace(decided.plan, refusals=findings_for_running_vm(found)))
+    plan = replace(
+        decided.plan,
+        refusals=findings_for_running_vm(found),
+        prediction=foretold(decided.plan, options, live=True),
+    )
+    return replace(decided, plan=plan)
 
 
 def merge(
@@ -116,15 +124,23 @@ def merge(
             return _carry_on(vm, unfinished, access, options, caller)
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
-    with (
-        sole_manager(identify(live.result(options).real_path)),
-        held_by_this_host(live.images_written(options), access),
-    ):
-        with advice_for_running_vm():
-            decided = decided_merge(vm, live, options)
-        request = recorded([top], [base or live.target.base.path], access, options, vm.address)
-        journal = prepare_live_merge(live, decided, request, options, caller)
-        return drive(vm, journal, options, caller, decided.plan)
+    begun: BegunMerge | None = None
+    try:
+        with (
+            sole_manager(identify(live.result(options).real_path)),
+            held_by_this_host(live.images_written(options), access),
+        ):
+            with advice_for_running_vm():
+                decided = decided_merge(vm, live, options)
+            request = recorded([top], [base or live.target.base.path], access, options, vm.address)
+            journal = prepare_live_merge(live, decided, request, options, caller)
+            begun = begun_merge(decided.plan, options, live=True)
+            report = drive(vm, journal, options, caller, decided.plan)
+    except ChainmergeError as error:
+        note_failed(begun, error.code)
+        raise
+    note_merged(begun, report)
+    return report
 
 
 def earlier_run(

@@ -33,6 +33,7 @@ from chainmerge.merging.apart import shared_images
 from chainmerge.merging.errors import DiskGone, DisksMismatched
 from chainmerge.merging.finished import finished_before
 from chainmerge.merging.job import Request
+from chainmerge.merging.noting import begun_merge, note_disk
 from chainmerge.merging.preparing import Prepared, prepare, require_no_others
 from chainmerge.merging.rates import RatesFilled
 from chainmerge.options import Access, MergeOptions
@@ -125,6 +126,7 @@ def merge_disks(
         requests = [_request(disk, access, options, report, stop) for disk in disks]
         prepared = prepare(stack, requests)
         warnings = require_no_others(prepared)
+        begun = [begun_merge(one.plan, options) for one in prepared]
         entries = _entries(disks, prepared, access, options)
         keep_entries(entries)
         outcomes = tuple(
@@ -134,6 +136,8 @@ def merge_disks(
     if all(one.is_done for one in outcomes):
         for written in (*(one.written for one in entries), *(one.base for one in done.values())):
             forget_entry(Path(written))
+    for one, outcome in zip(begun, outcomes, strict=True):
+        note_disk(one, outcome)
     by_top = {one.top: one for one in (*outcomes, *done.values())}
     return DisksReport(REPORT_VERSION, tuple(by_top[str(disk.top)] for disk in paired))
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from chainmerge.documents.progress import never, unheard
+from chainmerge.errors import ChainmergeError
 from chainmerge.merging.job import Request
+from chainmerge.merging.noting import BegunMerge, begun_merge, note_failed, note_merged
 from chainmerge.merging.preparing import prepare, require_no_others
 from chainmerge.merging.rates import RatesFilled
 from chainmerge.options import Access, MergeOptions
@@ -62,10 +64,17 @@ def merge(
 
 def merge_requested(request: Request) -> MergeReport:
     """As :func:`merge`, which says what it raises."""
-    with contextlib.ExitStack() as stack:
-        (prepared,) = prepare(stack, [request])
-        (warnings,) = require_no_others([prepared])
-        report = prepared.carry_out()
+    begun: BegunMerge | None = None
+    try:
+        with contextlib.ExitStack() as stack:
+            (prepared,) = prepare(stack, [request])
+            (warnings,) = require_no_others([prepared])
+            begun = begun_merge(prepared.plan, request.options)
+            report = prepared.carry_out()
+    except ChainmergeError as error:
+        note_failed(begun, error.code)
+        raise
     report = replace(report, warnings=(*report.warnings, *warnings))
     forget_entry(request.top if request.options.direction == "pull" else prepared.base)
+    note_merged(begun, report)
     return report

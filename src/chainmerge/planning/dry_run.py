@@ -24,6 +24,7 @@ from chainmerge.planning.already_merged import (
     was_merged_before,
 )
 from chainmerge.planning.evidence import COMPARED_BY_A_PLAN, explained_by, weigh
+from chainmerge.planning.foretelling import foretold
 from chainmerge.planning.gathering import gather
 from chainmerge.planning.locking import (
     images_wanted,
@@ -129,6 +130,7 @@ def plan_beside(
     if remains.pivoted is not None:
         facts = _after_pivot(facts, remains.pivoted, target, access, options)
     decided = make_plan(replace(facts, obstacles=(*obstacles, *facts.obstacles)), options)
+    decided = replace(decided, prediction=foretold(decided, options, live=False))
     claim = facts.volume.claim(decided.space.required, decided.space.allocates)
     return Planned(decided, claim, images_wanted(target, options))
 

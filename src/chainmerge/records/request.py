@@ -106,6 +106,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
         "leave": Spelling("--leave"),
         "discard": Spelling("--discard"),
         "key_files": Spelling("--key-file", _Paths.BOTH),
+        "history": Spelling("--no-history"),
         # Retention
         "keep_last": Spelling("--keep-last"),
         "keep_within": Spelling("--keep-within"),
@@ -116,7 +117,9 @@ SPELLINGS: Final[Mapping[str, Spelling]] = MappingProxyType(
 """How each field of :class:`Access`, :class:`MergeOptions`, :class:`LiveOptions` and
 :class:`Retention` is said."""
 
-_OF_RESUME: Final = frozenset({"bandwidth", "deadline", "on_stall", "volume", "lock_command"})
+_OF_RESUME: Final = frozenset(
+    {"bandwidth", "deadline", "on_stall", "volume", "lock_command", "history"}
+)
 """What ``chainmerge live resume`` is told again. The journal knows the rest."""
 
 
@@ -334,7 +337,8 @@ def words_of(options: Access | MergeOptions | LiveOptions | Retention) -> list[s
 def _say(name: str, value: Any) -> Iterator[str]:
     option = SPELLINGS[name].option
     match value:
-        case True:
+        case bool():
+            # An option that is on by default is said where it is off.
             yield option
         case Mapping():
             for key, one in value.items():

@@ -16,6 +16,7 @@ from chainmerge.documents.plan import (
     MergePlan,
     PlannedImage,
     PlannedPool,
+    Prediction,
     Progress,
     Role,
     SpacePlan,
@@ -34,7 +35,7 @@ from chainmerge.report.names import (
     users_found,
     users_line,
 )
-from chainmerge.report.text import short_size, shortened
+from chainmerge.report.text import short_size, short_time, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +82,7 @@ def answer(plan: MergePlan, names: ImageNames, command: str) -> Iterator[Block]:
     if gone := _gone(plan, names):
         yield words(gone)
     yield words(f"{_copies(plan)}; {_needs(plan)}")
+    yield from time_taken([plan])
     yield words(_frees(plan, names))
     yield users_line(plan, names)
     if plan.refusals:
@@ -164,6 +166,29 @@ def _needs_of_pool(space: SpacePlan, pool: PlannedPool) -> str:
     if not pool.extend_by:
         return needed
     return f"{needed}: the pool is extended by {short_size(pool.extend_by)} first"
+
+
+def time_taken(plans: Sequence[MergePlan]) -> Iterator[Block]:
+    """How long some merges take, one after the other.
+
+    Nothing if one of them is refused, or nobody asked the history.
+    """
+    predictions = [
+        plan.prediction for plan in plans if plan.feasible and plan.prediction is not None
+    ]
+    if predictions and len(predictions) == len(plans):
+        yield words(f"Time: {_time_of(predictions)}")
+
+
+def _time_of(predictions: Sequence[Prediction]) -> str:
+    ends = [(one.seconds, one.at_least, one.at_most) for one in predictions]
+    known = [(a, b, c) for a, b, c in ends if a is not None and b is not None and c is not None]
+    merges = min(one.merges for one in predictions)
+    if len(known) < len(ends):
+        so_far = f" ({counted(merges, 'merge')} like this on this storage)" if merges else ""
+        return f"no data yet{so_far}"
+    likely, low, high = (short_time(sum(column)) for column in zip(*known, strict=True))
+    return f"about {likely} ({low} to {high}), by {counted(merges, 'merge')} on this storage"
 
 
 def _frees(plan: MergePlan, names: ImageNames) -> str:
@@ -307,6 +332,7 @@ def disks_plan_report(plan: DisksPlan, command: str) -> Block:
 def disks_answer(plan: DisksPlan, names: ImageNames, command: str) -> Iterator[Block]:
     """What the plans of several disks come down to, and the command that carries them out."""
     yield words(f"Merge {counted(len(plan.disks), 'disk')} as one{names.place}", layout.TITLE)
+    yield from time_taken(plan.disks)
     searched = {places_searched(disk.searched, names): None for disk in plan.disks}
     others = {users_found(disk, names): None for disk in plan.disks}
     others = {one: None for one in others if one != "none found"} or {"none found": None}

@@ -9,6 +9,7 @@ from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.scan import Severity
 from chainmerge.report import layout
 from chainmerge.report.chains_table import chains_listing
+from chainmerge.report.forecasts import forecast_sentence
 from chainmerge.report.layout import Block, stack, words
 from chainmerge.report.names import ImageNames
 from chainmerge.report.text import short_size
@@ -37,6 +38,7 @@ def scan_report(report: ScanReport) -> Block:
         layout.EMPTY_LINE,
         chains_listing(report.chains, names),
         *_findings(report, names),
+        *_forecasts(report, names),
         *_left_out(report),
     )
 
@@ -89,6 +91,12 @@ def _lines(finding: ScanFinding, names: ImageNames) -> Iterator[Block]:
     yield layout.joined(code, sentence)
     if finding.command is not None:
         yield layout.indented(layout.command(finding.command))
+
+
+def _forecasts(report: ScanReport, names: ImageNames) -> Iterator[Block]:
+    if report.forecasts:
+        sentences = (names.left_out_of(forecast_sentence(one)) for one in report.forecasts)
+        yield layout.section("If it goes on like this", layout.bullets(sentences))
 
 
 def _figures(finding: ScanFinding) -> str:

@@ -54,6 +54,18 @@ def exact_size(size: int) -> str:
     return f"{human_size(size)} ({size} bytes)" if abs(size) >= 1024 else counted(size, "byte")
 
 
+def short_time(seconds: float) -> str:
+    """Return a duration in *seconds* to two digits, in units that people count in."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.0f} h" if hours < 48 else counted(round(hours / 24), "day")
+
+
 def moment(seconds: float) -> str:
     """Return a time (seconds since 1970, UTC) as calendar and clock show it here."""
     # time.strftime does without datetime, which takes a millisecond to import.

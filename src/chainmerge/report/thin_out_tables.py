@@ -11,7 +11,7 @@ from chainmerge.report.layout import Block, Words, stack, words
 from chainmerge.report.merge_tables import bytes_moved, merge_details, reasons_not_done, warnings_of
 from chainmerge.report.names import ImageNames, names_in, users_line
 from chainmerge.report.plan_details import plan_details
-from chainmerge.report.plan_tables import refused
+from chainmerge.report.plan_tables import refused, time_taken
 from chainmerge.report.text import short_size
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def _answer(plan: ThinOutPlan, names: ImageNames, command: str) -> Iterator[Bloc
         passes = counted(len(plan.ranges), "merge")
         copies = short_size(plan.bytes_to_copy) if plan.bytes_to_copy else "nothing"
         yield words(f"{passes}: copies {copies}, frees {short_size(plan.freed_bytes)}")
+        yield from time_taken(plan.ranges)
         yield users_line(plan.ranges[0], names)
     if plan.refusals:
         for refusal in plan.refusals:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -32,18 +32,48 @@ class Mounts(Struct, frozen=True):
         return self.file_systems.get(path, "")
 
 
+class MountedFrom(Struct, frozen=True):
+    """A file system that is mounted somewhere.
+
+    Attributes:
+        kind: What the kernel calls it, such as ``ext4`` or ``nfs4``.
+        source: What it is mounted from: a device, a server's directory, or any word.
+    """
+
+    kind: str
+    source: str
+
+
 def mounts(table: Path = _TABLE) -> Mounts:
     """What this process sees mounted now; nothing where the kernel does not tell."""
+    # Of several mounts on one point, the last one is seen.
+    return Mounts(
+        {point: fields[2].decode("ascii", "replace") for point, fields in _mount_points(table)}
+    )
+
+
+def mounted_from(path: str, table: Path = _TABLE) -> MountedFrom | None:
+    """The file system of an absolute path without symbolic links; None if nobody knows."""
+    found = dict(_mount_points(table))
+    while path not in found and path != os.path.dirname(path):  # noqa: PTH120
+        path = os.path.dirname(path)  # noqa: PTH120
+    # Optional fields stand before a lone hyphen (proc(5)).
+    _, hyphen, rest = b" ".join(found.get(path, ())).partition(b" - ")
+    words = rest.split()
+    if not hyphen or len(words) < 2:
+        return None
+    return MountedFrom(_unescaped(words[0]), _unescaped(words[1]))
+
+
+def _mount_points(table: Path) -> Iterator[tuple[str, list[bytes]]]:
+    """Each mount point, with the fields of its line."""
     try:
         lines = table.read_bytes().splitlines()
     except OSError:
-        return Mounts({})
-    found = {}
-    # Of several mounts on one point, the last one is seen.
+        return
     for fields in (line.split() for line in lines):
         if len(fields) > 4:
-            found[_unescaped(fields[4])] = fields[2].decode("ascii", "replace")
-    return Mounts(found)
+            yield _unescaped(fields[4]), fields
 
 
 def _unescaped(field: bytes) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chainmerge.documents.trends import TrendPoint
 from chainmerge.report.html.pages import DiskChange, html_of_chains, html_of_merge, html_of_plans
@@ -138,10 +139,23 @@ def test_findings_are_told_by_severity() -> None:
     assert places == sorted(places)
 
 
+def test_when_limits_are_reached() -> None:
+    text = " ".join(" ".join(Read(html_of_chains(chains_pictures())).text).split())
+    for said in (
+        "the chain of /disks/daily-0.qcow2 has 5242880 of 9437184 images, and reaches that limit",
+        "the file system of /disks/daily-0.qcow2 has 4 MiB left, and is full about 1970-01-",
+        "/disks/daily-0.qcow2 has 4 MiB left behind the image's end, and is full about 1970-01-",
+    ):
+        assert said in text
+    without = html_of_chains(replace(chains_pictures(), forecasts=()))
+    assert "If it goes on like this" not in without
+
+
 def test_trends_are_drawn_from_two_scans_on() -> None:
     points = [TrendPoint(day * 86400, day + 1, day * 4096, 4096) for day in range(3)]
-    assert "Trend" not in html_of_chains(chains_pictures(), points[:1])
-    page = html_of_chains(chains_pictures(), points)
+    found = chains_pictures()
+    assert "Trend" not in html_of_chains(replace(found, trends=tuple(points[:1])))
+    page = html_of_chains(replace(found, trends=tuple(points)))
     assert page.count("<polyline") == page.count("Trend: ") == 3
     text = " ".join(Read(page).text)
     for said in ("1 image, 1970-01-01", "3 images, 1970-01-03", "8 KiB, 1970-01-03"):

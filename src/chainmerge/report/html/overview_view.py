@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.scan import Severity
+from chainmerge.report.forecasts import forecast_sentence
 from chainmerge.report.html.drawings import Moment, Part, bar, trend
 from chainmerge.report.text import moment, short_size
 
@@ -93,6 +94,7 @@ class OverviewView(Struct, frozen=True):
 
     summary: str
     trends: tuple[TrendRow, ...]
+    forecasts: tuple[str, ...]
     lengths: tuple[BarRow, ...]
     worst: tuple[WorstRow, ...]
     left_out: str
@@ -100,19 +102,15 @@ class OverviewView(Struct, frozen=True):
     problems: tuple[str, ...]
 
 
-def overview_view(found: ChainsPictures, trends: Sequence[TrendPoint]) -> OverviewView:
-    """What to show of all chains, and of what is wrong with them.
-
-    Args:
-        found: what there is.
-        trends: what earlier scans have found, in the order of time.
-    """
+def overview_view(found: ChainsPictures) -> OverviewView:
+    """What to show of all chains, and of what is wrong with them."""
     chains = found.chains
     freed = sum(chain.freed_bytes or 0 for chain in chains)
     rest = len(chains) - _WORST
     return OverviewView(
         summary=f"{counted(len(chains), 'chain')}; merging frees about {short_size(freed)}",
-        trends=tuple(_trends(trends)),
+        trends=tuple(_trends(found.trends)),
+        forecasts=tuple(map(forecast_sentence, found.forecasts)),
         lengths=tuple(_lengths(chains)),
         worst=tuple(_worst(chains[:_WORST])),
         left_out=f"{counted(rest, 'more chain')} not shown" if rest > 0 else "",

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from chainmerge.documents.chain_pictures import ChainsPictures
     from chainmerge.documents.plan import MergePlan
-    from chainmerge.documents.trends import TrendPoint
 
 
 class _Page(Struct, frozen=True):
@@ -43,19 +42,14 @@ class _Page(Struct, frozen=True):
     chains: tuple[ChainView, ...]
 
 
-def html_of_chains(found: ChainsPictures, trends: Sequence[TrendPoint] = ()) -> str:
-    """Return the page about all chains of some places, with pictures of some of them.
-
-    Args:
-        found: what there is.
-        trends: what earlier scans of the same places have found, in the order of time.
-    """
+def html_of_chains(found: ChainsPictures) -> str:
+    """Return the page about all chains of some places, with pictures of some of them."""
     return _rendered(
         _Page(
             title=f"Chains of {', '.join(found.places)}",
             made=_made(found.made_at),
             said=(),
-            overview=overview_view(found, trends),
+            overview=overview_view(found),
             chains=tuple(
                 chain_view(one, "", _answer(one.plan, command_for(one.plan)) if one.plan else ())
                 for one in found.pictures
