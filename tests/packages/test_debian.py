@@ -92,6 +92,11 @@ def test_fish_completes(machine: CleanRoot) -> None:
     assert machine.do("fish -c \"complete -C 'chainmerge thin'\"").split() == ["thin-out"]
 
 
+def test_metrics_need_nothing_more(machine: CleanRoot) -> None:
+    machine.do("chainmerge scan /srv --no-history --textfile /tmp/scan.prom")
+    assert "\nchainmerge_" in (machine.path / "tmp/scan.prom").read_text()
+
+
 def test_libvirt_is_that_of_debian(machine: CleanRoot) -> None:
     imported = "/opt/chainmerge/bin/python3 -I -c 'import libvirt, libvirt_qemu'"
     assert "No module named 'libvirt'" in machine.run(imported).err
