@@ -303,6 +303,21 @@ def test_scans_that_cannot_have_been_are_passed_over(levels: str) -> None:
     assert scans_of("/images") == (SCAN,)
 
 
+def test_nobody_waits_for_what_others_have_in_their_tables() -> None:
+    add_merge(MERGE)
+    numbers = "WITH RECURSIVE n(x) AS (VALUES (1) UNION ALL SELECT x + 1 FROM n)"
+    with opened() as database:
+        database.execute("CREATE TABLE others (x)")
+        database.execute(
+            "CREATE TRIGGER slow AFTER INSERT ON merges_1 BEGIN "
+            f"INSERT INTO others SELECT ({numbers} SELECT max(x) FROM n); END"
+        )
+    began = time.monotonic()
+    add_merge(MERGE)
+    assert time.monotonic() - began < 10
+    assert merges() == (MERGE,)
+
+
 def test_a_table_of_another_shape() -> None:
     history_file().parent.mkdir(parents=True)
     with opened() as database:

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 WAIT_SECONDS: Final = 0.5
-"""How long a writer is waited for."""
+"""How long a writer is waited for, and how long SQLite may take for a line."""
+_INSTRUCTIONS_BETWEEN: Final = 10_000
 MOST_MERGES: Final = 10_000
 MOST_SCANS: Final = 3_000
 _TABLES: Final = """
@@ -280,6 +282,10 @@ def _history() -> Iterator[sqlite3.Connection | None]:
     """The database, for a block of which no error of the database's gets out."""
     file = history_file()
     database = opened(file, _TABLES, WAIT_SECONDS)
+    if database is not None:
+        # Tables that others have made may have triggers or no index, and take as long as they like.
+        end = time.monotonic() + WAIT_SECONDS * 2
+        database.set_progress_handler(lambda: time.monotonic() > end, _INSTRUCTIONS_BETWEEN)
     try:
         yield database
     except (sqlite3.OperationalError, UnicodeEncodeError, OverflowError):
