@@ -71,6 +71,20 @@ def test_the_command_line_has_the_last_word(images: list[Path], tmp_path: Path) 
     )
 
 
+def test_what_is_for_all_commands_is_for_those_that_can_be_given_it(
+    images: list[Path], tmp_path: Path
+) -> None:
+    # Which libvirt has a domain is said with the domain; a file says it for scans.
+    file = written(tmp_path, '[options]\nconnect = "test:///default"\n')
+    ran = chainmerge("bitmaps", "list", images[1], CHAINMERGE_CONFIG=file)
+    assert ran.status == 0, ran.err
+    socket = ("--qmp", tmp_path / "missing", "--device", "disk")
+    ran = chainmerge("live", "status", "--json", *socket, CHAINMERGE_CONFIG=file)
+    assert ran.json["code"] == "vm-unreachable"
+    (value,) = chainmerge("config", "show", "--json", CHAINMERGE_CONFIG=file).json["values"]
+    assert not value["overridden"]
+
+
 @pytest.fixture
 def etc(tmp_path: Path) -> Iterator[Path]:
     """A copy of the machine's /etc in its place."""

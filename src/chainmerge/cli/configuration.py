@@ -82,8 +82,16 @@ def read_place(place: ConfigurationPlace) -> tuple[list[Setting], list[FileProbl
 
 
 def settings_for(section: str, settings: Sequence[Setting]) -> dict[str, Setting]:
-    """By option, what holds for the commands of a section."""
-    return {one.option: one for one in settings if one.section in {GENERAL, section}}
+    """By option, what holds for the commands of a section.
+
+    Of what is said for all commands, that is only what the section could set itself.
+    """
+    settable = SETTINGS.get(section, frozenset())
+    return {
+        one.option: one
+        for one in settings
+        if one.section in {GENERAL, section} and one.option in settable
+    }
 
 
 def options_in(section: str) -> frozenset[str] | None:
