@@ -85,6 +85,19 @@ def test_what_is_for_all_commands_is_for_those_that_can_be_given_it(
     assert not value["overridden"]
 
 
+def test_a_file_is_in_nobodys_way_where_its_word_would_be_a_contradiction(
+    images: list[Path], tmp_path: Path
+) -> None:
+    text = f'[repair]\nbackup = "{tmp_path}"\n[options]\ndirection = "commit"\n'
+    file = written(tmp_path, text)
+    undone = chainmerge("repair", "--json", "--undo", images[1], CHAINMERGE_CONFIG=file)
+    assert undone.json["code"] == "repair-backup-unusable"
+    flat = chainmerge("flatten", "--dry-run", "--json", images[1], CHAINMERGE_CONFIG=file)
+    assert flat.json["directions"]["chosen"] == "pull"
+    typed = chainmerge("flatten", "--direction", "commit", images[1], CHAINMERGE_CONFIG=file)
+    assert typed.status == ExitCode.USAGE
+
+
 @pytest.fixture
 def etc(tmp_path: Path) -> Iterator[Path]:
     """A copy of the machine's /etc in its place."""
