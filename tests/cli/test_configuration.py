@@ -98,6 +98,19 @@ def test_a_file_is_in_nobodys_way_where_its_word_would_be_a_contradiction(
     assert typed.status == ExitCode.USAGE
 
 
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e999"])
+def test_what_is_no_number_is_wrong_wherever_it_is_looked_at(
+    images: list[Path], tmp_path: Path, value: str
+) -> None:
+    file = written(tmp_path, f"[options]\nlock-wait = {value}\n")
+    checked = chainmerge("config", "check", "--json", CHAINMERGE_CONFIG=file)
+    assert (checked.status, len(checked.json["problems"])) == (ExitCode.USAGE, 1)
+    shown = chainmerge("config", "show", "--json", CHAINMERGE_CONFIG=file)
+    assert (shown.status, shown.json["values"][0]["value"]) == (ExitCode.DONE, value)
+    ran = chainmerge("plan", "--json", images[1], CHAINMERGE_CONFIG=file)
+    assert (ran.status, ran.json["code"]) == (ExitCode.USAGE, "configuration-invalid")
+
+
 @pytest.fixture
 def etc(tmp_path: Path) -> Iterator[Path]:
     """A copy of the machine's /etc in its place."""
