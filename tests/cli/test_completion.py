@@ -267,6 +267,9 @@ def test_bash(images: Path, program: Path) -> None:
     assert bash("merge", "my") == ["my disk.qcow2"]
     assert bash("bitmaps", "remove", "disk.qcow2", "") == ["daily", r"two\ words", r"dis\,tinct"]
     assert "image-locked" in bash("explain", "image")
+    # Another image than the one without the comma.
+    (images / "my disk.qcow2").rename(images / "disk.qcow2,")
+    assert bash("merge", "disk.q") == ["disk.qcow2", "disk.qcow2,"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -71,6 +71,46 @@ def test_the_command_line_has_the_last_word(images: list[Path], tmp_path: Path) 
     )
 
 
+def test_what_is_for_all_commands_is_for_those_that_can_be_given_it(
+    images: list[Path], tmp_path: Path
+) -> None:
+    # Which libvirt has a domain is said with the domain; a file says it for scans.
+    file = written(tmp_path, '[options]\nconnect = "test:///default"\n')
+    ran = chainmerge("bitmaps", "list", images[1], CHAINMERGE_CONFIG=file)
+    assert ran.status == 0, ran.err
+    socket = ("--qmp", tmp_path / "missing", "--device", "disk")
+    ran = chainmerge("live", "status", "--json", *socket, CHAINMERGE_CONFIG=file)
+    assert ran.json["code"] == "vm-unreachable"
+    (value,) = chainmerge("config", "show", "--json", CHAINMERGE_CONFIG=file).json["values"]
+    assert not value["overridden"]
+
+
+def test_a_file_is_in_nobodys_way_where_its_word_would_be_a_contradiction(
+    images: list[Path], tmp_path: Path
+) -> None:
+    text = f'[repair]\nbackup = "{tmp_path}"\n[options]\ndirection = "commit"\n'
+    file = written(tmp_path, text)
+    undone = chainmerge("repair", "--json", "--undo", images[1], CHAINMERGE_CONFIG=file)
+    assert undone.json["code"] == "repair-backup-unusable"
+    flat = chainmerge("flatten", "--dry-run", "--json", images[1], CHAINMERGE_CONFIG=file)
+    assert flat.json["directions"]["chosen"] == "pull"
+    typed = chainmerge("flatten", "--direction", "commit", images[1], CHAINMERGE_CONFIG=file)
+    assert typed.status == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e999"])
+def test_what_is_no_number_is_wrong_wherever_it_is_looked_at(
+    images: list[Path], tmp_path: Path, value: str
+) -> None:
+    file = written(tmp_path, f"[options]\nlock-wait = {value}\n")
+    checked = chainmerge("config", "check", "--json", CHAINMERGE_CONFIG=file)
+    assert (checked.status, len(checked.json["problems"])) == (ExitCode.USAGE, 1)
+    shown = chainmerge("config", "show", "--json", CHAINMERGE_CONFIG=file)
+    assert (shown.status, shown.json["values"][0]["value"]) == (ExitCode.DONE, value)
+    ran = chainmerge("plan", "--json", images[1], CHAINMERGE_CONFIG=file)
+    assert (ran.status, ran.json["code"]) == (ExitCode.USAGE, "configuration-invalid")
+
+
 @pytest.fixture
 def etc(tmp_path: Path) -> Iterator[Path]:
     """A copy of the machine's /etc in its place."""

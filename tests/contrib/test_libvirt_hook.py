@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -33,10 +34,12 @@ def described(images: Sequence[Path], device: str = "disk") -> str:
     return f"<domain><name>vm</name><devices>{disks}</devices></domain>"
 
 
-def asked(program: Path, xml: str, *words: str, moment: str = "prepare begin") -> Ran:
+def asked(
+    program: Path, xml: str, *words: str, moment: str = "prepare begin", domain: str = "vm"
+) -> Ran:
     """What the hook answers, where chainmerge is found in the directory *program*."""
     ran = subprocess.run(
-        [HOOK, *words, "vm", *moment.split(), "-"],
+        [HOOK, *words, domain, *moment.split(), "-"],
         input=xml.encode("utf-8", "surrogateescape"),
         capture_output=True,
         check=False,
@@ -108,6 +111,31 @@ def test_each_merge_is_said_once_and_other_disks_do_not_matter(
     assert line.startswith(f"chainmerge: the merge of {interrupted[1]} into {interrupted[0]} is")
     assert asked(program, described(other)).status == 0
     assert asked(program, described(interrupted, device="cdrom")).status == 0
+
+
+def test_a_domain_called_like_the_option_is_a_domain(
+    interrupted: list[Path], program: Path
+) -> None:
+    xml = described(interrupted[-1:])
+    assert asked(program, xml, domain="--let-safe-ones-start").status == 1
+
+
+def test_a_name_makes_no_line_of_its_own(tmp_path: Path) -> None:
+    program = installed(tmp_path / "bin")
+    heard = tmp_path / "heard"
+    (program / "logger").write_text(f'#!/bin/sh\nprintf "%s" "$6" >{heard}\n')
+    (program / "logger").chmod(0o755)
+    name = "a\n<0>forged\x1b[31m"
+    merge: dict[str, object] = {"top": name, "base": "b", "process": None, "vm_may_start": False}
+    merge |= {"command": "finish", "cancel_command": None}
+    message, answer = {"message": f"{name}\udcff: no such file"}, {"merges": [merge]}
+    for status, said in ((1, message), (5, answer)):
+        (tmp_path / "said").write_text(json.dumps(said))
+        (program / "chainmerge").write_text(f"#!/bin/sh\ncat {tmp_path}/said; exit {status}\n")
+        ran = asked(program, described([tmp_path / "image"]))
+        (line,) = ran.err.splitlines()
+        assert r"a\n<0>forged\x1b[31m" in line
+    assert r"a\n<0>forged\x1b[31m\udcff: no such file" in heard.read_text()
 
 
 @pytest.mark.parametrize("moment", ["start begin", "stopped end", "prepare end", "release end"])

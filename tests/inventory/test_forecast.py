@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 
 def scans(
-    values: list[int], kind: str = "chain", limit: int = 0, every: int = DAY
+    values: list[int], kind: Limited = Limited.CHAIN, limit: int = 0, every: int = DAY
 ) -> list[ScanLine]:
     return [
         replace(SCAN, at=number * every, levels=(Level(kind, "name", value, limit, "path"),))
@@ -34,7 +34,7 @@ def test_a_chain_that_grows_by_one_a_day() -> None:
 
 def test_a_file_system_fills() -> None:
     used = [50 * GIB + day * GIB for day in range(8)]
-    (found,) = forecasts(scans(used, "file-system", 100 * GIB), 200)
+    (found,) = forecasts(scans(used, Limited.FILE_SYSTEM, 100 * GIB), 200)
     assert (found.kind, found.limit) == (Limited.FILE_SYSTEM, 100 * GIB)
     assert found.reached_at == 7 * DAY + 43 * DAY
 
@@ -80,7 +80,7 @@ def test_noise_counts_little() -> None:
     draw = random.Random(1)
     used = [(20 + day) * GIB + draw.randrange(-GIB, GIB) for day in range(30)]
     used[10] += 30 * GIB
-    (found,) = forecasts(scans(used, "device", 100 * GIB), 200)
+    (found,) = forecasts(scans(used, Limited.DEVICE, 100 * GIB), 200)
     assert found.reached_at == pytest.approx(79 * DAY, rel=0.05)
 
 
@@ -98,7 +98,7 @@ def test_what_is_first_comes_first() -> None:
             SCAN,
             at=day * DAY,
             levels=tuple(
-                Level("chain", name, 10 + day * growth, 0, name)
+                Level(Limited.CHAIN, name, 10 + day * growth, 0, name)
                 for name, growth in (("slow", 1), ("fast", 4), ("still", 0))
             ),
         )

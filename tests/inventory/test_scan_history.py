@@ -43,7 +43,7 @@ def grown(place: Path, name: str, images: int) -> None:
                 longest=images - day,
                 occupied_bytes=MIB,
                 freed_bytes=0,
-                levels=(Level("chain", name, images - day + 1, 0, f"{place}/old"),),
+                levels=(Level(Limited.CHAIN, name, images - day + 1, 0, f"{place}/old"),),
             )
         )
 
@@ -58,7 +58,9 @@ def test_what_a_scan_leaves(tmp_path: Path) -> None:
     assert (line.images, line.chains, line.longest) == (4, 2, 3)
     assert (line.occupied_bytes, line.freed_bytes) == (report.occupied_bytes, report.freed_bytes)
     assert line.seconds > 0
-    assert levels_of(line, Limited.CHAIN) == [Level("chain", str(images[0]), 3, 0, str(images[2]))]
+    assert levels_of(line, Limited.CHAIN) == [
+        Level(Limited.CHAIN, str(images[0]), 3, 0, str(images[2]))
+    ]
     (room,) = levels_of(line, Limited.FILE_SYSTEM)
     assert room.name == storage_name(tmp_path)
     assert 0 < room.value < room.limit

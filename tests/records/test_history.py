@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sqlite3
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from msgspec.structs import replace
 
+from chainmerge.documents.trends import Limited
 from chainmerge.records import history
 from chainmerge.records.history import (
     Level,
@@ -57,7 +59,7 @@ SCAN = ScanLine(
     longest=3,
     occupied_bytes=1 << 40,
     freed_bytes=6,
-    levels=(Level("chain", "/images/root", 3, 0, "/images/leaf"),),
+    levels=(Level(Limited.CHAIN, "/images/root", 3, 0, "/images/leaf"),),
 )
 
 
@@ -123,7 +125,7 @@ def test_it_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_are_no_text_are_not_kept() -> None:
     odd = os.fsdecode(b"/\xff")
     add_scan(replace(SCAN, places=odd))
-    add_scan(replace(SCAN, levels=(Level("chain", odd, 3, 0, odd),)))
+    add_scan(replace(SCAN, levels=(Level(Limited.CHAIN, odd, 3, 0, odd),)))
     assert (scans_of(odd), scans_of("/images")) == ((), ())
 
 
@@ -261,6 +263,59 @@ def test_rows_of_others_are_passed_over() -> None:
                 (levels,),
             )
     assert scans_of("/images") == (SCAN,)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"bytes_copied": -5},
+        {"clusters": -1},
+        {"seconds": math.inf},
+        {"seconds": -1.0},
+        {"seconds": 1e300},
+        {"copy_seconds": math.inf},
+        {"at": 1 << 62},
+    ],
+)
+def test_merges_that_cannot_have_been_are_passed_over(row: dict[str, Any]) -> None:
+    add_merge(replace(MERGE, **row))
+    with opened() as database:
+        assert database.execute("SELECT count(*) FROM merges_1").fetchone() == (1,)
+    assert merges() == ()
+    add_merge(MERGE)
+    assert merges() == (MERGE,)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        '[{"kind": "planet", "name": "n", "value": 1, "limit": 2, "path": "p"}]',
+        '[{"kind": "device", "name": "n", "value": -1, "limit": 2, "path": "p"}]',
+        f'[{{"kind": "device", "name": "n", "value": 1, "limit": {10**30}, "path": "p"}}]',
+        "[" * 100_000,
+    ],
+)
+def test_scans_that_cannot_have_been_are_passed_over(levels: str) -> None:
+    add_scan(SCAN)
+    with opened() as database:
+        database.execute("UPDATE scans_1 SET levels = ?", (levels,))
+    add_scan(SCAN)
+    assert scans_of("/images") == (SCAN,)
+
+
+def test_nobody_waits_for_what_others_have_in_their_tables() -> None:
+    add_merge(MERGE)
+    numbers = "WITH RECURSIVE n(x) AS (VALUES (1) UNION ALL SELECT x + 1 FROM n)"
+    with opened() as database:
+        database.execute("CREATE TABLE others (x)")
+        database.execute(
+            "CREATE TRIGGER slow AFTER INSERT ON merges_1 BEGIN "
+            f"INSERT INTO others SELECT ({numbers} SELECT max(x) FROM n); END"
+        )
+    began = time.monotonic()
+    add_merge(MERGE)
+    assert time.monotonic() - began < 10
+    assert merges() == (MERGE,)
 
 
 def test_a_table_of_another_shape() -> None:

@@ -121,10 +121,7 @@ def _files() -> tuple[ConfigurationFile, ...]:
 def _all_values(settings: Sequence[Setting]) -> Iterator[ConfiguredValue]:
     """What files say; it is overridden where no command obtains it."""
     in_force = {
-        id(setting)
-        for section in SETTINGS
-        for option, setting in settings_for(section, settings).items()
-        if option in SETTINGS[section]
+        id(setting) for section in SETTINGS for setting in settings_for(section, settings).values()
     }
     for one in settings:
         overridden = id(one) not in in_force

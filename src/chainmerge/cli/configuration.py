@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,7 +71,7 @@ def read_place(place: ConfigurationPlace) -> tuple[list[Setting], list[FileProbl
     """
     content = read_trusted(place.path)
     try:
-        tables = tomllib.loads(content.decode())
+        tables = tomllib.loads(content.decode(), parse_float=_number_or_word)
     except (ValueError, RecursionError) as error:
         advice = "see docs/configuration.md for what such a file looks like"
         return [], [FileProblem(place.path, f"it is not TOML: {error}", advice)]
@@ -81,9 +82,23 @@ def read_place(place: ConfigurationPlace) -> tuple[list[Setting], list[FileProbl
     return settings, [one for one in read if isinstance(one, FileProblem)]
 
 
+def _number_or_word(text: str) -> float | str:
+    """A number, as JSON knows them; what TOML has beside those stays a word."""
+    number = float(text)
+    return number if math.isfinite(number) else text
+
+
 def settings_for(section: str, settings: Sequence[Setting]) -> dict[str, Setting]:
-    """By option, what holds for the commands of a section."""
-    return {one.option: one for one in settings if one.section in {GENERAL, section}}
+    """By option, what holds for the commands of a section.
+
+    Of what is said for all commands, that is only what the section could set itself.
+    """
+    settable = SETTINGS.get(section, frozenset())
+    return {
+        one.option: one
+        for one in settings
+        if one.section in {GENERAL, section} and one.option in settable
+    }
 
 
 def options_in(section: str) -> frozenset[str] | None:

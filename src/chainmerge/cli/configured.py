@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,6 +65,9 @@ def problem_with(
         value = option.type_cast_value(context, as_typed(option, setting.value))
     except click.BadParameter as error:
         return _problem(setting, error.message)
+    # To click it is in every range.
+    if isinstance(value, float) and not math.isfinite(value):
+        return _problem(setting, "it has to be a number")
     for path in _paths_in(option, value):
         if not path.startswith("/"):
             return _problem(setting, f"{path!r} is not an absolute path")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import replace
 
 from chainmerge import api
 from chainmerge.cli.options import (
@@ -17,7 +18,7 @@ from chainmerge.cli.options import (
     verbose_option,
 )
 from chainmerge.cli.signals import stopped_by_signals
-from chainmerge.cli.typed import PlanningCommand, same_with
+from chainmerge.cli.typed import PlanningCommand, same_with, was_typed
 from chainmerge.errors import ExitCode
 from chainmerge.report.merge_tables import (
     disks_details,
@@ -53,7 +54,10 @@ def flatten(
     are, unless --delete is given. This is `merge --direction pull` down to the bottom of the chain.
     """
     if options.direction == "commit":
-        raise click.UsageError("flatten always pulls: --direction commit makes no sense")
+        if was_typed("direction"):
+            raise click.UsageError("flatten always pulls: --direction commit makes no sense")
+        # A file says it of merges.
+        options = replace(options, direction="auto")
     if dry_run:
         return _show(tops, access, options, output, verbose=verbose)
     if len(tops) > 1:

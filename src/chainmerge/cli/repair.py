@@ -11,6 +11,7 @@ from chainmerge import api
 from chainmerge.cli.commands import Command
 from chainmerge.cli.options import access_options, json_option
 from chainmerge.cli.params import DIRECTORY, IMAGE
+from chainmerge.cli.typed import was_typed
 from chainmerge.errors import ExitCode
 from chainmerge.report.tables import repair_report, undo_report
 
@@ -64,7 +65,7 @@ def repair(
     does not change. With --yes, the exit status is 1 if damage is left.
     """
     if undo is not None:
-        if image is not None or yes or dry_run or reclaim or backup is not None:
+        if image is not None or yes or dry_run or reclaim or was_typed("backup"):
             raise click.UsageError("--undo takes only the backup, which names the image")
         output.document(api.undo_repair(undo, access), undo_report)
         return ExitCode.DONE

@@ -52,7 +52,9 @@ _BASH: Final = """\
         line=${rest#"$piece"}
         before=$piece
     done
-    while IFS=, read -r kind value; do
+    # Taken apart here: what "read" splits loses a comma at its end.
+    while IFS= read -r value; do
+        kind=${value%%%%,*} value=${value#*,}
         [[ $value != *[=/] ]] || compopt -o nospace
         case $kind in
             plain)

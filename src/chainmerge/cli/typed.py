@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import click
+from click.core import ParameterSource
 
 from chainmerge.cli.commands import NO_FILES, Command
 from chainmerge.cli.settings import negation_of
@@ -54,6 +55,12 @@ def same_as_far_as_known(names: Sequence[str], *before: str) -> str:
         other = found
     again = _typed_again(context, _options_of(other))
     return shell_line([*program(), *names, *before, *again])
+
+
+def was_typed(name: str) -> bool:
+    """Whether a parameter of the command that runs was given with it, not by a file."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def program() -> tuple[str, ...]:

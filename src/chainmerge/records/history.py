@@ -17,19 +17,22 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from chainmerge.documents.trends import Limited
 from chainmerge.records.files import STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 WAIT_SECONDS: Final = 0.5
-"""How long a writer is waited for."""
+"""How long a writer is waited for, and how long SQLite may take for a line."""
+_INSTRUCTIONS_BETWEEN: Final = 10_000
 MOST_MERGES: Final = 10_000
 MOST_SCANS: Final = 3_000
 _TABLES: Final = """
@@ -46,6 +49,11 @@ CREATE TABLE IF NOT EXISTS scans_1 (
 CREATE INDEX IF NOT EXISTS scans_1_places ON scans_1 (places, id);
 """
 _MOST_ROWS: Final = {"merges_1": MOST_MERGES, "scans_1": MOST_SCANS}
+
+# What no merge or scan of ours can have been; whoever reckons with it would get no number.
+_Count: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Moment: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 36)]
+_Duration: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class MergeLine(Struct, frozen=True):
@@ -70,39 +78,39 @@ class MergeLine(Struct, frozen=True):
         copy_seconds: What of that the copy took.
     """
 
-    at: int
+    at: _Moment
     storage: str
     engine: str
     verify: str
     live: bool
     outcome: str
     direction: str
-    images: int
-    merged: int
-    bytes_copied: int
-    bytes_shared: int
-    clusters: int
-    bytes_freed: int
-    bandwidth: int | None
-    seconds: float | None
-    copy_seconds: float
+    images: _Count
+    merged: _Count
+    bytes_copied: _Count
+    bytes_shared: _Count
+    clusters: _Count
+    bytes_freed: _Count
+    bandwidth: _Count | None
+    seconds: _Duration | None
+    copy_seconds: _Duration
 
 
 class Level(Struct, frozen=True):
     """How far something that has a limit has come.
 
     Attributes:
-        kind: ``chain``, ``file-system`` or ``device``.
+        kind: What it is.
         name: The path of the chain's lowest image, the storage's name, or the device's path.
         value: Images, or bytes that are used.
         limit: Of the same: bytes that there are. 0 for a chain, whose limit is an option.
         path: That of an image on it, for messages.
     """
 
-    kind: str
+    kind: Limited
     name: str
-    value: int
-    limit: int
+    value: _Count
+    limit: _Count
     path: str
 
 
@@ -121,14 +129,14 @@ class ScanLine(Struct, frozen=True):
         levels: What has a limit: of many only what has come furthest.
     """
 
-    at: int
+    at: _Moment
     places: str
-    seconds: float
-    images: int
-    chains: int
-    longest: int
-    occupied_bytes: int
-    freed_bytes: int
+    seconds: _Duration
+    images: _Count
+    chains: _Count
+    longest: _Count
+    occupied_bytes: _Count
+    freed_bytes: _Count
     levels: tuple[Level, ...]
 
 
@@ -274,6 +282,10 @@ def _history() -> Iterator[sqlite3.Connection | None]:
     """The database, for a block of which no error of the database's gets out."""
     file = history_file()
     database = opened(file, _TABLES, WAIT_SECONDS)
+    if database is not None:
+        # Tables that others have made may have triggers or no index, and take as long as they like.
+        end = time.monotonic() + WAIT_SECONDS * 2
+        database.set_progress_handler(lambda: time.monotonic() > end, _INSTRUCTIONS_BETWEEN)
     try:
         yield database
     except (sqlite3.OperationalError, UnicodeEncodeError, OverflowError):
@@ -337,5 +349,5 @@ def _lines(rows: Iterator[Sequence[Any]], kind: type[_Line]) -> Iterator[_Line]:
             if "levels" in found:
                 found["levels"] = msgspec.json.decode(found["levels"])
             yield msgspec.convert(found, kind, strict=False)
-        except (msgspec.MsgspecError, TypeError, ValueError):
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
             continue
