@@ -33,8 +33,8 @@ def environment(**more: str) -> dict[str, str]:
     """The environment for a command, in which it finds the package wherever it is started."""
     # pytest-xdist tells its workers how wide its own terminal is.
     inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    # Whoever runs the tests may have a configuration.
-    own = {"PYTHONPATH": str(SOURCES), "XDG_CONFIG_HOME": "/nonexistent"}
+    # Whoever runs the tests may have a configuration. Nothing can be made below this.
+    own = {"PYTHONPATH": str(SOURCES), "XDG_CONFIG_HOME": "/dev/null"}
     return {**inherited, **own, **more}
 
 

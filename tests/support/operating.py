@@ -42,7 +42,7 @@ def installed(folder: Path) -> Path:
     """A directory with the program ``chainmerge``, as an installation has it."""
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "chainmerge"
-    sources = f"PYTHONPATH={SOURCES} XDG_CONFIG_HOME=/nonexistent"
+    sources = f"PYTHONPATH={SOURCES} XDG_CONFIG_HOME=/dev/null"
     script.write_text(f'#!/bin/sh\nexec env {sources} {sys.executable} -m chainmerge "$@"\n')
     script.chmod(0o755)
     return folder
