@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import procrastinate
     from psycopg import Connection
@@ -29,6 +30,11 @@ _MOST_CLAIMED: Final = 1000
 """Jobs that a host has in hand at most. They wait for leases, in the order of their priority."""
 _NEVER: Final = 86400.0 * 365
 _PAUSE_WITHOUT_DATABASE: Final = 0.5
+_PATIENCE: Final = 5.0
+"""Seconds that the engine waits for its connection."""
+_BETWEEN_LOOKS: Final = 15.0
+"""Seconds between two looks for jobs that are claimed and that nobody has in hand: longer than the
+engine may take to tell the database that one has ended."""
 
 
 class QueueState(StrEnum):
@@ -206,15 +212,71 @@ async def serve(
     from procrastinate.exceptions import ConnectorException  # noqa: PLC0415
 
     queue = _queue_of(host)
+    in_hand: set[int] = set()
+
+    async def run_noted(job: int, arguments: Any) -> None:
+        in_hand.add(job)
+        try:
+            await run(job, arguments)
+        finally:
+            in_hand.discard(job)
+
     while not stopping.is_set():
         with suppress(ConnectorException, psycopg.Error, OSError):
-            async with _app(database, run).open_async() as app:
+            async with _app(database, run_noted).open_async() as app:
                 # Nobody else serves this queue: what is claimed was claimed by a worker that died.
-                for job in await app.job_manager.list_jobs_async(queue=queue, status="doing"):
-                    await app.job_manager.retry_job(job)
-                await _serve_once(app, host, stopping, poll)
+                left = await _put_back(app, await _claimed(app, queue))
+                lost = asyncio.create_task(_put_back_lost_ones(app, queue, poll, in_hand, left))
+                try:
+                    await _serve_once(app, host, stopping, poll)
+                finally:
+                    lost.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await lost
         if not stopping.is_set():
             await asyncio.sleep(_PAUSE_WITHOUT_DATABASE)
+
+
+async def _put_back_lost_ones(
+    app: procrastinate.App, queue: str, poll: float, in_hand: AbstractSet[int], left: frozenset[int]
+) -> None:
+    """Put back jobs that the queue calls claimed and nobody has in hand, as long as it is served.
+
+    The database did not answer when they were to be put back or ended there, or they are *left*,
+    since each asks for the same as one that waits.
+    """
+    from procrastinate.exceptions import ConnectorException  # noqa: PLC0415
+
+    known = left
+    while True:
+        await asyncio.sleep(2 * poll if left else _BETWEEN_LOOKS)
+        with suppress(ConnectorException):
+            claimed = await _claimed(app, queue)
+            lost = frozenset(claimed) - in_hand
+            # What was not in hand before either is not on its way from or to the database.
+            left = await _put_back(app, {job: claimed[job] for job in lost & known})
+            known = left or lost
+
+
+async def _claimed(app: procrastinate.App, queue: str) -> dict[int, procrastinate.jobs.Job]:
+    found = await app.job_manager.list_jobs_async(queue=queue, status="doing")
+    return {job.id: job for job in found if job.id is not None}
+
+
+async def _put_back(
+    app: procrastinate.App, claimed: Mapping[int, procrastinate.jobs.Job]
+) -> frozenset[int]:
+    """Let jobs be claimed anew; return those that are left, as another such job waits already."""
+    from procrastinate.exceptions import UniqueViolation  # noqa: PLC0415
+
+    left = set()
+    for number, job in claimed.items():
+        try:
+            await app.job_manager.retry_job(job)
+        except (UniqueViolation, AssertionError):
+            # The engine insists on details that a server keeps from whom it shows some rows only.
+            left.add(number)
+    return frozenset(left)
 
 
 async def _serve_once(
@@ -261,8 +323,8 @@ def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrasti
         kwargs={"autocommit": True},
         min_size=1,
         max_size=1,
-        timeout=5.0,
-        reconnect_timeout=5.0,
+        timeout=_PATIENCE,
+        reconnect_timeout=_PATIENCE,
     )
     app = procrastinate.App(connector=connector)
 
