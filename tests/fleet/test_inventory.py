@@ -249,6 +249,28 @@ def test_a_scan_waits_for_no_merge_and_is_queued_once(fleet: Fleet) -> None:
     assert "h1" in ran.out
 
 
+def test_who_waits_for_scans_hears_which_hosts_cannot_scan(fleet: Fleet) -> None:
+    host, down = fleet.host("h1", connect='""'), fleet.host("h2", connect='""')
+    for one in (host, down):
+        assert one.start("--once").wait(60) == 0
+    host.start()
+    fleet.execute("UPDATE hosts SET seen = now() - interval '1 hour' WHERE host = 'h2'")
+    for expected in ("a new scan", "one that waited before"):
+        ran = fleet.run("scan", "--wait")
+        assert ran.status == 5, expected
+        assert "not scanned: h2 has not been heard of for 60 minutes" in ran.err
+    fleet.did("drain", "h1")
+    ran = fleet.run("scan", "--wait", "h1")
+    assert ran.status == 5
+    assert "h1 is drained" in ran.err
+    wait_until(
+        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
+    )
+    assert fleet.did("scan", "h1")["jobs"] == [], "one that waits is enough, whoever has it in hand"
+    fleet.did("undrain", "h1")
+    assert fleet.run("scan", "--wait", "h1").status == 0
+
+
 def test_a_host_says_nothing_for_another_one_and_little(fleet: Fleet) -> None:
     for name in ("h1", "h2"):
         assert fleet.host(name, connect='""').start("--once").wait(60) == 0
