@@ -20,6 +20,8 @@ from chainmerge.fleet.planned import plan_printed_for, work_of
 from chainmerge.fleet.record import Action, RecordUnusable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chainmerge.fleet.child import Printed
     from chainmerge.fleet.planned import PlannedWork
     from chainmerge.fleet.record import JobDisk, JobRecord
@@ -98,8 +100,15 @@ def _is_whole(disk: JobDisk) -> bool:
     return os.path.lexists(disk.top) and os.path.lexists(disk.base)
 
 
+def _is_in_chain(disk: JobDisk, chain: Sequence[str]) -> bool:
+    """Whether a job holds an image of its chain, whatever that is called there."""
+    return any(base_id_of(path) == disk.base_id for path in chain)
+
+
 def _changed(record: JobRecord, work: PlannedWork) -> str:
     """What is not as it was when the job was planned; empty if all is."""
+    if record.action is Action.THIN_OUT and not _is_in_chain(record.disks[0], work.chains[0]):
+        return f"{record.disks[0].base} is no image of the chain of {record.disks[0].top}"
     if record.judged_by == "chain":
         return _changed_since_scan(record, work)
     for disk, base in zip(record.disks, work.bases, strict=False):

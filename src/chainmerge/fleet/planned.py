@@ -87,7 +87,7 @@ def work_of(plan: JobPlan, action: Action, bases: Sequence[str]) -> PlannedWork:
             fates = [(one.image, one.stays) for one in plan.snapshots]
             found = _together(plan.ranges, [plan.leaf, fates, *map(plan_digest_of, plan.ranges)])
             chain = (*(one.image for one in plan.snapshots), plan.leaf)
-            return msgspec.structs.replace(found, bases=found.bases[:1], chains=(chain,))
+            return msgspec.structs.replace(found, bases=tuple(bases), chains=(chain,))
         case BitmapListing():
             digest = short_digest_of([plan.rows, plan.verdicts])
             return PlannedWork(digest, True, tuple(bases), tuple(bases))  # noqa: FBT003
