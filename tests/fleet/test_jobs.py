@@ -219,6 +219,19 @@ def test_only_a_dead_host_is_released(fleet: Fleet) -> None:
     assert is_merged(host.images / "slow.top")
 
 
+def test_what_runs_without_its_keys_is_stopped_and_takes_them_anew(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    job = slow_merge_that_runs(fleet, host)
+    fleet.did("pause", "host/h1")
+    # As of a host that was cut off from the database, released, and whose job was retried.
+    fleet.execute("DELETE FROM leases")
+    wait_until(lambda: not host.children(), "the end of the child", 5)
+    assert fleet.running() == []
+    fleet.did("limit", "host/h1", "1")
+    assert fleet.wait_for_results([job]) == {job: "done"}
+    assert is_merged(host.images / "slow.top")
+
+
 def test_a_plan_that_has_changed_and_a_merge_that_is_refused(fleet: Fleet) -> None:
     host = fleet.host("h1")
     changed, refused = host.chain("changed"), host.chain("refused")
