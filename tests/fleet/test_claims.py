@@ -63,3 +63,19 @@ def test_a_queue_that_does_not_answer_when_a_job_ends(fleet: Fleet) -> None:
     said = (host.directory / "worker.err").read_text()
     assert "Traceback" not in said
     assert "the queue does not know yet what became of a job" in said
+
+
+def test_a_row_that_is_too_deep_holds_up_no_others(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""')
+    for depth in (900, 3000):
+        deep = "[" * depth + "]" * depth
+        fleet.execute(
+            "INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args)"
+            f" VALUES ('host.h1', 'chainmerge.fleet', 1000, '{{\"record\": {deep}}}')"
+        )
+    rows = [one["job"] for one in fleet.did("status")["jobs"]]
+    assert len(rows) == 2
+    jobs = fleet.submit(host.planned(host.chain("disk")))
+    host.start()
+    assert fleet.wait_for_results(jobs, 20) == dict.fromkeys(jobs, "done")
+    assert fleet.wait_for_results(rows, 20) == dict.fromkeys(rows, "rejected")

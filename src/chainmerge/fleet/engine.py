@@ -8,6 +8,7 @@ Functions with a ``connection`` are part of the caller's transaction.
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +29,8 @@ ENGINE_VERSION: Final = "3.10.0"
 _TASK: Final = "chainmerge.fleet"
 _MOST_CLAIMED: Final = 1000
 """Jobs that a host has in hand at most. They wait for leases, in the order of their priority."""
+_DEEPEST: Final = 20
+"""Levels of JSON in a row; those of a record are fewer."""
 _NEVER: Final = 86400.0 * 365
 _PAUSE_WITHOUT_DATABASE: Final = 0.5
 _PATIENCE: Final = 5.0
@@ -140,7 +143,8 @@ def _selected(
 ) -> Iterator[QueuedJob]:
     # By a statement of ours: the engine's own lists all jobs, or those of one of its states.
     rows = connection.execute(
-        "SELECT id, queue_name, status::text, priority, queueing_lock, args FROM procrastinate_jobs"
+        "SELECT id, queue_name, status::text, priority, queueing_lock, args::text"
+        " FROM procrastinate_jobs"
         " WHERE (%(numbers)s::bigint[] IS NULL OR id = ANY (%(numbers)s::bigint[]))"
         " AND (%(labels)s::text[] IS NULL OR queueing_lock = ANY (%(labels)s::text[]))"
         " ORDER BY id",
@@ -152,7 +156,23 @@ def _selected(
     for number, queue, status, priority, label, arguments in rows:
         state = _STATES.get(status, QueueState.FAILED)
         host = queue.removeprefix("host.")
-        yield QueuedJob(number, host, state, priority, label or "", arguments)
+        yield QueuedJob(number, host, state, priority, label or "", _loaded(arguments))
+
+
+def _loaded(text: str | bytes) -> Any:
+    """Read JSON of a row; as if there was nothing where it is deeper than the engine bears."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        return {}
+    return {} if _is_deeper(value, _DEEPEST) else value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def cancel(connection: Connection[Any], job: int) -> bool:
@@ -318,6 +338,7 @@ def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrasti
             return RetryDecision() if isinstance(exception, asyncio.CancelledError) else None
 
     connector = procrastinate.PsycopgConnector(
+        json_loads=_loaded,
         conninfo=database,
         # Each of the engine's statements stands alone: a transaction would be two more.
         kwargs={"autocommit": True},
