@@ -13,6 +13,7 @@ import pytest
 from chainmerge.fleet.places import keys_on
 from chainmerge.fleet.record import RecordUnusable, record_in
 from chainmerge.fleet.windows import is_open
+from tests.support.cli import chainmerge
 from tests.support.damage import leak_clusters
 from tests.support.disks_domain import target_of
 from tests.support.domain_vm import disk_described, running_domain_with
@@ -98,6 +99,39 @@ def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     later = fleet.submit(plans["merge"], plans["repair"])
     assert host.start("--once").wait(60) == 0
     assert fleet.outcomes() == dict.fromkeys(later, "already")
+
+
+def test_disks_that_somebody_merged_make_the_others_no_less_judged(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    left, right = host.chain("left"), host.chain("right")
+    jobs = fleet.submit(host.planned("--together", "--delete", left, right))
+    assert chainmerge("merge", "--delete", left).status == 0
+    host.write(right)
+    assert host.start("--once").wait(120) == 0
+    assert fleet.outcomes() == dict.fromkeys(jobs, "plan-changed")
+    assert right.exists()
+
+
+def test_a_link_that_leads_elsewhere_since_the_job_was_claimed(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    inside, outside = host.images / "inside", fleet.directory / "outside"
+    for directory in (inside, outside):
+        directory.mkdir()
+    top = host.chain("disk", directory=inside)
+    (job,) = fleet.submit(host.planned("--delete", top))
+    assert chainmerge("merge", "--delete", top).status == 0
+    fleet.did("pause", "host/h1")
+    host.start()
+    wait_until(
+        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
+    )
+    time.sleep(1)
+    for image in inside.iterdir():
+        image.rename(outside / image.name)
+    inside.rmdir()
+    inside.symlink_to(outside)
+    fleet.did("limit", "host/h1", "1")
+    assert fleet.wait_for_results([job]) == {job: "rejected"}
 
 
 def record_of(action: str, *names: str, **options: Any) -> dict[str, Any]:

@@ -230,6 +230,27 @@ def test_disks_of_a_machine_and_snapshots_that_go(fleet: Fleet, tmp_path: Path) 
     assert len(chain) == 2, "its last snapshot stays"
 
 
+def test_who_thins_out_a_chain_holds_what_a_merge_of_all_of_it_holds(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    host = fleet.host("h1", connect='""')
+    leaf = longer(host, "long", 5)
+    scanned(fleet, host)
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[retention]\nkeep_last = 1\n")
+    (merge,), (thinned,) = planned(fleet)["jobs"], planned(fleet, "--policy", policy)["jobs"]
+    # So that what is merged first is not the lowest image.
+    kept = ("--keep", "long.base", "--keep-last", "1")
+    (on_host,) = host.planned("--action", "thin-out", *kept, leaf)["jobs"]
+    assert merge["keys"] == thinned["keys"] == on_host["keys"]
+    (foreign,) = host.planned("--action", "thin-out", *kept, leaf)["jobs"]
+    (other,) = host.planned(host.chain("other"))["jobs"]
+    foreign |= {"keys": other["keys"], "disks": [{**other["disks"][0], "top": str(leaf)}]}
+    jobs = fleet.submit({"jobs": [foreign, on_host]})
+    outcomes = fleet.wait_for_results(jobs)
+    assert list(outcomes.values()) == ["plan-changed", "done"], fleet.did("results")
+
+
 def test_a_scan_waits_for_no_merge_and_is_queued_once(fleet: Fleet) -> None:
     host = fleet.host("h1", connect='""')
     assert host.start("--once").wait(60) == 0
@@ -247,6 +268,28 @@ def test_a_scan_waits_for_no_merge_and_is_queued_once(fleet: Fleet) -> None:
     ran = fleet.run("scan", "--wait")
     assert ran.status == 0, ran.err
     assert "h1" in ran.out
+
+
+def test_who_waits_for_scans_hears_which_hosts_cannot_scan(fleet: Fleet) -> None:
+    host, down = fleet.host("h1", connect='""'), fleet.host("h2", connect='""')
+    for one in (host, down):
+        assert one.start("--once").wait(60) == 0
+    host.start()
+    fleet.execute("UPDATE hosts SET seen = now() - interval '1 hour' WHERE host = 'h2'")
+    for expected in ("a new scan", "one that waited before"):
+        ran = fleet.run("scan", "--wait")
+        assert ran.status == 5, expected
+        assert "not scanned: h2 has not been heard of for 60 minutes" in ran.err
+    fleet.did("drain", "h1")
+    ran = fleet.run("scan", "--wait", "h1")
+    assert ran.status == 5
+    assert "h1 is drained" in ran.err
+    wait_until(
+        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
+    )
+    assert fleet.did("scan", "h1")["jobs"] == [], "one that waits is enough, whoever has it in hand"
+    fleet.did("undrain", "h1")
+    assert fleet.run("scan", "--wait", "h1").status == 0
 
 
 def test_a_host_says_nothing_for_another_one_and_little(fleet: Fleet) -> None:

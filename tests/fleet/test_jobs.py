@@ -219,6 +219,44 @@ def test_only_a_dead_host_is_released(fleet: Fleet) -> None:
     assert is_merged(host.images / "slow.top")
 
 
+def test_what_waited_on_a_dead_host_is_cancelled_and_two_alike_do_not_wait(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    fleet.did("pause", "host/h1")
+    top = host.chain("disk")
+    plan = host.planned(top)
+    (job,) = fleet.submit(plan)
+    host.start()
+    wait_until(
+        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
+    )
+    host.kill()
+    wait_until(lambda: fleet.run("release", "h1", "--fenced").status == 0, "a released host")
+    fleet.did("cancel", str(job), str(job))
+    assert fleet.outcomes() == {job: "cancelled"}
+    (again,) = fleet.submit(plan)
+    ran = fleet.run("retry", str(job))
+    assert ran.status == 2
+    assert "the same was submitted again, and waits" in ran.err
+    fleet.did("undrain", "h1")
+    fleet.did("limit", "host/h1", "1")
+    host.start()
+    assert fleet.wait_for_results([again]) == {again: "done"}
+    assert fleet.outcomes() == {job: "cancelled", again: "done"}, "the host heard of it"
+
+
+def test_what_runs_without_its_keys_is_stopped_and_takes_them_anew(fleet: Fleet) -> None:
+    host = fleet.host("h1")
+    job = slow_merge_that_runs(fleet, host)
+    fleet.did("pause", "host/h1")
+    # As of a host that was cut off from the database, released, and whose job was retried.
+    fleet.execute("DELETE FROM leases")
+    wait_until(lambda: not host.children(), "the end of the child", 5)
+    assert fleet.running() == []
+    fleet.did("limit", "host/h1", "1")
+    assert fleet.wait_for_results([job]) == {job: "done"}
+    assert is_merged(host.images / "slow.top")
+
+
 def test_a_plan_that_has_changed_and_a_merge_that_is_refused(fleet: Fleet) -> None:
     host = fleet.host("h1")
     changed, refused = host.chain("changed"), host.chain("refused")

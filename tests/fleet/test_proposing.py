@@ -18,12 +18,14 @@ from chainmerge.documents.fleet_policy import FleetPolicy, PolicyMerging, Policy
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.trends import TrendPoint
 from chainmerge.fleet.errors import FleetPolicyUnusable
-from chainmerge.fleet.inventory_store import StoredInventory, added_up
+from chainmerge.fleet.inventory_store import StoredInventory, _read, added_up
+from chainmerge.fleet.operating import plan_in
 from chainmerge.fleet.policy import policy_in
 from chainmerge.fleet.proposing import job_options_of, propose, view_of
 from chainmerge.fleet.record import FleetPlan, JobOptions
 from chainmerge.fleet.sharing import shared_places
 from chainmerge.report.fleet_plan_tables import fleet_plan_report
+from chainmerge.report.json import encode
 from chainmerge.report.plain import plain_text
 
 NOW: Final = 1_800_000_000
@@ -55,6 +57,9 @@ def chain(name: str, **fields: Any) -> InventoryChain:
         refusals=(),
     )
     return replace(usual, **fields)
+
+
+UUID: Final = "11111111-2222-3333-4444-555555555555"
 
 
 def host(name: str, *chains: InventoryChain, places: tuple[InventoryPlace, ...] = ()) -> Any:
@@ -220,6 +225,30 @@ def test_old_scans_and_missing_ones_are_warned_of() -> None:
     plan = propose(StoredInventory((old,), ("h2",)), FleetPolicy(), JobOptions(), 0, NOW)
     assert any("h2 has not been scanned" in one for one in plan.warnings)
     assert any("30 days old" in one for one in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"domain": "-rf", "domain_uuid": UUID, "in_use": True, "target": "vda"},
+        {"domain": "vm", "domain_uuid": UUID, "in_use": True, "target": None},
+        {"leaf": "/images/\udcff"},
+        {"base_id": "not one"},
+    ],
+)
+def test_a_chain_that_no_job_can_name_is_no_end_of_the_plan(fields: dict[str, Any]) -> None:
+    odd = host("h2", chain("odd", **fields))
+    found = _read("h2", encode(odd))
+    assert found == odd, "nor of its host's inventory"
+    plan = proposed(host("h1", chain("good")), odd, policy=FleetPolicy(running="merge"))
+    assert [job.host for job in plan.jobs] == ["h1"]
+    assert [one.code for one in plan.left_out] == ["unusable"]
+    assert plan_in(encode(plan).encode(), "plan.json") == plan, "and it can be submitted"
+
+
+def test_an_inventory_that_is_deep_is_none() -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    assert _read("h1", f'{encode(host("h1"))[:-1]},"more":{deep}}}') is None
 
 
 def test_a_plan_is_shown() -> None:

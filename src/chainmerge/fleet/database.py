@@ -76,10 +76,11 @@ def _connected(database: str) -> Iterator[Connection[Any]]:
         with psycopg.connect(address(database)) as connection:
             yield connection
     except psycopg.Error as error:
-        raise FleetUnreachable(_first_line(error)) from error
+        raise FleetUnreachable(first_line(error)) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of the database says, without its context."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

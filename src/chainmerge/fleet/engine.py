@@ -8,6 +8,7 @@ Functions with a ``connection`` are part of the caller's transaction.
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import procrastinate
     from psycopg import Connection
@@ -27,8 +29,15 @@ ENGINE_VERSION: Final = "3.10.0"
 _TASK: Final = "chainmerge.fleet"
 _MOST_CLAIMED: Final = 1000
 """Jobs that a host has in hand at most. They wait for leases, in the order of their priority."""
+_DEEPEST: Final = 20
+"""Levels of JSON in a row; those of a record are fewer."""
 _NEVER: Final = 86400.0 * 365
 _PAUSE_WITHOUT_DATABASE: Final = 0.5
+_PATIENCE: Final = 5.0
+"""Seconds that the engine waits for its connection."""
+_BETWEEN_LOOKS: Final = 15.0
+"""Seconds between two looks for jobs that are claimed and that nobody has in hand: longer than the
+engine may take to tell the database that one has ended."""
 
 
 class QueueState(StrEnum):
@@ -134,7 +143,8 @@ def _selected(
 ) -> Iterator[QueuedJob]:
     # By a statement of ours: the engine's own lists all jobs, or those of one of its states.
     rows = connection.execute(
-        "SELECT id, queue_name, status::text, priority, queueing_lock, args FROM procrastinate_jobs"
+        "SELECT id, queue_name, status::text, priority, queueing_lock, args::text"
+        " FROM procrastinate_jobs"
         " WHERE (%(numbers)s::bigint[] IS NULL OR id = ANY (%(numbers)s::bigint[]))"
         " AND (%(labels)s::text[] IS NULL OR queueing_lock = ANY (%(labels)s::text[]))"
         " ORDER BY id",
@@ -146,7 +156,23 @@ def _selected(
     for number, queue, status, priority, label, arguments in rows:
         state = _STATES.get(status, QueueState.FAILED)
         host = queue.removeprefix("host.")
-        yield QueuedJob(number, host, state, priority, label or "", arguments)
+        yield QueuedJob(number, host, state, priority, label or "", _loaded(arguments))
+
+
+def _loaded(text: str | bytes) -> Any:
+    """Read JSON of a row; as if there was nothing where it is deeper than the engine bears."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        return {}
+    return {} if _is_deeper(value, _DEEPEST) else value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def cancel(connection: Connection[Any], job: int) -> bool:
@@ -206,15 +232,71 @@ async def serve(
     from procrastinate.exceptions import ConnectorException  # noqa: PLC0415
 
     queue = _queue_of(host)
+    in_hand: set[int] = set()
+
+    async def run_noted(job: int, arguments: Any) -> None:
+        in_hand.add(job)
+        try:
+            await run(job, arguments)
+        finally:
+            in_hand.discard(job)
+
     while not stopping.is_set():
         with suppress(ConnectorException, psycopg.Error, OSError):
-            async with _app(database, run).open_async() as app:
+            async with _app(database, run_noted).open_async() as app:
                 # Nobody else serves this queue: what is claimed was claimed by a worker that died.
-                for job in await app.job_manager.list_jobs_async(queue=queue, status="doing"):
-                    await app.job_manager.retry_job(job)
-                await _serve_once(app, host, stopping, poll)
+                left = await _put_back(app, await _claimed(app, queue))
+                lost = asyncio.create_task(_put_back_lost_ones(app, queue, poll, in_hand, left))
+                try:
+                    await _serve_once(app, host, stopping, poll)
+                finally:
+                    lost.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await lost
         if not stopping.is_set():
             await asyncio.sleep(_PAUSE_WITHOUT_DATABASE)
+
+
+async def _put_back_lost_ones(
+    app: procrastinate.App, queue: str, poll: float, in_hand: AbstractSet[int], left: frozenset[int]
+) -> None:
+    """Put back jobs that the queue calls claimed and nobody has in hand, as long as it is served.
+
+    The database did not answer when they were to be put back or ended there, or they are *left*,
+    since each asks for the same as one that waits.
+    """
+    from procrastinate.exceptions import ConnectorException  # noqa: PLC0415
+
+    known = left
+    while True:
+        await asyncio.sleep(2 * poll if left else _BETWEEN_LOOKS)
+        with suppress(ConnectorException):
+            claimed = await _claimed(app, queue)
+            lost = frozenset(claimed) - in_hand
+            # What was not in hand before either is not on its way from or to the database.
+            left = await _put_back(app, {job: claimed[job] for job in lost & known})
+            known = left or lost
+
+
+async def _claimed(app: procrastinate.App, queue: str) -> dict[int, procrastinate.jobs.Job]:
+    found = await app.job_manager.list_jobs_async(queue=queue, status="doing")
+    return {job.id: job for job in found if job.id is not None}
+
+
+async def _put_back(
+    app: procrastinate.App, claimed: Mapping[int, procrastinate.jobs.Job]
+) -> frozenset[int]:
+    """Let jobs be claimed anew; return those that are left, as another such job waits already."""
+    from procrastinate.exceptions import UniqueViolation  # noqa: PLC0415
+
+    left = set()
+    for number, job in claimed.items():
+        try:
+            await app.job_manager.retry_job(job)
+        except (UniqueViolation, AssertionError):
+            # The engine insists on details that a server keeps from whom it shows some rows only.
+            left.add(number)
+    return frozenset(left)
 
 
 async def _serve_once(
@@ -256,13 +338,14 @@ def _app(database: str, run: Callable[[int, Any], Awaitable[None]]) -> procrasti
             return RetryDecision() if isinstance(exception, asyncio.CancelledError) else None
 
     connector = procrastinate.PsycopgConnector(
+        json_loads=_loaded,
         conninfo=database,
         # Each of the engine's statements stands alone: a transaction would be two more.
         kwargs={"autocommit": True},
         min_size=1,
         max_size=1,
-        timeout=5.0,
-        reconnect_timeout=5.0,
+        timeout=_PATIENCE,
+        reconnect_timeout=_PATIENCE,
     )
     app = procrastinate.App(connector=connector)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final
@@ -108,10 +109,18 @@ def inventory_in(connection: Connection[Any]) -> StoredInventory:
 def _read(host: str, document: str) -> HostInventory | None:
     """A host's inventory; None if it is one of another version, or speaks for another host."""
     try:
-        found = msgspec.json.decode(document, type=HostInventory)
-    except msgspec.DecodeError:
+        found = _decoded(document)
+    except (ValueError, msgspec.ValidationError, RecursionError):
         return None
     return found if (found.version, found.host) == (FLEET_VERSION, host) else None
+
+
+def _decoded(document: str) -> HostInventory:
+    try:
+        return msgspec.json.decode(document, type=HostInventory)
+    except msgspec.DecodeError:
+        # One name that is not UTF-8 must not hide all others of a host.
+        return msgspec.convert(json.loads(document), HostInventory)
 
 
 def overview_of(stored: StoredInventory) -> FleetInventory:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -14,14 +15,16 @@ from chainmerge.fleet.chain_state import (
     joint_digest,
 )
 from chainmerge.fleet.outcome import JobEnding, ending_of, last_event
-from chainmerge.fleet.places import base_id_of, require_allowed
+from chainmerge.fleet.places import base_id_of, require_admissible, require_allowed
 from chainmerge.fleet.planned import plan_printed_for, work_of
 from chainmerge.fleet.record import Action, RecordUnusable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chainmerge.fleet.child import Printed
     from chainmerge.fleet.planned import PlannedWork
-    from chainmerge.fleet.record import JobRecord
+    from chainmerge.fleet.record import JobDisk, JobRecord
     from chainmerge.fleet.settings import HostSettings
 
 _LEFT_TO_THE_COMMAND: Final = frozenset(
@@ -29,6 +32,7 @@ _LEFT_TO_THE_COMMAND: Final = frozenset(
 )
 """Errors with which there is no plan, because the command has been run before: it knows by its
 records what is left to do, and does nothing else."""
+_PARTLY_DONE: Final = "some of its disks are merged already; plan the others again"
 _OWN_TRACES: Final = frozenset({Action.PRUNE, Action.REPAIR})
 """Where what a run has done before it was interrupted is nothing that its plan shows as its own.
 They take away only what is of no use, whenever they run."""
@@ -48,26 +52,43 @@ def why_not(
         was_run: Whether a child has been started for it here before.
     """
     try:
-        plan = plan_printed_for(record, printed.text)
-    except msgspec.DecodeError:
-        return _without_plan(printed, was_run=was_run)
-    work = work_of(plan, record.action, [disk.base for disk in record.disks])
-    if not work.is_new or (was_run and record.action in _OWN_TRACES):
-        return None
-    reason = _changed(record, work)
-    if reason:
-        return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
-    try:
-        for path in work.changed:
-            require_allowed(path, host)
+        # It waited for its keys, and links may lead elsewhere by now.
+        require_admissible(record, host)
+        return _why_not(record, printed, host, was_run=was_run)
     except RecordUnusable as error:
         return JobEnding(FleetJobOutcome.REJECTED, message=str(error))
+
+
+def _why_not(
+    record: JobRecord, printed: Printed, host: HostSettings, *, was_run: bool
+) -> JobEnding | None:
+    try:
+        plan = plan_printed_for(record, printed.text)
+    except msgspec.DecodeError:
+        return _without_plan(record, printed, was_run=was_run)
+    work = work_of(plan, record.action, [disk.base for disk in record.disks])
+    has_begun = not work.is_new or (was_run and record.action in _OWN_TRACES)
+    if work.is_partly_done and not was_run:
+        # By somebody else, or by a run that has ended: no digest is of what is left.
+        reason = _PARTLY_DONE
+    else:
+        reason = "" if has_begun else _changed(record, work)
+    if reason:
+        return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
+    for path in work.changed:
+        require_allowed(path, host)
     return None
 
 
-def _without_plan(printed: Printed, *, was_run: bool) -> JobEnding | None:
+def _without_plan(record: JobRecord, printed: Printed, *, was_run: bool) -> JobEnding | None:
     lines = printed.text.decode("utf-8", "replace").splitlines()
-    if was_run or last_event(lines).get("code") in _LEFT_TO_THE_COMMAND:
+    if was_run:
+        return None
+    if last_event(lines).get("code") in _LEFT_TO_THE_COMMAND:
+        # What is left of one disk, its records say. Another one that is whole has none.
+        is_some_left = len(record.disks) > 1 and any(map(_is_whole, record.disks))
+        if is_some_left:
+            return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=_PARTLY_DONE)
         return None
     died = f"planning it again ended with status {printed.status}, and without a plan"
     return ending_of(lines, printed.status) or JobEnding(
@@ -75,8 +96,19 @@ def _without_plan(printed: Printed, *, was_run: bool) -> JobEnding | None:
     )
 
 
+def _is_whole(disk: JobDisk) -> bool:
+    return os.path.lexists(disk.top) and os.path.lexists(disk.base)
+
+
+def _is_in_chain(disk: JobDisk, chain: Sequence[str]) -> bool:
+    """Whether a job holds an image of its chain, whatever that is called there."""
+    return any(base_id_of(path) == disk.base_id for path in chain)
+
+
 def _changed(record: JobRecord, work: PlannedWork) -> str:
     """What is not as it was when the job was planned; empty if all is."""
+    if record.action is Action.THIN_OUT and not _is_in_chain(record.disks[0], work.chains[0]):
+        return f"{record.disks[0].base} is no image of the chain of {record.disks[0].top}"
     if record.judged_by == "chain":
         return _changed_since_scan(record, work)
     for disk, base in zip(record.disks, work.bases, strict=False):

@@ -51,6 +51,7 @@ class StopReason(Enum):
     CANCELLED = "somebody wants it to end"
     DRAINED = "its host is to stop"
     WINDOW = "its window has ended"
+    LOST_KEYS = "its keys were given up by an operator"
     OVER = "it has ended in the database"
 
 
@@ -301,6 +302,7 @@ class FleetLedger(threading.Thread):
         now = time.monotonic()
         lines: dict[int, str] = {}
         held = dict(self._in_hand)
+        at_work = [job for job, one in held.items() if one.runs]
         if now >= self._progress_due:
             lines = {job: _storable(one.newest_line()) for job, one in held.items() if one.runs}
             self._progress_due = now + _PROGRESS_PAUSE
@@ -316,6 +318,9 @@ class FleetLedger(threading.Thread):
             self._listener.sought(sought)
         for job, host in zip(found_jobs, found_on, strict=True):
             self._listener.domain_is_on(job, host)
+        # Its host was released, and its job retried, before this worker could be told.
+        for job in set(at_work) - set(holding) - set(ended):
+            self._listener.to_stop(job, StopReason.LOST_KEYS)
         for job in ended:
             self._listener.to_stop(job, StopReason.OVER)
         for job in unwanted:

@@ -74,10 +74,12 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
 def _require_kept_apart(connection: Connection[Any], plan: FleetPlan) -> None:
     """Raise FleetPlanUnusable for a volume that hosts share which nothing keeps apart."""
     volumes = [
-        (job.host, disk.base, disk.base.split("/")[2])
+        (job.host, path, path.split("/")[2])
         for job in plan.jobs
         for disk in job.disks
-        if disk.base.startswith(_DEVICES)
+        # The one above may be deleted.
+        for path in (disk.base, disk.top)
+        if path.startswith(_DEVICES)
     ]
     # The inventory is large, and few images are volumes.
     refused = refused_groups(inventory_in(connection).hosts) if volumes else {}
@@ -183,7 +185,7 @@ def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
     """
     done = []
     with transaction(database) as connection:
-        for number in jobs:
+        for number in dict.fromkeys(jobs):
             _require_open(connection, number)
             done.append(f"job {number} {_cancelled(connection, number)}")
     return FleetChange(FLEET_VERSION, tuple(jobs), tuple(done))
@@ -199,11 +201,20 @@ def _require_open(connection: Connection[Any], number: int) -> None:
 def _cancelled(connection: Connection[Any], number: int) -> str:
     # A job that waits in the queue can hold keys: its worker died, and its child may go on.
     held = connection.execute("SELECT FROM leases WHERE job = %s", (number,)).fetchone()
-    if held is None and engine.cancel(connection, number):
+    if held is None and (engine.cancel(connection, number) or _is_of_nobody(connection, number)):
         _end(connection, [number], FleetJobOutcome.CANCELLED, "cancelled before it began")
         return "is cancelled"
     connection.execute("INSERT INTO wishes VALUES (%s) ON CONFLICT DO NOTHING", (number,))
     return "is told to stop"
+
+
+def _is_of_nobody(connection: Connection[Any], number: int) -> bool:
+    """Whether the host that claimed a job was released: nobody there hears a wish any more."""
+    host = _job(connection, number).host
+    released = connection.execute(
+        "SELECT FROM hosts WHERE host = %s AND machine_id = ''", (host,)
+    ).fetchone()
+    return released is not None and not _is_connected(connection, host)
 
 
 def retry(database: str, jobs: Sequence[int]) -> FleetChange:
@@ -212,6 +223,7 @@ def retry(database: str, jobs: Sequence[int]) -> FleetChange:
     Raises:
         NoSuchJob: one of them did not. Nothing is done then.
     """
+    jobs = list(dict.fromkeys(jobs))
     end = time.monotonic() + _PATIENCE
     while not _retried(database, jobs):
         if time.monotonic() > end:
@@ -231,6 +243,8 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
             if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
                 reason = f"it cannot be tried again: it is {outcome or job.state}"
                 raise NoSuchJob(job.id, reason)
+            if _waits_again(connection, job):
+                raise NoSuchJob(job.id, "the same was submitted again, and waits")
         claimed = [job for job in found if job.state is QueueState.CLAIMED]
         if any(_is_connected(connection, job.host) for job in claimed):
             return False
@@ -239,6 +253,12 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
             if job.state is not QueueState.QUEUED:
                 engine.retry(connection, job.id)
     return True
+
+
+def _waits_again(connection: Connection[Any], job: engine.QueuedJob) -> bool:
+    """Whether another job that asks for the same is on a queue: two cannot wait there."""
+    alike = engine.jobs_labelled(connection, [job.label]) if job.label else ()
+    return any(one.state is QueueState.QUEUED and one.id != job.id for one in alike)
 
 
 def _is_connected(connection: Connection[Any], host: str) -> bool:

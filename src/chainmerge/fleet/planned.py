@@ -38,6 +38,7 @@ class PlannedWork(Struct, frozen=True):
         bases: The image that each disk is merged into, or that is changed.
         changed: The images that are written to, renamed or deleted.
         chains: The images of each disk from the root up to its top, where the plan has them.
+        is_partly_done: Whether some of the merges are done, and nothing of the others is.
     """
 
     digest: str
@@ -45,6 +46,7 @@ class PlannedWork(Struct, frozen=True):
     bases: tuple[str, ...]
     changed: tuple[str, ...]
     chains: tuple[tuple[str, ...], ...] = ()
+    is_partly_done: bool = False
 
 
 def plan_printed_for(record: JobRecord, printed: bytes) -> JobPlan:
@@ -85,7 +87,7 @@ def work_of(plan: JobPlan, action: Action, bases: Sequence[str]) -> PlannedWork:
             fates = [(one.image, one.stays) for one in plan.snapshots]
             found = _together(plan.ranges, [plan.leaf, fates, *map(plan_digest_of, plan.ranges)])
             chain = (*(one.image for one in plan.snapshots), plan.leaf)
-            return msgspec.structs.replace(found, bases=found.bases[:1], chains=(chain,))
+            return msgspec.structs.replace(found, bases=tuple(bases), chains=(chain,))
         case BitmapListing():
             digest = short_digest_of([plan.rows, plan.verdicts])
             return PlannedWork(digest, True, tuple(bases), tuple(bases))  # noqa: FBT003
@@ -95,12 +97,14 @@ def work_of(plan: JobPlan, action: Action, bases: Sequence[str]) -> PlannedWork:
 
 
 def _together(plans: Sequence[MergePlan], what: object) -> PlannedWork:
+    progress = {plan.progress for plan in plans}
     return PlannedWork(
         short_digest_of(what),
-        bool(plans) and all(plan.progress is Progress.NEW for plan in plans),
+        progress == {Progress.NEW},
         tuple(plan.base for plan in plans),
         tuple(path for plan in plans for path in _changed_by(plan)),
         tuple(map(images_of_chain, plans)),
+        progress == {Progress.NEW, Progress.MERGED},
     )
 
 

@@ -24,15 +24,18 @@ from chainmerge.fleet.record import (
     RecordUnusable,
 )
 from chainmerge.fleet.words import job_access, live_options_of, merge_options_of, retention_of
+from chainmerge.inventory.thinning import lowest_own_image
 from chainmerge.records.request import lasting_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chainmerge.documents.plan import MergePlan
+    from chainmerge.documents.retention import ThinOutPlan
     from chainmerge.fleet.planned import JobPlan
     from chainmerge.fleet.settings import HostSettings
     from chainmerge.live.libvirt.domains import RunningDomain
+    from chainmerge.options import Access
 
 
 class JobTiming(Struct, frozen=True):
@@ -172,7 +175,7 @@ def _alone(
             )
             if thinned.feasible and not thinned.ranges:
                 raise FleetPlanUnusable(name, "all its snapshots stay")
-            plan, base = thinned, thinned.ranges[0].base if thinned.ranges else name
+            plan, base = thinned, _base_of_thinning(name, thinned, access, host)
         case Action.PRUNE:
             plan, base = api.bitmaps_list(name, access), api.plan(name, None, access).base
         case Action.REPAIR:
@@ -180,6 +183,19 @@ def _alone(
         case Action.MERGE | Action.LIVE_MERGE:
             raise AssertionError(action)
     return _job(action, plan, [_Images(name, base)], options, timing, host)
+
+
+def _base_of_thinning(leaf: str, plan: ThinOutPlan, access: Access, host: HostSettings) -> str:
+    """The image that a job holds which thins out a chain: the one that a merge of all of it holds.
+
+    Which of the images go is found out only when it runs. What jobs may not touch, none holds.
+    """
+    lowest = lowest_own_image(leaf, access)
+    try:
+        require_allowed(lowest, host)
+    except RecordUnusable:
+        return plan.ranges[0].base if plan.ranges else leaf
+    return lowest
 
 
 def _job(
@@ -195,11 +211,12 @@ def _job(
         raise FleetPlanUnusable(images[0].top, sentence)
     work = work_of(plan, action, [disk.base for disk in images])
     try:
-        for path in (*(disk.top for disk in images), *work.bases, *work.changed):
+        bases = [disk.base for disk in images] if action is Action.THIN_OUT else work.bases
+        for path in (*(disk.top for disk in images), *bases, *work.changed):
             require_allowed(path, host)
         disks = tuple(
             JobDisk(top=disk.top, base=base, base_id=base_id_of(base), target=disk.target)
-            for disk, base in zip(images, work.bases, strict=True)
+            for disk, base in zip(images, bases, strict=True)
         )
         job = PlannedJob(
             v=1,

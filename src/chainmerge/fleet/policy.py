@@ -40,7 +40,7 @@ def policy_in(text: bytes, path: str) -> FleetPolicy:
     """
     try:
         written = tomllib.loads(text.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FleetPolicyUnusable(path, str(error)) from error
     for reason in _unknown_keys(written):
         raise FleetPolicyUnusable(path, reason)

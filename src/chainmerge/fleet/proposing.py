@@ -92,7 +92,7 @@ def propose(
         now: seconds since 1970.
 
     Raises:
-        FleetPlanUnusable: a job would ask for what jobs may not.
+        FleetPlanUnusable: a job would be done in a way that jobs may not ask for.
     """
     left_out: list[LeftOut] = []
     elsewhere = _Elsewhere(
@@ -106,21 +106,38 @@ def propose(
             if reason is None:
                 candidates.append(candidate)
             else:
-                left_out.append(LeftOut(host.host, chain.leaf, *reason))
+                left_out.append(_left_out(candidate, *reason))
     groups = _by_machine(_one_host_each(sorted(candidates, key=lambda one: one.rank)), policy)
     most = policy.most_jobs or len(groups)
     left_out += [
-        LeftOut(one.host.host, one.chain.leaf, "most-jobs", "others come first")
-        for group in groups[most:]
-        for one in group
+        _left_out(one, "most-jobs", "others come first") for group in groups[most:] for one in group
     ]
+    jobs = []
+    for group in groups[:most]:
+        try:
+            jobs.append(_job(group, policy, options, priority))
+        except _GroupUnusable as error:
+            left_out += [_left_out(one, "unusable", str(error)) for one in group]
     return FleetPlan(
         version=1,
-        jobs=tuple(_job(group, policy, options, priority) for group in groups[:most]),
+        jobs=tuple(jobs),
         limits=policy.limits,
         left_out=tuple(sorted(left_out, key=lambda one: (one.host, one.leaf))),
         warnings=tuple(_warnings(stored, now)),
     )
+
+
+def _left_out(candidate: _Candidate, code: str, reason: str) -> LeftOut:
+    return LeftOut(candidate.host.host, _readable(candidate.chain.leaf), code, _readable(reason))
+
+
+def _readable(text: str) -> str:
+    """Text as every reader of a plan takes it: names of files need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class _GroupUnusable(Exception):
+    """What a host says of some chains makes no job; says why."""
 
 
 class _Elsewhere(Struct, frozen=True):
@@ -249,31 +266,42 @@ def _job(
     host, chains = group[0].host, [one.chain for one in group]
     action = _action_of(chains[0], policy)
     disks = tuple(_disk(chain, action) for chain in chains)
-    job = PlannedJob(
-        v=1,
-        host=host.host,
-        machine_id=host.machine_id,
-        action=action,
-        disks=disks,
-        keys=(
-            host_key(host.host),
-            *map(storage_key, sorted({name for chain in chains for name in chain.storages})),
-            *sorted({image_key(disk.base_id) for disk in disks}),
-        ),
-        options=_options_for(action, chains, options, policy),
-        plan_digest=joint_digest([chain.digest or "" for chain in chains]),
-        priority=priority,
-        domain=_domain_of(chains[0]) if action is Action.LIVE_MERGE else None,
-        windows=policy.windows,
-        window_end=policy.window_end,
-        judged_by="chain",
-        figures=_figures_of(chains),
-    )
+    chosen = _checked_options(action, chains, options, policy)
     try:
+        job = PlannedJob(
+            v=1,
+            host=host.host,
+            machine_id=host.machine_id,
+            action=action,
+            disks=disks,
+            keys=(
+                host_key(host.host),
+                *map(storage_key, sorted({name for chain in chains for name in chain.storages})),
+                *sorted({image_key(disk.base_id) for disk in disks}),
+            ),
+            options=chosen,
+            plan_digest=joint_digest([chain.digest or "" for chain in chains]),
+            priority=priority,
+            domain=_domain_of(chains[0]) if action is Action.LIVE_MERGE else None,
+            windows=policy.windows,
+            window_end=policy.window_end,
+            judged_by="chain",
+            figures=_figures_of(chains),
+        )
         # Read as it will be: only the reader is strict about each field.
         return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)
     except (ValueError, msgspec.ValidationError) as error:
-        raise FleetPlanUnusable(f"{host.host}: {disks[0].top}", str(error)) from error
+        raise _GroupUnusable(f"no job can name it: {error}") from error
+
+
+def _checked_options(
+    action: Action, chains: Sequence[InventoryChain], options: JobOptions, policy: FleetPolicy
+) -> JobOptions:
+    chosen = _options_for(action, chains, options, policy)
+    try:
+        return msgspec.json.decode(msgspec.json.encode(chosen), type=JobOptions)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise FleetPlanUnusable("the policy", str(error)) from error
 
 
 def _disk(chain: InventoryChain, action: Action) -> JobDisk:

@@ -79,7 +79,8 @@ class JobDisk(Struct, frozen=True, forbid_unknown_fields=True):
         top: The image merged; where bitmaps are pruned, the upper end of their chain; where
             snapshots are thinned out, the leaf; the image to be repaired.
         base: The image merged into; where bitmaps are pruned, the lowest that has some; where
-            snapshots are thinned out, the lowest image merged into; again the image to be repaired.
+            snapshots are thinned out, the lowest image that nothing but the chain uses; again the
+            image to be repaired.
         base_id: What tells base from all other images, the same as seen from every host.
         target: What its domain calls the disk, such as ``vda``, where that runs.
     """

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -20,6 +20,13 @@ from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
+
+    from psycopg import Connection
+
+_LONGEST_SILENCE: Final = 360.0
+"""Seconds: a worker that has nothing to do speaks at least every five minutes."""
+_OPEN: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
 
 
 def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
@@ -33,14 +40,59 @@ def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
         for host in hosts:
             if host not in known:
                 raise NoSuchHost(host)
-        scans = engine.jobs_labelled(connection, list(map(scan_label, hosts or known)))
-        waiting = {job.host for job in scans if job.state is QueueState.QUEUED}
+        waiting = {job.host for job in _waiting(connection, hosts or known)}
         wanted = [host for host in hosts or known if host not in waiting]
         numbers = engine.submit(connection, [_queued(host) for host in wanted])
     done = [f"{counted(len(numbers), 'scan')} submitted"]
     if left_out := len(hosts or known) - len(wanted):
         done.append(f"{counted(left_out, 'host')} left out: a scan waits there already")
     return FleetChange(FLEET_VERSION, tuple(numbers), tuple(done))
+
+
+def _waiting(connection: Connection[Any], hosts: Sequence[str]) -> list[engine.QueuedJob]:
+    """Scans of hosts that have yet to begin, whether or not a worker has them in hand."""
+    scans = engine.jobs_labelled(connection, list(map(scan_label, hosts)))
+    rows = connection.execute(
+        "SELECT job FROM leases UNION SELECT job FROM results"
+        " WHERE NOT superseded AND job = ANY (%s)",
+        ([job.id for job in scans],),
+    ).fetchall()
+    begun = {number for (number,) in rows}
+    return [job for job in scans if job.state in _OPEN and job.id not in begun]
+
+
+def waiting_scans(database: str, hosts: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of scans of these hosts, or of all, that have yet to begin."""
+    with transaction(database) as connection:
+        return tuple(job.id for job in _waiting(connection, hosts or host_names(connection)))
+
+
+def hindrances(database: str, jobs: Sequence[int]) -> dict[int, str]:
+    """Why those of some scans will not end by themselves, a sentence each."""
+    with transaction(database) as connection:
+        hosts = {job.id: job.host for job in engine.jobs_numbered(connection, jobs)}
+        held = {number for (number,) in connection.execute("SELECT job FROM leases").fetchall()}
+        rows = connection.execute(
+            "SELECT host, drained, extract(epoch FROM now() - seen)::float8, EXISTS (SELECT FROM"
+            " limits WHERE key IN ('fleet', 'scan/' || host) AND (paused OR most = 0)) FROM hosts"
+        ).fetchall()
+    sentences: dict[int, str] = {}
+    states = {host: states for host, *states in rows}
+    for job in jobs:
+        if job not in hosts:
+            sentences[job] = f"the scan {job} was forgotten"
+            continue
+        host = hosts[job]
+        drained, silent, paused = states.get(host, (False, 0.0, False))
+        if silent > _LONGEST_SILENCE:
+            sentences[job] = (
+                f"{host} has not been heard of for {counted(int(silent / 60), 'minute')}"
+            )
+        elif drained and job not in held:
+            sentences[job] = f"{host} is drained: `chainmerge fleet undrain {host}`"
+        elif paused and job not in held:
+            sentences[job] = f"scans of {host} are paused"
+    return sentences
 
 
 def _queued(host: str) -> engine.NewJob:

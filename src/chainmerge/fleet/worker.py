@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from chainmerge.documents.fleet import FleetJobOutcome
 from chainmerge.fleet import engine
 from chainmerge.fleet.child import Child, domains_here, held, printed_by
-from chainmerge.fleet.database import address, require_extra
+from chainmerge.fleet.database import address, first_line, require_extra
 from chainmerge.fleet.errors import FleetMisconfigured, HostTaken
 from chainmerge.fleet.in_hand import JobInHand
 from chainmerge.fleet.judging import why_not
@@ -341,10 +342,23 @@ def work(host: HostSettings, *, once: bool) -> None:
     logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL + 1)
 
     async def until_told() -> None:
+        asyncio.get_running_loop().set_exception_handler(_tell_of_error)
         await Worker(host, once=once).work()
 
     with _sole_worker(host):
         asyncio.run(until_told())
+
+
+def _tell_of_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Have a line for what the database did not hear of a job: the queue says it later."""
+    import psycopg  # noqa: PLC0415
+
+    error = context.get("exception")
+    cause = error and (error.__cause__ or error.__context__)
+    if isinstance(cause, psycopg.Error):
+        sys.stderr.write(f"the queue does not know yet what became of a job: {first_line(cause)}\n")
+    else:
+        loop.default_exception_handler(context)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from chainmerge.inventory.errors import (
     ThinningUnfinished,
     UnfinishedMergeBelow,
 )
+from chainmerge.inventory.gain import first_own_index
 from chainmerge.inventory.retention import Span, ViewFacts, judge, names_nothing, spans_of
 from chainmerge.options import Access, MergeOptions
 from chainmerge.planning.dry_run import Planned, beside_others, plan_beside
@@ -245,6 +246,22 @@ def _snapshots_of(chain: Chain, relatives: Relatives, *, leaf_is_free: bool) -> 
             )
         )
     return found
+
+
+def lowest_own_image(leaf: str | Path, access: Access | None = None) -> str:
+    """The path of the lowest image of a chain that nothing but the chain uses; as scans have it.
+
+    Raises:
+        ChainmergeError: the chain cannot be found or read.
+    """
+    access = chain_access(leaf, access)
+    chain = discover(Path(leaf), policy_of(access, Path(leaf)))
+    branches = _branches(relatives_of(chain, 0, access, look=Look()))
+    # Each one's own chain is what the branches are beside.
+    users = {identity: 1 + len(others) for identity, others in branches.items()}
+    foreign = {image.identity for image in chain.images if image.foreign}
+    first = first_own_index([image.identity for image in chain.images], users, foreign)
+    return str(chain.images[first].path)
 
 
 def _branches(relatives: Relatives) -> dict[Identity, list[str]]:

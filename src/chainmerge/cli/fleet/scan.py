@@ -19,7 +19,12 @@ from chainmerge.fleet.inventory_store import (
     store,
     stored_inventory,
 )
-from chainmerge.fleet.scan_requests import outcomes_of, request_scans
+from chainmerge.fleet.scan_requests import (
+    hindrances,
+    outcomes_of,
+    request_scans,
+    waiting_scans,
+)
 from chainmerge.report.fleet_plan_tables import inventory_report
 from chainmerge.report.fleet_tables import change_report
 
@@ -42,23 +47,31 @@ def scan(*, hosts: tuple[str, ...], wait: bool, database: str, output: Output) -
     """Have each HOST, or all, scan what jobs may touch there, for the inventory.
 
     Images are only read, and scans wait for no merge. `plan`, `report` and `metrics` are made from
-    what the last scan of each host has found.
+    what the last scan of each host has found. To wait ends as well where a host is down, drained or
+    paused: its scan is done later, and the exit status is 5.
     """
     change = request_scans(database, hosts)
     if not wait:
         output.document(change, change_report)
         return ExitCode.DONE
-    outcomes = _awaited(database, change.jobs)
-    good = all(outcome is FleetJobOutcome.DONE for outcome in outcomes)
+    # One that waited before is as good as a new one.
+    jobs = sorted({*change.jobs, *waiting_scans(database, hosts)})
+    outcomes = _awaited(database, jobs)
+    good = len(outcomes) == len(jobs) and set(outcomes) <= {FleetJobOutcome.DONE}
     status = ExitCode.DONE if good else ExitCode.UNFINISHED
     output.document(overview_of(stored_inventory(database)), inventory_report, status)
     return status
 
 
 def _awaited(database: str, jobs: Sequence[int]) -> list[FleetJobOutcome]:
+    """How those of the scans have ended that can end; the others are told on standard error."""
     while True:
         found = outcomes_of(database, jobs)
-        if len(found) == len(jobs):
+        left = [job for job in jobs if job not in found]
+        hindered = hindrances(database, left) if left else {}
+        if len(hindered) == len(left):
+            for sentence in hindered.values():
+                click.echo(f"not scanned: {sentence}", err=True)
             return list(found.values())
         time.sleep(_BETWEEN_LOOKS)
 
