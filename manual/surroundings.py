@@ -43,6 +43,7 @@ ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "CHAINMERGE_CONFIG": "A configuration file that goes over all others; see FILES.",
         "COLUMNS": "How wide reports may become, where there is no terminal that says it.",
+        "JOURNAL_STREAM": "Set by systemd: a log (--log-format) has levels for its journal.",
         "NO_COLOR": "If it is set and not empty, nothing is coloured.",
         "PATH": "Where QEMU's and LVM's commands are found, and the one of --lock-command.",
         "XDG_CONFIG_HOME": "Where the configuration of programs is; see FILES.",

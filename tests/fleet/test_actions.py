@@ -83,7 +83,7 @@ def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     (together,) = plans["merge"]["jobs"]
     assert len(together["disks"]) == 2
     assert len([key for key in together["keys"] if key.startswith("image/")]) == 2
-    fleet.did("forget", "--older", "0")
+    fleet.did("forget", "--older", "0d")
     jobs = fleet.submit(*plans.values())
     assert host.start("--once").wait(120) == 0
     assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
@@ -95,7 +95,7 @@ def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     assert fleet.running() == []
 
     # As after a database that comes from a backup: what was done is found done.
-    fleet.did("forget", "--older", "0")
+    fleet.did("forget", "--older", "0d")
     later = fleet.submit(plans["merge"], plans["repair"])
     assert host.start("--once").wait(60) == 0
     assert fleet.outcomes() == dict.fromkeys(later, "already")

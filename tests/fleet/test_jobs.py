@@ -79,7 +79,7 @@ def test_submitted_twice_and_done_once_by_priority(fleet: Fleet) -> None:
     assert fleet.did("status")["jobs"] == []
     assert fleet.submit(*plans) == [], "what is done is not done again"
     assert not list(host.state.glob("*.jsonl"))
-    assert fleet.did("forget", "--older", "0")["jobs"] == jobs
+    assert fleet.did("forget", "--older", "0d")["jobs"] == jobs
     assert fleet.ask("SELECT FROM procrastinate_jobs") == []
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 _COLUMNS: Final = "200"
 _PANEL: Final = re.compile(r"^╭─ (.+?) ─+╮$(.*?)^╰─+╯$", re.MULTILINE | re.DOTALL)
 _COMMAND: Final = re.compile(r"^│ ([a-z][a-z-]*)  ", re.MULTILINE)
+# Where one has to be given, it has an asterisk, and the others have a column less.
 _OPTIONS: Final = re.compile(
-    r"^│ (?:\* +)?((?:--?[a-z][\w-]*[ ,/]*)+)", re.MULTILINE | re.IGNORECASE
+    r"^│ (?:[* ]  )?((?:--?[a-z][\w-]*[ ,/]*)+)", re.MULTILINE | re.IGNORECASE
 )
 _SPELLING: Final = re.compile(r"--?[a-z][\w-]*", re.IGNORECASE)
 

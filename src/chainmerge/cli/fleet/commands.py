@@ -12,6 +12,7 @@ import click
 from chainmerge.cli.commands import Command, LazyGroup
 from chainmerge.cli.fleet.configuration import database_option, host_option
 from chainmerge.cli.options import json_option
+from chainmerge.cli.params import DURATION
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
@@ -200,13 +201,13 @@ def release_host(*, name: str, fenced: bool, database: str, output: Output) -> N
 @fleet.command(cls=Command)
 @click.option(
     "--older",
-    type=click.IntRange(min=0),
-    metavar="DAYS",
+    type=DURATION,
+    metavar="AGE",
     required=True,
-    help="Jobs that ended more than so many days ago.",
+    help="Jobs that ended longer ago than this, such as 12h, 90d or 4w.",
 )
 @database_option
 @json_option
 def forget(*, older: int, database: str, output: Output) -> None:
     """Remove jobs that have ended, with their results."""
-    output.document(operating.forget(database, timedelta(days=older)), change_report)
+    output.document(operating.forget(database, timedelta(seconds=older)), change_report)
