@@ -124,5 +124,7 @@ def _schema_page() -> str:
 
 
 def _described(schema: Path) -> str:
-    first, *_ = json.loads(schema.read_bytes())["$defs"].values()
+    whole = json.loads(schema.read_bytes())
+    # A schema that is not made of a document's type describes itself.
+    first, *_ = whole.get("$defs", {"": whole}).values()
     return " ".join(str(first["description"]).partition("\n\n")[0].split())

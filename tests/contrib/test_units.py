@@ -104,14 +104,18 @@ def commands(unit: str, variables: dict[str, str], image: str = "") -> Iterator[
 
 
 def shut_in(unit: str, writable: list[Path], program: Path, words: list[str]) -> list[str]:
-    """A command in the bounds of a unit; it can write to these directories alone."""
+    """A command in the bounds of a unit; it can write to these directories alone.
+
+    systemd starts it with signals as they are by default, whatever those of the tests are.
+    """
     kept = " ".join(settings(unit, "CapabilityBoundingSet")).lower().replace("cap_", "+").split()
     opened = "".join(
         f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(path))}\n" for path in writable
     )
     script = f"""{opened}mount -o remount,bind,ro /
         bounds={",".join(["-all", *kept])}
-        exec setpriv --inh-caps=-all --bounding-set=$bounds --no-new-privs "$@"
+        set -- setpriv --inh-caps=-all --bounding-set=$bounds --no-new-privs "$@"
+        exec env --default-signal=INT "$@"
     """
     return ["unshare", "--mount", "sh", "-ec", script, "sh", str(program / "chainmerge"), *words]
 

@@ -46,6 +46,7 @@ def configuration_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "chainmerge configuration",
+        "description": "What configuration files say options are, where they are not given.",
         "type": "object",
         "additionalProperties": False,
         "properties": {GENERAL: everything, **root},

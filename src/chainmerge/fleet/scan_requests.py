@@ -51,7 +51,7 @@ def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
 
 def _waiting(connection: Connection[Any], hosts: Sequence[str]) -> list[engine.QueuedJob]:
     """Scans of hosts that have yet to begin, whether or not a worker has them in hand."""
-    scans = engine.jobs_labelled(connection, list(map(scan_label, hosts)))
+    scans = list(engine.jobs_labelled(connection, [*map(scan_label, hosts)]))
     rows = connection.execute(
         "SELECT job FROM leases UNION SELECT job FROM results"
         " WHERE NOT superseded AND job = ANY (%s)",
