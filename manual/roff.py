@@ -33,7 +33,8 @@ def bold(text: str) -> str:
 
 
 def italic(text: str) -> str:
-    return rf"\fI{typed(text)}\fR"
+    # A list of choices may be longer than a line: it can be broken behind each.
+    return rf"\fI{typed(text)}\fR".replace("|", r"|\:")
 
 
 def prose(text: str, standing_for: Collection[str] = ()) -> str:
