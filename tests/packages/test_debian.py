@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BASH_COMPLETES: Final = """\
 . /usr/share/bash-completion/bash_completion
 _comp_load chainmerge 2>/dev/null || _completion_loader chainmerge
-COMP_WORDS=(chainmerge thin) COMP_CWORD=1
+COMP_LINE="chainmerge thin" COMP_POINT=15 COMP_WORDS=(chainmerge thin) COMP_CWORD=1
 asked=$(complete -p chainmerge) && asked=${asked##*-F } && ${asked% *} chainmerge
 echo "${COMPREPLY[@]}"
 """
