@@ -58,6 +58,10 @@ _STATES: Final = {
 }
 
 
+OPEN_STATES: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
+"""Those of jobs that have not ended."""
+
+
 class QueuedJob(Struct, frozen=True):
     """A row of the queue: ``arguments`` is whatever somebody has put there."""
 

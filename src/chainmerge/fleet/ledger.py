@@ -304,7 +304,7 @@ class FleetLedger(threading.Thread):
         held = dict(self._in_hand)
         at_work = [job for job, one in held.items() if one.runs]
         if now >= self._progress_due:
-            lines = {job: _storable(one.newest_line()) for job, one in held.items() if one.runs}
+            lines = {job: _storable(held[job].newest_line()) for job in at_work}
             self._progress_due = now + _PROGRESS_PAUSE
         wanted = {key for one in waiting for key in one.keys if not key.startswith(IMAGE_PREFIX)}
         row = connection.execute(

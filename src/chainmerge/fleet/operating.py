@@ -16,7 +16,7 @@ from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.engine import QueueState
+from chainmerge.fleet.engine import OPEN_STATES, QueueState
 from chainmerge.fleet.errors import FleetPlanUnusable, HostAlive, NoSuchHost, NoSuchJob
 from chainmerge.fleet.inventory_store import inventory_in
 from chainmerge.fleet.record import FleetPlan, JobRecord, PlannedJob, Submission
@@ -32,7 +32,6 @@ _DEVICES: Final = "/dev/"
 _BETWEEN_TRIES: Final = 0.2
 _SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
-_OPEN: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
 
 
 def plan_in(text: bytes, path: str) -> FleetPlan:
@@ -101,7 +100,7 @@ def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str
     return {
         job.label
         for job in found
-        if (outcomes[job.id] in _SUCCESS if job.id in outcomes else job.state in _OPEN)
+        if (outcomes[job.id] in _SUCCESS if job.id in outcomes else job.state in OPEN_STATES)
     }
 
 
@@ -194,7 +193,7 @@ def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
 def _require_open(connection: Connection[Any], number: int) -> None:
     job = _job(connection, number)
     outcome = _outcomes(connection, [number]).get(number)
-    if outcome is not None or job.state not in _OPEN:
+    if outcome is not None or job.state not in OPEN_STATES:
         raise NoSuchJob(number, f"it has ended: {outcome or job.state}")
 
 
@@ -239,7 +238,7 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
         outcomes = _outcomes(connection, jobs)
         found = [_job(connection, number) for number in jobs]
         for job in found:
-            outcome = outcomes.get(job.id, "" if job.state in _OPEN else job.state)
+            outcome = outcomes.get(job.id, "" if job.state in OPEN_STATES else job.state)
             if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
                 reason = f"it cannot be tried again: it is {outcome or job.state}"
                 raise NoSuchJob(job.id, reason)
@@ -319,7 +318,7 @@ def forget(database: str, older: timedelta) -> FleetChange:
         ).fetchall()
         ended = {job for (job,) in old}
         known = engine.jobs_numbered(connection, sorted(ended))
-        numbers = sorted(ended - {job.id for job in known if job.state in _OPEN})
+        numbers = sorted(ended - {job.id for job in known if job.state in OPEN_STATES})
         engine.forget(connection, numbers)
         connection.execute("DELETE FROM results WHERE job = ANY (%s)", (numbers,))
     done = (f"{counted(len(numbers), 'job')} forgotten",)

@@ -12,7 +12,7 @@ from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.engine import QueueState
+from chainmerge.fleet.engine import OPEN_STATES
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
 from chainmerge.fleet.operating import submission
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _LONGEST_SILENCE: Final = 360.0
 """Seconds: a worker that has nothing to do speaks at least every five minutes."""
-_OPEN: Final = frozenset({QueueState.QUEUED, QueueState.CLAIMED})
 
 
 def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
@@ -58,7 +57,7 @@ def _waiting(connection: Connection[Any], hosts: Sequence[str]) -> list[engine.Q
         ([job.id for job in scans],),
     ).fetchall()
     begun = {number for (number,) in rows}
-    return [job for job in scans if job.state in _OPEN and job.id not in begun]
+    return [job for job in scans if job.state in OPEN_STATES and job.id not in begun]
 
 
 def waiting_scans(database: str, hosts: Sequence[str]) -> tuple[int, ...]:
