@@ -28,11 +28,10 @@ def defaults_from(
     defaults = {}
     for option in settable_options(command, chosen):
         setting = chosen[name_of(option)]
-        words = as_typed(option, setting.value)
         problem = problem_with(option, setting, context)
         if problem is not None:
             raise problem.as_error()
-        defaults[option.name or ""] = words
+        defaults[option.name or ""] = as_typed(option, setting.value)
     return defaults
 
 
