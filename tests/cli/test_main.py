@@ -218,7 +218,8 @@ def test_a_bug_is_json_where_reports_are(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_debug_tells_where_a_bug_is(capsys: pytest.CaptureFixture[str]) -> None:
-    parent = click.Context(main.cli)
+    # Without its settings, click would keep a help option that lacks -h for the whole process.
+    parent = click.Context(main.cli, **main.cli.context_settings)
     parent.params["debug"] = True
     with buggy.make_context("buggy", [], parent=parent) as context:
         assert buggy.invoke(context) == ExitCode.FAILED
