@@ -114,7 +114,8 @@ def _measure_load(fleet: Fleet, count: int) -> None:
     database = fleet.address_of("operator")
     print(f"submit {len(jobs)} jobs: {_timed(lambda: operating.submit(database, plan)):.1f} s")
     print(f"submit them again: {_timed(lambda: operating.submit(database, plan)):.1f} s")
-    print(f"status of all of them: {_timed(lambda: overview.status(database)):.2f} s")
+    print(f"status of all of them: {_timed(lambda: overview.status(database)):.2f} s,")
+    print(f"  {_timed(lambda: fleet.did('status')):.2f} s as a command")
     for host in fleet.hosts:
         fleet.did("limit", f"host/{host.name}", "4")
         text = re.sub(r"(?m)^poll = .*$", "poll = 1.0", host.config.read_text())

@@ -82,7 +82,7 @@ def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     plans = planned_of_each_action(host)
     (together,) = plans["merge"]["jobs"]
     assert len(together["disks"]) == 2
-    assert len([key for key in together["keys"] if key.startswith("image/")]) == 2
+    assert len([key for key in together["keys"] if key.startswith("image/")]) == 4
     fleet.did("forget", "--older", "0d")
     jobs = fleet.submit(*plans.values())
     assert host.start("--once").wait(120) == 0

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.cli import chainmerge
 from tests.support.fleet import are_merged, is_merged, wait_until
+from tests.support.qemu import run as run_tool
 
 if TYPE_CHECKING:
     from tests.support.fleet import Fleet, Host
@@ -367,3 +368,54 @@ def _insert(
         " VALUES ('host.h1', %s, %s::jsonb)",
         (task, json.dumps(arguments)),
     )
+
+
+def chain_of_three(host: Host, directory: Path) -> list[Path]:
+    """A chain of three images, from the root up."""
+    top = host.chain("three", 4, directory)
+    leaf = top.with_suffix(".leaf")
+    run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(top), str(leaf))
+    run_tool("qemu-io", "-c", "write -q -P 3 8M 2M", str(leaf))
+    return [top.with_suffix(".base"), top, leaf]
+
+
+def image_keys(plan: dict[str, Any]) -> set[str]:
+    return {key for job in plan["jobs"] for key in job["keys"] if key.startswith("image/")}
+
+
+def test_jobs_of_one_chain_do_not_run_at_the_same_time(
+    fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    watch_peaks(fleet)
+    shared = tmp_path_factory.mktemp("shared")
+    hosts = [fleet.host(name, shared, connect='""') for name in ("h1", "h2")]
+    fleet.did("limit", "storage/nfs", "2")
+    _, top, leaf = chain_of_three(hosts[0], shared)
+    content = shared / "content"
+    run_tool("qemu-img", "convert", "-O", "raw", str(leaf), str(content))
+    # What one of them copies from, the other one writes to.
+    plans = [hosts[0].planned(*SLOW, top), hosts[1].planned(*SLOW, leaf)]
+    both = image_keys(plans[0]) & image_keys(plans[1])
+    assert both
+    jobs = fleet.submit(*plans)
+    for host in hosts:
+        host.start()
+    outcomes = fleet.wait_for_results(jobs)
+    assert sorted(outcomes.values()) == ["done", "plan-changed"]
+    assert {peaks(fleet)[key] for key in both} == {1}
+    run_tool("qemu-img", "compare", "-q", "-U", str(content), str(leaf))
+
+
+def test_what_would_change_images_that_it_does_not_hold_is_not_run(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""')
+    top = host.chain("disk")
+    before = top.read_bytes()
+    plan = host.planned(top)
+    (job,) = plan["jobs"]
+    (disk,) = job["disks"]
+    disk["image_ids"] = []
+    job["keys"] = ["host/h1", f"image/{disk['base_id']}"]
+    jobs = fleet.submit(plan)
+    assert host.start("--once").wait(60) == 0
+    assert fleet.outcomes() == dict.fromkeys(jobs, "plan-changed")
+    assert top.read_bytes() == before

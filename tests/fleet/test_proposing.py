@@ -38,6 +38,7 @@ def chain(name: str, **fields: Any) -> InventoryChain:
         leaf=f"/images/{name}",
         base=f"/images/{name}.base",
         base_id=f"{abs(hash(name)):032x}"[:32],
+        image_ids=(f"{abs(hash(name)):032x}"[:32],),
         digest="d" * 32,
         images=3,
         virtual_size=1 << 30,

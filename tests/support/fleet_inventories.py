@@ -27,6 +27,7 @@ def fleet_pictures(name: str) -> FleetPictures:
         leaf=name,
         base=name,
         base_id="0" * 32,
+        image_ids=("0" * 32,),
         digest="0" * 32,
         images=7,
         virtual_size=9 * GIB,

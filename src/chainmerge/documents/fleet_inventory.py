@@ -52,6 +52,7 @@ class InventoryChain(Struct, frozen=True):
         leaf: The path of its uppermost image.
         base: What its images would be merged into; None if there is nothing to merge.
         base_id: What tells that image from all others, as seen from every host.
+        image_ids: The same of all images that a merge of it changes or copies from.
         digest: The same for as long as the chain is what it was; None if it cannot be read.
         images: How many it has; None if it cannot be read.
         virtual_size: Size of the guest's disk.
@@ -75,6 +76,7 @@ class InventoryChain(Struct, frozen=True):
     leaf: str
     base: str | None
     base_id: str | None
+    image_ids: tuple[str, ...]
     digest: str | None
     images: int | None
     virtual_size: int | None

@@ -49,6 +49,11 @@ def _images_of(plan: MergePlan) -> list[object]:
     ]
 
 
+def images_merged_by(plan: MergePlan) -> tuple[str, ...]:
+    """Return the images from a plan's base up to its top."""
+    return tuple(image.path for image in plan.images if image.role in _PARTS)
+
+
 def images_of_chain(plan: MergePlan) -> tuple[str, ...]:
     """Return the images that a plan is about, and those below, from the root up to its top."""
     roles = {*_PARTS, Role.BELOW}

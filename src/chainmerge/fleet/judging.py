@@ -32,6 +32,8 @@ _LEFT_TO_THE_COMMAND: Final = frozenset(
 )
 """Errors with which there is no plan, because the command has been run before: it knows by its
 records what is left to do, and does nothing else."""
+_NOT_AS_PLANNED: Final = frozenset({"not-in-chain", "no-backing-file"})
+"""Errors of planning again that nothing but a change of the chain explains: it was planned once."""
 _PARTLY_DONE: Final = "some of its disks are merged already; plan the others again"
 _OWN_TRACES: Final = frozenset({Action.PRUNE, Action.REPAIR})
 """Where what a run has done before it was interrupted is nothing that its plan shows as its own.
@@ -84,7 +86,10 @@ def _without_plan(record: JobRecord, printed: Printed, *, was_run: bool) -> JobE
     lines = printed.text.decode("utf-8", "replace").splitlines()
     if was_run:
         return None
-    if last_event(lines).get("code") in _LEFT_TO_THE_COMMAND:
+    error = last_event(lines)
+    if error.get("code") in _NOT_AS_PLANNED:
+        return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=str(error.get("message")))
+    if error.get("code") in _LEFT_TO_THE_COMMAND:
         # What is left of one disk, its records say. Another one that is whole has none.
         is_some_left = len(record.disks) > 1 and any(map(_is_whole, record.disks))
         if is_some_left:
@@ -109,6 +114,9 @@ def _changed(record: JobRecord, work: PlannedWork) -> str:
     """What is not as it was when the job was planned; empty if all is."""
     if record.action is Action.THIN_OUT and not _is_in_chain(record.disks[0], work.chains[0]):
         return f"{record.disks[0].base} is no image of the chain of {record.disks[0].top}"
+    for disk, held in zip(record.disks, work.held, strict=False):
+        if not disk.held_ids.issuperset(map(base_id_of, held)):
+            return f"{disk.top}: it would change images now that it does not hold"
     if record.judged_by == "chain":
         return _changed_since_scan(record, work)
     for disk, base in zip(record.disks, work.bases, strict=False):

@@ -32,6 +32,7 @@ from chainmerge.fleet.chain_state import digest_of_idle_chain, digest_of_running
 from chainmerge.fleet.digest import images_of_chain
 from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.places import base_id_of, keys_of, require_allowed, why_not_locked
+from chainmerge.fleet.planned import images_held_by
 from chainmerge.fleet.record import JobDisk, RecordUnusable, storage_key
 from chainmerge.fleet.settings import HostSettings
 from chainmerge.live.libvirt.domains import running_domains
@@ -208,6 +209,7 @@ def _chain(summary: ChainSummary, sight: _Sight) -> InventoryChain:
         leaf=summary.leaf,
         base=summary.base,
         base_id=found.base_id,
+        image_ids=found.image_ids,
         digest=found.digest,
         images=summary.images,
         virtual_size=summary.virtual_size,
@@ -247,6 +249,7 @@ class _Looked(Struct, frozen=True):
     """What a plan of a merge says of a chain."""
 
     base_id: str | None = None
+    image_ids: tuple[str, ...] = ()
     digest: str | None = None
     storages: tuple[str, ...] = ()
     refusals: tuple[Finding, ...] = ()
@@ -274,7 +277,13 @@ def _known_again(
     base_id = base_id_of(plan.base)
     digest_of = digest_of_running_chain if in_use else digest_of_idle_chain
     keys = keys_of([JobDisk(top=plan.top, base=plan.base, base_id=base_id)], host)
-    return _Looked(base_id, digest_of(images_of_chain(plan)), _storages_in(keys), refusals)
+    return _Looked(
+        base_id=base_id,
+        image_ids=tuple(sorted(set(map(base_id_of, images_held_by(plan))))),
+        digest=digest_of(images_of_chain(plan)),
+        storages=_storages_in(keys),
+        refusals=refusals,
+    )
 
 
 def _storages_in(keys: Sequence[str]) -> tuple[str, ...]:

@@ -89,8 +89,8 @@ def require_allowed(path: str, host: HostSettings) -> None:
 
 
 def keys_of(disks: Iterable[JobDisk], host: HostSettings) -> list[str]:
-    """What a job that merges these disks has to hold while it runs, in a fixed order."""
-    images = sorted({image_key(disk.base_id) for disk in disks})
+    """What a job for these disks has to hold while it runs, in a fixed order."""
+    images = sorted({image_key(one) for disk in disks for one in disk.held_ids})
     storages = {storage for disk in disks for storage in _storages_of(disk, host)}
     return [host_key(host.name), *sorted(map(storage_key, storages)), *images]
 

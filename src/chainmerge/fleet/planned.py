@@ -14,6 +14,7 @@ from chainmerge.documents.plan import MergePlan, Progress
 from chainmerge.documents.repair import RepairReport
 from chainmerge.documents.retention import ThinOutPlan
 from chainmerge.fleet.digest import (
+    images_merged_by,
     images_of_chain,
     live_plan_digest_of,
     plan_digest_of,
@@ -37,6 +38,7 @@ class PlannedWork(Struct, frozen=True):
         is_new: Whether nothing of it has been begun, and there is something to do.
         bases: The image that each disk is merged into, or that is changed.
         changed: The images that are written to, renamed or deleted.
+        held: The images of each disk that nobody else may change meanwhile.
         chains: The images of each disk from the root up to its top, where the plan has them.
         is_partly_done: Whether some of the merges are done, and nothing of the others is.
     """
@@ -45,6 +47,7 @@ class PlannedWork(Struct, frozen=True):
     is_new: bool
     bases: tuple[str, ...]
     changed: tuple[str, ...]
+    held: tuple[tuple[str, ...], ...]
     chains: tuple[tuple[str, ...], ...] = ()
     is_partly_done: bool = False
 
@@ -80,20 +83,26 @@ def work_of(plan: JobPlan, action: Action, bases: Sequence[str]) -> PlannedWork:
             is_new = plan.progress is Progress.NEW
             changed = tuple(_changed_by(plan))
             chains = (images_of_chain(plan),)
-            return PlannedWork(digest_of_merge(plan), is_new, (plan.base,), changed, chains)
+            held = (images_held_by(plan),)
+            return PlannedWork(digest_of_merge(plan), is_new, (plan.base,), changed, held, chains)
         case DisksPlan():
             return _together(plan.disks, list(map(digest_of_merge, plan.disks)))
         case ThinOutPlan():
             fates = [(one.image, one.stays) for one in plan.snapshots]
             found = _together(plan.ranges, [plan.leaf, fates, *map(plan_digest_of, plan.ranges)])
             chain = (*(one.image for one in plan.snapshots), plan.leaf)
-            return msgspec.structs.replace(found, bases=tuple(bases), chains=(chain,))
+            held = (tuple(path for each in found.held for path in each),)
+            return msgspec.structs.replace(found, bases=tuple(bases), held=held, chains=(chain,))
         case BitmapListing():
             digest = short_digest_of([plan.rows, plan.verdicts])
-            return PlannedWork(digest, True, tuple(bases), tuple(bases))  # noqa: FBT003
+            return _of_one_image(digest, bases, is_new=True)
         case RepairReport():
             digest = short_digest_of([plan.findings, plan.actions])
-            return PlannedWork(digest, bool(plan.actions), tuple(bases), tuple(bases))
+            return _of_one_image(digest, bases, is_new=bool(plan.actions))
+
+
+def _of_one_image(digest: str, bases: Sequence[str], *, is_new: bool) -> PlannedWork:
+    return PlannedWork(digest, is_new, tuple(bases), tuple(bases), (tuple(bases),))
 
 
 def _together(plans: Sequence[MergePlan], what: object) -> PlannedWork:
@@ -103,9 +112,16 @@ def _together(plans: Sequence[MergePlan], what: object) -> PlannedWork:
         progress == {Progress.NEW},
         tuple(plan.base for plan in plans),
         tuple(path for plan in plans for path in _changed_by(plan)),
+        tuple(map(images_held_by, plans)),
         tuple(map(images_of_chain, plans)),
         progress == {Progress.NEW, Progress.MERGED},
     )
+
+
+def images_held_by(plan: MergePlan) -> tuple[str, ...]:
+    """Return the images that a merge changes or copies from."""
+    hiding = () if plan.hides is None else (plan.hides.image,)
+    return (*images_merged_by(plan), *(one.child for one in plan.repoint), *hiding)
 
 
 def _changed_by(plan: MergePlan) -> Iterator[str]:

@@ -215,8 +215,8 @@ def _job(
         for path in (*(disk.top for disk in images), *bases, *work.changed):
             require_allowed(path, host)
         disks = tuple(
-            JobDisk(top=disk.top, base=base, base_id=base_id_of(base), target=disk.target)
-            for disk, base in zip(images, bases, strict=True)
+            _disk(disk, base, held)
+            for disk, base, held in zip(images, bases, work.held, strict=True)
         )
         job = PlannedJob(
             v=1,
@@ -234,6 +234,17 @@ def _job(
         return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)
     except (RecordUnusable, ValueError, msgspec.ValidationError) as error:
         raise FleetPlanUnusable(images[0].top, str(error)) from error
+
+
+def _disk(images: _Images, base: str, held: Sequence[str]) -> JobDisk:
+    return JobDisk(
+        top=images.top,
+        base=base,
+        base_id=base_id_of(base),
+        # Whatever is done to an image, what it belongs to is not taken apart meanwhile.
+        image_ids=tuple(sorted({base_id_of(path) for path in (images.top, *held)})),
+        target=images.target,
+    )
 
 
 def _refusals(plan: JobPlan) -> list[str]:

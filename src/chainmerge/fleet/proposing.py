@@ -277,7 +277,7 @@ def _job(
             keys=(
                 host_key(host.host),
                 *map(storage_key, sorted({name for chain in chains for name in chain.storages})),
-                *sorted({image_key(disk.base_id) for disk in disks}),
+                *sorted({image_key(one) for disk in disks for one in disk.held_ids}),
             ),
             options=chosen,
             plan_digest=joint_digest([chain.digest or "" for chain in chains]),
@@ -308,7 +308,13 @@ def _disk(chain: InventoryChain, action: Action) -> JobDisk:
     assert chain.base is not None
     assert chain.base_id is not None
     target = chain.target if action is Action.LIVE_MERGE else None
-    return JobDisk(top=chain.leaf, base=chain.base, base_id=chain.base_id, target=target)
+    return JobDisk(
+        top=chain.leaf,
+        base=chain.base,
+        base_id=chain.base_id,
+        image_ids=chain.image_ids,
+        target=target,
+    )
 
 
 def _domain_of(chain: InventoryChain) -> JobDomain:

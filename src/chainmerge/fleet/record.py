@@ -26,7 +26,7 @@ from chainmerge.options import (
 )
 
 RECORD_VERSION: Final = 1
-LARGEST_RECORD: Final = 64 << 10
+LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
@@ -82,13 +82,21 @@ class JobDisk(Struct, frozen=True, forbid_unknown_fields=True):
             snapshots are thinned out, the lowest image that nothing but the chain uses; again the
             image to be repaired.
         base_id: What tells base from all other images, the same as seen from every host.
+        image_ids: The same of all images that are written to, renamed, deleted or copied from:
+            nobody else may change one of these meanwhile.
         target: What its domain calls the disk, such as ``vda``, where that runs.
     """
 
     top: ImagePath
     base: ImagePath
     base_id: Digest
+    image_ids: Annotated[tuple[Digest, ...], Meta(max_length=2000)] = ()
     target: DiskTarget | None = None
+
+    @property
+    def held_ids(self) -> frozenset[str]:
+        """What tells apart the images that a job holds for it."""
+        return frozenset({self.base_id, *self.image_ids})
 
 
 class JobOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -182,7 +190,7 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
         machine_id: Of that host when the job was planned.
         action: What it does.
         disks: Of one virtual machine.
-        keys: What it holds while it runs: the host, the storages, the images merged into.
+        keys: What it holds while it runs: the host, the storages, the images.
         options: How to do it.
         plan_digest: Of the plan that was looked at.
         priority: The highest goes first.
@@ -199,7 +207,7 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     machine_id: Digest
     action: Action
     disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=64)]
-    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=200)]
+    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=2100)]
     options: JobOptions
     plan_digest: Digest
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
@@ -305,6 +313,6 @@ def storage_key(storage: str) -> str:
     return f"storage/{storage}"
 
 
-def image_key(base_id: str) -> str:
-    """The key of which each image that is merged into has one."""
-    return f"{IMAGE_PREFIX}{base_id}"
+def image_key(image_id: str) -> str:
+    """The key of which each image that a job changes or copies from has one."""
+    return f"{IMAGE_PREFIX}{image_id}"
