@@ -419,3 +419,20 @@ def test_what_would_change_images_that_it_does_not_hold_is_not_run(fleet: Fleet)
     assert host.start("--once").wait(60) == 0
     assert fleet.outcomes() == dict.fromkeys(jobs, "plan-changed")
     assert top.read_bytes() == before
+
+
+def test_the_same_is_asked_for_again_of_images_that_have_changed(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""')
+    top = host.chain("disk")
+    overlay = ["-f", "qcow2", "-F", "qcow2", "-b", str(top.with_suffix(".base")), str(top)]
+    # A snapshot each day in the same file, of which a merge does what the last one did.
+    for day in range(3, 6):
+        run_tool("qemu-img", "create", "-q", *overlay)
+        run_tool("qemu-io", "-c", f"write -q -P {day} 512K 1M", str(top))
+        plan = host.planned(top)
+        (job,) = fleet.submit(plan)
+        assert fleet.submit(plan) == []
+        assert host.start("--once").wait(60) == 0
+        assert fleet.outcomes()[job] == "done"
+        assert fleet.submit(plan) == []
+        assert is_merged(top)

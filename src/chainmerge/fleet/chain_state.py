@@ -14,6 +14,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.fleet.places import base_id_of
+from chainmerge.fleet.record import Action
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,15 @@ def digest_of_running_chain(paths: Sequence[str]) -> str:
     """As above, of a chain whose leaf a guest writes to: that it does is no change."""
     *below, leaf = paths
     return _hashed([digest_of_idle_chain(below), leaf, base_id_of(leaf)])
+
+
+def digest_of_chains(action: Action, chains: Sequence[Sequence[str]]) -> str:
+    """Return the digest of the chains of a job, by whether it is for a machine that runs.
+
+    Raises OSError if an image cannot be looked at.
+    """
+    digest_of = digest_of_running_chain if action is Action.LIVE_MERGE else digest_of_idle_chain
+    return joint_digest([digest_of(chain) for chain in chains])
 
 
 def joint_digest(digests: Sequence[str]) -> str:

@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from chainmerge.documents.fleet import FleetJobOutcome
-from chainmerge.fleet.chain_state import (
-    digest_of_idle_chain,
-    digest_of_running_chain,
-    joint_digest,
-)
+from chainmerge.fleet.chain_state import digest_of_chains
 from chainmerge.fleet.outcome import JobEnding, ending_of, last_event
 from chainmerge.fleet.places import base_id_of, require_admissible, require_allowed
 from chainmerge.fleet.planned import plan_printed_for, work_of
@@ -133,11 +129,8 @@ def _changed(record: JobRecord, work: PlannedWork) -> str:
 def _changed_since_scan(record: JobRecord, work: PlannedWork) -> str:
     """As above, of a job that was planned from what a scan had found."""
     top = record.disks[0].top
-    digest_of_chain = (
-        digest_of_running_chain if record.action is Action.LIVE_MERGE else digest_of_idle_chain
-    )
     try:
-        digest = joint_digest([digest_of_chain(chain) for chain in work.chains])
+        digest = digest_of_chains(record.action, work.chains)
         if any(base_id_of(disk.base) != disk.base_id for disk in record.disks):
             return f"{top}: another image lies where one of its chain was"
     except OSError as error:

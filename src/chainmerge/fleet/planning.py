@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ from msgspec import Struct
 from chainmerge import api
 from chainmerge.documents.bitmaps import BitmapListing
 from chainmerge.documents.repair import RepairReport
+from chainmerge.fleet.chain_state import digest_of_chains
 from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.places import base_id_of, keys_of, require_allowed
 from chainmerge.fleet.planned import work_of
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from chainmerge.documents.plan import MergePlan
     from chainmerge.documents.retention import ThinOutPlan
-    from chainmerge.fleet.planned import JobPlan
+    from chainmerge.fleet.planned import JobPlan, PlannedWork
     from chainmerge.fleet.settings import HostSettings
     from chainmerge.live.libvirt.domains import RunningDomain
     from chainmerge.options import Access
@@ -228,6 +230,7 @@ def _job(
             options=options,
             plan_digest=work.digest,
             domain=domain,
+            images_digest=_images_digest_of(action, disks, work),
             **{name: getattr(timing, name) for name in timing.__struct_fields__},
         )
         # Read as it will be: only the reader is strict about each field.
@@ -245,6 +248,14 @@ def _disk(images: _Images, base: str, held: Sequence[str]) -> JobDisk:
         image_ids=tuple(sorted({base_id_of(path) for path in (images.top, *held)})),
         target=images.target,
     )
+
+
+def _images_digest_of(action: Action, disks: Sequence[JobDisk], work: PlannedWork) -> str | None:
+    chains = work.chains or [(disk.base, disk.top) for disk in disks]
+    # A volume that is not active has no device to read.
+    with suppress(OSError):
+        return digest_of_chains(action, chains)
+    return None
 
 
 def _refusals(plan: JobPlan) -> list[str]:

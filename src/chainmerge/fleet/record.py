@@ -200,6 +200,9 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
         window_end: What becomes of it if it runs when its window ends.
         judged_by: Of what the digest is: of the plan, or of the chain as the inventory had it.
         figures: What the inventory had.
+        images_digest: Of the images as they were when the job was planned: what is asked for
+            again later, of images that have changed, is another job. None where they could not be
+            looked at.
     """
 
     v: Literal[1]
@@ -216,6 +219,7 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     window_end: Literal["go-on", "stop"] = "go-on"
     judged_by: Literal["plan", "chain"] = "plan"
     figures: JobFigures | None = None
+    images_digest: Digest | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError if the action has no such options, or no such disks."""
@@ -237,7 +241,8 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
         what = msgspec.structs.replace(
             self.options, **{name: getattr(_USUAL, name) for name in _OF_PACE}
         )
-        asked = [self.host, self.action, self.disks, what, self.plan_digest]
+        digests = (self.plan_digest, self.images_digest)
+        asked = [self.host, self.action, self.disks, what, digests]
         return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()[:32]
 
 
