@@ -18,68 +18,35 @@ from tests.support.damage import leak_clusters
 from tests.support.disks_domain import target_of
 from tests.support.domain_vm import disk_described, running_domain_with
 from tests.support.fleet import are_merged, is_merged, wait_until
+from tests.support.fleet_actions import STALE, WorkOfEachAction
 from tests.support.libvirtd import libvirtd
-from tests.support.qemu import bitmap_names, check
+from tests.support.qemu import bitmap_names
 from tests.support.qemu import run as run_tool
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from tests.support.fleet import Fleet
 
-    from tests.support.fleet import Fleet, Host
-
-STALE: Final = "before"
 SECONDS_LEFT: Final = 25
 """Of a window, when a worker starts: it has to begin within them, and to stop at their end."""
 
 
-def overlay_on(image: Path, top: Path) -> Path:
-    run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image), str(top))
-    return top
-
-
-def chain_with_stale_bitmap(host: Host, name: str) -> Path:
-    """A chain whose base has a bitmap that its top has not."""
-    top = host.chain(name)
-    run_tool("qemu-img", "bitmap", "--add", str(top.with_suffix(".base")), STALE)
-    return top
-
-
-def images_for_each_action(host: Host) -> None:
-    for name in ("left", "right"):
-        host.chain(name)
-    overlay_on(host.chain("thin"), host.images / "thin.leaf")
-    leak_clusters(host.chain("leaking"), 3)
-    chain_with_stale_bitmap(host, "pruned")
-
-
-def planned_of_each_action(host: Host) -> dict[str, dict[str, Any]]:
-    """A plan of each action that needs no virtual machine, by its name."""
-    images = host.images
-    thin_out = ("--action", "thin-out", "--keep-last", "0", images / "thin.leaf")
-    return {
-        "merge": host.planned("--together", images / "left.top", images / "right.top"),
-        "thin-out": host.planned(*thin_out),
-        "prune": host.planned("--action", "prune", images / "pruned.top"),
-        "repair": host.planned("--action", "repair", images / "leaking.top"),
-    }
-
-
 def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     host = fleet.host("h1")
-    images_for_each_action(host)
-    outdated = planned_of_each_action(host)
-    host.write(host.images / "right.top")
-    host.write(host.images / "thin.top")
-    run_tool("qemu-img", "bitmap", "--add", str(host.images / "pruned.base"), "another")
-    leak_clusters(host.images / "leaking.top", 2)
+    work = WorkOfEachAction(host)
+    work.make()
+    outdated = work.planned()
+    host.write(work.image("right.top"))
+    host.write(work.image("thin.top"))
+    run_tool("qemu-img", "bitmap", "--add", str(work.image("pruned.base")), "another")
+    leak_clusters(work.image("leaking.top"), 2)
     jobs = fleet.submit(*outdated.values())
     assert host.start("--once").wait(120) == 0
     assert fleet.outcomes() == dict.fromkeys(jobs, "plan-changed")
-    assert not is_merged(host.images / "left.top")
-    assert set(bitmap_names(host.images / "pruned.base")) == {STALE, "another"}
-    assert (host.images / "thin.base").exists()
+    assert not is_merged(work.image("left.top"))
+    assert set(bitmap_names(work.image("pruned.base"))) == {STALE, "another"}
+    assert work.image("thin.base").exists()
 
-    plans = planned_of_each_action(host)
+    plans = work.planned()
     (together,) = plans["merge"]["jobs"]
     assert len(together["disks"]) == 2
     assert len([key for key in together["keys"] if key.startswith("image/")]) == 4
@@ -87,11 +54,7 @@ def test_every_action_is_done_as_planned_or_not_at_all(fleet: Fleet) -> None:
     jobs = fleet.submit(*plans.values())
     assert host.start("--once").wait(120) == 0
     assert fleet.outcomes() == dict.fromkeys(jobs, "done"), fleet.did("results")
-    assert are_merged([host.images / f"{name}.top" for name in ("left", "right")])
-    left = sorted(path.name for path in host.images.glob("thin.*"))
-    assert left == ["thin.leaf"], "the leaf took in what was below it, by its name"
-    assert bitmap_names(host.images / "pruned.base") == {}
-    check(host.images / "leaking.top")
+    work.require_done()
     assert fleet.running() == []
 
     # As after a database that comes from a backup: what was done is found done.

@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.cli import COMMAND, chainmerge, environment
 from tests.support.fleet import are_merged
+from tests.support.fleet_actions import WorkOfEachAction
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,24 +76,14 @@ def _last_word(process: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("thoroughness", ["quick", pytest.param("soak", marks=pytest.mark.soak)])
-def test_every_chain_is_merged_whoever_dies(
-    fleet: Fleet, tmp_path_factory: pytest.TempPathFactory, thoroughness: str
-) -> None:
-    moments = MOMENTS[thoroughness]
+def has_all_done_whoever_dies(fleet: Fleet, jobs: list[object], moments: int) -> None:
+    """Submit jobs, start all workers, kill in so many moments, and see how all of them end."""
     seed = int(os.environ.get("CHAINMERGE_FLEET_SEED", random.randrange(1 << 32)))
     print(f"CHAINMERGE_FLEET_SEED={seed}")
-    shared = tmp_path_factory.mktemp("shared")
-    hosts = [fleet.host(f"h{number}", shared) for number in range(3)]
-    fleet.did("limit", "storage/nfs", "2")
-    count = max(6, int(moments * MERGES_A_MOMENT))
-    tops = {host.name: _chains(host, shared, count // 3) for host in hosts}
     plan = fleet.directory / "all.json"
-    # Planned in portions: a command line takes only so many words.
-    jobs = [job for host in hosts for job in _planned(host, tops[host.name])]
     plan.write_text(json.dumps({"version": 1, "jobs": jobs}))
     reaper = Reaper(fleet, seed)
-    for host in hosts:
+    for host in fleet.hosts:
         host.start()
     reaper.kill_submitter(plan)
     numbers = fleet.did("submit", plan)["jobs"] or [
@@ -105,14 +96,47 @@ def test_every_chain_is_merged_whoever_dies(
         deaths[moment % 3 if moment < 3 else reaper.chance.randrange(3)]()
         reaper.kill_submitter(plan)
     outcomes = fleet.wait_for_results(numbers, 120 + 10 * moments)
-    assert set(outcomes.values()) <= {"done", "already"}
+    assert set(outcomes.values()) <= {"done", "already"}, fleet.did("results")
     assert len(outcomes) == len(jobs) == fleet.ask("SELECT count(*) FROM procrastinate_jobs")[0][0]
     assert fleet.ask("SELECT count(*) FROM results")[0][0] == len(jobs)
     assert fleet.running() == []
-    assert are_merged([top for each in tops.values() for top in each])
     # Whatever is named: nothing is unfinished anywhere.
-    places = [shared, *(host.images for host in hosts)]
-    assert chainmerge("status", *places).status == 0
+    assert chainmerge("status", *(host.images for host in fleet.hosts)).status == 0
+
+
+@pytest.mark.parametrize("thoroughness", ["quick", pytest.param("soak", marks=pytest.mark.soak)])
+def test_every_chain_is_merged_whoever_dies(
+    fleet: Fleet, tmp_path_factory: pytest.TempPathFactory, thoroughness: str
+) -> None:
+    moments = MOMENTS[thoroughness]
+    shared = tmp_path_factory.mktemp("shared")
+    hosts = [fleet.host(f"h{number}", shared) for number in range(3)]
+    fleet.did("limit", "storage/nfs", "2")
+    count = max(6, int(moments * MERGES_A_MOMENT))
+    tops = {host.name: _chains(host, shared, count // 3) for host in hosts}
+    # Planned in portions: a command line takes only so many words.
+    jobs = [job for host in hosts for job in _planned(host, tops[host.name])]
+    has_all_done_whoever_dies(fleet, jobs, moments)
+    assert are_merged([top for each in tops.values() for top in each])
+    assert chainmerge("status", shared).status == 0
+
+
+@pytest.mark.parametrize("thoroughness", ["quick", pytest.param("soak", marks=pytest.mark.soak)])
+def test_every_action_is_done_whoever_dies(fleet: Fleet, thoroughness: str) -> None:
+    moments = MOMENTS[thoroughness]
+    hosts = [fleet.host(f"h{number}") for number in range(3)]
+    works = [
+        WorkOfEachAction(host, f"{number}-")
+        for host in hosts
+        for number in range(max(1, moments // 10))
+    ]
+    jobs: list[object] = []
+    for work in works:
+        work.make()
+        jobs += [job for plan in work.planned("--bandwidth", "1M").values() for job in plan["jobs"]]
+    has_all_done_whoever_dies(fleet, jobs, moments)
+    for work in works:
+        work.require_done()
 
 
 def _chains(host: Host, shared: Path, count: int) -> list[Path]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PATIENCE = 60.0
+_PLANNING = (b"\0--dry-run\0", b"\0list\0", b"\0plan\0")
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
@@ -102,7 +103,7 @@ class Host:
         return self.worker.wait(PATIENCE)
 
     def children(self) -> list[int]:
-        """The processes that merge for this host now, whoever started them."""
+        """The processes that do its jobs now, whoever started them."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -110,7 +111,8 @@ class Host:
                     words = (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
-                if str(self.images).encode() in words and b"merge\0--json" in words:
+                is_of_worker = str(self.images).encode() in words and b"\0--no-config\0" in words
+                if is_of_worker and not any(word in words for word in _PLANNING):
                     found.append(int(entry.name))
         return found
 
