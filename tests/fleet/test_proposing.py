@@ -18,13 +18,13 @@ from chainmerge.documents.fleet_policy import FleetPolicy, PolicyMerging, Policy
 from chainmerge.documents.plan import Finding
 from chainmerge.documents.trends import TrendPoint
 from chainmerge.fleet.errors import FleetPolicyUnusable
-from chainmerge.fleet.inventory_store import StoredInventory, _read, added_up
+from chainmerge.fleet.inventory_store import StoredInventory, _read, added_up, overview_of
 from chainmerge.fleet.operating import plan_in
 from chainmerge.fleet.policy import policy_in
 from chainmerge.fleet.proposing import job_options_of, propose, view_of
 from chainmerge.fleet.record import FleetPlan, JobOptions
 from chainmerge.fleet.sharing import shared_places
-from chainmerge.report.fleet_plan_tables import fleet_plan_report
+from chainmerge.report.fleet_plan_tables import fleet_plan_report, inventory_report
 from chainmerge.report.json import encode
 from chainmerge.report.plain import plain_text
 
@@ -64,7 +64,7 @@ UUID: Final = "11111111-2222-3333-4444-555555555555"
 
 
 def host(name: str, *chains: InventoryChain, places: tuple[InventoryPlace, ...] = ()) -> Any:
-    return HostInventory(1, name, "0" * 32, NOW - 60, 9, 0, 0, places, chains, 0, 0, ("something",))
+    return HostInventory(1, name, "0" * 32, NOW - 60, 9, 0, 0, places, chains, 0, 0, ())
 
 
 def proposed(*hosts: HostInventory, policy: FleetPolicy | None = None) -> FleetPlan:
@@ -226,6 +226,14 @@ def test_old_scans_and_missing_ones_are_warned_of() -> None:
     plan = propose(StoredInventory((old,), ("h2",)), FleetPolicy(), JobOptions(), 0, NOW)
     assert any("h2 has not been scanned" in one for one in plan.warnings)
     assert any("30 days old" in one for one in plan.warnings)
+
+
+def test_what_no_scan_could_look_at_is_warned_of() -> None:
+    found = replace(host("h1", chain("a")), left_out=("/srv: Permission denied", "no libvirt"))
+    (warning,) = proposed(found).warnings
+    assert warning.startswith("h1 was not scanned whole: /srv: Permission denied (1 more")
+    shown = plain_text(inventory_report(overview_of(StoredInventory((found,), ()))))
+    assert "h1: no libvirt" in shown
 
 
 @pytest.mark.parametrize(

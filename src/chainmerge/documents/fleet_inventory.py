@@ -162,7 +162,10 @@ class SharedPlace(Struct, frozen=True):
 
 
 class HostSummary(Struct, frozen=True):
-    """A host, and what its last scan has found; all but its name is None before the first one."""
+    """A host, and what its last scan has found; all but its name is None before the first one.
+
+    ``left_out`` is what that scan could not look at, and why; a sentence each.
+    """
 
     host: str
     scanned_at: int | None = None
@@ -173,6 +176,7 @@ class HostSummary(Struct, frozen=True):
     stale_bytes: int | None = None
     unfinished: int | None = None
     refused: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class FleetInventory(Struct, frozen=True):

@@ -144,6 +144,7 @@ def _summary(found: HostInventory) -> HostSummary:
         stale_bytes=found.stale_bytes,
         unfinished=sum(chain.unfinished for chain in found.chains),
         refused=sum(bool(chain.refusals) for chain in found.chains),
+        left_out=found.left_out,
     )
 
 

@@ -364,6 +364,10 @@ def _warnings(stored: StoredInventory, now: float) -> Iterator[str]:
         days = int((now - one.scanned_at) // _DAY)
         if days >= _OLD_DAYS:
             yield f"the last scan of {one.host} is {counted(days, 'day')} old"
+        if one.left_out:
+            rest = len(one.left_out) - 1
+            more = f" ({rest} more: `chainmerge fleet inventory`)" if rest else ""
+            yield f"{one.host} was not scanned whole: {_readable(one.left_out[0])}{more}"
     for place in shared_places(stored.hosts):
         if place.is_refused or place.is_doubtful:
             yield place.sentence

@@ -89,10 +89,11 @@ def inventory_report(inventory: FleetInventory) -> Block:
     """A line for each host, and what several of them share."""
     if not inventory.hosts:
         return words("no worker has ever started", layout.QUIET)
-    doubtful = [one for one in inventory.shared if one.is_refused or one.is_doubtful]
+    doubtful = [one.sentence for one in inventory.shared if one.is_refused or one.is_doubtful]
+    unseen = [f"{host.host}: {sentence}" for host in inventory.hosts for sentence in host.left_out]
     return stack(
         layout.listing(_HOST_HEADINGS, map(_host_row, inventory.hosts), right=_NUMBERS),
-        *layout.warnings_section(one.sentence for one in doubtful),
+        *layout.warnings_section((*doubtful, *unseen)),
     )
 
 
