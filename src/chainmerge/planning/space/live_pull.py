@@ -22,12 +22,11 @@ from chainmerge.planning.leaks import NO_LEAKS, counted_as_used, find_leaks, lea
 from chainmerge.planning.space.arrivals import BaseFacts, count_arrivals
 from chainmerge.planning.space.figures import SpaceSurvey, facts_of_need, without_figures
 from chainmerge.planning.space.need import BitmapShape, MergeDemand, space_need
-from chainmerge.planning.space.qemu import host_layout
+from chainmerge.planning.space.qemu import allocated_where_written, host_layout
 from chainmerge.qcow2.check import check_with_references
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.runs import NO_RUNS
-from chainmerge.storage.file_space import space_of
-from chainmerge.storage.locks import AnyFile
+from chainmerge.storage.file_space import NO_RANGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from chainmerge.chain.opening import OpenChain
     from chainmerge.chain.target import Target
     from chainmerge.chain.view import Resolved
-    from chainmerge.planning.facts import SpaceFacts
 
 _AT_ONCE: Final = 512 << 10
 
@@ -83,7 +81,7 @@ def survey_pull_for_live(
         new_clusters=arrivals.likely_clusters,
         new_l2_tables=arrivals.l2_tables,
     )
-    space = replace(space, allocates=_allocated(opened, space))
+    space = replace(space, allocates=allocated_where_written(top, space, lambda: NO_RANGES))
     check = None if guest_writes else report
     return SpaceSurvey({Placement.IN_PLACE: space}, {}, check, None, leaks)
 
@@ -125,15 +123,3 @@ def _as_written(lacking: BoolArray, below: Resolved) -> _Arriving:
     end = np.uint64(int(below.guest[-1]) + int(below.length[-1]))
     lengths = np.diff(np.append(starts, end))
     return _Arriving(starts, lengths, kinds, np.zeros(len(starts), np.uint64))
-
-
-def _allocated(opened: OpenChain, space: SpaceFacts) -> int | None:
-    """What a file system has to give top's file, at most: QEMU may fill any of its holes."""
-    top = opened.images[-1]
-    assert top.image is not None
-    on_file = space_of(top.readable) if isinstance(top.readable, AnyFile) else None
-    if on_file is None:
-        return None
-    size, cluster = top.info.file_size, top.image.header.cluster_size
-    new = (space.new_clusters + space.new_l2_tables) * cluster
-    return max(space.required - size, 0) + min(size - on_file.own.before(size).total, new)

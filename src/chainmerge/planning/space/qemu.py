@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from chainmerge.arithmetic.distinct import distinct
-from chainmerge.arithmetic.rounding import round_up
+from chainmerge.arithmetic.rounding import divide_up, round_up
 from chainmerge.bitmaps.comparing import bitmap_difference
 from chainmerge.bitmaps.sets import final_set, stand_ins
 from chainmerge.chain.view import in_step
@@ -31,12 +31,12 @@ from chainmerge.qcow2.lookup import lookup
 from chainmerge.qcow2.mapping import Kind
 from chainmerge.qcow2.refcounts import read_refcount_table, refcounts_per_block
 from chainmerge.qcow2.runs import runs_of
-from chainmerge.storage.file_space import ByteRanges, space_to_count, united
+from chainmerge.storage.file_space import NO_RANGES, ByteRanges, space_to_count, united
 from chainmerge.storage.locks import AnyFile
 from chainmerge.storage.volumes import open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -51,26 +51,45 @@ if TYPE_CHECKING:
     from chainmerge.storage.volume_errors import CannotGrow
 
 _WINDOW = 1 << 20
+_NOT_WRITTEN = frozenset({"used", "gaps"})
+"""Parts of what an image needs that QEMU writes nothing to."""
 
 
 def allocated_by_qemu(target: Target, opened: OpenChain, space: SpaceFacts) -> int | None:
-    """What a file system has to give a qcow2 file that QEMU writes to, at most.
+    """What has to be given to a qcow2 base that QEMU commits to, at most.
+
+    None of a block device that has all its space.
+    """
+    base = opened.images[target.base_index]
+    if base.info.data_file is not None:
+        return allocated_where_written(base, space, lambda: NO_RANGES)
+    return allocated_where_written(base, space, lambda: _written_over(target, opened))
+
+
+def allocated_where_written(
+    written: OpenImage, space: SpaceFacts, over: Callable[[], ByteRanges]
+) -> int | None:
+    """What a file system, or the pool of a thin volume, has to give an image at most.
 
     Where QEMU finds free clusters in the file is not known, so any of its holes may be filled,
     but no more of them than there is to write.
+
+    Args:
+        written: the image that QEMU writes to.
+        space: what it needs.
+        over: where its file has clusters that are written over.
     """
-    base = opened.images[target.base_index]
-    assert base.image is not None
-    on_file = space_to_count(base.readable) if isinstance(base.readable, AnyFile) else None
+    assert written.image is not None
+    on_file = space_to_count(written.readable) if isinstance(written.readable, AnyFile) else None
     if on_file is None:
         return None
-    size, cluster = base.info.file_size, base.image.header.cluster_size
+    size, cluster = written.info.file_size, written.image.header.cluster_size
     grows = max(space.required - size, 0)
-    new = (space.new_clusters + space.new_l2_tables) * max(cluster, on_file.unit)
-    over_old = 0
-    if base.info.data_file is None:
-        over_old = on_file.missing(_written_over(target, opened))
-    return grows + min(size - on_file.own.before(size).total, new + over_old)
+    needed = sum(part for name, part in space.breakdown.items() if name not in _NOT_WRITTEN)
+    # Each cluster can lie in a chunk of its own.
+    new = divide_up(needed, cluster) * max(cluster, on_file.unit)
+    missing = on_file.missing(over())
+    return grows + min(size - on_file.own.before(size).total, new + missing)
 
 
 def _written_over(target: Target, opened: OpenChain) -> ByteRanges:
