@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,7 @@ class Volumes:
 def lvm_images(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Volumes]:
     """A volume group with nothing in it; what outlives processes is kept in *directory*."""
     monkeypatch.setattr(state_files, "STATE_DIRECTORY", directory / "state")
+    _remove_names_of_the_dead()
     for name in ("lvm", "images"):
         (directory / name).mkdir()
     lvm = FakeLvm(directory / "lvm")
@@ -94,3 +96,15 @@ def on_pool(volumes: Volumes, extents: int, used: float) -> tuple[Path, Path]:
     qemu_img("bitmap", "--add", "-f", "qcow2", top, "kept")
     qemu_io(top, f"write -q -P 7 1M {WRITTEN}")
     return base, top
+
+
+def _remove_names_of_the_dead() -> None:
+    """Remove the names in /dev that tests have left which were killed.
+
+    They lead to loop devices that are other tests' by now: a merge there finds users of its images
+    by such names, and writes to them.
+    """
+    for names in Path("/dev").glob("chainmerge-[0-9]*"):
+        process = names.name.split("-")[1]
+        if not Path("/proc", process).exists():
+            shutil.rmtree(names, ignore_errors=True)
