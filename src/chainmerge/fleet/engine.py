@@ -115,13 +115,8 @@ def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
     return [job.id for job in queued if job.id is not None]
 
 
-def jobs(connection: Connection[Any], job: int | None = None) -> Iterator[QueuedJob]:
-    """Return all jobs that are not forgotten, or the one of a number, in the order of numbers."""
-    yield from _selected(connection, numbers=None if job is None else [job])
-
-
 def jobs_numbered(connection: Connection[Any], numbers: Sequence[int]) -> Iterator[QueuedJob]:
-    """Return those of some jobs that are not forgotten."""
+    """Return those of some jobs that are not forgotten, in the order of their numbers."""
     yield from _selected(connection, numbers=numbers)
 
 

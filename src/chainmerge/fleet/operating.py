@@ -326,7 +326,7 @@ def forget(database: str, older: timedelta) -> FleetChange:
 
 
 def _job(connection: Connection[Any], number: int) -> engine.QueuedJob:
-    for job in engine.jobs(connection, number):
+    for job in engine.jobs_numbered(connection, [number]):
         return job
     raise NoSuchJob(number, "there is none of this number")
 

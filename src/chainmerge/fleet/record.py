@@ -25,7 +25,6 @@ from chainmerge.options import (
     VerifyLevel,
 )
 
-RECORD_VERSION: Final = 1
 LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
 
