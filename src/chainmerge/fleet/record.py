@@ -9,7 +9,7 @@ nothing that gives up data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
@@ -27,6 +27,8 @@ from chainmerge.options import (
 
 LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
+MOST_DISKS: Final = 64
+"""Of a job."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
@@ -208,7 +210,7 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     host: HostName
     machine_id: Digest
     action: Action
-    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=64)]
+    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=MOST_DISKS)]
     keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=2100)]
     options: JobOptions
     plan_digest: Digest
@@ -320,3 +322,15 @@ def storage_key(storage: str) -> str:
 def image_key(image_id: str) -> str:
     """The key of which each image that a job changes or copies from has one."""
     return f"{IMAGE_PREFIX}{image_id}"
+
+
+def keys_needed(host: str, storages: Iterable[str], disks: Iterable[JobDisk]) -> list[str]:
+    """What a job for disks on some storages has to hold while it runs, in a fixed order."""
+    images = {image_key(one) for disk in disks for one in disk.held_ids}
+    return [host_key(host), *sorted(map(storage_key, storages)), *sorted(images)]
+
+
+def storages_in(keys: Iterable[str]) -> tuple[str, ...]:
+    """The storages that keys are for."""
+    prefix = storage_key("")
+    return tuple(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
