@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from chainmerge.documents.fleet_policy import KeyLimit, KeyName
 from chainmerge.options import (
     DataChoice,
     DirectionChoice,
@@ -31,7 +32,6 @@ MOST_DISKS: Final = 64
 """Of a job."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
-KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
 ImagePath = Annotated[str, Meta(min_length=2, max_length=4096)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 DomainName = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f-]([^/\x00-\x1f\x7f]{0,254})\Z")]
@@ -286,7 +286,7 @@ class FleetPlan(Struct, frozen=True, forbid_unknown_fields=True):
 
     version: Literal[1]
     jobs: tuple[PlannedJob, ...]
-    limits: Mapping[KeyName, Annotated[int, Meta(ge=0, le=100_000)]] = field(default_factory=dict)
+    limits: Mapping[KeyName, KeyLimit] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -14,6 +14,7 @@ from chainmerge.cli.fleet.configuration import database_option, host_option
 from chainmerge.cli.options import json_option
 from chainmerge.cli.params import DURATION
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
+from chainmerge.documents.fleet_policy import LARGEST_LIMIT
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
 from chainmerge.fleet import operating, overview
@@ -132,7 +133,7 @@ def pause(*, key: str, database: str, output: Output) -> None:
 
 @fleet.command(cls=Command)
 @_key_argument
-@click.argument("most", metavar="N", type=click.IntRange(0, 100_000))
+@click.argument("most", metavar="N", type=click.IntRange(0, LARGEST_LIMIT))
 @database_option
 @json_option
 def limit(*, key: str, most: int, database: str, output: Output) -> None:
