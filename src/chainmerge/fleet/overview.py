@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN: Final = 500
 """Jobs that have not ended, unless told otherwise."""
-_SILENT: Final = 60.0
-"""Seconds after which a host is taken to be down, when it is said what a job waits for."""
 
 
 class _Keys(Struct, frozen=True):
@@ -185,7 +183,7 @@ def _obstacles(
     host = hosts.get(job.host)
     if host is None:
         yield f"the worker of {job.host}, which has never started"
-    elif host.silent_seconds > _SILENT:
+    elif host.is_silent:
         yield f"the worker of {job.host}, which has been silent for {host.silent_seconds:.0f} s"
     if host is not None and host.drained:
         yield f"{host_key(job.host)} (drained)"
