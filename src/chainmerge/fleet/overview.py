@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
-from chainmerge.__about__ import __version__
 from chainmerge.documents.fleet import (
     FleetHostStatus,
     FleetJobOutcome,
@@ -26,7 +24,8 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, host_key, record_in
+from chainmerge.fleet.outcome import last_event
+from chainmerge.fleet.record import FLEET_KEY, IMAGE_PREFIX, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ def _job_status(
     scan = _scan(job)
     record = None if scan else _record(job)
     asked = scan or record
-    event = _event(line)
+    event = last_event([line])
     return FleetJobStatus(
         job=job.id,
         host=job.host,
@@ -194,14 +193,6 @@ def _obstacles(
         yield f"its window {', '.join(asked.windows)}, by the clock of {job.host}"
 
 
-def _event(line: str) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
-
-
 def _number(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
@@ -218,8 +209,8 @@ def _shown(keys: _Keys) -> tuple[FleetKeyStatus, ...]:
     return tuple(
         FleetKeyStatus(key, keys.held.get(key, 0), keys.most(key), keys.paused(key))
         for key in sorted(keys.held.keys() | keys.limits.keys())
-        # Of images there are as many as jobs, and each has one.
-        if not key.startswith("image/")
+        # Of images there are more than of jobs, and each has one job at most.
+        if not key.startswith(IMAGE_PREFIX)
     )
 
 
@@ -229,9 +220,7 @@ def _hosts(connection: Connection[Any]) -> dict[str, FleetHostStatus]:
         " ORDER BY host"
     ).fetchall()
     return {
-        host: FleetHostStatus(
-            host, _moment(seen), float(silent), drained, version or __version__, 0, 0
-        )
+        host: FleetHostStatus(host, _moment(seen), float(silent), drained, version, 0, 0)
         for host, seen, silent, drained, version in rows
     }
 
