@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, LiteralString
 import msgspec
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
+from chainmerge.documents.fleet import SUCCESSES, FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _PATIENCE: Final = 10.0
 _DEVICES: Final = "/dev/"
 _BETWEEN_TRIES: Final = 0.2
-_SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
 
 
@@ -96,15 +95,16 @@ def submission() -> Submission:
 def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str]:
     """Of jobs that wait, run or are done. What has ended otherwise may be submitted again."""
     found = list(engine.jobs_labelled(connection, labels))
-    outcomes = _outcomes(connection, [job.id for job in found])
+    outcomes = outcomes_in(connection, [job.id for job in found])
     return {
         job.label
         for job in found
-        if (outcomes[job.id] in _SUCCESS if job.id in outcomes else job.state in OPEN_STATES)
+        if (outcomes[job.id] in SUCCESSES if job.id in outcomes else job.state in OPEN_STATES)
     }
 
 
-def _outcomes(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
+def outcomes_in(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
+    """What became of those of some jobs that have ended."""
     found = connection.execute(
         "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)", (list(jobs),)
     )
@@ -192,7 +192,7 @@ def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
 
 def _require_open(connection: Connection[Any], number: int) -> None:
     job = _job(connection, number)
-    outcome = _outcomes(connection, [number]).get(number)
+    outcome = outcomes_in(connection, [number]).get(number)
     if outcome is not None or job.state not in OPEN_STATES:
         raise NoSuchJob(number, f"it has ended: {outcome or job.state}")
 
@@ -235,11 +235,11 @@ def retry(database: str, jobs: Sequence[int]) -> FleetChange:
 def _retried(database: str, jobs: Sequence[int]) -> bool:
     """Queue jobs again; False, and nothing done, if a worker still has one of them in hand."""
     with transaction(database) as connection:
-        outcomes = _outcomes(connection, jobs)
+        outcomes = outcomes_in(connection, jobs)
         found = [_job(connection, number) for number in jobs]
         for job in found:
             outcome = outcomes.get(job.id, "" if job.state in OPEN_STATES else job.state)
-            if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
+            if not outcome or outcome in SUCCESSES or job.state is QueueState.CANCELLED:
                 reason = f"it cannot be tried again: it is {outcome or job.state}"
                 raise NoSuchJob(job.id, reason)
             if _waits_again(connection, job):

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
+from chainmerge.documents.fleet import FleetChange
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import OPEN_STATES
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
-from chainmerge.fleet.operating import submission
-from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_label
+from chainmerge.fleet.operating import outcomes_in, submission
+from chainmerge.fleet.record import FLEET_KEY
+from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_key, scan_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,25 +72,26 @@ def hindrances(database: str, jobs: Sequence[int]) -> dict[int, str]:
     with transaction(database) as connection:
         hosts = {job.id: job.host for job in engine.jobs_numbered(connection, jobs)}
         held = {number for (number,) in connection.execute("SELECT job FROM leases").fetchall()}
+        shut = connection.execute("SELECT key FROM limits WHERE paused OR most = 0").fetchall()
         rows = connection.execute(
-            "SELECT host, drained, extract(epoch FROM now() - seen)::float8, EXISTS (SELECT FROM"
-            " limits WHERE key IN ('fleet', 'scan/' || host) AND (paused OR most = 0)) FROM hosts"
+            "SELECT host, drained, extract(epoch FROM now() - seen)::float8 FROM hosts"
         ).fetchall()
     sentences: dict[int, str] = {}
     states = {host: states for host, *states in rows}
+    shut_keys = {key for (key,) in shut}
     for job in jobs:
         if job not in hosts:
             sentences[job] = f"the scan {job} was forgotten"
             continue
         host = hosts[job]
-        drained, silent, paused = states.get(host, (False, 0.0, False))
+        drained, silent = states.get(host, (False, 0.0))
         if silent > _LONGEST_SILENCE:
             sentences[job] = (
                 f"{host} has not been heard of for {counted(int(silent / 60), 'minute')}"
             )
         elif drained and job not in held:
             sentences[job] = f"{host} is drained: `chainmerge fleet undrain {host}`"
-        elif paused and job not in held:
+        elif job not in held and shut_keys & {FLEET_KEY, scan_key(host)}:
             sentences[job] = f"scans of {host} are paused"
     return sentences
 
@@ -99,11 +101,7 @@ def _queued(host: str) -> engine.NewJob:
     return engine.NewJob(host, record.priority, record.label, msgspec.to_builtins(record))
 
 
-def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, FleetJobOutcome]:
-    """What became of those of some jobs that have ended."""
+def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, str]:
+    """What became of those of some scans that have ended."""
     with transaction(database) as connection:
-        rows = connection.execute(
-            "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)",
-            (list(jobs),),
-        ).fetchall()
-    return {job: FleetJobOutcome(outcome) for job, outcome in rows}
+        return outcomes_in(connection, jobs)
