@@ -126,7 +126,7 @@ def last_event(lines: Iterable[str]) -> dict[str, Any]:
     for line in reversed(list(lines)):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
             return event
