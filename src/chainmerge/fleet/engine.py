@@ -8,6 +8,8 @@ Functions with a ``connection`` are part of the caller's transaction.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
+import importlib.util
 import json
 from contextlib import suppress
 from enum import StrEnum
@@ -92,6 +94,13 @@ class Elsewhere(Exception):
     def __init__(self, host: str) -> None:
         super().__init__(host)
         self.host = host
+
+
+def version_here() -> str | None:
+    """Which version of the engine is installed, without loading it: few commands need it."""
+    if importlib.util.find_spec("procrastinate") is None:
+        return None
+    return importlib.metadata.version("procrastinate")
 
 
 def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
