@@ -144,7 +144,7 @@ async def domains_here(uri: str) -> frozenset[str] | None:
     printed = await _printed(_command([uri], "chainmerge.fleet.whereabouts"))
     if printed.status != 0:
         return None
-    return frozenset(msgspec.json.decode(printed.text, type=dict[str, str]))
+    return msgspec.json.decode(printed.text, type=frozenset[str])
 
 
 async def _printed(command: Sequence[str], *kept_open: int) -> Printed:
