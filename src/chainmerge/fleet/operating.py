@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
 _PATIENCE: Final = 10.0
-_DEVICES: Final = "/dev/"
+"""Seconds that a worker may take to tell the queue of the end of a job that is tried again."""
 _BETWEEN_TRIES: Final = 0.2
+_DEVICES: Final = "/dev/"
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
 
 
@@ -112,8 +113,7 @@ def outcomes_in(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, s
 
 
 def _queued(job: PlannedJob, submitted: Submission) -> engine.NewJob:
-    fields = {name: getattr(job, name) for name in job.__struct_fields__}
-    record = JobRecord(**fields, submitted=submitted)
+    record = JobRecord(**msgspec.structs.asdict(job), submitted=submitted)
     return engine.NewJob(job.host, job.priority, job.label, msgspec.to_builtins(record))
 
 
@@ -125,7 +125,7 @@ def pause(database: str, key: str) -> FleetChange:
             " ON CONFLICT (key) DO UPDATE SET paused = true",
             (key,),
         )
-    return _changed(f"{key} is paused; `chainmerge fleet limit {key} 1` lets jobs start again")
+    return _changed(f"{key} is paused; `chainmerge fleet limit {key} N` lets N jobs start again")
 
 
 def limit(database: str, key: str, most: int) -> FleetChange:
@@ -271,7 +271,7 @@ def _is_connected(connection: Connection[Any], host: str) -> bool:
 def release_fenced(database: str, host: str) -> FleetChange:
     """Free what a host holds that cannot write any more, and its name.
 
-    Its merges that ran are lost to the fleet, and nothing starts there until it is undrained.
+    Its jobs that ran are lost to the fleet, and nothing starts there until it is undrained.
 
     Raises:
         NoSuchHost: no worker has ever come from there.
@@ -289,7 +289,7 @@ def release_fenced(database: str, host: str) -> FleetChange:
         connection.execute(_STOP, (host,))
         connection.execute("UPDATE hosts SET machine_id = '' WHERE host = %s", (host,))
     done = (
-        f"{counted(len(numbers), 'merge')} of {host} given up",
+        f"{counted(len(numbers), 'job')} of {host} given up",
         f"nothing starts there until `chainmerge fleet undrain {host}`",
     )
     return FleetChange(FLEET_VERSION, tuple(numbers), done)

@@ -220,7 +220,7 @@ def _job(
             plan_digest=work.digest,
             domain=domain,
             images_digest=_images_digest_of(action, disks, work),
-            **{name: getattr(timing, name) for name in timing.__struct_fields__},
+            **msgspec.structs.asdict(timing),
         )
         # Read as it will be: only the reader is strict about each field.
         return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.durations import seconds_of
@@ -338,7 +338,7 @@ def _options_for(
     }
     retention = policy.retention
     if retention is not None:
-        chosen |= {name: getattr(retention, name) for name in retention.__struct_fields__}
+        chosen |= asdict(retention)
         chosen["keep_within"] = seconds_of(retention.keep_within or "")
     return _paced(JobOptions(**chosen), storages, policy)
 
@@ -404,5 +404,4 @@ def _row(job: PlannedJob) -> FleetPlanRow:
 
 def job_options_of(policy: FleetPolicy) -> JobOptions:
     """How jobs merge by a policy."""
-    merging = policy.merging
-    return JobOptions(**{name: getattr(merging, name) for name in merging.__struct_fields__})
+    return JobOptions(**asdict(policy.merging))
