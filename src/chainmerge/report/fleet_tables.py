@@ -65,7 +65,7 @@ def hosts_and_keys(status: FleetStatus) -> tuple[Block, ...]:
 
 
 def _left_out(jobs: int) -> tuple[Block, ...]:
-    return (words(f"and {counted(jobs, 'job')} more that wait", layout.QUIET),) if jobs else ()
+    return (words(f"{counted(jobs, 'more job')} waiting", layout.QUIET),) if jobs else ()
 
 
 def _listing(headings: Sequence[str], rows: Sequence[Sequence[Words]]) -> tuple[Block, ...]:

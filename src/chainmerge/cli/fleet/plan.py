@@ -47,7 +47,7 @@ _OF_WINDOWS: Final = ("windows", "window_end")
     "plan_file",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Write the JSON there, and show the table wherever that goes.",
+    help="Write the JSON to this file, and show the table, on a terminal or not.",
 )
 @click.option("--html", type=click.Path(), metavar="FILE", help="Also write the plan as a page.")
 @action_options
