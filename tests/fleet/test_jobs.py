@@ -116,9 +116,13 @@ def test_pause_cancel_and_retry(fleet: Fleet) -> None:
     host = fleet.host("h1")
     fleet.did("pause", "fleet")
     top, other = host.chain("a"), host.chain("b")
-    first, second = fleet.submit(host.planned(top, other))
+    plans = [host.planned(top), host.planned(other)]
+    (early,) = fleet.submit(plans[0])
+    fleet.did("cancel", str(early))
+    assert "submit it again" in fleet.run("retry", str(early)).err
+    first, second = fleet.submit(*plans)
     host.start()
-    wait_until(lambda: fleet.ask("SELECT FROM hosts"), "a worker")
+    wait_until(lambda: len(fleet.claimed()) == 2, "a worker that has both in hand")
     reasons = fleet.did("status")["jobs"][0]["waits_for"]
     assert reasons == ["fleet (paused)"]
     assert fleet.running() == []

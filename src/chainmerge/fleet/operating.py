@@ -239,7 +239,9 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
         found = [_job(connection, number) for number in jobs]
         for job in found:
             outcome = outcomes.get(job.id, "" if job.state in OPEN_STATES else job.state)
-            if not outcome or outcome in SUCCESSES or job.state is QueueState.CANCELLED:
+            if job.state is QueueState.CANCELLED:
+                raise NoSuchJob(job.id, "it was cancelled before its host had it: submit it again")
+            if not outcome or outcome in SUCCESSES:
                 reason = f"it cannot be tried again: it is {outcome or job.state}"
                 raise NoSuchJob(job.id, reason)
             if _waits_again(connection, job):
