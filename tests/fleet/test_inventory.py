@@ -277,7 +277,7 @@ def test_who_waits_for_scans_hears_which_hosts_cannot_scan(fleet: Fleet) -> None
     for expected in ("a new scan", "one that waited before"):
         ran = fleet.run("scan", "--wait")
         assert ran.status == 5, expected
-        assert "not scanned: h2 has not been heard of for 60 minutes" in ran.err
+        assert "not scanned: h2 has not been heard from for 60 minutes" in ran.err
     fleet.did("drain", "h1")
     ran = fleet.run("scan", "--wait", "h1")
     assert ran.status == 5

@@ -87,7 +87,7 @@ def hindrances(database: str, jobs: Sequence[int]) -> dict[int, str]:
         drained, silent = states.get(host, (False, 0.0))
         if silent > _LONGEST_SILENCE:
             sentences[job] = (
-                f"{host} has not been heard of for {counted(int(silent / 60), 'minute')}"
+                f"{host} has not been heard from for {counted(int(silent / 60), 'minute')}"
             )
         elif drained and job not in held:
             sentences[job] = f"{host} is drained: `chainmerge fleet undrain {host}`"
