@@ -118,7 +118,7 @@ def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: i
                 host=host,
                 top=record.disks[0].top if (record := records.get(job)) else "",
                 base=record.disks[0].base if record else "",
-                outcome=_outcome(outcome),
+                outcome=FleetJobOutcome(outcome),
                 exit_code=exit_code,
                 error_code=error_code,
                 message=message,
@@ -167,7 +167,7 @@ def _job_status(
         priority=job.priority,
         waits_for=() if holds_keys else tuple(_obstacles(job, asked, keys, hosts)),
         cancelled=is_unwanted,
-        progress=_text(event.get("stage")) if holds_keys else None,
+        progress=event.get("stage") if holds_keys else None,
         bytes_done=_number(event.get("done")),
         bytes_total=_number(event.get("total")),
     )
@@ -191,20 +191,6 @@ def _obstacles(
     if asked is not None and asked.windows and not obstacles:
         # Whether it is open, only the host's clock says.
         yield f"its window {', '.join(asked.windows)}, by the clock of {job.host}"
-
-
-# What a host says of its own jobs can be anything, and must not hide those of others.
-
-
-def _outcome(said: str) -> FleetJobOutcome:
-    try:
-        return FleetJobOutcome(said)
-    except ValueError:
-        return FleetJobOutcome.UNKNOWN
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _number(value: object) -> int | None:

@@ -24,7 +24,6 @@ from chainmerge.fleet.chain_state import joint_digest
 from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.policy import DEFAULT_BANDWIDTH
 from chainmerge.fleet.record import (
-    MOST_DISKS,
     OPTIONS_OF_ACTION,
     Action,
     FleetPlan,
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 
 _DAY: Final = 86_400
 _OLD_DAYS: Final = 7
+_MOST_DISKS: Final = 64
+"""Of a job."""
 _OF_OPEN_IMAGES: Final = frozenset({"image-in-use", "image-locked"})
 _PLENTY: Final = 2**63 - 1
 
@@ -190,9 +191,9 @@ def _by_machine(candidates: Iterable[_Candidate], policy: FleetPolicy) -> list[l
         is_alone = one.chain.domain is None or policy.retention is not None
         groups[one.chain.base_id if is_alone else machine].append(one)
     return [
-        group[start : start + MOST_DISKS]
+        group[start : start + _MOST_DISKS]
         for group in groups.values()
-        for start in range(0, len(group), MOST_DISKS)
+        for start in range(0, len(group), _MOST_DISKS)
     ]
 
 

@@ -28,8 +28,6 @@ from chainmerge.options import (
 
 LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
-MOST_DISKS: Final = 64
-"""Of a job."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 ImagePath = Annotated[str, Meta(min_length=2, max_length=4096)]
@@ -210,7 +208,7 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     host: HostName
     machine_id: Digest
     action: Action
-    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=MOST_DISKS)]
+    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=64)]
     keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=2100)]
     options: JobOptions
     plan_digest: Digest
