@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _PATIENCE: Final = 10.0
 """Seconds that a worker may take to tell the queue of the end of a job that is tried again."""
-_BETWEEN_TRIES: Final = 0.2
 _DEVICES: Final = "/dev/"
+_BETWEEN_TRIES: Final = 0.2
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
 
 
