@@ -96,7 +96,7 @@ def submission() -> Submission:
 def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str]:
     """Of jobs that wait, run or are done. What has ended otherwise may be submitted again."""
     found = list(engine.jobs_labelled(connection, labels))
-    outcomes = outcomes_in(connection, [job.id for job in found])
+    outcomes = _outcomes(connection, [job.id for job in found])
     return {
         job.label
         for job in found
@@ -104,8 +104,7 @@ def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str
     }
 
 
-def outcomes_in(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
-    """What became of those of some jobs that have ended."""
+def _outcomes(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
     found = connection.execute(
         "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)", (list(jobs),)
     )
@@ -192,7 +191,7 @@ def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
 
 def _require_open(connection: Connection[Any], number: int) -> None:
     job = _job(connection, number)
-    outcome = outcomes_in(connection, [number]).get(number)
+    outcome = _outcomes(connection, [number]).get(number)
     if outcome is not None or job.state not in OPEN_STATES:
         raise NoSuchJob(number, f"it has ended: {outcome or job.state}")
 
@@ -235,7 +234,7 @@ def retry(database: str, jobs: Sequence[int]) -> FleetChange:
 def _retried(database: str, jobs: Sequence[int]) -> bool:
     """Queue jobs again; False, and nothing done, if a worker still has one of them in hand."""
     with transaction(database) as connection:
-        outcomes = outcomes_in(connection, jobs)
+        outcomes = _outcomes(connection, jobs)
         found = [_job(connection, number) for number in jobs]
         for job in found:
             outcome = outcomes.get(job.id, "" if job.state in OPEN_STATES else job.state)

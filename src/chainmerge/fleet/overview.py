@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -24,7 +25,6 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.outcome import last_event
 from chainmerge.fleet.record import FLEET_KEY, IMAGE_PREFIX, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
@@ -156,7 +156,7 @@ def _job_status(
     scan = _scan(job)
     record = None if scan else _record(job)
     asked = scan or record
-    event = last_event([line])
+    event = _event(line)
     return FleetJobStatus(
         job=job.id,
         host=job.host,
@@ -191,6 +191,14 @@ def _obstacles(
     if asked is not None and asked.windows and not obstacles:
         # Whether it is open, only the host's clock says.
         yield f"its window {', '.join(asked.windows)}, by the clock of {job.host}"
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _number(value: object) -> int | None:

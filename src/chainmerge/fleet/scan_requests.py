@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetChange
+from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import OPEN_STATES
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
-from chainmerge.fleet.operating import outcomes_in, submission
+from chainmerge.fleet.operating import submission
 from chainmerge.fleet.record import FLEET_KEY
 from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_key, scan_label
 
@@ -101,7 +101,11 @@ def _queued(host: str) -> engine.NewJob:
     return engine.NewJob(host, record.priority, record.label, msgspec.to_builtins(record))
 
 
-def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, str]:
-    """What became of those of some scans that have ended."""
+def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, FleetJobOutcome]:
+    """What became of those of some jobs that have ended."""
     with transaction(database) as connection:
-        return outcomes_in(connection, jobs)
+        rows = connection.execute(
+            "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)",
+            (list(jobs),),
+        ).fetchall()
+    return {job: FleetJobOutcome(outcome) for job, outcome in rows}

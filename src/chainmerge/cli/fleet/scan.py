@@ -63,7 +63,7 @@ def scan(*, hosts: tuple[str, ...], wait: bool, database: str, output: Output) -
     return status
 
 
-def _awaited(database: str, jobs: Sequence[int]) -> list[str]:
+def _awaited(database: str, jobs: Sequence[int]) -> list[FleetJobOutcome]:
     """How those of the scans have ended that can end; the others are told on standard error."""
     while True:
         found = outcomes_of(database, jobs)
