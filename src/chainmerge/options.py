@@ -193,6 +193,8 @@ class LiveOptions(Struct, frozen=True):
             guest writes until it does (``throttle``), or undo the merge (``abort``).
         size_limit: Bytes that base's file must not grow past; None for no limit.
         volume: What kind of volume base lies on; ``auto`` finds out.
+        extend_pool: Extend the pool of a thin volume beforehand if it may not have what the merge
+            writes.
         history: Whether this host's history keeps a line about the merge.
     """
 
@@ -205,6 +207,7 @@ class LiveOptions(Struct, frozen=True):
     on_stall: StallChoice = "wait"
     size_limit: ByteCount | None = None
     volume: VolumeChoice = "auto"
+    extend_pool: bool = False
     history: bool = True
 
     def __post_init__(self) -> None:
@@ -228,6 +231,7 @@ class LiveOptions(Struct, frozen=True):
             bandwidth=self.bandwidth,
             size_limit=self.size_limit,
             volume=self.volume,
+            extend_pool=self.extend_pool,
             history=self.history,
         )
 

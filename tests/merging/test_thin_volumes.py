@@ -14,8 +14,8 @@ import chainmerge
 from chainmerge.options import Access, MergeOptions
 from chainmerge.storage.volume_errors import ExtensionRefused, ThinPoolFull
 from tests.support.children import is_killed
-from tests.support.lvm_images import MIB, Volumes, lvm_images
-from tests.support.qemu import assert_clean, content, create, qemu_img, qemu_io
+from tests.support.lvm_images import CHUNK, MIB, WRITTEN, Volumes, lvm_images, on_pool
+from tests.support.qemu import assert_clean, content, create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,29 +23,12 @@ if TYPE_CHECKING:
 
 DEVICES = Access(allow_backing=("/dev",))
 EXTEND = MergeOptions(extend_pool=True)
-CHUNK = 64 << 10
-WRITTEN = 2 * MIB
 
 
 @pytest.fixture
 def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Volumes]:
     with lvm_images(tmp_path, monkeypatch) as made:
         yield made
-
-
-def on_pool(volumes: Volumes, extents: int, used: float) -> tuple[Path, Path]:
-    """A chain of two on thin volumes; the upper one has 2 MiB of its own."""
-    base, top = volumes.chain("base-0", "top-1")
-    volumes.lvm.add_pool(volumes.group, "pool", extents, used, CHUNK)
-    for name in volumes.names():
-        if name != "pool":
-            volumes.lvm.make_thin(name, "pool")
-    volumes.show()
-    create(base, 4 * MIB)
-    create(top, 4 * MIB, backing="base-0")
-    qemu_img("bitmap", "--add", "-f", "qcow2", top, "kept")
-    qemu_io(top, f"write -q -P 7 1M {WRITTEN}")
-    return base, top
 
 
 def test_what_it_takes_is_in_the_plan(volumes: Volumes) -> None:

@@ -107,6 +107,7 @@ LIVE_OPTIONS = st.builds(
     on_stall=st.sampled_from(get_args(StallChoice)),
     size_limit=SIZES,
     volume=st.sampled_from(get_args(VolumeChoice)),
+    extend_pool=st.booleans(),
     history=st.booleans(),
 )
 RETENTION = st.builds(

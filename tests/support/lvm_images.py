@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 VOLUME, DISK = 8 * MIB, 4 * MIB
+CHUNK = 64 << 10
+"""Bytes that a pool gives a thin volume at once."""
+WRITTEN = 2 * MIB
 
 
 @dataclass
@@ -76,3 +79,18 @@ def lvm_images(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vol
     lvm.add_group(group, 200, [physical], extent_size=MIB)
     with contextlib.ExitStack() as stack:
         yield Volumes(group, lvm, directory / "images", stack, monkeypatch)
+
+
+def on_pool(volumes: Volumes, extents: int, used: float) -> tuple[Path, Path]:
+    """A chain of two on thin volumes; the upper one has WRITTEN bytes of its own."""
+    base, top = volumes.chain("base-0", "top-1")
+    volumes.lvm.add_pool(volumes.group, "pool", extents, used, CHUNK)
+    for name in volumes.names():
+        if name != "pool":
+            volumes.lvm.make_thin(name, "pool")
+    volumes.show()
+    create(base, 4 * MIB)
+    create(top, 4 * MIB, backing="base-0")
+    qemu_img("bitmap", "--add", "-f", "qcow2", top, "kept")
+    qemu_io(top, f"write -q -P 7 1M {WRITTEN}")
+    return base, top

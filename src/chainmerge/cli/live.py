@@ -16,6 +16,7 @@ from chainmerge.cli.errors import NotConfirmed
 from chainmerge.cli.options import (
     access_options,
     bases_option,
+    extend_pool_option,
     history_option,
     json_option,
     lock_command_option,
@@ -132,6 +133,7 @@ def result_options(function: Function[R]) -> Function[R]:
         metavar="SIZE",
         help="Refuse a merge after which base's file could be larger than SIZE.",
     )
+    @extend_pool_option
     @wraps(function)
     def command(*args: Any, **kwargs: Any) -> R:
         return function(*args, **kwargs)

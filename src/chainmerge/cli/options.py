@@ -232,6 +232,11 @@ history_option: Final = click.option(
     default=True,
     help="Whether to use this host's history, and keep a line in it.  [default: use it]",
 )
+extend_pool_option: Final = merging_option(
+    "--extend-pool",
+    is_flag=True,
+    help="Extend the pool of a thin volume first if it may not have what the merge writes.",
+)
 _DEFAULTS: Final = MergeOptions()
 _MERGE_OPTIONS: Final = (
     merging_option(
@@ -250,7 +255,7 @@ _MERGE_OPTIONS: Final = (
     merging_option(
         "--keep-name",
         is_flag=True,
-        help="Give the result the name of TOP, in place of TOP's file (files only).",
+        help="Give the result the name of TOP, in place of TOP's file or logical volume.",
     ),
     merging_option(
         "--drop-bitmaps",
@@ -315,11 +320,7 @@ _MERGE_OPTIONS: Final = (
         show_default=True,
         help="What kind of volume base lies on.",
     ),
-    merging_option(
-        "--extend-pool",
-        is_flag=True,
-        help="Extend the pool of a thin volume first if it may not have what the merge writes.",
-    ),
+    extend_pool_option,
     merging_option(
         "--shrink",
         is_flag=True,

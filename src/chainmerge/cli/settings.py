@@ -34,8 +34,8 @@ _MERGING: Final = _REACHING | {
     "verbose", "verify", "volume",
 }  # fmt: skip
 _IN_VM: Final = _REACHING | {
-    "bandwidth", "deadline", "delete", "direction", "history", "monitor-hold", "on-stall", "quiet",
-    "size-limit", "verbose", "verify", "volume",
+    "bandwidth", "deadline", "delete", "direction", "extend-pool", "history", "monitor-hold",
+    "on-stall", "quiet", "size-limit", "verbose", "verify", "volume",
 }  # fmt: skip
 _CHANGING_BITMAPS: Final = _REACHING | {"quiet"}
 

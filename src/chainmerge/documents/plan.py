@@ -191,6 +191,11 @@ class SpacePlan(Struct, frozen=True):
     prune_first: bool
     pool: PlannedPool | None = None
 
+    @property
+    def extends_pool(self) -> bool:
+        """Whether the pool is extended before anything is written."""
+        return self.pool is not None and self.pool.extend_by > 0
+
 
 class Repoint(Struct, frozen=True):
     """A child of top whose backing file becomes base."""

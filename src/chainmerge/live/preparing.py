@@ -23,7 +23,7 @@ from chainmerge.records.saved_bitmaps import (
     save_bitmaps,
     saved_bitmaps_file,
 )
-from chainmerge.storage.volumes import volume_at
+from chainmerge.storage.volumes import LvmVolume, volume_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,18 +81,21 @@ def prepare_live_merge(
 
 
 def _extend(decided: LivePlan, options: LiveOptions, caller: Caller) -> None:
-    """Extend the volume that is written to what the plan says. A file grows as it is written to.
+    """Extend the volume that is written, and its pool. A file grows as it is written to.
 
     Reserving space behind the end of a file that somebody else writes to could not be taken
     back: that is done by truncating it.
     """
     space = decided.plan.space
-    if space.grow_to is None:
+    if space.grow_to is None and not space.extends_pool:
         return
     caller.report(ProgressEvent(Stage.EXTEND))
     volume = volume_at(Path(decided.journal.result.path), options.as_merge)
-    volume.grow_to(space.required)
-    volume.make_growth_durable()
+    if space.extends_pool and isinstance(volume, LvmVolume):
+        volume.extend_pool(space.allocates or 0)
+    if space.grow_to is not None:
+        volume.grow_to(space.required)
+        volume.make_growth_durable()
 
 
 def _wipe_behind_end(live: LiveTarget, decided: LivePlan) -> None:

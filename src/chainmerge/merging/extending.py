@@ -38,7 +38,7 @@ def extended(job: Job) -> Iterator[None]:
 def _grown(job: Job) -> Iterator[None]:
     """Make base's volume, or the space behind the end of its file, as large as the merge needs."""
     grows = job.plan.space.grow_to is not None
-    extends_pool = job.plan.space.pool is not None and job.plan.space.pool.extend_by > 0
+    extends_pool = job.plan.space.extends_pool
     if not (grows or extends_pool) and job.facts.end_before is None:
         yield
         return

@@ -82,7 +82,7 @@ class ThinPool(Struct, frozen=True):
     def remedy(self, allocates: int) -> str:
         """What to do where it does not have what *allocates* bytes take."""
         by = self.extension(allocates).of_group
-        extend = "extend the pool ('lvextend'; a cold merge does it with --extend-pool)"
+        extend = "extend the pool (a merge does it with --extend-pool; or 'lvextend')"
         if by <= self.vg_free:
             return f"{extend}, which takes {by} bytes of the volume group's free space"
         return (
