@@ -115,7 +115,7 @@ def _measure_load(fleet: Fleet, count: int) -> None:
     print(f"submit {len(jobs)} jobs: {_timed(lambda: operating.submit(database, plan)):.1f} s")
     print(f"submit them again: {_timed(lambda: operating.submit(database, plan)):.1f} s")
     print(f"status of all of them: {_timed(lambda: overview.status(database)):.2f} s,")
-    print(f"  {_timed(lambda: fleet.did('status')):.2f} s as a command")
+    print(f"  {_timed(lambda: fleet.run('status', '--json')):.2f} s as a command")
     for host in fleet.hosts:
         fleet.did("limit", f"host/{host.name}", "4")
         text = re.sub(r"(?m)^poll = .*$", "poll = 1.0", host.config.read_text())
@@ -127,7 +127,7 @@ def _measure_load(fleet: Fleet, count: int) -> None:
     first, last = fleet.ask("SELECT min(ended), max(ended) FROM results")[0]
     seconds = (last - first).total_seconds()
     print(f"{len(jobs)} jobs in {seconds:.0f} s: {len(jobs) / seconds:.0f} jobs/s")
-    command = _timed(lambda: fleet.did("status"))
+    command = _timed(lambda: fleet.run("status", "--json"))
     print(f"status afterwards: {_timed(lambda: overview.status(database)):.2f} s,")
     print(f"  {command:.2f} s as a command")
     assert {row[0] for row in fleet.ask("SELECT DISTINCT outcome FROM results")} == {"done"}

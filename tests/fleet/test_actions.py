@@ -85,9 +85,7 @@ def test_a_link_that_leads_elsewhere_since_the_job_was_claimed(fleet: Fleet) -> 
     assert chainmerge("merge", "--delete", top).status == 0
     fleet.did("pause", "host/h1")
     host.start()
-    wait_until(
-        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
-    )
+    wait_until(fleet.claimed, "a claim")
     time.sleep(1)
     for image in inside.iterdir():
         image.rename(outside / image.name)

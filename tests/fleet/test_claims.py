@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
 from tests.support.fleet import is_merged, wait_until
@@ -14,25 +13,19 @@ if TYPE_CHECKING:
     from tests.support.fleet import Fleet
 
 
-def claimed(fleet: Fleet) -> int:
-    """How many jobs workers have in hand."""
-    ((found,),) = fleet.ask("SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'")
-    return int(found)
-
-
 def test_a_dead_worker_had_two_jobs_that_ask_for_the_same(fleet: Fleet) -> None:
     host = fleet.host("h1", connect='""')
-    assert host.start("--once").wait(60) == 0
+    fleet.register(host)
     fleet.did("pause", "scan/h1")
     host.start()
     fleet.did("scan")
-    wait_until(lambda: claimed(fleet) == 1, "a scan that is claimed")
+    wait_until(fleet.claimed, "a scan that is claimed")
     # As rows were queued before: the queue itself lets a second one wait as soon as one is claimed.
     fleet.execute(
         "INSERT INTO procrastinate_jobs (queue_name, task_name, priority, queueing_lock, args)"
         " SELECT queue_name, task_name, priority, queueing_lock, args FROM procrastinate_jobs"
     )
-    wait_until(lambda: claimed(fleet) == 2, "both are claimed")
+    wait_until(lambda: len(fleet.claimed()) == 2, "both are claimed")
     host.kill()
     fleet.did("limit", "scan/h1", "1")
     jobs = fleet.submit(host.planned(host.chain("disk")))
@@ -47,6 +40,7 @@ def test_a_queue_that_does_not_answer_when_a_job_ends(fleet: Fleet) -> None:
     (job,) = fleet.submit(host.planned("--bandwidth", "2M", top))
     host.start()
     wait_until(lambda: fleet.running() == [job], "a merge that runs")
+    said = host.directory / "worker.err"
     ((backend,),) = fleet.ask(
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
         " AND query LIKE '%%procrastinate_fetch_job%%' AND pid <> pg_backend_pid()"
@@ -54,15 +48,14 @@ def test_a_queue_that_does_not_answer_when_a_job_ends(fleet: Fleet) -> None:
     os.kill(backend, signal.SIGSTOP)
     try:
         assert fleet.wait_for_results([job]) == {job: "done"}
-        time.sleep(7)
+        missed = "the queue does not know yet what became of a job"
+        wait_until(lambda: missed in said.read_text(), "the worker gives the queue up")
     finally:
         os.kill(backend, signal.SIGCONT)
-    wait_until(lambda: claimed(fleet) == 0, "the queue knows of its end", 90)
+    wait_until(lambda: not fleet.claimed(), "the queue knows of its end", 90)
     assert is_merged(top)
     assert host.stop() == 0
-    said = (host.directory / "worker.err").read_text()
-    assert "Traceback" not in said
-    assert "the queue does not know yet what became of a job" in said
+    assert "Traceback" not in said.read_text()
 
 
 def test_a_row_that_is_too_deep_holds_up_no_others(fleet: Fleet) -> None:

@@ -13,12 +13,12 @@ import pytest
 from msgspec.structs import replace
 
 from chainmerge.documents.fleet_inventory import HostInventory, InventoryPlace, PlaceKind
+from chainmerge.fleet.inventory_store import store
 from chainmerge.report.html import BEGINNING
-from chainmerge.report.json import encode
 from tests.support.cli import chainmerge
 from tests.support.disks_domain import target_of
 from tests.support.domain_vm import disk_described, running_domain_with
-from tests.support.fleet import is_merged, wait_until
+from tests.support.fleet import are_merged, is_merged, wait_until
 from tests.support.libvirtd import libvirtd
 from tests.support.qemu import run as run_tool
 
@@ -116,7 +116,7 @@ def test_a_chain_that_several_hosts_see_is_merged_once(
     )
     jobs = fleet.submit(plan)
     assert set(fleet.wait_for_results(jobs).values()) == {"done"}
-    assert all(map(is_merged, [*both, own]))
+    assert are_merged([*both, own])
 
 
 def test_what_a_merge_would_refuse_is_left_out_and_told(fleet: Fleet, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_machine_that_runs_merges_what_its_scan_found(
             outcomes = fleet.wait_for_results(fleet.submit(plan))
             assert list(outcomes.values()) == ["done"]
             assert "disk0.base" in vm.domain.XMLDesc()
-    assert all(map(is_merged, images))
+    assert are_merged(images)
 
 
 def test_disks_of_a_machine_and_snapshots_that_go(fleet: Fleet, tmp_path: Path) -> None:
@@ -212,8 +212,7 @@ def test_disks_of_a_machine_and_snapshots_that_go(fleet: Fleet, tmp_path: Path) 
     for chain in known["chains"]:
         if chain["leaf"] != str(long):
             chain["domain"] = "vm"
-    with psycopg.connect(fleet.database, options="-c search_path=chainmerge") as connection:
-        connection.execute("UPDATE inventory SET document = %s", (json.dumps(known),))
+    fleet.execute("UPDATE inventory SET document = %s", json.dumps(known))
     policy = tmp_path / "policy.toml"
     policy.write_text('[retention]\nkeep_last = 1\n[merging]\ndirection = "commit"\n')
     thinning = planned(fleet, "--policy", policy)
@@ -223,7 +222,7 @@ def test_disks_of_a_machine_and_snapshots_that_go(fleet: Fleet, tmp_path: Path) 
     assert [len(job["disks"]) for job in together["jobs"]] == [2]
     jobs = fleet.submit(thinning, together)
     assert list(fleet.wait_for_results(jobs).values()) == ["done", "done"]
-    assert all(map(is_merged, disks))
+    assert are_merged(disks)
     chain = json.loads(
         run_tool("qemu-img", "info", "--backing-chain", "--output=json", long).stdout
     )
@@ -253,7 +252,7 @@ def test_who_thins_out_a_chain_holds_what_a_merge_of_all_of_it_holds(
 
 def test_a_scan_waits_for_no_merge_and_is_queued_once(fleet: Fleet) -> None:
     host = fleet.host("h1", connect='""')
-    assert host.start("--once").wait(60) == 0
+    fleet.register(host)
     fleet.did("pause", "host/h1")
     (merge,) = fleet.submit(host.planned(host.chain("disk")))
     (scan,) = fleet.did("scan")["jobs"]
@@ -272,32 +271,27 @@ def test_a_scan_waits_for_no_merge_and_is_queued_once(fleet: Fleet) -> None:
 
 def test_who_waits_for_scans_hears_which_hosts_cannot_scan(fleet: Fleet) -> None:
     host, down = fleet.host("h1", connect='""'), fleet.host("h2", connect='""')
-    for one in (host, down):
-        assert one.start("--once").wait(60) == 0
+    fleet.register(host, down)
     host.start()
     fleet.execute("UPDATE hosts SET seen = now() - interval '1 hour' WHERE host = 'h2'")
     for expected in ("a new scan", "one that waited before"):
         ran = fleet.run("scan", "--wait")
         assert ran.status == 5, expected
-        assert "not scanned: h2 has not been heard of for 60 minutes" in ran.err
+        assert "not scanned: h2 has not been heard from for 60 minutes" in ran.err
     fleet.did("drain", "h1")
     ran = fleet.run("scan", "--wait", "h1")
     assert ran.status == 5
     assert "h1 is drained" in ran.err
-    wait_until(
-        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
-    )
+    wait_until(fleet.claimed, "a claim")
     assert fleet.did("scan", "h1")["jobs"] == [], "one that waits is enough, whoever has it in hand"
     fleet.did("undrain", "h1")
     assert fleet.run("scan", "--wait", "h1").status == 0
 
 
 def test_a_host_says_nothing_for_another_one_and_little(fleet: Fleet) -> None:
-    for name in ("h1", "h2"):
-        assert fleet.host(name, connect='""').start("--once").wait(60) == 0
-    address = fleet.database.replace("user=owner", "user=host-h1")
+    fleet.register(fleet.host("h1"), fleet.host("h2"))
     store = "SELECT chainmerge.store_inventory(%s, %s, %s, 1, 2, 3)"
-    with psycopg.connect(address, autocommit=True) as connection:
+    with psycopg.connect(fleet.address_of("host-h1"), autocommit=True) as connection:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(store, ("h2", 1, "{}"))
         for statement in ("DELETE FROM chainmerge.inventory", "SELECT * FROM chainmerge.inventory"):
@@ -334,13 +328,10 @@ def test_volumes_that_hosts_share_without_locks_are_not_even_submitted(
 
     def report(name: str, place: InventoryPlace) -> None:
         found = HostInventory(1, name, "0" * 32, 1, 0, 0, 0, (place,), (), 0, 0, ())
-        address = fleet.database.replace("user=owner", f"user=host-{name}")
-        with psycopg.connect(address, options="-c search_path=chainmerge") as connection:
-            values = (name, 1, encode(found), 0, 0, 0)
-            connection.execute("SELECT store_inventory(%s, %s, %s, %s, %s, %s)", values)
+        store(fleet.address_of(f"host-{name}"), found)
 
+    fleet.register(fleet.host("h1"), fleet.host("h2"))
     for name in ("h1", "h2"):
-        assert fleet.host(name, connect='""').start("--once").wait(60) == 0
         report(name, group)
     ran = fleet.run("submit", plan)
     assert ran.status == 2
@@ -366,7 +357,7 @@ def test_a_fleet_without_an_inventory_is_brought_up_to_date(fleet: Fleet) -> Non
 
 def test_hostile_scans_are_rejected(fleet: Fleet) -> None:
     host = fleet.host("h1", connect='""')
-    assert host.start("--once").wait(60) == 0
+    fleet.register(host)
     good = {"v": 1, "host": "h1", "action": "scan", "submitted": {"by": "me", "at": "now"}}
     rows = [
         {"record": {**good, "host": "h2"}},
@@ -375,13 +366,7 @@ def test_hostile_scans_are_rejected(fleet: Fleet) -> None:
         {"record": {"action": "scan"}},
         {"record": good, "more": 1},
     ]
-    with psycopg.connect(fleet.database, options="-c search_path=chainmerge") as connection:
-        for row in (*rows, {"record": good}):
-            connection.execute(
-                "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
-                " VALUES ('host.h1', 'chainmerge.fleet', %s::jsonb)",
-                (json.dumps(row),),
-            )
+    fleet.queue("h1", *rows, {"record": good})
     assert host.start("--once").wait(60) == 0
     outcomes = [outcome for _, outcome in sorted(fleet.outcomes().items())]
     assert outcomes == [*["rejected"] * len(rows), "done"]
@@ -391,7 +376,7 @@ def test_it_is_drawn_watched_and_measured(fleet: Fleet, tmp_path: Path) -> None:
     host = fleet.host("h1", connect='""')
     top = host.chain("<b>bold", 2)
     scanned(fleet, host)
-    fleet.host("never").start("--once").wait(60)
+    fleet.register(fleet.host("never"))
     host.stop()
     page, plan_page = tmp_path / "fleet.html", tmp_path / "plan.html"
     plan = planned(fleet, "--html", plan_page)

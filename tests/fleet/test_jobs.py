@@ -116,9 +116,13 @@ def test_pause_cancel_and_retry(fleet: Fleet) -> None:
     host = fleet.host("h1")
     fleet.did("pause", "fleet")
     top, other = host.chain("a"), host.chain("b")
-    first, second = fleet.submit(host.planned(top, other))
+    plans = [host.planned(top), host.planned(other)]
+    (early,) = fleet.submit(plans[0])
+    fleet.did("cancel", str(early))
+    assert "submit it again" in fleet.run("retry", str(early)).err
+    first, second = fleet.submit(*plans)
     host.start()
-    wait_until(lambda: fleet.ask("SELECT FROM hosts"), "a worker")
+    wait_until(lambda: len(fleet.claimed()) == 2, "a worker that has both in hand")
     reasons = fleet.did("status")["jobs"][0]["waits_for"]
     assert reasons == ["fleet (paused)"]
     assert fleet.running() == []
@@ -227,9 +231,7 @@ def test_what_waited_on_a_dead_host_is_cancelled_and_two_alike_do_not_wait(fleet
     plan = host.planned(top)
     (job,) = fleet.submit(plan)
     host.start()
-    wait_until(
-        lambda: fleet.ask("SELECT FROM procrastinate_jobs WHERE status = 'doing'"), "a claim"
-    )
+    wait_until(fleet.claimed, "a claim")
     host.kill()
     wait_until(lambda: fleet.run("release", "h1", "--fenced").status == 0, "a released host")
     fleet.did("cancel", str(job), str(job))
@@ -295,9 +297,6 @@ def test_a_name_is_taken_once(fleet: Fleet) -> None:
     assert "another machine" in refused_with(state=elsewhere, machine_id_file=machine)
 
 
-IN_SCHEMA: Final = "-c search_path=chainmerge"
-
-
 def test_hostile_rows_are_rejected_and_nothing_is_run(fleet: Fleet) -> None:
     host = fleet.host("h1")
     top = host.chain("victim")
@@ -338,36 +337,23 @@ def test_hostile_rows_are_rejected_and_nothing_is_run(fleet: Fleet) -> None:
         None,
         [],
     ]
-    with psycopg.connect(fleet.database, options=IN_SCHEMA) as connection:
-        for row in rows:
-            _insert(connection, {"record": row})
-        _insert(connection, {"record": good, "more": 1})
-        _insert(connection, {})
+    fleet.queue("h1", *({"record": row} for row in rows), {"record": good, "more": 1}, {})
     host.start("--once").wait(60)
     outcomes = fleet.outcomes()
     assert set(outcomes.values()) == {"rejected"}
     assert len(outcomes) == len(rows) + 2
     assert not is_merged(top)
     # What is no object at all, and what is for another program, does not get so far.
-    for arguments, task in (([1, 2], "chainmerge.fleet"), ({"record": good}, "os.system")):
-        with (
-            psycopg.connect(fleet.database, options=IN_SCHEMA) as connection,
-            pytest.raises(psycopg.errors.CheckViolation),
-        ):
-            _insert(connection, arguments, task)
+    with pytest.raises(psycopg.errors.CheckViolation):
+        fleet.queue("h1", [1, 2])
+    with pytest.raises(psycopg.errors.CheckViolation):
+        fleet.execute(
+            "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
+            " VALUES ('host.h1', 'os.system', '{}')"
+        )
     (last,) = fleet.submit(plan)
     host.start("--once").wait(60)
     assert fleet.outcomes()[last] == "done", "the worker goes on after whatever it has met"
-
-
-def _insert(
-    connection: psycopg.Connection[Any], arguments: Any, task: str = "chainmerge.fleet"
-) -> None:
-    connection.execute(
-        "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
-        " VALUES ('host.h1', %s, %s::jsonb)",
-        (task, json.dumps(arguments)),
-    )
 
 
 def chain_of_three(host: Host, directory: Path) -> list[Path]:

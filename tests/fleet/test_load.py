@@ -26,6 +26,8 @@ def test_an_idle_worker_costs_little(fleet: Fleet) -> None:
     worker = host.start()
     wait_until(lambda: fleet.ask("SELECT FROM hosts"), "a worker")
     wait_until(lambda: _connections(fleet) == MOST_CONNECTIONS, "its connections")
+    # What it says once, when it starts, is no cost of being idle.
+    wait_until(lambda: "procrastinate_fetch_job" in _log(fleet), "its first look for jobs")
     before = _statements(fleet)
     time.sleep(SECONDS)
     statements = _statements(fleet) - before
@@ -45,5 +47,8 @@ def _connections(fleet: Fleet) -> int:
 
 def _statements(fleet: Fleet) -> int:
     """What the server has logged: of no other login it logs statements."""
-    log = (fleet.cluster.directory / "log").read_text()
-    return len(re.findall(r"LOG:  (?:statement|execute)", log))
+    return len(re.findall(r"LOG:  (?:statement|execute)", _log(fleet)))
+
+
+def _log(fleet: Fleet) -> str:
+    return (fleet.cluster.directory / "log").read_text()

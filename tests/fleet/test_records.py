@@ -87,6 +87,7 @@ PROGRESS: Final = json.dumps({"event": "progress", "stage": "copy"})
         ([STOPPED], 130, None),
         ([PROGRESS], -9, None),
         ([PROGRESS, REPORT[:-3]], -9, None),
+        ([REPORT, "[" * 100_000], 0, "done"),
         ([], 1, None),
     ],
 )

@@ -200,8 +200,7 @@ def asked(connection: psycopg.Connection[Any], statement: str) -> list[tuple[Any
 
 def test_what_a_stolen_login_of_a_host_can_do(tls_fleet: FleetByTls) -> None:
     first, second = (tls_fleet.host(name) for name in ("h1", "h2"))
-    assert first.start("--once").wait(60) == 0
-    assert second.start("--once").wait(60) == 0
+    tls_fleet.register(first, second)
     mine, theirs = tls_fleet.submit(
         first.planned(first.chain("a")), second.planned(second.chain("b"))
     )

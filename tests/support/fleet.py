@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from chainmerge.__about__ import __version__
+from chainmerge.cli.fleet.configuration import host_in
+from chainmerge.cli.main import run
+from chainmerge.fleet.database import address
 from tests.support.cli import COMMAND, Ran, chainmerge, environment
 from tests.support.postgresql import Cluster
 from tests.support.qemu import run as run_tool
@@ -34,6 +39,20 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENC
             return found
         time.sleep(0.05)
     raise AssertionError(f"in vain: {what}")
+
+
+def run_here(*words: str | Path) -> Ran:
+    """Run a command in this process.
+
+    A process of its own costs a quarter of a second of a processor, and most commands of a test
+    only lead to what it is about.
+    """
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        status = run(["--no-config", *map(str, words)])
+    for stream in streams:
+        stream.seek(0)
+    return Ran(status, *(stream.read() for stream in streams))
 
 
 @dataclass
@@ -75,7 +94,7 @@ class Host:
 
     def planned(self, *words: str | Path) -> dict[str, Any]:
         """What `fleet plan` prints."""
-        ran = chainmerge("fleet", "plan", "--config", self.config, *words)
+        ran = run_here("fleet", "plan", "--config", self.config, *words)
         assert ran.status == 0, ran.err
         found: dict[str, Any] = json.loads(ran.out)
         return found
@@ -125,6 +144,7 @@ class Fleet:
     database: str
     directory: Path
     hosts: list[Host] = field(default_factory=list)
+    _connection: psycopg.Connection[Any] | None = field(default=None, init=False)
 
     def set_up(self) -> None:
         """Make the tables, and a login for an operator."""
@@ -166,7 +186,7 @@ class Fleet:
 
     def did(self, *words: str | Path) -> Any:
         """The document that such a command prints."""
-        ran = self.run(words[0], "--json", *words[1:])
+        ran = run_here("fleet", words[0], "--config", self.operators, "--json", *words[1:])
         assert ran.status == 0, ran.out + ran.err
         return ran.json
 
@@ -193,6 +213,25 @@ class Fleet:
         self.hosts.append(host)
         return host
 
+    def register(self, *hosts: Host) -> None:
+        """Have hosts known, as if their workers had been there."""
+        for host in hosts:
+            found = host_in(host.config)
+            with psycopg.connect(address(found.fleet.database)) as connection:
+                connection.execute(
+                    "SELECT register_host(%s, %s, %s)", (found.name, found.machine_id, __version__)
+                )
+
+    def queue(self, host: str, *rows: Any) -> None:
+        """Put rows on a host's queue that no command would put there."""
+        for arguments in rows:
+            self.execute(
+                "INSERT INTO procrastinate_jobs (queue_name, task_name, args)"
+                " VALUES ('host.' || %s, 'chainmerge.fleet', %s::jsonb)",
+                host,
+                json.dumps(arguments),
+            )
+
     def submit(self, *documents: dict[str, Any]) -> list[int]:
         """Submit plans as one; returns the numbers of the new jobs."""
         file = self.directory / "plan.json"
@@ -205,20 +244,40 @@ class Fleet:
         """What became of the jobs that have ended."""
         return dict(self.ask("SELECT job, outcome FROM results WHERE NOT superseded"))
 
+    def claimed(self) -> list[int]:
+        """The jobs that workers have in hand."""
+        found = self.ask("SELECT id FROM procrastinate_jobs WHERE status = 'doing' ORDER BY id")
+        return [job for (job,) in found]
+
     def running(self) -> list[int]:
         """The jobs that hold their keys."""
         return [job for (job,) in self.ask("SELECT DISTINCT job FROM leases ORDER BY job")]
 
     def ask(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Ask the database itself."""
-        options = "-c search_path=chainmerge"
-        with psycopg.connect(self.database, options=options) as connection:
-            return connection.execute(query.encode(), values).fetchall()
+        """Ask the database itself, as its owner."""
+        try:
+            return self._owner().execute(query.encode(), values).fetchall()
+        except psycopg.OperationalError:
+            # The server was stopped since it was asked last.
+            self._disconnect()
+            return self._owner().execute(query.encode(), values).fetchall()
 
-    def execute(self, script: str) -> None:
+    def execute(self, script: str, *values: Any) -> None:
         """Have the database's owner change something."""
-        with psycopg.connect(self.database, options="-c search_path=chainmerge") as connection:
-            connection.execute(script.encode())
+        self._owner().execute(script.encode(), values or None)
+
+    def _owner(self) -> psycopg.Connection[Any]:
+        # One for all questions: a test asks many times a second, and each is a process there.
+        if self._connection is None:
+            self._connection = psycopg.connect(
+                self.database, options="-c search_path=chainmerge", autocommit=True
+            )
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def wait_for_results(self, jobs: Sequence[int], seconds: float = PATIENCE) -> dict[int, str]:
         """Wait until all of these have ended."""
@@ -241,6 +300,7 @@ class Fleet:
         for host in self.hosts:
             for child in host.children():
                 os.kill(child, signal.SIGKILL)
+        self._disconnect()
 
 
 def is_merged(top: Path) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 from msgspec import Struct
 
@@ -12,15 +13,15 @@ class FleetJobOutcome(StrEnum):
     """What became of a job."""
 
     DONE = "done"
-    """It merged, and verified the result."""
+    """All that was asked for has been done, and verified."""
     ALREADY = "already"
-    """All was merged before."""
+    """All that was asked for was so before."""
     CANCELLED = "cancelled"
     """Somebody wanted that; what was begun is as `chainmerge status` says."""
     REFUSED = "refused"
-    """The merge was refused, and nothing was changed."""
+    """The command refused, and nothing was changed."""
     FAILED = "failed"
-    """The merge did not work."""
+    """The command did not work."""
     UNKNOWN = "unknown"
     """Nobody can tell what the disk holds."""
     REJECTED = "rejected"
@@ -29,6 +30,11 @@ class FleetJobOutcome(StrEnum):
     """The images are not what they were when it was planned; nothing was run."""
     LOST = "lost"
     """Its host was released while it ran there."""
+
+
+SUCCESSES: Final = frozenset({FleetJobOutcome.DONE, FleetJobOutcome.ALREADY})
+"""With these all that was asked for is so."""
+_LONGEST_SILENCE: Final = 60.0
 
 
 class FleetJobState(StrEnum):
@@ -69,6 +75,16 @@ class FleetJobStatus(Struct, frozen=True):
     bytes_done: int | None
     bytes_total: int | None
 
+    @property
+    def stage(self) -> str:
+        """How far it is, in a word."""
+        return "stopping" if self.cancelled else (self.progress or self.state.value)
+
+    @property
+    def bytes_left(self) -> int:
+        """How much there is still to copy, as far as that is known."""
+        return max(0, (self.bytes_total or 0) - (self.bytes_done or 0))
+
 
 class FleetHostStatus(Struct, frozen=True):
     """A host whose worker has started at least once.
@@ -90,6 +106,11 @@ class FleetHostStatus(Struct, frozen=True):
     version: str
     running: int
     waiting: int
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its worker has not spoken for so long that it may be down."""
+        return self.silent_seconds > _LONGEST_SILENCE
 
 
 class FleetKeyStatus(Struct, frozen=True):
@@ -117,6 +138,16 @@ class FleetStatus(Struct, frozen=True):
     hosts: tuple[FleetHostStatus, ...]
     keys: tuple[FleetKeyStatus, ...]
     jobs_left_out: int = 0
+
+    @property
+    def running(self) -> int:
+        """How many jobs run: they come first, so none is left out unless few are shown."""
+        return sum(job.state is FleetJobState.RUNNING for job in self.jobs)
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait, those that are left out among them."""
+        return len(self.jobs) - self.running + self.jobs_left_out
 
 
 class FleetJobResult(Struct, frozen=True):

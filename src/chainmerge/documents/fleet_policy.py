@@ -18,8 +18,9 @@ DurationText = Annotated[str, Meta(pattern=r"^[0-9]{1,12}[wdhmsWDHMS]$")]
 _TIME: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
 _Window = Annotated[str, Meta(pattern=f"^{_TIME}-{_TIME}$")]
 Pattern = Annotated[str, Meta(min_length=1, max_length=4096)]
-_Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
-_Limit = Annotated[int, Meta(ge=0, le=100_000)]
+KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
+LARGEST_LIMIT: Final = 100_000
+KeyLimit = Annotated[int, Meta(ge=0, le=LARGEST_LIMIT)]
 _Count = Annotated[int, Meta(ge=0)]
 
 
@@ -106,7 +107,7 @@ class FleetPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     retention: PolicyRetention | None = None
     merging: PolicyMerging = PolicyMerging()
     leave_alone: PolicyExceptions = PolicyExceptions()
-    limits: Mapping[_Key, _Limit] = field(default_factory=dict)
+    limits: Mapping[KeyName, KeyLimit] = field(default_factory=dict)
     bandwidth: Mapping[str, SizeText] = field(default_factory=dict)
     windows: tuple[_Window, ...] = ()
     window_end: Literal["go-on", "stop"] = "go-on"

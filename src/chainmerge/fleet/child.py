@@ -140,11 +140,16 @@ async def printed_by(words: Sequence[str], lock: int) -> Printed:
 
 
 async def domains_here(uri: str) -> frozenset[str] | None:
-    """Return the UUIDs of the domains that run on this host; None if libvirt does not say."""
+    """Return the UUIDs of the domains that run on this host; None if libvirt does not say.
+
+    Where *uri* is empty there is no libvirt, and no domain.
+    """
+    if not uri:
+        return frozenset()
     printed = await _printed(_command([uri], "chainmerge.fleet.whereabouts"))
     if printed.status != 0:
         return None
-    return frozenset(msgspec.json.decode(printed.text, type=dict[str, str]))
+    return msgspec.json.decode(printed.text, type=frozenset[str])
 
 
 async def _printed(command: Sequence[str], *kept_open: int) -> Printed:

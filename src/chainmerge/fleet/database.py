@@ -26,14 +26,13 @@ _CONNECT_TIMEOUT: Final = 5
 def require_extra() -> None:
     """Raise FleetExtraMissing unless what talks to the database is installed."""
     try:
-        import procrastinate  # noqa: PLC0415
         import psycopg  # noqa: F401, PLC0415
     except ImportError as error:
         raise FleetExtraMissing(str(error)) from error
-    if procrastinate.__version__ != engine.ENGINE_VERSION:
+    found = engine.version_here()
+    if found != engine.ENGINE_VERSION:
         raise FleetExtraMissing(
-            f"procrastinate {engine.ENGINE_VERSION} is needed,"
-            f" and {procrastinate.__version__} is here"
+            f"procrastinate {engine.ENGINE_VERSION} is needed, and {found or 'none'} is here"
         )
 
 

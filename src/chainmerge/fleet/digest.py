@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a plan is still the one that was looked at."""
+"""By what the plan of a merge is known again, and which images it is about."""
 
 from __future__ import annotations
 

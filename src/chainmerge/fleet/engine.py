@@ -8,6 +8,8 @@ Functions with a ``connection`` are part of the caller's transaction.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
+import importlib.util
 import json
 from contextlib import suppress
 from enum import StrEnum
@@ -94,6 +96,13 @@ class Elsewhere(Exception):
         self.host = host
 
 
+def version_here() -> str | None:
+    """Which version of the engine is installed, without loading it: few commands need it."""
+    if importlib.util.find_spec("procrastinate") is None:
+        return None
+    return importlib.metadata.version("procrastinate")
+
+
 def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
     """Queue all of them, in their order, or none; return their numbers."""
     from procrastinate.jobs import Job  # noqa: PLC0415
@@ -115,13 +124,8 @@ def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
     return [job.id for job in queued if job.id is not None]
 
 
-def jobs(connection: Connection[Any], job: int | None = None) -> Iterator[QueuedJob]:
-    """Return all jobs that are not forgotten, or the one of a number, in the order of numbers."""
-    yield from _selected(connection, numbers=None if job is None else [job])
-
-
 def jobs_numbered(connection: Connection[Any], numbers: Sequence[int]) -> Iterator[QueuedJob]:
-    """Return those of some jobs that are not forgotten."""
+    """Return those of some jobs that are not forgotten, in the order of their numbers."""
     yield from _selected(connection, numbers=numbers)
 
 

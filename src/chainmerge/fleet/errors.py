@@ -118,7 +118,7 @@ class NoSuchJob(Misuse):
     hint: ClassVar[str] = "`chainmerge fleet status` and `chainmerge fleet results` list the jobs"
     explanation: ClassVar[str] = (
         "Jobs that wait or run can be cancelled; jobs that ended without success can be tried "
-        "again."
+        "again. What was cancelled before its host had it can be submitted again."
     )
     job: int
     reason: str

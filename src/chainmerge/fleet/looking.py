@@ -33,7 +33,7 @@ from chainmerge.fleet.digest import images_of_chain
 from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.places import base_id_of, keys_of, require_allowed, why_not_locked
 from chainmerge.fleet.planned import images_held_by
-from chainmerge.fleet.record import JobDisk, RecordUnusable, storage_key
+from chainmerge.fleet.record import JobDisk, RecordUnusable, storages_in
 from chainmerge.fleet.settings import HostSettings
 from chainmerge.live.libvirt.domains import running_domains
 from chainmerge.options import Access, MergeOptions
@@ -42,7 +42,7 @@ from chainmerge.storage.mounts import mounted_from
 from chainmerge.storage.storage_names import storage_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from chainmerge.documents.chains import ChainSummary
     from chainmerge.documents.plan import MergePlan
@@ -281,14 +281,9 @@ def _known_again(
         base_id=base_id,
         image_ids=tuple(sorted(set(map(base_id_of, images_held_by(plan))))),
         digest=digest_of(images_of_chain(plan)),
-        storages=_storages_in(keys),
+        storages=storages_in(keys),
         refusals=refusals,
     )
-
-
-def _storages_in(keys: Sequence[str]) -> tuple[str, ...]:
-    prefix = storage_key("")
-    return tuple(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
 
 
 def _not_allowed(plan: MergePlan, host: HostSettings) -> Iterator[Finding]:

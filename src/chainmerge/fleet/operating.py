@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, LiteralString
 import msgspec
 
 from chainmerge.arithmetic.counting import counted
-from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
+from chainmerge.documents.fleet import SUCCESSES, FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
 _PATIENCE: Final = 10.0
+"""Seconds that a worker may take to tell the queue of the end of a job that is tried again."""
 _DEVICES: Final = "/dev/"
 _BETWEEN_TRIES: Final = 0.2
-_SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
 _DROP_TRACES: Final = (
     "DELETE FROM progress WHERE job = ANY (%s)",
     "DELETE FROM wishes WHERE job = ANY (%s)",
@@ -105,7 +105,7 @@ def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str
     return {
         job.label
         for job in found
-        if (outcomes[job.id] in _SUCCESS if job.id in outcomes else job.state in OPEN_STATES)
+        if (outcomes[job.id] in SUCCESSES if job.id in outcomes else job.state in OPEN_STATES)
     }
 
 
@@ -117,8 +117,7 @@ def _outcomes(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str
 
 
 def _queued(job: PlannedJob, submitted: Submission) -> engine.NewJob:
-    fields = {name: getattr(job, name) for name in job.__struct_fields__}
-    record = JobRecord(**fields, submitted=submitted)
+    record = JobRecord(**msgspec.structs.asdict(job), submitted=submitted)
     return engine.NewJob(job.host, job.priority, job.label, msgspec.to_builtins(record))
 
 
@@ -130,7 +129,7 @@ def pause(database: str, key: str) -> FleetChange:
             " ON CONFLICT (key) DO UPDATE SET paused = true",
             (key,),
         )
-    return _changed(f"{key} is paused; `chainmerge fleet limit {key} 1` lets jobs start again")
+    return _changed(f"{key} is paused; `chainmerge fleet limit {key} N` lets N jobs start again")
 
 
 def limit(database: str, key: str, most: int) -> FleetChange:
@@ -244,7 +243,9 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
         found = [_job(connection, number) for number in jobs]
         for job in found:
             outcome = outcomes.get(job.id, "" if job.state in OPEN_STATES else job.state)
-            if not outcome or outcome in _SUCCESS or job.state is QueueState.CANCELLED:
+            if job.state is QueueState.CANCELLED:
+                raise NoSuchJob(job.id, "it was cancelled before its host had it: submit it again")
+            if not outcome or outcome in SUCCESSES:
                 reason = f"it cannot be tried again: it is {outcome or job.state}"
                 raise NoSuchJob(job.id, reason)
             if _waits_again(connection, job):
@@ -278,7 +279,7 @@ def _is_connected(connection: Connection[Any], host: str) -> bool:
 def release_fenced(database: str, host: str) -> FleetChange:
     """Free what a host holds that cannot write any more, and its name.
 
-    Its merges that ran are lost to the fleet, and nothing starts there until it is undrained.
+    Its jobs that ran are lost to the fleet, and nothing starts there until it is undrained.
 
     Raises:
         NoSuchHost: no worker has ever come from there.
@@ -296,7 +297,7 @@ def release_fenced(database: str, host: str) -> FleetChange:
         connection.execute(_STOP, (host,))
         connection.execute("UPDATE hosts SET machine_id = '' WHERE host = %s", (host,))
     done = (
-        f"{counted(len(numbers), 'merge')} of {host} given up",
+        f"{counted(len(numbers), 'job')} of {host} given up",
         f"nothing starts there until `chainmerge fleet undrain {host}`",
     )
     return FleetChange(FLEET_VERSION, tuple(numbers), done)
@@ -339,7 +340,7 @@ def forget(database: str, older: timedelta) -> FleetChange:
 
 
 def _job(connection: Connection[Any], number: int) -> engine.QueuedJob:
-    for job in engine.jobs(connection, number):
+    for job in engine.jobs_numbered(connection, [number]):
         return job
     raise NoSuchJob(number, "there is none of this number")
 

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from chainmerge.documents.disks import DiskOutcome
-from chainmerge.documents.fleet import FleetJobOutcome
+from chainmerge.documents.fleet import SUCCESSES, FleetJobOutcome
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.documents.repair import RepairReport
 from chainmerge.errors import ExitCode, Interrupted
@@ -39,7 +39,7 @@ class JobEnding(Struct, frozen=True):
     @property
     def is_success(self) -> bool:
         """Whether all that was asked for is so now."""
-        return self.outcome in {FleetJobOutcome.DONE, FleetJobOutcome.ALREADY}
+        return self.outcome in SUCCESSES
 
 
 _BY_STATUS = {
@@ -126,7 +126,7 @@ def last_event(lines: Iterable[str]) -> dict[str, Any]:
     for line in reversed(list(lines)):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
             return event

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
-from chainmerge.__about__ import __version__
 from chainmerge.documents.fleet import (
     FleetHostStatus,
     FleetJobOutcome,
@@ -26,7 +25,7 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, host_key, record_in
+from chainmerge.fleet.record import FLEET_KEY, IMAGE_PREFIX, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN: Final = 500
 """Jobs that have not ended, unless told otherwise."""
-_SILENT: Final = 60.0
-"""Seconds after which a host is taken to be down, when it is said what a job waits for."""
 
 
 class _Keys(Struct, frozen=True):
@@ -185,7 +182,7 @@ def _obstacles(
     host = hosts.get(job.host)
     if host is None:
         yield f"the worker of {job.host}, which has never started"
-    elif host.silent_seconds > _SILENT:
+    elif host.is_silent:
         yield f"the worker of {job.host}, which has been silent for {host.silent_seconds:.0f} s"
     if host is not None and host.drained:
         yield f"{host_key(job.host)} (drained)"
@@ -220,8 +217,8 @@ def _shown(keys: _Keys) -> tuple[FleetKeyStatus, ...]:
     return tuple(
         FleetKeyStatus(key, keys.held.get(key, 0), keys.most(key), keys.paused(key))
         for key in sorted(keys.held.keys() | keys.limits.keys())
-        # Of images there are as many as jobs, and each has one.
-        if not key.startswith("image/")
+        # Of images there are more than of jobs, and each has one job at most.
+        if not key.startswith(IMAGE_PREFIX)
     )
 
 
@@ -231,9 +228,7 @@ def _hosts(connection: Connection[Any]) -> dict[str, FleetHostStatus]:
         " ORDER BY host"
     ).fetchall()
     return {
-        host: FleetHostStatus(
-            host, _moment(seen), float(silent), drained, version or __version__, 0, 0
-        )
+        host: FleetHostStatus(host, _moment(seen), float(silent), drained, version, 0, 0)
         for host, seen, silent, drained, version in rows
     }
 

@@ -13,13 +13,12 @@ from chainmerge.fleet.record import (
     Action,
     RecordUnusable,
     host_key,
-    image_key,
-    storage_key,
+    keys_needed,
 )
 from chainmerge.records.identity import identify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from chainmerge.fleet.record import JobDisk, JobRecord
     from chainmerge.fleet.scan_record import ScanRecord
@@ -88,11 +87,10 @@ def require_allowed(path: str, host: HostSettings) -> None:
         raise RecordUnusable(f"{path} {reason}: no other host would see its locks")
 
 
-def keys_of(disks: Iterable[JobDisk], host: HostSettings) -> list[str]:
-    """What a job for these disks has to hold while it runs, in a fixed order."""
-    images = sorted({image_key(one) for disk in disks for one in disk.held_ids})
+def keys_of(disks: Sequence[JobDisk], host: HostSettings) -> list[str]:
+    """What a job for these disks has to hold on this host."""
     storages = {storage for disk in disks for storage in _storages_of(disk, host)}
-    return [host_key(host.name), *sorted(map(storage_key, storages)), *images]
+    return keys_needed(host.name, storages, disks)
 
 
 def keys_on(host: str, record: JobRecord | ScanRecord) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan comes to, whatever the action: whether it is still the one that was looked at."""
+"""What a plan comes to, whatever the action: what it does, to which images, and its digest."""
 
 from __future__ import annotations
 

@@ -56,25 +56,14 @@ class _Images(Struct, frozen=True):
     target: str | None = None
 
 
-def plan_jobs(
-    tops: Sequence[str], options: JobOptions, priority: int, host: HostSettings
+def plan_actions(
+    action: Action, tops: Sequence[str], options: JobOptions, timing: JobTiming, host: HostSettings
 ) -> FleetPlan:
-    """Plan a job for each of *tops*, which is merged into its backing file.
+    """Plan a job for each of *tops*: any action but a live merge.
 
     Raises:
         FleetPlanUnusable: one of them cannot be a job here, or its merge would be refused.
         ChainmergeError: it cannot be planned.
-    """
-    timing = JobTiming(priority)
-    return _plan(*(_cold([top], options, timing, host) for top in tops))
-
-
-def plan_actions(
-    action: Action, tops: Sequence[str], options: JobOptions, timing: JobTiming, host: HostSettings
-) -> FleetPlan:
-    """Plan a job for each of *tops* that does something else than to merge live.
-
-    Raises what :func:`plan_jobs` raises.
     """
     if action is Action.MERGE:
         return _plan(*(_cold([top], options, timing, host) for top in tops))
@@ -86,7 +75,7 @@ def plan_together(
 ) -> FleetPlan:
     """Plan one job for all *tops*, the disks of one virtual machine.
 
-    Raises what :func:`plan_jobs` raises.
+    Raises what :func:`plan_actions` raises.
     """
     return _plan(_cold(tops, options, timing, host))
 
@@ -107,7 +96,7 @@ def plan_live_job(
         timing: when.
         host: this one.
 
-    Raises what :func:`plan_jobs` raises.
+    Raises what :func:`plan_actions` raises.
     """
     # Imported where it is used: libvirt is an optional part.
     from chainmerge import live  # noqa: PLC0415
@@ -231,7 +220,7 @@ def _job(
             plan_digest=work.digest,
             domain=domain,
             images_digest=_images_digest_of(action, disks, work),
-            **{name: getattr(timing, name) for name in timing.__struct_fields__},
+            **msgspec.structs.asdict(timing),
         )
         # Read as it will be: only the reader is strict about each field.
         return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.arithmetic.durations import seconds_of
@@ -33,9 +33,8 @@ from chainmerge.fleet.record import (
     JobOptions,
     LeftOut,
     PlannedJob,
-    host_key,
-    image_key,
-    storage_key,
+    keys_needed,
+    storages_in,
 )
 from chainmerge.fleet.sharing import refused_groups, shared_places
 from chainmerge.report.fleet_plan_view import FleetPlanRow, FleetPlanView, LeftOutReason
@@ -266,7 +265,8 @@ def _job(
     host, chains = group[0].host, [one.chain for one in group]
     action = _action_of(chains[0], policy)
     disks = tuple(_disk(chain, action) for chain in chains)
-    chosen = _checked_options(action, chains, options, policy)
+    storages = {name for chain in chains for name in chain.storages}
+    chosen = _checked_options(action, storages, options, policy)
     try:
         job = PlannedJob(
             v=1,
@@ -274,11 +274,7 @@ def _job(
             machine_id=host.machine_id,
             action=action,
             disks=disks,
-            keys=(
-                host_key(host.host),
-                *map(storage_key, sorted({name for chain in chains for name in chain.storages})),
-                *sorted({image_key(one) for disk in disks for one in disk.held_ids}),
-            ),
+            keys=tuple(keys_needed(host.host, storages, disks)),
             options=chosen,
             plan_digest=joint_digest([chain.digest or "" for chain in chains]),
             priority=priority,
@@ -295,9 +291,9 @@ def _job(
 
 
 def _checked_options(
-    action: Action, chains: Sequence[InventoryChain], options: JobOptions, policy: FleetPolicy
+    action: Action, storages: Collection[str], options: JobOptions, policy: FleetPolicy
 ) -> JobOptions:
-    chosen = _options_for(action, chains, options, policy)
+    chosen = _options_for(action, storages, options, policy)
     try:
         return msgspec.json.decode(msgspec.json.encode(chosen), type=JobOptions)
     except (ValueError, msgspec.ValidationError) as error:
@@ -335,7 +331,7 @@ def _figures_of(chains: Sequence[InventoryChain]) -> JobFigures:
 
 
 def _options_for(
-    action: Action, chains: Sequence[InventoryChain], options: JobOptions, policy: FleetPolicy
+    action: Action, storages: Collection[str], options: JobOptions, policy: FleetPolicy
 ) -> JobOptions:
     """Those of the options that the action has, with the retention and the pace of the policy."""
     chosen = {
@@ -343,9 +339,8 @@ def _options_for(
     }
     retention = policy.retention
     if retention is not None:
-        chosen |= {name: getattr(retention, name) for name in retention.__struct_fields__}
+        chosen |= asdict(retention)
         chosen["keep_within"] = seconds_of(retention.keep_within or "")
-    storages = {name for chain in chains for name in chain.storages}
     return _paced(JobOptions(**chosen), storages, policy)
 
 
@@ -394,7 +389,7 @@ def view_of(plan: FleetPlan, made_at: int) -> FleetPlanView:
 
 
 def _row(job: PlannedJob) -> FleetPlanRow:
-    figures, prefix = job.figures, storage_key("")
+    figures = job.figures
     return FleetPlanRow(
         host=job.host,
         vm=figures.vm if figures else None,
@@ -404,11 +399,10 @@ def _row(job: PlannedJob) -> FleetPlanRow:
         hidden_bytes=figures.hidden_bytes if figures else None,
         bytes_to_copy=figures.bytes_to_copy if figures else None,
         free_bytes=figures.free_bytes if figures else None,
-        storages=tuple(key.removeprefix(prefix) for key in job.keys if key.startswith(prefix)),
+        storages=storages_in(job.keys),
     )
 
 
 def job_options_of(policy: FleetPolicy) -> JobOptions:
     """How jobs merge by a policy."""
-    merging = policy.merging
-    return JobOptions(**{name: getattr(merging, name) for name in merging.__struct_fields__})
+    return JobOptions(**asdict(policy.merging))

@@ -9,7 +9,7 @@ nothing that gives up data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from chainmerge.documents.fleet_policy import KeyLimit, KeyName
 from chainmerge.options import (
     DataChoice,
     DirectionChoice,
@@ -25,12 +26,10 @@ from chainmerge.options import (
     VerifyLevel,
 )
 
-RECORD_VERSION: Final = 1
 LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
-KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
 ImagePath = Annotated[str, Meta(min_length=2, max_length=4096)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 DomainName = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f-]([^/\x00-\x1f\x7f]{0,254})\Z")]
@@ -285,7 +284,7 @@ class FleetPlan(Struct, frozen=True, forbid_unknown_fields=True):
 
     version: Literal[1]
     jobs: tuple[PlannedJob, ...]
-    limits: Mapping[KeyName, Annotated[int, Meta(ge=0, le=100_000)]] = field(default_factory=dict)
+    limits: Mapping[KeyName, KeyLimit] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -321,3 +320,15 @@ def storage_key(storage: str) -> str:
 def image_key(image_id: str) -> str:
     """The key of which each image that a job changes or copies from has one."""
     return f"{IMAGE_PREFIX}{image_id}"
+
+
+def keys_needed(host: str, storages: Iterable[str], disks: Iterable[JobDisk]) -> list[str]:
+    """What a job for disks on some storages has to hold while it runs, in a fixed order."""
+    images = {image_key(one) for disk in disks for one in disk.held_ids}
+    return [host_key(host), *sorted(map(storage_key, storages)), *sorted(images)]
+
+
+def storages_in(keys: Iterable[str]) -> tuple[str, ...]:
+    """The storages that keys are for."""
+    prefix = storage_key("")
+    return tuple(key.removeprefix(prefix) for key in keys if key.startswith(prefix))

@@ -16,7 +16,8 @@ from chainmerge.fleet.engine import OPEN_STATES
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
 from chainmerge.fleet.operating import submission
-from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_label
+from chainmerge.fleet.record import FLEET_KEY
+from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_key, scan_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,25 +72,26 @@ def hindrances(database: str, jobs: Sequence[int]) -> dict[int, str]:
     with transaction(database) as connection:
         hosts = {job.id: job.host for job in engine.jobs_numbered(connection, jobs)}
         held = {number for (number,) in connection.execute("SELECT job FROM leases").fetchall()}
+        shut = connection.execute("SELECT key FROM limits WHERE paused OR most = 0").fetchall()
         rows = connection.execute(
-            "SELECT host, drained, extract(epoch FROM now() - seen)::float8, EXISTS (SELECT FROM"
-            " limits WHERE key IN ('fleet', 'scan/' || host) AND (paused OR most = 0)) FROM hosts"
+            "SELECT host, drained, extract(epoch FROM now() - seen)::float8 FROM hosts"
         ).fetchall()
     sentences: dict[int, str] = {}
     states = {host: states for host, *states in rows}
+    shut_keys = {key for (key,) in shut}
     for job in jobs:
         if job not in hosts:
             sentences[job] = f"the scan {job} was forgotten"
             continue
         host = hosts[job]
-        drained, silent, paused = states.get(host, (False, 0.0, False))
+        drained, silent = states.get(host, (False, 0.0))
         if silent > _LONGEST_SILENCE:
             sentences[job] = (
-                f"{host} has not been heard of for {counted(int(silent / 60), 'minute')}"
+                f"{host} has not been heard from for {counted(int(silent / 60), 'minute')}"
             )
         elif drained and job not in held:
             sentences[job] = f"{host} is drained: `chainmerge fleet undrain {host}`"
-        elif paused and job not in held:
+        elif job not in held and shut_keys & {FLEET_KEY, scan_key(host)}:
             sentences[job] = f"scans of {host} are paused"
     return sentences
 

@@ -16,9 +16,12 @@ from chainmerge.live.libvirt.domains import running_domains
 
 
 def print_domains_here(uri: str) -> int:
-    """Print the UUIDs and names of the domains that run here; nothing where nobody tells."""
+    """Print the UUIDs of the domains that run here.
+
+    Returns the exit status: that of the error if libvirt does not say.
+    """
     try:
-        found = {one.uuid: one.name for one in running_domains(uri)} if uri else {}
+        found = [one.uuid for one in running_domains(uri)]
     except ChainmergeError as error:
         sys.stderr.write(f"{error.sentence}\n")
         return int(error.exit_code)

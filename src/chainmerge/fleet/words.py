@@ -14,7 +14,7 @@ from chainmerge.options import Access, LiveOptions, MergeOptions, Retention
 from chainmerge.records.request import words_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from chainmerge.fleet.record import JobOptions, JobRecord
     from chainmerge.fleet.settings import HostSettings
@@ -40,30 +40,20 @@ _PLANS: Final[Mapping[Action, tuple[str, ...]]] = MappingProxyType(
 )
 # What a file of the host sets was no part of the plan that was submitted.
 _WITHOUT_FILES: Final = "--no-config"
-_WITH_BASES: Final = frozenset({Action.MERGE, Action.LIVE_MERGE, Action.PRUNE})
+_DONE_WITH_BASES: Final = frozenset({Action.MERGE, Action.LIVE_MERGE, Action.PRUNE})
+# A list of bitmaps is that of the whole chain.
+_PLANNED_WITH_BASES: Final = _DONE_WITH_BASES - {Action.PRUNE}
 _ACCESS_OPTIONS: Final = frozenset({"sole_user"})
 
 
 def job_words(record: JobRecord, host: HostSettings) -> list[str]:
     """The arguments of ``chainmerge`` that do what a record asks for."""
-    command = _COMMANDS[record.action]
-    bases = [disk.base for disk in record.disks] if record.action in _WITH_BASES else []
-    return [_WITHOUT_FILES, *command, "--json", *_options(record, host), *_images(record, bases)]
+    return _words(_COMMANDS, _DONE_WITH_BASES, record, host)
 
 
 def plan_words(record: JobRecord, host: HostSettings) -> list[str]:
     """The arguments of ``chainmerge`` that plan it again."""
-    command = _PLANS[record.action]
-    if record.action is Action.PRUNE:
-        return [
-            _WITHOUT_FILES,
-            *command,
-            "--json",
-            *words_of(job_access(record.options, host)),
-            *_images(record, []),
-        ]
-    bases = [disk.base for disk in record.disks] if record.action in _WITH_BASES else []
-    return [_WITHOUT_FILES, *command, "--json", *_options(record, host), *_images(record, bases)]
+    return _words(_PLANS, _PLANNED_WITH_BASES, record, host)
 
 
 def look_words(host: HostSettings) -> list[str]:
@@ -97,6 +87,19 @@ def _named_in(options: JobOptions, kind: type[LiveOptions | MergeOptions]) -> di
     return {name: value for name, value in options.given().items() if name in known}
 
 
+def _words(
+    commands: Mapping[Action, tuple[str, ...]],
+    with_bases: Collection[Action],
+    record: JobRecord,
+    host: HostSettings,
+) -> list[str]:
+    command, options = commands[record.action], _options(record, host)
+    bases = [disk.base for disk in record.disks] if record.action in with_bases else []
+    named = [word for base in bases for word in ("--base", base)]
+    tops = [disk.top for disk in record.disks]
+    return [_WITHOUT_FILES, *command, "--json", *options, *named, "--", *tops]
+
+
 def _options(record: JobRecord, host: HostSettings) -> list[str]:
     options, access = record.options, words_of(job_access(record.options, host))
     match record.action:
@@ -115,8 +118,3 @@ def _domain(record: JobRecord, host: HostSettings) -> list[str]:
     assert record.domain is not None
     targets = [word for disk in record.disks for word in ("--disk", str(disk.target))]
     return ["--domain", record.domain.name, *targets, "--connect", host.fleet.connect]
-
-
-def _images(record: JobRecord, bases: list[str]) -> list[str]:
-    named = [word for base in bases for word in ("--base", base)]
-    return [*named, "--", *(disk.top for disk in record.disks)]

@@ -79,7 +79,7 @@ def _of_jobs(status: FleetStatus, found: FleetPictures) -> Iterator[Metric]:
         ("outcome",),
         tuple(((one.value,), outcomes.get(one.value, 0)) for one in FleetJobOutcome),
     )
-    left = sum((job.bytes_total or 0) - (job.bytes_done or 0) for job in status.jobs)
+    left = sum(job.bytes_left for job in status.jobs)
     yield Metric(
         "fleet_running_bytes_left", "What running merges have left to copy.", (), (((), left),)
     )

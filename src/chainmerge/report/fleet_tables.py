@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
@@ -32,7 +31,6 @@ _STYLES = {
     FleetJobOutcome.REFUSED: layout.CAUTION,
     FleetJobOutcome.PLAN_CHANGED: layout.CAUTION,
 }
-_SILENT: Final = 60.0
 _JOB_HEADINGS: Final = ("job", "host", "state", "done", "top", "waits for")
 _HOST_HEADINGS: Final = ("host", "last seen", "running", "waiting", "")
 _KEY_HEADINGS: Final = ("key", "held", "limit")
@@ -49,12 +47,9 @@ def change_report(change: FleetChange) -> Block:
 
 def fleet_report(status: FleetStatus) -> Block:
     """What runs, what waits and for what."""
-    states = Counter(job.state for job in status.jobs)
-    running = counted(states[FleetJobState.RUNNING], "job")
-    hosts = counted(len(status.hosts), "host")
-    waiting = states[FleetJobState.WAITING] + status.jobs_left_out
+    running, hosts = counted(status.running, "job"), counted(len(status.hosts), "host")
     return stack(
-        words(f"{running} running, {waiting} waiting, {hosts}", layout.TITLE),
+        words(f"{running} running, {status.waiting} waiting, {hosts}", layout.TITLE),
         *_listing(_JOB_HEADINGS, [_job_row(job) for job in status.jobs]),
         *_left_out(status.jobs_left_out),
         *hosts_and_keys(status),
@@ -70,7 +65,7 @@ def hosts_and_keys(status: FleetStatus) -> tuple[Block, ...]:
 
 
 def _left_out(jobs: int) -> tuple[Block, ...]:
-    return (words(f"and {counted(jobs, 'job')} more that wait", layout.QUIET),) if jobs else ()
+    return (words(f"{counted(jobs, 'more job')} waiting", layout.QUIET),) if jobs else ()
 
 
 def _listing(headings: Sequence[str], rows: Sequence[Sequence[Words]]) -> tuple[Block, ...]:
@@ -79,7 +74,6 @@ def _listing(headings: Sequence[str], rows: Sequence[Sequence[Words]]) -> tuple[
 
 
 def _job_row(job: FleetJobStatus) -> list[Words]:
-    state = "stopping" if job.cancelled else (job.progress or job.state.value)
     done = ""
     if job.bytes_done is not None and job.bytes_total:
         done = f"{short_size(job.bytes_done)} of {short_size(job.bytes_total)}"
@@ -87,7 +81,7 @@ def _job_row(job: FleetJobStatus) -> list[Words]:
     return [
         layout.number(job.job),
         words(job.host),
-        words(state, style),
+        words(job.stage, style),
         words(done),
         words(job.top),
         words(", ".join(job.waits_for), layout.QUIET),
@@ -95,8 +89,7 @@ def _job_row(job: FleetJobStatus) -> list[Words]:
 
 
 def _host_row(host: FleetHostStatus) -> list[Words]:
-    silent = host.silent_seconds > _SILENT
-    seen = words(f"{host.silent_seconds:.0f} s ago", layout.BAD if silent else "")
+    seen = words(f"{host.silent_seconds:.0f} s ago", layout.BAD if host.is_silent else "")
     drained = words("drained" if host.drained else "", layout.CAUTION)
     return [
         words(host.host),

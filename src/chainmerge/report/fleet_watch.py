@@ -63,12 +63,10 @@ def _rate(seen: Sequence[tuple[float, int]]) -> float:
 
 def watch_line(status: FleetStatus, rates: Mapping[int, float]) -> str:
     """Return the same in a line, for a file or a pipe."""
-    running, waiting = _counts(status)
-    left = _bytes_left(status)
     rate = sum(rates.values())
-    parts = [f"{counted(running, 'job')} running, {waiting} waiting"]
-    if running:
-        parts.append(f"{short_size(left)} left")
+    parts = [f"{counted(status.running, 'job')} running, {status.waiting} waiting"]
+    if status.running:
+        parts.append(f"{short_size(sum(job.bytes_left for job in status.jobs))} left")
     if rate:
         parts.append(f"{rough_size(rate)}/s")
     return ", ".join(parts)
@@ -91,27 +89,17 @@ def watch_report(status: FleetStatus, rates: Mapping[int, float]) -> Block:
     return stack(*blocks, *hosts_and_keys(status))
 
 
-def _counts(status: FleetStatus) -> tuple[int, int]:
-    running = sum(job.state is FleetJobState.RUNNING for job in status.jobs)
-    return running, len(status.jobs) - running + status.jobs_left_out
-
-
-def _bytes_left(status: FleetStatus) -> int:
-    return sum(max(0, (job.bytes_total or 0) - (job.bytes_done or 0)) for job in status.jobs)
-
-
 def _running_row(job: FleetJobStatus, rate: float | None) -> list[Words]:
     done, total = job.bytes_done, job.bytes_total
     known = done is not None and bool(total)
-    left = (total or 0) - (done or 0)
     return [
         layout.number(job.job),
         words(job.host),
-        words("stopping" if job.cancelled else job.progress or job.state.value, layout.GOOD),
+        words(job.stage, layout.GOOD),
         words(f"{short_size(done or 0)} of {short_size(total or 0)}" if known else ""),
         words(str(100 * (done or 0) // (total or 1)) if known else ""),
         words(f"{rough_size(rate)}/s" if rate else ""),
-        words(_time(left / rate) if rate and known else ""),
+        words(_time(job.bytes_left / rate) if rate and known else ""),
         words(job.top),
     ]
 

@@ -14,6 +14,7 @@ from chainmerge.cli.fleet.configuration import database_option, host_option
 from chainmerge.cli.options import json_option
 from chainmerge.cli.params import DURATION
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
+from chainmerge.documents.fleet_policy import LARGEST_LIMIT
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
 from chainmerge.fleet import operating, overview
@@ -53,7 +54,7 @@ def fleet() -> None:
 def init(*, database: str, output: Output) -> None:
     """Make the fleet's tables and roles in the database, or bring them up to date.
 
-    To run it again does no harm.
+    Running it again does no harm.
     """
     done = fleet_database.set_up(database) or ("the fleet is set up and up to date",)
     output.document(FleetChange(FLEET_VERSION, (), done), change_report)
@@ -91,7 +92,7 @@ def worker(*, once: bool, host: HostSettings) -> None:
     type=click.IntRange(min=0),
     default=overview.MOST_SHOWN,
     show_default=True,
-    help="List so many jobs; all are counted.",
+    help="List at most this many jobs; all are counted.",
 )
 @database_option
 @json_option
@@ -107,10 +108,14 @@ def status(*, most: int, database: str, output: Output) -> None:
     "outcomes",
     type=click.Choice([outcome.value for outcome in FleetJobOutcome]),
     multiple=True,
-    help="Only jobs that ended so.",
+    help="Only jobs that ended like this; may be given several times.",
 )
 @click.option(
-    "--last", type=click.IntRange(min=1), default=100, show_default=True, help="So many at most."
+    "--last",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Show at most this many, the last ones.",
 )
 @database_option
 @json_option
@@ -132,11 +137,14 @@ def pause(*, key: str, database: str, output: Output) -> None:
 
 @fleet.command(cls=Command)
 @_key_argument
-@click.argument("most", metavar="N", type=click.IntRange(0, 100_000))
+@click.argument("most", metavar="N", type=click.IntRange(0, LARGEST_LIMIT))
 @database_option
 @json_option
 def limit(*, key: str, most: int, database: str, output: Output) -> None:
-    """Let N jobs hold KEY at the same time; 1 is the limit of a key without one."""
+    """Let N jobs hold KEY at the same time, and end its pause.
+
+    A key whose limit was never set has the limit 1, but for `fleet`, which has none.
+    """
     output.document(operating.limit(database, key, most), change_report)
 
 
@@ -174,7 +182,10 @@ def cancel(*, jobs: tuple[int, ...], database: str, output: Output) -> None:
 @database_option
 @json_option
 def retry(*, jobs: tuple[int, ...], database: str, output: Output) -> None:
-    """Queue jobs again that ended without success."""
+    """Queue jobs again that ended without success.
+
+    What was cancelled before its host had it is to be submitted again.
+    """
     output.document(operating.retry(database, jobs), change_report)
 
 
@@ -190,7 +201,7 @@ def retry(*, jobs: tuple[int, ...], database: str, output: Output) -> None:
 def release_host(*, name: str, fenced: bool, database: str, output: Output) -> None:
     """Free what the merges of a HOST hold that is gone, so that others may start.
 
-    Only do so with a host that cannot write any more: a merge that goes on there while another one
+    Do this only if the host cannot write any more: a merge that goes on there while another one
     starts would destroy the images. Nothing starts on HOST until it is undrained.
     """
     if not fenced:

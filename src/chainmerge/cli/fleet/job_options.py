@@ -79,8 +79,8 @@ _TIMING_OPTIONS: Final = (
         "windows",
         multiple=True,
         metavar="HH:MM-HH:MM",
-        help="Start only then, by the clock of the host, such as 22:00-05:00; may be given several "
-        "times.",
+        help="Start only in this window, by the host's clock, such as 22:00-05:00; may be given "
+        "several times.",
     ),
     _option(
         _WHEN,
@@ -101,7 +101,12 @@ _JOB_OPTIONS: Final = (
     _choice("--data", DataChoice, _DEFAULTS.data, "Where data goes if base has a cluster for it."),
     merging_option("--detect-zeroes", is_flag=True, help="Turn zeros into zero clusters."),
     merging_option("--discard", is_flag=True, help="Discard what was freed on the volume."),
-    merging_option("--bandwidth", type=SIZE, metavar="RATE", help="Copy at most so many bytes/s."),
+    merging_option(
+        "--bandwidth",
+        type=SIZE,
+        metavar="RATE",
+        help="Copy at most this many bytes per second, such as 100M.",
+    ),
     merging_option(
         "--deadline",
         type=click.FloatRange(min=0, max=86400 * 365),
@@ -110,7 +115,9 @@ _JOB_OPTIONS: Final = (
     ),
     _choice("--on-stall", StallChoice, _DEFAULTS.on_stall, "What to do if it does not."),
     merging_option(
-        "--sole-user", is_flag=True, help="Nobody uses the images but those that were found."
+        "--sole-user",
+        is_flag=True,
+        help="Only the images that were found use those of the chain; nobody else does.",
     ),
     _option(
         _STAYS,

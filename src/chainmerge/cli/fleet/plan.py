@@ -47,7 +47,7 @@ _OF_WINDOWS: Final = ("windows", "window_end")
     "plan_file",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Write the JSON there, and show the table wherever that goes.",
+    help="Write the JSON to this file, and show the table, on a terminal or not.",
 )
 @click.option("--html", type=click.Path(), metavar="FILE", help="Also write the plan as a page.")
 @action_options
@@ -134,12 +134,13 @@ def _of_host(
 
 def _given(ctx: click.Context) -> str:
     """Options that were typed and that a policy has as well; empty if none was."""
-    typed = (
-        f"--{name.replace('_', '-')}"
-        for name in sorted({*JobOptions.__struct_fields__, *_OF_WINDOWS})
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    of_policies = {*JobOptions.__struct_fields__, *_OF_WINDOWS}
+    return ", ".join(
+        option.opts[0]
+        for option in ctx.command.params
+        if option.name in of_policies
+        and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
     )
-    return ", ".join(typed)
 
 
 def _write_plan(file: str, text: str) -> None:

@@ -47,8 +47,8 @@ def scan(*, hosts: tuple[str, ...], wait: bool, database: str, output: Output) -
     """Have each HOST, or all, scan what jobs may touch there, for the inventory.
 
     Images are only read, and scans wait for no merge. `plan`, `report` and `metrics` are made from
-    what the last scan of each host has found. To wait ends as well where a host is down, drained or
-    paused: its scan is done later, and the exit status is 5.
+    what the last scan of each host has found. Hosts that are down, drained or paused are not waited
+    for: they scan later, and the exit status is 5.
     """
     change = request_scans(database, hosts)
     if not wait:

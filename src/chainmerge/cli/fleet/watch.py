@@ -51,7 +51,7 @@ class _View(Protocol):
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Look so often.",
+    help="How long to wait between two looks.",
 )
 @click.option("--until-idle", is_flag=True, help="End when nothing runs or waits any more.")
 @database_option
