@@ -194,6 +194,8 @@ class FleetLedger(threading.Thread):
 
         *told* is called, from the ledger's thread, once that is so.
         """
+        # What is not sought yet need not be any more, and would be for ever if it was afterwards.
+        self._sought.pop(job, None)
         self._sayings.append(_Saying(job, ending, told))
         self._woken.set()
 

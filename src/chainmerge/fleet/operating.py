@@ -31,6 +31,11 @@ _PATIENCE: Final = 10.0
 _DEVICES: Final = "/dev/"
 _BETWEEN_TRIES: Final = 0.2
 _SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
+_DROP_TRACES: Final = (
+    "DELETE FROM progress WHERE job = ANY (%s)",
+    "DELETE FROM wishes WHERE job = ANY (%s)",
+    "DELETE FROM sought WHERE job = ANY (%s)",
+)
 _STOP: Final = "UPDATE hosts SET drained = true, drained_now = true WHERE host = %s"
 
 
@@ -247,6 +252,8 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
         claimed = [job for job in found if job.state is QueueState.CLAIMED]
         if any(_is_connected(connection, job.host) for job in claimed):
             return False
+        # A wish that crossed the end of the last run is none for the next one.
+        _drop_traces(connection, jobs)
         for job in found:
             connection.execute("UPDATE results SET superseded = true WHERE job = %s", (job.id,))
             if job.state is not QueueState.QUEUED:
@@ -306,8 +313,13 @@ def _end(
             " ON CONFLICT DO NOTHING",
             (number, hosts.get(number, ""), outcome.value, message),
         )
-        connection.execute("DELETE FROM progress WHERE job = %s", (number,))
-        connection.execute("DELETE FROM wishes WHERE job = %s", (number,))
+    _drop_traces(connection, numbers)
+
+
+def _drop_traces(connection: Connection[Any], jobs: Sequence[int]) -> None:
+    """Remove what only concerns a run of jobs, and would concern the next one."""
+    for statement in _DROP_TRACES:
+        connection.execute(statement, (list(jobs),))
 
 
 def forget(database: str, older: timedelta) -> FleetChange:
@@ -320,6 +332,7 @@ def forget(database: str, older: timedelta) -> FleetChange:
         known = engine.jobs_numbered(connection, sorted(ended))
         numbers = sorted(ended - {job.id for job in known if job.state in OPEN_STATES})
         engine.forget(connection, numbers)
+        _drop_traces(connection, numbers)
         connection.execute("DELETE FROM results WHERE job = ANY (%s)", (numbers,))
     done = (f"{counted(len(numbers), 'job')} forgotten",)
     return FleetChange(FLEET_VERSION, tuple(numbers), done)
