@@ -24,6 +24,7 @@ from chainmerge.fleet.record import (
     JobOptions,
     PlannedJob,
     RecordUnusable,
+    read_again,
 )
 from chainmerge.fleet.words import job_access, live_options_of, merge_options_of, retention_of
 from chainmerge.inventory.thinning import lowest_own_image
@@ -233,8 +234,7 @@ def _job(
             images_digest=_images_digest_of(action, disks, work),
             **{name: getattr(timing, name) for name in timing.__struct_fields__},
         )
-        # Read as it will be: only the reader is strict about each field.
-        return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)
+        return read_again(job)
     except (RecordUnusable, ValueError, msgspec.ValidationError) as error:
         raise FleetPlanUnusable(images[0].top, str(error)) from error
 

@@ -28,6 +28,12 @@ from chainmerge.options import (
 RECORD_VERSION: Final = 1
 LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
+MOST_IMAGES: Final = 2000
+"""Of all disks of a job together: it holds a key of each."""
+MOST_DISKS: Final = 64
+"""Of a job."""
+_LARGEST_SUBMISSION: Final = 2 << 10
+"""Bytes of JSON that a record has beside what was planned."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
@@ -90,7 +96,7 @@ class JobDisk(Struct, frozen=True, forbid_unknown_fields=True):
     top: ImagePath
     base: ImagePath
     base_id: Digest
-    image_ids: Annotated[tuple[Digest, ...], Meta(max_length=2000)] = ()
+    image_ids: Annotated[tuple[Digest, ...], Meta(max_length=MOST_IMAGES)] = ()
     target: DiskTarget | None = None
 
     @property
@@ -209,8 +215,8 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     host: HostName
     machine_id: Digest
     action: Action
-    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=64)]
-    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=2100)]
+    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=MOST_DISKS)]
+    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=MOST_IMAGES + 100)]
     options: JobOptions
     plan_digest: Digest
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
@@ -288,6 +294,25 @@ class FleetPlan(Struct, frozen=True, forbid_unknown_fields=True):
     limits: Mapping[KeyName, Annotated[int, Meta(ge=0, le=100_000)]] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def read_again(job: PlannedJob) -> PlannedJob:
+    """Return a job that was made here, once it is known that its host will take it.
+
+    Only the reader is strict about each field.
+
+    Raises:
+        ValueError: no host would.
+        msgspec.ValidationError: the same, as a field is not what it may be.
+    """
+    held = {one for disk in job.disks for one in disk.held_ids}
+    advice = ": plan a job for each disk" if len(job.disks) > 1 else ""
+    if len(held) > MOST_IMAGES:
+        raise ValueError(f"it has {len(held)} images, and a job {MOST_IMAGES} at most{advice}")
+    text = msgspec.json.encode(job)
+    if len(text) > LARGEST_RECORD - _LARGEST_SUBMISSION:
+        raise ValueError(f"as a job it has more than {LARGEST_RECORD} bytes{advice}")
+    return msgspec.json.decode(text, type=PlannedJob)
 
 
 def record_in(arguments: Any) -> JobRecord:
