@@ -15,7 +15,6 @@ from msgspec import Struct
 from chainmerge.__about__ import __version__
 from chainmerge.documents.fleet import (
     FleetHostStatus,
-    FleetJobOutcome,
     FleetJobResult,
     FleetJobState,
     FleetJobStatus,
@@ -26,6 +25,7 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
+from chainmerge.fleet.outcome import outcome_named
 from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 MOST_SHOWN: Final = 500
 """Jobs that have not ended, unless told otherwise."""
+_LONGEST_STAGE: Final = 100
+_LARGEST_SIZE: Final = 2**63 - 1
 _SILENT: Final = 60.0
 """Seconds after which a host is taken to be down, when it is said what a job waits for."""
 
@@ -121,7 +123,7 @@ def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: i
                 host=host,
                 top=record.disks[0].top if (record := records.get(job)) else "",
                 base=record.disks[0].base if record else "",
-                outcome=FleetJobOutcome(outcome),
+                outcome=outcome_named(outcome),
                 exit_code=exit_code,
                 error_code=error_code,
                 message=message,
@@ -170,7 +172,7 @@ def _job_status(
         priority=job.priority,
         waits_for=() if holds_keys else tuple(_obstacles(job, asked, keys, hosts)),
         cancelled=is_unwanted,
-        progress=event.get("stage") if holds_keys else None,
+        progress=_text(event.get("stage")) if holds_keys else None,
         bytes_done=_number(event.get("done")),
         bytes_total=_number(event.get("total")),
     )
@@ -197,15 +199,21 @@ def _obstacles(
 
 
 def _event(line: str) -> dict[str, Any]:
+    """What a child has said, by the word of its host, which writes there what it likes."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return event if isinstance(event, dict) else {}
 
 
+def _text(value: object) -> str | None:
+    return value[:_LONGEST_STAGE] if isinstance(value, str) else None
+
+
 def _number(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+    is_size = isinstance(value, int) and 0 <= value <= _LARGEST_SIZE
+    return int(value) if is_size else None
 
 
 def _keys(connection: Connection[Any]) -> _Keys:

@@ -16,6 +16,7 @@ from chainmerge.fleet.engine import OPEN_STATES
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
 from chainmerge.fleet.operating import submission
+from chainmerge.fleet.outcome import outcome_named
 from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_label
 
 if TYPE_CHECKING:
@@ -106,4 +107,4 @@ def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, FleetJobOutcome
             "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)",
             (list(jobs),),
         ).fetchall()
-    return {job: FleetJobOutcome(outcome) for job, outcome in rows}
+    return {job: outcome_named(outcome) for job, outcome in rows}
