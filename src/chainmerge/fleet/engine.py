@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -111,7 +111,8 @@ def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
         )
         for job in jobs
     ]
-    queued = _manager().batch_defer_jobs(rows, connection=connection)
+    with _errors_of_database():
+        queued = _manager().batch_defer_jobs(rows, connection=connection)
     return [job.id for job in queued if job.id is not None]
 
 
@@ -181,7 +182,8 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def cancel(connection: Connection[Any], job: int) -> bool:
     """Take a job off the queue; say whether it was still there, and not in its host's hands."""
-    return bool(_manager().cancel_job_by_id(job, abort=False, connection=connection))
+    with _errors_of_database():
+        return bool(_manager().cancel_job_by_id(job, abort=False, connection=connection))
 
 
 def retry(connection: Connection[Any], job: int) -> None:
@@ -367,6 +369,27 @@ def _queue_of(host: str) -> str:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version.split("."))
+
+
+@contextmanager
+def _errors_of_database() -> Iterator[None]:
+    """Raise what the database has raised: the engine has errors of its own for that.
+
+    It also stumbles over those that lack details, which a server keeps from whom it shows some
+    rows only.
+    """
+    import psycopg  # noqa: PLC0415
+    from procrastinate.exceptions import ProcrastinateException  # noqa: PLC0415
+
+    try:
+        yield
+    except (ProcrastinateException, AssertionError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, psycopg.Error):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _manager() -> Any:

@@ -212,8 +212,9 @@ def _text(value: object) -> str | None:
 
 
 def _number(value: object) -> int | None:
-    is_size = isinstance(value, int) and 0 <= value <= _LARGEST_SIZE
-    return int(value) if is_size else None
+    if isinstance(value, int) and 0 <= value <= _LARGEST_SIZE:
+        return int(value)
+    return None
 
 
 def _keys(connection: Connection[Any]) -> _Keys:

@@ -37,7 +37,9 @@ _LARGEST_SUBMISSION: Final = 2 << 10
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
 KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
-ImagePath = Annotated[str, Meta(min_length=2, max_length=4096)]
+_WITHOUT_NUL: Final = r"^[^\x00]*\Z"
+"""What the database takes."""
+ImagePath = Annotated[str, Meta(min_length=2, max_length=4096, pattern=_WITHOUT_NUL)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 DomainName = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f-]([^/\x00-\x1f\x7f]{0,254})\Z")]
 DomainUuid = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
@@ -180,7 +182,7 @@ class JobFigures(Struct, frozen=True, forbid_unknown_fields=True):
         free_bytes: What is free where the result is written; None if that is not known.
     """
 
-    vm: Annotated[str, Meta(max_length=1024)] | None
+    vm: Annotated[str, Meta(max_length=1024, pattern=_WITHOUT_NUL)] | None
     images: int
     hidden_bytes: int
     bytes_to_copy: int
