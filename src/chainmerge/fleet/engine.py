@@ -204,13 +204,9 @@ def migrate(connection: Connection[Any], installed: str | None) -> None:
     if installed is None:
         _run_script(connection, SchemaManager.get_schema())
         return
-    scripts = sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql"))
-    for script in scripts:
-        if (
-            _release(installed)
-            < _release(script.name.partition("_")[0])
-            <= _release(ENGINE_VERSION)
-        ):
+    there, wanted = version_order(installed), version_order(ENGINE_VERSION)
+    for script in sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql")):
+        if there < version_order(script.name.partition("_")[0]) <= wanted:
             _run_script(connection, script.read_text(encoding="utf-8"))
 
 
@@ -367,7 +363,8 @@ def _queue_of(host: str) -> str:
     return f"host.{host}"
 
 
-def _release(version: str) -> tuple[int, ...]:
+def version_order(version: str) -> tuple[int, ...]:
+    """Return what tells which of two versions is the later one."""
     return tuple(int(number) for number in version.split("."))
 
 
