@@ -217,9 +217,11 @@ def _job(
         bases = [disk.base for disk in images] if action is Action.THIN_OUT else work.bases
         for path in (*(disk.top for disk in images), *bases, *work.changed):
             require_allowed(path, host)
+        chains = work.chains or [()] * len(images)
+        access = job_access(options, host)
         disks = tuple(
-            _disk(disk, base, held)
-            for disk, base, held in zip(images, bases, work.held, strict=True)
+            _disk(disk, base, (*held, *_own_part_of(chain, access)))
+            for disk, base, held, chain in zip(images, bases, work.held, chains, strict=True)
         )
         job = PlannedJob(
             v=1,
@@ -248,6 +250,18 @@ def _disk(images: _Images, base: str, held: Sequence[str]) -> JobDisk:
         image_ids=tuple(sorted({base_id_of(path) for path in (images.top, *held)})),
         target=images.target,
     )
+
+
+def _own_part_of(chain: Sequence[str], access: Access) -> Sequence[str]:
+    """The images of a chain, from its root up, that nothing but the chain uses.
+
+    A job reads what lies below the images that it changes. Where no locks keep hosts apart, another
+    job for the same chain could write to these meanwhile, or remove them.
+    """
+    if not chain:
+        return ()
+    lowest = lowest_own_image(chain[-1], access)
+    return chain[chain.index(lowest) :] if lowest in chain else ()
 
 
 def _images_digest_of(action: Action, disks: Sequence[JobDisk], work: PlannedWork) -> str | None:

@@ -90,8 +90,8 @@ class JobDisk(Struct, frozen=True, forbid_unknown_fields=True):
             snapshots are thinned out, the lowest image that nothing but the chain uses; again the
             image to be repaired.
         base_id: What tells base from all other images, the same as seen from every host.
-        image_ids: The same of all images that are written to, renamed, deleted or copied from:
-            nobody else may change one of these meanwhile.
+        image_ids: The same of all images that are written to, renamed, deleted or copied from, and
+            of those that only their chain uses: nobody else may change one of these meanwhile.
         target: What its domain calls the disk, such as ``vda``, where that runs.
     """
 
