@@ -92,3 +92,34 @@ def test_what_the_database_does_not_take_is_no_plan(fleet: Fleet, field: str) ->
     ran = fleet.run("submit", file)
     assert ran.status == 2, ran.err
     assert "internal" not in ran.err
+
+
+def test_who_ends_a_pause_as_it_is_told_has_the_limit_of_before(fleet: Fleet) -> None:
+    fleet.did("limit", "storage/nfs", "4")
+    fleet.did("limit", "host/h2", "0")
+    for key, most in (("storage/nfs", 4), ("fleet", 100_000), ("host/h1", 1), ("host/h2", 1)):
+        (said,) = fleet.did("pause", key)["done"]
+        words = said.split("`")[1].split()
+        assert words[:3] == ["chainmerge", "fleet", "limit"]
+        fleet.did(*words[2:])
+        assert fleet.ask("SELECT most, paused FROM limits WHERE key = %s", key) == [(most, False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pause", ""), "is no key"),
+        (("limit", "storage nfs", "3"), "is no key"),
+        (("plan", "--window", "25:00-1:00"), "22:00-05:00"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    fleet: Fleet, words: tuple[str, ...], said: str
+) -> None:
+    ran = fleet.run(*words)
+    assert ran.status == 2
+    assert said in ran.err
+
+
+def test_nothing_is_older_than_all_times(fleet: Fleet) -> None:
+    assert fleet.did("forget", "--older", "99999999999d")["jobs"] == []

@@ -20,7 +20,7 @@ from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import OPEN_STATES, QueueState
 from chainmerge.fleet.errors import FleetPlanUnusable, HostAlive, NoSuchHost, NoSuchJob
 from chainmerge.fleet.inventory_store import inventory_in
-from chainmerge.fleet.record import FleetPlan, JobRecord, PlannedJob, Submission
+from chainmerge.fleet.record import FLEET_KEY, FleetPlan, JobRecord, PlannedJob, Submission
 from chainmerge.fleet.sharing import refused_groups
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
 _PATIENCE: Final = 10.0
+_UNLIMITED: Final = 100_000
+"""The largest limit that there is."""
 _DEVICES: Final = "/dev/"
 _BETWEEN_TRIES: Final = 0.2
 _SUCCESS: Final = (FleetJobOutcome.DONE, FleetJobOutcome.ALREADY)
@@ -140,13 +142,15 @@ def _queued(job: PlannedJob, submitted: Submission) -> engine.NewJob:
 
 def pause(database: str, key: str) -> FleetChange:
     """Let nothing start that needs a key; what runs goes on."""
+    usual = _UNLIMITED if key == FLEET_KEY else 1
     with transaction(database) as connection:
-        connection.execute(
-            "INSERT INTO limits (key, most, paused) VALUES (%s, 1, true)"
-            " ON CONFLICT (key) DO UPDATE SET paused = true",
-            (key,),
-        )
-    return _changed(f"{key} is paused; `chainmerge fleet limit {key} 1` lets jobs start again")
+        row = connection.execute(
+            "INSERT INTO limits (key, most, paused) VALUES (%s, %s, true)"
+            " ON CONFLICT (key) DO UPDATE SET paused = true RETURNING most",
+            (key, usual),
+        ).fetchone()
+    most = (row and row[0]) or usual
+    return _changed(f"{key} is paused; `chainmerge fleet limit {key} {most}` lets jobs start again")
 
 
 def limit(database: str, key: str, most: int) -> FleetChange:

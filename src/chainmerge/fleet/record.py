@@ -36,7 +36,8 @@ _LARGEST_SUBMISSION: Final = 2 << 10
 """Bytes of JSON that a record has beside what was planned."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
-KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
+KEY_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z"
+KeyName = Annotated[str, Meta(pattern=KEY_PATTERN)]
 _WITHOUT_NUL: Final = r"^[^\x00]*\Z"
 """What the database takes."""
 ImagePath = Annotated[str, Meta(min_length=2, max_length=4096, pattern=_WITHOUT_NUL)]
@@ -44,9 +45,8 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 DomainName = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f-]([^/\x00-\x1f\x7f]{0,254})\Z")]
 DomainUuid = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 DiskTarget = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")]
-WindowText = Annotated[
-    str, Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
-]
+WINDOW_PATTERN: Final = r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z"
+WindowText = Annotated[str, Meta(pattern=WINDOW_PATTERN)]
 _Seconds = Annotated[float, Meta(ge=0, le=86400 * 36525)]
 _Pattern = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,255}\Z")]
 FLEET_KEY: Final = "fleet"
