@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -204,6 +205,17 @@ def test_a_database_that_dies_stops_no_merge(fleet: Fleet) -> None:
     assert fleet.wait_for_results([job]) == {job: "done"}
     (later,) = fleet.submit(host.planned(host.chain("later")))
     assert fleet.wait_for_results([later]) == {later: "done"}
+
+
+def test_a_worker_without_a_database_says_why_once(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""', database=json.dumps(fleet.address_of("no-such-login")))
+    said = host.directory / "worker.err"
+    host.start()
+    wait_until(lambda: said.exists() and said.read_text(), "a word")
+    time.sleep(3)
+    host.stop()
+    (line,) = said.read_text().splitlines()
+    assert "no-such-login" in line
 
 
 def test_only_a_dead_host_is_released(fleet: Fleet) -> None:
