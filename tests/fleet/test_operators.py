@@ -16,6 +16,7 @@ from chainmerge.fleet import engine
 from chainmerge.fleet.scan_requests import _queued
 from tests.support.cli import COMMAND, environment
 from tests.support.fleet import wait_until
+from tests.support.fleet_actions import overlay_on
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,3 +124,17 @@ def test_what_would_have_no_effect_is_refused(
 
 def test_nothing_is_older_than_all_times(fleet: Fleet) -> None:
     assert fleet.did("forget", "--older", "99999999999d")["jobs"] == []
+
+
+def test_of_many_images_that_a_job_waits_for_one_is_named(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""')
+    assert host.start("--once").wait(60) == 0
+    plan = host.planned(overlay_on(host.chain("a"), host.images / "a.leaf"))
+    (job,) = fleet.submit(plan)
+    keys = [key for key in plan["jobs"][0]["keys"] if key.startswith("image/")]
+    for held in range(1, 4):
+        key = keys[held - 1]
+        fleet.execute(f"INSERT INTO leases (job, key, host) VALUES ({job + 1}, '{key}', 'h2')")
+        (waiting,) = fleet.did("status")["jobs"]
+        more = ("", " and 1 more image", " and 2 more images")[held - 1]
+        assert waiting["waits_for"] == [f"{keys[0]} (1 of 1){more}"]

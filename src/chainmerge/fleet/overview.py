@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from chainmerge.__about__ import __version__
+from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.fleet import (
     FleetHostStatus,
     FleetJobResult,
@@ -26,11 +27,11 @@ from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
 from chainmerge.fleet.outcome import outcome_named
-from chainmerge.fleet.record import FLEET_KEY, RecordUnusable, host_key, record_in
+from chainmerge.fleet.record import FLEET_KEY, IMAGE_PREFIX, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from psycopg import Connection
 
@@ -62,7 +63,16 @@ class _Keys(Struct, frozen=True):
         return self.limits.get(key, (1, False))[1]
 
     def obstacles(self, keys: Sequence[str]) -> Iterator[str]:
-        """Which of the keys cannot be had now, and why."""
+        """Which of the keys cannot be had now, and why: of images the first, and how many more."""
+        images = [key for key in keys if key.startswith(IMAGE_PREFIX)]
+        yield from self._obstacles(key for key in keys if not key.startswith(IMAGE_PREFIX))
+        held = list(self._obstacles(images))
+        if len(held) > 1:
+            yield f"{held[0]} and {counted(len(held) - 1, 'more image')}"
+        else:
+            yield from held
+
+    def _obstacles(self, keys: Iterable[str]) -> Iterator[str]:
         for key in keys:
             most, held = self.most(key), self.held.get(key, 0)
             if self.paused(key) or most == 0:
@@ -91,14 +101,14 @@ def status(database: str, most: int = MOST_SHOWN) -> FleetStatus:
         _job_status(job, keys, hosts, job.id in leases, job.id in unwanted, lines.get(job.id, ""))
         for job in by_order
     )
-    counted = {host: (running, waiting) for host, running, waiting in counts}
+    by_host = {host: (running, waiting) for host, running, waiting in counts}
     return FleetStatus(
         FLEET_VERSION,
         jobs,
-        tuple(_counted(host, *counted.get(name, (0, 0))) for name, host in hosts.items()),
+        tuple(_counted(host, *by_host.get(name, (0, 0))) for name, host in hosts.items()),
         _shown(keys),
         # Counted a moment later, when some may have ended.
-        max(0, sum(map(sum, counted.values())) - len(jobs)),
+        max(0, sum(map(sum, by_host.values())) - len(jobs)),
     )
 
 
