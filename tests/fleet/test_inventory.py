@@ -355,6 +355,25 @@ def test_a_fleet_without_an_inventory_is_brought_up_to_date(fleet: Fleet) -> Non
     assert fleet.did("inventory")["hosts"] == []
 
 
+@pytest.mark.parametrize(("component", "version"), [("fleet", "10"), ("queue", "3.11.0")])
+def test_a_fleet_of_a_later_version_is_not_brought_back(
+    fleet: Fleet, tmp_path: Path, component: str, version: str
+) -> None:
+    fleet.execute(
+        f"UPDATE installed SET version = '{version}' WHERE component = '{component}';"
+        "CREATE OR REPLACE FUNCTION full_keys(asked text[]) RETURNS text[]"
+        " LANGUAGE sql AS 'SELECT asked /* of that version */'"
+    )
+    owners = tmp_path / "owner.toml"
+    owners.write_text(f"database = {json.dumps(fleet.database)}\n")
+    for ran in (fleet.run("status"), chainmerge("fleet", "init", "--config", owners)):
+        assert ran.status == 3
+        assert "upgrade" in ran.err
+        assert "run `chainmerge fleet init`" not in ran.err
+    ((body,),) = fleet.ask("SELECT prosrc FROM pg_proc WHERE proname = 'full_keys'")
+    assert "of that version" in body
+
+
 def test_hostile_scans_are_rejected(fleet: Fleet) -> None:
     host = fleet.host("h1", connect='""')
     fleet.register(host)

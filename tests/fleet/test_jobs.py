@@ -6,14 +6,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 import pytest
 
+from chainmerge.fleet.places import base_id_of
+from chainmerge.fleet.record import image_key
 from tests.support.cli import chainmerge
 from tests.support.fleet import are_merged, is_merged, wait_until
+from tests.support.fleet_actions import overlay_on
 from tests.support.qemu import run as run_tool
 
 if TYPE_CHECKING:
@@ -207,6 +211,17 @@ def test_a_database_that_dies_stops_no_merge(fleet: Fleet) -> None:
     assert fleet.wait_for_results([later]) == {later: "done"}
 
 
+def test_a_worker_without_a_database_says_why_once(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""', database=json.dumps(fleet.address_of("no-such-login")))
+    said = host.directory / "worker.err"
+    host.start()
+    wait_until(lambda: said.exists() and said.read_text(), "a word")
+    time.sleep(3)
+    host.stop()
+    (line,) = said.read_text().splitlines()
+    assert "no-such-login" in line
+
+
 def test_only_a_dead_host_is_released(fleet: Fleet) -> None:
     host = fleet.host("h1")
     job = slow_merge_that_runs(fleet, host)
@@ -390,6 +405,27 @@ def test_jobs_of_one_chain_do_not_run_at_the_same_time(
     assert sorted(outcomes.values()) == ["done", "plan-changed"]
     assert {peaks(fleet)[key] for key in both} == {1}
     run_tool("qemu-img", "compare", "-q", "-U", str(content), str(leaf))
+
+
+def test_jobs_of_one_chain_keep_apart_however_far_from_each_other(
+    fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shared = tmp_path_factory.mktemp("shared")
+    hosts = [fleet.host(name, shared, connect='""') for name in ("h1", "h2")]
+    base, top, leaf = chain_of_three(hosts[0], shared)
+    higher = overlay_on(leaf, shared / "higher")
+    highest = overlay_on(higher, shared / "highest")
+    # The one reads, below what it merges, what the other one writes to or removes.
+    low = image_keys(hosts[0].planned("--delete", top))
+    high = image_keys(hosts[1].planned(highest))
+    assert low & high
+    thin_out = ("--action", "thin-out", "--keep", "higher", "--keep", leaf.name, highest)
+    assert image_keys(hosts[1].planned(*thin_out)) >= low | high
+    # What others use as well is nobody's: else all that stands on a template would wait.
+    overlay_on(base, shared / "sibling")
+    high = image_keys(hosts[1].planned(highest))
+    assert len(high) == 4
+    assert image_key(base_id_of(str(base))) not in high
 
 
 def test_what_would_change_images_that_it_does_not_hold_is_not_run(fleet: Fleet) -> None:

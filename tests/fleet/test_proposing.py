@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -22,7 +23,14 @@ from chainmerge.fleet.inventory_store import StoredInventory, _read, added_up, o
 from chainmerge.fleet.operating import plan_in
 from chainmerge.fleet.policy import policy_in
 from chainmerge.fleet.proposing import job_options_of, propose, view_of
-from chainmerge.fleet.record import FleetPlan, JobOptions
+from chainmerge.fleet.record import (
+    FleetPlan,
+    JobOptions,
+    JobRecord,
+    Submission,
+    read_again,
+    record_in,
+)
 from chainmerge.fleet.sharing import shared_places
 from chainmerge.report.fleet_plan_tables import fleet_plan_report, inventory_report
 from chainmerge.report.json import encode
@@ -185,6 +193,40 @@ def test_the_disks_of_a_machine_are_one_job() -> None:
     assert machine.figures is not None
     assert (machine.figures.hidden_bytes, other.plan_digest) == (2 << 20, "d" * 32)
     assert machine.action == "merge"
+
+
+@pytest.mark.parametrize(("disks", "images", "jobs"), [(8, 300, 2), (64, 300, 11), (70, 2, 2)])
+def test_however_long_its_chains_are_a_machine_has_jobs(disks: int, images: int, jobs: int) -> None:
+    chains = [
+        chain(
+            f"{disk:03}",
+            domain="vm",
+            base_id=f"{disk:032x}",
+            image_ids=tuple(f"{image:016x}{disk:016x}" for image in range(images)),
+        )
+        for disk in range(disks)
+    ]
+    plan = proposed(host("h1", *chains))
+    assert plan.left_out == ()
+    assert len(plan.jobs) == jobs
+    assert [disk.top for job in plan.jobs for disk in job.disks] == [one.leaf for one in chains]
+    for job in plan.jobs:
+        record = JobRecord(
+            **{name: getattr(job, name) for name in job.__struct_fields__},
+            submitted=Submission(by="u" * 200, at="a" * 40),
+        )
+        record_in({"record": msgspec.to_builtins(record)})
+
+
+def test_a_job_that_no_host_would_take_is_not_planned() -> None:
+    (job,) = proposed(host("h1", chain("a"))).jobs
+    (disk,) = job.disks
+    many = replace(disk, image_ids=tuple(f"{image:032x}" for image in range(2001)))
+    with pytest.raises(ValueError, match="2002 images"):
+        read_again(replace(job, disks=(many,)))
+    large = replace(disk, top="/" + "a" * 4000, base="/" + "b" * 4000)
+    with pytest.raises(ValueError, match="more than"):
+        read_again(replace(job, disks=(large,) * 64))
 
 
 def test_a_running_machine_merges_only_if_the_policy_says_so() -> None:

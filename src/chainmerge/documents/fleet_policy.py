@@ -18,7 +18,8 @@ DurationText = Annotated[str, Meta(pattern=r"^[0-9]{1,12}[wdhmsWDHMS]$")]
 _TIME: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
 _Window = Annotated[str, Meta(pattern=f"^{_TIME}-{_TIME}$")]
 Pattern = Annotated[str, Meta(min_length=1, max_length=4096)]
-KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z")]
+KEY_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}\Z"
+KeyName = Annotated[str, Meta(pattern=KEY_PATTERN)]
 LARGEST_LIMIT: Final = 100_000
 KeyLimit = Annotated[int, Meta(ge=0, le=LARGEST_LIMIT)]
 _Count = Annotated[int, Meta(ge=0)]

@@ -8,10 +8,15 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 from chainmerge.fleet import engine
-from chainmerge.fleet.errors import FleetExtraMissing, FleetNotSetUp, FleetUnreachable
+from chainmerge.fleet.errors import (
+    FleetExtraMissing,
+    FleetNewer,
+    FleetNotSetUp,
+    FleetUnreachable,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from psycopg import Connection
 
@@ -85,19 +90,34 @@ def first_line(error: BaseException) -> str:
 
 def require_set_up(connection: Connection[Any]) -> None:
     """Raise FleetNotSetUp unless the fleet in the database is of this version."""
+    versions = _versions(connection)
+    _require_not_newer(versions)
     missing = [
         f"{component} {version} is needed, and {found or 'none'} is there"
-        for component, version, found in _versions(connection)
+        for component, version, found in versions
         if found != version
     ]
     if missing:
         raise FleetNotSetUp("; ".join(missing))
 
 
+def _require_not_newer(versions: Iterable[tuple[str, str, str | None]]) -> None:
+    newer = [
+        f"{component} {version} is needed, and {found} is there"
+        for component, version, found in versions
+        if found is not None and engine.version_order(found) > engine.version_order(version)
+    ]
+    if newer:
+        raise FleetNewer("; ".join(newer))
+
+
 def set_up(database: str) -> tuple[str, ...]:
     """Make all that a fleet needs in a database, or bring it to this version.
 
     It is all done, or nothing is. Returns what was changed, a sentence each.
+
+    Raises:
+        FleetNewer: a later version of the program has set it up.
     """
     with _connected(database) as connection:
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-set-up'))")
@@ -106,6 +126,7 @@ def set_up(database: str) -> tuple[str, ...]:
             connection.execute("CREATE SCHEMA chainmerge")
             done.append("the schema chainmerge is made")
         before = _versions(connection)
+        _require_not_newer(before)
         for component, version, found in before:
             if component == "queue":
                 engine.migrate(connection, found)

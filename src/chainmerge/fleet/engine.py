@@ -11,7 +11,7 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import json
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -120,7 +120,8 @@ def submit(connection: Connection[Any], jobs: Sequence[NewJob]) -> list[int]:
         )
         for job in jobs
     ]
-    queued = _manager().batch_defer_jobs(rows, connection=connection)
+    with _errors_of_database():
+        queued = _manager().batch_defer_jobs(rows, connection=connection)
     return [job.id for job in queued if job.id is not None]
 
 
@@ -185,7 +186,8 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def cancel(connection: Connection[Any], job: int) -> bool:
     """Take a job off the queue; say whether it was still there, and not in its host's hands."""
-    return bool(_manager().cancel_job_by_id(job, abort=False, connection=connection))
+    with _errors_of_database():
+        return bool(_manager().cancel_job_by_id(job, abort=False, connection=connection))
 
 
 def retry(connection: Connection[Any], job: int) -> None:
@@ -206,13 +208,9 @@ def migrate(connection: Connection[Any], installed: str | None) -> None:
     if installed is None:
         _run_script(connection, SchemaManager.get_schema())
         return
-    scripts = sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql"))
-    for script in scripts:
-        if (
-            _release(installed)
-            < _release(script.name.partition("_")[0])
-            <= _release(ENGINE_VERSION)
-        ):
+    there, wanted = version_order(installed), version_order(ENGINE_VERSION)
+    for script in sorted(Path(SchemaManager.get_migrations_path()).glob("*.sql")):
+        if there < version_order(script.name.partition("_")[0]) <= wanted:
             _run_script(connection, script.read_text(encoding="utf-8"))
 
 
@@ -369,8 +367,30 @@ def _queue_of(host: str) -> str:
     return f"host.{host}"
 
 
-def _release(version: str) -> tuple[int, ...]:
+def version_order(version: str) -> tuple[int, ...]:
+    """Return what tells which of two versions is the later one."""
     return tuple(int(number) for number in version.split("."))
+
+
+@contextmanager
+def _errors_of_database() -> Iterator[None]:
+    """Raise what the database has raised: the engine has errors of its own for that.
+
+    It also stumbles over those that lack details, which a server keeps from whom it shows some
+    rows only.
+    """
+    import psycopg  # noqa: PLC0415
+    from procrastinate.exceptions import ProcrastinateException  # noqa: PLC0415
+
+    try:
+        yield
+    except (ProcrastinateException, AssertionError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, psycopg.Error):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _manager() -> Any:

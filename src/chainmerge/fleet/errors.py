@@ -65,6 +65,20 @@ class FleetNotSetUp(Refused):
     reason: str
 
 
+class FleetNewer(FleetNotSetUp):
+    """The database holds a fleet of a later version of the program."""
+
+    code: ClassVar[str] = "fleet-newer"
+    template: ClassVar[str] = "the database holds a fleet of a later version: {reason}"
+    hint: ClassVar[str] = "upgrade chainmerge on this machine"
+    explanation: ClassVar[str] = (
+        "Somebody has brought the fleet to a later version. To bring it back to this one would "
+        "stop all workers that are of the later one, so `chainmerge fleet init` of this one "
+        "refuses, too."
+    )
+    reason: str
+
+
 class HostTaken(Refused):
     """Another machine, or another worker, has the host's name."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +35,10 @@ _PATIENCE: Final = 120.0
 """Seconds that a host which has looked waits for a database that is away."""
 _BETWEEN_TRIES: Final = 2.0
 _MOST_POINTS: Final = 200
+_LONG_NUMBER: Final = re.compile(r"[0-9]{19}")
+_BEYOND_ALL_SIZES: Final = 2**63
+_LATEST: Final = 253_402_300_799
+"""Seconds since 1970 until the end of the year 9999, after which no clock shows a time."""
 
 
 class StoredInventory(Struct, frozen=True):
@@ -107,20 +112,35 @@ def inventory_in(connection: Connection[Any]) -> StoredInventory:
 
 
 def _read(host: str, document: str) -> HostInventory | None:
-    """A host's inventory; None if it is one of another version, or speaks for another host."""
+    """A host's inventory; None if it is one of another version, or speaks for another host.
+
+    Nor is one an inventory that was made when no clock says.
+    """
     try:
         found = _decoded(document)
     except (ValueError, msgspec.ValidationError, RecursionError):
         return None
-    return found if (found.version, found.host) == (FLEET_VERSION, host) else None
+    is_its_own = (found.version, found.host) == (FLEET_VERSION, host)
+    return found if is_its_own and 0 <= found.scanned_at <= _LATEST else None
 
 
 def _decoded(document: str) -> HostInventory:
     try:
-        return msgspec.json.decode(document, type=HostInventory)
+        found = msgspec.json.decode(document, type=HostInventory)
     except msgspec.DecodeError:
         # One name that is not UTF-8 must not hide all others of a host.
-        return msgspec.convert(json.loads(document), HostInventory)
+        return msgspec.convert(json.loads(document, parse_int=_possible_int), HostInventory)
+    if _LONG_NUMBER.search(document):
+        json.loads(document, parse_int=_possible_int)
+    return found
+
+
+def _possible_int(text: str) -> int:
+    """Read a number; raises ValueError for what nothing can be as large as."""
+    number = int(text)
+    if abs(number) >= _BEYOND_ALL_SIZES:
+        raise ValueError(text[:20])
+    return number
 
 
 def overview_of(stored: StoredInventory) -> FleetInventory:
@@ -180,7 +200,9 @@ def outcome_counts(connection: Connection[Any]) -> tuple[OutcomeCount, ...]:
 def trends_in(connection: Connection[Any]) -> tuple[TrendPoint, ...]:
     """What all hosts had together, at each time at which one of them was scanned."""
     rows = connection.execute(
-        "SELECT host, at, longest, occupied_bytes, freed_bytes FROM inventory_points ORDER BY at"
+        "SELECT host, at, longest, occupied_bytes, freed_bytes FROM inventory_points"
+        " WHERE at BETWEEN 0 AND %s ORDER BY at",
+        (_LATEST,),
     ).fetchall()
     return tuple(added_up((host, TrendPoint(*figures)) for host, *figures in rows))
 

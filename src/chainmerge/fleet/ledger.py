@@ -9,6 +9,7 @@ later.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from msgspec import Struct
 
 from chainmerge.__about__ import __version__
-from chainmerge.fleet.database import address, require_set_up
+from chainmerge.fleet.database import address, first_line, require_set_up
 from chainmerge.fleet.errors import FleetNotSetUp, HostTaken
 from chainmerge.fleet.outcome import JobEnding
 from chainmerge.fleet.record import IMAGE_PREFIX
@@ -175,6 +176,7 @@ class FleetLedger(threading.Thread):
         self._closing = threading.Event()
         self._connection: Connection[Any] | None = None
         self._has_registered = False
+        self._told_why = ""
         self._progress_due = 0.0
         self._busy_pause = min(_LONGEST_BUSY_PAUSE, host.fleet.poll)
         self._idle_pause = host.fleet.poll * _POLLS_WHEN_IDLE
@@ -233,8 +235,10 @@ class FleetLedger(threading.Thread):
             try:
                 self._speak()
                 pause = self._busy_pause if self._is_busy() else self._idle_pause
-            except (psycopg.Error, OSError):
+                self._told_why = ""
+            except (psycopg.Error, OSError) as error:
                 self._disconnect()
+                self._tell_why(first_line(error))
                 pause = _RECONNECT_PAUSE
             except (HostTaken, FleetNotSetUp) as error:
                 self._disconnect()
@@ -246,6 +250,12 @@ class FleetLedger(threading.Thread):
             if closing and not self._sayings:
                 self._disconnect()
                 return
+
+    def _tell_why(self, reason: str) -> None:
+        """Have a line for why nothing starts, as long as the reason is the same."""
+        if reason != self._told_why:
+            self._told_why = reason
+            sys.stderr.write(f"no job starts without the database of the fleet: {reason}\n")
 
     def _is_busy(self) -> bool:
         held = dict(self._in_hand).values()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import socket
 import time
 from datetime import UTC, datetime, timedelta
@@ -13,13 +14,14 @@ import msgspec
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.fleet import SUCCESSES, FleetChange, FleetJobOutcome
+from chainmerge.documents.fleet_policy import LARGEST_LIMIT
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import OPEN_STATES, QueueState
 from chainmerge.fleet.errors import FleetPlanUnusable, HostAlive, NoSuchHost, NoSuchJob
 from chainmerge.fleet.inventory_store import inventory_in
-from chainmerge.fleet.record import FleetPlan, JobRecord, PlannedJob, Submission
+from chainmerge.fleet.record import FLEET_KEY, FleetPlan, JobRecord, PlannedJob, Submission
 from chainmerge.fleet.sharing import refused_groups
 
 if TYPE_CHECKING:
@@ -60,8 +62,7 @@ def submit(database: str, plan: FleetPlan) -> FleetChange:
     submitted = submission()
     with transaction(database) as connection:
         _require_kept_apart(connection, plan)
-        # Two that submit the same at the same time would both find nothing.
-        connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-submit'))")
+        let_nobody_else_queue(connection)
         known = _known_labels(connection, [job.label for job in plan.jobs])
         new = {job.label: job for job in plan.jobs if job.label not in known}
         numbers = engine.submit(connection, [_queued(job, submitted) for job in new.values()])
@@ -92,10 +93,26 @@ def _require_kept_apart(connection: Connection[Any], plan: FleetPlan) -> None:
             raise FleetPlanUnusable(f"{host}: {path}", refused[host, group])
 
 
+def let_nobody_else_queue(connection: Connection[Any]) -> None:
+    """Have whoever queues something wait until this transaction has ended.
+
+    Two that queue the same at the same time would both find that it is not there.
+    """
+    connection.execute("SELECT pg_advisory_xact_lock(hashtext('chainmerge-submit'))")
+
+
 def submission() -> Submission:
     """Who submits something now."""
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Submission(by=f"{getpass.getuser()}@{socket.gethostname()}"[:200], at=at)
+    by = f"{_user()}@{socket.gethostname()}".encode("utf-8", "backslashreplace").decode()
+    return Submission(by=by[:200], at=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # In a container there need not be a name.
+        return str(os.getuid())
 
 
 def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str]:
@@ -123,13 +140,15 @@ def _queued(job: PlannedJob, submitted: Submission) -> engine.NewJob:
 
 def pause(database: str, key: str) -> FleetChange:
     """Let nothing start that needs a key; what runs goes on."""
+    usual = LARGEST_LIMIT if key == FLEET_KEY else 1
     with transaction(database) as connection:
-        connection.execute(
-            "INSERT INTO limits (key, most, paused) VALUES (%s, 1, true)"
-            " ON CONFLICT (key) DO UPDATE SET paused = true",
-            (key,),
-        )
-    return _changed(f"{key} is paused; `chainmerge fleet limit {key} N` lets N jobs start again")
+        row = connection.execute(
+            "INSERT INTO limits (key, most, paused) VALUES (%s, %s, true)"
+            " ON CONFLICT (key) DO UPDATE SET paused = true RETURNING most",
+            (key, usual),
+        ).fetchone()
+    most = (row and row[0]) or usual
+    return _changed(f"{key} is paused; `chainmerge fleet limit {key} {most}` lets jobs start again")
 
 
 def limit(database: str, key: str, most: int) -> FleetChange:
@@ -239,6 +258,7 @@ def retry(database: str, jobs: Sequence[int]) -> FleetChange:
 def _retried(database: str, jobs: Sequence[int]) -> bool:
     """Queue jobs again; False, and nothing done, if a worker still has one of them in hand."""
     with transaction(database) as connection:
+        let_nobody_else_queue(connection)
         outcomes = _outcomes(connection, jobs)
         found = [_job(connection, number) for number in jobs]
         for job in found:

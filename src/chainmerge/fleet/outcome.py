@@ -42,6 +42,12 @@ class JobEnding(Struct, frozen=True):
         return self.outcome in SUCCESSES
 
 
+def outcome_named(name: str) -> FleetJobOutcome:
+    """Return the outcome that the database has for a job: hosts write there what they like."""
+    return FleetJobOutcome(name) if name in _NAMES else FleetJobOutcome.UNKNOWN
+
+
+_NAMES = frozenset(outcome.value for outcome in FleetJobOutcome)
 _BY_STATUS = {
     ExitCode.FAILED: FleetJobOutcome.FAILED,
     ExitCode.USAGE: FleetJobOutcome.FAILED,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
+from chainmerge.arithmetic.counting import counted
 from chainmerge.documents.fleet import (
     FleetHostStatus,
-    FleetJobOutcome,
     FleetJobResult,
     FleetJobState,
     FleetJobStatus,
@@ -25,11 +25,12 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
+from chainmerge.fleet.outcome import outcome_named
 from chainmerge.fleet.record import FLEET_KEY, IMAGE_PREFIX, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from psycopg import Connection
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 MOST_SHOWN: Final = 500
 """Jobs that have not ended, unless told otherwise."""
+_LONGEST_STAGE: Final = 100
+_LARGEST_SIZE: Final = 2**63 - 1
 
 
 class _Keys(Struct, frozen=True):
@@ -57,7 +60,16 @@ class _Keys(Struct, frozen=True):
         return self.limits.get(key, (1, False))[1]
 
     def obstacles(self, keys: Sequence[str]) -> Iterator[str]:
-        """Which of the keys cannot be had now, and why."""
+        """Which of the keys cannot be had now, and why: of images the first, and how many more."""
+        images = [key for key in keys if key.startswith(IMAGE_PREFIX)]
+        yield from self._obstacles(key for key in keys if not key.startswith(IMAGE_PREFIX))
+        held = list(self._obstacles(images))
+        if len(held) > 1:
+            yield f"{held[0]} and {counted(len(held) - 1, 'more image')}"
+        else:
+            yield from held
+
+    def _obstacles(self, keys: Iterable[str]) -> Iterator[str]:
         for key in keys:
             most, held = self.most(key), self.held.get(key, 0)
             if self.paused(key) or most == 0:
@@ -86,14 +98,14 @@ def status(database: str, most: int = MOST_SHOWN) -> FleetStatus:
         _job_status(job, keys, hosts, job.id in leases, job.id in unwanted, lines.get(job.id, ""))
         for job in by_order
     )
-    counted = {host: (running, waiting) for host, running, waiting in counts}
+    by_host = {host: (running, waiting) for host, running, waiting in counts}
     return FleetStatus(
         FLEET_VERSION,
         jobs,
-        tuple(_counted(host, *counted.get(name, (0, 0))) for name, host in hosts.items()),
+        tuple(_counted(host, *by_host.get(name, (0, 0))) for name, host in hosts.items()),
         _shown(keys),
         # Counted a moment later, when some may have ended.
-        max(0, sum(map(sum, counted.values())) - len(jobs)),
+        max(0, sum(map(sum, by_host.values())) - len(jobs)),
     )
 
 
@@ -118,7 +130,7 @@ def results(database: str, jobs: Sequence[int], outcomes: Sequence[str], most: i
                 host=host,
                 top=record.disks[0].top if (record := records.get(job)) else "",
                 base=record.disks[0].base if record else "",
-                outcome=FleetJobOutcome(outcome),
+                outcome=outcome_named(outcome),
                 exit_code=exit_code,
                 error_code=error_code,
                 message=message,
@@ -167,7 +179,7 @@ def _job_status(
         priority=job.priority,
         waits_for=() if holds_keys else tuple(_obstacles(job, asked, keys, hosts)),
         cancelled=is_unwanted,
-        progress=event.get("stage") if holds_keys else None,
+        progress=_text(event.get("stage")) if holds_keys else None,
         bytes_done=_number(event.get("done")),
         bytes_total=_number(event.get("total")),
     )
@@ -194,15 +206,22 @@ def _obstacles(
 
 
 def _event(line: str) -> dict[str, Any]:
+    """What a child has said, by the word of its host, which writes there what it likes."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return event if isinstance(event, dict) else {}
 
 
+def _text(value: object) -> str | None:
+    return value[:_LONGEST_STAGE] if isinstance(value, str) else None
+
+
 def _number(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+    if isinstance(value, int) and 0 <= value <= _LARGEST_SIZE:
+        return int(value)
+    return None
 
 
 def _keys(connection: Connection[Any]) -> _Keys:

@@ -24,6 +24,7 @@ from chainmerge.fleet.record import (
     JobOptions,
     PlannedJob,
     RecordUnusable,
+    read_again,
 )
 from chainmerge.fleet.words import job_access, live_options_of, merge_options_of, retention_of
 from chainmerge.inventory.thinning import lowest_own_image
@@ -205,9 +206,11 @@ def _job(
         bases = [disk.base for disk in images] if action is Action.THIN_OUT else work.bases
         for path in (*(disk.top for disk in images), *bases, *work.changed):
             require_allowed(path, host)
+        chains = work.chains or [()] * len(images)
+        access = job_access(options, host)
         disks = tuple(
-            _disk(disk, base, held)
-            for disk, base, held in zip(images, bases, work.held, strict=True)
+            _disk(disk, base, (*held, *_own_part_of(chain, access)))
+            for disk, base, held, chain in zip(images, bases, work.held, chains, strict=True)
         )
         job = PlannedJob(
             v=1,
@@ -222,8 +225,7 @@ def _job(
             images_digest=_images_digest_of(action, disks, work),
             **msgspec.structs.asdict(timing),
         )
-        # Read as it will be: only the reader is strict about each field.
-        return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)
+        return read_again(job)
     except (RecordUnusable, ValueError, msgspec.ValidationError) as error:
         raise FleetPlanUnusable(images[0].top, str(error)) from error
 
@@ -237,6 +239,18 @@ def _disk(images: _Images, base: str, held: Sequence[str]) -> JobDisk:
         image_ids=tuple(sorted({base_id_of(path) for path in (images.top, *held)})),
         target=images.target,
     )
+
+
+def _own_part_of(chain: Sequence[str], access: Access) -> Sequence[str]:
+    """The images of a chain, from its root up, that nothing but the chain uses.
+
+    A job reads what lies below the images that it changes. Where no locks keep hosts apart, another
+    job for the same chain could write to these meanwhile, or remove them.
+    """
+    if not chain:
+        return ()
+    lowest = lowest_own_image(chain[-1], access)
+    return chain[chain.index(lowest) :] if lowest in chain else ()
 
 
 def _images_digest_of(action: Action, disks: Sequence[JobDisk], work: PlannedWork) -> str | None:

@@ -24,6 +24,8 @@ from chainmerge.fleet.chain_state import joint_digest
 from chainmerge.fleet.errors import FleetPlanUnusable
 from chainmerge.fleet.policy import DEFAULT_BANDWIDTH
 from chainmerge.fleet.record import (
+    MOST_DISKS,
+    MOST_IMAGES,
     OPTIONS_OF_ACTION,
     Action,
     FleetPlan,
@@ -34,6 +36,7 @@ from chainmerge.fleet.record import (
     LeftOut,
     PlannedJob,
     keys_needed,
+    read_again,
     storages_in,
 )
 from chainmerge.fleet.sharing import refused_groups, shared_places
@@ -47,8 +50,6 @@ if TYPE_CHECKING:
 
 _DAY: Final = 86_400
 _OLD_DAYS: Final = 7
-_MOST_DISKS: Final = 64
-"""Of a job."""
 _OF_OPEN_IMAGES: Final = frozenset({"image-in-use", "image-locked"})
 _PLENTY: Final = 2**63 - 1
 
@@ -190,11 +191,21 @@ def _by_machine(candidates: Iterable[_Candidate], policy: FleetPolicy) -> list[l
         machine = (one.host.host, one.chain.domain, one.chain.in_use)
         is_alone = one.chain.domain is None or policy.retention is not None
         groups[one.chain.base_id if is_alone else machine].append(one)
-    return [
-        group[start : start + _MOST_DISKS]
-        for group in groups.values()
-        for start in range(0, len(group), _MOST_DISKS)
-    ]
+    return [portion for group in groups.values() for portion in _portions(group)]
+
+
+def _portions(group: Iterable[_Candidate]) -> Iterator[list[_Candidate]]:
+    """A machine's chains, so many at a time as one job takes."""
+    portion: list[_Candidate] = []
+    images = 0
+    for one in group:
+        more = len({one.chain.base_id, *one.chain.image_ids})
+        if portion and (len(portion) == MOST_DISKS or images + more > MOST_IMAGES):
+            yield portion
+            portion, images = [], 0
+        portion.append(one)
+        images += more
+    yield portion
 
 
 def _obstacles(
@@ -284,8 +295,7 @@ def _job(
             judged_by="chain",
             figures=_figures_of(chains),
         )
-        # Read as it will be: only the reader is strict about each field.
-        return msgspec.json.decode(msgspec.json.encode(job), type=PlannedJob)
+        return read_again(job)
     except (ValueError, msgspec.ValidationError) as error:
         raise _GroupUnusable(f"no job can name it: {error}") from error
 

@@ -28,16 +28,23 @@ from chainmerge.options import (
 
 LARGEST_RECORD: Final = 256 << 10
 """Bytes of JSON."""
+MOST_IMAGES: Final = 2000
+"""Of all disks of a job together: it holds a key of each."""
+MOST_DISKS: Final = 64
+"""Of a job."""
+_LARGEST_SUBMISSION: Final = 2 << 10
+"""Bytes of JSON that a record has beside what was planned."""
 
 HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")]
-ImagePath = Annotated[str, Meta(min_length=2, max_length=4096)]
+_WITHOUT_NUL: Final = r"^[^\x00]*\Z"
+"""What the database takes."""
+ImagePath = Annotated[str, Meta(min_length=2, max_length=4096, pattern=_WITHOUT_NUL)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 DomainName = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f-]([^/\x00-\x1f\x7f]{0,254})\Z")]
 DomainUuid = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 DiskTarget = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z")]
-WindowText = Annotated[
-    str, Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
-]
+WINDOW_PATTERN: Final = r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z"
+WindowText = Annotated[str, Meta(pattern=WINDOW_PATTERN)]
 _Seconds = Annotated[float, Meta(ge=0, le=86400 * 36525)]
 _Pattern = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,255}\Z")]
 FLEET_KEY: Final = "fleet"
@@ -81,15 +88,15 @@ class JobDisk(Struct, frozen=True, forbid_unknown_fields=True):
             snapshots are thinned out, the lowest image that nothing but the chain uses; again the
             image to be repaired.
         base_id: What tells base from all other images, the same as seen from every host.
-        image_ids: The same of all images that are written to, renamed, deleted or copied from:
-            nobody else may change one of these meanwhile.
+        image_ids: The same of all images that are written to, renamed, deleted or copied from, and
+            of those that only their chain uses: nobody else may change one of these meanwhile.
         target: What its domain calls the disk, such as ``vda``, where that runs.
     """
 
     top: ImagePath
     base: ImagePath
     base_id: Digest
-    image_ids: Annotated[tuple[Digest, ...], Meta(max_length=2000)] = ()
+    image_ids: Annotated[tuple[Digest, ...], Meta(max_length=MOST_IMAGES)] = ()
     target: DiskTarget | None = None
 
     @property
@@ -173,7 +180,7 @@ class JobFigures(Struct, frozen=True, forbid_unknown_fields=True):
         free_bytes: What is free where the result is written; None if that is not known.
     """
 
-    vm: Annotated[str, Meta(max_length=1024)] | None
+    vm: Annotated[str, Meta(max_length=1024, pattern=_WITHOUT_NUL)] | None
     images: int
     hidden_bytes: int
     bytes_to_copy: int
@@ -208,8 +215,8 @@ class PlannedJob(Struct, frozen=True, forbid_unknown_fields=True):
     host: HostName
     machine_id: Digest
     action: Action
-    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=64)]
-    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=2100)]
+    disks: Annotated[tuple[JobDisk, ...], Meta(min_length=1, max_length=MOST_DISKS)]
+    keys: Annotated[tuple[KeyName, ...], Meta(min_length=2, max_length=MOST_IMAGES + 100)]
     options: JobOptions
     plan_digest: Digest
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
@@ -287,6 +294,25 @@ class FleetPlan(Struct, frozen=True, forbid_unknown_fields=True):
     limits: Mapping[KeyName, KeyLimit] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+def read_again(job: PlannedJob) -> PlannedJob:
+    """Return a job that was made here, once it is known that its host will take it.
+
+    Only the reader is strict about each field.
+
+    Raises:
+        ValueError: no host would.
+        msgspec.ValidationError: the same, as a field is not what it may be.
+    """
+    held = {one for disk in job.disks for one in disk.held_ids}
+    advice = ": plan a job for each disk" if len(job.disks) > 1 else ""
+    if len(held) > MOST_IMAGES:
+        raise ValueError(f"it has {len(held)} images, and a job {MOST_IMAGES} at most{advice}")
+    text = msgspec.json.encode(job)
+    if len(text) > LARGEST_RECORD - _LARGEST_SUBMISSION:
+        raise ValueError(f"as a job it has more than {LARGEST_RECORD} bytes{advice}")
+    return msgspec.json.decode(text, type=PlannedJob)
 
 
 def record_in(arguments: Any) -> JobRecord:

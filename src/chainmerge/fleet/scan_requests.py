@@ -12,10 +12,11 @@ from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.engine import OPEN_STATES
+from chainmerge.fleet.engine import OPEN_STATES, QueueState
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
-from chainmerge.fleet.operating import submission
+from chainmerge.fleet.operating import let_nobody_else_queue, submission
+from chainmerge.fleet.outcome import outcome_named
 from chainmerge.fleet.record import FLEET_KEY
 from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_key, scan_label
 
@@ -40,6 +41,7 @@ def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
         for host in hosts:
             if host not in known:
                 raise NoSuchHost(host)
+        let_nobody_else_queue(connection)
         waiting = {job.host for job in _waiting(connection, hosts or known)}
         wanted = [host for host in hosts or known if host not in waiting]
         numbers = engine.submit(connection, [_queued(host) for host in wanted])
@@ -52,13 +54,19 @@ def request_scans(database: str, hosts: Sequence[str]) -> FleetChange:
 def _waiting(connection: Connection[Any], hosts: Sequence[str]) -> list[engine.QueuedJob]:
     """Scans of hosts that have yet to begin, whether or not a worker has them in hand."""
     scans = list(engine.jobs_labelled(connection, [*map(scan_label, hosts)]))
-    rows = connection.execute(
-        "SELECT job FROM leases UNION SELECT job FROM results"
-        " WHERE NOT superseded AND job = ANY (%s)",
-        ([job.id for job in scans],),
+    numbers = [job.id for job in scans]
+    ended = connection.execute(
+        "SELECT job FROM results WHERE NOT superseded AND job = ANY (%s)", (numbers,)
     ).fetchall()
-    begun = {number for (number,) in rows}
-    return [job for job in scans if job.state in OPEN_STATES and job.id not in begun]
+    begun = connection.execute("SELECT job FROM leases WHERE job = ANY (%s)", (numbers,)).fetchall()
+    return [
+        job
+        for job in scans
+        if job.state in OPEN_STATES
+        and (job.id,) not in ended
+        # What is queued and has its keys was interrupted, and begins anew.
+        and (job.state is QueueState.QUEUED or (job.id,) not in begun)
+    ]
 
 
 def waiting_scans(database: str, hosts: Sequence[str]) -> tuple[int, ...]:
@@ -108,4 +116,4 @@ def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, FleetJobOutcome
             "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)",
             (list(jobs),),
         ).fetchall()
-    return {job: FleetJobOutcome(outcome) for job, outcome in rows}
+    return {job: outcome_named(outcome) for job, outcome in rows}

@@ -166,9 +166,12 @@ BEGIN
     -- One at a time: two that count at once would both find room for one. By a lock that logins of
     -- hosts cannot take otherwise, and hold.
     PERFORM FROM installed WHERE component = 'fleet' FOR UPDATE;
+    -- Keys of images are thousands, and jobs that want the same one few. So whether somebody has one
+    -- is asked last, and of those only that could start otherwise.
     SELECT full_keys(array_agg(key)) INTO taken_up
         FROM jsonb_array_elements(candidates) AS each,
-            jsonb_array_elements_text(each -> 'keys') AS key;
+            jsonb_array_elements_text(each -> 'keys') AS key
+        WHERE NOT starts_with(key, 'image/');
     FOR candidate IN SELECT * FROM jsonb_array_elements(candidates) LOOP
         candidate_job := (candidate ->> 'job')::bigint;
         wanted := ARRAY(SELECT jsonb_array_elements_text(candidate -> 'keys'));
@@ -179,10 +182,13 @@ BEGIN
             AND may_hold(acting, candidate_job, wanted)
             AND NOT EXISTS (SELECT FROM hosts WHERE host = acting AND drained)
             AND NOT EXISTS (SELECT FROM results WHERE job = candidate_job AND NOT superseded)
+            AND cardinality(full_keys(wanted)) = 0
         THEN
             INSERT INTO leases (job, key, host)
                 SELECT DISTINCT candidate_job, key, acting FROM unnest(wanted) AS key;
-            taken_up := taken_up || full_keys(wanted);
+            taken_up := taken_up || full_keys(ARRAY(
+                SELECT key FROM unnest(wanted) AS key WHERE NOT starts_with(key, 'image/')
+            ));
             RETURN NEXT candidate_job;
         END IF;
     END LOOP;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +15,7 @@ from chainmerge.cli.fleet.configuration import database_option, host_option
 from chainmerge.cli.options import json_option
 from chainmerge.cli.params import DURATION
 from chainmerge.documents.fleet import FleetChange, FleetJobOutcome
-from chainmerge.documents.fleet_policy import LARGEST_LIMIT
+from chainmerge.documents.fleet_policy import KEY_PATTERN, LARGEST_LIMIT
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import database as fleet_database
 from chainmerge.fleet import operating, overview
@@ -24,9 +25,20 @@ if TYPE_CHECKING:
     from chainmerge.cli.output import Output
     from chainmerge.fleet.settings import HostSettings
 
-_key_argument = click.argument("key")
+
+def _key_of_jobs(context: click.Context, parameter: click.Parameter, key: str) -> str:
+    """Refuse what no job can hold: nobody would notice that it limits nothing."""
+    del context, parameter
+    if not re.match(KEY_PATTERN, key):
+        raise click.BadParameter(f"{key!r} is no key: host/NAME, storage/NAME, fleet")
+    return key
+
+
+_key_argument = click.argument("key", callback=_key_of_jobs)
 _host_argument = click.argument("name", metavar="HOST")
 _jobs_argument = click.argument("jobs", metavar="JOB...", type=int, nargs=-1, required=True)
+_OLDER_THAN_ANY: Final = 86_400 * 36_525
+"""Seconds; with more a database does not reckon."""
 _COMMANDS: Final = MappingProxyType(
     {
         "scan": ("chainmerge.cli.fleet.scan", "scan"),
@@ -221,4 +233,5 @@ def release_host(*, name: str, fenced: bool, database: str, output: Output) -> N
 @json_option
 def forget(*, older: int, database: str, output: Output) -> None:
     """Remove jobs that have ended, with their results."""
-    output.document(operating.forget(database, timedelta(seconds=older)), change_report)
+    age = timedelta(seconds=min(older, _OLDER_THAN_ANY))
+    output.document(operating.forget(database, age), change_report)

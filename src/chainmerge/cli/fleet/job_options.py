@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -11,7 +12,7 @@ import click
 from chainmerge.cli.commands import PanelOption
 from chainmerge.cli.options import merging_option, with_options
 from chainmerge.cli.params import DURATION, SIZE
-from chainmerge.fleet.record import Action, JobOptions
+from chainmerge.fleet.record import WINDOW_PATTERN, Action, JobOptions
 from chainmerge.options import (
     DataChoice,
     DirectionChoice,
@@ -30,6 +31,16 @@ _COLD_ACTIONS: Final = [action.value for action in Action if action is not Actio
 
 def _option(panel: str, *names: str, **attributes: Any) -> Callable[..., Any]:
     return click.option(*names, cls=PanelOption, panel=panel, **attributes)
+
+
+def _windows(
+    context: click.Context, parameter: click.Parameter, windows: tuple[str, ...]
+) -> tuple[str, ...]:
+    del context, parameter
+    for window in windows:
+        if not re.match(WINDOW_PATTERN, window):
+            raise click.BadParameter(f"{window!r} is not as 22:00-05:00")
+    return windows
 
 
 def _choice(option: str, kind: Any, default: str, meaning: str) -> Callable[..., Any]:
@@ -78,6 +89,7 @@ _TIMING_OPTIONS: Final = (
         "--window",
         "windows",
         multiple=True,
+        callback=_windows,
         metavar="HH:MM-HH:MM",
         help="Start only in this window, by the host's clock, such as 22:00-05:00; may be given "
         "several times.",
