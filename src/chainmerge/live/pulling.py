@@ -204,7 +204,7 @@ def journal_of_pull(
 ) -> LiveJournal:
     """What there is to do in the VM."""
     target, first = live.target, live.target.base_index
-    top, backing = target.chain.top, new_backing(facts)
+    backing = new_backing(facts)
     tombstones = [
         TombstoneName(
             name=decision.name,
@@ -217,7 +217,7 @@ def journal_of_pull(
     return LiveJournal(
         version=VERSION,
         address=list(vm.address),
-        job=f"chainmerge-pull-{top.identity[1]:x}",
+        job=live.job_id(options),
         base=identify(target.base.real_path),
         overlays=[identify(image.real_path) for image in live.merged_images],
         above=None if live.is_active else identify(live.above[0].real_path),
