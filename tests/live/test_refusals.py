@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import chainmerge
 from chainmerge import live
 from chainmerge.chain.unseen_users import UsersUnknown
 from chainmerge.documents.progress import Stage
@@ -21,6 +22,7 @@ from chainmerge.live.errors import (
     LiveMergeStalled,
     LiveNotStarted,
     LiveOtherChildren,
+    LiveUnsuited,
     NoSuchDisk,
     NothingUnfinished,
     NotInVm,
@@ -360,6 +362,32 @@ def test_the_guest_is_slowed_down_and_let_go_again(tmp_path: Path) -> None:
         scenario.top.unlink()
         vm.quit()
     assert_closed_right(scenario, guest)
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_bitmap_in_memory_that_has_the_name_of_a_stored_one(
+    tmp_path: Path, levels: int, direction: str
+) -> None:
+    """The stored one would be united with it and lost; or it would be taken for the stored one."""
+    images = [create(tmp_path / "0.qcow2", DISK)]
+    for number in range(1, levels + 1):
+        images.append(create(tmp_path / f"{number}.qcow2", backing=images[-1]))
+    base, top = images[:2]
+    result, holder = (base, top) if direction == "commit" else (top, base)
+    for image in (holder, *images[2:]):
+        chainmerge.bitmaps_add(image, "checkpoint")
+    options = LiveOptions(direction=direction)  # type: ignore[arg-type]
+    with running_vm(tmp_path / "vm", images) as vm, vm.disk() as disk:
+        node = f"image{images.index(result)}"
+        vm.execute("block-dirty-bitmap-add", node=node, name="checkpoint", persistent=False)
+        with pytest.raises(LiveUnsuited, match="in memory alone"):
+            live.merge(disk, top, options=options)
+        vm.execute("block-dirty-bitmap-remove", node=node, name="checkpoint")
+        live.merge(disk, top, options=options)
+        vm.quit()
+    if direction == "commit":
+        assert stored_bits(base).keys() == {"checkpoint"}
 
 
 def test_a_base_in_another_directory_that_others_may_use(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[
     yield from _header_unchangeable(vm, live)
     yield from _other_images(vm, live)
     yield from bitmap_obstacles(vm, live, opened)
+    yield from namesakes(vm, live, live.base)
     yield from _size_obstacles(vm, live)
     yield from _end_obstacles(vm, live, opened)
 
@@ -315,6 +316,23 @@ def bitmap_obstacles(
             yield LiveUnsuited(vm.name, path, reason)
         elif node.read_only and image.info.bitmaps_trusted:
             yield from _bitmap_differences(vm, node, bitmaps_of(image))
+
+
+def namesakes(vm: InspectedVm, live: LiveTarget, result: BlockNode) -> Iterator[ChainmergeError]:
+    """A bitmap of the result in memory alone that has the name of one that is stored.
+
+    A node has one bitmap of a name. What is kept would be united with one that is never stored, and
+    an image above that has the name would pass for a complete checkpoint afterwards.
+    """
+    merged = live.nodes[live.target.base_index :]
+    stored = {one.name for node in merged for one in node.bitmaps if one.persistent}
+    for bitmap in result.bitmaps:
+        if not bitmap.persistent and bitmap.name in stored:
+            reason = (
+                f"its bitmap {bitmap.name!r} is in memory alone, and another image that is merged "
+                "has one of that name that is stored"
+            )
+            yield LiveUnsuited(vm.name, _name_of(live, result.name), reason)
 
 
 def _bitmap_differences(

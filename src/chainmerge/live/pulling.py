@@ -9,7 +9,12 @@ from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import Decision, Fate, LayerBitmaps, decide
 from chainmerge.live.errors import LiveImageInUse, LiveNotWritable, LiveUnsuited
-from chainmerge.live.inspection import bitmap_obstacles, copied_before_write, left_writable
+from chainmerge.live.inspection import (
+    bitmap_obstacles,
+    copied_before_write,
+    left_writable,
+    namesakes,
+)
 from chainmerge.live.nodes import UserKind
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import new_backing
@@ -98,6 +103,7 @@ def obstacles_to_pull(
         vm, live, pulled, live.target.chain.images[-1 - len(pulled) : -1]
     )
     yield from bitmap_obstacles(vm, live, opened)
+    yield from namesakes(vm, live, live.top)
     yield from _uneven(vm, live, decisions)
     yield from _stripped_from_others(vm, live, decisions)
 
