@@ -96,6 +96,42 @@ def test_a_manager_that_was_killed_is_run_again(
     assert leftovers(scenario) == []
 
 
+class Killed(BaseException):
+    """Nothing is done about it, as about a signal that ends the process."""
+
+
+def be_killed() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("command", ["resume", "merge"])
+def test_a_node_that_was_closed_by_then_leads_to_the_disk_still(
+    tmp_path: Path, command: str
+) -> None:
+    scenario = build(tmp_path / "chain", 5, levels=2, active=True)
+    options = LiveOptions(delete=True)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+
+        def disk() -> live.QmpVm:
+            return live.QmpVm(str(vm.qmp), node="image2")
+
+        with Guest(vm, 5, DISK) as guest:
+            with disk() as first:
+                dying = DyingVm(first, 0, "after", be_killed, name_of_call="forget_node")
+                with pytest.raises(Killed):
+                    live.merge(dying, scenario.top, scenario.base, options=options)
+            with disk() as again:
+                (unfinished,) = live.status(again).merges
+                assert unfinished.merged
+                if command == "resume":
+                    live.resume(again)
+                else:
+                    live.merge(again, scenario.top, scenario.base, options=options)
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
 @pytest.mark.parametrize(("call", "moment"), MOMENTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("end", ["killed", "ended in order"])
