@@ -19,6 +19,7 @@ from chainmerge.live.errors import (
     LiveImageInUse,
     LiveJobRunning,
     LiveMergeDriven,
+    LiveMergeFailed,
     LiveMergeStalled,
     LiveNotStarted,
     LiveOtherChildren,
@@ -30,6 +31,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.sole_manager import sole_manager
+from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.options import Access, LiveOptions
 from chainmerge.planning.errors import BaseHasOtherChildren
 from chainmerge.records.identity import identify
@@ -55,6 +57,7 @@ from tests.support.live_vm import (
     Guest,
     LiveTestVm,
     one_drive,
+    running_qemu,
     running_vm,
     separate_nodes,
 )
@@ -248,7 +251,45 @@ def test_a_node_leads_to_the_disk(vm: LiveTestVm) -> None:
             assert disk.graph().root == "image2"
 
 
+def test_an_active_image_that_nobody_uses(tmp_path: Path) -> None:
+    """The job would have nobody to move over to base."""
+    base = create(tmp_path / "base", DISK)
+    top = create(tmp_path / "top", backing=base)
+    *nodes, _device, _disk = separate_nodes([base, top])
+    with running_qemu(tmp_path / "vm", nodes) as vm:
+        with live.QmpVm(str(vm.qmp), node="image1") as disk, pytest.raises(LiveUnsuited):
+            live.merge(disk, top)
+        assert vm.jobs() == []
+
+
 # Undone
+
+
+def test_a_disk_that_is_unplugged_meanwhile(tmp_path: Path) -> None:
+    """What was begun is no misuse; by the node that is left it is undone."""
+    scenario = build(tmp_path / "chain", 5, levels=2, active=True)
+    slot = ["-device", "pcie-root-port,id=upper"]
+    *nodes, device, disk0 = separate_nodes(scenario.images)
+    with running_qemu(tmp_path / "vm", [*slot, *nodes, device, f"{disk0},bus=upper"]) as vm:
+
+        def unplug(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY and vm.execute("query-block"):
+                vm.execute("device_del", id=DEVICE)
+                # The guest has not to agree any more.
+                vm.execute("system_reset")
+                vm.execute("cont")
+                while vm.execute("query-block"):
+                    pass
+
+        with vm.disk() as disk, pytest.raises(MergeUnfinished, match="no disk"):
+            live.merge(disk, scenario.top, scenario.base, on_progress=unplug)
+        with live.QmpVm(str(vm.qmp), node="image2") as disk, pytest.raises(LiveMergeFailed):
+            live.resume(disk)
+        assert vm.jobs() == []
+        vm.quit()
+    assert content(scenario.top) == scenario.before
+    assert leftovers(scenario) == []
+    assert stored_bits(scenario.base)["everywhere"]
 
 
 @dataclass

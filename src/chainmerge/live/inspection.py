@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.live.port import InspectedVm
     from chainmerge.options import Access
+
+WITHOUT_GUEST: Final = "no device of the guest uses it, nor anything else that could move to base"
 
 
 def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
@@ -174,6 +176,7 @@ def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
     yield from left_writable(vm, live)
+    yield from _without_guest(vm, live)
     yield from _other_users(vm, live)
     yield from copied_before_write(vm, live, live.merged, live.merged_images)
     yield from _header_unchangeable(vm, live)
@@ -234,6 +237,12 @@ def left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError
                 "bitmaps are on disk only when it is closed"
             )
             yield LiveUnsuited(vm.name, str(image.path), reason)
+
+
+def _without_guest(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """An active image that nobody uses: the job would have nobody to move over to base."""
+    if live.is_active and not live.graph.is_read(live.top):
+        yield LiveUnsuited(vm.name, str(live.target.chain.top.path), WITHOUT_GUEST)
 
 
 def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:

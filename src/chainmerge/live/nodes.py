@@ -169,6 +169,10 @@ class BlockGraph(Struct, frozen=True):
             if self._filter_named(user) is None or user.name not in used
         )
 
+    def is_read(self, image: BlockNode) -> bool:
+        """Whether a device, an export or another node uses an image, and not a job alone."""
+        return any(user.kind is not UserKind.JOB for user in self.users_of(image))
+
     def has_filter_below(self, image: BlockNode) -> bool:
         """Whether a filter lies between an image and its backing file."""
         return image.backing is not None and self.nodes[image.backing].is_filter

@@ -158,7 +158,8 @@ def root_above(wanted: str, nodes: Mapping[str, BlockNode]) -> str:
     upper = _uppermost_above(wanted, nodes)
     graph = BlockGraph(nodes, upper)
     for image in graph.chain():
-        if any(user.kind is UserKind.DEVICE for user in graph.users_of(image)):
+        # A job stands on what it merges, and has a backend of its own on base.
+        if any(user.kind is not UserKind.NODE for user in graph.users_of(image)):
             return graph.uppermost_over(image).name
     return upper
 
