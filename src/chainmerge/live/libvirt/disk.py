@@ -147,6 +147,7 @@ class DomainDisk:
         layers = self._layers()
         job = self.block_job()
         users = () if job is None else (NodeUser(str(job.kind), UserKind.JOB, "backing"),)
+        guest = NodeUser(self._disk, UserKind.DEVICE, "root")
         nodes: dict[str, BlockNode] = {}
         for position, layer in enumerate(layers):
             below = layers[position + 1].target if position + 1 < len(layers) else None
@@ -168,7 +169,7 @@ class DomainDisk:
                 virtual_size=layer.virtual_size(),
                 backing=below,
                 file=protocol.name,
-                users=users,
+                users=users if position else (*users, guest),
             )
             nodes[protocol.name] = protocol
         return BlockGraph(nodes, layers[0].target)
