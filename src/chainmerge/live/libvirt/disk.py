@@ -24,6 +24,8 @@ from chainmerge.live.libvirt.description import (
     checkpoint_description,
     described_targets,
     disks_of,
+    for_disk_alone,
+    for_others_alone,
     has_bitmap_on,
     index_of,
     layer_above_protocol,
@@ -263,43 +265,81 @@ class DomainDisk:
         return has_bitmap_on(self._disk, described)
 
     def passes(self, name: str) -> bool:
-        """Whether libvirt would take a backup since this checkpoint: its test of the chain."""
-        known = self._checkpoint(name)
-        library = self._connection.library
-        flags = library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
-        flags |= library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
-        described = (
-            checkpoint_description(name, self._disk) if known is None else known.getXMLDesc()
-        )
-        try:
-            made = self._ask(
-                "virDomainCheckpointCreateXML",
-                lambda: self._domain.checkpointCreateXML(described, flags),
-            )
-        except VmRefused as refused:
-            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
-                return False
-            raise
+        """Whether libvirt would take a backup of this disk since this checkpoint: by its own test.
+
+        A checkpoint can be one of other disks as well, and broken there alone.
+        """
+        known = self._described_checkpoint(name)
         if known is None:
-            self._ask(
-                "virDomainCheckpointDelete",
-                lambda: made.delete(library.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY),
-            )
+            made = self._validated(checkpoint_description(name, self._disk))
+            if made is not None:
+                self._forget_checkpoint(made)
+            return made is not None
+        if has_bitmap_on(self._disk, known):
+            if self._validated(known) is not None:
+                return True
+            if for_others_alone(known, self._disk) is None:
+                return False
+        if self._validated(for_disk_alone(known, self._disk)) is None:
+            return False
+        self.define_checkpoint(known)
         return True
 
-    def remove_everywhere(self, name: str) -> None:
-        """Remove a bitmap, and the checkpoint if there is one, from all images of the chain."""
+    def _validated(self, described: str) -> Any:
+        """Define a checkpoint if it passes libvirt's test; None, with nothing changed, if not."""
         library = self._connection.library
-        checkpoint = self._checkpoint(name)
-        if checkpoint is None:
-            described = checkpoint_description(name, self._disk)
-            checkpoint = self._ask(
-                "virDomainCheckpointCreateXML",
-                lambda: self._domain.checkpointCreateXML(
-                    described, library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
-                ),
-            )
-        self._ask("virDomainCheckpointDelete", checkpoint.delete)
+        try:
+            return self._defined(described, library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE)
+        except VmRefused as refused:
+            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                return None
+            raise
+
+    def define_checkpoint(self, described: str) -> None:
+        """Have libvirt know a checkpoint as it is described; no bitmap is looked at."""
+        self._defined(described)
+
+    def _defined(self, described: str, flags: int = 0) -> Any:
+        flags |= self._connection.library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+        return self._ask(
+            "virDomainCheckpointCreateXML",
+            lambda: self._domain.checkpointCreateXML(described, flags),
+        )
+
+    def _forget_checkpoint(self, checkpoint: Any) -> None:
+        """Have libvirt forget a checkpoint, whose bitmaps stay."""
+        flag = self._connection.library.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
+        self._ask("virDomainCheckpointDelete", lambda: checkpoint.delete(flag))
+
+    def checkpoint_of_others(self, name: str) -> str | None:
+        """A checkpoint as it is to be described once this disk has none of that name.
+
+        None where it is one of no other disk.
+        """
+        known = self._described_checkpoint(name)
+        return None if known is None else for_others_alone(known, self._disk)
+
+    def remove_everywhere(self, name: str) -> None:
+        """Remove a bitmap, and the checkpoint if there is one, from all images of the chain.
+
+        What the checkpoint is of other disks has to be defined again.
+        """
+        known = self._described_checkpoint(name)
+        alone = (
+            checkpoint_description(name, self._disk)
+            if known is None
+            else for_disk_alone(known, self._disk)
+        )
+        # libvirt removes the bitmaps of all disks that the checkpoint is of.
+        made = self._defined(alone)
+        self._ask("virDomainCheckpointDelete", made.delete)
+
+    def _described_checkpoint(self, name: str) -> str | None:
+        """How libvirt describes a checkpoint; None where it knows of none."""
+        known = self._checkpoint(name)
+        if known is None:
+            return None
+        return str(self._ask("virDomainCheckpointGetXMLDesc", known.getXMLDesc))
 
     def _checkpoint(self, name: str) -> Any:
         """Libvirt's checkpoint; None where it knows of none."""
