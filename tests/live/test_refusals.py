@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -249,6 +250,23 @@ def test_a_node_leads_to_the_disk(vm: LiveTestVm) -> None:
     for node in ("image0", "image1", "image2"):
         with live.QmpVm(str(vm.qmp), node=node) as disk:
             assert disk.graph().root == "image2"
+
+
+@pytest.mark.parametrize("part", [{"offset": 1 << 20}, {"offset": 0, "size": 1 << 20}], ids=str)
+def test_a_base_in_the_middle_of_its_file(tmp_path: Path, part: dict[str, int]) -> None:
+    """Undone, or merged once the VM has ended, it would be read from another place on."""
+    base = create(tmp_path / "base", DISK, fmt="raw")
+    top = create(tmp_path / "top", DISK, backing=base, backing_format="raw")
+
+    def command_line(images: Sequence[Path]) -> list[str]:
+        options = separate_nodes(images)
+        raw = {"driver": "raw", "node-name": "image0", "file": "file0", "read-only": True, **part}
+        return [json.dumps(raw) if '"image0", "read-only"' in one else one for one in options]
+
+    with running_vm(tmp_path / "vm", [base, top], command_line) as vm, vm.disk() as disk:
+        with pytest.raises(LiveChainDiffers, match="middle"):
+            live.merge(disk, top)
+        assert vm.jobs() == []
 
 
 def test_an_active_image_that_nobody_uses(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def _required_path(vm: InspectedVm, node: BlockNode, graph: BlockGraph) -> Path:
         driver = "nothing" if node.file is None else graph.nodes[node.file].driver
         reason = f"node {node.name} lies in {driver}, which is not a plain file or block device"
         raise LiveUnsuited(vm.name, node.name, reason)
+    if node.reads_a_part:
+        # Closed, it would be read from another place on as well.
+        difference = f"the VM has {node.name} begin or end in the middle of {path}"
+        raise LiveChainDiffers(vm.name, difference)
     return path
 
 

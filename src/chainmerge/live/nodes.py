@@ -90,6 +90,7 @@ class BlockNode(Struct, frozen=True):
         users: Who uses it.
         bitmaps: Its named bitmaps.
         nameless_bitmaps: How many others it has, which belong to jobs and filters.
+        reads_a_part: Whether it begins or ends in the middle of its file.
     """
 
     name: str
@@ -102,6 +103,7 @@ class BlockNode(Struct, frozen=True):
     users: tuple[NodeUser, ...]
     bitmaps: tuple[NodeBitmap, ...]
     nameless_bitmaps: int = 0
+    reads_a_part: bool = False
 
     @property
     def is_filter(self) -> bool:

@@ -31,12 +31,14 @@ class DiskLayer(Struct, frozen=True):
         format: Its format, by QEMU's name.
         path: Where it lies; None where that is no path.
         protocol: What QEMU opens that with.
+        reads_a_part: Whether it begins or ends in the middle of its file.
     """
 
     target: str
     format: str
     path: Path | None
     protocol: str
+    reads_a_part: bool = False
 
     @property
     def protocol_node(self) -> str:
@@ -136,6 +138,7 @@ def _descend(disk: ET.Element, target: str) -> Iterator[DiskLayer]:
             image_format or "raw",
             None if path is None else Path(path),
             protocol,
+            source.find("slices") is not None,
         )
         at = at.find("backingStore")
         image_format = None if at is None else _attribute(at, "format", "type")

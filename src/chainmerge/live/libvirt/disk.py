@@ -171,6 +171,7 @@ class DomainDisk:
                 virtual_size=layer.virtual_size(),
                 backing=below,
                 file=protocol.name,
+                reads_a_part=layer.reads_a_part,
                 users=users if position else (*users, guest),
             )
             nodes[protocol.name] = protocol

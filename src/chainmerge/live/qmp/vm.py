@@ -278,6 +278,9 @@ class QmpVm:
         }
         if info["drv"] == "qcow2":
             options["backing"] = children.get("backing")
+            if "data-file" in children:
+                # Left out, it is opened by its name once more, and can be written to no longer.
+                options["data-file"] = children["data-file"]
         self._monitor.execute("blockdev-reopen", {"options": [options]})
 
     def start_commit(self, order: CommitOrder) -> None:
