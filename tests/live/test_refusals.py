@@ -47,6 +47,7 @@ from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps
 from chainmerge.storage.errors import WriteFailed
 from tests.support.live_scenario import (
     DISK,
+    MIB,
     LiveScenario,
     assert_closed_right,
     build,
@@ -421,6 +422,34 @@ def test_the_guest_is_slowed_down_and_let_go_again(tmp_path: Path) -> None:
         scenario.top.unlink()
         vm.quit()
     assert_closed_right(scenario, guest)
+
+
+@pytest.mark.parametrize(
+    ("before", "reads", "writes"),
+    [
+        ({"bps": 0}, 0, 4 * MIB),
+        ({"bps": 2 * MIB}, 2 * MIB, 2 * MIB),
+        ({"bps": 8 * MIB, "bps_max": 9 * MIB, "bps_max_length": 5}, 8 * MIB, 4 * MIB),
+        ({"bps": 0, "bps_rd": 3 * MIB, "bps_wr": MIB}, 3 * MIB, MIB),
+        ({"bps_wr": 8 * MIB, "bps_wr_max": 9 * MIB, "bps_wr_max_length": 5}, 0, 4 * MIB),
+        ({"bps_rd": 8 * MIB, "bps_rd_max": 9 * MIB, "bps_rd_max_length": 5}, 8 * MIB, 4 * MIB),
+    ],
+    ids=str,
+)
+def test_nobody_is_given_more_by_being_slowed_down(
+    vm: LiveTestVm, before: dict[str, int], reads: int, writes: int
+) -> None:
+    unlimited = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    vm.monitor.execute("block_set_io_throttle", {"id": QDEV, **unlimited, **before})
+    with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+        limits = disk.disk_limits()
+        disk.limit_disk(limits.slowed_to(4 * MIB))
+        slower = disk.disk_limits().limits
+        assert (slower["bps"], slower["bps_rd"], slower["bps_wr"]) == (0, reads, writes)
+        bursts = max(before.get(name, 0) for name in ("bps_max", "bps_rd_max"))
+        assert slower.get("bps_rd_max", 0) == bursts
+        disk.limit_disk(limits)
+        assert disk.disk_limits().limits == limits.limits
 
 
 @pytest.mark.parametrize("direction", ["commit", "pull"])
