@@ -96,6 +96,7 @@ def obstacles_to_pull(
         reason = "libvirt pulls into the active image alone"
         yield LiveUnsuited(vm.name, str(live.target.chain.top.path), reason)
     yield from _subclusters(vm, live)
+    yield from _hides_what_is_below(vm, live)
     yield from left_writable(vm, live)
     yield from _other_users(vm, live)
     pulled = live.nodes[live.target.base_index : -1]
@@ -121,6 +122,25 @@ def _subclusters(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]
         reason = (
             f"it has extended L2 entries, and QEMU {'.'.join(map(str, version))} can crash when "
             "it copies into such an image; QEMU 8.2 and newer do not"
+        )
+        yield LiveUnsuited(vm.name, str(top.path), reason)
+
+
+def _hides_what_is_below(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """The image right below top ends before both it and what it is to stand on.
+
+    It hides what lies below behind its end, by zeros. QEMU's ``block-stream`` (7.2 to 10.0) takes
+    everything there for done ("end of backing file has been reached") and puts none into top.
+    """
+    first = live.target.base_index
+    if not first:
+        return
+    images = live.target.chain.images
+    onto, hiding, top = images[first - 1], images[-2], images[-1]
+    if hiding.virtual_size < min(onto.virtual_size, top.virtual_size):
+        reason = (
+            f"the disk of {hiding.path} ends at byte {hiding.virtual_size} and hides what "
+            f"{onto.path} has behind that: QEMU would have it show"
         )
         yield LiveUnsuited(vm.name, str(top.path), reason)
 
