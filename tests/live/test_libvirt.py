@@ -29,6 +29,7 @@ from tests.support.cli import chainmerge, environment
 from tests.support.domain_vm import TARGET, TestDomain, let_die, running_domain
 from tests.support.dying import random_moments
 from tests.support.live_scenario import (
+    DISK,
     LiveScenario,
     assert_closed_safe,
     assert_same_clusters,
@@ -36,7 +37,7 @@ from tests.support.live_scenario import (
     leftovers,
     stored_bits,
 )
-from tests.support.qemu import create
+from tests.support.qemu import create, qemu_io
 
 if TYPE_CHECKING:
     from chainmerge.documents.progress import ProgressEvent
@@ -253,6 +254,17 @@ def test_a_guest_that_cannot_be_slowed_down(tmp_path: Path, uri: str) -> None:
         assert vm.jobs() == []
         vm.quit()
     assert leftovers(scenario) == []
+
+
+def test_a_pivot_waits_until_libvirt_takes_the_job_for_ready(tmp_path: Path, uri: str) -> None:
+    base = create(tmp_path / "base.qcow2", DISK)
+    top = create(tmp_path / "top.qcow2", backing=base)
+    qemu_io(top, f"write -q -P 1 0 {DISK}")
+    with running_domain(tmp_path / "vm", uri, [base, top]) as vm, vm.disk() as disk:
+        active, below = disk.layout().chain()
+        disk.start_commit(active, below, DISK // 3)
+        disk.pivot()
+        assert vm.chain() == [base.name]
 
 
 def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(

@@ -52,6 +52,9 @@ _LIMITS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 _DEFAULT_GRANULARITY: Final = 1 << 16
+# The guest is suspended meanwhile.
+_LOOKS_FOR_READINESS: Final = 100
+_SECONDS_BETWEEN_LOOKS: Final = 0.1
 
 
 class DomainJobKind(StrEnum):
@@ -464,9 +467,23 @@ class DomainDisk:
         return False
 
     def pivot(self) -> None:
-        """Have the domain go on with base; returns when it does."""
-        flag = self._connection.library.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
-        self._ask("virDomainBlockJobAbort", lambda: self._domain.blockJobAbort(self._disk, flag))
+        """Have the domain go on with base; returns when it does.
+
+        That its job is ready libvirt hears some time after everything has been copied.
+        """
+        library = self._connection.library
+        flag = library.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+        for looks_left in reversed(range(_LOOKS_FOR_READINESS)):
+            try:
+                self._ask(
+                    "virDomainBlockJobAbort", lambda: self._domain.blockJobAbort(self._disk, flag)
+                )
+            except VmRefused as refused:
+                if not looks_left or _code_of(refused) != library.VIR_ERR_BLOCK_COPY_ACTIVE:
+                    raise
+                self.wait_for_event(_SECONDS_BETWEEN_LOOKS)
+            else:
+                return
 
     def cancel(self) -> None:
         """End the job, with nothing taking effect."""
