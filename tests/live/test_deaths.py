@@ -14,6 +14,7 @@ import pytest
 
 import chainmerge
 from chainmerge import live
+from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError, ExitCode
 from chainmerge.live.errors import NothingUnfinished, VmLost
 from chainmerge.merging.errors import LeftoverInUse
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chainmerge.documents.merge import MergeReport
+    from chainmerge.documents.progress import ProgressEvent
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -91,6 +93,68 @@ def test_a_manager_that_was_killed_is_run_again(
         assert vm.jobs() == []
         assert vm.chain() == [scenario.result.name, "base.qcow2"][: 1 if scenario.is_active else 2]
         assert not any(path.exists() for path in scenario.merged)
+        vm.quit()
+    assert_closed_right(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+class Killed(BaseException):
+    """Nothing is done about it, as about a signal that ends the process."""
+
+
+def be_killed() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+def test_a_merge_goes_on_as_fast_as_it_is_told_then(tmp_path: Path, direction: str) -> None:
+    base = create(tmp_path / "base", DISK)
+    top = create(tmp_path / "top", backing=base)
+    qemu_io(base, f"write -q -P 1 0 {DISK}")
+    qemu_io(top, f"write -q -P 2 0 {DISK // 2}")
+    slow = LiveOptions(direction=direction, bandwidth=1 << 20)  # type: ignore[arg-type]
+    speeds: list[int] = []
+    with running_vm(tmp_path / "vm", [base, top, create(tmp_path / "leaf", backing=top)]) as vm:
+
+        def killed_at_copy(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY:
+                raise Killed
+
+        def look(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY and event.total:
+                speeds.extend(job["speed"] for job in vm.execute("query-block-jobs"))
+
+        with vm.disk() as disk:
+            with pytest.raises(Killed):
+                live.merge(disk, top, options=slow, on_progress=killed_at_copy)
+            live.resume(disk, LiveOptions(bandwidth=8 << 20), on_progress=look)
+        vm.quit()
+    assert set(speeds) == {8 << 20}
+
+
+@pytest.mark.parametrize("command", ["resume", "merge"])
+def test_a_node_that_was_closed_by_then_leads_to_the_disk_still(
+    tmp_path: Path, command: str
+) -> None:
+    scenario = build(tmp_path / "chain", 5, levels=2, active=True)
+    options = LiveOptions(delete=True)
+    with running_vm(tmp_path / "vm", scenario.images) as vm:
+
+        def disk() -> live.QmpVm:
+            return live.QmpVm(str(vm.qmp), node="image2")
+
+        with Guest(vm, 5, DISK) as guest:
+            with disk() as first:
+                dying = DyingVm(first, 0, "after", be_killed, name_of_call="forget_node")
+                with pytest.raises(Killed):
+                    live.merge(dying, scenario.top, scenario.base, options=options)
+            with disk() as again:
+                (unfinished,) = live.status(again).merges
+                assert unfinished.merged
+                if command == "resume":
+                    live.resume(again)
+                else:
+                    live.merge(again, scenario.top, scenario.base, options=options)
         vm.quit()
     assert_closed_right(scenario, guest)
     assert leftovers(scenario) == []

@@ -21,12 +21,15 @@ from chainmerge.live.errors import (
     VmRefused,
 )
 from chainmerge.options import LiveOptions
+from chainmerge.records.live_journal import LiveJournal, LiveState, enter
+from chainmerge.storage.errors import WriteFailed
 from tests.conftest import SOAK
 from tests.live.test_deaths import assert_merged_cold
 from tests.support.cli import chainmerge, environment
 from tests.support.domain_vm import TARGET, TestDomain, let_die, running_domain
 from tests.support.dying import random_moments
 from tests.support.live_scenario import (
+    DISK,
     LiveScenario,
     assert_closed_safe,
     assert_same_clusters,
@@ -34,7 +37,7 @@ from tests.support.live_scenario import (
     leftovers,
     stored_bits,
 )
-from tests.support.qemu import create
+from tests.support.qemu import create, qemu_io
 
 if TYPE_CHECKING:
     from chainmerge.documents.progress import ProgressEvent
@@ -250,6 +253,41 @@ def test_a_guest_that_cannot_be_slowed_down(tmp_path: Path, uri: str) -> None:
         assert vm.chain() == [path.name for path in reversed(scenario.images)]
         assert vm.jobs() == []
         vm.quit()
+    assert leftovers(scenario) == []
+
+
+def test_a_pivot_waits_until_libvirt_takes_the_job_for_ready(tmp_path: Path, uri: str) -> None:
+    base = create(tmp_path / "base.qcow2", DISK)
+    top = create(tmp_path / "top.qcow2", backing=base)
+    qemu_io(top, f"write -q -P 1 0 {DISK}")
+    with running_domain(tmp_path / "vm", uri, [base, top]) as vm, vm.disk() as disk:
+        active, below = disk.layout().chain()
+        disk.start_commit(active, below, DISK // 3)
+        disk.pivot()
+        assert vm.chain() == [base.name]
+
+
+def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = build(tmp_path / "chain", 8, levels=1, active=True)
+
+    def full_at_the_switch(journal: LiveJournal, state: LiveState) -> LiveJournal:
+        if state is LiveState.SWITCHING:
+            raise WriteFailed(str(scenario.base), 0, 0, "No space left on device")
+        return enter(journal, state)
+
+    monkeypatch.setattr("chainmerge.live.driver.enter", full_at_the_switch)
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        with vm.guest(8) as guest, vm.disk() as disk:
+            with pytest.raises(WriteFailed):
+                live.merge(disk, scenario.top)
+            assert not vm.is_suspended()
+            guest.wait_for(len(guest.journal) + 5)
+            monkeypatch.undo()
+            live.resume(disk)
+        vm.quit()
+    assert_closed_safe(scenario, guest)
     assert leftovers(scenario) == []
 
 

@@ -134,3 +134,19 @@ def test_a_killed_merge_is_carried_on_under_the_lock(scene: Scene, again: str) -
             live.merge(disk, scene.top, access=scene.access)
     assert [line.split()[0] for line in scene.asked] == ["lock", "lock", "unlock"]
     assert scene.vm.chain() == [scene.base.name]
+
+
+def test_what_goes_on_in_the_vm_stays_locked_whatever_went_wrong(scene: Scene) -> None:
+    def fail(event: ProgressEvent) -> None:
+        if event.stage == "copy":
+            raise RuntimeError
+
+    with scene.vm.disk() as disk:
+        with pytest.raises(RuntimeError):
+            live.merge(
+                disk, scene.top, None, scene.access, LiveOptions(bandwidth=MIB), on_progress=fail
+            )
+        assert scene.vm.jobs() == ["running"]
+        assert [line.split()[0] for line in scene.asked] == ["lock"]
+        live.resume(disk, lock_command=str(scene.program))
+    assert [line.split()[0] for line in scene.asked] == ["lock", "lock", "unlock"]

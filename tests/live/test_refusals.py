@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 
+import chainmerge
 from chainmerge import live
 from chainmerge.chain.unseen_users import UsersUnknown
 from chainmerge.documents.progress import Stage
@@ -18,9 +20,11 @@ from chainmerge.live.errors import (
     LiveImageInUse,
     LiveJobRunning,
     LiveMergeDriven,
+    LiveMergeFailed,
     LiveMergeStalled,
     LiveNotStarted,
     LiveOtherChildren,
+    LiveUnsuited,
     NoSuchDisk,
     NothingUnfinished,
     NotInVm,
@@ -28,6 +32,7 @@ from chainmerge.live.errors import (
     VmUnreachable,
 )
 from chainmerge.live.sole_manager import sole_manager
+from chainmerge.merging.errors import MergeUnfinished
 from chainmerge.options import Access, LiveOptions
 from chainmerge.planning.errors import BaseHasOtherChildren
 from chainmerge.records.identity import identify
@@ -42,6 +47,7 @@ from chainmerge.records.saved_bitmaps import SavedBitmaps, save_bitmaps
 from chainmerge.storage.errors import WriteFailed
 from tests.support.live_scenario import (
     DISK,
+    MIB,
     LiveScenario,
     assert_closed_right,
     build,
@@ -53,6 +59,7 @@ from tests.support.live_vm import (
     Guest,
     LiveTestVm,
     one_drive,
+    running_qemu,
     running_vm,
     separate_nodes,
 )
@@ -246,7 +253,62 @@ def test_a_node_leads_to_the_disk(vm: LiveTestVm) -> None:
             assert disk.graph().root == "image2"
 
 
+@pytest.mark.parametrize("part", [{"offset": 1 << 20}, {"offset": 0, "size": 1 << 20}], ids=str)
+def test_a_base_in_the_middle_of_its_file(tmp_path: Path, part: dict[str, int]) -> None:
+    """Undone, or merged once the VM has ended, it would be read from another place on."""
+    base = create(tmp_path / "base", DISK, fmt="raw")
+    top = create(tmp_path / "top", DISK, backing=base, backing_format="raw")
+
+    def command_line(images: Sequence[Path]) -> list[str]:
+        options = separate_nodes(images)
+        raw = {"driver": "raw", "node-name": "image0", "file": "file0", "read-only": True, **part}
+        return [json.dumps(raw) if '"image0", "read-only"' in one else one for one in options]
+
+    with running_vm(tmp_path / "vm", [base, top], command_line) as vm, vm.disk() as disk:
+        with pytest.raises(LiveChainDiffers, match="middle"):
+            live.merge(disk, top)
+        assert vm.jobs() == []
+
+
+def test_an_active_image_that_nobody_uses(tmp_path: Path) -> None:
+    """The job would have nobody to move over to base."""
+    base = create(tmp_path / "base", DISK)
+    top = create(tmp_path / "top", backing=base)
+    *nodes, _device, _disk = separate_nodes([base, top])
+    with running_qemu(tmp_path / "vm", nodes) as vm:
+        with live.QmpVm(str(vm.qmp), node="image1") as disk, pytest.raises(LiveUnsuited):
+            live.merge(disk, top)
+        assert vm.jobs() == []
+
+
 # Undone
+
+
+def test_a_disk_that_is_unplugged_meanwhile(tmp_path: Path) -> None:
+    """What was begun is no misuse; by the node that is left it is undone."""
+    scenario = build(tmp_path / "chain", 5, levels=2, active=True)
+    slot = ["-device", "pcie-root-port,id=upper"]
+    *nodes, device, disk0 = separate_nodes(scenario.images)
+    with running_qemu(tmp_path / "vm", [*slot, *nodes, device, f"{disk0},bus=upper"]) as vm:
+
+        def unplug(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY and vm.execute("query-block"):
+                vm.execute("device_del", id=DEVICE)
+                # The guest has not to agree any more.
+                vm.execute("system_reset")
+                vm.execute("cont")
+                while vm.execute("query-block"):
+                    pass
+
+        with vm.disk() as disk, pytest.raises(MergeUnfinished, match="no disk"):
+            live.merge(disk, scenario.top, scenario.base, on_progress=unplug)
+        with live.QmpVm(str(vm.qmp), node="image2") as disk, pytest.raises(LiveMergeFailed):
+            live.resume(disk)
+        assert vm.jobs() == []
+        vm.quit()
+    assert content(scenario.top) == scenario.before
+    assert leftovers(scenario) == []
+    assert stored_bits(scenario.base)["everywhere"]
 
 
 @dataclass
@@ -360,6 +422,60 @@ def test_the_guest_is_slowed_down_and_let_go_again(tmp_path: Path) -> None:
         scenario.top.unlink()
         vm.quit()
     assert_closed_right(scenario, guest)
+
+
+@pytest.mark.parametrize(
+    ("before", "reads", "writes"),
+    [
+        ({"bps": 0}, 0, 4 * MIB),
+        ({"bps": 2 * MIB}, 2 * MIB, 2 * MIB),
+        ({"bps": 8 * MIB, "bps_max": 9 * MIB, "bps_max_length": 5}, 8 * MIB, 4 * MIB),
+        ({"bps": 0, "bps_rd": 3 * MIB, "bps_wr": MIB}, 3 * MIB, MIB),
+        ({"bps_wr": 8 * MIB, "bps_wr_max": 9 * MIB, "bps_wr_max_length": 5}, 0, 4 * MIB),
+        ({"bps_rd": 8 * MIB, "bps_rd_max": 9 * MIB, "bps_rd_max_length": 5}, 8 * MIB, 4 * MIB),
+    ],
+    ids=str,
+)
+def test_nobody_is_given_more_by_being_slowed_down(
+    vm: LiveTestVm, before: dict[str, int], reads: int, writes: int
+) -> None:
+    unlimited = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    vm.monitor.execute("block_set_io_throttle", {"id": QDEV, **unlimited, **before})
+    with live.QmpVm(str(vm.qmp), device=DEVICE) as disk:
+        limits = disk.disk_limits()
+        disk.limit_disk(limits.slowed_to(4 * MIB))
+        slower = disk.disk_limits().limits
+        assert (slower["bps"], slower["bps_rd"], slower["bps_wr"]) == (0, reads, writes)
+        bursts = max(before.get(name, 0) for name in ("bps_max", "bps_rd_max"))
+        assert slower.get("bps_rd_max", 0) == bursts
+        disk.limit_disk(limits)
+        assert disk.disk_limits().limits == limits.limits
+
+
+@pytest.mark.parametrize("direction", ["commit", "pull"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_bitmap_in_memory_that_has_the_name_of_a_stored_one(
+    tmp_path: Path, levels: int, direction: str
+) -> None:
+    """The stored one would be united with it and lost; or it would be taken for the stored one."""
+    images = [create(tmp_path / "0.qcow2", DISK)]
+    for number in range(1, levels + 1):
+        images.append(create(tmp_path / f"{number}.qcow2", backing=images[-1]))
+    base, top = images[:2]
+    result, holder = (base, top) if direction == "commit" else (top, base)
+    for image in (holder, *images[2:]):
+        chainmerge.bitmaps_add(image, "checkpoint")
+    options = LiveOptions(direction=direction)  # type: ignore[arg-type]
+    with running_vm(tmp_path / "vm", images) as vm, vm.disk() as disk:
+        node = f"image{images.index(result)}"
+        vm.execute("block-dirty-bitmap-add", node=node, name="checkpoint", persistent=False)
+        with pytest.raises(LiveUnsuited, match="in memory alone"):
+            live.merge(disk, top, options=options)
+        vm.execute("block-dirty-bitmap-remove", node=node, name="checkpoint")
+        live.merge(disk, top, options=options)
+        vm.quit()
+    if direction == "commit":
+        assert stored_bits(base).keys() == {"checkpoint"}
 
 
 def test_a_base_in_another_directory_that_others_may_use(tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import chainmerge
 from chainmerge import live
 from chainmerge.documents.merge import MergeOutcome
 from chainmerge.documents.progress import Stage
 from chainmerge.errors import Interrupted
 from chainmerge.live.errors import LiveMergeFailed, LiveUnsuited, VmRefused
-from chainmerge.options import LiveOptions
+from chainmerge.options import Access, LiveOptions
 from tests.support.domain_vm import running_domain
 from tests.support.live_scenario import DISK, assert_closed_safe, build, leftovers
 from tests.support.live_vm import running_vm
+from tests.support.qemu import content, create, qemu_io
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,12 +112,13 @@ def test_a_merge_of_libvirt_that_ends_before_it_is_cancelled_is_done(
     assert leftovers(scenario) == []
 
 
-def stop_an_active_merge(disk: live.LiveDisk, top: Path) -> None:
+def stop_an_active_merge(disk: live.LiveDisk, top: Path, access: Access | None = None) -> None:
     watch = StopAtCopy()
     with pytest.raises(Interrupted):
         live.merge(
             disk,
             top,
+            access=access,
             options=LiveOptions(bandwidth=1 << 20),
             on_progress=watch.on_progress,
             should_stop=watch.should_stop,
@@ -134,6 +137,24 @@ def test_an_active_merge_that_was_undone_costs_no_checkpoint(tmp_path: Path, sta
         assert kept == {"everywhere", "in-top"}
         vm.quit()
     assert_closed_safe(scenario, guest)
+
+
+def test_a_data_file_is_written_to_after_an_active_merge_that_was_undone(tmp_path: Path) -> None:
+    """Base is read-only again, and the file that has its data is the one that it had."""
+    data = tmp_path / "data"
+    base = create(tmp_path / "base.qcow2", DISK, data_file=str(data))
+    top = create(tmp_path / "top.qcow2", backing=base)
+    for image in (base, top):
+        chainmerge.bitmaps_add(image, "checkpoint")
+    qemu_io(base, "write -q -P 1 0 8M")
+    qemu_io(top, "write -q -P 2 4M 40M")
+    access, before = Access(allow_data_file=(str(data),)), content(top)
+    with running_vm(tmp_path / "vm", [base, top]) as vm:
+        with vm.disk() as disk:
+            stop_an_active_merge(disk, top, access)
+            live.merge(disk, top, access=access)
+        vm.quit()
+    assert content(base) == before
 
 
 def test_a_base_that_was_left_writable_is_not_merged_into_beside_the_guest(

@@ -308,8 +308,7 @@ class LiveDriver(ABC, Generic[DiskT]):
         now = self.disk.disk_limits()
         if self.journal.limits is None:
             self.note(limits=SavedLimits(dict(now.limits), now.group))
-        slower = {**now.limits, "bps_wr": limit, "bps": 0, "bps_max": 0, "bps_wr_max": 0}
-        self.disk.limit_disk(DiskLimits(slower, now.group))
+        self.disk.limit_disk(now.slowed_to(limit))
 
     # What went wrong
 

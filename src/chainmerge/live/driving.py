@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from chainmerge.errors import Refused
-from chainmerge.live.errors import LiveNotStarted, VmUnreachable
+from chainmerge.live.errors import LiveNotStarted, NoSuchDisk, VmUnreachable
 from chainmerge.live.libvirt.commit_driver import DomainCommitDriver
 from chainmerge.live.libvirt.disk import DomainDisk
 from chainmerge.live.libvirt.pull_driver import DomainPullDriver
@@ -75,7 +75,7 @@ def _carried_on(driver: LiveDriver[Any]) -> LiveOutcome:
         return _ended(driver)
     except LiveNotStarted:
         raise
-    except Refused as refused:
+    except (Refused, NoSuchDisk) as refused:
         raise MergeUnfinished(driver.top, refused.sentence) from refused
 
 

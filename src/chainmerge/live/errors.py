@@ -240,9 +240,11 @@ class LiveUnsuited(Refused):
     hint: ClassVar[str] = "stop the VM and use `chainmerge merge`"
     explanation: ClassVar[str] = (
         "A running QEMU cannot resize an image that has inconsistent bitmaps, merge bitmaps of "
-        "disks of different sizes, or handle names that are not valid UTF-8; and when it enlarges "
+        "disks of different sizes, keep a stored bitmap beside one of its name in memory, or "
+        "handle names that are not valid UTF-8; and when it enlarges "
         "base to the size of top, the guest sees what base's storage holds beyond the old end. "
-        "Before version 8.2 it cannot pull into an image with extended L2 entries; libvirt pulls "
+        "Before version 8.2 it cannot pull into an image with extended L2 entries; none pulls up "
+        "what an image hides behind its end of a longer one below it; libvirt pulls "
         "into the active image alone. A merge of closed images has none of these limits. Do not "
         "enlarge base by other means."
     )

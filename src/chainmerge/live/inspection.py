@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from chainmerge.arithmetic.counting import counted
 from chainmerge.bitmaps.rules import BitmapState, LayerBitmaps, Occurrence
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from chainmerge.errors import ChainmergeError
     from chainmerge.live.port import InspectedVm
     from chainmerge.options import Access
+
+WITHOUT_GUEST: Final = "no device of the guest uses it, nor anything else that could move to base"
 
 
 def locate(vm: InspectedVm, top: Path, base: Path | None, access: Access) -> LiveTarget:
@@ -92,6 +94,10 @@ def _required_path(vm: InspectedVm, node: BlockNode, graph: BlockGraph) -> Path:
         driver = "nothing" if node.file is None else graph.nodes[node.file].driver
         reason = f"node {node.name} lies in {driver}, which is not a plain file or block device"
         raise LiveUnsuited(vm.name, node.name, reason)
+    if node.reads_a_part:
+        # Closed, it would be read from another place on as well.
+        difference = f"the VM has {node.name} begin or end in the middle of {path}"
+        raise LiveChainDiffers(vm.name, difference)
     return path
 
 
@@ -174,11 +180,13 @@ def layers_of(live: LiveTarget, opened: OpenChain) -> tuple[LayerBitmaps, ...]:
 def obstacles(vm: InspectedVm, live: LiveTarget, opened: OpenChain) -> Iterator[ChainmergeError]:
     """What speaks against a merge in this VM, besides what speaks against any."""
     yield from left_writable(vm, live)
+    yield from _without_guest(vm, live)
     yield from _other_users(vm, live)
     yield from copied_before_write(vm, live, live.merged, live.merged_images)
     yield from _header_unchangeable(vm, live)
     yield from _other_images(vm, live)
     yield from bitmap_obstacles(vm, live, opened)
+    yield from namesakes(vm, live, live.base)
     yield from _size_obstacles(vm, live)
     yield from _end_obstacles(vm, live, opened)
 
@@ -233,6 +241,12 @@ def left_writable(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError
                 "bitmaps are on disk only when it is closed"
             )
             yield LiveUnsuited(vm.name, str(image.path), reason)
+
+
+def _without_guest(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """An active image that nobody uses: the job would have nobody to move over to base."""
+    if live.is_active and not live.graph.is_read(live.top):
+        yield LiveUnsuited(vm.name, str(live.target.chain.top.path), WITHOUT_GUEST)
 
 
 def _other_users(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
@@ -315,6 +329,23 @@ def bitmap_obstacles(
             yield LiveUnsuited(vm.name, path, reason)
         elif node.read_only and image.info.bitmaps_trusted:
             yield from _bitmap_differences(vm, node, bitmaps_of(image))
+
+
+def namesakes(vm: InspectedVm, live: LiveTarget, result: BlockNode) -> Iterator[ChainmergeError]:
+    """A bitmap of the result in memory alone that has the name of one that is stored.
+
+    A node has one bitmap of a name. What is kept would be united with one that is never stored, and
+    an image above that has the name would pass for a complete checkpoint afterwards.
+    """
+    merged = live.nodes[live.target.base_index :]
+    stored = {one.name for node in merged for one in node.bitmaps if one.persistent}
+    for bitmap in result.bitmaps:
+        if not bitmap.persistent and bitmap.name in stored:
+            reason = (
+                f"its bitmap {bitmap.name!r} is in memory alone, and another image that is merged "
+                "has one of that name that is stored"
+            )
+            yield LiveUnsuited(vm.name, _name_of(live, result.name), reason)
 
 
 def _bitmap_differences(

@@ -35,11 +35,13 @@ from chainmerge.records.request import recorded, resume_command_of
 from chainmerge.storage.other_hosts import held_by_this_host, shared_volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from chainmerge.documents.merge import MergeReport
     from chainmerge.documents.plan import MergePlan
     from chainmerge.live.target import LiveTarget
+    from chainmerge.records.identity import ImageIdentity
 
 
 def plan(
@@ -125,11 +127,9 @@ def merge(
     with advice_for_running_vm():
         live = locate(vm, Path(top), _path(base), access)
     begun: BegunMerge | None = None
+    result = identify(live.result(options).real_path)
     try:
-        with (
-            sole_manager(identify(live.result(options).real_path)),
-            held_by_this_host(live.images_written(options), access),
-        ):
+        with sole_manager(result), _held(result, live.images_written(options), access):
             with advice_for_running_vm():
                 decided = decided_merge(vm, live, options)
             request = recorded([top], [base or live.target.base.path], access, options, vm.address)
@@ -205,8 +205,25 @@ def _carry_on(
 ) -> MergeReport:
     """As :func:`resume`, of the merge that a journal tells of."""
     written = [Path(image.path) for image in journal.written]
-    with sole_manager(journal.result), held_by_this_host(written, access):
+    with sole_manager(journal.result), _held(journal.result, written, access):
         return drive(vm, journal, options, caller, None)
+
+
+def _held(
+    result: ImageIdentity, written: Iterable[Path], access: Access
+) -> AbstractContextManager[None]:
+    """Have the volumes that are *written* for this host, as long as the VM may write to them.
+
+    As long as there is a journal it may: whatever the error was, the job is the VM's.
+    """
+
+    def is_unfinished() -> bool:
+        try:
+            return load_live_journal(Path(result.path)) is not None
+        except ChainmergeError:
+            return True
+
+    return held_by_this_host(written, access, is_unfinished)
 
 
 def status(vm: LiveDisk) -> LiveStatusReport:

@@ -90,6 +90,7 @@ class BlockNode(Struct, frozen=True):
         users: Who uses it.
         bitmaps: Its named bitmaps.
         nameless_bitmaps: How many others it has, which belong to jobs and filters.
+        reads_a_part: Whether it begins or ends in the middle of its file.
     """
 
     name: str
@@ -102,6 +103,7 @@ class BlockNode(Struct, frozen=True):
     users: tuple[NodeUser, ...]
     bitmaps: tuple[NodeBitmap, ...]
     nameless_bitmaps: int = 0
+    reads_a_part: bool = False
 
     @property
     def is_filter(self) -> bool:
@@ -168,6 +170,10 @@ class BlockGraph(Struct, frozen=True):
             for user in node.users
             if self._filter_named(user) is None or user.name not in used
         )
+
+    def is_read(self, image: BlockNode) -> bool:
+        """Whether a device, an export or another node uses an image, and not a job alone."""
+        return any(user.kind is not UserKind.JOB for user in self.users_of(image))
 
     def has_filter_below(self, image: BlockNode) -> bool:
         """Whether a filter lies between an image and its backing file."""

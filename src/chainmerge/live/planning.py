@@ -361,7 +361,7 @@ def _journal(
     return LiveJournal(
         version=VERSION,
         address=list(vm.address),
-        job=f"chainmerge-{live.target.base.identity[1]:x}",
+        job=live.job_id(options),
         base=identify(live.target.base.real_path),
         overlays=[identify(image.real_path) for image in live.merged_images],
         above=None if above is None else identify(above.real_path),

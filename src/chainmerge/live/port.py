@@ -151,6 +151,24 @@ class DiskLimits(Struct, frozen=True):
     limits: Mapping[str, int]
     group: str | None = None
 
+    def slowed_to(self, rate: int) -> DiskLimits:
+        """The same for whoever writes at most *rate* bytes a second, and no more of anything.
+
+        A limit of reads and writes together becomes one of each: QEMU takes none beside it. Writes
+        have no bursts, and QEMU wants no length of them then.
+        """
+        total = self.limits.get("bps", 0)
+        slowest = min(one for one in (rate, total, self.limits.get("bps_wr", 0)) if one)
+        lengths = ("bps_max_length", "bps_wr_max_length")
+        slower = {name: value for name, value in self.limits.items() if name not in lengths}
+        if total:
+            for suffix in ("", "_max", "_max_length"):
+                slower[f"bps_rd{suffix}"] = self.limits.get(f"bps{suffix}", 0)
+            if not slower["bps_rd_max"]:
+                del slower["bps_rd_max_length"]
+        slower |= {"bps": 0, "bps_wr": slowest, "bps_max": 0, "bps_wr_max": 0}
+        return DiskLimits(slower, self.group)
+
 
 class GuestDisk(Struct, frozen=True):
     """A disk that the guest has.

@@ -9,7 +9,12 @@ from msgspec.structs import replace
 
 from chainmerge.bitmaps.rules import Decision, Fate, LayerBitmaps, decide
 from chainmerge.live.errors import LiveImageInUse, LiveNotWritable, LiveUnsuited
-from chainmerge.live.inspection import bitmap_obstacles, copied_before_write, left_writable
+from chainmerge.live.inspection import (
+    bitmap_obstacles,
+    copied_before_write,
+    left_writable,
+    namesakes,
+)
 from chainmerge.live.nodes import UserKind
 from chainmerge.options import Direction
 from chainmerge.planning.aftermath import new_backing
@@ -91,6 +96,7 @@ def obstacles_to_pull(
         reason = "libvirt pulls into the active image alone"
         yield LiveUnsuited(vm.name, str(live.target.chain.top.path), reason)
     yield from _subclusters(vm, live)
+    yield from _hides_what_is_below(vm, live)
     yield from left_writable(vm, live)
     yield from _other_users(vm, live)
     pulled = live.nodes[live.target.base_index : -1]
@@ -98,6 +104,7 @@ def obstacles_to_pull(
         vm, live, pulled, live.target.chain.images[-1 - len(pulled) : -1]
     )
     yield from bitmap_obstacles(vm, live, opened)
+    yield from namesakes(vm, live, live.top)
     yield from _uneven(vm, live, decisions)
     yield from _stripped_from_others(vm, live, decisions)
 
@@ -115,6 +122,25 @@ def _subclusters(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]
         reason = (
             f"it has extended L2 entries, and QEMU {'.'.join(map(str, version))} can crash when "
             "it copies into such an image; QEMU 8.2 and newer do not"
+        )
+        yield LiveUnsuited(vm.name, str(top.path), reason)
+
+
+def _hides_what_is_below(vm: InspectedVm, live: LiveTarget) -> Iterator[ChainmergeError]:
+    """The image right below top ends before both it and what it is to stand on.
+
+    It hides what lies below behind its end, by zeros. QEMU's ``block-stream`` (7.2 to 10.0) takes
+    everything there for done ("end of backing file has been reached") and puts none into top.
+    """
+    first = live.target.base_index
+    if not first:
+        return
+    images = live.target.chain.images
+    onto, hiding, top = images[first - 1], images[-2], images[-1]
+    if hiding.virtual_size < min(onto.virtual_size, top.virtual_size):
+        reason = (
+            f"the disk of {hiding.path} ends at byte {hiding.virtual_size} and hides what "
+            f"{onto.path} has behind that: QEMU would have it show"
         )
         yield LiveUnsuited(vm.name, str(top.path), reason)
 
@@ -204,7 +230,7 @@ def journal_of_pull(
 ) -> LiveJournal:
     """What there is to do in the VM."""
     target, first = live.target, live.target.base_index
-    top, backing = target.chain.top, new_backing(facts)
+    backing = new_backing(facts)
     tombstones = [
         TombstoneName(
             name=decision.name,
@@ -217,7 +243,7 @@ def journal_of_pull(
     return LiveJournal(
         version=VERSION,
         address=list(vm.address),
-        job=f"chainmerge-pull-{top.identity[1]:x}",
+        job=live.job_id(options),
         base=identify(target.base.real_path),
         overlays=[identify(image.real_path) for image in live.merged_images],
         above=None if live.is_active else identify(live.above[0].real_path),

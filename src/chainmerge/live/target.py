@@ -80,6 +80,15 @@ class LiveTarget(Struct, frozen=True):
         """The image that is written: base, or top in a pull."""
         return self.target.chain.top if options.pulls else self.target.base
 
+    def job_id(self, options: LiveOptions) -> str:
+        """What the VM is to call the job: by the image that is written, and by no other's name.
+
+        A file's number alone is that of a file on another file system as well.
+        """
+        device, number = self.result(options).identity
+        purpose = "pull-" if options.pulls else ""
+        return f"chainmerge-{purpose}{device:x}-{number:x}"
+
     def images_deleted(self, options: LiveOptions) -> tuple[ImageInfo, ...]:
         """The images that nothing is left to be read of, if they are to go."""
         if not options.delete:

@@ -135,6 +135,9 @@ class LiveJournal(msgspec.Struct, frozen=True):
     """What was asked for, where that is recorded."""
     direction: Direction = Direction.COMMIT
     onto: ImageIdentity | None = None
+    checkpoints: dict[str, str] = {}
+    """Checkpoints of other disks that libvirt is to know again, by their names, as it described
+    them: while it removes one of their bitmaps from this disk, it has them as this disk's alone."""
     base_format: str = ""
     """As what base is read, of a pull: afterwards neither the VM nor a header tells."""
 

@@ -16,7 +16,7 @@ from chainmerge.storage import lvm
 from chainmerge.storage.volume_errors import VolumeShared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from chainmerge.options import Access
@@ -25,8 +25,13 @@ _OR_BY_SITE = "or give the command by which your site locks volumes (--lock-comm
 
 
 @contextlib.contextmanager
-def held_by_this_host(images: Iterable[Path], access: Access) -> Iterator[None]:
+def held_by_this_host(
+    images: Iterable[Path], access: Access, goes_on: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Have the volumes of *images*, which are going to be written to, for this host alone.
+
+    *goes_on* is asked when the block ends with an error: whether another process writes to them
+    still.
 
     Raises:
         VolumeShared: another host may use one of them.
@@ -44,7 +49,7 @@ def held_by_this_host(images: Iterable[Path], access: Access) -> Iterator[None]:
     # Imported where it is used: most images lie in files.
     from chainmerge.storage.site_lock import locked_by_site  # noqa: PLC0415
 
-    with locked_by_site(access.lock_command, volumes):
+    with locked_by_site(access.lock_command, volumes, goes_on):
         yield
 
 

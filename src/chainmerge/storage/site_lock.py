@@ -15,17 +15,20 @@ from chainmerge.storage.lvm_process import in_one_line
 from chainmerge.storage.volume_errors import VolumeNotGivenBack, VolumeNotGranted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _MESSAGE_BYTES: Final = 4096
 
 
 @contextlib.contextmanager
-def locked_by_site(command: str, volumes: Sequence[str]) -> Iterator[None]:
+def locked_by_site(
+    command: str, volumes: Sequence[str], goes_on: Callable[[], bool]
+) -> Iterator[None]:
     """Have *volumes* locked for this host by *command* in the block.
 
-    They stay locked if the block ends with an error of what may go on, or with a kill: something
-    that was begun may still write to them then. Whoever finishes it locks them again.
+    They stay locked if the block ends with an error of what may go on, with any other one while
+    *goes_on*, or with a kill: something that was begun may still write to them then. Whoever
+    finishes it locks them again.
 
     Raises:
         VolumeNotGranted: they are not locked.
@@ -39,7 +42,7 @@ def locked_by_site(command: str, volumes: Sequence[str]) -> Iterator[None]:
         yield
     except BaseException as error:
         # What went wrong in the block is what has to be told.
-        if not (isinstance(error, ChainmergeError) and error.may_go_on):
+        if not (isinstance(error, ChainmergeError) and error.may_go_on) and not goes_on():
             _why_not(command, "unlock", volumes)
         raise
     kept = _why_not(command, "unlock", volumes)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -73,6 +74,34 @@ def test_a_qemu_that_is_gone(ends: tuple[socket.socket, socket.socket]) -> None:
         process.wait()
         with pytest.raises(QmpLost):
             qmp.execute("query-block-jobs")
+
+
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""},'
+    b' "capabilities": ["oob"]}}\r\n'
+)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"nonsense", b'"' + b"x" * (12 << 20) + b'"', b"[" * 100_000], ids=len
+)
+def test_an_answer_that_cannot_be_read(
+    ends: tuple[socket.socket, socket.socket], answer: bytes
+) -> None:
+    ours, theirs = ends
+
+    def answer_everything() -> None:
+        theirs.sendall(GREETING)
+        theirs.recv(4096)
+        theirs.sendall(b'{"return": {}}\r\n')
+        theirs.recv(4096)
+        # The other end hangs up in the middle of it.
+        with contextlib.suppress(OSError):
+            theirs.sendall(answer + b"\r\n")
+
+    threading.Thread(target=answer_everything, daemon=True).start()
+    with Qmp(ours, 10) as qmp, pytest.raises(QmpLost):
+        qmp.execute("query-jobs", None, 10)
 
 
 def test_nobody_greets(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -110,7 +110,8 @@ class Qmp:
             raise QmpRefused(str(refused)) from refused
         except TimeoutError as error:
             raise QmpLost(f"no answer within {seconds or 0:.0f} s") from error
-        except (QMPError, OSError, EOFError) as error:
+        except (QMPError, OSError, EOFError, ValueError, RecursionError) as error:
+            # The last two are of a line that is longer, or nested deeper, than can be read.
             raise QmpLost(str(error) or type(error).__name__) from error
 
     def _disconnect(self) -> None:

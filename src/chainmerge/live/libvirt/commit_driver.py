@@ -7,11 +7,13 @@ journal says that base is right from now on.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Final
 
 from chainmerge.documents.progress import Stage
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.errors import VmRefused
 from chainmerge.live.libvirt.disk import DomainJob, DomainJobKind
 from chainmerge.live.libvirt.driver import DomainDriver
@@ -56,11 +58,21 @@ class DomainCommitDriver(DomainDriver):
         if not self.disk.is_suspended():
             self.note(guest_to_resume=True)
             self.disk.suspend()
-        self._wait_until_caught_up()
-        self.enter_switching()
+        try:
+            self._wait_until_caught_up()
+            self.enter_switching()
+        except ChainmergeError:
+            self._wake_guest()
+            raise
         self.disk.pivot()
         self._let_guest_run()
         self.held_seconds = time.monotonic() - started
+
+    def _wake_guest(self) -> None:
+        """Have the guest go on with top. It does not wait for a journal that cannot be written."""
+        with contextlib.suppress(ChainmergeError):
+            if self.journal.guest_to_resume and self.disk.is_suspended():
+                self.disk.let_run()
 
     def _wait_until_caught_up(self) -> None:
         deadline = time.monotonic() + _SECONDS_TO_CATCH_UP

@@ -31,12 +31,14 @@ class DiskLayer(Struct, frozen=True):
         format: Its format, by QEMU's name.
         path: Where it lies; None where that is no path.
         protocol: What QEMU opens that with.
+        reads_a_part: Whether it begins or ends in the middle of its file.
     """
 
     target: str
     format: str
     path: Path | None
     protocol: str
+    reads_a_part: bool = False
 
     @property
     def protocol_node(self) -> str:
@@ -136,6 +138,7 @@ def _descend(disk: ET.Element, target: str) -> Iterator[DiskLayer]:
             image_format or "raw",
             None if path is None else Path(path),
             protocol,
+            source.find("slices") is not None,
         )
         at = at.find("backingStore")
         image_format = None if at is None else _attribute(at, "format", "type")
@@ -158,5 +161,34 @@ def checkpoint_description(name: str, disk: str) -> str:
 
 def has_bitmap_on(disk: str, checkpoint: str) -> bool:
     """Whether a checkpoint, by its description, has a bitmap on a disk."""
-    disks = ET.fromstring(checkpoint).findall("./disks/disk")  # noqa: S314  # libvirt's own
-    return any(one.get("name") == disk and one.get("checkpoint") == "bitmap" for one in disks)
+    return disk in _disks_with_bitmaps(ET.fromstring(checkpoint))  # noqa: S314  # libvirt's own
+
+
+def for_disk_alone(checkpoint: str, disk: str) -> str:
+    """The description of a checkpoint, as if it was one of *disk* alone."""
+    described = ET.fromstring(checkpoint)  # noqa: S314  # libvirt's own
+    name = described.findtext("name") or ""
+    disks = _disks_of_checkpoint(described)
+    disks.clear()
+    ET.SubElement(disks, "disk", name=disk, checkpoint="bitmap", bitmap=name)
+    return ET.tostring(described, encoding="unicode")
+
+
+def for_others_alone(checkpoint: str, disk: str) -> str | None:
+    """The description of a checkpoint, as if it was none of *disk*; None if it is of no other."""
+    described = ET.fromstring(checkpoint)  # noqa: S314  # libvirt's own
+    disks = _disks_of_checkpoint(described)
+    for one in disks.findall("disk"):
+        if one.get("name") == disk:
+            disks.remove(one)
+    return ET.tostring(described, encoding="unicode") if _disks_with_bitmaps(described) else None
+
+
+def _disks_of_checkpoint(described: ET.Element) -> ET.Element:
+    found = described.find("disks")
+    return ET.SubElement(described, "disks") if found is None else found
+
+
+def _disks_with_bitmaps(described: ET.Element) -> set[str | None]:
+    disks = described.findall("./disks/disk")
+    return {one.get("name") for one in disks if one.get("checkpoint") == "bitmap"}

@@ -24,6 +24,8 @@ from chainmerge.live.libvirt.description import (
     checkpoint_description,
     described_targets,
     disks_of,
+    for_disk_alone,
+    for_others_alone,
     has_bitmap_on,
     index_of,
     layer_above_protocol,
@@ -50,6 +52,9 @@ _LIMITS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 _DEFAULT_GRANULARITY: Final = 1 << 16
+# The guest is suspended meanwhile.
+_LOOKS_FOR_READINESS: Final = 100
+_SECONDS_BETWEEN_LOOKS: Final = 0.1
 
 
 class DomainJobKind(StrEnum):
@@ -147,6 +152,7 @@ class DomainDisk:
         layers = self._layers()
         job = self.block_job()
         users = () if job is None else (NodeUser(str(job.kind), UserKind.JOB, "backing"),)
+        guest = NodeUser(self._disk, UserKind.DEVICE, "root")
         nodes: dict[str, BlockNode] = {}
         for position, layer in enumerate(layers):
             below = layers[position + 1].target if position + 1 < len(layers) else None
@@ -168,7 +174,8 @@ class DomainDisk:
                 virtual_size=layer.virtual_size(),
                 backing=below,
                 file=protocol.name,
-                users=users,
+                reads_a_part=layer.reads_a_part,
+                users=users if position else (*users, guest),
             )
             nodes[protocol.name] = protocol
         return BlockGraph(nodes, layers[0].target)
@@ -262,43 +269,81 @@ class DomainDisk:
         return has_bitmap_on(self._disk, described)
 
     def passes(self, name: str) -> bool:
-        """Whether libvirt would take a backup since this checkpoint: its test of the chain."""
-        known = self._checkpoint(name)
-        library = self._connection.library
-        flags = library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
-        flags |= library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
-        described = (
-            checkpoint_description(name, self._disk) if known is None else known.getXMLDesc()
-        )
-        try:
-            made = self._ask(
-                "virDomainCheckpointCreateXML",
-                lambda: self._domain.checkpointCreateXML(described, flags),
-            )
-        except VmRefused as refused:
-            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
-                return False
-            raise
+        """Whether libvirt would take a backup of this disk since this checkpoint: by its own test.
+
+        A checkpoint can be one of other disks as well, and broken there alone.
+        """
+        known = self._described_checkpoint(name)
         if known is None:
-            self._ask(
-                "virDomainCheckpointDelete",
-                lambda: made.delete(library.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY),
-            )
+            made = self._validated(checkpoint_description(name, self._disk))
+            if made is not None:
+                self._forget_checkpoint(made)
+            return made is not None
+        if has_bitmap_on(self._disk, known):
+            if self._validated(known) is not None:
+                return True
+            if for_others_alone(known, self._disk) is None:
+                return False
+        if self._validated(for_disk_alone(known, self._disk)) is None:
+            return False
+        self.define_checkpoint(known)
         return True
 
-    def remove_everywhere(self, name: str) -> None:
-        """Remove a bitmap, and the checkpoint if there is one, from all images of the chain."""
+    def _validated(self, described: str) -> Any:
+        """Define a checkpoint if it passes libvirt's test; None, with nothing changed, if not."""
         library = self._connection.library
-        checkpoint = self._checkpoint(name)
-        if checkpoint is None:
-            described = checkpoint_description(name, self._disk)
-            checkpoint = self._ask(
-                "virDomainCheckpointCreateXML",
-                lambda: self._domain.checkpointCreateXML(
-                    described, library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
-                ),
-            )
-        self._ask("virDomainCheckpointDelete", checkpoint.delete)
+        try:
+            return self._defined(described, library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE)
+        except VmRefused as refused:
+            if _code_of(refused) == library.VIR_ERR_CHECKPOINT_INCONSISTENT:
+                return None
+            raise
+
+    def define_checkpoint(self, described: str) -> None:
+        """Have libvirt know a checkpoint as it is described; no bitmap is looked at."""
+        self._defined(described)
+
+    def _defined(self, described: str, flags: int = 0) -> Any:
+        flags |= self._connection.library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE
+        return self._ask(
+            "virDomainCheckpointCreateXML",
+            lambda: self._domain.checkpointCreateXML(described, flags),
+        )
+
+    def _forget_checkpoint(self, checkpoint: Any) -> None:
+        """Have libvirt forget a checkpoint, whose bitmaps stay."""
+        flag = self._connection.library.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
+        self._ask("virDomainCheckpointDelete", lambda: checkpoint.delete(flag))
+
+    def checkpoint_of_others(self, name: str) -> str | None:
+        """A checkpoint as it is to be described once this disk has none of that name.
+
+        None where it is one of no other disk.
+        """
+        known = self._described_checkpoint(name)
+        return None if known is None else for_others_alone(known, self._disk)
+
+    def remove_everywhere(self, name: str) -> None:
+        """Remove a bitmap, and the checkpoint if there is one, from all images of the chain.
+
+        What the checkpoint is of other disks has to be defined again.
+        """
+        known = self._described_checkpoint(name)
+        alone = (
+            checkpoint_description(name, self._disk)
+            if known is None
+            else for_disk_alone(known, self._disk)
+        )
+        # libvirt removes the bitmaps of all disks that the checkpoint is of.
+        made = self._defined(alone)
+        self._ask("virDomainCheckpointDelete", made.delete)
+
+    def _described_checkpoint(self, name: str) -> str | None:
+        """How libvirt describes a checkpoint; None where it knows of none."""
+        known = self._checkpoint(name)
+        if known is None:
+            return None
+        return str(self._ask("virDomainCheckpointGetXMLDesc", known.getXMLDesc))
 
     def _checkpoint(self, name: str) -> Any:
         """Libvirt's checkpoint; None where it knows of none."""
@@ -422,9 +467,23 @@ class DomainDisk:
         return False
 
     def pivot(self) -> None:
-        """Have the domain go on with base; returns when it does."""
-        flag = self._connection.library.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
-        self._ask("virDomainBlockJobAbort", lambda: self._domain.blockJobAbort(self._disk, flag))
+        """Have the domain go on with base; returns when it does.
+
+        That its job is ready libvirt hears some time after everything has been copied.
+        """
+        library = self._connection.library
+        flag = library.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+        for looks_left in reversed(range(_LOOKS_FOR_READINESS)):
+            try:
+                self._ask(
+                    "virDomainBlockJobAbort", lambda: self._domain.blockJobAbort(self._disk, flag)
+                )
+            except VmRefused as refused:
+                if not looks_left or _code_of(refused) != library.VIR_ERR_BLOCK_COPY_ACTIVE:
+                    raise
+                self.wait_for_event(_SECONDS_BETWEEN_LOOKS)
+            else:
+                return
 
     def cancel(self) -> None:
         """End the job, with nothing taking effect."""

@@ -114,6 +114,8 @@ class DomainDriver(LiveDriver[DomainDisk]):
         """Have everything as it was, but for the stale bitmaps."""
         self.enter(LiveState.UNDOING)
         self.let_guest_go()
+        with contextlib.suppress(VmRefused):
+            self._define_checkpoints_of_others()
         self.forget_records()
 
     def let_guest_go(self) -> None:
@@ -135,7 +137,18 @@ class DomainDriver(LiveDriver[DomainDisk]):
         there = self.disk.known_names()
         for name in self._names_to_remove():
             if name in there:
+                left = self.disk.checkpoint_of_others(name)
+                if left is not None:
+                    self.note(checkpoints={**self.journal.checkpoints, name: left})
                 self.disk.remove_everywhere(name)
+        self._define_checkpoints_of_others()
+
+    def _define_checkpoints_of_others(self) -> None:
+        """Have libvirt know again what it has forgotten with the bitmaps of this disk."""
+        for described in self.journal.checkpoints.values():
+            self.disk.define_checkpoint(described)
+        if self.journal.checkpoints:
+            self.note(checkpoints={})
 
     def _names_to_remove(self) -> tuple[str, ...]:
         """The names that go from all images of the chain.

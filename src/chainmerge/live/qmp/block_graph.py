@@ -7,6 +7,7 @@ Who uses which node is told by ``x-debug-query-block-graph`` (QEMU 4.0 and newer
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +26,8 @@ _USER_KINDS: Final[Mapping[str, UserKind]] = MappingProxyType(
         "block-backend": UserKind.DEVICE,
     }
 )
+
+_JSON: Final = "json:"
 
 
 class GraphEdges:
@@ -63,7 +66,19 @@ def block_node(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -
         users=tuple(edges.users[name]),
         bitmaps=tuple(_bitmaps_of(info)),
         nameless_bitmaps=sum(not one.get("name") for one in info.get("dirty-bitmaps", ())),
+        reads_a_part=_reads_a_part(info),
     )
+
+
+def _reads_a_part(info: dict[str, Any]) -> bool:
+    """Whether a raw node was given where in its file the image begins, or ends.
+
+    What does not follow from the file's name QEMU tells as JSON in its place.
+    """
+    if info["drv"] != "raw" or not info["file"].startswith(_JSON):
+        return False
+    given = json.loads(info["file"].removeprefix(_JSON))
+    return not given.keys().isdisjoint(("offset", "size"))
 
 
 def _bitmaps_of(info: dict[str, Any]) -> Iterator[NodeBitmap]:
@@ -158,7 +173,8 @@ def root_above(wanted: str, nodes: Mapping[str, BlockNode]) -> str:
     upper = _uppermost_above(wanted, nodes)
     graph = BlockGraph(nodes, upper)
     for image in graph.chain():
-        if any(user.kind is UserKind.DEVICE for user in graph.users_of(image)):
+        # A job stands on what it merges, and has a backend of its own on base.
+        if any(user.kind is not UserKind.NODE for user in graph.users_of(image)):
             return graph.uppermost_over(image).name
     return upper
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from chainmerge.documents.progress import Stage
 from chainmerge.errors import ChainmergeError
 from chainmerge.live.errors import LiveMergeFailed, VmRefused
+from chainmerge.live.inspection import WITHOUT_GUEST
 from chainmerge.live.port import CommitOrder, JobPhase
 from chainmerge.live.qmp.bitmap_actions import (
     disable_actions,
@@ -75,7 +76,10 @@ class CommitDriver(MonitorDriver):
         """From here to the end of the job the guest waits, if it writes to what is merged."""
         started = time.monotonic()
         self.announce(Stage.BITMAPS)
-        nodes = self.nodes()
+        graph = self.disk.layout()
+        nodes = self._nodes_in(graph)
+        if self.journal.is_active and not graph.is_read(nodes.active):
+            raise self.failed(WITHOUT_GUEST)
         try:
             self.disk.change_bitmaps(switch_actions(self.journal, nodes.result, nodes.merged))
         except VmRefused as refused:

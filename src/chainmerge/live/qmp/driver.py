@@ -47,6 +47,8 @@ class MonitorDriver(LiveDriver[LiveVm]):
     """How the job was at the last look."""
     _stuck_at: int | None = None
     _completing: bool = False
+    _is_paced: bool = False
+    """Whether the job goes as fast as this run was told, and not an earlier one."""
 
     def __post_init__(self) -> None:
         """Say what each step is."""
@@ -137,13 +139,21 @@ class MonitorDriver(LiveDriver[LiveVm]):
     def _release(self) -> None:
         self.stop_if_asked()
         if self._looked_at_job().phase is JobPhase.PAUSED:
-            self.disk.limit(self.journal.job, self.options.bandwidth)
+            self._pace()
             self.disk.resume(self.journal.job)
 
     def _follow(self) -> None:
         """One look at a job that copies, or at one that is ready and has been told to end."""
         self.announce(Stage.COPY)
+        if not self._is_paced:
+            # It may have come to its end in the meantime.
+            with contextlib.suppress(VmRefused):
+                self._pace()
         self.follow(self._looked_at_job())
+
+    def _pace(self) -> None:
+        self.disk.limit(self.journal.job, self.options.bandwidth)
+        self._is_paced = True
 
     def _make_room(self) -> None:
         """The volume is full: extend it, or find out that what was freed since is enough."""
@@ -159,7 +169,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
             raise self.failed(error.sentence) from error
         self._stuck_at = done
         self.stop_if_asked()
-        self.disk.limit(self.journal.job, self.options.bandwidth)
+        self._pace()
         self.disk.resume(self.journal.job)
         self._wait_while(JobPhase.PAUSED)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from chainmerge.errors import ChainmergeError
 from chainmerge.live.errors import NoSuchDisk, VmRefused
 from chainmerge.live.nodes import PLAIN_PROTOCOLS, BlockGraph, BlockNode
 from chainmerge.live.port import (
@@ -36,6 +37,7 @@ from chainmerge.live.qmp.block_graph import (
 from chainmerge.live.qmp.monitor import Monitor
 from chainmerge.live.qmp.named_nodes import query_nodes
 from chainmerge.live.qmp.qmp_schema import takes_argument
+from chainmerge.records.live_journal import load_live_journal
 from chainmerge.storage.writability import why_nobody_can_write
 
 if TYPE_CHECKING:
@@ -177,6 +179,7 @@ class QmpVm:
             # A merge of the active image closes it: the disk is known by those that are left.
             names = (self._node, *self._chain)
             known_node = next((name for name in names if name in nodes), None)
+            known_node = known_node or self._node_merged_into(nodes)
             if known_node is None:
                 raise NoSuchDisk(self.name, self._node, described_nodes(nodes))
             return root_above(known_node, nodes)
@@ -185,6 +188,18 @@ class QmpVm:
         if str(self._device) not in disks:
             raise NoSuchDisk(self.name, str(self._device), described_disks(told, nodes))
         return disks[str(self._device)]
+
+    def _node_merged_into(self, nodes: Mapping[str, BlockNode]) -> str | None:
+        """What is in the place of a node that an interrupted merge was given, and has closed."""
+        for name, node in nodes.items():
+            path = BlockGraph(nodes, name).path_of(node)
+            with contextlib.suppress(ChainmergeError):
+                journal = None if path is None else load_live_journal(path)
+                if journal is None or not journal.took_effect:
+                    continue
+                if journal.address[-2:] == ["--node", self._node]:
+                    return name
+        return None
 
     def why_not_writable(self, node: BlockNode) -> str | None:
         """Have QEMU open what the image lies in a second time, for writing, and close it again.
@@ -263,6 +278,9 @@ class QmpVm:
         }
         if info["drv"] == "qcow2":
             options["backing"] = children.get("backing")
+            if "data-file" in children:
+                # Left out, it is opened by its name once more, and can be written to no longer.
+                options["data-file"] = children["data-file"]
         self._monitor.execute("blockdev-reopen", {"options": [options]})
 
     def start_commit(self, order: CommitOrder) -> None:
