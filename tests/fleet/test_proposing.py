@@ -195,6 +195,21 @@ def test_the_disks_of_a_machine_are_one_job() -> None:
     assert machine.action == "merge"
 
 
+@pytest.mark.parametrize(("same", "jobs"), [(True, 1), (False, 2)])
+def test_images_of_two_storages_can_have_the_same_id(same: bool, jobs: int) -> None:
+    """Without a time of birth that is made of the number of the inode alone."""
+    ids: dict[str, Any] = {"base_id": "1" * 32, "image_ids": ("1" * 32, "2" * 32)}
+    plan = proposed(
+        host("h1", chain("a", places=("/nfs",), **ids), places=(FILES,)),
+        host(
+            "h2",
+            chain("b", places=("/nfs",), **ids),
+            places=(FILES if same else replace(FILES, id="nfs4 s:/y"),),
+        ),
+    )
+    assert [len(job.disks) for job in plan.jobs] == [1] * jobs
+
+
 @pytest.mark.parametrize(("disks", "images", "jobs"), [(8, 300, 2), (64, 300, 11), (70, 2, 2)])
 def test_however_long_its_chains_are_a_machine_has_jobs(disks: int, images: int, jobs: int) -> None:
     chains = [

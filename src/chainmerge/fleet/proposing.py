@@ -61,6 +61,15 @@ class _Candidate(Struct, frozen=True):
     chain: InventoryChain
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """The same on all hosts that report the chain.
+
+        On storages that keep no time of birth, images of two of them can have the same id.
+        """
+        places = {place.id for place in self.host.places if place.name in self.chain.places}
+        return (self.chain.base_id, frozenset(self.chain.image_ids), frozenset(places))
+
+    @property
     def rank(self) -> tuple[int, int, int, str, str]:
         """Sorts what is to be done first to the front.
 
@@ -168,11 +177,11 @@ def _one_host_each(candidates: Sequence[_Candidate]) -> Iterator[_Candidate]:
 
     The host that knows its virtual machine does it, else the one that has fewest jobs so far.
     """
-    by_image: dict[str | None, list[_Candidate]] = defaultdict(list)
+    by_identity: dict[object, list[_Candidate]] = defaultdict(list)
     for candidate in candidates:
-        by_image[candidate.chain.base_id].append(candidate)
+        by_identity[candidate.identity].append(candidate)
     jobs: Counter[str] = Counter()
-    for group in by_image.values():
+    for group in by_identity.values():
         chosen = min(
             group,
             key=lambda one: (one.chain.domain is None, jobs[one.host.host], one.host.host),
@@ -190,7 +199,7 @@ def _by_machine(candidates: Iterable[_Candidate], policy: FleetPolicy) -> list[l
     for one in candidates:
         machine = (one.host.host, one.chain.domain, one.chain.in_use)
         is_alone = one.chain.domain is None or policy.retention is not None
-        groups[one.chain.base_id if is_alone else machine].append(one)
+        groups[(one.host.host, one.chain.leaf) if is_alone else machine].append(one)
     return [portion for group in groups.values() for portion in _portions(group)]
 
 
