@@ -306,6 +306,8 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
         {"vg_uuid": "V", "lv_path": f"/dev/vg/disk-{number:02}", "lv_active": ""}
         for number in range(13)
     ]
+    # Of a pool that caches nothing, LVM tells a path that never exists.
+    rows.append({**rows[0], "lv_path": "/dev/vg/cache", "lv_layout": "cache,pool"})
     fake.break_command("lvs", 0, "", _report(rows))
     with loop_device(tmp_path / "behind", 8 * MIB) as base:
         device = base.stat().st_rdev

@@ -400,14 +400,22 @@ def inactive_volumes(image: str, vg_uuids: frozenset[str]) -> list[str]:
     Raises:
         LvmMissing, LvmFailed: there is no report.
     """
-    rows = rows_told(image, "lvs", "-o", "vg_uuid,lv_path,lv_active")
+    rows = rows_told(image, "lvs", "-o", "vg_uuid,lv_path,lv_active,lv_layout")
     return [
         row["lv_path"]
         for row in rows
         if row.get("vg_uuid", "").replace("-", "") in vg_uuids
-        and row.get("lv_path")
+        and _can_hold_an_image(row)
         and not row.get("lv_active")
     ]
+
+
+def _can_hold_an_image(row: Mapping[str, str]) -> bool:
+    """Whether a volume has a name in the file system when it is active.
+
+    Of a pool that caches nothing yet, LVM tells such a name, and cannot activate it (2.03).
+    """
+    return bool(row.get("lv_path")) and "pool" not in row.get("lv_layout", "").split(",")
 
 
 class ListedVolume(Struct, frozen=True):
@@ -445,8 +453,9 @@ def groups_with_volumes() -> list[str]:
 
 
 def _named_volumes(about: str) -> list[dict[str, str]]:
-    rows = rows_told(about, "lvs", *OF_ANY_HOST, "-o", "vg_name,lv_path,lv_active")
-    return [row for row in rows if row.get("lv_path")]
+    fields = "vg_name,lv_path,lv_active,lv_layout"
+    rows = rows_told(about, "lvs", *OF_ANY_HOST, "-o", fields)
+    return [row for row in rows if _can_hold_an_image(row)]
 
 
 def extend(image: str, volume: LogicalVolume, size: int) -> None:
