@@ -7,6 +7,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+from chainmerge.fleet.engine import MOST_CLAIMED
 from tests.support.fleet import is_merged, wait_until
 
 if TYPE_CHECKING:
@@ -72,3 +73,16 @@ def test_a_row_that_is_too_deep_holds_up_no_others(fleet: Fleet) -> None:
     host.start()
     assert fleet.wait_for_results(jobs, 20) == dict.fromkeys(jobs, "done")
     assert fleet.wait_for_results(rows, 20) == dict.fromkeys(rows, "rejected")
+
+
+def test_once_is_over_where_more_jobs_wait_than_can_be_claimed(fleet: Fleet) -> None:
+    host = fleet.host("h1", connect='""')
+    fleet.did("pause", "fleet")
+    fleet.submit(host.planned(host.chain("disk")))
+    fleet.execute(
+        "INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args)"
+        " SELECT queue_name, task_name, priority, args FROM procrastinate_jobs,"
+        f" generate_series(1, {MOST_CLAIMED})"
+    )
+    assert host.start("--once").wait(120) == 0
+    assert fleet.outcomes() == {}

@@ -29,7 +29,7 @@ ENGINE_VERSION: Final = "3.10.0"
 """Of the engine: the tables that :func:`migrate` makes are those of this one."""
 
 _TASK: Final = "chainmerge.fleet"
-_MOST_CLAIMED: Final = 1000
+MOST_CLAIMED: Final = 1000
 """Jobs that a host has in hand at most. They wait for leases, in the order of their priority."""
 _DEEPEST: Final = 20
 """Levels of JSON in a row; those of a record are fewer."""
@@ -312,7 +312,7 @@ async def _serve_once(
         app.run_worker_async(
             queues=[_queue_of(host)],
             name=host,
-            concurrency=_MOST_CLAIMED,
+            concurrency=MOST_CLAIMED,
             fetch_job_polling_interval=poll,
             # Cancelling is by a table of ours: the engine's way frees a job whose child writes.
             abort_job_polling_interval=_NEVER,

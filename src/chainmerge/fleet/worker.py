@@ -120,7 +120,8 @@ class Worker:
         if self._once:
             mine = engine.open_jobs_of(connection, self._host.name)
             # What has been refused its keys waits; whatever else is open runs, or has yet to ask.
-            if mine <= refused:
+            # More than can be claimed never ask while those wait.
+            if mine <= refused or len(refused) >= engine.MOST_CLAIMED:
                 self._loop.call_soon_threadsafe(self._stopping.set)
 
     def impossible(self, error: ChainmergeError) -> None:
