@@ -92,7 +92,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 def problem_of(line: str) -> str:
     """What the parser objects to in a command, which may leave out what is obvious; or nothing."""
-    rest = shlex.split(_A_FACT.sub("x", line))
+    rest = shlex.split(_A_FACT.sub("1", line))
     command: click.Command = main.cli
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         within = command.get_command(click.Context(command), rest[0])

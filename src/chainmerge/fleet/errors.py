@@ -70,7 +70,7 @@ class FleetNewer(FleetNotSetUp):
 
     code: ClassVar[str] = "fleet-newer"
     template: ClassVar[str] = "the database holds a fleet of a later version: {reason}"
-    hint: ClassVar[str] = "upgrade chainmerge on this machine"
+    hint: ClassVar[str] = "install that version on this machine"
     explanation: ClassVar[str] = (
         "Somebody has brought the fleet to a later version. To bring it back to this one would "
         "stop all workers that are of the later one, so `chainmerge fleet init` of this one "
