@@ -21,10 +21,10 @@ from chainmerge.live.errors import (
     VmRefused,
 )
 from chainmerge.options import LiveOptions
-from chainmerge.records.live_journal import LiveJournal, LiveState, enter
-from chainmerge.storage.errors import WriteFailed
+from chainmerge.records.live_journal import LiveJournal, LiveState, enter, load_live_journal
+from chainmerge.storage.errors import FlushFailed, WriteFailed
 from tests.conftest import SOAK
-from tests.live.test_deaths import assert_merged_cold
+from tests.live.test_deaths import Killed, assert_merged_cold
 from tests.support.cli import chainmerge, environment
 from tests.support.domain_vm import TARGET, TestDomain, let_die, running_domain
 from tests.support.dying import random_moments
@@ -289,6 +289,63 @@ def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(
         vm.quit()
     assert_closed_safe(scenario, guest)
     assert leftovers(scenario) == []
+
+
+def test_the_guest_does_not_go_on_with_top_while_the_journal_says_that_base_is_right(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal has its name already, and may not last. Should the VM die then, base is taken."""
+    scenario = build(tmp_path / "chain", 8, levels=1, active=True)
+
+    def not_made_durable(journal: LiveJournal, state: LiveState) -> LiveJournal:
+        entered = enter(journal, state)
+        if state is LiveState.SWITCHING:
+            raise FlushFailed(str(scenario.base), "Input/output error")
+        return entered
+
+    monkeypatch.setattr("chainmerge.live.driver.enter", not_made_durable)
+    with running_domain(tmp_path / "vm", uri, scenario.images) as vm:
+        with vm.guest(8) as guest, vm.disk() as disk:
+            with pytest.raises(FlushFailed):
+                live.merge(disk, scenario.top)
+            journal = load_live_journal(scenario.base)
+            assert journal is not None
+            assert not journal.took_effect
+            assert not vm.is_suspended()
+            monkeypatch.undo()
+            live.resume(disk)
+            guest.wait_for(len(guest.journal) + 5)
+        vm.quit()
+    assert_closed_safe(scenario, guest)
+    assert leftovers(scenario) == []
+
+
+def test_a_job_goes_on_as_fast_as_it_is_told_then(tmp_path: Path, uri: str) -> None:
+    base = create(tmp_path / "base", DISK)
+    top = create(tmp_path / "top", backing=base)
+    qemu_io(top, f"write -q -P 2 0 {DISK // 2}")
+    images = [base, top, create(tmp_path / "leaf", backing=top)]
+    speeds: list[int] = []
+    with running_domain(tmp_path / "vm", uri, images) as vm:
+
+        def killed_at_copy(event: ProgressEvent) -> None:
+            if event.stage is Stage.COPY and event.total:
+                raise Killed
+
+        def look(event: ProgressEvent) -> None:
+            flag = libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
+            if event.stage is Stage.COPY and event.total:
+                found = vm.domain.blockJobInfo(TARGET, flag)
+                speeds.extend([found["bandwidth"]] if found else [])
+
+        with vm.disk() as disk:
+            with pytest.raises(Killed):
+                live.merge(
+                    disk, top, options=LiveOptions(bandwidth=1 << 20), on_progress=killed_at_copy
+                )
+            live.resume(disk, LiveOptions(bandwidth=8 << 20), on_progress=look)
+        vm.quit()
+    assert set(speeds) == {8 << 20}
 
 
 def test_a_copy_that_does_not_catch_up_is_undone_if_that_is_asked_for(

@@ -270,6 +270,18 @@ def test_a_base_in_the_middle_of_its_file(tmp_path: Path, part: dict[str, int]) 
         assert vm.jobs() == []
 
 
+def test_a_raw_node_that_qemu_tells_more_of_than_it_can(tmp_path: Path) -> None:
+    """It cuts off at 4096 bytes what no file's name tells, and the rest is no JSON."""
+    base = create(tmp_path / "base", DISK)
+    top = create(tmp_path / "top", backing=base)
+    copies = [{"driver": "null-co", "size": DISK, "read-zeroes": True} for _ in range(128)]
+    many = {"driver": "quorum", "vote-threshold": 1, "children": copies}
+    with running_vm(tmp_path / "vm", [base, top]) as vm, vm.disk() as disk:
+        vm.execute("blockdev-add", **{"driver": "raw", "node-name": "other", "file": many})
+        live.merge(disk, top)
+        vm.quit()
+
+
 def test_an_active_image_that_nobody_uses(tmp_path: Path) -> None:
     """The job would have nobody to move over to base."""
     base = create(tmp_path / "base", DISK)

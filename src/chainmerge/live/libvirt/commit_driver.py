@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from chainmerge.documents.progress import Stage
@@ -17,7 +18,7 @@ from chainmerge.errors import ChainmergeError
 from chainmerge.live.errors import VmRefused
 from chainmerge.live.libvirt.disk import DomainJob, DomainJobKind
 from chainmerge.live.libvirt.driver import DomainDriver
-from chainmerge.records.live_journal import LiveState
+from chainmerge.records.live_journal import LiveState, load_live_journal, save_live_journal
 
 # With the guest suspended only what it had written already is to be copied.
 _SECONDS_TO_CATCH_UP: Final = 30.0
@@ -69,8 +70,15 @@ class DomainCommitDriver(DomainDriver):
         self.held_seconds = time.monotonic() - started
 
     def _wake_guest(self) -> None:
-        """Have the guest go on with top. It does not wait for a journal that cannot be written."""
+        """Have the guest go on with top. It does not wait for a journal that cannot be written.
+
+        It does for one that has its name, and may not last: as long as that says that base is
+        right, nobody may write to top.
+        """
         with contextlib.suppress(ChainmergeError):
+            written = load_live_journal(Path(self.result))
+            if written is not None and written.took_effect:
+                save_live_journal(self.journal)
             if self.journal.guest_to_resume and self.disk.is_suspended():
                 self.disk.let_run()
 

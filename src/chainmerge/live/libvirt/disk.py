@@ -456,6 +456,14 @@ class DomainDisk:
             lambda: self._domain.blockRebase(self._disk, onto.name, bandwidth or 0, flags),
         )
 
+    def limit_job(self, bandwidth: int | None) -> None:
+        """Have the disk's block job copy at most so many bytes a second; None for no limit."""
+        flag = self._connection.library.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+        self._ask(
+            "virDomainBlockJobSetSpeed",
+            lambda: self._domain.blockJobSetSpeed(self._disk, bandwidth or 0, flag),
+        )
+
     def _is_named_relatively(self, base: BlockNode) -> bool:
         """Whether all images above base name the next one without a directory's full path."""
         for layer in self._layers():

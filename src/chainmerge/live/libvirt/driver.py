@@ -43,6 +43,9 @@ class DomainDriver(LiveDriver[DomainDisk]):
     VM: ClassVar[str] = "the domain"
     TELLER: ClassVar[str] = "libvirt"
 
+    _is_paced: bool = False
+    """Whether the job goes as fast as this run was told, and not an earlier one."""
+
     def until_merged(self) -> None:
         try:
             self._merge()
@@ -179,14 +182,22 @@ class DomainDriver(LiveDriver[DomainDisk]):
                     self.headroom.widen()
                 extensions_before = now
                 self._start()
-                begun = True
+                begun = self._is_paced = True
                 continue
             if not self._is_ours(job):
                 raise self.failed(f"another block job ({job.kind}) runs on this disk")
             if self._is_caught_up(job):
                 self.copied = job.done
                 return
+            self._pace()
             self.follow(JobState(JobPhase.RUNNING, job.done, job.total))
+
+    def _pace(self) -> None:
+        if not self._is_paced:
+            # It may have come to its end in the meantime.
+            with contextlib.suppress(VmRefused):
+                self.disk.limit_job(self.options.bandwidth)
+            self._is_paced = True
 
     def _ended_early(self) -> LiveMergeFailed:
         """Libvirt does not tell why a job has failed."""
