@@ -193,7 +193,7 @@ class DomainDriver(LiveDriver[DomainDisk]):
             self.follow(JobState(JobPhase.RUNNING, job.done, job.total))
 
     def _pace(self) -> None:
-        if not self._is_paced:
+        if not self._is_paced and self.options.bandwidth is not None:
             # It may have come to its end in the meantime.
             with contextlib.suppress(VmRefused):
                 self.disk.limit_job(self.options.bandwidth)

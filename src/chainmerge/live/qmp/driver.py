@@ -145,7 +145,7 @@ class MonitorDriver(LiveDriver[LiveVm]):
     def _follow(self) -> None:
         """One look at a job that copies, or at one that is ready and has been told to end."""
         self.announce(Stage.COPY)
-        if not self._is_paced:
+        if not self._is_paced and self.options.bandwidth is not None:
             # It may have come to its end in the meantime.
             with contextlib.suppress(VmRefused):
                 self._pace()
