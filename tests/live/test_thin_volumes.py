@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chainmerge import live
+from chainmerge.live.errors import LiveMergeFailed
 from chainmerge.options import Access, LiveOptions
 from chainmerge.storage.volume_errors import ThinPoolFull
+from tests.live.test_refusals import read_only_for_good
 from tests.support.live_vm import running_vm
 from tests.support.lvm_images import MIB, Volumes, lvm_images, on_pool
 from tests.support.qemu import assert_clean, content, qemu_io
@@ -57,3 +59,16 @@ def test_a_pool_that_is_too_small_is_refused_or_extended(
     result = base if direction == "commit" else top
     assert content(result) == expected
     assert_clean(result)
+
+
+def test_a_pool_that_was_extended_for_a_job_that_did_not_begin(
+    volumes: Volumes, tmp_path: Path
+) -> None:
+    """Something was changed, so it is no refusal."""
+    base, top = on_pool(volumes, 10, 99.0)
+    with running_vm(tmp_path / "vm", [base, top], read_only_for_good) as vm, vm.disk() as disk:
+        options = LiveOptions(extend_pool=True)
+        with pytest.raises(LiveMergeFailed, match="read-only"):
+            live.merge(disk, top, base, access=DEVICES, options=options)
+        vm.quit()
+    assert len(volumes.lvm.calls("lvextend")) == 1

@@ -54,7 +54,8 @@ def drive(
         VmLost: the VM does not answer any more.
         Failed: the merge took effect, and something is wrong with it.
     """
-    untouched = planned is not None and planned.space.grow_to is None
+    space = None if planned is None else planned.space
+    untouched = space is not None and space.grow_to is None and not space.extends_pool
     driver = _kind_of(disk, journal)(
         disk=disk, journal=journal, options=options, caller=caller, untouched=untouched
     )
