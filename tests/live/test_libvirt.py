@@ -294,7 +294,7 @@ def test_a_journal_that_cannot_be_written_does_not_keep_the_guest_waiting(
 def test_the_guest_does_not_go_on_with_top_while_the_journal_says_that_base_is_right(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A journal has its name already, and may not last. Should the VM die then, base is taken."""
+    """A journal has its name already, and may not last. Should the VM die then, base is advised."""
     scenario = build(tmp_path / "chain", 8, levels=1, active=True)
 
     def not_made_durable(journal: LiveJournal, state: LiveState) -> LiveJournal:
