@@ -9,6 +9,7 @@ import libvirt
 import pytest
 
 from chainmerge import live
+from chainmerge.live.errors import LiveMergeFailed, VmRefused
 from chainmerge.options import LiveOptions
 from tests.support.domain_vm import DiskOfGuest, TestDomain, disk_described, running_domain_with
 from tests.support.live_scenario import MIB, leftovers_in
@@ -130,3 +131,31 @@ def test_a_manager_that_was_killed_in_between_is_run_again(
         live.merge(disk, two.top, options=DELETE)
     assert leftovers_in(two.directory) == []
     two.back_up("vdb")
+
+
+def test_what_libvirt_does_not_take_at_once_is_not_forgotten(
+    two: TwoDisks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.lose_bitmap_of("top.qcow2")
+
+    def refuse(disk: live.DomainDisk, described: str) -> None:
+        raise VmRefused(disk.name, "virDomainCheckpointCreateXML", "another job has the domain")
+
+    with two.disk() as disk:
+        with monkeypatch.context() as patched:
+            patched.setattr(live.DomainDisk, "define_checkpoint", refuse)
+            with pytest.raises(VmRefused, match="another job"):
+                live.merge(disk, two.top, options=DELETE)
+        with pytest.raises(LiveMergeFailed):
+            live.resume(disk)
+    assert leftovers_in(two.directory) == []
+    two.back_up("vdb")
+
+
+def test_a_checkpoint_is_none_of_disks_that_are_gone(two: TwoDisks) -> None:
+    one_is_gone = two.described().replace("'vdb' checkpoint", "'gone' checkpoint")
+    with two.disk() as disk:
+        disk.define_checkpoint_again(one_is_gone)
+        assert "gone" not in two.described()
+        disk.define_checkpoint_again(one_is_gone.replace("'vda' checkpoint", "'lost' checkpoint"))
+    two.back_up("vda")

@@ -14,7 +14,7 @@ from chainmerge.qcow2.image import Qcow2Image
 from chainmerge.storage.files import FileReadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # Types of disk sources that are a path: its attribute, and what QEMU opens it with.
 _PATHS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
@@ -177,9 +177,16 @@ def for_disk_alone(checkpoint: str, disk: str) -> str:
 def for_others_alone(checkpoint: str, disk: str) -> str | None:
     """The description of a checkpoint, as if it was none of *disk*; None if it is of no other."""
     described = ET.fromstring(checkpoint)  # noqa: S314  # libvirt's own
+    others = {one.get("name", "") for one in _disks_of_checkpoint(described)} - {disk}
+    return for_disks_alone(checkpoint, others)
+
+
+def for_disks_alone(checkpoint: str, wanted: Collection[str]) -> str | None:
+    """The description of a checkpoint, as if it was of *wanted* alone; None if it is of none."""
+    described = ET.fromstring(checkpoint)  # noqa: S314  # libvirt's own
     disks = _disks_of_checkpoint(described)
     for one in disks.findall("disk"):
-        if one.get("name") == disk:
+        if one.get("name") not in wanted:
             disks.remove(one)
     return ET.tostring(described, encoding="unicode") if _disks_with_bitmaps(described) else None
 

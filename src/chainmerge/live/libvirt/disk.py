@@ -25,6 +25,7 @@ from chainmerge.live.libvirt.description import (
     described_targets,
     disks_of,
     for_disk_alone,
+    for_disks_alone,
     for_others_alone,
     has_bitmap_on,
     index_of,
@@ -302,6 +303,13 @@ class DomainDisk:
     def define_checkpoint(self, described: str) -> None:
         """Have libvirt know a checkpoint as it is described; no bitmap is looked at."""
         self._defined(described)
+
+    def define_checkpoint_again(self, described: str) -> None:
+        """As above, of those disks that the domain has by now."""
+        disks = disks_of(self._ask("virDomainGetXMLDesc", self._domain.XMLDesc))
+        left = for_disks_alone(described, disks.keys())
+        if left is not None:
+            self.define_checkpoint(left)
 
     def _defined(self, described: str, flags: int = 0) -> Any:
         flags |= self._connection.library.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE

@@ -117,8 +117,8 @@ class DomainDriver(LiveDriver[DomainDisk]):
         """Have everything as it was, but for the stale bitmaps."""
         self.enter(LiveState.UNDOING)
         self.let_guest_go()
-        with contextlib.suppress(VmRefused):
-            self._define_checkpoints_of_others()
+        # Nothing but the journal knows them. As long as libvirt does not take them, it stays.
+        self._define_checkpoints_of_others()
         self.forget_records()
 
     def let_guest_go(self) -> None:
@@ -149,7 +149,7 @@ class DomainDriver(LiveDriver[DomainDisk]):
     def _define_checkpoints_of_others(self) -> None:
         """Have libvirt know again what it has forgotten with the bitmaps of this disk."""
         for described in self.journal.checkpoints.values():
-            self.disk.define_checkpoint(described)
+            self.disk.define_checkpoint_again(described)
         if self.journal.checkpoints:
             self.note(checkpoints={})
 
