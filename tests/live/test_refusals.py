@@ -253,21 +253,38 @@ def test_a_node_leads_to_the_disk(vm: LiveTestVm) -> None:
             assert disk.graph().root == "image2"
 
 
-@pytest.mark.parametrize("part", [{"offset": 1 << 20}, {"offset": 0, "size": 1 << 20}], ids=str)
-def test_a_base_in_the_middle_of_its_file(tmp_path: Path, part: dict[str, int]) -> None:
-    """Undone, or merged once the VM has ended, it would be read from another place on."""
-    base = create(tmp_path / "base", DISK, fmt="raw")
-    top = create(tmp_path / "top", DISK, backing=base, backing_format="raw")
+def with_raw_base(part: dict[str, int]) -> Callable[[Sequence[Path]], list[str]]:
+    """Command line: the root is *part* of a raw file."""
 
     def command_line(images: Sequence[Path]) -> list[str]:
         options = separate_nodes(images)
         raw = {"driver": "raw", "node-name": "image0", "file": "file0", "read-only": True, **part}
         return [json.dumps(raw) if '"image0", "read-only"' in one else one for one in options]
 
-    with running_vm(tmp_path / "vm", [base, top], command_line) as vm, vm.disk() as disk:
+    return command_line
+
+
+@pytest.mark.parametrize("part", [{"offset": 1 << 20}, {"offset": 0, "size": 1 << 20}], ids=str)
+def test_a_base_in_the_middle_of_its_file(tmp_path: Path, part: dict[str, int]) -> None:
+    """Undone, or merged once the VM has ended, it would be read from another place on."""
+    base = create(tmp_path / "base", DISK, fmt="raw")
+    top = create(tmp_path / "top", DISK, backing=base, backing_format="raw")
+
+    with running_vm(tmp_path / "vm", [base, top], with_raw_base(part)) as vm, vm.disk() as disk:
         with pytest.raises(LiveChainDiffers, match="middle"):
             live.merge(disk, top)
         assert vm.jobs() == []
+
+
+@pytest.mark.parametrize("part", [{"offset": 0}, {"offset": 0, "size": DISK}], ids=str)
+def test_a_base_that_is_said_to_be_all_of_its_file(tmp_path: Path, part: dict[str, int]) -> None:
+    base = create(tmp_path / "base", DISK, fmt="raw")
+    top = create(tmp_path / "top", DISK, backing=base, backing_format="raw")
+    expected = content(top)
+    with running_vm(tmp_path / "vm", [base, top], with_raw_base(part)) as vm, vm.disk() as disk:
+        live.merge(disk, top)
+        vm.quit()
+    assert content(base, fmt="raw") == expected
 
 
 def test_a_raw_node_that_qemu_tells_more_of_than_it_can(tmp_path: Path) -> None:

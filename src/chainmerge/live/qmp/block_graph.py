@@ -16,7 +16,7 @@ from chainmerge.live.nodes import BlockGraph, BlockNode, NodeBitmap, NodeUser, U
 from chainmerge.live.port import GuestDisk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 _USER_KINDS: Final[Mapping[str, UserKind]] = MappingProxyType(
@@ -51,8 +51,15 @@ class GraphEdges:
                 self.children[parent["name"]][edge["name"]] = child["name"]
 
 
-def block_node(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -> BlockNode:
-    """A node, from what ``query-named-block-nodes`` says of it."""
+def lengths_of(infos: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many bytes each node has, as ``query-named-block-nodes`` says, by their names."""
+    return {info["node-name"]: info["image"]["virtual-size"] for info in infos}
+
+
+def block_node(
+    info: dict[str, Any], edges: GraphEdges, filename: Path | None, lengths: Mapping[str, int]
+) -> BlockNode:
+    """A node, from what ``query-named-block-nodes`` says of it; *lengths* are those of all."""
     name = info["node-name"]
     children = edges.children[name]
     return BlockNode(
@@ -66,12 +73,12 @@ def block_node(info: dict[str, Any], edges: GraphEdges, filename: Path | None) -
         users=tuple(edges.users[name]),
         bitmaps=tuple(_bitmaps_of(info)),
         nameless_bitmaps=sum(not one.get("name") for one in info.get("dirty-bitmaps", ())),
-        reads_a_part=_reads_a_part(info),
+        reads_a_part=_reads_a_part(info, lengths.get(children.get("file", ""))),
     )
 
 
-def _reads_a_part(info: dict[str, Any]) -> bool:
-    """Whether a raw node was given where in its file the image begins, or ends.
+def _reads_a_part(info: dict[str, Any], length: int | None) -> bool:
+    """Whether a raw node was given a part of its file, which has *length* bytes, and not all of it.
 
     What does not follow from the file's name QEMU tells as JSON in its place.
     """
@@ -82,7 +89,7 @@ def _reads_a_part(info: dict[str, Any]) -> bool:
     except (ValueError, RecursionError):
         # QEMU cuts it off at 4096 bytes.
         return True
-    return not given.keys().isdisjoint(("offset", "size"))
+    return bool(given.get("offset", 0) != 0 or given.get("size", length) != length)
 
 
 def _bitmaps_of(info: dict[str, Any]) -> Iterator[NodeBitmap]:

@@ -31,6 +31,7 @@ from chainmerge.live.qmp.block_graph import (
     block_node,
     described_disks,
     described_nodes,
+    lengths_of,
     root_above,
     writable_disks,
 )
@@ -149,9 +150,10 @@ class QmpVm:
 
     def graph(self) -> BlockGraph:
         infos = self._node_infos()
-        edges = self._edges()
+        edges, lengths = self._edges(), lengths_of(infos)
         nodes = {
-            info["node-name"]: block_node(info, edges, self._path(info["file"])) for info in infos
+            info["node-name"]: block_node(info, edges, self._path(info["file"]), lengths)
+            for info in infos
         }
         graph = BlockGraph(nodes, self._root(nodes))
         self._chain = tuple(node.name for node in graph.chain())
