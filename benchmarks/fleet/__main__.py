@@ -58,7 +58,8 @@ def _pattern(host: Host) -> None:
 
 
 def _start(host: Host, module: list[str]) -> None:
-    words = [sys.executable, "-m", *module]
+    # In a fleet these are other machines, and take no time of the server's and the operator's.
+    words = ["nice", "-n", "15", sys.executable, "-m", *module]
     host.worker = subprocess.Popen(words, env=environment(), stdin=subprocess.DEVNULL)
 
 
