@@ -100,6 +100,32 @@ def test_nothing_is_merged_that_has_changed_since_the_scan(fleet: Fleet) -> None
     }
 
 
+@pytest.mark.parametrize("written_meanwhile", [False, True], ids=["alone", "written to"])
+def test_what_an_interrupted_merge_has_written_is_no_change(
+    fleet: Fleet, tmp_path: Path, written_meanwhile: bool
+) -> None:
+    host = fleet.host("h1", connect='""')
+    top = host.chain("disk", 8)
+    scanned(fleet, host)
+    policy = tmp_path / "policy.toml"
+    policy.write_text('bandwidth = { default = "2M" }\n')
+    (job,) = fleet.submit(planned(fleet, "--policy", policy))
+    wait_until(host.children, "a merge that runs")
+    written = top.with_suffix(".base").stat().st_mtime_ns
+    wait_until(
+        lambda: top.with_suffix(".base").stat().st_mtime_ns != written, "a merge that writes"
+    )
+    assert host.stop() == 0
+    wait_until(lambda: not host.children(), "its end")
+    assert job not in fleet.outcomes()
+    if written_meanwhile:
+        run_tool("qemu-io", "-c", "write -q -P 9 40M 64K", str(top))
+    host.start()
+    expected = "plan-changed" if written_meanwhile else "done"
+    assert fleet.wait_for_results([job]) == {job: expected}
+    assert is_merged(top) is not written_meanwhile
+
+
 def test_a_chain_that_several_hosts_see_is_merged_once(
     fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -34,10 +34,11 @@ class JobFiles(Struct, frozen=True):
 
     spool: Path
     lock: Path
+    plan: Path
 
     def remove(self) -> None:
         """Remove them, once the database has the report."""
-        for file in (self.spool, self.lock):
+        for file in (self.spool, self.lock, self.plan):
             # Whatever keeps them there, the job has ended.
             with suppress(OSError):
                 file.unlink()
@@ -45,6 +46,21 @@ class JobFiles(Struct, frozen=True):
     def exist(self) -> bool:
         """Whether a child has been started for it."""
         return self.spool.exists()
+
+    def plan_digest(self) -> str:
+        """That of the plan with which a child was first started; empty if none was."""
+        try:
+            return self.plan.read_text(encoding="ascii")
+        except OSError:
+            return ""
+
+    def keep_plan_digest(self, digest: str) -> None:
+        """Keep it, so that what a child does that is interrupted is not taken for somebody else's.
+
+        Raises OSError.
+        """
+        if not self.plan_digest():
+            self.plan.write_text(digest, encoding="ascii")
 
     def lines(self) -> list[str]:
         """The last that the job's child has written, its report among it."""
@@ -71,7 +87,8 @@ def files_of(state: Path, job: int, label: str) -> JobFiles:
     The label tells it from another job of the same number: a database that comes from a backup
     gives numbers again.
     """
-    return JobFiles(state / f"{job}-{label[:8]}.jsonl", state / f"{job}-{label[:8]}.lock")
+    name = f"{job}-{label[:8]}"
+    return JobFiles(state / f"{name}.jsonl", state / f"{name}.lock", state / f"{name}.plan")
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ from chainmerge.fleet.record import Action, RecordUnusable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chainmerge.fleet.child import Printed
+    from chainmerge.fleet.child import JobFiles, Printed
     from chainmerge.fleet.planned import PlannedWork
     from chainmerge.fleet.record import JobDisk, JobRecord
     from chainmerge.fleet.settings import HostSettings
@@ -37,9 +37,9 @@ They take away only what is of no use, whenever they run."""
 
 
 def why_not(
-    record: JobRecord, printed: Printed, host: HostSettings, *, was_run: bool
+    record: JobRecord, printed: Printed, host: HostSettings, files: JobFiles
 ) -> JobEnding | None:
-    """Return how a job ends that must not begin; None if it may.
+    """Return how a job ends that must not begin; None if it may, and its plan is kept then.
 
     What has begun is finished by its own records, whatever a plan says now.
 
@@ -47,19 +47,22 @@ def why_not(
         record: The job.
         printed: What planning it again has printed.
         host: This one.
-        was_run: Whether a child has been started for it here before.
+        files: What children that were started for it here before have left.
+
+    Raises OSError if the plan cannot be kept.
     """
     try:
         # It waited for its keys, and links may lead elsewhere by now.
         require_admissible(record, host)
-        return _why_not(record, printed, host, was_run=was_run)
+        return _why_not(record, printed, host, files)
     except RecordUnusable as error:
         return JobEnding(FleetJobOutcome.REJECTED, message=str(error))
 
 
 def _why_not(
-    record: JobRecord, printed: Printed, host: HostSettings, *, was_run: bool
+    record: JobRecord, printed: Printed, host: HostSettings, files: JobFiles
 ) -> JobEnding | None:
+    was_run = files.exist()
     try:
         plan = plan_printed_for(record, printed.text)
     except msgspec.DecodeError:
@@ -70,11 +73,12 @@ def _why_not(
         # By somebody else, or by a run that has ended: no digest is of what is left.
         reason = _PARTLY_DONE
     else:
-        reason = "" if has_begun else _changed(record, work)
+        reason = "" if has_begun else _changed(record, work, files.plan_digest())
     if reason:
         return JobEnding(FleetJobOutcome.PLAN_CHANGED, message=reason)
     for path in work.changed:
         require_allowed(path, host)
+    files.keep_plan_digest(work.digest)
     return None
 
 
@@ -106,15 +110,18 @@ def _is_in_chain(disk: JobDisk, chain: Sequence[str]) -> bool:
     return any(base_id_of(path) == disk.base_id for path in chain)
 
 
-def _changed(record: JobRecord, work: PlannedWork) -> str:
-    """What is not as it was when the job was planned; empty if all is."""
+def _changed(record: JobRecord, work: PlannedWork, begun_with: str) -> str:
+    """What is not as it was when the job was planned; empty if all is.
+
+    *begun_with* is the digest of the plan with which a child was first started, if one was.
+    """
     if record.action is Action.THIN_OUT and not _is_in_chain(record.disks[0], work.chains[0]):
         return f"{record.disks[0].base} is no image of the chain of {record.disks[0].top}"
     for disk, held in zip(record.disks, work.held, strict=False):
         if not disk.held_ids.issuperset(map(base_id_of, held)):
             return f"{disk.top}: it would change images now that it does not hold"
     if record.judged_by == "chain":
-        return _changed_since_scan(record, work)
+        return _changed_since_scan(record, work, begun_with)
     for disk, base in zip(record.disks, work.bases, strict=False):
         if base != disk.base:
             return f"{disk.top} would be merged into {base}, and not into {disk.base}"
@@ -126,8 +133,11 @@ def _changed(record: JobRecord, work: PlannedWork) -> str:
     return ""
 
 
-def _changed_since_scan(record: JobRecord, work: PlannedWork) -> str:
-    """As above, of a job that was planned from what a scan had found."""
+def _changed_since_scan(record: JobRecord, work: PlannedWork, begun_with: str) -> str:
+    """As above, of a job that was planned from what a scan had found.
+
+    A child that was interrupted has written to its images, and left no trace but the times of that.
+    """
     top = record.disks[0].top
     try:
         digest = digest_of_chains(record.action, work.chains)
@@ -139,6 +149,6 @@ def _changed_since_scan(record: JobRecord, work: PlannedWork) -> str:
     bases = tuple(disk.base for disk in record.disks)
     if record.action is not Action.THIN_OUT and bases != work.bases:
         return f"{top} would be merged into another image than when its host was scanned"
-    if digest != record.plan_digest:
+    if digest != record.plan_digest and work.digest != begun_with:
         return f"{top}: its chain is not what it was when its host was scanned"
     return ""

@@ -275,8 +275,7 @@ class Worker:
             # It has moved while the job waited for its keys.
             return None
         printed = await printed_by(plan_words(one.record, self._host), lock)
-        was_run = one.files.exist()
-        judged = await asyncio.to_thread(why_not, one.record, printed, self._host, was_run=was_run)
+        judged = await asyncio.to_thread(why_not, one.record, printed, self._host, one.files)
         if judged is not None:
             return judged
         return await self._ended(one, job_words(one.record, self._host), lock)
