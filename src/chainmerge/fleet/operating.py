@@ -118,7 +118,7 @@ def _user() -> str:
 def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str]:
     """Of jobs that wait, run or are done. What has ended otherwise may be submitted again."""
     found = list(engine.jobs_labelled(connection, labels))
-    outcomes = _outcomes(connection, [job.id for job in found])
+    outcomes = outcomes_in(connection, [job.id for job in found])
     return {
         job.label
         for job in found
@@ -126,7 +126,8 @@ def _known_labels(connection: Connection[Any], labels: Sequence[str]) -> set[str
     }
 
 
-def _outcomes(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
+def outcomes_in(connection: Connection[Any], jobs: Sequence[int]) -> dict[int, str]:
+    """What became of those of some jobs that have ended, as their hosts have called it."""
     found = connection.execute(
         "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)", (list(jobs),)
     )
@@ -215,7 +216,7 @@ def cancel(database: str, jobs: Sequence[int]) -> FleetChange:
 
 def _require_open(connection: Connection[Any], number: int) -> None:
     job = _job(connection, number)
-    outcome = _outcomes(connection, [number]).get(number)
+    outcome = outcomes_in(connection, [number]).get(number)
     if outcome is not None or job.state not in OPEN_STATES:
         raise NoSuchJob(number, f"it has ended: {outcome or job.state}")
 
@@ -259,7 +260,7 @@ def _retried(database: str, jobs: Sequence[int]) -> bool:
     """Queue jobs again; False, and nothing done, if a worker still has one of them in hand."""
     with transaction(database) as connection:
         let_nobody_else_queue(connection)
-        outcomes = _outcomes(connection, jobs)
+        outcomes = outcomes_in(connection, jobs)
         found = [_job(connection, number) for number in jobs]
         for job in found:
             outcome = outcomes.get(job.id, "" if job.state in OPEN_STATES else job.state)

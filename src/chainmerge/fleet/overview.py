@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from chainmerge.documents.fleet import (
 from chainmerge.documents.versions import FLEET_VERSION
 from chainmerge.fleet import engine
 from chainmerge.fleet.database import transaction
-from chainmerge.fleet.outcome import outcome_named
+from chainmerge.fleet.outcome import last_event, outcome_named
 from chainmerge.fleet.record import FLEET_KEY, IMAGE_PREFIX, RecordUnusable, host_key, record_in
 from chainmerge.fleet.scan_record import ScanRecord, scan_record_in
 
@@ -168,7 +167,7 @@ def _job_status(
     scan = _scan(job)
     record = None if scan else _record(job)
     asked = scan or record
-    event = _event(line)
+    event = last_event([line])
     return FleetJobStatus(
         job=job.id,
         host=job.host,
@@ -205,13 +204,7 @@ def _obstacles(
         yield f"its window {', '.join(asked.windows)}, by the clock of {job.host}"
 
 
-def _event(line: str) -> dict[str, Any]:
-    """What a child has said, by the word of its host, which writes there what it likes."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return event if isinstance(event, dict) else {}
+# A host writes into the line of its child what it likes.
 
 
 def _text(value: object) -> str | None:

@@ -120,14 +120,18 @@ def _together(plans: Sequence[MergePlan], what: object) -> PlannedWork:
 
 def images_held_by(plan: MergePlan) -> tuple[str, ...]:
     """Return the images that a merge changes or copies from."""
-    hiding = () if plan.hides is None else (plan.hides.image,)
-    return (*images_merged_by(plan), *(one.child for one in plan.repoint), *hiding)
+    return (*images_merged_by(plan), *_changed_besides(plan))
 
 
 def _changed_by(plan: MergePlan) -> Iterator[str]:
     yield plan.result
     yield from plan.delete
     yield from plan.rename or ()
+    yield from _changed_besides(plan)
+
+
+def _changed_besides(plan: MergePlan) -> Iterator[str]:
+    """The overlays that a merge writes to besides."""
     for child in plan.repoint:
         yield child.child
     if plan.hides is not None:

@@ -15,7 +15,7 @@ from chainmerge.fleet.database import transaction
 from chainmerge.fleet.engine import OPEN_STATES, QueueState
 from chainmerge.fleet.errors import NoSuchHost
 from chainmerge.fleet.inventory_store import host_names
-from chainmerge.fleet.operating import let_nobody_else_queue, submission
+from chainmerge.fleet.operating import let_nobody_else_queue, outcomes_in, submission
 from chainmerge.fleet.outcome import outcome_named
 from chainmerge.fleet.record import FLEET_KEY
 from chainmerge.fleet.scan_record import SCAN_ACTION, ScanRecord, scan_key, scan_label
@@ -112,8 +112,5 @@ def _queued(host: str) -> engine.NewJob:
 def outcomes_of(database: str, jobs: Sequence[int]) -> dict[int, FleetJobOutcome]:
     """What became of those of some jobs that have ended."""
     with transaction(database) as connection:
-        rows = connection.execute(
-            "SELECT job, outcome FROM results WHERE NOT superseded AND job = ANY (%s)",
-            (list(jobs),),
-        ).fetchall()
-    return {job: outcome_named(outcome) for job, outcome in rows}
+        found = outcomes_in(connection, jobs)
+    return {job: outcome_named(outcome) for job, outcome in found.items()}
